@@ -1,0 +1,177 @@
+"""What every command shares: arguments, help for every key, errors as sentences.
+
+Imports pydantic and yaml alone, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from proxykd_jax.config import Config, dump_config, load_config
+from proxykd_jax.config.load import _section_classes
+from proxykd_jax.config.presets import PRESETS
+from proxykd_jax.errors import UserError
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def run_command(
+    stage: str,
+    main: Callable[[Config], Any],
+    summary: str,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Runs one stage from the command line.
+
+    Args:
+      stage: its name, ``align`` for example.
+      main: the stage's function.
+      summary: one sentence for ``--help``.
+      argv: arguments (default: the process's).
+
+    Returns:
+      The exit code: 0, 2 after a mistake of the user's, 130 after an interrupt.
+    """
+    parser = argument_parser(stage, summary)
+    arguments = parser.parse_args(argv)
+    try:
+        config = load_config(arguments.config, arguments.set)
+        if arguments.print_config:
+            sys.stdout.write(dump_config(config))
+            return 0
+        if arguments.dry_run:
+            from proxykd_jax.dry_run import dry_run
+
+            unchecked = dry_run(config)
+            return USER_ERROR if unchecked and arguments.strict else 0
+        main(config)
+    except UserError as error:
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def argument_parser(stage: str, summary: str) -> argparse.ArgumentParser:
+    """The parser of a stage; its help lists every key of the config."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m proxykd_jax.{stage}",
+        description=summary,
+        epilog=_KeysOnDemand(),  # type: ignore[arg-type]
+        formatter_class=_HelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change one key, for example --set align.num_rounds=2 (may be repeated)",
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check config, files, tokenizers and shapes; show an example with its mask, steps, "
+        "tokens and memory; train nothing",
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="with --dry-run: exit 2 if anything was not checked"
+    )
+    return parser
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def _format_text(self, text: Any) -> str:
+        return super()._format_text(str(text))
+
+
+class _KeysOnDemand:
+    """The list of keys, made only when help is asked for."""
+
+    def __str__(self) -> str:
+        return describe_keys()
+
+    def __contains__(self, text: str) -> bool:
+        return False
+
+
+def describe_keys() -> str:
+    """Every key of the config with its type, default and meaning, one paragraph a key."""
+    lines = ["keys of the config file (where two defaults stand, the preset decides):", ""]
+    for key, kind, default, meaning in config_keys():
+        lines.append(f"  {key}  [{kind}]{f'  default {default}' if default else ''}")
+        lines.append(f"      {meaning}")
+    return "\n".join(lines)
+
+
+def config_keys() -> Iterator[tuple[str, str, str, str]]:
+    """(key, type, default, meaning) of every key, in the order of the schema."""
+    yield from _keys_of(Config, "")
+
+
+def _keys_of(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
+    for name, field in section.model_fields.items():
+        key = f"{prefix}{name}"
+        inner = next(_section_classes(field.annotation), None)
+        if inner is None:
+            yield key, _kind(field.annotation), _default(key, field), field.description or ""
+            continue
+        is_list = typing.get_origin(field.annotation) is tuple
+        if is_list:
+            yield (
+                key,
+                "list of sections",
+                "" if field.is_required() else "none",
+                (field.description or ""),
+            )
+        yield from _keys_of(inner, f"{key}[]." if is_list else f"{key}.")
+
+
+def _kind(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return "|".join(str(a) for a in arguments)
+    if origin is typing.Annotated:
+        return _kind(arguments[0])
+    if origin is tuple:
+        return f"list of {_kind(arguments[0])}"
+    if arguments:
+        return "|".join(_kind(a) for a in arguments)
+    names = {"NoneType": "null", "str": "text", "bool": "true|false", "float": "number"}
+    return names.get(annotation.__name__, annotation.__name__)
+
+
+def _default(key: str, field: Any) -> str:
+    found = {}
+    for preset, values in PRESETS.items():
+        node: Any = values
+        for part in key.split("."):
+            node = (
+                node.get(part, PydanticUndefined) if isinstance(node, dict) else (PydanticUndefined)
+            )
+        if node is not PydanticUndefined:
+            found[preset] = node
+    if found:
+        return ", ".join(f"{_show(value)} ({preset})" for preset, value in found.items())
+    return "" if field.is_required() else _show(field.default)
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_show(v) for v in value) + "]"
+    return str(value)

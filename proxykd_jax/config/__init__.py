@@ -1,0 +1,45 @@
+"""The config of a run: schema, presets and loader. Imports pydantic and yaml alone."""
+
+from proxykd_jax.config.load import dump_config, load_config, make_config
+from proxykd_jax.config.schema import (
+    AlignConfig,
+    Config,
+    CorpusConfig,
+    DistillConfig,
+    EvaluateConfig,
+    ExportConfig,
+    LoggingConfig,
+    MeshConfig,
+    ModelSection,
+    OptimizerConfig,
+    PreferenceConfig,
+    SamplingConfig,
+    ScoreConfig,
+    Section,
+    SourceConfig,
+    StopConfig,
+    WeightConfig,
+)
+
+__all__ = [
+    "AlignConfig",
+    "Config",
+    "CorpusConfig",
+    "DistillConfig",
+    "EvaluateConfig",
+    "ExportConfig",
+    "LoggingConfig",
+    "MeshConfig",
+    "ModelSection",
+    "OptimizerConfig",
+    "PreferenceConfig",
+    "SamplingConfig",
+    "ScoreConfig",
+    "Section",
+    "SourceConfig",
+    "StopConfig",
+    "WeightConfig",
+    "dump_config",
+    "load_config",
+    "make_config",
+]

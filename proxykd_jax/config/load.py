@@ -1,0 +1,264 @@
+"""From YAML text to a checked ``Config``: strict, all errors at once, each with a suggestion."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from proxykd_jax.config.presets import PRESETS
+from proxykd_jax.config.schema import Config
+from proxykd_jax.errors import UserError
+
+# Keys whose values are places on disk: ~ and $VARIABLES are expanded in them, nowhere else.
+PATH_KEYS = {
+    "path",
+    "dataset",
+    "tfds",
+    "answers",
+    "benchmarks",
+    "template",
+    "tokenizer",
+    "adapter",
+    "runs_dir",
+    "teacher_logps",
+}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads one YAML file and checks it.
+
+    Args:
+      path: the YAML file.
+      overrides: ``"align.num_rounds=2"`` strings, applied after the file.
+
+    Raises:
+      UserError: the file cannot be read, or any key is unknown, repeated, of a wrong type or out
+        of range; every problem is in the one message.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise UserError(f"cannot read the config {path}: {reason}.") from error
+    data, problems = _parse_yaml(text)
+    return _build(data, problems, overrides, origin=str(path))
+
+
+def make_config(data: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """The same from a dictionary, for notebooks and other programs."""
+    return _build(json.loads(json.dumps(data)), [], overrides, origin="config")
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML that ``load_config`` reads back to an equal one."""
+    return yaml.safe_dump(
+        config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100
+    )
+
+
+def _build(data: Any, problems: list[str], overrides: Sequence[str], origin: str) -> Config:
+    if not isinstance(data, dict):
+        raise UserError(f"{origin}: a config is a mapping of keys to values.")
+    for override in overrides:
+        problems += _apply_override(data, override)
+    preset = data.get("preset")
+    if isinstance(preset, str) and preset in PRESETS:
+        data = _merge(PRESETS[preset], data)
+    problems += _expand_paths(data)
+    try:
+        # Strict JSON mode: "32" is no integer and true is no number, but lists are tuples.
+        config = Config.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        problems += _explain(error.errors(), unresolved_preset=preset not in PRESETS)
+    else:
+        if not problems:
+            return config
+    raise UserError("\n".join(f"{origin}: {problem}" for problem in problems))
+
+
+# --- YAML -----------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-5 as a float, leaves dates as text and notes repeated keys."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.repeated: list[str] = []
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
+            if not isinstance(key, str | int | float | bool | None):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key must be plain text", key_node.start_mark
+                )
+            if key in seen:
+                self.repeated.append(
+                    f"{key}: repeated on line {line} (first on line {seen[key]}); keep one"
+                )
+            seen.setdefault(key, line)
+        return super().construct_mapping(node, deep=True)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), None
+)
+
+
+def _parse_yaml(text: str) -> tuple[Any, list[str]]:
+    loader = _Loader(text)
+    try:
+        data = loader.get_single_data()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" on line {mark.line + 1}" if mark else ""
+        what = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"the config is not YAML that is allowed here{where}: {what}.") from error
+    finally:
+        loader.dispose()
+    return {} if data is None else data, loader.repeated
+
+
+def _apply_override(data: dict[str, Any], override: str) -> list[str]:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        return [f"--set {override}: write it as section.key=value"]
+    value, problems = _parse_yaml(text) if text else ("", [])
+    node: Any = data
+    *parents, last = key.split(".")
+    for parent in parents:
+        if isinstance(node, list):
+            if not (parent.isdigit() and int(parent) < len(node)):
+                return [f"--set {override}: {parent} is no index of a list of {len(node)}"]
+            node = node[int(parent)]
+            continue
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict | list):
+            return [f"--set {override}: {parent} is a value, not a section"]
+        node = child
+    if isinstance(node, list):
+        if not (last.isdigit() and int(last) < len(node)):
+            return [f"--set {override}: {last} is no index of a list of {len(node)}"]
+        node[int(last)] = value
+    else:
+        node[last] = value
+    return problems
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``over`` on top of ``base``; a section is merged, anything else replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        both = isinstance(below, dict) and isinstance(value, dict)
+        merged[key] = _merge(below, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _expand_paths(node: Any, location: str = "") -> list[str]:
+    problems: list[str] = []
+    items: Iterator[tuple[Any, Any]] = iter(())
+    if isinstance(node, dict):
+        items = iter(list(node.items()))
+    elif isinstance(node, list):
+        items = iter(list(enumerate(node)))
+    for key, value in items:
+        here = f"{location}.{key}" if location else str(key)
+        is_path = any(part in PATH_KEYS for part in here.split(".")[-2:])
+        if isinstance(value, str) and is_path:
+            expanded = os.path.expanduser(os.path.expandvars(value))
+            missing = re.findall(r"\$\{?(\w+)", expanded)
+            if missing:
+                problems.append(
+                    f"{here}: the environment variable {missing[0]} is not set (got {value!r})"
+                )
+            node[key] = expanded
+        else:
+            problems += _expand_paths(value, here)
+    return problems
+
+
+# --- messages -------------------------------------------------------------------------------------
+
+
+def _explain(errors: list[ErrorDetails], *, unresolved_preset: bool) -> list[str]:
+    problems = []
+    for error in errors:
+        location = [str(part) for part in error["loc"]]
+        from_preset = error["type"] == "missing" and _has_preset_value(location)
+        if unresolved_preset and from_preset:
+            continue  # the missing preset is reported itself
+        problems.append(f"{'.'.join(location) or 'config'}: {_reason(error, location)}")
+    return problems
+
+
+def _has_preset_value(location: list[str]) -> bool:
+    node: Any = PRESETS["paper"]
+    for part in location:
+        if not isinstance(node, dict) or part not in node:
+            return False
+        node = node[part]
+    return True
+
+
+def _reason(error: ErrorDetails, location: list[str]) -> str:
+    kind, got = error["type"], error.get("input")
+    shown = "" if isinstance(got, dict | list) else f" (got {json.dumps(got, default=str)})"
+    if kind == "extra_forbidden":
+        section = _section(location[:-1])
+        names = list(section.model_fields) if section else []
+        close = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
+        hint = f"did you mean '{close[0]}'?" if close else f"allowed: {', '.join(names)}"
+        return f"unknown key; {hint}{shown}"
+    if kind == "missing":
+        section = _section(location[:-1])
+        field = section.model_fields.get(location[-1]) if section else None
+        meaning = f": {field.description}" if field and field.description else ""
+        return f"required{meaning}"
+    if kind == "literal_error":
+        allowed = str((error.get("ctx") or {}).get("expected", ""))
+        options = re.findall(r"'([^']+)'", allowed)
+        close = difflib.get_close_matches(str(got), options, n=1, cutoff=0.5)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        return f"must be {allowed}{hint}{shown}"
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{message}{shown}"
+
+
+def _section(location: list[str]) -> type[BaseModel] | None:
+    """The section class at a location, through optional values and lists."""
+    section: type[BaseModel] = Config
+    for part in location:
+        if part.isdigit():
+            continue
+        field = section.model_fields.get(part)
+        found = field and next(_section_classes(field.annotation), None)
+        if not found:
+            return None
+        section = found
+    return section
+
+
+def _section_classes(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _section_classes(inner)

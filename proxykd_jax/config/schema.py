@@ -1,0 +1,416 @@
+"""Every key of a run, with its type, range and meaning.
+
+One YAML file describes a whole run. A key without a value here takes it from the preset
+(``presets.py``); ``preset`` itself has no default. The descriptions are the text of ``--help``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Probability = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Reduction = Literal["example_mean", "token_mean", "sum"]
+Dtype = Literal["bfloat16", "float32"]
+LinearName = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ALL_LINEAR: tuple[LinearName, ...] = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)
+
+
+class Section(BaseModel):
+    """A section of the config: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class SourceConfig(Section):
+    """Where rows of the corpus come from."""
+
+    path: str | None = Field(
+        None, description="file, folder or glob of files (.json, .jsonl, .jsonl.gz, .parquet)"
+    )
+    dataset: str | None = Field(
+        None, description="name or local folder of a Hugging Face dataset, instead of path"
+    )
+    tfds: str | None = Field(
+        None, description="name or prepared folder of a TFDS builder, instead of path"
+    )
+    split: str = Field("train", description="split of a dataset or TFDS source")
+    format: Literal[
+        "auto",
+        "messages",
+        "prompt_response",
+        "alpaca",
+        "sharegpt",
+        "text",
+        "openorca",
+        "nectar",
+        "gsm8k",
+        "arc",
+        "csqa",
+        "mmlu",
+        "agieval",
+        "bbh",
+    ] = Field("auto", description="schema of the rows; auto recognises it from the first row")
+    answers: str | None = Field(
+        None,
+        description="file of teacher answers ({id or prompt, response}) for the prompts of a "
+        "benchmark training set",
+    )
+    teacher: str = Field(
+        "gpt-4",
+        description="Nectar: keep answers whose model name begins with this; "
+        "OpenOrca: checked against the file name",
+    )
+    turns: Literal["last", "each"] = Field(
+        "each",
+        description="conversations with several answers: train on the last one, or make one row "
+        "of each",
+    )
+    prompt_tokens: PositiveInt | None = Field(
+        None, description="text format: the prompt is the first so many tokens"
+    )
+    prompt_sentences: PositiveInt | None = Field(
+        None, description="text format: the prompt is the first so many sentences"
+    )
+    limit: PositiveInt | None = Field(None, description="read at most so many rows")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> SourceConfig:
+        if sum(x is not None for x in (self.path, self.dataset, self.tfds)) != 1:
+            raise ValueError("give exactly one of path, dataset and tfds")
+        if self.prompt_tokens and self.prompt_sentences:
+            raise ValueError("give prompt_tokens or prompt_sentences, not both")
+        return self
+
+
+class SharesConfig(Section):
+    """How the corpus is cut, by a hash of the first user message (paper, 3.1: 10/45/45)."""
+
+    warmup: Share = Field(0.10, description="share of D_w, the proxy's warm-up")
+    align: Share = Field(0.45, description="share of D_p, the proxy's alignment")
+    distill: Share = Field(0.45, description="share of D_s, the student's distillation")
+
+    @model_validator(mode="after")
+    def _sum_to_one(self) -> SharesConfig:
+        if abs(self.warmup + self.align + self.distill - 1) > 1e-6:
+            raise ValueError("warmup, align and distill must add up to 1")
+        return self
+
+
+class CorpusConfig(Section):
+    """The teacher's answers: where they are, how they become tokens, how they are split."""
+
+    sources: tuple[SourceConfig, ...] = Field(
+        min_length=1, description="the teacher's answers; many sources are mixed"
+    )
+    fresh_prompts: tuple[SourceConfig, ...] = Field(
+        (),
+        description="prompts without any teacher's answer, answered and scored by the aligned "
+        "proxy (beyond the paper)",
+    )
+    test: tuple[SourceConfig, ...] = Field(
+        (), description="rows of an own test set; no other split may hold their prompts"
+    )
+    benchmarks: tuple[str, ...] = Field(
+        (), description="files whose questions must not occur in the corpus"
+    )
+    contamination: Literal["refuse", "drop"] = Field(
+        "refuse", description="what a benchmark question in the corpus does: stop, or drop the row"
+    )
+    template: str = Field(
+        "auto",
+        description="auto (the tokenizer's own chat template), plain, alpaca, chatml, llama2, or "
+        "a Jinja file",
+    )
+    end_tokens: tuple[int | str, ...] | None = Field(
+        None,
+        description="ids or texts of tokens that end an answer; the first is appended where the "
+        "template ends without one (default: the tokenizer's EOS)",
+    )
+    max_length: PositiveInt = Field(
+        1024, description="longer rows (prompt and answer, in tokens) are dropped and counted"
+    )
+    deduplicate: bool = Field(True, description="drop repeated (prompt, answer) pairs")
+    shares: SharesConfig = Field(SharesConfig(), description="the three parts of the corpus")
+    validation_fraction: Share = Field(description="share set aside for validation")
+    validation_rows: NonNegativeInt = Field(
+        description="at least so many validation rows, where the corpus has ten times as many"
+    )
+    validation_max_rows: PositiveInt = Field(
+        2048, description="at most so many validation rows are looked at when validating"
+    )
+    max_rows: PositiveInt | None = Field(
+        None, description="keep at most so many rows of the corpus, chosen by hash"
+    )
+    shard_rows: PositiveInt = Field(50_000, description="rows a file of the tokenised corpus")
+
+
+class LoraSettings(Section):
+    """Low-rank adapters (paper, 4.2; its rank is not given)."""
+
+    rank: PositiveInt = Field(16, description="rank of the update")
+    alpha: PositiveFloat = Field(32.0, description="the update is scaled by alpha / rank")
+    targets: tuple[LinearName, ...] = Field(
+        ALL_LINEAR, min_length=1, description="linear layers that get an adapter"
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="dropout before the adapter, in training only"
+    )
+
+
+class InitConfig(Section):
+    """A student cut out of a larger model."""
+
+    path: str = Field(description="folder of the larger model")
+    first_layers: PositiveInt = Field(description="how many of its layers to keep, from the first")
+
+
+class ModelSection(Section):
+    """A model: the proxy or the student."""
+
+    path: str | None = Field(None, description="Hugging Face folder (or hub name) of the model")
+    init: InitConfig | None = Field(None, description="cut the model out of another, not path")
+    adapter: str | None = Field(None, description="PEFT LoRA folder to start from")
+    trainable: Literal["lora", "full"] = Field("lora", description="train an adapter or everything")
+    lora: LoraSettings = Field(LoraSettings(), description="the adapter, with trainable: lora")
+    dtype: Dtype = Field(
+        "bfloat16", description="precision of frozen weights and of the computation"
+    )
+    remat: Literal["none", "dots", "full"] = Field(
+        "none", description="what is recomputed in the backward pass: less memory, more time"
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelSection:
+        if (self.path is None) == (self.init is None):
+            raise ValueError("give exactly one of path and init")
+        return self
+
+
+class OptimizerConfig(Section):
+    """Adam (paper, 4.2)."""
+
+    learning_rate: PositiveFloat = Field(description="peak learning rate")
+    b1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="decay of the first moment")
+    b2: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="decay of the second moment")
+    eps: PositiveFloat = Field(1e-8, description="added to the root of the second moment")
+    weight_decay: NonNegativeFloat = Field(0.0, description="decoupled weight decay")
+    clip_norm: PositiveFloat | None = Field(description="largest gradient norm; null: no clipping")
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        "constant", description="course of the learning rate after warm-up"
+    )
+    warmup_steps: NonNegativeInt = Field(0, description="steps of linear warm-up")
+
+
+class StopConfig(Section):
+    """Stopping on validation NLL."""
+
+    enabled: bool = Field(description="stop training when validation NLL no longer improves")
+    every: PositiveInt = Field(50, description="steps between validations")
+    patience: PositiveInt = Field(3, description="validations without improvement before stopping")
+    min_delta: NonNegativeFloat = Field(
+        0.0, description="an improvement is a fall by more than so many nats a token"
+    )
+
+
+class SamplingConfig(Section):
+    """How y-hat is drawn from the proxy."""
+
+    temperature: NonNegativeFloat = Field(1.0, description="0 is greedy")
+    top_p: Probability = Field(1.0, description="nucleus sampling; 1 samples everything")
+    max_new_tokens: PositiveInt | None = Field(
+        None, description="length budget of an answer (default: what max_length leaves)"
+    )
+    batch_size: PositiveInt = Field(32, description="prompts decoded together")
+    rows_per_part: PositiveInt = Field(
+        256, description="rows written together; a restarted run loses at most one part"
+    )
+
+
+class PreferenceConfig(Section):
+    """The preference loss (paper, eq. 4, and the alternatives it names)."""
+
+    loss: Literal["dpo", "simpo", "orpo", "ipo", "none"] = Field(
+        "dpo", description="DPO (the paper's), SimPO, ORPO, IPO, or none"
+    )
+    beta: PositiveFloat = Field(description="strength of the preference loss")
+    margin: NonNegativeFloat = Field(0.0, description="SimPO: target margin (its gamma)")
+    length_normalize: bool = Field(False, description="DPO on token means instead of sums")
+
+
+class AlignConfig(Section):
+    """Alignment of the proxy with the teacher (paper, 3.3)."""
+
+    alignment: Literal["none", "warmup", "nll", "nll_preference"] = Field(
+        "nll_preference", description="how far the proxy is aligned"
+    )
+    num_rounds: PositiveInt = Field(description="rounds, each on its own slice of D_p (paper: 16)")
+    epochs_per_round: PositiveInt = Field(description="passes over the slice of a round")
+    warmup_epochs: PositiveInt = Field(description="passes over D_w before the rounds")
+    warmup_max_steps: PositiveInt | None = Field(None, description="at most so many warm-up steps")
+    round_max_steps: PositiveInt | None = Field(None, description="at most so many steps a round")
+    stop_rounds: bool = Field(
+        description="end after a round that brought no new best validation NLL"
+    )
+    nll_weight: NonNegativeFloat = Field(1.0, description="weight of the NLL (paper, eq. 6)")
+    preference_weight: NonNegativeFloat = Field(
+        1.0, description="weight of the preference loss (paper, eq. 6)"
+    )
+    preference: PreferenceConfig = Field(description="the preference loss")
+    sampling: SamplingConfig = Field(SamplingConfig(), description="how y-hat is drawn")
+    reduction: Reduction = Field("example_mean", description="how token losses become one number")
+    batch_size: PositiveInt = Field(32, description="rows (or pairs) a step, over all devices")
+    microbatch_size: PositiveInt | None = Field(
+        None, description="rows computed at once; the gradients of a step are accumulated"
+    )
+    batching: Literal["pad", "bucket", "pack"] = Field(
+        "bucket", description="pad each batch, group by length, or pack rows together (NLL only)"
+    )
+    optimizer: OptimizerConfig = Field(description="the optimizer")
+    stop: StopConfig = Field(description="stopping on validation NLL")
+    checkpoint_every: PositiveInt = Field(100, description="steps between checkpoints in a round")
+    diagnose_every: PositiveInt = Field(50, description="steps between gradient-norm reports")
+    log_every: PositiveInt = Field(1, description="steps between lines of metrics.jsonl")
+
+
+class ScoreConfig(Section):
+    """Soft labels of the aligned proxy (paper, A.1: top 10, stored offline)."""
+
+    top_k: PositiveInt = Field(10, description="log-probs stored a position")
+    temperature: PositiveFloat = Field(1.0, description="softmax temperature of the soft labels")
+    store_dtype: Literal["float16", "float32"] = Field(
+        "float16", description="precision of stored log-probs"
+    )
+    batch_size: PositiveInt = Field(32, description="rows scored together")
+    rows_per_part: PositiveInt = Field(
+        512, description="rows written together; a restarted run loses at most one part"
+    )
+
+
+class WeightConfig(Section):
+    """Sample weights (paper, eq. 9)."""
+
+    enabled: bool = Field(True, description="weight each example's KL; off: the weight is 1")
+    loglik: Literal["sum", "token_mean"] = Field(
+        description="log-likelihood in eq. 9: summed (as printed) or a token"
+    )
+    normalize: bool = Field(description="scale the weights to mean 1")
+
+
+class DistillConfig(Section):
+    """Distillation of the student (paper, 3.4)."""
+
+    alpha: NonNegativeFloat = Field(description="weight of the KL (paper, eq. 11: 100)")
+    nll_weight: NonNegativeFloat = Field(1.0, description="weight of the NLL")
+    tail: Literal["bucket", "renormalize", "renormalize_proxy", "zero"] = Field(
+        description="what becomes of the probability outside the top k"
+    )
+    weights: WeightConfig = Field(description="sample weights")
+    data: Literal["distill", "all"] = Field(
+        description="teacher rows the student sees: D_s, or all of D_w, D_p and D_s"
+    )
+    fresh_answers: Literal["sampled"] = Field(
+        "sampled", description="how the proxy answers fresh prompts"
+    )
+    reduction: Reduction = Field("example_mean", description="how token losses become one number")
+    epochs: PositiveInt = Field(description="passes over the data, if nothing stops it earlier")
+    max_steps: PositiveInt | None = Field(None, description="at most so many steps")
+    batch_size: PositiveInt = Field(32, description="rows a step, over all devices")
+    microbatch_size: PositiveInt | None = Field(
+        None, description="rows computed at once; the gradients of a step are accumulated"
+    )
+    batching: Literal["pad", "bucket", "pack"] = Field(
+        "bucket", description="pad each batch, group by length, or pack rows together"
+    )
+    optimizer: OptimizerConfig = Field(description="the optimizer")
+    stop: StopConfig = Field(description="stopping on validation NLL")
+    checkpoint_every: PositiveInt = Field(100, description="steps between checkpoints")
+    diagnose_every: PositiveInt = Field(50, description="steps between gradient-norm reports")
+    log_every: PositiveInt = Field(1, description="steps between lines of metrics.jsonl")
+
+
+class EvaluateConfig(Section):
+    """What is measured on held-out rows."""
+
+    batch_size: PositiveInt = Field(32, description="rows computed together")
+    max_rows: PositiveInt | None = Field(None, description="at most so many rows")
+    teacher_logps: str | None = Field(
+        None,
+        description="folder of the teacher's true distribution on the test rows, where the "
+        "teacher is a known process: exact KL is measured",
+    )
+
+
+class ExportConfig(Section):
+    """The models that a run leaves behind."""
+
+    dtype: Dtype = Field("bfloat16", description="precision of exported weights")
+    state: Literal["best", "last"] = Field(
+        "best", description="export the state with the best validation NLL or the last one"
+    )
+    max_shard_gb: PositiveFloat = Field(5.0, description="largest safetensors file")
+
+
+class MeshConfig(Section):
+    """How the devices are arranged; the product must be their number."""
+
+    data: PositiveInt | Literal["rest"] = Field(
+        "rest", description="copies that see other rows; rest: what the other axes leave"
+    )
+    fsdp: PositiveInt = Field(1, description="ways in which weights and rows are split")
+    tensor: PositiveInt = Field(1, description="ways in which heads and hidden units are split")
+
+
+class LoggingConfig(Section):
+    """Where figures go beside metrics.jsonl; failures of a tracker never stop a run."""
+
+    tensorboard: bool = Field(False, description="write TensorBoard events (extra: tensorboard)")
+    wandb_project: str | None = Field(
+        None, description="project for Weights & Biases (extra: wandb)"
+    )
+
+
+class Config(Section):
+    """A whole run."""
+
+    preset: Literal["paper", "recommended"] = Field(
+        description="paper: the most literal reading; recommended: what measures best. No default"
+    )
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = Field(
+        description="name of the run"
+    )
+    runs_dir: str = Field("runs", description="the run's folder is runs_dir/name")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="seed of everything drawn")
+    tokenizer: str | None = Field(
+        None, description="folder of the tokenizer (default: the proxy's folder)"
+    )
+    corpus: CorpusConfig = Field(description="the teacher's answers")
+    proxy: ModelSection = Field(description="the white-box proxy")
+    student: ModelSection = Field(description="the student")
+    align: AlignConfig = Field(description="alignment of the proxy")
+    score: ScoreConfig = Field(ScoreConfig(), description="soft labels")
+    distill: DistillConfig = Field(description="distillation of the student")
+    evaluate: EvaluateConfig = Field(EvaluateConfig(), description="held-out measures")
+    export: ExportConfig = Field(ExportConfig(), description="exported models")
+    mesh: MeshConfig = Field(MeshConfig(), description="arrangement of devices")
+    logging: LoggingConfig = Field(LoggingConfig(), description="trackers")
+
+    @model_validator(mode="after")
+    def _names(self) -> Config:
+        if self.name in {".", ".."}:
+            raise ValueError("name must not be '.' or '..'")
+        return self
