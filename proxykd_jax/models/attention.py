@@ -1,0 +1,115 @@
+"""Grouped-query attention: one function, a backend by name."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+Backend = Literal["auto", "xla", "cudnn"]
+
+# Finite, so that a row whose every slot is masked gives the mean of the values and not NaN.
+_MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+
+def dot_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
+    """Full float32 for float32 operands (GPU and TPU would use fewer bits), default otherwise."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def choose_backend(backend: str, dtype: jnp.dtype, head_dim: int, num_queries: int) -> str:
+    """``xla`` or ``cudnn``; ``auto`` takes cuDNN's flash attention where it can serve.
+
+    Raises:
+      ValueError: unknown backend, or cuDNN asked for in a dtype that it has no kernel for.
+    """
+    if backend not in ("auto", "xla", "cudnn"):
+        raise ValueError(f"Attention backend {backend!r} is not one of auto, xla, cudnn.")
+    half = dtype in (jnp.bfloat16, jnp.float16)
+    if backend == "cudnn" and not half:
+        raise ValueError(f"cuDNN attention needs bfloat16 or float16, got {dtype}.")
+    if backend == "auto":
+        # One query a row is bound by reading the cache; flash attention gains nothing there.
+        fits = half and head_dim % 8 == 0 and head_dim <= 128 and num_queries > 1
+        return "cudnn" if fits and jax.default_backend() == "gpu" else "xla"
+    return backend
+
+
+def attention(
+    q_BLHC: jax.Array,
+    k_BSGC: jax.Array,
+    v_BSGC: jax.Array,
+    *,
+    mask_BLS: jax.Array | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    backend: Backend = "auto",
+) -> jax.Array:
+    """softmax(q k / sqrt(C)) v with H query heads over G key heads, H a multiple of G.
+
+    The keys and values are never repeated in memory: queries of one group are batched against
+    their shared key head. The softmax is float32.
+
+    Args:
+      mask_BLS: bool, True where query L may see slot S; the leading axis may be 1.
+      causal: query l sees slots up to l (L == S); combined with the mask by "and".
+      window: with ``causal``, query l sees the last ``window`` slots up to l only.
+      backend: see ``choose_backend``.
+
+    Returns:
+      ``out_BLHC`` in q's dtype. A query that may see nothing gets a finite vector without
+      meaning.
+    """
+    num_batch, num_queries, num_heads, head_dim = q_BLHC.shape
+    num_slots, num_groups = k_BSGC.shape[1:3]
+    if num_heads % num_groups:
+        raise ValueError(f"{num_heads} query heads over {num_groups} key heads do not divide.")
+    if causal and num_queries != num_slots:
+        raise ValueError("causal by index needs as many queries as slots; give a mask instead.")
+    if choose_backend(backend, q_BLHC.dtype, head_dim, num_queries) == "cudnn":
+        return jax.nn.dot_product_attention(
+            q_BLHC,
+            k_BSGC,
+            v_BSGC,
+            mask=None if mask_BLS is None else mask_BLS[:, None],
+            is_causal=causal,
+            local_window_size=(window - 1, 0) if causal and window is not None else None,
+            implementation="cudnn",
+        )
+    if causal:
+        rows, columns = (
+            jax.lax.broadcasted_iota(jnp.int32, (1, num_queries, num_slots), axis)
+            for axis in (1, 2)
+        )
+        structure = rows >= columns
+        if window is not None:
+            structure &= rows - columns < window
+        mask_BLS = structure if mask_BLS is None else mask_BLS & structure
+    precision = dot_precision(q_BLHC.dtype)
+    q_BLGQC = q_BLHC.reshape(num_batch, num_queries, num_groups, -1, head_dim)
+    scores_BGQLS = jnp.einsum(
+        "blgqc,bsgc->bgqls",
+        q_BLGQC,
+        k_BSGC,
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    ) * (head_dim**-0.5)
+    if mask_BLS is not None:
+        scores_BGQLS = jnp.where(mask_BLS[:, None, None], scores_BGQLS, _MASKED)
+    weights_BGQLS = jax.nn.softmax(scores_BGQLS, axis=-1).astype(v_BSGC.dtype)
+    out_BLGQC = jnp.einsum("bgqls,bsgc->blgqc", weights_BGQLS, v_BSGC, precision=precision)
+    return out_BLGQC.reshape(q_BLHC.shape)
+
+
+def segment_mask(segment_ids_BL: jax.Array) -> jax.Array:
+    """mask_BLS of packed or padded rows: the same positive segment id; 0 is padding."""
+    same = segment_ids_BL[:, :, None] == segment_ids_BL[:, None, :]
+    return same & (segment_ids_BL > 0)[:, None, :]
+
+
+def window_mask(
+    query_positions_BL: jax.Array, key_positions_BS: jax.Array, window: int
+) -> jax.Array:
+    """mask_BLS of the sliding window: a query sees keys less than ``window`` positions back."""
+    return query_positions_BL[:, :, None] - key_positions_BS[:, None, :] < window

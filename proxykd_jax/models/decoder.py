@@ -1,0 +1,257 @@
+"""The forward pass over whole rows: hidden states, logits, and the layer that both share.
+
+Precision: matrix products in the parameters' type (float32 ones in full float32 on every
+backend), norms, softmax and rotation in float32, logits float32; the LoRA path is float32 and is
+added before the result is rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from proxykd_jax.models.attention import (
+    Backend,
+    dot_precision,
+    segment_mask,
+    window_mask,
+)
+from proxykd_jax.models.attention import attention as grouped_attention
+from proxykd_jax.models.config import LoraConfig, ModelConfig
+from proxykd_jax.models.lora import Adapter, lora_update
+from proxykd_jax.models.params import Params
+from proxykd_jax.models.rope import check_length, rotate, rotation
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+Constrain = Callable[[jax.Array], jax.Array]
+
+# What the backward pass finds in memory, for each layer, beside the layer's input: everything;
+# nothing (one more forward pass); the outputs of the seven linear layers (attention is computed
+# again); the outputs of the attention block and of the MLP.
+REMAT_POLICIES: dict[str, Any] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "outputs": jax.checkpoint_policies.save_only_these_names("attention_out", "mlp_out"),
+}
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * scale over the last axis, in float32; the result has x's dtype."""
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + scale.shape)
+    return (x32 * inverse * scale).astype(x.dtype)
+
+
+def _linear(
+    x: jax.Array,
+    block: dict[str, Any],
+    adapter: dict[str, Any],
+    name: str,
+    lora: LoraConfig | None,
+    dropout_key: jax.Array | None,
+) -> jax.Array:
+    """x W + b, and the LoRA update where the adapter has one for this layer."""
+    weights = block[name]
+    out = jnp.matmul(x, weights["kernel"], precision=dot_precision(x.dtype))
+    if "bias" in weights:
+        out = out + weights["bias"].reshape((1,) * (x.ndim - 1) + weights["bias"].shape)
+    if name in adapter:
+        assert lora is not None  # check_adapter saw to it
+        if dropout_key is not None:
+            dropout_key = jax.random.fold_in(dropout_key, list(block).index(name))
+        update = lora_update(x, adapter[name], lora, dropout_key)
+        out = (out.astype(jnp.float32) + update).astype(out.dtype)
+    return out
+
+
+def decoder_layer(
+    hidden_BLD: jax.Array,
+    layer: dict[str, Any],
+    adapter: dict[str, Any],
+    config: ModelConfig,
+    cos_sin: tuple[jax.Array, jax.Array],
+    attend: Attend,
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, Any]:
+    """One block: attention, then the gated MLP, each on a normed input with a residual.
+
+    Args:
+      layer: this layer's slice of ``params["layers"]``; ``adapter`` likewise, ``{}`` for none.
+      attend: (q_BLHC, k_BLGC, v_BLGC), rotated, to (out_BLHC, anything); the second is passed
+        on, so that a cache can travel through.
+    """
+    num_batch, length, _ = hidden_BLD.shape
+    attention_key, mlp_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+    block, updates = layer["attention"], adapter.get("attention", {})
+    x_BLD = rms_norm(hidden_BLD, layer["input_norm"]["scale"], config.norm_eps)
+    q_BLHC, k_BLGC, v_BLGC = (
+        _linear(x_BLD, block, updates, name, config.lora, attention_key).reshape(
+            num_batch, length, -1, config.head_dim
+        )
+        for name in ("q_proj", "k_proj", "v_proj")
+    )
+    if config.qk_norm:
+        q_BLHC = rms_norm(q_BLHC, block["q_norm"]["scale"], config.norm_eps)
+        k_BLGC = rms_norm(k_BLGC, block["k_norm"]["scale"], config.norm_eps)
+    out_BLHC, extra = attend(rotate(q_BLHC, *cos_sin), rotate(k_BLGC, *cos_sin), v_BLGC)
+    mixed = out_BLHC.reshape(num_batch, length, -1)
+    out_BLD = _linear(mixed, block, updates, "o_proj", config.lora, attention_key)
+    hidden_BLD = hidden_BLD + checkpoint_name(out_BLD, "attention_out")
+
+    block, updates = layer["mlp"], adapter.get("mlp", {})
+    x_BLD = rms_norm(hidden_BLD, layer["post_attention_norm"]["scale"], config.norm_eps)
+    gate_BLF = _linear(x_BLD, block, updates, "gate_proj", config.lora, mlp_key)
+    up_BLF = _linear(x_BLD, block, updates, "up_proj", config.lora, mlp_key)
+    out_BLD = _linear(
+        jax.nn.silu(gate_BLF) * up_BLF, block, updates, "down_proj", config.lora, mlp_key
+    )
+    return hidden_BLD + checkpoint_name(out_BLD, "mlp_out"), extra
+
+
+def check_adapter(adapter: Adapter | None, config: ModelConfig) -> dict[str, Any]:
+    """The adapter's stacked layers, ``{}`` for none.
+
+    Raises:
+      ValueError: an adapter without ``config.lora``, whose scale it would need.
+    """
+    if adapter is None:
+        return {}
+    if config.lora is None:
+        raise ValueError("An adapter needs a model config with lora set (its alpha and rank).")
+    return adapter["layers"]
+
+
+def embed(params: Params, tokens_BL: jax.Array) -> jax.Array:
+    """hidden_BLD of the tokens; an id outside the vocabulary gives NaN, not a wrong row."""
+    return jnp.take(params["embed"]["embedding"], tokens_BL, axis=0, mode="fill")
+
+
+def sliding_flags(config: ModelConfig) -> jax.Array:
+    """bool [N]: which layers have the sliding window."""
+    return jnp.array([n in config.sliding_layers for n in range(config.num_layers)])
+
+
+def layer_mask(
+    full_BLS: jax.Array | None, windowed_BLS: jax.Array | None, flag: jax.Array, config: ModelConfig
+) -> jax.Array | None:
+    """The mask of one scanned layer, whose flag says whether it slides."""
+    if windowed_BLS is None:
+        return full_BLS
+    if len(config.sliding_layers) == config.num_layers:
+        return windowed_BLS
+    if full_BLS is None:
+        return windowed_BLS | ~flag
+    return jnp.where(flag, windowed_BLS, full_BLS)
+
+
+def hidden_states(
+    params: Params,
+    adapter: Adapter | None,
+    tokens_BL: jax.Array,
+    *,
+    config: ModelConfig,
+    positions_BL: jax.Array | None = None,
+    segment_ids_BL: jax.Array | None = None,
+    remat: str = "none",
+    dropout_key: jax.Array | None = None,
+    attention: Backend = "auto",
+    constrain: Constrain | None = None,
+    scan_unroll: int = 1,
+) -> jax.Array:
+    """The last layer's output after the final norm, ``hidden_BLD`` in the parameters' dtype.
+
+    Args:
+      params: see ``params.py``; adapter: see ``lora.py``, or None for the bare base.
+      tokens_BL: int32 token ids.
+      positions_BL: rotary positions, 0 to L-1 in each row by default. Packed and left-padded
+        rows give their own, starting at 0 in each segment.
+      segment_ids_BL: 0 for padding; tokens of equal positive id see each other (earlier ones
+        only, by index in the row). By default a row is one segment.
+      remat: a name of ``REMAT_POLICIES``.
+      dropout_key: switches LoRA dropout on. Leave it out wherever log-probs are references.
+      attention: ``auto``, ``xla`` or ``cudnn`` (GPU, bfloat16).
+      constrain: applied to ``hidden_BLD`` after the embedding and each layer, for instance a
+        sharding constraint.
+      scan_unroll: how many layers one turn of the scan holds.
+
+    Raises:
+      ValueError: shapes that do not fit, an unknown remat or attention name, an adapter without
+        ``config.lora``.
+      UserError: rows longer than dynamic rope scaling is defined for.
+    """
+    if tokens_BL.ndim != 2:
+        raise ValueError(f"tokens_BL must have two axes, got shape {tokens_BL.shape}.")
+    for name, array in (("positions_BL", positions_BL), ("segment_ids_BL", segment_ids_BL)):
+        if array is not None and array.shape != tokens_BL.shape:
+            raise ValueError(f"{name} has shape {array.shape}, tokens_BL {tokens_BL.shape}.")
+    if remat not in REMAT_POLICIES:
+        raise ValueError(f"remat {remat!r} is not one of {', '.join(REMAT_POLICIES)}.")
+    adapter_layers = check_adapter(adapter, config)
+    length = tokens_BL.shape[1]
+    check_length(config, length)
+    plain = positions_BL is None
+    if positions_BL is None:
+        positions_BL = jnp.arange(length, dtype=jnp.int32)[None, :]
+    cos_sin = rotation(config, positions_BL)
+
+    full = None if segment_ids_BL is None else segment_mask(segment_ids_BL)
+    windowed, window = None, None
+    if config.sliding_layers:
+        assert config.sliding_window is not None  # ModelConfig checked it
+        if plain and len(config.sliding_layers) == config.num_layers:
+            window = config.sliding_window  # by index, which a flash kernel can skip
+        else:
+            windowed = window_mask(positions_BL, positions_BL, config.sliding_window)
+            windowed = windowed if full is None else full & windowed
+
+    def body(hidden_BLD: jax.Array, xs: Any) -> tuple[jax.Array, None]:
+        index, flag, layer, updates = xs
+        mask = layer_mask(full, windowed, flag, config)
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+            return grouped_attention(
+                q, k, v, mask_BLS=mask, causal=True, window=window, backend=attention
+            ), None
+
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+        hidden_BLD, _ = decoder_layer(hidden_BLD, layer, updates, config, cos_sin, attend, key)
+        return (hidden_BLD if constrain is None else constrain(hidden_BLD)), None
+
+    if REMAT_POLICIES[remat] is not None:
+        # Inside a scan nothing can merge the two computations, so the barrier is not needed.
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    hidden_BLD = embed(params, tokens_BL)
+    hidden_BLD = hidden_BLD if constrain is None else constrain(hidden_BLD)
+    xs = (jnp.arange(config.num_layers), sliding_flags(config), params["layers"], adapter_layers)
+    hidden_BLD, _ = jax.lax.scan(body, hidden_BLD, xs, unroll=scan_unroll)
+    return rms_norm(hidden_BLD, params["final_norm"]["scale"], config.norm_eps)
+
+
+def unembed(params: Params, hidden: jax.Array, *, config: ModelConfig) -> jax.Array:
+    """float32 logits ``[..., V]`` of normed hidden states ``[..., D]``."""
+    options: dict[str, Any] = {
+        "precision": dot_precision(hidden.dtype),
+        "preferred_element_type": jnp.float32,
+    }
+    if config.tie_embeddings:
+        return jnp.einsum("...d,vd->...v", hidden, params["embed"]["embedding"], **options)
+    return jnp.einsum("...d,dv->...v", hidden, params["lm_head"]["kernel"], **options)
+
+
+def forward(
+    params: Params,
+    adapter: Adapter | None,
+    tokens_BL: jax.Array,
+    *,
+    config: ModelConfig,
+    **options: Any,
+) -> jax.Array:
+    """float32 ``logits_BLV``: ``unembed`` of ``hidden_states``, whose options it takes."""
+    hidden_BLD = hidden_states(params, adapter, tokens_BL, config=config, **options)
+    return unembed(params, hidden_BLD, config=config)

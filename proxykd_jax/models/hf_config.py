@@ -1,0 +1,338 @@
+"""Hugging Face ``config.json``, in its old and new spellings, to and from ``ModelConfig``.
+
+New files (transformers 5) keep rope in ``rope_parameters`` and the type in ``dtype``; old ones
+have ``rope_theta``, ``rope_scaling`` and ``torch_dtype``. Absent keys take the defaults of the
+family's configuration class in transformers, because published files leave those out.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from proxykd_jax.errors import UserError
+from proxykd_jax.models.config import FAMILIES, LoraConfig, ModelConfig, RopeConfig
+
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+_MAX_POSITIONS = {"llama": 2048, "mistral": 131_072, "qwen2": 32_768, "qwen3": 32_768}
+_ACTIVATIONS = ("silu", "swish")
+
+
+def read_config(folder: str | Path, lora: LoraConfig | None = None) -> ModelConfig:
+    """The model described by ``folder/config.json`` (or by a path to such a file).
+
+    Raises:
+      UserError: the file is absent, no JSON object, or describes an unsupported model.
+    """
+    path = Path(folder)
+    if path.is_dir() or path.suffix != ".json":
+        path = path / "config.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} does not exist. A model is a Hugging Face folder with config.json and "
+            "safetensors weights."
+        ) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}.") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{path} holds no JSON object.")
+    try:
+        return config_from_hf(record, lora=lora)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def config_from_hf(record: dict[str, Any], lora: LoraConfig | None = None) -> ModelConfig:
+    """See ``ModelConfig.from_hf``."""
+    family = _family(record)
+    if record.get("hidden_act", "silu") not in _ACTIVATIONS:
+        raise UserError(
+            f"Activation {record['hidden_act']!r} is not supported; the Llama family uses silu."
+        )
+    if record.get("quantization_config"):
+        raise UserError(
+            "The weights are quantised (quantization_config). Use the unquantised checkpoint."
+        )
+    num_layers = _integer(record, "num_hidden_layers")
+    num_heads = _integer(record, "num_attention_heads")
+    model_dim = _integer(record, "hidden_size")
+    default_kv_heads = {"mistral": 8}.get(family, num_heads)
+    if family == "qwen3":
+        head_dim = _integer(record, "head_dim", 128)
+    elif record.get("head_dim"):
+        head_dim = _integer(record, "head_dim")
+    elif model_dim % num_heads:
+        raise UserError(
+            f"hidden_size ({model_dim}) is not a multiple of num_attention_heads ({num_heads}) "
+            "and there is no head_dim."
+        )
+    else:
+        head_dim = model_dim // num_heads
+    max_positions = _integer(record, "max_position_embeddings", _MAX_POSITIONS[family])
+    window, sliding_layers = _sliding(record, family, num_layers)
+    attention_bias = bool(record.get("attention_bias", False)) and family in ("llama", "qwen3")
+    default_bos, default_eos = (1, 2) if family in ("llama", "mistral") else (None, None)
+    return ModelConfig(
+        family=family,  # type: ignore[arg-type]
+        vocab_size=_integer(record, "vocab_size"),
+        num_layers=num_layers,
+        model_dim=model_dim,
+        ffn_dim=_integer(record, "intermediate_size"),
+        num_heads=num_heads,
+        num_kv_heads=_integer(record, "num_key_value_heads", default_kv_heads),
+        head_dim=head_dim,
+        norm_eps=float(record.get("rms_norm_eps", 1e-6)),
+        rope=_rope(record, max_positions),
+        tie_embeddings=bool(record.get("tie_word_embeddings", False)),
+        qkv_bias=family == "qwen2" or attention_bias,
+        o_bias=attention_bias,
+        mlp_bias=family == "llama" and bool(record.get("mlp_bias", False)),
+        qk_norm=family == "qwen3",
+        sliding_window=window,
+        sliding_layers=sliding_layers,
+        max_positions=max_positions,
+        bos_token_id=record.get("bos_token_id", default_bos),
+        eos_token_ids=_token_ids(record.get("eos_token_id", default_eos)),
+        pad_token_id=record.get("pad_token_id"),
+        initializer_range=float(record.get("initializer_range", 0.02)),
+        lora=lora,
+    )
+
+
+def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
+    """See ``ModelConfig.to_hf``.
+
+    Raises:
+      UserError: the family's class in transformers cannot express the model (say, Llama with a
+        bias on the queries only).
+    """
+    _check_expressible(config)
+    eos = config.eos_token_ids
+    record: dict[str, Any] = {
+        "architectures": [_ARCHITECTURES[config.family]],
+        "model_type": config.family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.model_dim,
+        "intermediate_size": config.ffn_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_positions,
+        "initializer_range": config.initializer_range,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else (list(eos) or None),
+        "pad_token_id": config.pad_token_id,
+        "use_cache": True,
+        "attention_dropout": 0.0,
+        # Readers before transformers 4.56 know torch_dtype only, later ones prefer dtype.
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "rope_theta": config.rope.theta,
+        "rope_scaling": _rope_scaling_to_hf(config.rope),
+        "rope_parameters": _rope_parameters_to_hf(config.rope),
+    }
+    if record["rope_scaling"] is None:
+        # transformers 4 writes null here, but transformers 5 warns about a null, so leave it out.
+        del record["rope_scaling"]
+    if config.family in ("llama", "qwen3"):
+        record["attention_bias"] = config.qkv_bias
+    if config.family == "llama":
+        record["mlp_bias"] = config.mlp_bias
+    if config.family == "mistral":
+        record["sliding_window"] = config.sliding_window if config.sliding_layers else None
+    if config.family in ("qwen2", "qwen3"):
+        sliding = set(config.sliding_layers)
+        record["use_sliding_window"] = bool(sliding)
+        record["sliding_window"] = config.sliding_window if sliding else None
+        # Readers without layer_types take the layers from this index on as sliding ones.
+        record["max_window_layers"] = min(sliding, default=config.num_layers)
+        record["layer_types"] = [
+            "sliding_attention" if layer in sliding else "full_attention"
+            for layer in range(config.num_layers)
+        ]
+    return record
+
+
+def _family(record: dict[str, Any]) -> str:
+    family = record.get("model_type")
+    architectures = record.get("architectures") or []
+    if family is None and len(architectures) == 1:
+        family = {name: key for key, name in _ARCHITECTURES.items()}.get(architectures[0])
+    if family not in FAMILIES:
+        raise UserError(
+            f"Models of type {record.get('model_type')!r} (architectures {architectures}) are not "
+            f"supported. Supported: {', '.join(_ARCHITECTURES.values())}."
+        )
+    if architectures and _ARCHITECTURES[family] not in architectures:
+        raise UserError(
+            f"Architecture {architectures[0]!r} is not supported; a {family} model must be a "
+            f"{_ARCHITECTURES[family]}."
+        )
+    return family
+
+
+def _integer(record: dict[str, Any], key: str, default: int | None = None) -> int:
+    value = record.get(key)
+    if value is None:
+        value = default
+    if value is None:
+        raise UserError(f"The key {key!r} is missing.")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UserError(f"The key {key!r} must be a whole number, got {value!r}.")
+    return value
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _sliding(
+    record: dict[str, Any], family: str, num_layers: int
+) -> tuple[int | None, tuple[int, ...]]:
+    if family == "llama":
+        return None, ()
+    if family == "mistral":
+        # An absent key means 4096, as in transformers' class; published files that use full
+        # attention say null.
+        window = record.get("sliding_window", 4096)
+        return (None, ()) if window is None else (int(window), tuple(range(num_layers)))
+    window = record.get("sliding_window", 4096)
+    if not record.get("use_sliding_window", False) or window is None:
+        return None, ()
+    layer_types = record.get("layer_types")
+    if layer_types is None:
+        start = record.get("max_window_layers", 28)
+        layers = tuple(range(min(start, num_layers), num_layers))
+    else:
+        unknown = sorted(set(layer_types) - {"sliding_attention", "full_attention"})
+        if unknown or len(layer_types) != num_layers:
+            raise UserError(
+                f"layer_types must name sliding_attention or full_attention for each of the "
+                f"{num_layers} layers, got {len(layer_types)} entries"
+                + (f" with {', '.join(unknown)}." if unknown else ".")
+            )
+        layers = tuple(i for i, kind in enumerate(layer_types) if kind == "sliding_attention")
+    return (int(window), layers) if layers else (None, ())
+
+
+def _rope(record: dict[str, Any], max_positions: int) -> RopeConfig:
+    readings = [
+        _rope_from(block, record, max_positions)
+        for key in ("rope_parameters", "rope_scaling")
+        if (block := record.get(key))
+    ]
+    if not readings:
+        return _rope_from({}, record, max_positions)
+    if any(reading != readings[0] for reading in readings):
+        raise UserError(
+            "rope_parameters and rope_scaling contradict each other; remove one of them."
+        )
+    return readings[0]
+
+
+def _rope_from(block: Any, record: dict[str, Any], max_positions: int) -> RopeConfig:
+    if not isinstance(block, dict) or any(isinstance(value, dict) for value in block.values()):
+        raise UserError("Rope parameters that differ between layers are not supported; one set is.")
+    if float(block.get("partial_rotary_factor", record.get("partial_rotary_factor", 1.0))) != 1.0:
+        raise UserError("A partial_rotary_factor other than 1 is not supported.")
+    kind = block.get("rope_type", block.get("type", "default"))
+    beside = (record.get("rope_parameters") or {}).get("rope_theta", 10_000.0)
+    known: dict[str, Any] = {
+        "theta": float(block.get("rope_theta", record.get("rope_theta", beside))),
+        "kind": kind,
+    }
+    if kind in ("linear", "dynamic", "llama3", "yarn"):
+        factor = block.get("factor")
+        if factor is None and kind == "yarn" and block.get("original_max_position_embeddings"):
+            factor = max_positions / block["original_max_position_embeddings"]
+        if factor is None:
+            raise UserError(f"Rope scaling {kind!r} needs a factor.")
+        known["factor"] = float(factor)
+    if kind in ("llama3", "yarn"):
+        # transformers gives the key beside rope_parameters priority over the one inside.
+        known["original_max_positions"] = int(
+            record.get("original_max_position_embeddings")
+            or block.get("original_max_position_embeddings")
+            or max_positions
+        )
+    if kind == "llama3":
+        for key in ("low_freq_factor", "high_freq_factor"):
+            if key not in block:
+                raise UserError(f"Rope scaling 'llama3' needs {key}.")
+            known[key] = float(block[key])
+    if kind == "yarn":
+        for key in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"):
+            if block.get(key):
+                known[key] = float(block[key])
+        known["truncate"] = bool(block.get("truncate", True))
+    return RopeConfig(**known)
+
+
+def _scaling_fields(rope: RopeConfig) -> dict[str, Any]:
+    fields: dict[str, Any] = {"factor": rope.factor}
+    if rope.kind in ("llama3", "yarn"):
+        fields["original_max_position_embeddings"] = rope.original_max_positions
+    if rope.kind == "llama3":
+        fields["low_freq_factor"] = rope.low_freq_factor
+        fields["high_freq_factor"] = rope.high_freq_factor
+    if rope.kind == "yarn":
+        fields["beta_fast"] = rope.beta_fast
+        fields["beta_slow"] = rope.beta_slow
+        for key in ("attention_factor", "mscale", "mscale_all_dim"):
+            if getattr(rope, key) is not None:
+                fields[key] = getattr(rope, key)
+        if not rope.truncate:
+            fields["truncate"] = False
+    return fields
+
+
+def _rope_parameters_to_hf(rope: RopeConfig) -> dict[str, Any]:
+    fields = {} if rope.kind == "default" else _scaling_fields(rope)
+    return {"rope_type": rope.kind, "rope_theta": rope.theta, **fields}
+
+
+def _rope_scaling_to_hf(rope: RopeConfig) -> dict[str, Any] | None:
+    if rope.kind == "default":
+        return None
+    if rope.kind in ("linear", "dynamic"):
+        # Readers before transformers 4.43 insist on exactly these two keys.
+        return {"type": rope.kind, "factor": rope.factor}
+    return {"rope_type": rope.kind, **_scaling_fields(rope)}
+
+
+def _check_expressible(config: ModelConfig) -> None:
+    problems = []
+    family = config.family
+    if family == "mistral" and (config.qkv_bias or config.o_bias):
+        problems.append("attention biases")
+    if family == "qwen2" and not (config.qkv_bias and not config.o_bias):
+        problems.append("anything but biases on queries, keys and values")
+    if family in ("llama", "qwen3") and config.qkv_bias != config.o_bias:
+        problems.append("biases on only some of the attention's linear layers")
+    if config.mlp_bias and family != "llama":
+        problems.append("biases in the MLP")
+    if config.qk_norm != (family == "qwen3"):
+        problems.append("norms on queries and keys" if config.qk_norm else "their absence")
+    if family == "llama" and config.sliding_layers:
+        problems.append("a sliding window")
+    if family == "mistral" and 0 < len(config.sliding_layers) < config.num_layers:
+        problems.append("a sliding window in only some layers")
+    if problems:
+        raise UserError(
+            f"A Hugging Face {family} model cannot have {' or '.join(problems)}; "
+            "choose another family for this shape."
+        )
