@@ -28,6 +28,7 @@ PATH_KEYS = {
     "template",
     "tokenizer",
     "adapter",
+    "config",
     "runs_dir",
     "teacher_logps",
 }

@@ -184,6 +184,11 @@ class ModelSection(Section):
 
     path: str | None = Field(None, description="Hugging Face folder (or hub name) of the model")
     init: InitConfig | None = Field(None, description="cut the model out of another, not path")
+    config: str | None = Field(
+        None,
+        description="folder of the model's config.json, for shapes in a dry run where the model "
+        "itself is absent",
+    )
     adapter: str | None = Field(None, description="PEFT LoRA folder to start from")
     trainable: Literal["lora", "full"] = Field("lora", description="train an adapter or everything")
     lora: LoraSettings = Field(LoraSettings(), description="the adapter, with trainable: lora")
@@ -360,7 +365,11 @@ class ExportConfig(Section):
 
     dtype: Dtype = Field("bfloat16", description="precision of exported weights")
     state: Literal["best", "last"] = Field(
-        "best", description="export the state with the best validation NLL or the last one"
+        description="use the state with the best validation NLL, or the last one: of the proxy "
+        "for soft labels, of the student for export"
+    )
+    proxy: Literal["adapter", "merged", "none"] = Field(
+        "adapter", description="what of the proxy is exported (with trainable: full, the model)"
     )
     max_shard_gb: PositiveFloat = Field(5.0, description="largest safetensors file")
 
@@ -405,7 +414,7 @@ class Config(Section):
     score: ScoreConfig = Field(ScoreConfig(), description="soft labels")
     distill: DistillConfig = Field(description="distillation of the student")
     evaluate: EvaluateConfig = Field(EvaluateConfig(), description="held-out measures")
-    export: ExportConfig = Field(ExportConfig(), description="exported models")
+    export: ExportConfig = Field(description="exported models")
     mesh: MeshConfig = Field(MeshConfig(), description="arrangement of devices")
     logging: LoggingConfig = Field(LoggingConfig(), description="trackers")
 
