@@ -1,0 +1,86 @@
+"""Losses of Proxy-KD: pure functions on arrays.
+
+All are jittable, compute in float32 whatever they are given, and return one value an example (or
+a token, `*_tokens`); reduction over a batch is a step of its own, by sum and count. Labels and
+masks are aligned with the logits: position t of each speaks of the same token.
+
+Axes in names: B batch, L length, V vocabulary, K top-k, S segments in a packed row.
+"""
+
+from proxykd_jax.losses.divergence import (
+    forward_kl,
+    forward_kl_tokens,
+    generalized_jsd,
+    generalized_jsd_tokens,
+    reverse_kl,
+    reverse_kl_tokens,
+    total_variation,
+    total_variation_tokens,
+)
+from proxykd_jax.losses.nll import nll, token_logps
+from proxykd_jax.losses.objectives import alignment_objective, distill_objective
+from proxykd_jax.losses.preference import (
+    PREFERENCE_LOSSES,
+    dpo_loss,
+    preference_loss,
+    preference_metrics,
+)
+from proxykd_jax.losses.reduction import (
+    BATCH_REDUCTIONS,
+    TOKEN_REDUCTIONS,
+    Term,
+    batch_count,
+    batch_mean,
+    batch_terms,
+    count_tokens,
+    reduce_examples,
+    reduce_tokens,
+    weigh_examples,
+)
+from proxykd_jax.losses.topk import (
+    TAILS,
+    topk_kl,
+    topk_kl_from_logps,
+    topk_kl_tokens,
+    topk_logps,
+    weighted_kl,
+)
+from proxykd_jax.losses.weights import alignment_weights, length_correlation, normalize_weights
+
+__all__ = [
+    "BATCH_REDUCTIONS",
+    "PREFERENCE_LOSSES",
+    "TAILS",
+    "TOKEN_REDUCTIONS",
+    "Term",
+    "alignment_objective",
+    "alignment_weights",
+    "batch_count",
+    "batch_mean",
+    "batch_terms",
+    "count_tokens",
+    "distill_objective",
+    "dpo_loss",
+    "forward_kl",
+    "forward_kl_tokens",
+    "generalized_jsd",
+    "generalized_jsd_tokens",
+    "length_correlation",
+    "nll",
+    "normalize_weights",
+    "preference_loss",
+    "preference_metrics",
+    "reduce_examples",
+    "reduce_tokens",
+    "reverse_kl",
+    "reverse_kl_tokens",
+    "token_logps",
+    "topk_kl",
+    "topk_kl_from_logps",
+    "topk_kl_tokens",
+    "topk_logps",
+    "total_variation",
+    "total_variation_tokens",
+    "weigh_examples",
+    "weighted_kl",
+]

@@ -1,0 +1,184 @@
+"""Distances between two next-token distributions over the full vocabulary (eqs. 2 and 8).
+
+Every divergence comes as a building block with one value a token (`*_tokens`) and as a function
+with one value an example. In all of them the value is exact, +inf included where a divergence is
+infinite, and the gradient is finite: a zero probability counts as exp(-1e4) in the backward pass.
+"""
+
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from proxykd_jax.losses.numerics import blank_outside, finite_log
+from proxykd_jax.losses.reduction import reduce_tokens
+
+
+def forward_kl_tokens(
+    teacher_logits_BLV: chex.Array,
+    student_logits_BLV: chex.Array,
+    mask_BL: chex.Array | None = None,
+) -> jax.Array:
+    """KL(teacher || student) at each position, in nats.
+
+    Args:
+        teacher_logits_BLV: any float type and any leading axes. Not treated as a constant: wrap
+            it in `stop_gradient`, or differentiate with respect to the student alone.
+        student_logits_BLV: the same shape.
+        mask_BL: where given, positions outside it are computed from zeros and give 0.
+
+    Returns:
+        `[B, L]` float32.
+    """
+    teacher_logps, student_logps = _both_logps(teacher_logits_BLV, student_logits_BLV, mask_BL)
+    return kl_terms(teacher_logps, student_logps).sum(axis=-1)
+
+
+def reverse_kl_tokens(
+    teacher_logits_BLV: chex.Array,
+    student_logits_BLV: chex.Array,
+    mask_BL: chex.Array | None = None,
+) -> jax.Array:
+    """KL(student || teacher) at each position; arguments as in `forward_kl_tokens`."""
+    return forward_kl_tokens(student_logits_BLV, teacher_logits_BLV, mask_BL)
+
+
+def generalized_jsd_tokens(
+    teacher_logits_BLV: chex.Array,
+    student_logits_BLV: chex.Array,
+    mask_BL: chex.Array | None = None,
+    *,
+    beta: float,
+) -> jax.Array:
+    """beta KL(t || m) + (1 - beta) KL(s || m), m = beta t + (1 - beta) s, at each position.
+
+    beta sits on the teacher (GKD, arXiv 2306.13649, eq. 1). By its convention 0 and 1 mean the
+    forward and the reverse KL, a jump in scale: the divergence itself goes to 0 there, like
+    beta KL(t || s) and (1 - beta) KL(s || t).
+
+    Args:
+        teacher_logits_BLV, student_logits_BLV, mask_BL: as in `forward_kl_tokens`.
+        beta: a Python number in [0, 1].
+
+    Raises:
+        ValueError: beta outside [0, 1].
+    """
+    if not 0 <= beta <= 1:
+        raise ValueError(
+            f"beta is {beta}; the generalized JSD takes 0 (forward KL) to 1 (reverse KL)."
+        )
+    if beta == 0:
+        return forward_kl_tokens(teacher_logits_BLV, student_logits_BLV, mask_BL)
+    if beta == 1:
+        return reverse_kl_tokens(teacher_logits_BLV, student_logits_BLV, mask_BL)
+    teacher_logps, student_logps = _both_logps(teacher_logits_BLV, student_logits_BLV, mask_BL)
+    log_ratio = finite_log(teacher_logps) - finite_log(student_logps)
+    # log(m/t) and log(m/s) through the log-ratio: with beta near an end m is almost one of the
+    # two, and the difference of their log-probs would be rounding noise divided by beta.
+    teacher_part = jnp.exp(teacher_logps) * _log_mixture(1 - beta, -log_ratio)
+    student_part = jnp.exp(student_logps) * _log_mixture(beta, log_ratio)
+    return -(beta * teacher_part + (1 - beta) * student_part).sum(axis=-1)
+
+
+def total_variation_tokens(
+    teacher_logits_BLV: chex.Array,
+    student_logits_BLV: chex.Array,
+    mask_BL: chex.Array | None = None,
+) -> jax.Array:
+    """Half the sum of |t - s| at each position, 0 to 1; arguments as in `forward_kl_tokens`."""
+    teacher_logps, student_logps = _both_logps(teacher_logits_BLV, student_logits_BLV, mask_BL)
+    return 0.5 * jnp.abs(jnp.exp(teacher_logps) - jnp.exp(student_logps)).sum(axis=-1)
+
+
+def forward_kl(
+    teacher_logits_BLV: chex.Array,
+    student_logits_BLV: chex.Array,
+    mask_BL: chex.Array,
+    *,
+    reduction: str = "mean",
+) -> jax.Array:
+    """KL(teacher || student), full vocabulary, one value an example (eqs. 2 and 8).
+
+    Args:
+        teacher_logits_BLV, student_logits_BLV: any float type, the same shape.
+        mask_BL: response tokens; bool, integer or float.
+        reduction: `mean` or `sum` over an example's tokens.
+
+    Returns:
+        `[B]` float32 in nats; 0 for an empty mask.
+
+    Raises:
+        ValueError: unknown reduction.
+    """
+    chex.assert_rank(student_logits_BLV, 3)
+    kl_BL = forward_kl_tokens(teacher_logits_BLV, student_logits_BLV, mask_BL)
+    return reduce_tokens(kl_BL, mask_BL, reduction=reduction)
+
+
+def reverse_kl(
+    teacher_logits_BLV: chex.Array,
+    student_logits_BLV: chex.Array,
+    mask_BL: chex.Array,
+    *,
+    reduction: str = "mean",
+) -> jax.Array:
+    """KL(student || teacher), one value an example; arguments as in `forward_kl`."""
+    chex.assert_rank(student_logits_BLV, 3)
+    kl_BL = reverse_kl_tokens(teacher_logits_BLV, student_logits_BLV, mask_BL)
+    return reduce_tokens(kl_BL, mask_BL, reduction=reduction)
+
+
+def generalized_jsd(
+    teacher_logits_BLV: chex.Array,
+    student_logits_BLV: chex.Array,
+    mask_BL: chex.Array,
+    *,
+    beta: float,
+    reduction: str = "mean",
+) -> jax.Array:
+    """Generalized JSD, one value an example; see `generalized_jsd_tokens` and `forward_kl`."""
+    chex.assert_rank(student_logits_BLV, 3)
+    jsd_BL = generalized_jsd_tokens(teacher_logits_BLV, student_logits_BLV, mask_BL, beta=beta)
+    return reduce_tokens(jsd_BL, mask_BL, reduction=reduction)
+
+
+def total_variation(
+    teacher_logits_BLV: chex.Array,
+    student_logits_BLV: chex.Array,
+    mask_BL: chex.Array,
+    *,
+    reduction: str = "mean",
+) -> jax.Array:
+    """Total variation distance, one value an example; arguments as in `forward_kl`."""
+    chex.assert_rank(student_logits_BLV, 3)
+    distance_BL = total_variation_tokens(teacher_logits_BLV, student_logits_BLV, mask_BL)
+    return reduce_tokens(distance_BL, mask_BL, reduction=reduction)
+
+
+def _both_logps(
+    teacher_logits: chex.Array, student_logits: chex.Array, mask: chex.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    chex.assert_equal_shape([teacher_logits, student_logits])
+    return (
+        jax.nn.log_softmax(blank_outside(teacher_logits, mask)),
+        jax.nn.log_softmax(blank_outside(student_logits, mask)),
+    )
+
+
+def kl_terms(p_logps: jax.Array, q_logps: jax.Array) -> jax.Array:
+    """p log(p/q), entry by entry: 0 where p is 0, +inf where only q is, finite gradients."""
+    p = jnp.exp(p_logps)
+    terms = p * (finite_log(p_logps) - finite_log(q_logps))
+    infinite = jnp.where((p > 0) & jnp.isneginf(q_logps), jnp.inf, 0.0)
+    return terms + jax.lax.stop_gradient(infinite)
+
+
+def _log_mixture(weight: float, x: jax.Array) -> jax.Array:
+    """log(1 - weight + weight e^x), 0 < weight < 1: exact for small weights, finite for all x."""
+    large = x > 20.0
+    small_x = jnp.where(large, 0.0, x)
+    large_x = jnp.where(large, x, 20.0)
+    near = jnp.log1p(weight * jnp.expm1(small_x))
+    far = large_x + math.log(weight) + jnp.log1p((1 - weight) / weight * jnp.exp(-large_x))
+    return jnp.where(large, far, near)

@@ -1,0 +1,95 @@
+"""Arithmetic shared by the losses: float32, safe logarithms, look-ups along the vocabulary."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+# Stands in for the log of a probability of exactly zero. Below any log-prob that a softmax gives,
+# yet finite: times a probability of zero it is zero, where -inf would give NaN.
+LOGP_FLOOR = -1e4
+# The same for the log-probs of whole sequences, which add up thousands of tokens.
+SEQUENCE_LOGP_FLOOR = -1e8
+# Smallest normal float32: the logarithm of a tail mass is taken of no less.
+SMALLEST_MASS = 1.2e-38
+# 1 - x holds nothing below this in float32.
+FLOAT32_EPS = 1.2e-7
+
+
+def float32(values: chex.ArrayTree) -> jax.Array:
+    """The array in float32; every loss computes in it whatever it is given."""
+    return jnp.asarray(values, jnp.float32)
+
+
+def inside(mask: chex.Array) -> jax.Array:
+    """A mask of bools, integers or floats as bools: whatever is not zero is inside."""
+    return jnp.asarray(mask) != 0
+
+
+def blank_outside(logits: chex.Array, mask: chex.Array | None) -> jax.Array:
+    """Float32 logits with zeros at masked positions.
+
+    Masking the loss alone is not enough: at a position with infinite or NaN logits the zero
+    cotangent meets an infinite derivative, and zero times infinity is NaN.
+
+    Args:
+        logits: `[..., V]`.
+        mask: `[...]`, or None for no masking.
+    """
+    logits = float32(logits)
+    if mask is None:
+        return logits
+    chex.assert_shape(mask, logits.shape[:-1])
+    return jnp.where(inside(mask)[..., None], logits, 0.0)
+
+
+@jax.custom_jvp
+def finite_log(logps: jax.Array, floor: float = LOGP_FLOOR) -> jax.Array:
+    """Log-probs with -inf replaced by a finite floor; the derivative is 1 everywhere."""
+    return jnp.maximum(logps, floor)
+
+
+finite_log.defjvps(lambda tangent, _out, _logps, _floor: tangent, None)
+
+
+def log1mexp(logps: jax.Array) -> jax.Array:
+    """log(1 - exp(logps)) for log-probs <= 0, accurate at both ends, finite at 0 and -inf.
+
+    Next to 0 the difference is taken by `expm1`, far from it by `log1p`. A log-prob of 0 is read
+    as one float32 step below it, so that the log-odds of a certain event stay finite.
+    """
+    logps = jnp.minimum(logps, -FLOAT32_EPS)
+    near = logps > -0.6931472
+    near_logps = jnp.where(near, logps, -0.5)
+    far_logps = jnp.where(near, -1.0, logps)
+    return jnp.where(near, jnp.log(-jnp.expm1(near_logps)), jnp.log1p(-jnp.exp(far_logps)))
+
+
+def gather_vocab(
+    values: jax.Array, ids: jax.Array, *, sharded_vocab: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Values at some ids of the vocabulary, and which entries of the vocabulary those are.
+
+    Args:
+        values: `[..., V]`.
+        ids: `[..., K]` integers.
+        sharded_vocab: False gathers, which is fastest where a device holds the whole vocabulary
+            (5 to 20 times on CPU). True goes through the ids one by one with masked sums, which
+            leave the vocabulary axis sharded; a gather would collect it on every device.
+
+    Returns:
+        `[..., K]` values and `[..., V]` bools.
+    """
+    ids = ids.astype(jnp.int32)
+    if not sharded_vocab:
+        hit = jnp.put_along_axis(jnp.zeros(values.shape, bool), ids, True, axis=-1, inplace=False)
+        return jnp.take_along_axis(values, ids, axis=-1), hit
+    iota = jax.lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
+
+    # Checkpointed: otherwise the K masks of the vocabulary's size are kept for the backward pass.
+    @jax.checkpoint
+    def look_up(hit: jax.Array, one_id: jax.Array) -> tuple[jax.Array, jax.Array]:
+        here = iota == one_id[..., None]
+        return hit | here, jnp.where(here, values, 0.0).sum(axis=-1)
+
+    hit, found = jax.lax.scan(look_up, jnp.zeros(values.shape, bool), jnp.moveaxis(ids, -1, 0))
+    return jnp.moveaxis(found, 0, -1), hit

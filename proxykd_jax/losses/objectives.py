@@ -1,0 +1,120 @@
+"""The two objectives: the proxy's (eq. 6) and the student's (eq. 11).
+
+They combine terms that are already sums with counts (`batch_terms`, `reduce_examples`), so one
+function serves a notebook with a single batch and a training step with micro-batches and packed
+rows. A micro-batch passes the counts of its whole batch (`nll_count=...`, from `batch_count`):
+its loss is then a share, and the shares and their gradients add up to those of the whole batch.
+
+Metrics are `Term`s with the micro-batch's own counts: add them up, then take `batch_mean`.
+"""
+
+from collections.abc import Mapping
+
+import chex
+import jax
+
+from proxykd_jax.losses.numerics import float32
+from proxykd_jax.losses.reduction import Term, batch_mean, reduce_examples
+
+TermLike = tuple[chex.Array, chex.Array]
+
+
+def alignment_objective(
+    nll: TermLike,
+    preference: TermLike | None = None,
+    *,
+    nll_weight: float = 1.0,
+    preference_weight: float = 1.0,
+    nll_count: chex.Numeric | None = None,
+    preference_count: chex.Numeric | None = None,
+    pair_metrics: Mapping[str, chex.Array] | None = None,
+    pair_mask_B: chex.Array | None = None,
+) -> tuple[jax.Array, dict[str, Term]]:
+    """nll_weight * NLL + preference_weight * preference loss (eq. 6; the paper's weights are 1).
+
+    >>> pairs = (policy_chosen_B, policy_rejected_B, reference_chosen_B, reference_rejected_B)
+    >>> loss, metrics = alignment_objective(
+    ...     batch_terms(-logps_BL, mask_BL, reduction="example_mean"),
+    ...     reduce_examples(dpo_loss(*pairs, beta=1.0), pair_mask_B),
+    ...     pair_metrics=preference_metrics(*pairs, beta=1.0), pair_mask_B=pair_mask_B)
+
+    Args:
+        nll: (sum, count) of the chosen responses' NLL.
+        preference: (sum, count) of the preference loss over valid pairs; None for NLL alone.
+        nll_weight, preference_weight: factors of the two means.
+        nll_count, preference_count: divide by these instead of the terms' own counts.
+        pair_metrics: arrays from `preference_metrics`, to be reduced over valid pairs.
+        pair_mask_B: valid pairs; required with `pair_metrics`.
+
+    Returns:
+        The loss, and Terms: `nll`, with pairs also `preference`, `preference_to_nll` (ratio of
+        the weighted parts of the loss) and each of `pair_metrics`.
+
+    Raises:
+        ValueError: `pair_metrics` without `pair_mask_B`.
+    """
+    nll_part = nll_weight * _mean(nll, nll_count)
+    metrics = {"nll": _detached(nll)}
+    if preference is None:
+        return nll_part, metrics
+    preference_part = preference_weight * _mean(preference, preference_count)
+    metrics["preference"] = _detached(preference)
+    metrics["preference_to_nll"] = _detached((preference_part, nll_part))
+    if pair_metrics is not None:
+        if pair_mask_B is None:
+            raise ValueError("pair_metrics are averaged over valid pairs: give pair_mask_B.")
+        for name, value_B in pair_metrics.items():
+            metrics[name] = _detached(reduce_examples(value_B, pair_mask_B))
+    return nll_part + preference_part, metrics
+
+
+def distill_objective(
+    nll: TermLike,
+    weighted_kl: TermLike,
+    *,
+    alpha: float,
+    nll_weight: float = 1.0,
+    nll_count: chex.Numeric | None = None,
+    kl_count: chex.Numeric | None = None,
+    kl: TermLike | None = None,
+    sample_weight: TermLike | None = None,
+) -> tuple[jax.Array, dict[str, Term]]:
+    """NLL + alpha * weighted KL (eq. 11; the paper's alpha is 100).
+
+    What alpha means depends on how the two are reduced, which the paper does not say. The ratio
+    of the two parts is therefore among the metrics.
+
+    Args:
+        nll: (sum, count) of the teacher's tokens' NLL. Prompts without a teacher's answer are in
+            neither (their NLL mask is empty).
+        weighted_kl: (sum, count) of the KL from the proxy, weights applied, not in the count.
+        alpha: factor of the mean weighted KL.
+        nll_weight: factor of the mean NLL; 0 trains on soft labels alone.
+        nll_count, kl_count: divide by these instead of the terms' own counts.
+        kl: (sum, count) of the KL without weights, for the metrics.
+        sample_weight: (sum, count) of the weights, for the metrics.
+
+    Returns:
+        The loss, and Terms: `nll`, `weighted_kl`, `kl_to_nll` (alpha * weighted KL over
+        nll_weight * NLL), and `kl` and `sample_weight` where given.
+    """
+    nll_part = nll_weight * _mean(nll, nll_count)
+    kl_part = alpha * _mean(weighted_kl, kl_count)
+    metrics = {
+        "nll": _detached(nll),
+        "weighted_kl": _detached(weighted_kl),
+        "kl_to_nll": _detached((kl_part, nll_part)),
+    }
+    if kl is not None:
+        metrics["kl"] = _detached(kl)
+    if sample_weight is not None:
+        metrics["sample_weight"] = _detached(sample_weight)
+    return nll_part + kl_part, metrics
+
+
+def _mean(term: TermLike, count: chex.Numeric | None) -> jax.Array:
+    return batch_mean(term if count is None else (term[0], float32(count)))
+
+
+def _detached(term: TermLike) -> Term:
+    return Term(*(jax.lax.stop_gradient(float32(part)) for part in term))

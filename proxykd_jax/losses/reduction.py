@@ -1,0 +1,194 @@
+"""From one value a token to one value an example to (sum, count) pairs over a batch.
+
+A mean over a batch that is cut into micro-batches or spread over devices is not the mean of the
+parts' means. So a batch is reduced to a sum and a count, both are added up, and one division
+comes last (`batch_mean`). Counts depend on masks alone and can be had before the forward pass
+(`batch_count`).
+"""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from proxykd_jax.losses.numerics import float32, inside
+
+TOKEN_REDUCTIONS = ("mean", "sum")
+BATCH_REDUCTIONS = ("example_mean", "token_mean", "sum")
+
+
+class Term(NamedTuple):
+    """A sum and the count to divide it by. Terms of one kind are added field by field."""
+
+    total: jax.Array
+    # Not `count`, which every tuple has as a method.
+    divisor: jax.Array
+
+
+def count_tokens(
+    mask_BL: chex.Array,
+    *,
+    segment_ids_BL: chex.Array | None = None,
+    num_segments: int | None = None,
+) -> jax.Array:
+    """Tokens inside the mask, one float32 count an example.
+
+    Args and shapes as in `reduce_tokens`.
+    """
+    mask_BL = inside(mask_BL)
+    return reduce_tokens(
+        mask_BL, mask_BL, reduction="sum", segment_ids_BL=segment_ids_BL, num_segments=num_segments
+    )
+
+
+def reduce_tokens(
+    values_BL: chex.Array,
+    mask_BL: chex.Array,
+    *,
+    reduction: str = "mean",
+    segment_ids_BL: chex.Array | None = None,
+    num_segments: int | None = None,
+) -> jax.Array:
+    """Reduces the values inside the mask to one value an example.
+
+    Args:
+        values_BL: one value a token. Outside the mask anything may stand, infinities and NaN too.
+        mask_BL: bool, integer or float; not zero is inside.
+        reduction: `mean` over the example's tokens inside the mask, or `sum`.
+        segment_ids_BL: for packed rows, the example a token belongs to, 1 to `num_segments`;
+            0 is padding and is never counted.
+        num_segments: the number of values a row gives, required with `segment_ids_BL`. A token
+            inside the mask with a greater id makes its whole row NaN, so that no example is
+            lost in silence.
+
+    Returns:
+        `[B]` float32, or `[B, num_segments]` for packed rows. An example without a token inside
+        the mask gives 0, with gradient 0.
+
+    Raises:
+        ValueError: unknown reduction, or only one of `segment_ids_BL` and `num_segments`.
+    """
+    if reduction not in TOKEN_REDUCTIONS:
+        raise ValueError(
+            f"reduction is {reduction!r}; a token reduction is one of "
+            f"{', '.join(TOKEN_REDUCTIONS)}."
+        )
+    if (segment_ids_BL is None) != (num_segments is None):
+        raise ValueError("Packed rows need both segment_ids_BL and num_segments.")
+    mask_BL = inside(mask_BL)
+    chex.assert_rank(mask_BL, 2)
+    chex.assert_shape(values_BL, mask_BL.shape)
+    values_BL = jnp.where(mask_BL, float32(values_BL), 0.0)
+    if segment_ids_BL is None or num_segments is None:
+        total = values_BL.sum(axis=-1)
+        count = mask_BL.sum(axis=-1, dtype=jnp.float32)
+    else:
+        segment_ids_BL = jnp.asarray(segment_ids_BL)
+        chex.assert_shape(segment_ids_BL, mask_BL.shape)
+        here_BLS = segment_ids_BL[:, :, None] == jnp.arange(1, num_segments + 1)[None, None, :]
+        total = jnp.where(here_BLS, values_BL[:, :, None], 0.0).sum(axis=1)
+        count = (here_BLS & mask_BL[:, :, None]).sum(axis=1, dtype=jnp.float32)
+        lost_B = (mask_BL & (segment_ids_BL > num_segments)).any(axis=1)
+        total = jnp.where(lost_B[:, None], jnp.nan, total)
+    return total / jnp.maximum(count, 1.0) if reduction == "mean" else total
+
+
+def reduce_examples(value_B: chex.Array, example_mask_B: chex.Array) -> Term:
+    """Sum and count of the values of valid examples.
+
+    Args:
+        value_B: one value an example, `[B]` or `[B, S]` for packed rows. Where the mask is zero
+            anything may stand.
+        example_mask_B: the same shape; not zero is valid.
+
+    Returns:
+        `Term(total, divisor)`, two float32 scalars.
+    """
+    valid_B = inside(example_mask_B)
+    chex.assert_shape(value_B, valid_B.shape)
+    return Term(jnp.where(valid_B, float32(value_B), 0.0).sum(), valid_B.sum(dtype=jnp.float32))
+
+
+def batch_terms(
+    values_BL: chex.Array,
+    mask_BL: chex.Array,
+    *,
+    reduction: str,
+    sample_weight_B: chex.Array | None = None,
+    segment_ids_BL: chex.Array | None = None,
+    num_segments: int | None = None,
+) -> Term:
+    """Reduces one value a token to a sum and a count over the batch (eqs. 1, 7, 8 and 10).
+
+    | reduction      | total                            | divisor                         |
+    |----------------|----------------------------------|---------------------------------|
+    | `example_mean` | token means, over examples       | examples with a response token  |
+    | `token_mean`   | values, over all response tokens | response tokens                 |
+    | `sum`          | values, over all response tokens | examples with a response token  |
+
+    `sum` is the paper's print: a sum over y, a mean over examples.
+
+    Args:
+        values_BL: one value a token.
+        mask_BL: response tokens; bool, integer or float.
+        reduction: one of the three above.
+        sample_weight_B: multiplies each example's value (`[B, S]` for packed rows). It never
+            enters the count. A weight of 0 takes the example's value out, infinite or not.
+        segment_ids_BL, num_segments: packed rows, as in `reduce_tokens`.
+
+    Raises:
+        ValueError: unknown reduction, or half of the packing arguments.
+    """
+    _check_batch_reduction(reduction)
+    per_example = reduce_tokens(
+        values_BL,
+        mask_BL,
+        reduction="mean" if reduction == "example_mean" else "sum",
+        segment_ids_BL=segment_ids_BL,
+        num_segments=num_segments,
+    )
+    if sample_weight_B is not None:
+        per_example = weigh_examples(per_example, sample_weight_B)
+    count = batch_count(
+        mask_BL, reduction=reduction, segment_ids_BL=segment_ids_BL, num_segments=num_segments
+    )
+    return Term(per_example.sum(), count)
+
+
+def batch_count(
+    mask_BL: chex.Array,
+    *,
+    reduction: str,
+    segment_ids_BL: chex.Array | None = None,
+    num_segments: int | None = None,
+) -> jax.Array:
+    """The count that `batch_terms` gives, from the mask alone.
+
+    Raises:
+        ValueError: unknown reduction, or half of the packing arguments.
+    """
+    _check_batch_reduction(reduction)
+    tokens = count_tokens(mask_BL, segment_ids_BL=segment_ids_BL, num_segments=num_segments)
+    return tokens.sum() if reduction == "token_mean" else (tokens > 0).sum(dtype=jnp.float32)
+
+
+def batch_mean(term: tuple[chex.Array, chex.Array]) -> jax.Array:
+    """total / count, and 0 where the count is 0."""
+    total, count = float32(term[0]), float32(term[1])
+    return jnp.where(count == 0, 0.0, total / jnp.where(count == 0, 1.0, count))
+
+
+def weigh_examples(value_B: chex.Array, sample_weight_B: chex.Array) -> jax.Array:
+    """value_B * sample_weight_B, and exactly 0 where the weight is 0."""
+    weight_B = float32(sample_weight_B)
+    chex.assert_shape(value_B, weight_B.shape)
+    return jnp.where(weight_B == 0, 0.0, float32(value_B)) * weight_B
+
+
+def _check_batch_reduction(reduction: str) -> None:
+    if reduction not in BATCH_REDUCTIONS:
+        raise ValueError(
+            f"reduction is {reduction!r}; a batch reduction is one of "
+            f"{', '.join(BATCH_REDUCTIONS)}."
+        )

@@ -1,0 +1,252 @@
+"""KL between a stored top-k of the proxy and the student (eqs. 8 and 10).
+
+The store holds K log-probs of the proxy's full softmax. What becomes of the mass outside them is
+the `tail`, a named choice. With p proxy, q student, sums over the stored ids, and p_T, q_T the
+masses outside:
+
+| tail                | value                                  | gradient                          |
+|---------------------|----------------------------------------|-----------------------------------|
+| `bucket`            | sum p log(p/q) + p_T log(p_T/q_T)      | nearest to the full KL's          |
+| `renormalize`       | KL of both, each renormalised over ids | none outside the ids              |
+| `renormalize_proxy` | KL of p / sum p against q              | lowers all outside towards 0      |
+| `zero`              | sum p log(p/q), can be negative        | `renormalize_proxy` times sum p   |
+
+All agree where K is the vocabulary's size.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from proxykd_jax.losses.divergence import kl_terms
+from proxykd_jax.losses.numerics import (
+    FLOAT32_EPS,
+    SMALLEST_MASS,
+    blank_outside,
+    finite_log,
+    float32,
+    gather_vocab,
+    inside,
+)
+from proxykd_jax.losses.reduction import reduce_tokens, weigh_examples
+
+TAILS = ("bucket", "renormalize", "renormalize_proxy", "zero")
+
+
+def topk_logps(
+    logits_BLV: chex.Array,
+    ids_BLK: chex.Array,
+    mask_BL: chex.Array | None = None,
+    *,
+    sharded_vocab: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probs of the full softmax at some ids, and the log of the mass outside them.
+
+    The tail is summed over the entries outside the ids. Taking it as 1 - sum would leave no
+    digits for a confident model, and its gradient would be a difference of large numbers.
+
+    Args:
+        logits_BLV: any float type and any leading axes.
+        ids_BLK: integers (unsigned too), distinct at a position.
+        mask_BL: where given, positions outside it are computed from zeros.
+        sharded_vocab: True where the vocabulary axis is spread over devices; see `gather_vocab`.
+
+    Returns:
+        `[B, L, K]` log-probs and `[B, L]` log tail mass, float32. The tail mass is floored at
+        1.2e-38, which is also what an empty tail gives.
+    """
+    logits_BLV = blank_outside(logits_BLV, mask_BL)
+    ids_BLK = jnp.asarray(ids_BLK)
+    chex.assert_equal_rank([logits_BLV, ids_BLK])
+    chex.assert_equal_shape_prefix([logits_BLV, ids_BLK], logits_BLV.ndim - 1)
+    logits_BLV = logits_BLV - jax.lax.stop_gradient(logits_BLV.max(axis=-1, keepdims=True))
+    found_BLK, hit_BLV = gather_vocab(logits_BLV, ids_BLK, sharded_vocab=sharded_vocab)
+    exp_BLV = jnp.exp(logits_BLV)
+    normalizer_BL = jnp.log(exp_BLV.sum(axis=-1))
+    tail_BL = jnp.where(hit_BLV, 0.0, exp_BLV).sum(axis=-1)
+    tail_logps_BL = jnp.log(jnp.maximum(tail_BL, SMALLEST_MASS)) - normalizer_BL
+    return found_BLK - normalizer_BL[..., None], tail_logps_BL
+
+
+def topk_kl_from_logps(
+    student_topk_logps_BLK: chex.Array,
+    proxy_topk_logps_BLK: chex.Array,
+    *,
+    tail: str = "bucket",
+    proxy_tail_logps_BL: chex.Array | None = None,
+    student_tail_logps_BL: chex.Array | None = None,
+) -> jax.Array:
+    """Top-k KL at each position from log-probs that were already looked up.
+
+    Args:
+        student_topk_logps_BLK: the student's full log-softmax at the stored ids.
+        proxy_topk_logps_BLK: the proxy's, the same shape; the gradient to it is whatever it is.
+        tail: `bucket`, `renormalize`, `renormalize_proxy` or `zero`. The last three do not look
+            at the tails' masses.
+        proxy_tail_logps_BL: stored log of the proxy's tail mass (-inf for none). Without it the
+            mass is 1 - sum p, or 0 where rounding makes that negative.
+        student_tail_logps_BL: the second result of `topk_logps`. Without it the mass is
+            1 - sum q, not below 1.2e-7 and without gradient there: float32 has no digits left,
+            so give it where it can be had.
+
+    Returns:
+        `[B, L]` float32 in nats, gradients finite throughout.
+
+    Raises:
+        ValueError: unknown tail.
+    """
+    if tail not in TAILS:
+        raise ValueError(
+            f"tail is {tail!r}; what becomes of the mass outside the top k is one of "
+            f"{', '.join(TAILS)}."
+        )
+    student_BLK, proxy_BLK = float32(student_topk_logps_BLK), float32(proxy_topk_logps_BLK)
+    chex.assert_equal_shape([student_BLK, proxy_BLK])
+    if tail in ("renormalize", "renormalize_proxy"):
+        proxy_BLK = _renormalize(proxy_BLK)
+    if tail == "renormalize":
+        student_BLK = _renormalize(student_BLK)
+    head_BL = kl_terms(proxy_BLK, student_BLK).sum(axis=-1)
+    if tail != "bucket":
+        return head_BL
+
+    if proxy_tail_logps_BL is None:
+        proxy_tail_logps_BL = _log_of_rest(proxy_BLK, least=0.0)
+    if student_tail_logps_BL is None:
+        student_tail_logps_BL = _log_of_rest(student_BLK, least=FLOAT32_EPS)
+    proxy_tail_BL, student_tail_BL = float32(proxy_tail_logps_BL), float32(student_tail_logps_BL)
+    chex.assert_shape([proxy_tail_BL, student_tail_BL], head_BL.shape)
+    return head_BL + kl_terms(proxy_tail_BL, student_tail_BL)
+
+
+def topk_kl_tokens(
+    student_logits_BLV: chex.Array,
+    proxy_topk_logps_BLK: chex.Array,
+    proxy_topk_ids_BLK: chex.Array,
+    mask_BL: chex.Array | None = None,
+    *,
+    tail: str = "bucket",
+    proxy_tail_logps_BL: chex.Array | None = None,
+    sharded_vocab: bool = False,
+) -> jax.Array:
+    """Top-k KL(proxy || student) at each position.
+
+    Args:
+        student_logits_BLV: any float type and any leading axes.
+        proxy_topk_logps_BLK: log-probs of the proxy's full softmax.
+        proxy_topk_ids_BLK: their token ids, distinct at a position.
+        mask_BL: where given, positions outside it are computed from blanks.
+        tail: see the table above.
+        proxy_tail_logps_BL: stored log of the proxy's tail mass; from the log-probs if absent.
+        sharded_vocab: True where the vocabulary axis is spread over devices.
+
+    Returns:
+        `[B, L]` float32 in nats.
+
+    Raises:
+        ValueError: unknown tail.
+    """
+    chex.assert_equal_shape([proxy_topk_logps_BLK, proxy_topk_ids_BLK])
+    proxy_BLK = blank_outside(proxy_topk_logps_BLK, mask_BL)
+    if mask_BL is not None:
+        proxy_topk_ids_BLK = jnp.where(inside(mask_BL)[..., None], proxy_topk_ids_BLK, 0)
+        if proxy_tail_logps_BL is not None:
+            proxy_tail_logps_BL = jnp.where(inside(mask_BL), proxy_tail_logps_BL, 0.0)
+    student_BLK, student_tail_BL = topk_logps(
+        student_logits_BLV, proxy_topk_ids_BLK, mask_BL, sharded_vocab=sharded_vocab
+    )
+    if proxy_BLK.shape[-1] == student_logits_BLV.shape[-1]:
+        # Nothing lies outside: 1 - sum p would be rounding noise.
+        proxy_tail_logps_BL = jnp.full(proxy_BLK.shape[:-1], -jnp.inf)
+    return topk_kl_from_logps(
+        student_BLK,
+        proxy_BLK,
+        tail=tail,
+        proxy_tail_logps_BL=proxy_tail_logps_BL,
+        student_tail_logps_BL=student_tail_BL,
+    )
+
+
+def topk_kl(
+    student_logits_BLV: chex.Array,
+    proxy_topk_logps_BLK: chex.Array,
+    proxy_topk_ids_BLK: chex.Array,
+    mask_BL: chex.Array,
+    *,
+    tail: str = "bucket",
+    reduction: str = "mean",
+    proxy_tail_logps_BL: chex.Array | None = None,
+    sharded_vocab: bool = False,
+) -> jax.Array:
+    """Top-k KL(proxy || student), one value an example (eq. 8); see `topk_kl_tokens`.
+
+    Args:
+        mask_BL: response tokens; bool, integer or float.
+        reduction: `mean` or `sum` over an example's tokens.
+
+    Returns:
+        `[B]` float32 in nats; 0 for an empty mask.
+
+    Raises:
+        ValueError: unknown tail or reduction.
+    """
+    chex.assert_rank(student_logits_BLV, 3)
+    kl_BL = topk_kl_tokens(
+        student_logits_BLV,
+        proxy_topk_logps_BLK,
+        proxy_topk_ids_BLK,
+        mask_BL,
+        tail=tail,
+        proxy_tail_logps_BL=proxy_tail_logps_BL,
+        sharded_vocab=sharded_vocab,
+    )
+    return reduce_tokens(kl_BL, mask_BL, reduction=reduction)
+
+
+def weighted_kl(
+    student_logits_BLV: chex.Array,
+    proxy_topk_logps_BLK: chex.Array,
+    proxy_topk_ids_BLK: chex.Array,
+    mask_BL: chex.Array,
+    sample_weight_B: chex.Array,
+    *,
+    tail: str = "bucket",
+    reduction: str = "mean",
+    proxy_tail_logps_BL: chex.Array | None = None,
+    sharded_vocab: bool = False,
+) -> jax.Array:
+    """`topk_kl` times each example's weight w(x, y), unreduced over the batch (eq. 10).
+
+    Args:
+        sample_weight_B: see `alignment_weights`. An example of weight 0 gives 0 whatever its KL.
+
+    Returns:
+        `[B]` float32.
+
+    Raises:
+        ValueError: unknown tail or reduction.
+    """
+    kl_B = topk_kl(
+        student_logits_BLV,
+        proxy_topk_logps_BLK,
+        proxy_topk_ids_BLK,
+        mask_BL,
+        tail=tail,
+        reduction=reduction,
+        proxy_tail_logps_BL=proxy_tail_logps_BL,
+        sharded_vocab=sharded_vocab,
+    )
+    return weigh_examples(kl_B, sample_weight_B)
+
+
+def _renormalize(logps: jax.Array) -> jax.Array:
+    """Log-probs over the ids alone; -inf stays -inf and gives no NaN."""
+    return logps - jax.nn.logsumexp(finite_log(logps), axis=-1, keepdims=True)
+
+
+def _log_of_rest(logps: jax.Array, *, least: float) -> jax.Array:
+    """log(1 - sum of probabilities), the rest being at least `least` (0 gives -inf)."""
+    rest = 1.0 - jnp.exp(logps).sum(axis=-1)
+    some = rest > least
+    floor = jnp.log(jnp.float32(least)) if least else -jnp.inf
+    return jnp.where(some, jnp.log(jnp.where(some, rest, 1.0)), floor)

@@ -1,0 +1,89 @@
+"""Weights of the student's KL by how well the proxy explains the teacher's answer (eq. 9)."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from proxykd_jax.losses.numerics import float32, inside
+
+
+def alignment_weights(
+    seq_loglik_B: chex.Array, loglik_mean: chex.Numeric, loglik_std: chex.Numeric
+) -> jax.Array:
+    """w(x, y) = sigmoid((log pi_p(y|x) - mu) / gamma) (eq. 9).
+
+    On summed log-likelihoods, as printed, w is mostly a bonus for short answers; on token means
+    (divide by the token counts first) it is not. mu and gamma must be of the same kind.
+
+    Args:
+        seq_loglik_B: the aligned proxy's log-likelihoods of the teacher's answers, nats.
+        loglik_mean: mu, over all of the split and never over a batch.
+        loglik_std: gamma, the standard deviation over the same split. 0 gives 0.5 throughout.
+
+    Returns:
+        `[B]` float32 in [0, 1], about 0.5 on average.
+    """
+    loglik_B, mean, std = float32(seq_loglik_B), float32(loglik_mean), float32(loglik_std)
+    chex.assert_rank([mean, std], 0)
+    z_B = (loglik_B - mean) / jnp.where(std == 0, 1.0, std)
+    return jnp.where(std == 0, 0.5, jax.nn.sigmoid(jnp.where(std == 0, 0.0, z_B)))
+
+
+def normalize_weights(
+    sample_weight_B: chex.Array,
+    weight_mean: chex.Numeric | None = None,
+    *,
+    example_mask_B: chex.Array | None = None,
+) -> jax.Array:
+    """Weights divided by their mean, so that using them does not also shrink the KL by half.
+
+    Args:
+        sample_weight_B: weights of all of the split, or of a batch with `weight_mean` given.
+        weight_mean: the mean over all of the split; by default that of `sample_weight_B`.
+        example_mask_B: examples that enter the default mean; all of them without it.
+
+    Returns:
+        `[B]` float32 of mean 1; zeros where the mean is 0.
+    """
+    weight_B = float32(sample_weight_B)
+    if weight_mean is None:
+        valid_B = (
+            jnp.ones(weight_B.shape, bool) if example_mask_B is None else (inside(example_mask_B))
+        )
+        chex.assert_shape(valid_B, weight_B.shape)
+        count = jnp.maximum(valid_B.sum(dtype=jnp.float32), 1.0)
+        mean = jnp.where(valid_B, weight_B, 0.0).sum() / count
+    else:
+        mean = float32(weight_mean)
+        chex.assert_rank(mean, 0)
+    return jnp.where(mean == 0, 0.0, weight_B / jnp.where(mean == 0, 1.0, mean))
+
+
+def length_correlation(
+    sample_weight_B: chex.Array,
+    tokens_B: chex.Array,
+    *,
+    example_mask_B: chex.Array | None = None,
+) -> jax.Array:
+    """Pearson correlation of the weights with the answers' lengths; near -1 means a length bonus.
+
+    Args:
+        sample_weight_B: weights.
+        tokens_B: response tokens of the same examples.
+        example_mask_B: examples that enter; all of them without it.
+
+    Returns:
+        Scalar float32 in [-1, 1]; 0 where weights or lengths do not vary.
+    """
+    weight_B, length_B = float32(sample_weight_B), float32(tokens_B)
+    valid_B = (
+        jnp.ones(weight_B.shape) if example_mask_B is None else (float32(inside(example_mask_B)))
+    )
+    chex.assert_equal_shape([weight_B, length_B, valid_B])
+    count = jnp.maximum(valid_B.sum(), 1.0)
+    weight_B = valid_B * (weight_B - (valid_B * weight_B).sum() / count)
+    length_B = valid_B * (length_B - (valid_B * length_B).sum() / count)
+    spread = jnp.sqrt(jnp.square(weight_B).sum() * jnp.square(length_B).sum())
+    return jnp.where(
+        spread == 0, 0.0, (weight_B * length_B).sum() / jnp.where(spread == 0, 1.0, spread)
+    )
