@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Writes requirements.txt and requirements-test.txt anew from pyproject.toml: the newest versions
+# that its bounds allow, for Python 3.11 to 3.13. Needs uv on the path.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+compile=(uv pip compile --quiet --universal --python-version 3.11 --no-header
+  --annotation-style line)
+
+"${compile[@]}" pyproject.toml --extra plots -o "$work/runtime.txt"
+# PyTorch has a file of its own; here it must not bring its CUDA packages along.
+echo "torch; sys_platform == 'never'" >"$work/no_torch.txt"
+"${compile[@]}" --group test --overrides "$work/no_torch.txt" -c "$work/runtime.txt" \
+  -o "$work/test.txt"
+
+tidy() { # comments without the paths of this run; without what no platform installs
+  sed -e "s#, -c $work/[a-z]*\.txt##; s#  *\# via -c $work/[a-z]*\.txt\$##; s#, --override [^,]*##" \
+    "$1" | grep -v -e "sys_platform == 'never'" -e "sys_platform == 'emscripten'"
+}
+{
+  echo "# Exact versions of everything a run needs, with the extra 'plots'. Made by"
+  echo "# launch/compile_requirements.sh from pyproject.toml; Python 3.11 keeps an older JAX."
+  tidy "$work/runtime.txt"
+} >requirements.txt
+{
+  echo "# What the tests need beside requirements.txt and requirements-torch.txt. Made by"
+  echo "# launch/compile_requirements.sh. Install PyTorch first: pip then leaves it alone."
+  tidy "$work/test.txt"
+} >requirements-test.txt

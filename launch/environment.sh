@@ -1,0 +1,96 @@
+# shellcheck shell=bash
+# Sourced by the scripts beside it, from the root of the checkout.
+#
+#   ensure_environment run    makes .venv-launch with what a run needs (requirements.txt)
+#   ensure_environment test   adds what the tests need (PyTorch among it)
+#   "$venv_python"            is its interpreter afterwards
+#
+# Quick when nothing changed. PYTHON names the interpreter to start from (3.11 to 3.13);
+# PROXYKD_VENV another folder.
+
+venv_folder="${PROXYKD_VENV:-$PWD/.venv-launch}"
+venv_python="$venv_folder/bin/python"
+
+find_python() { # prints the first interpreter of a version that is supported
+  local candidate
+  for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3.13 python3 python; do
+    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+      2>/dev/null; then
+      command -v "$candidate"
+      return 0
+    fi
+    if [[ -n ${PYTHON:-} ]]; then
+      break # what was asked for, or nothing
+    fi
+  done
+  echo "error: no Python 3.11, 3.12 or 3.13 found; install one, or name it: PYTHON=/path/to/python3" >&2
+  return 1
+}
+
+make_venv() {
+  local python
+  python=$(find_python) || return 1
+  echo "making $venv_folder with $("$python" --version)" >&2
+  if "$python" -m venv --clear "$venv_folder" 2>/dev/null; then
+    return 0
+  fi
+  # Debian and Ubuntu split ensurepip off; uv or another pip can stand in for it.
+  if command -v uv >/dev/null; then
+    uv venv --quiet --clear --seed --python "$python" "$venv_folder"
+  elif "$python" -m pip --version >/dev/null 2>&1; then
+    "$python" -m venv --clear --without-pip "$venv_folder" &&
+      "$python" -m pip --python "$venv_python" install --quiet pip
+  else
+    echo "error: $python cannot make an environment; install its venv package (python3-venv)" >&2
+    return 1
+  fi
+}
+
+requirements_hash() { # of the layer's files and of the interpreter's version
+  "$venv_python" - "$@" <<'PYTHON'
+import hashlib, pathlib, sys
+
+state = hashlib.sha256(sys.version.encode())
+for name in ["pyproject.toml", *sys.argv[1:]]:
+    state.update(pathlib.Path(name).read_bytes())
+print(state.hexdigest())
+PYTHON
+}
+
+install() { # uv takes seconds where pip takes minutes; pip where uv finds no packages
+  "$venv_python" -m uv pip install --quiet --python "$venv_python" "$@" ||
+    "$venv_python" -m pip install --quiet "$@"
+}
+
+ensure_environment() {
+  local layer=$1 files stamp hash
+  case $layer in
+    run) files=(requirements.txt) ;;
+    test) files=(requirements.txt requirements-torch.txt requirements-test.txt) ;;
+    *)
+      echo "error: ensure_environment run|test, not '$layer'" >&2
+      return 1
+      ;;
+  esac
+  if ! "$venv_python" -c '' 2>/dev/null; then
+    make_venv || return 1
+  fi
+  stamp="$venv_folder/proxykd-$layer.stamp"
+  hash=$(requirements_hash "${files[@]}") || return 1
+  if [[ -f $stamp && $(<"$stamp") == "$hash" ]]; then
+    return 0
+  fi
+  echo "installing the packages of ${files[*]}" >&2
+  rm -f "$stamp"
+  "$venv_python" -m pip install --quiet --disable-pip-version-check uv || return 1
+  if [[ $layer == test ]]; then
+    # With pip and before peft, which would bring the build with CUDA.
+    "$venv_python" -m pip install --quiet --disable-pip-version-check -r requirements-torch.txt ||
+      return 1
+    install --no-deps -r requirements.txt -r requirements-test.txt || return 1
+  else
+    install --no-deps -r requirements.txt || return 1
+  fi
+  install --no-deps --editable . || return 1
+  echo "$hash" >"$stamp"
+}

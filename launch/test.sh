@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Format, lint, types and tests, from a fresh clone with nothing but Python.
+#
+#   bash launch/test.sh                 all but the slow tests
+#   bash launch/test.sh --slow          the slow ones: kills, notebooks, wheel and sdist
+#   bash launch/test.sh tests/losses    more arguments go to pytest
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+source launch/environment.sh
+
+marker="not slow"
+if [[ ${1:-} == --slow ]]; then
+  marker="slow"
+  shift
+fi
+ensure_environment test || exit 1
+
+failed=()
+if [[ $marker != slow ]]; then
+  "$venv_python" -m ruff format --check . || failed+=("ruff format --check")
+  "$venv_python" -m ruff check . || failed+=("ruff check")
+  "$venv_python" -m mypy || failed+=("mypy")
+fi
+# loadfile: a file's expensive fixtures (compiled steps, real models) are made once.
+"$venv_python" -m pytest -m "$marker" -n 2 --dist loadfile --durations 10 "$@" ||
+  failed+=("pytest")
+if ((${#failed[@]})); then
+  printf 'failed: %s\n' "${failed[@]}" >&2
+  exit 1
+fi
