@@ -1,0 +1,172 @@
+"""A folder of arrays written part by part: a kill loses at most the part being written.
+
+A part is one safetensors file under a number. It is written under a temporary name, synced and
+renamed, so a file with a part's name is a whole one. Its header holds the digest of its arrays.
+The bytes of a part depend on its arrays and metadata alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from proxykd_jax.artifacts import remove_leftovers, write_bytes
+from proxykd_jax.errors import UserError
+
+_NAME = re.compile(r"part_(\d{5,})\.safetensors")
+# One key only: the writer keeps a header's metadata in a hash map, whose order changes from run
+# to run.
+_METADATA_KEY = "proxykd"
+_DTYPES = {
+    "BOOL": np.bool_,
+    "U8": np.uint8,
+    "U16": np.uint16,
+    "U32": np.uint32,
+    "I32": np.int32,
+    "I64": np.int64,
+    "F16": np.float16,
+    "F32": np.float32,
+    "F64": np.float64,
+}
+
+
+class Part:
+    """Arrays of one file, mapped into memory: what is not looked at is not read.
+
+    Attributes:
+      path: the file.
+      arrays: by name, read-only.
+      metadata: what was given to ``PartFolder.commit``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.arrays, header = _map_arrays(path)
+            record = json.loads(header[_METADATA_KEY])
+            self.digest: str = record["digest"]
+            self.metadata: dict[str, Any] = record["metadata"]
+        except FileNotFoundError as error:
+            raise UserError(f"{path} does not exist.") from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise damaged(path, str(error) or type(error).__name__) from error
+
+    def verify(self) -> None:
+        """Reads everything once.
+
+        Raises:
+          UserError: the arrays are not those that were written.
+        """
+        if digest_arrays(self.arrays) != self.digest:
+            raise damaged(self.path, "its digest differs")
+
+
+class PartFolder:
+    """The parts of one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+
+    def path(self, index: int) -> Path:
+        return self.folder / f"part_{index:05d}.safetensors"
+
+    def complete(self) -> list[int]:
+        """Numbers of the parts that are there, in order."""
+        if not self.folder.is_dir():
+            return []
+        matches = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted(int(match.group(1)) for match in matches if match)
+
+    def resume(self, num_parts: int) -> list[int]:
+        """Makes the folder ready to go on and names the parts still to be made.
+
+        What a killed process left half-written is removed; the parts that are there are verified.
+
+        Raises:
+          UserError: a part is damaged, or there are more than ``num_parts``.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.folder)
+        there = self.complete()
+        if there and there[-1] >= num_parts:
+            raise UserError(
+                f"{self.path(there[-1])} lies beyond the {num_parts} parts of this run: the folder "
+                f"was made with other data. Remove {self.folder} to make it again."
+            )
+        for index in there:
+            self.open(index).verify()
+        return [index for index in range(num_parts) if index not in set(there)]
+
+    def commit(
+        self,
+        index: int,
+        arrays: Mapping[str, np.ndarray],
+        metadata: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Writes a whole part or nothing, and returns the digest of its arrays.
+
+        Args:
+          index: the part's number, from 0.
+          arrays: by name; bool, integers or floats of a type that JSON headers can name.
+          metadata: JSON values.
+        """
+        from safetensors.numpy import save
+
+        # The writer takes the memory of a transposed or strided array as it lies: wrong values.
+        plain = {name: np.ascontiguousarray(array) for name, array in sorted(arrays.items())}
+        for name, array in plain.items():
+            if array.dtype not in [np.dtype(dtype) for dtype in _DTYPES.values()]:
+                raise ValueError(f"Array {name!r} has type {array.dtype}, which no part can hold.")
+        digest = digest_arrays(plain)
+        record = json.dumps(
+            {"digest": digest, "metadata": dict(metadata or {})}, sort_keys=True, allow_nan=False
+        )
+        write_bytes(self.path(index), save(plain, metadata={_METADATA_KEY: record}))
+        return digest
+
+    def open(self, index: int) -> Part:
+        return Part(self.path(index))
+
+
+def digest_arrays(arrays: Mapping[str, np.ndarray]) -> str:
+    """xxh3-128 over names, types, shapes and contents."""
+    import xxhash
+
+    state = xxhash.xxh3_128()
+    for name, array in sorted(arrays.items()):
+        state.update(json.dumps([name, array.dtype.str, list(array.shape)]).encode())
+        if array.size:
+            state.update(memoryview(np.ascontiguousarray(array)).cast("B"))
+    return f"xxh3:{state.hexdigest()}"
+
+
+def damaged(path: Path, what: str) -> UserError:
+    """The error for a file that is not as it was written."""
+    return UserError(f"{path} is damaged ({what}). Remove it and run again: it is made anew.")
+
+
+def _map_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Arrays over the file's memory map, and the header's metadata."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        if not 8 < start <= size:
+            raise ValueError("its header is cut off")
+        header = json.loads(file.read(start - 8))
+    metadata = header.pop("__metadata__", {})
+    ends = [entry["data_offsets"][1] for entry in header.values()]
+    if start + max(ends, default=0) != size:
+        raise ValueError(f"it has {size} bytes, not {start + max(ends, default=0)}")
+    memory = np.memmap(path, np.uint8, mode="r")
+    arrays = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        # A plain view: every slice of a memmap object pays for being one.
+        flat = np.asarray(memory[start + begin : start + end])
+        arrays[name] = flat.view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return arrays, metadata
