@@ -1,0 +1,96 @@
+"""Which part of the corpus a row belongs to, by a hash of its first user message alone.
+
+Order, machine and the other rows do not matter, and one question never lands in two splits. The
+shares hold in expectation: n rows land in a split of share p with standard deviation
+sqrt(n p (1 - p)).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+import numpy as np
+
+from proxykd_jax.config.schema import SharesConfig
+from proxykd_jax.data.normalise import normalise_text
+from proxykd_jax.data.records import TextRow
+
+SplitName = Literal["warmup", "align", "distill", "validation"]
+LARGEST_AUTOMATIC_FRACTION = 0.1
+
+
+def split_name(
+    first_message_key: str, *, shares: SharesConfig, validation_fraction: float
+) -> SplitName:
+    """The split of a row.
+
+    Args:
+      first_message_key: ``TextRow.first_user_message``; a text that is not normalised yet gives
+        the same answer.
+      shares: shares of what validation leaves.
+      validation_fraction: share set aside first, by bytes of the hash that the cut does not use.
+        A row that is held out at one fraction is held out at every larger one.
+    """
+    digest = hashlib.sha256(normalise_text(first_message_key).encode("utf-8")).digest()
+    if _uniform(digest[:8]) < validation_fraction:
+        return "validation"
+    place = _uniform(digest[8:16])
+    if place < shares.warmup:
+        return "warmup"
+    if place < shares.warmup + shares.align:
+        return "align"
+    # The shares add up to 1 within 1e-6 only; a share of 0 must stay empty all the same.
+    return "distill" if shares.distill > 0 else "align" if shares.align > 0 else "warmup"
+
+
+def effective_validation_fraction(
+    rows: int, *, validation_fraction: float, validation_rows: int
+) -> float:
+    """``validation_fraction``, or more where it leaves fewer than ``validation_rows`` rows.
+
+    The rise ends at 10 % of the corpus, so a corpus of fewer than ten times ``validation_rows``
+    gives a tenth of itself.
+    """
+    if rows <= 0:
+        return validation_fraction
+    return max(validation_fraction, min(LARGEST_AUTOMATIC_FRACTION, validation_rows / rows))
+
+
+def selection_hash(row: TextRow) -> int:
+    """A 64-bit number that decides whether ``max_rows`` keeps the row.
+
+    It depends on the whole conversation, and is independent of the split.
+    """
+    state = hashlib.sha256(b"select")
+    for role, content in row_parts(row):
+        state.update(f"\0{role}\0{content}".encode())
+    return int.from_bytes(state.digest()[:8], "big")
+
+
+def selection_threshold(hashes: np.ndarray, max_rows: int) -> int:
+    """The largest threshold that keeps at most ``max_rows`` rows.
+
+    Args:
+      hashes: uint64[n] of ``selection_hash``.
+      max_rows: rows to keep at most.
+
+    Returns:
+      t; keep the rows with ``selection_hash(row) < t``. Equal rows are kept or left together.
+    """
+    if len(hashes) <= max_rows:
+        return 1 << 64
+    # All hashes below the (max_rows + 1)-th smallest are at most max_rows many.
+    return int(np.partition(hashes, max_rows)[max_rows])
+
+
+def row_parts(row: TextRow) -> list[tuple[str, str]]:
+    """Role and normalised content of every turn; a plain text is one part."""
+    if row.text is not None:
+        return [("text", normalise_text(row.text))]
+    return [(message.role, normalise_text(message.content)) for message in row.messages]
+
+
+def _uniform(eight_bytes: bytes) -> float:
+    # 53 bits: every value is exact in float64, so all machines agree, and it is below 1.
+    return (int.from_bytes(eight_bytes, "big") >> 11) * 2.0**-53
