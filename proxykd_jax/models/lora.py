@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from proxykd_jax.models.config import ATTENTION_TARGETS, LoraConfig, ModelConfig
-from proxykd_jax.models.params import Params, Path, flatten, linear_shapes, unflatten
+from proxykd_jax.models.params import Params, ParamPath, flatten, linear_shapes, unflatten
 
 Adapter = dict[str, Any]
 
@@ -32,7 +32,7 @@ def adapter_shapes(config: ModelConfig) -> dict[str, Any]:
     """The adapter's tree with a tuple of ints at each leaf."""
     lora = _lora(config)
     shapes = linear_shapes(config)
-    leaves: dict[Path, tuple[int, ...]] = {}
+    leaves: dict[ParamPath, tuple[int, ...]] = {}
     for target in lora.targets:
         size_in, size_out = shapes[target]
         path = ("layers", block_of(target), target)
@@ -57,7 +57,7 @@ def init_adapter(key: jax.Array, config: ModelConfig, dtype: Any = jnp.float32) 
     a is uniform in +-1/sqrt(fan in), the distribution of PEFT's default (Kaiming uniform with
     negative slope sqrt(5)).
     """
-    leaves: dict[Path, Any] = {}
+    leaves: dict[ParamPath, Any] = {}
     for index, (path, shape) in enumerate(flatten(adapter_shapes(config))):
         if path[-1] == "b":
             leaves[path] = jnp.zeros(shape, dtype)
@@ -78,7 +78,7 @@ def merge(params: Params, adapter: Adapter, config: ModelConfig, dtype: Any = No
     scale = _lora(config).scale
     updates = dict(flatten(adapter))
 
-    def fold(path: Path, leaf: jax.Array) -> jax.Array:
+    def fold(path: ParamPath, leaf: jax.Array) -> jax.Array:
         target = dtype or leaf.dtype
         if path[-1] != "kernel" or (*path[:-1], "a") not in updates:
             return leaf.astype(target)

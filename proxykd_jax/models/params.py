@@ -1,7 +1,7 @@
 """The parameter tree: its shapes, its initial values, and a student cut out of it.
 
 A tree is nested dicts; the layers are stacked on a leading axis N and scanned.
-Kernels are [in, out]. Path names (``layers/attention/q_proj/kernel``) are what sharding tables,
+Kernels are [in, out]. ParamPath names (``layers/attention/q_proj/kernel``) are what sharding tables,
 weight files and fingerprints go by.
 """
 
@@ -17,7 +17,7 @@ from proxykd_jax.errors import UserError
 from proxykd_jax.models.config import ModelConfig
 
 Params = dict[str, Any]
-Path = tuple[str, ...]
+ParamPath = tuple[str, ...]
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -71,7 +71,7 @@ def param_shapes(config: ModelConfig) -> dict[str, Any]:
     return tree
 
 
-def flatten(tree: dict[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
+def flatten(tree: dict[str, Any], prefix: ParamPath = ()) -> Iterator[tuple[ParamPath, Any]]:
     """(path, leaf) of nested dicts, in the order of their keys."""
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -80,7 +80,7 @@ def flatten(tree: dict[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, Any
             yield (*prefix, key), value
 
 
-def unflatten(leaves: dict[Path, Any]) -> dict[str, Any]:
+def unflatten(leaves: dict[ParamPath, Any]) -> dict[str, Any]:
     """Nested dicts from leaves by path."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
@@ -102,7 +102,7 @@ def init_params(key: jax.Array, config: ModelConfig, dtype: Any = jnp.float32) -
     """Random parameters: kernels and embeddings normal with ``initializer_range``, biases 0,
     norms 1, as the family's classes in transformers do. Drawn in float32, then cast.
     """
-    leaves: dict[Path, Any] = {}
+    leaves: dict[ParamPath, Any] = {}
     for index, (path, shape) in enumerate(flatten(param_shapes(config))):
         if path[-1] == "scale":
             leaves[path] = jnp.ones(shape, dtype)

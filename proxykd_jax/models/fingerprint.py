@@ -1,0 +1,45 @@
+"""What identifies a model: named in manifests and checkpoints instead of the weights."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from proxykd_jax.artifacts import digest_file
+from proxykd_jax.errors import UserError
+from proxykd_jax.models.params import flatten
+from proxykd_jax.models.tensor_files import weight_files
+
+
+def fingerprint(path: str | Path) -> str:
+    """Identity of a model folder: its config.json and the bytes of its weight files.
+
+    xxh3-128 over the weights (6 GB/s where measured, sha256 0.35), sha256 over the list. The name
+    and the place of the folder do not matter; other tensor files with the same values do.
+
+    Raises:
+      UserError: the folder holds no model.
+    """
+    folder = Path(path)
+    config = folder / "config.json"
+    if not config.is_file():
+        raise UserError(f"{config} does not exist.")
+    state = hashlib.sha256(config.read_bytes())
+    for file in weight_files(folder):
+        state.update(f"\n{file.name} {digest_file(file)}".encode())
+    return f"sha256:{state.hexdigest()}"
+
+
+def params_fingerprint(params: dict[str, Any]) -> str:
+    """Identity of a tree of arrays: paths, types, shapes and bits. Works for adapters too."""
+    import xxhash
+
+    state = xxhash.xxh3_128()
+    for path, leaf in sorted(flatten(params)):
+        array = np.ascontiguousarray(leaf)
+        state.update(f"{'/'.join(path)} {array.dtype} {array.shape}\n".encode())
+        state.update(array.reshape(-1).view(np.uint8).data)
+    return f"xxh3:{state.hexdigest()}"

@@ -1,0 +1,281 @@
+"""Weights of Hugging Face model folders, in and out.
+
+torch keeps a linear layer as [out, in] and one tensor a layer; we keep [in, out] and the layers
+stacked. Reading goes tensor by tensor into the stacked array of one leaf, so that no file is in
+memory twice; with ``sharding`` a leaf is read device by device and only the part of it that the
+device holds.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from proxykd_jax.artifacts import write_json
+from proxykd_jax.errors import UserError
+from proxykd_jax.models.config import ModelConfig
+from proxykd_jax.models.hf_config import read_config
+from proxykd_jax.models.params import ParamPath, Params, flatten, param_shapes, unflatten
+from proxykd_jax.models.tensor_files import (
+    Tensor,
+    TensorFolder,
+    new_folder,
+    numpy_dtype,
+    write_tensors,
+)
+
+Put = Callable[[ParamPath, np.ndarray], jax.Array]
+
+# Copied from the source folder byte for byte: re-saving a tokenizer changes its files.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
+
+_NORMS = {
+    "input_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+}
+_BLOCKS = {"attention": "self_attn", "mlp": "mlp"}
+
+
+def hf_name(path: ParamPath, layer: int = 0) -> str:
+    """Hugging Face's name of a leaf, or of one layer of it: ``model.layers.3.mlp.up_proj.bias``."""
+    fixed = {
+        ("embed", "embedding"): "model.embed_tokens.weight",
+        ("final_norm", "scale"): "model.norm.weight",
+        ("lm_head", "kernel"): "lm_head.weight",
+    }
+    if path in fixed:
+        return fixed[path]
+    suffix = "bias" if path[-1] == "bias" else "weight"
+    inner = [_NORMS.get(key) or _BLOCKS.get(key) or key for key in path[1:-1]]
+    return ".".join(["model", "layers", str(layer), *inner, suffix])
+
+
+class StackedTensor:
+    """One leaf of the tree, still on disk: the tensors of all layers, in our orientation."""
+
+    def __init__(
+        self, folder: TensorFolder, path: ParamPath, shape: tuple[int, ...], dtype: np.dtype
+    ) -> None:
+        self.shape, self.dtype = shape, dtype
+        self._folder = folder
+        self._stacked = path[0] == "layers"
+        self._transposed = path[-1] == "kernel"
+        self.names = [hf_name(path, layer) for layer in range(shape[0] if self._stacked else 1)]
+
+    def read(self, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """The leaf, or the part of it at ``index`` (one slice of step 1 an axis)."""
+        if index is None:
+            index = tuple(slice(None) for _ in self.shape)
+        bounds = [part.indices(size) for part, size in zip(index, self.shape, strict=True)]
+        slices = tuple(slice(start, stop) for start, stop, _ in bounds)
+        sizes = tuple(max(stop - start, 0) for start, stop, _ in bounds)
+        inner = slices[1:] if self._stacked else slices
+        stored = inner[::-1] if self._transposed else inner
+        names = self.names[slices[0]] if self._stacked else self.names
+        out = np.empty(sizes, self.dtype)
+        rows = out if self._stacked else out[None]
+        for row, name in zip(rows, names, strict=True):
+            tensor = self._folder.read(name, stored)
+            row[...] = tensor.T if self._transposed else tensor
+        return out
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: Any = "float32",
+    config: ModelConfig | None = None,
+    first_layers: int | None = None,
+    put: Put | None = None,
+    sharding: Callable[[ParamPath], jax.sharding.Sharding] | None = None,
+) -> tuple[ModelConfig, Params]:
+    """The model in a Hugging Face folder.
+
+    Args:
+      path: folder with ``config.json`` and safetensors, single or sharded.
+      dtype: type of all leaves, ``float32`` or ``bfloat16``.
+      config: instead of the folder's own, for instance with ``lora`` set; the shapes must fit.
+      first_layers: read only so many layers, as ``params.first_layers`` would cut them.
+      put: makes the device array of a leaf from its path and its whole NumPy array.
+      sharding: gives a leaf's sharding by path; each device's part is read and sent on its own,
+        so that no whole leaf is in host memory. Excludes ``put``.
+
+    Raises:
+      UserError: the folder is not what it should be: files, names, shapes, types or values.
+      ValueError: both ``put`` and ``sharding``.
+    """
+    if put is not None and sharding is not None:
+        raise ValueError("Give put or sharding, not both.")
+    target = numpy_dtype(dtype)
+    if target == np.float16:
+        raise UserError("Models run in float32 or bfloat16; float16 is a type of files only.")
+    found = config or read_config(path)
+    if first_layers is not None:
+        found = cut_config(found, first_layers)
+    folder = TensorFolder(path)
+    leaves = {
+        leaf_path: StackedTensor(folder, leaf_path, shape, target)
+        for leaf_path, shape in flatten(param_shapes(found))
+    }
+    _check_names(folder, found, leaves, cut=first_layers is not None)
+    arrays: dict[ParamPath, Any] = {}
+    for leaf_path, leaf in leaves.items():
+        if sharding is not None:
+            arrays[leaf_path] = _place(leaf, sharding(leaf_path))
+        elif put is not None:
+            arrays[leaf_path] = put(leaf_path, leaf.read())
+        else:
+            arrays[leaf_path] = jnp.asarray(leaf.read())
+    return found, unflatten(arrays)
+
+
+def cut_config(config: ModelConfig, num_layers: int) -> ModelConfig:
+    """The config that ``params.first_layers`` gives, without parameters."""
+    from proxykd_jax.models.params import first_layers
+
+    return first_layers(config, {"layers": {}}, num_layers)[0]
+
+
+def _place(leaf: StackedTensor, sharding: jax.sharding.Sharding) -> jax.Array:
+    # make_array_from_callback would hold the parts of all devices before sending the first.
+    parts = []
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        whole = index if index is not None else tuple(slice(None) for _ in leaf.shape)
+        parts.append(jax.block_until_ready(jax.device_put(leaf.read(whole), device)))
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
+
+
+def _check_names(
+    folder: TensorFolder,
+    config: ModelConfig,
+    leaves: dict[ParamPath, StackedTensor],
+    cut: bool,
+) -> None:
+    expected = {
+        name: (leaf.shape[1:] if path[0] == "layers" else leaf.shape)[
+            :: -1 if path[-1] == "kernel" else 1
+        ]
+        for path, leaf in leaves.items()
+        for name in leaf.names
+    }
+    present = set(folder.names)
+    problems = []
+    missing = sorted(set(expected) - present)
+    if missing:
+        problems.append(f"{len(missing)} tensors are missing, for instance {missing[0]}")
+    unexpected = sorted(
+        name
+        for name in present - set(expected)
+        # Old Llama checkpoints store what the config already says.
+        if not name.endswith("rotary_emb.inv_freq")
+        and not (cut and _layer_of(name) >= config.num_layers)
+        and not (config.tie_embeddings and name == "lm_head.weight")
+    )
+    if unexpected:
+        problems.append(f"{len(unexpected)} tensors have no place, for instance {unexpected[0]}")
+    for name in sorted(set(expected) & present):
+        if folder.shape(name) != expected[name]:
+            problems.append(
+                f"{name} has shape {folder.shape(name)}, the config asks for {expected[name]}"
+            )
+            break
+    if problems:
+        raise UserError(f"The weights in {folder.folder} do not fit: {'; '.join(problems)}.")
+    if config.tie_embeddings and "lm_head.weight" in present:
+        tied = folder.read("model.embed_tokens.weight")
+        if not np.array_equal(tied, folder.read("lm_head.weight")):
+            raise UserError(
+                f"{folder.folder} says tie_word_embeddings, but lm_head.weight differs from the "
+                "embedding. Set tie_word_embeddings to false in config.json to use both."
+            )
+
+
+def _layer_of(name: str) -> int:
+    parts = name.split(".")
+    if parts[:2] == ["model", "layers"] and len(parts) > 2 and parts[2].isdigit():
+        return int(parts[2])
+    return -1
+
+
+def save_model(
+    path: str | Path,
+    config: ModelConfig,
+    params: Params,
+    *,
+    dtype: Any = "float32",
+    max_shard_bytes: float = 5e9,
+    source: str | Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a folder that transformers loads. It appears whole or not at all.
+
+    Args:
+      params: merged weights (see ``lora.merge``); adapters go out by ``peft.save_adapter``.
+      dtype: type of the tensors in the file, ``float32``, ``bfloat16`` or ``float16``.
+      source: model folder whose tokenizer files and ``generation_config.json`` are copied byte
+        for byte.
+      overwrite: replace a folder that is there.
+
+    Raises:
+      UserError: ``path`` is taken, ``source`` is no folder, or the model has no Hugging Face form.
+      ValueError: NaN or infinity in the weights (also by overflow in ``dtype``), or shapes that
+        are not the config's.
+    """
+    target = numpy_dtype(dtype)
+    record = config.to_hf(dtype=target.name)
+    if source is not None and not Path(source).is_dir():
+        raise UserError(f"{source} is no folder; tokenizer files are copied from a model folder.")
+    with new_folder(Path(path), overwrite) as folder:
+        write_json(folder / "config.json", record)
+        write_tensors(folder, _tensors(config, params), target, max_shard_bytes)
+        for name in COPIED_FILES:
+            if source is not None and (Path(source) / name).is_file():
+                shutil.copyfile(Path(source) / name, folder / name)
+
+
+def _tensors(config: ModelConfig, params: Params) -> list[Tensor]:
+    """Name, torch shape and maker of each tensor, in the order of the network."""
+    leaves = dict(flatten(params))
+    shapes = dict(flatten(param_shapes(config)))
+    if leaves.keys() != shapes.keys():
+        odd = sorted("/".join(path) for path in leaves.keys() ^ shapes.keys())
+        raise ValueError(f"The parameters are not those of the config: {', '.join(odd)}.")
+    for path, shape in shapes.items():
+        if leaves[path].shape != shape:
+            raise ValueError(f"{'/'.join(path)} has shape {leaves[path].shape}, not {shape}.")
+
+    def tensor(path: ParamPath, layer: int | None) -> Tensor:
+        turn = path[-1] == "kernel"
+        shape = shapes[path] if layer is None else shapes[path][1:]
+
+        def make() -> np.ndarray:
+            leaf = leaves[path]
+            array = np.asarray(leaf if layer is None else leaf[layer])
+            return array.T if turn else array
+
+        return hf_name(path, layer or 0), shape[::-1] if turn else shape, make
+
+    stacked = [path for path in shapes if path[0] == "layers"]
+    ends = [path for path in shapes if path[0] not in ("layers", "embed")]
+    return [
+        tensor(("embed", "embedding"), None),
+        *(tensor(path, layer) for layer in range(config.num_layers) for path in stacked),
+        *(tensor(path, None) for path in ends),
+    ]

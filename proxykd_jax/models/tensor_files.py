@@ -1,0 +1,265 @@
+"""Safetensors files, read with care and written so that a kill leaves the old folder or the new.
+
+Every mistake that a folder of weights can hold becomes one sentence: no safetensors but pickles,
+an index that names files elsewhere or tensors that are not there, a truncated file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from proxykd_jax.artifacts import sync_folder, write_json
+from proxykd_jax.errors import UserError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# Safetensors' names of the types that weights may have.
+_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+class TensorFile:
+    """One open safetensors file.
+
+    Raises:
+      UserError: the file is missing, truncated, or no safetensors file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self.path = path
+        try:
+            self._file = safe_open(str(path), framework="np").__enter__()
+        except FileNotFoundError:
+            raise UserError(f"{path} does not exist.") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{path} is truncated or no safetensors file ({error}); fetch it again."
+            ) from None
+        self.names: list[str] = list(self._file.keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """A tensor, or only the part of it that ``index`` asks for.
+
+        Raises:
+          UserError: the tensor is of a type that weights cannot have, or holds NaN or infinity.
+        """
+        part = self._file.get_slice(name)
+        if part.get_dtype() not in _DTYPES:
+            raise UserError(
+                f"{self.path}: tensor {name} is of type {part.get_dtype()}; weights must be "
+                f"{', '.join(_DTYPES)} (quantised checkpoints are not supported)."
+            )
+        array = self._file.get_tensor(name) if index is None else part[index]
+        if not is_finite(array):
+            raise UserError(f"{self.path}: tensor {name} holds NaN or infinite values.")
+        return array
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """No NaN and no infinity; looks at the bits of bfloat16, whose isfinite is slow."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return not np.any((array.view(np.uint16) & 0x7F80) == 0x7F80)
+    return bool(np.isfinite(array).all())
+
+
+class TensorFolder:
+    """The weights of a Hugging Face model folder, in one file or several with an index.
+
+    Raises:
+      UserError: there are no safetensors, or index and files do not fit together.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._files = {path.name: TensorFile(path) for path in weight_files(self.folder)}
+        self._where = {
+            name: file_name for file_name, file in self._files.items() for name in file.names
+        }
+        index = _read_index(self.folder)
+        missing = sorted(name for name in index if self._where.get(name) != index[name])
+        if missing:
+            raise UserError(
+                f"{self.folder / INDEX_FILE} says that {missing[0]} is in {index[missing[0]]}, "
+                f"but it is not there ({len(missing)} such tensors). Fetch the folder again."
+            )
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._files[self._where[name]].shape(name)
+
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        return self._files[self._where[name]].read(name, index)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold a model folder's weights, sorted.
+
+    Raises:
+      UserError: the folder or its weights are missing, or the index names a file outside it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; a model is a Hugging Face folder.")
+    if (folder / SINGLE_FILE).exists():
+        return [folder / SINGLE_FILE]
+    index = _read_index(folder)
+    if index:
+        return [folder / name for name in sorted(set(index.values()))]
+    loose = sorted(path.name for path in folder.glob("*.safetensors"))
+    if loose:
+        raise UserError(
+            f"{folder} has {', '.join(loose[:3])} but neither {SINGLE_FILE} nor {INDEX_FILE}; "
+            "fetch the folder again."
+        )
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise UserError(
+            f"{folder} has only pickled weights ({', '.join(pickles[:3])}), which can run code "
+            "when they are read. Convert them to safetensors."
+        )
+    raise UserError(f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}.")
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name; empty where the single file or no index is there."""
+    path = folder / INDEX_FILE
+    if (folder / SINGLE_FILE).exists() or not path.exists():
+        return {}
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = set(index.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__}: {error}); fetch it again."
+        ) from None
+    for name in names:
+        # A symlink is fine (the hub's cache is made of them); a path is not.
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+            raise UserError(f"{path} names {name!r}, which lies outside of the folder; refused.")
+        if not (folder / name).exists():
+            raise UserError(f"{path} names {name}, which is missing. Fetch the folder again.")
+    return index
+
+
+Tensor = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]
+
+
+def write_tensors(
+    folder: Path, tensors: Sequence[Tensor], dtype: np.dtype, max_shard_bytes: float
+) -> None:
+    """Writes tensors in order, as one file or as shards with an index, and reads each back.
+
+    Args:
+      tensors: (name, shape, function that makes the array); one shard is in memory at a time.
+      max_shard_bytes: a shard takes tensors until the next would pass this; a tensor is not cut.
+    """
+    shards: list[list[Tensor]] = [[]]
+    filled = 0
+    sizes = [int(np.prod(shape)) * dtype.itemsize for _, shape, _ in tensors]
+    for tensor, size in zip(tensors, sizes, strict=True):
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += size
+    if len(shards) == 1:
+        write_file(folder / SINGLE_FILE, shards[0], dtype)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_file(folder / name, shard, dtype)
+        weight_map.update({tensor_name: name for tensor_name, _, _ in shard})
+    write_json(
+        folder / INDEX_FILE, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+    )
+
+
+def write_file(path: Path, tensors: Sequence[Tensor], dtype: np.dtype) -> None:
+    """One safetensors file with the metadata that transformers asks for, checked after writing.
+
+    Raises:
+      ValueError: a tensor of another shape than announced, or with NaN or infinity in it.
+      OSError: what the disk gives back differs from what was written.
+    """
+    from safetensors.numpy import save_file
+
+    arrays = {}
+    for name, shape, make in tensors:
+        # save_file writes wrong values for an array that is not contiguous, without a word.
+        array = np.ascontiguousarray(make().astype(dtype))
+        if array.shape != shape:
+            raise ValueError(f"{name} has shape {array.shape}, expected {shape}.")
+        if not is_finite(array):
+            raise ValueError(f"{name} holds NaN or infinite values as {dtype}; not written.")
+        arrays[name] = array
+    save_file(arrays, str(path), metadata={"format": "pt"})
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+    written = TensorFile(path)
+    for name, array in arrays.items():
+        back = written.read(name)
+        if back.dtype != array.dtype or back.tobytes() != array.tobytes():
+            raise OSError(f"{path}: {name} reads back otherwise than it was written.")
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder beside ``path`` that takes its place when the block ends well.
+
+    Raises:
+      UserError: ``path`` exists and may not be overwritten, or is no folder.
+    """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} exists and is no folder.")
+    if path.exists() and any(path.iterdir()) and not overwrite:
+        raise UserError(f"{path} exists and is not empty; remove it or choose another folder.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old.tmp")
+    if old.exists() and not path.exists():
+        os.replace(old, path)  # killed between the two renames below: the old folder is whole
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        sync_folder(temporary)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def numpy_dtype(dtype: Any) -> np.dtype:
+    """float32, bfloat16 or float16 by name or type.
+
+    Raises:
+      UserError: anything else.
+    """
+    try:
+        found = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    except TypeError:
+        found = None
+    if found not in [np.dtype(known) for known in _DTYPES.values()]:
+        raise UserError(f"Weights are float32, bfloat16 or float16, not {dtype!r}.")
+    return found
