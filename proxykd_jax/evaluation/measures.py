@@ -1,0 +1,308 @@
+"""How near a model is to the teacher on held-out rows, from the teacher's text alone.
+
+- ``nll``: teacher-token NLL, nats. Table 4 of the paper reports KL(teacher || proxy), which needs
+  the teacher's distribution; from text alone only differences of it can be had, because the
+  teacher's entropy cancels in the difference of two models' NLL on the same rows.
+- ``agreement``: share of the teacher's tokens that are the model's most probable ones (Fig. 5).
+- ``top_mass``: share of places whose K most probable tokens hold more than 0.95 (Fig. 4).
+- ``kl``: exact KL(teacher || model), nats a token, where the teacher is a known process.
+
+Axes: n rows (examples), J values of K.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from proxykd_jax.data.collate import collate_rows
+from proxykd_jax.errors import UserError
+from proxykd_jax.evaluation.teacher import TeacherLogps
+from proxykd_jax.models.chunked import map_positions
+from proxykd_jax.models.config import ModelConfig
+from proxykd_jax.models.decoder import hidden_states, unembed
+from proxykd_jax.parallel.sharding import put_rows
+from proxykd_jax.types import TokenBatch
+
+TOP_KS = (1, 5, 10, 20, 50)
+MASS = 0.95
+# float32 logits of this many elements (256 MiB) are kept at once.
+_LOGITS_AT_ONCE = 1 << 26
+# Padded lengths are multiples of this, so that few programs are compiled.
+_LENGTH_STEP = 64
+
+
+class Rows(Protocol):
+    """What is needed of a ``TokenSplit``."""
+
+    lengths: Any
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Sequence[int]) -> list[Any]: ...
+
+
+@dataclass(frozen=True)
+class RowMeasures:
+    """Sums over the answer's tokens of each row, float64.
+
+    Attributes:
+      tokens: ``[n]`` tokens of each answer.
+      nll: ``[n]`` nats.
+      agreement: ``[n]`` tokens that are the model's first choice.
+      top_mass: ``[n, J]`` places at which the K most probable tokens hold more than ``MASS``.
+      kl: ``[n]`` nats, or None where the teacher's distribution is not known.
+      top_ks: the J values of K.
+    """
+
+    tokens: np.ndarray
+    nll: np.ndarray
+    agreement: np.ndarray
+    top_mass: np.ndarray
+    kl: np.ndarray | None
+    top_ks: tuple[int, ...]
+
+    def summary(self) -> dict[str, Any]:
+        """Means with standard errors over rows, ready for JSON.
+
+        ``token_mean`` weighs each token alike and ``example_mean`` each row.
+        """
+        quantities = {"nll": self.nll, "agreement": self.agreement}
+        if self.kl is not None:
+            quantities["kl"] = self.kl
+        summary: dict[str, Any] = {"n": len(self.tokens), "tokens": int(self.tokens.sum())}
+        for name, sums in quantities.items():
+            summary[name] = {
+                **dict(zip(("token_mean", "token_se"), token_mean(sums, self.tokens), strict=True)),
+                **dict(zip(("example_mean", "example_se"), mean(sums / self.tokens), strict=True)),
+            }
+        summary["top_mass"] = {
+            str(top_k): float(self.top_mass[:, j].sum() / self.tokens.sum())
+            for j, top_k in enumerate(self.top_ks)
+        }
+        return summary
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Arrays for a file; ``from_arrays`` is the inverse."""
+        arrays = {
+            "tokens": self.tokens,
+            "nll": self.nll,
+            "agreement": self.agreement,
+            "top_mass": self.top_mass,
+            "top_ks": np.array(self.top_ks, np.int64),
+        }
+        return arrays if self.kl is None else {**arrays, "kl": self.kl}
+
+    @staticmethod
+    def from_arrays(arrays: Mapping[str, np.ndarray]) -> RowMeasures:
+        """From what ``to_arrays`` gave."""
+        values = dict(arrays)
+        top_ks = tuple(values.pop("top_ks").tolist())
+        return RowMeasures(**{"kl": None, **values}, top_ks=top_ks)
+
+
+def mean(values: np.ndarray) -> tuple[float, float | None]:
+    """Mean and its standard error (None for fewer than two values)."""
+    if len(values) < 2:
+        return float(values.mean()), None
+    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def token_mean(sums: np.ndarray, tokens: np.ndarray) -> tuple[float, float | None]:
+    """Mean over all tokens, and its standard error with rows as the independent units.
+
+    The ratio estimator: tokens of one row are not independent, and the number of tokens is random
+    as well.
+    """
+    ratio = float(sums.sum() / tokens.sum())
+    num = len(tokens)
+    if num < 2:
+        return ratio, None
+    residual = sums - ratio * tokens
+    return ratio, float(np.sqrt(num / (num - 1) * np.square(residual).sum()) / tokens.sum())
+
+
+def paired_differences(first: RowMeasures, second: RowMeasures) -> dict[str, Any]:
+    """``first`` minus ``second`` on the same rows: token means with paired standard errors.
+
+    The difference in ``nll`` is that in KL(teacher || model) up to sampling noise: the paper's
+    Table 4 steps are 0.66 and 0.31.
+
+    Raises:
+      ValueError: not the same rows.
+    """
+    if not np.array_equal(first.tokens, second.tokens):
+        raise ValueError("the measures are of different rows")
+    differences: dict[str, Any] = {}
+    for name in ("nll", "agreement", "kl"):
+        one, other = getattr(first, name), getattr(second, name)
+        if one is not None and other is not None:
+            value, error = token_mean(one - other, first.tokens)
+            differences[name] = {"token_mean": value, "token_se": error}
+    return differences
+
+
+def measure(
+    config: ModelConfig,
+    params: Any,
+    adapter: Any | None,
+    rows: Rows,
+    *,
+    batch_size: int,
+    max_rows: int | None = None,
+    top_ks: Sequence[int] = TOP_KS,
+    teacher: TeacherLogps | None = None,
+    mesh: Mesh | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> RowMeasures:
+    """Measures a model on the answers of a split.
+
+    Args:
+      config, params, adapter: the model.
+      rows: a ``TokenSplit``.
+      batch_size: rows computed together.
+      max_rows: look at the first so many rows only.
+      top_ks: values of K for ``top_mass``; those above the vocabulary count as all of it.
+      teacher: its true distribution on these rows, where it is known.
+      mesh: over which rows are split; None for the default device.
+      progress: told how many of the rows are done.
+
+    Returns:
+      Sums by row, in the order of the split.
+
+    Raises:
+      UserError: no rows, or a teacher that lacks one of them or knows more tokens than the model.
+    """
+    num = len(rows) if max_rows is None else min(len(rows), max_rows)
+    if num == 0:
+        raise UserError("there are no rows to measure on.")
+    if teacher is not None and teacher.vocab_size > config.vocab_size:
+        raise UserError(
+            f"evaluate.teacher_logps has {teacher.vocab_size} tokens, the model "
+            f"{config.vocab_size}: they do not share a vocabulary."
+        )
+    compute = _compiled(config, tuple(min(k, config.vocab_size) for k in top_ks), mesh)
+    sums = {
+        "tokens": np.zeros(num),
+        "nll": np.zeros(num),
+        "agreement": np.zeros(num),
+        "top_mass": np.zeros((num, len(top_ks))),
+        "kl": np.zeros(num),
+    }
+    waiting: tuple[np.ndarray, Any, Any] | None = None
+    done = 0
+    for indices, batch, teacher_logps in _batches(rows, num, batch_size, config, teacher):
+        mask_BL = batch.mask_BL
+        if mesh is not None:
+            batch, teacher_logps = (put_rows(_own(x), mesh) for x in (batch, teacher_logps))
+        found = compute(params, adapter, batch, teacher_logps)
+        # Summed on the host while the device works on the next batch.
+        done += _add(sums, waiting)
+        progress(done, num)
+        waiting = (indices, mask_BL, found)
+    progress(done + _add(sums, waiting), num)
+    if np.any(sums["tokens"] == 0):
+        raise UserError("a row has an answer of no tokens.")
+    kl = sums.pop("kl")
+    return RowMeasures(**sums, kl=None if teacher is None else kl, top_ks=tuple(top_ks))
+
+
+def _batches(
+    rows: Rows, num: int, batch_size: int, config: ModelConfig, teacher: TeacherLogps | None
+) -> Iterator[tuple[np.ndarray, TokenBatch, np.ndarray | None]]:
+    """Row indices, their batch, and the teacher's log-probs at its places; similar lengths."""
+    lengths = np.asarray(rows.lengths)[:num]
+    order = np.argsort(lengths, kind="stable")
+    for start in range(0, num, batch_size):
+        indices = order[start : start + batch_size]
+        positions = int(lengths[indices].max()) - 1
+        if positions >= _LENGTH_STEP:
+            length = -(-positions // _LENGTH_STEP) * _LENGTH_STEP
+        else:
+            length = 1 << max(positions - 1, 0).bit_length()
+        found = rows.read(indices.tolist())
+        batch = collate_rows(
+            [[row] for row in found], length=length, num_segments=1, batch_size=batch_size
+        )
+        if teacher is None:
+            yield indices, batch, None
+            continue
+        shape = (batch_size, length, config.vocab_size)
+        teacher_logps_BLV = np.full(shape, -np.inf, np.float32)
+        for place, row in enumerate(found):
+            logps = teacher.read(row.tokens, row.prompt_length)
+            first = row.prompt_length - 1
+            teacher_logps_BLV[place, first : first + len(logps), : logps.shape[1]] = logps
+        yield indices, batch, teacher_logps_BLV
+
+
+def _own(tree: Any) -> Any:
+    """The rows of a batch that this process hands in."""
+    count, index = jax.process_count(), jax.process_index()
+    if count == 1:
+        return tree
+    return jax.tree.map(lambda x: np.split(x, count)[index], tree)
+
+
+def _add(sums: dict[str, np.ndarray], waiting: tuple[np.ndarray, Any, Any] | None) -> int:
+    if waiting is None:
+        return 0
+    indices, mask_BL, found = waiting
+    count = len(indices)
+    mask = np.asarray(mask_BL)[:count]
+    sums["tokens"][indices] = mask.sum(axis=1)
+    for name, values in jax.device_get(found).items():
+        values = np.asarray(values, np.float64)[:count]
+        kept = mask.reshape(mask.shape + (1,) * (values.ndim - 2))
+        sums[name][indices] = np.where(kept, values, 0).sum(axis=1)
+    return count
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(config: ModelConfig, top_ks: tuple[int, ...], mesh: Mesh | None) -> Any:
+    """``(params, adapter, batch, teacher_logps_BLV | None) -> {name: [B, L] or [B, L, J]}``."""
+
+    def compute(
+        params: Any, adapter: Any, batch: TokenBatch, teacher_logps_BLV: Any
+    ) -> dict[str, jax.Array]:
+        hidden_BLD = hidden_states(
+            params,
+            adapter,
+            batch.tokens_BL,
+            config=config,
+            positions_BL=batch.positions_BL,
+            segment_ids_BL=batch.segment_ids_BL,
+        )
+        num_rows, length = batch.tokens_BL.shape
+        chunk = max(_LOGITS_AT_ONCE // (num_rows * config.vocab_size), 1)
+
+        def head(hidden: jax.Array, labels: jax.Array, *teacher: jax.Array) -> Any:
+            logps = jax.nn.log_softmax(unembed(params, hidden, config=config), axis=-1)
+            label_logps = jnp.take_along_axis(logps, labels[..., None], axis=-1)[..., 0]
+            largest = jnp.exp(jax.lax.top_k(logps, max(top_ks))[0])
+            mass = jnp.cumsum(largest, axis=-1)
+            figures = {
+                "nll": -label_logps,
+                "agreement": logps.argmax(axis=-1) == labels,
+                "top_mass": jnp.stack([mass[..., k - 1] > MASS for k in top_ks], axis=-1),
+            }
+            for teacher_logps in teacher:
+                # Where the teacher never says a token the term is 0, whatever the model says.
+                says = teacher_logps > -jnp.inf
+                gap = jnp.where(says, teacher_logps - logps, 0.0)
+                figures["kl"] = (jnp.exp(teacher_logps) * gap).sum(axis=-1)
+            return figures
+
+        teacher = () if teacher_logps_BLV is None else (teacher_logps_BLV,)
+        return map_positions(head, hidden_BLD, batch.labels_BL, *teacher, chunk=min(chunk, length))
+
+    if mesh is None:
+        return jax.jit(compute)
+    return jax.jit(compute, out_shardings=NamedSharding(mesh, PartitionSpec()))
