@@ -155,6 +155,12 @@ def topk_kl_tokens(
     student_BLK, student_tail_BL = topk_logps(
         student_logits_BLV, proxy_topk_ids_BLK, mask_BL, sharded_vocab=sharded_vocab
     )
+    if tail == "renormalize":
+        # The full softmax's normaliser cancels in value. Without its gradient, that of the
+        # entries outside the ids is exactly 0 instead of rounding noise.
+        student_BLK = _without_normalizer(
+            student_logits_BLV, proxy_topk_ids_BLK, mask_BL, sharded_vocab=sharded_vocab
+        )
     if proxy_BLK.shape[-1] == student_logits_BLV.shape[-1]:
         # Nothing lies outside: 1 - sum p would be rounding noise.
         proxy_tail_logps_BL = jnp.full(proxy_BLK.shape[:-1], -jnp.inf)
@@ -237,6 +243,15 @@ def weighted_kl(
         sharded_vocab=sharded_vocab,
     )
     return weigh_examples(kl_B, sample_weight_B)
+
+
+def _without_normalizer(
+    logits: chex.Array, ids: chex.Array, mask: chex.Array | None, *, sharded_vocab: bool
+) -> jax.Array:
+    """Logits at the ids, relative to the greatest of the vocabulary."""
+    logits = blank_outside(logits, mask)
+    logits = logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    return gather_vocab(logits, jnp.asarray(ids), sharded_vocab=sharded_vocab)[0]
 
 
 def _renormalize(logps: jax.Array) -> jax.Array:

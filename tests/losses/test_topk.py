@@ -1,0 +1,317 @@
+"""Top-k KL: the four tails against the reference, against the full KL, and their gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from proxykd_jax.losses import (
+    TAILS,
+    forward_kl,
+    topk_kl,
+    topk_kl_from_logps,
+    topk_kl_tokens,
+    topk_logps,
+    weighted_kl,
+)
+
+every_tail = pytest.mark.parametrize("tail", TAILS)
+
+
+def batch(seed=0, *, top_k=3, vocab=8, scale=2.0):
+    """Student logits, proxy logits, the proxy's top-k log-probs and ids, log tail mass, mask."""
+    rng = np.random.default_rng(seed)
+    proxy, student = rng.normal(scale=scale, size=(2, 3, 4, vocab))
+    ids = np.argsort(-proxy, axis=-1)[..., :top_k]
+    logps = np.take_along_axis(reference.log_softmax(proxy), ids, -1)
+    outside = 1 - np.exp(logps).sum(-1)
+    tail = np.log(np.maximum(outside, 1e-300))
+    mask = np.array([[0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 1]])
+    return student, proxy, logps, ids, tail, mask
+
+
+def expected_positions(student, proxy, ids, tail):
+    return np.array([
+        [reference.topk_kl(student[b, t], proxy[b, t], ids[b, t], tail) for t in range(4)]
+        for b in range(3)
+    ])  # fmt: skip
+
+
+@every_tail
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("stored_tail", [True, False])
+@pytest.mark.parametrize("sharded_vocab", [True, False])
+def test_matches_reference(tail, reduction, stored_tail, sharded_vocab):
+    student, proxy, logps, ids, tail_logps, mask = batch()
+    positions = expected_positions(student, proxy, ids, tail)
+    function = functools.partial(
+        topk_kl, tail=tail, reduction=reduction, sharded_vocab=sharded_vocab
+    )
+    kwargs = {"proxy_tail_logps_BL": tail_logps} if stored_tail else {}
+    got = jax.jit(function)(student, logps, ids, mask, **kwargs)
+    assert got.dtype == jnp.float32 and got.shape == (3,)
+    expected = reference.per_example(positions, mask, reduction)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+    weight = np.array([0.3, 0.0, 2.0])
+    weighted = weighted_kl(
+        student, logps, ids, mask, weight, tail=tail, reduction=reduction, **kwargs
+    )
+    np.testing.assert_allclose(weighted, expected * weight, rtol=1e-5, atol=1e-6)
+
+
+@every_tail
+def test_ids_of_any_integer_type_and_bfloat16(tail):
+    student, _, logps, ids, _, mask = batch(1)
+    student = jnp.asarray(student, jnp.bfloat16)
+    want = topk_kl(student.astype(jnp.float32), logps, ids, mask, tail=tail)
+    got = topk_kl(student, logps, ids.astype(np.uint16), mask.astype(bool), tail=tail)
+    assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(got, want)
+
+
+@every_tail
+@pytest.mark.parametrize("seed", range(3))
+def test_all_tails_are_the_full_kl_at_the_whole_vocabulary(tail, seed):
+    student, proxy, logps, ids, _, mask = batch(seed, top_k=8, scale=4.0)
+
+    def both(function, *args, **kwargs):
+        return jax.value_and_grad(lambda s: function(s, *args, **kwargs).sum())(
+            jnp.float32(student)
+        )
+
+    value, grad = both(topk_kl, logps, ids, mask, tail=tail)
+    full, full_grad = both(lambda s: forward_kl(proxy, s, mask))
+    np.testing.assert_allclose(value, full, rtol=2e-6)
+    np.testing.assert_allclose(grad, full_grad, atol=1e-6)
+
+
+@every_tail
+@pytest.mark.parametrize("sharded_vocab", [True, False])
+def test_gradient_matches_the_formula(tail, sharded_vocab):
+    student, proxy, logps, ids, tail_logps, _ = batch(2)
+    grad = jax.grad(
+        lambda s: topk_kl_tokens(
+            s, logps, ids, tail=tail, proxy_tail_logps_BL=tail_logps, sharded_vocab=sharded_vocab
+        ).sum()
+    )(jnp.float32(student))
+    for b in range(3):
+        for t in range(4):
+            expected = reference.topk_gradient(student[b, t], proxy[b, t], ids[b, t], tail)
+            np.testing.assert_allclose(grad[b, t], expected, atol=1e-6)
+
+
+def test_tails_differ_outside_the_ids():
+    """Bucket knows the tail's mass, renormalize is blind to it, the other two drive it to 0."""
+    student, proxy, logps, ids, tail_logps, _ = batch(3)
+    hit = np.zeros(student.shape, bool)
+    np.put_along_axis(hit, ids, True, -1)
+    grads = {
+        tail: np.asarray(
+            jax.grad(
+                lambda s, tail=tail: topk_kl_tokens(
+                    s, logps, ids, tail=tail, proxy_tail_logps_BL=tail_logps
+                ).sum()
+            )(jnp.float32(student))
+        )
+        for tail in TAILS
+    }
+    assert (grads["renormalize"][~hit] == 0).all()
+    for tail in ("zero", "renormalize_proxy"):
+        assert (grads[tail][~hit] > 0).all()
+    # At a student equal to the proxy the bucket's gradient is zero, also outside the ids.
+    at_proxy = jax.grad(
+        lambda s: topk_kl_tokens(s, logps, ids, proxy_tail_logps_BL=tail_logps).sum()
+    )(jnp.float32(proxy))
+    np.testing.assert_allclose(at_proxy, 0, atol=3e-7)
+    for tail in ("zero", "renormalize_proxy"):
+        elsewhere = jax.grad(lambda s, t=tail: topk_kl_tokens(s, logps, ids, tail=t).sum())(
+            jnp.float32(proxy)
+        )
+        assert np.abs(elsewhere).max() > 0.01
+
+
+def test_zero_points_where_renormalize_proxy_does():
+    student, _, logps, ids, _, _ = batch(4)
+
+    def grad(tail):
+        return jax.grad(lambda s: topk_kl_tokens(s, logps, ids, tail=tail).sum())(
+            jnp.float32(student)
+        )
+
+    kept = np.exp(logps).sum(-1, keepdims=True)
+    np.testing.assert_allclose(grad("zero"), kept * grad("renormalize_proxy"), atol=1e-6)
+
+
+def test_zero_can_be_negative_and_bucket_cannot():
+    student = jnp.array([[[3.0, 0.0, 0.0, 0.0]]])
+    logps = jnp.log(jnp.array([[[0.4]]]))
+    ids = jnp.array([[[0]]])
+    assert topk_kl_tokens(student, logps, ids, tail="zero")[0, 0] < 0
+    for seed in range(5):
+        student, _, logps, ids, tail_logps, _ = batch(seed)
+        assert (topk_kl_tokens(student, logps, ids, proxy_tail_logps_BL=tail_logps) > -1e-6).all()
+
+
+def test_bucket_is_nearest_to_the_full_gradient():
+    student, proxy, logps, ids, tail_logps, mask = batch(5, top_k=3, vocab=32, scale=1.0)
+    ones = np.ones_like(mask)
+
+    def cosine(tail):
+        stored = tail_logps if tail == "bucket" else None
+        a = jax.grad(
+            lambda s: topk_kl(s, logps, ids, ones, tail=tail, proxy_tail_logps_BL=stored).sum()
+        )(jnp.float32(student))
+        b = jax.grad(lambda s: forward_kl(proxy, s, ones).sum())(jnp.float32(student))
+        return (a * b).sum() / jnp.sqrt((a * a).sum() * (b * b).sum())
+
+    cosines = {tail: float(cosine(tail)) for tail in TAILS}
+    assert max(cosines, key=cosines.__getitem__) == "bucket"
+
+
+def test_two_flat_cases_of_random_sampling_fixture():
+    """p = [.5 .3 .1 .06 .04]: dropping the tail pulls the student to [.625 .375 0 0 0]."""
+    p = np.array([0.5, 0.3, 0.1, 0.06, 0.04])
+    q_logits = jnp.array([[[2, 1.5, 0, -1, -2]]], jnp.float32)
+    q = np.exp(reference.log_softmax(q_logits))[0, 0]
+    full = jax.grad(
+        lambda s: topk_kl_tokens(
+            s, np.log(p)[None, None], np.arange(5)[None, None], tail="zero"
+        ).sum()
+    )(q_logits)
+    np.testing.assert_allclose(
+        full[0, 0], [0.052495757, 0.035105616, -0.025227830, -0.032492856, -0.029880687], atol=1e-7
+    )  # fmt: skip
+    top2 = np.log(p[:2])[None, None]
+    cut = jax.grad(lambda s: topk_kl_tokens(s, top2, np.arange(2)[None, None], tail="zero").sum())(
+        q_logits
+    )
+    np.testing.assert_allclose(cut[0, 0] / 0.8, q - [0.625, 0.375, 0, 0, 0], atol=1e-6)
+
+
+@every_tail
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_nothing_leaks_through_the_mask(tail, bad):
+    student, _, logps, ids, tail_logps, mask = batch(6)
+    inside = mask != 0
+
+    def run(s, p, i, t):
+        return jax.value_and_grad(
+            lambda x: topk_kl(x, p, i, mask, tail=tail, proxy_tail_logps_BL=t).sum()
+        )(jnp.float32(s))
+
+    value, grad = run(
+        np.where(inside[..., None], student, bad),
+        np.where(inside[..., None], logps, bad),
+        np.where(inside[..., None], ids, 10**6),
+        np.where(inside, tail_logps, bad),
+    )
+    clean_value, clean_grad = run(student, logps, ids, tail_logps)
+    assert value == clean_value
+    np.testing.assert_array_equal(grad, clean_grad)
+    assert (np.asarray(grad)[~inside] == 0).all()
+
+
+@every_tail
+def test_empty_mask(tail):
+    student, _, logps, ids, _, mask = batch(7)
+    value, grad = jax.value_and_grad(lambda s: topk_kl(s, logps, ids, 0 * mask, tail=tail).sum())(
+        jnp.float32(student)
+    )
+    assert value == 0 and (np.asarray(grad) == 0).all()
+
+
+EDGES = {
+    "an impossible stored token": ([0.0, 1, 2, 0, 0], [-0.1, -np.inf]),
+    "all mass kept": ([0.0, 1, 2, 0, 0], [np.log(0.75), np.log(0.25)]),
+    "rounded above one": ([0.0, 1, 2, 0, 0], [np.log(0.75) + 1e-3, np.log(0.25)]),
+    "a certain proxy": ([0.0, 1, 2, 0, 0], [0.0, -np.inf]),
+    "nothing stored": ([0.0, 1, 2, 0, 0], [-np.inf, -np.inf]),
+    "the student excludes a stored token": ([-np.inf, 1, 2, 0, 0], [-1.0, -2.0]),
+    "the student excludes all stored": ([-np.inf, -np.inf, 2, 0, 0], [-1.0, -2.0]),
+    "the student excludes the tail": ([1.0, 2, -np.inf, -np.inf, -np.inf], [-1.0, -2.0]),
+    "a certain student": ([500.0, 0, 0, 0, 0], [-1.0, -2.0]),
+    "a student certain of the tail": ([0.0, 0, 500, 0, 0], [-1.0, -2.0]),
+}
+
+
+@every_tail
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize("from_logps", [False, True])
+def test_gradients_are_finite_at_the_edges(tail, edge, from_logps):
+    student, logps = (jnp.array([[x]], jnp.float32) for x in EDGES[edge])
+    ids = jnp.array([[[0, 1]]])
+
+    def loss(s, p):
+        if not from_logps:
+            return topk_kl_tokens(s, p, ids, tail=tail).sum()
+        return topk_kl_from_logps(jax.nn.log_softmax(s)[..., :2], p, tail=tail).sum()
+
+    value, grads = jax.value_and_grad(loss, argnums=(0, 1))(student, logps)
+    assert not np.isnan(value)
+    for grad in grads:
+        assert np.isfinite(grad).all()
+    if "excludes" not in edge:
+        assert np.isfinite(value)
+
+
+def test_a_confident_student_keeps_the_gradient_of_its_tail():
+    """1 - sum q has no digits at a tail of e-20; the sum over the tail has them all."""
+    student = np.array([[[20.0, 1, 0, 0.5, -1]]])
+    proxy = np.log(np.array([0.7, 0.2, 0.05, 0.03, 0.02]))
+    logps, ids = proxy[None, None, :2], np.array([[[0, 1]]])
+    grad = jax.grad(
+        lambda s: topk_kl_tokens(s, logps, ids, proxy_tail_logps_BL=np.log([[0.1]])).sum()
+    )(jnp.float32(student))
+    expected = reference.topk_gradient(student[0, 0], proxy, [0, 1], "bucket")
+    np.testing.assert_allclose(grad[0, 0], expected, atol=1e-6)
+
+
+def test_from_logps_agrees_with_and_without_the_students_tail():
+    student, _, logps, ids, tail_logps, _ = batch(8, scale=1.0)
+    student_logps, student_tail = topk_logps(student, ids)
+    want = topk_kl_tokens(student, logps, ids, proxy_tail_logps_BL=tail_logps)
+    exact = topk_kl_from_logps(
+        student_logps, logps, proxy_tail_logps_BL=tail_logps, student_tail_logps_BL=student_tail
+    )
+    guessed = topk_kl_from_logps(student_logps, logps, proxy_tail_logps_BL=tail_logps)
+    np.testing.assert_array_equal(exact, want)
+    np.testing.assert_allclose(guessed, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("sharded_vocab", [True, False])
+def test_topk_logps(sharded_vocab):
+    student, _, _, ids, _, _ = batch(9)
+    logps, tail = topk_logps(student, ids, sharded_vocab=sharded_vocab)
+    expected = np.take_along_axis(reference.log_softmax(student), ids, -1)
+    np.testing.assert_allclose(logps, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(tail, np.log(1 - np.exp(expected).sum(-1)), rtol=1e-4)
+
+
+def test_weight_zero_takes_an_infinite_example_out():
+    student = jnp.array([[[-jnp.inf, 0.0, 1.0]], [[0.0, 0.0, 1.0]]])
+    logps, ids = jnp.full((2, 1, 1), -0.5), jnp.zeros((2, 1, 1), jnp.int32)
+    value, grad = jax.value_and_grad(
+        lambda s: weighted_kl(s, logps, ids, jnp.ones((2, 1)), jnp.array([0.0, 1.0])).sum()
+    )(student)
+    assert np.isfinite(value) and np.isfinite(grad).all() and (grad[0] == 0).all()
+
+
+def test_mistakes_are_refused():
+    student, _, logps, ids, _, mask = batch()
+    with pytest.raises(ValueError, match="bucket, renormalize, renormalize_proxy, zero"):
+        topk_kl(student, logps, ids, mask, tail="drop")
+    with pytest.raises(AssertionError):
+        topk_kl(student, logps, ids[..., :2], mask)
+    with pytest.raises(AssertionError):
+        topk_kl(student[:, :2], logps, ids, mask)
+    with pytest.raises(AssertionError):
+        weighted_kl(student, logps, ids, mask, np.ones(2))
+
+
+def test_vmap_over_a_leading_axis():
+    student, _, logps, ids, _, mask = batch(10)
+    stacked = jax.vmap(topk_kl)(student[:, None], logps[:, None], ids[:, None], mask[:, None])
+    np.testing.assert_allclose(stacked[:, 0], topk_kl(student, logps, ids, mask), rtol=1e-6)
