@@ -50,13 +50,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise UserError(f"cannot read the config {path}: {reason}.") from error
-    data, problems = _parse_yaml(text)
-    return _build(data, problems, overrides, origin=str(path))
+    data, problems = _parse_yaml(text, origin=str(path))
+    return _build({} if data is None else data, problems, overrides, origin=str(path))
 
 
 def make_config(data: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """The same from a dictionary, for notebooks and other programs."""
-    return _build(json.loads(json.dumps(data)), [], overrides, origin="config")
+    """The same from a dictionary, for notebooks and other programs. Paths may be ``Path``s.
+
+    Raises:
+      UserError: as ``load_config``, and for values that YAML could not hold.
+    """
+    try:
+        plain = json.loads(json.dumps(data, default=os.fspath))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"config: a value is not plain data ({error}).") from error
+    return _build(plain, [], overrides, origin="config")
 
 
 def dump_config(config: Config) -> str:
@@ -90,11 +98,32 @@ def _build(data: Any, problems: list[str], overrides: Sequence[str], origin: str
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-5 as a float, leaves dates as text and notes repeated keys."""
+    """SafeLoader that reads 1e-5 as a float, leaves dates as text and notes repeated keys.
+
+    It builds JSON's types alone. Aliases are refused: nested ones grow without bound.
+    """
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
         self.repeated: list[str] = []
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(
+                None, None, "aliases (*name) are not supported; write the value out", mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        value = super().construct_scalar(node)
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise yaml.constructor.ConstructorError(
+                None, None, "text with half of a surrogate pair", node.start_mark
+            ) from None
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[Any, int] = {}
@@ -113,34 +142,45 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=True)
 
 
+_TAG = "tag:yaml.org,2002:"
+_JSON_TAGS = {_TAG + name for name in ("null", "bool", "int", "float", "str", "seq", "map")}
+_Loader.yaml_constructors = {
+    tag: constructor
+    for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag in _JSON_TAGS
+}
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag in _JSON_TAGS]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), None
+    _TAG + "float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), None
 )
 
 
-def _parse_yaml(text: str) -> tuple[Any, list[str]]:
-    loader = _Loader(text)
+def _parse_yaml(text: str, origin: str) -> tuple[Any, list[str]]:
+    """The data (None where there is none) and what was found of repeated keys."""
     try:
-        data = loader.get_single_data()
+        loader = _Loader(text)
+        try:
+            data = loader.get_single_data()
+        finally:
+            loader.dispose()
+    except RecursionError as error:
+        raise UserError(f"{origin}: nested too deeply.") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" on line {mark.line + 1}" if mark else ""
         what = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"the config is not YAML that is allowed here{where}: {what}.") from error
-    finally:
-        loader.dispose()
-    return {} if data is None else data, loader.repeated
+        raise UserError(f"{origin}: no YAML that is allowed here{where}: {what}.") from error
+    return data, loader.repeated
 
 
 def _apply_override(data: dict[str, Any], override: str) -> list[str]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         return [f"--set {override}: write it as section.key=value"]
-    value, problems = _parse_yaml(text) if text else ("", [])
+    value, problems = _parse_yaml(text, f"--set {override}") if text else ("", [])
     node: Any = data
     *parents, last = key.split(".")
     for parent in parents:
@@ -204,6 +244,10 @@ def _explain(errors: list[ErrorDetails], *, unresolved_preset: bool) -> list[str
     problems = []
     for error in errors:
         location = [str(part) for part in error["loc"]]
+        if error["type"] == "too_short" and any(
+            other["loc"][:-1][: len(location)] == error["loc"] for other in errors
+        ):
+            continue  # a list whose only entry is wrong is not reported as empty too
         from_preset = error["type"] == "missing" and _has_preset_value(location)
         if unresolved_preset and from_preset:
             continue  # the missing preset is reported itself
@@ -224,11 +268,7 @@ def _reason(error: ErrorDetails, location: list[str]) -> str:
     kind, got = error["type"], error.get("input")
     shown = "" if isinstance(got, dict | list) else f" (got {json.dumps(got, default=str)})"
     if kind == "extra_forbidden":
-        section = _section(location[:-1])
-        names = list(section.model_fields) if section else []
-        close = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
-        hint = f"did you mean '{close[0]}'?" if close else f"allowed: {', '.join(names)}"
-        return f"unknown key; {hint}{shown}"
+        return f"unknown key; {_suggest(location)}{shown}"
     if kind == "missing":
         section = _section(location[:-1])
         field = section.model_fields.get(location[-1]) if section else None
@@ -240,8 +280,41 @@ def _reason(error: ErrorDetails, location: list[str]) -> str:
         close = difflib.get_close_matches(str(got), options, n=1, cutoff=0.5)
         hint = f"; did you mean '{close[0]}'?" if close else ""
         return f"must be {allowed}{hint}{shown}"
+    context = error.get("ctx") or {}
+    if kind == "too_short":
+        return f"needs at least {context['min_length']} entry"
+    if kind == "string_pattern_mismatch":
+        return f"must match {context['pattern']}{shown}"
+    if kind in {"tuple_type", "list_type"}:
+        return f"should be a list{shown}"
+    if kind == "model_type":
+        return f"should be a section of keys{shown}"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return f"{message}{shown}"
+
+
+def _suggest(location: list[str]) -> str:
+    """What an unknown key may have meant: a name like it, or its place in another section."""
+    *parents, name = location
+    section = _section(parents)
+    names = list(section.model_fields) if section else []
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    top = parents[0] if parents else ""
+    elsewhere = sorted(
+        (key for key in _all_keys(Config) if key.rpartition(".")[2] == name),
+        key=lambda key: (key.split(".")[0] != top, key),
+    )
+    if not close and elsewhere:
+        return f"did you mean '{elsewhere[0]}'?"
+    close = close or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"allowed: {', '.join(names)}"
+
+
+def _all_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield f"{prefix}{name}"
+        for inner in _section_classes(field.annotation):
+            yield from _all_keys(inner, f"{prefix}{name}.")
 
 
 def _section(location: list[str]) -> type[BaseModel] | None:

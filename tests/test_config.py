@@ -1,0 +1,404 @@
+"""The loader: strict, all mistakes in one message, nothing executed; presets; round trips."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxykd_jax.cli import config_keys
+from proxykd_jax.config import Config, dump_config, load_config, make_config
+from proxykd_jax.config.load import PATH_KEYS
+from proxykd_jax.config.presets import PAPER, PRESETS, RECOMMENDED
+from proxykd_jax.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
+
+MINIMAL = """\
+preset: recommended
+name: run-1
+corpus:
+  sources:
+    - path: answers.jsonl
+proxy: {path: big}
+student: {path: small}
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write_config(text: str) -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text(text, encoding="utf-8", newline="")
+        return path
+
+    return write_config
+
+
+def _minimal() -> dict[str, Any]:
+    return {
+        "preset": "paper",
+        "name": "x",
+        "corpus": {"sources": [{"path": "answers.jsonl"}]},
+        "proxy": {"path": "big"},
+        "student": {"path": "small"},
+    }
+
+
+def _message(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+def test_every_mistake_is_reported_at_once_with_a_suggestion(write):
+    path = write("""\
+preset: recomended
+name: ../escape
+name: again/..
+corpus:
+  sources:
+    - path: answers.jsonl
+      fromat: auto
+proxy: {path: big, lora: {rnk: 8}}
+student: {path: small}
+align:
+  num_rounds: 0
+  learning_rate: 1e-3
+  optimizer: {learning_rate: fast}
+  preference: {loss: dop}
+distill: {alpha: -1, epochs: 2.5}
+""")
+    lines = _message(path).splitlines()
+    assert all(line.startswith(f"{path}: ") for line in lines)
+    problems = dict(line.removeprefix(f"{path}: ").split(": ", 1) for line in lines)
+    assert "did you mean 'recommended'" in problems["preset"]
+    assert problems["name"].startswith(("repeated on line 3", "must match"))
+    assert any("name: repeated on line 3 (first on line 2); keep one" in line for line in lines)
+    assert "did you mean 'format'" in problems["corpus.sources.0.fromat"]
+    assert "did you mean 'rank'" in problems["proxy.lora.rnk"]
+    assert "greater than 0 (got 0)" in problems["align.num_rounds"]
+    assert "did you mean 'align.optimizer.learning_rate'" in problems["align.learning_rate"]
+    assert 'valid number (got "fast")' in problems["align.optimizer.learning_rate"]
+    assert "did you mean 'dpo'" in problems["align.preference.loss"]
+    assert "greater than or equal to 0" in problems["distill.alpha"]
+    assert "valid integer" in problems["distill.epochs"]
+    # A list whose only entry is wrong is not empty, and presets fill in what the file leaves out.
+    assert set(problems) == {
+        "preset",
+        "name",
+        "corpus.sources.0.fromat",
+        "proxy.lora.rnk",
+        "align.num_rounds",
+        "align.learning_rate",
+        "align.optimizer.learning_rate",
+        "align.preference.loss",
+        "distill.alpha",
+        "distill.epochs",
+    }
+
+
+def test_no_preset_is_a_mistake_of_its_own(write):
+    message = _message(write(MINIMAL.replace("preset: recommended\n", "")))
+    assert message.count("\n") == 0
+    assert "preset: required" in message
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [("1e-5", 1e-5), ("1E-5", 1e-5), ("2.5e-4", 2.5e-4), ("3", 3.0), ("1e+2", 100.0)],
+)
+def test_numbers_are_numbers(write, text, number):
+    config = load_config(write(MINIMAL + f"align: {{optimizer: {{learning_rate: {text}}}}}\n"))
+    assert config.align.optimizer.learning_rate == number
+
+
+@pytest.mark.parametrize("text", ['"1e-5"', "true", ".nan", ".inf", "0", "-1e-5", "[1]", "null"])
+def test_what_is_no_learning_rate(write, text):
+    path = write(MINIMAL + f"align: {{optimizer: {{learning_rate: {text}}}}}\n")
+    assert "align.optimizer.learning_rate: " in _message(path)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("!!python/object/apply:os.system [touch pwned]", "python/object/apply"),
+        ("!!python/name:os.system", "python/name"),
+        ("!!binary aGVsbG8=", "binary"),
+        ("!!set {a}", "set"),
+        ("!!timestamp 2001-01-01", "timestamp"),
+        ("[&x a, *x]", "aliases"),
+        ("&x [*x]", "aliases"),
+        ("{? [a] : 1}", "plain text"),
+        ('"\\ud83d"', "surrogate"),
+        ("\x00", "not allowed"),
+        ("[" * 5000, "nested too deeply"),
+        ("[1", "on line"),
+        ("a\n---\nb: 1", "another document"),
+    ],
+)
+def test_yaml_that_is_refused(write, tmp_path, monkeypatch, text, said):
+    monkeypatch.chdir(tmp_path)
+    message = _message(write(MINIMAL + f"tokenizer: {text}\n"))
+    assert said in message
+    assert str(tmp_path / "config.yaml") in message
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_dates_stay_text(write):
+    assert load_config(write(MINIMAL + "tokenizer: 2024-01-01\n")).tokenizer == "2024-01-01"
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "- a\n", "text\n", "3\n"])
+def test_what_is_no_mapping(write, text):
+    assert "required" in (message := _message(write(text))) or "mapping of keys" in message
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    assert "No such file" in _message(tmp_path / "absent.yaml")
+    assert "directory" in _message(tmp_path)
+    (tmp_path / "latin").write_bytes("name: é".encode("latin-1"))
+    assert "not UTF-8" in _message(tmp_path / "latin")
+
+
+@pytest.mark.parametrize("name", ["a", "run-1_b.c", "A" * 64, "..."])
+def test_run_names(name):
+    assert make_config({**_minimal(), "name": name}).name == name
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../x", "a b", "a\n", "A" * 65, "é", 3])
+def test_names_that_are_no_folder_name(name):
+    with pytest.raises(UserError, match="name"):
+        make_config({**_minimal(), "name": name})
+
+
+def test_set_changes_one_key(write):
+    path = write(MINIMAL)
+    config = load_config(
+        path,
+        [
+            "align.num_rounds=2",
+            "align.optimizer.learning_rate=1e-5",
+            "align.optimizer.clip_norm=null",
+            "corpus.sources.0.format=alpaca",
+            "corpus.end_tokens=[1, '</s>']",
+            "corpus.template=a=b.jinja",
+        ],
+    )
+    assert config.align.num_rounds == 2
+    assert config.align.optimizer.learning_rate == 1e-5
+    assert config.align.optimizer.clip_norm is None
+    assert config.corpus.sources[0].format == "alpaca"
+    assert config.corpus.sources[0].path == "answers.jsonl"
+    assert config.corpus.end_tokens == (1, "</s>")
+    assert config.corpus.template == "a=b.jinja"
+    assert config.align.epochs_per_round == load_config(path).align.epochs_per_round
+
+
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ("align.num_rounds", "write it as section.key=value"),
+        ("=3", "write it as section.key=value"),
+        ("align.rounds=3", "did you mean 'num_rounds'"),
+        ("align=3", "section of keys"),
+        ("proxy.path.x=1", "path is a value"),
+        ("corpus.sources.7.path=a", "7 is no index of a list of 1"),
+        ("corpus.sources.x.path=a", "x is no index"),
+        ("corpus.sources=a", "should be a list"),
+        ("corpus.sources=[]", "needs at least 1 entry"),
+        ("name=", "must match"),
+        ("name=[", "--set name=["),
+        ("seed=1e3", "valid integer"),
+        ("seed=!!python/name:os.system", "python/name"),
+    ],
+)
+def test_set_that_is_wrong(write, override, said):
+    assert said in _message(write(MINIMAL), override)
+
+
+def test_variables_are_expanded_in_places_on_disk_alone(write, monkeypatch):
+    monkeypatch.setenv("SOME_FOLDER", "/data")
+    monkeypatch.delenv("ABSENT_FOLDER", raising=False)
+    text = MINIMAL.replace("answers.jsonl", "$SOME_FOLDER/a.jsonl") + "logging: {wandb_project: $X}"
+    config = load_config(write(text + "\n"))
+    assert config.corpus.sources[0].path == "/data/a.jsonl"
+    assert config.logging.wandb_project == "$X"
+    absent = write(MINIMAL.replace("path: big", "path: '${ABSENT_FOLDER}/big'"))
+    assert "proxy.path: the environment variable ABSENT_FOLDER is not set" in _message(absent)
+    assert load_config(write(MINIMAL.replace("path: big", "path: ~/big"))).proxy.path == str(
+        Path("~/big").expanduser()
+    )
+
+
+def test_every_key_that_is_a_place_is_in_the_list():
+    names = {key.rpartition(".")[2].removesuffix("[]") for key, *_ in config_keys()}
+    assert names >= PATH_KEYS
+
+
+def test_make_config_takes_paths_and_refuses_objects():
+    data = _minimal()
+    data["proxy"]["path"] = Path("big")
+    assert make_config(data).proxy.path == "big"
+    data["seed"] = object()
+    with pytest.raises(UserError, match="plain data"):
+        make_config(data)
+
+
+def test_the_callers_dictionary_is_left_alone(monkeypatch):
+    monkeypatch.setenv("SOME_FOLDER", "/data")
+    data = {**_minimal(), "tokenizer": "$SOME_FOLDER/t"}
+    before = repr(data)
+    make_config(data, ["align.num_rounds=2"])
+    assert repr(data) == before
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_what_is_dumped_is_read_back(tmp_path, preset):
+    config = make_config(
+        {**_minimal(), "preset": preset, "corpus": {"sources": [{"path": "ü.jsonl"}]}},
+        ["corpus.end_tokens=[1, '</s>']", "align.optimizer.eps=1e-12", "mesh.data=rest"],
+    )
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(path) == config
+
+
+@pytest.mark.parametrize(
+    "section, said",
+    [
+        ({"proxy": {"path": "a", "init": {"path": "b", "first_layers": 2}}}, "exactly one of path"),
+        ({"student": {}}, "exactly one of path"),
+        ({"corpus": {"sources": [{"path": "a", "dataset": "b"}]}}, "exactly one of path, dataset"),
+        (
+            {"corpus": {"sources": [{"path": "a", "prompt_tokens": 3, "prompt_sentences": 1}]}},
+            "not",
+        ),
+        (
+            {"corpus": {"sources": [{"path": "a"}], "shares": {"warmup": 0.5}}},
+            "must add up to 1",
+        ),
+        ({"mesh": {"data": "all"}}, "rest"),
+        ({"mesh": {"fsdp": 0}}, "greater than 0"),
+    ],
+)
+def test_keys_that_do_not_go_together(section, said):
+    with pytest.raises(UserError, match=said):
+        make_config({**_minimal(), **section})
+
+
+def test_a_config_is_frozen_and_comparable():
+    config = make_config(_minimal())
+    with pytest.raises(Exception, match="frozen"):
+        config.seed = 1  # type: ignore[misc]
+    assert config == make_config(_minimal())
+    assert config != make_config(_minimal(), ["seed=1"])
+
+
+# --- presets --------------------------------------------------------------------------------------
+
+
+def _leaves(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves = {}
+    for key, value in node.items():
+        inner = isinstance(value, dict)
+        leaves.update(_leaves(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value})
+    return leaves
+
+
+def test_both_presets_fill_the_same_keys():
+    assert set(_leaves(PAPER)) == set(_leaves(RECOMMENDED))
+
+
+def test_presets_fill_exactly_the_keys_without_a_default():
+    """Left out of a preset, each of its keys is missed; no key without a default is forgotten."""
+    assert Config.model_validate(_on_paper()) == make_config(_minimal())
+    for key in _leaves(PAPER):
+        data = _on_paper()
+        *parents, last = key.split(".")
+        node = data
+        for parent in parents:
+            node = node[parent]
+        del node[last]
+        with pytest.raises(ValueError, match=rf"(?m)^{re.escape(key)}$"):
+            Config.model_validate(data)
+
+
+def _on_paper() -> dict[str, Any]:
+    """The minimal config with the paper's preset written out."""
+    data = copy.deepcopy({**PAPER, **_minimal()})
+    data["corpus"] = {**PAPER["corpus"], **data["corpus"]}
+    return data
+
+
+def test_the_paper_preset_has_the_papers_values():
+    config = make_config(_minimal())
+    assert config.corpus.max_length == 1024
+    assert (config.corpus.shares.warmup, config.corpus.shares.align) == (0.10, 0.45)
+    assert config.align.num_rounds == 16
+    assert config.align.nll_weight == config.align.preference_weight == 1
+    assert config.align.preference.loss == "dpo"
+    assert (config.align.sampling.temperature, config.align.sampling.top_p) == (1, 1)
+    assert config.score.top_k == 10
+    assert config.score.temperature == 1
+    assert config.distill.alpha == 100
+    assert config.distill.tail == "renormalize_proxy"
+    assert config.distill.weights.loglik == "sum"
+    assert not config.distill.weights.normalize
+    for stage in (config.align, config.distill):
+        optimizer = stage.optimizer
+        assert (optimizer.learning_rate, optimizer.schedule) == (1e-5, "constant")
+        assert (optimizer.b1, optimizer.b2, optimizer.weight_decay) == (0.9, 0.999, 0)
+        assert optimizer.clip_norm is None and optimizer.warmup_steps == 0
+        assert not stage.stop.enabled
+    assert config.distill.epochs == config.align.epochs_per_round == 1
+    assert config.corpus.validation_fraction == config.corpus.validation_rows == 0
+    for model in (config.proxy, config.student):
+        assert (model.trainable, model.dtype) == ("lora", "bfloat16")
+        assert (model.lora.rank, model.lora.alpha, model.lora.dropout) == (16, 32, 0)
+
+
+# --- recipes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_valid(path, monkeypatch):
+    monkeypatch.setenv("PROXYKD_ASSETS", "/assets")
+    config = load_config(path)
+    assert config.name == path.stem
+
+
+PUBLISHED_PARAMETERS = {  # billions
+    "llama2_70b": 68.98,
+    "llama2_13b": 13.02,
+    "llama2_7b": 6.74,
+    "llama1_7b": 6.74,
+    "qwen2_5_32b": 32.76,
+    "qwen2_5_7b": 7.62,
+}
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED_PARAMETERS))
+def test_published_shapes_have_the_published_number_of_parameters(name):
+    import jax
+
+    from proxykd_jax.models.hf_config import read_config
+    from proxykd_jax.models.params import abstract_params
+
+    params = abstract_params(read_config(REPOSITORY / "configs" / "models" / name))
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert total / 1e9 == pytest.approx(PUBLISHED_PARAMETERS[name], abs=0.005)
+
+
+def test_every_recipe_of_the_paper_names_its_shapes():
+    named = {
+        model.config
+        for path in RECIPES
+        if "config: " in path.read_text()
+        for model in (load_config(path).proxy, load_config(path).student)
+    }
+    assert named == {f"configs/models/{name}" for name in PUBLISHED_PARAMETERS}
