@@ -1,0 +1,88 @@
+"""Rows of tokens as the arrays of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from proxykd_jax.types import TokenBatch
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """An example as tokens.
+
+    Attributes:
+      tokens: int32[T]; the rendered prompt, then the answer with its end token.
+      prompt_length: P, so that ``tokens[P:]`` is the answer.
+      row_id: ``row_id_of(tokens, prompt_length)``, in hex.
+    """
+
+    tokens: np.ndarray
+    prompt_length: int
+    row_id: str
+
+    @property
+    def prompt(self) -> np.ndarray:
+        """int32[P]."""
+        return self.tokens[: self.prompt_length]
+
+    @property
+    def answer(self) -> np.ndarray:
+        """int32[T - P]."""
+        return self.tokens[self.prompt_length :]
+
+
+def collate_rows(
+    rows: Sequence[Sequence[TokenRow]], length: int, num_segments: int, batch_size: int
+) -> TokenBatch:
+    """Puts examples into rows of one length.
+
+    Args:
+      rows: the examples of each row, side by side in this order; rows that are missing at the
+        end, like empty ones, become padding.
+      length: L.
+      num_segments: S.
+      batch_size: B.
+
+    Returns:
+      A ``TokenBatch`` of NumPy arrays. Examples are numbered 1..S within their row and their
+      positions begin at 0; an example of T tokens takes T - 1 places.
+
+    Raises:
+      ValueError: a row's examples do not fit.
+    """
+    if len(rows) > batch_size:
+        raise ValueError(f"{len(rows)} rows do not fit a batch of {batch_size}.")
+    tokens_BL = np.zeros((batch_size, length), np.int32)
+    labels_BL = np.zeros((batch_size, length), np.int32)
+    mask_BL = np.zeros((batch_size, length), np.bool_)
+    segment_ids_BL = np.zeros((batch_size, length), np.int32)
+    positions_BL = np.zeros((batch_size, length), np.int32)
+    example_mask_BS = np.zeros((batch_size, num_segments), np.bool_)
+    for b, examples in enumerate(rows):
+        if len(examples) > num_segments:
+            raise ValueError(f"{len(examples)} examples do not fit {num_segments} places of a row.")
+        begin = 0
+        for s, example in enumerate(examples):
+            end = begin + len(example.tokens) - 1
+            if end > length:
+                raise ValueError(f"Examples of {end} positions do not fit a row of {length}.")
+            tokens_BL[b, begin:end] = example.tokens[:-1]
+            labels_BL[b, begin:end] = example.tokens[1:]
+            # Position t predicts token t + 1, so the first answer token is a label at P - 1.
+            mask_BL[b, begin + max(example.prompt_length - 1, 0) : end] = True
+            segment_ids_BL[b, begin:end] = s + 1
+            positions_BL[b, begin:end] = np.arange(end - begin)
+            example_mask_BS[b, s] = True
+            begin = end
+    return TokenBatch(
+        tokens_BL=tokens_BL,
+        labels_BL=labels_BL,
+        mask_BL=mask_BL,
+        segment_ids_BL=segment_ids_BL,
+        positions_BL=positions_BL,
+        example_mask_BS=example_mask_BS,
+    )

@@ -1,0 +1,231 @@
+"""The order of an epoch: a pure function of (seed, epoch, lengths), never a state.
+
+A checkpoint therefore holds a step and no iterator, and every process computes the same global
+batches. Plans are NumPy arrays; a Python object is made only for the batch that is looked at.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import numpy as np
+
+Batching = Literal["pad", "bucket", "pack"]
+
+# Rows are sorted by length, or packed, within windows of the shuffled order: what shares a batch
+# stays random. With 64 batches a window, neighbours in length are near enough that padding falls
+# to what the rounding up to buckets costs.
+_WINDOW_BATCHES = 64
+_PACK_WINDOW_ROWS = 1024
+_MOST_SEGMENTS = 64
+_ROWS, _BATCHES = 0, 1  # what a permutation is of: independent random streams
+
+
+@dataclass(frozen=True)
+class PlannedBatch:
+    """What one global batch holds.
+
+    Attributes:
+      rows: indices of the examples of every row; an empty tuple is a row of padding. There are
+        always ``batch_size`` rows.
+      length: positions a row.
+      num_segments: S, the most examples a row may hold; the same in all batches of a plan.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    length: int
+    num_segments: int = 1
+
+
+class EpochPlan(Sequence[PlannedBatch]):
+    """All batches of an epoch, in order.
+
+    Attributes:
+      batch_size: rows a batch.
+      num_segments: S of every batch.
+    """
+
+    def __init__(
+        self,
+        examples: np.ndarray,
+        row_starts: np.ndarray,
+        batch_starts: np.ndarray,
+        batch_lengths: np.ndarray,
+        *,
+        batch_size: int,
+        num_segments: int,
+    ) -> None:
+        self._examples = examples
+        self._row_starts = row_starts  # one more than there are rows
+        self._batch_starts = batch_starts
+        self._batch_lengths = batch_lengths
+        self.batch_size = batch_size
+        self.num_segments = num_segments
+
+    def __len__(self) -> int:
+        return len(self._batch_starts)
+
+    @overload
+    def __getitem__(self, index: int) -> PlannedBatch: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[PlannedBatch]: ...
+    def __getitem__(self, index: int | slice) -> PlannedBatch | list[PlannedBatch]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"batch {index} of a plan of {len(self)}")
+        first = int(self._batch_starts[index])
+        last = min(first + self.batch_size, len(self._row_starts) - 1)
+        rows = [
+            tuple(self._examples[self._row_starts[r] : self._row_starts[r + 1]].tolist())
+            for r in range(first, last)
+        ]
+        rows += [()] * (self.batch_size - len(rows))
+        return PlannedBatch(tuple(rows), int(self._batch_lengths[index]), self.num_segments)
+
+    def __iter__(self) -> Iterator[PlannedBatch]:
+        return (self[index] for index in range(len(self)))
+
+
+def default_buckets(max_length: int) -> tuple[int, ...]:
+    """Lengths that batches are padded to: 32, 48, 64, 96, ... up to what ``max_length`` needs.
+
+    Steps of 1.5 and 1.33 keep padding under a third of a row and the number of compiled shapes
+    logarithmic.
+
+    Args:
+      max_length: tokens of the longest row; it has one position fewer.
+    """
+    longest = max(max_length - 1, 1)
+    buckets = []
+    size = 32
+    while size < longest:
+        buckets.append(size)
+        if size * 3 // 2 < longest:
+            buckets.append(size * 3 // 2)
+        size *= 2
+    return (*buckets, math.ceil(longest / 32) * 32)
+
+
+def permutation(count: int, *, seed: int, epoch: int, purpose: int = 0) -> np.ndarray:
+    """int64[count]: a random order that depends on the arguments alone.
+
+    The raw bits of Philox are sorted, because they are the same in every version of NumPy, which
+    its ``permutation`` need not be.
+    """
+    bits = np.random.Philox(
+        key=np.array([seed, epoch], np.uint64), counter=np.array([0, 0, 0, purpose], np.uint64)
+    ).random_raw(count)
+    return np.argsort(bits, kind="stable")
+
+
+def plan_epoch(
+    lengths: np.ndarray,
+    *,
+    seed: int,
+    epoch: int,
+    batch_size: int,
+    batching: Batching,
+    buckets: Sequence[int],
+) -> EpochPlan:
+    """Puts every example of a split into exactly one batch.
+
+    ``pad``: batches of the shuffled order, each as long as the smallest bucket that holds its
+    longest row. ``bucket``: the same after sorting by length within windows of the shuffled
+    order; the order of the batches is shuffled again. ``pack``: several examples share a row as
+    long as the largest bucket, by first-fit decreasing within windows of the shuffled order; the
+    order of the rows is shuffled again. Nothing is left out: the batch that the data do not fill
+    has empty rows.
+
+    Args:
+      lengths: integer[n], positions of each example (its tokens less one).
+      seed, epoch: what the order depends on.
+      batch_size: rows a batch, over all processes.
+      batching: the way.
+      buckets: lengths that batches may have, ascending.
+
+    Raises:
+      ValueError: an example is longer than the largest bucket.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    bucket_array = np.asarray(buckets, np.int64)
+    longest = int(lengths.max(initial=0))
+    if longest > bucket_array[-1]:
+        raise ValueError(f"An example has {longest} positions, the largest bucket {buckets[-1]}.")
+    order = permutation(len(lengths), seed=seed, epoch=epoch, purpose=_ROWS)
+    if batching == "pack":
+        return _plan_packed(order, lengths, seed, epoch, batch_size, int(bucket_array[-1]))
+    starts = np.arange(0, len(order), batch_size)
+    if batching == "bucket":
+        window = np.arange(len(order)) // (_WINDOW_BATCHES * batch_size)
+        # Longest first, so that the batch that is not full holds the shortest rows.
+        order = order[np.lexsort((-lengths[order], window))]
+        starts = starts[permutation(len(starts), seed=seed, epoch=epoch, purpose=_BATCHES)]
+    batch_lengths = [int(lengths[order[start : start + batch_size]].max()) for start in starts]
+    return EpochPlan(
+        order,
+        np.arange(len(order) + 1),
+        starts,
+        bucket_array[np.searchsorted(bucket_array, np.asarray(batch_lengths, np.int64))],
+        batch_size=batch_size,
+        num_segments=1,
+    )
+
+
+def packed_segments(lengths: np.ndarray, capacity: int) -> int:
+    """S of packed rows: twice as many as examples of mean length fit, at most 64.
+
+    It depends on the lengths alone, so that no epoch has a shape of its own.
+    """
+    if len(lengths) == 0:
+        return 1
+    mean = max(float(np.mean(lengths)), 1.0)
+    return int(min(max(math.ceil(2 * capacity / mean), 1), _MOST_SEGMENTS))
+
+
+def _plan_packed(
+    order: np.ndarray, lengths: np.ndarray, seed: int, epoch: int, batch_size: int, capacity: int
+) -> EpochPlan:
+    num_segments = packed_segments(lengths, capacity)
+    row_of = np.empty(len(order), np.int64)  # the packed row of each place in the order
+    num_rows = 0
+    for start in range(0, len(order), _PACK_WINDOW_ROWS):
+        window = slice(start, start + _PACK_WINDOW_ROWS)
+        rows = _first_fit_decreasing(lengths[order[window]], capacity, num_segments)
+        row_of[window] = rows + num_rows
+        num_rows += int(rows.max()) + 1
+    shuffled = permutation(num_rows, seed=seed, epoch=epoch, purpose=_BATCHES)
+    place = np.empty(num_rows, np.int64)
+    place[shuffled] = np.arange(num_rows)
+    row_of = place[row_of]
+    by_row = np.argsort(row_of, kind="stable")
+    row_starts = np.zeros(num_rows + 1, np.int64)
+    np.cumsum(np.bincount(row_of, minlength=num_rows), out=row_starts[1:])
+    starts = np.arange(0, num_rows, batch_size)
+    return EpochPlan(
+        order[by_row],
+        row_starts,
+        starts,
+        np.full(len(starts), capacity, np.int64),
+        batch_size=batch_size,
+        num_segments=num_segments,
+    )
+
+
+def _first_fit_decreasing(lengths: np.ndarray, capacity: int, most: int) -> np.ndarray:
+    """int64[n]: the row of each example; rows hold ``capacity`` positions and ``most`` examples."""
+    assignment = np.empty(len(lengths), np.int64)
+    free = np.full(len(lengths), capacity, np.int64)
+    count = np.zeros(len(lengths), np.int64)
+    for example in np.argsort(-lengths, kind="stable"):
+        # A row never used has room for anything, so argmax finds one.
+        row = int(np.argmax(free >= lengths[example]))
+        assignment[example] = row
+        free[row] -= lengths[example]
+        count[row] += 1
+        if count[row] == most:
+            free[row] = -1
+    return assignment

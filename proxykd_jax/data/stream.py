@@ -1,0 +1,162 @@
+"""Batches from any global step on, collated and prefetched by tf.data.
+
+The order is a plan (``order.py``), so the stream has no state to save: the batch of a step is a
+function of the step. tf.data runs collation in threads ahead of the training step.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from proxykd_jax.data.order import PlannedBatch, default_buckets, plan_epoch
+from proxykd_jax.errors import UserError
+
+__all__ = ["BatchStream", "PlannedBatch", "default_buckets", "plan_epoch", "process_rows"]
+
+_THREADS = 2
+_ENDLESS = 1 << 62
+
+
+class BatchStream:
+    """An iterable of collated batches. Iterating again begins again at ``start_step``.
+
+    Step g counts batches over all epochs from 0: epoch 0 has the steps below
+    ``len(plan_of_epoch(0))``, and so on.
+
+    Args:
+      plan_of_epoch: the batches of an epoch, the same on every process.
+      collate: a planned batch to a pytree of NumPy arrays. It gets this process's rows of the
+        global batch, may run in several threads at once, and must give the same structure and
+        types for every batch (shapes may differ).
+      start_step: first step to yield.
+      num_steps: the step to stop before, so that a resumed stream differs in ``start_step`` alone
+        (None: never stops).
+      process_index, process_count: which of how many equal parts of each batch's rows to yield.
+      prefetch: batches made ahead.
+
+    Raises:
+      UserError: the rows of a batch cannot be divided among the processes.
+      ValueError: an epoch has no batches.
+    """
+
+    def __init__(
+        self,
+        plan_of_epoch: Callable[[int], Sequence[PlannedBatch]],
+        collate: Callable[[PlannedBatch], Any],
+        start_step: int = 0,
+        num_steps: int | None = None,
+        process_index: int = 0,
+        process_count: int = 1,
+        prefetch: int = 2,
+    ) -> None:
+        self._plan_of_epoch = plan_of_epoch
+        self._collate = collate
+        self._start_step = start_step
+        self._num_steps = num_steps
+        self._process_index = process_index
+        self._process_count = process_count
+        self._prefetch = prefetch
+        self._lock = threading.Lock()
+        self._starts = [0]  # first step of every epoch seen so far, and of the one after
+        self._plans: dict[int, Sequence[PlannedBatch]] = {}
+
+    def planned(self, step: int) -> PlannedBatch:
+        """This process's part of the batch of a global step."""
+        with self._lock:
+            epoch = 0
+            while step >= self._starts[-1]:
+                epoch = len(self._starts) - 1
+                self._starts.append(self._starts[-1] + len(self._plan(epoch)))
+                if self._starts[-1] == self._starts[-2]:
+                    raise ValueError(f"Epoch {epoch} has no batches.")
+            epoch = int(np.searchsorted(self._starts, step, side="right")) - 1
+            batch = self._plan(epoch)[step - self._starts[epoch]]
+        return process_rows(batch, self._process_index, self._process_count)
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch that a global step belongs to."""
+        self.planned(step)
+        return int(np.searchsorted(self._starts, step, side="right")) - 1
+
+    def __iter__(self) -> Iterator[Any]:
+        import jax
+
+        stop = _ENDLESS if self._num_steps is None else self._num_steps
+        if self._start_step >= stop:
+            return
+        structure: Any
+        first_leaves, structure = jax.tree.flatten(self._collate(self.planned(self._start_step)))
+        dtypes = [np.asarray(leaf).dtype for leaf in first_leaves]
+        failure: list[BaseException] = []
+
+        def leaves_of(step: np.ndarray) -> list[np.ndarray]:
+            try:
+                leaves, found = jax.tree.flatten(self._collate(self.planned(int(step))))
+                if structure != found:
+                    raise ValueError(f"Step {step} has another structure than the first batch.")
+                return [np.asarray(leaf, dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)]
+            except BaseException as error:
+                failure.append(error)
+                raise
+
+        tf = import_tensorflow()
+        dataset = (
+            tf.data.Dataset.range(self._start_step, stop)
+            .map(
+                lambda step: tuple(tf.numpy_function(leaves_of, [step], dtypes)),
+                num_parallel_calls=_THREADS,
+                deterministic=True,
+            )
+            .prefetch(self._prefetch)
+        )
+        options = tf.data.Options()
+        options.threading.private_threadpool_size = _THREADS
+        options.autotune.enabled = False
+        try:
+            for leaves in dataset.with_options(options).as_numpy_iterator():
+                yield jax.tree.unflatten(structure, leaves)
+        except tf.errors.OpError as error:
+            # The user is owed the exception that was raised, not TensorFlow's account of it.
+            raise (failure[0] if failure else error) from None
+
+    def _plan(self, epoch: int) -> Sequence[PlannedBatch]:
+        if epoch not in self._plans:
+            # Steps are in order but for what is in flight, so two epochs are all that is needed.
+            self._plans = {e: plan for e, plan in self._plans.items() if e == epoch - 1}
+            self._plans[epoch] = self._plan_of_epoch(epoch)
+        return self._plans[epoch]
+
+
+def process_rows(batch: PlannedBatch, process_index: int, process_count: int) -> PlannedBatch:
+    """The rows of a global batch that one process computes: a contiguous part, all equal.
+
+    Raises:
+      UserError: the rows cannot be divided.
+    """
+    if len(batch.rows) % process_count:
+        raise UserError(
+            f"A batch of {len(batch.rows)} rows cannot be divided among {process_count} "
+            f"processes; use a batch_size that is a multiple of {process_count}."
+        )
+    each = len(batch.rows) // process_count
+    mine = batch.rows[process_index * each : (process_index + 1) * each]
+    return PlannedBatch(mine, batch.length, batch.num_segments)
+
+
+def import_tensorflow() -> Any:
+    """TensorFlow, kept away from the devices that jax uses. The first call takes seconds."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import tensorflow as tf
+
+    try:
+        for kind in ("GPU", "TPU"):
+            tf.config.set_visible_devices([], kind)
+    except RuntimeError:
+        # Too late: somebody else ran TensorFlow before. That is theirs to answer for.
+        pass
+    return tf
