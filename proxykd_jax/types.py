@@ -8,11 +8,12 @@ answer.
 
 from __future__ import annotations
 
-import flax.struct
-import jax
-import numpy as np
+from typing import Any, TypeAlias
 
-Array = jax.Array | np.ndarray
+import flax.struct
+
+# numpy in the data stream, jax in the steps; tracers of jit in between.
+Array: TypeAlias = Any
 
 
 @flax.struct.dataclass

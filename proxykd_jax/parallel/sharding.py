@@ -1,0 +1,93 @@
+"""One table from parameter names to PartitionSpecs.
+
+Kernels are split along ``fsdp`` on the side of the residual stream and along ``tensor`` on the
+side of heads or hidden units. An adapter's factors follow the kernel's sides; its rank is never
+split. Optimizer moments carry the name of their parameter, so the same lines hold for them. A
+name that no line matches is an error: silent replication of a large array would be found too late.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from proxykd_jax.errors import UserError
+
+_WIDE = r"(q_proj|k_proj|v_proj|gate_proj|up_proj)"
+_BACK = r"(o_proj|down_proj)"
+TABLE: tuple[tuple[str, P], ...] = (
+    (r"embed/embedding$", P("tensor", "fsdp")),
+    (r"lm_head/kernel$", P("fsdp", "tensor")),
+    (rf"{_WIDE}/kernel$", P(None, "fsdp", "tensor")),
+    (rf"{_BACK}/kernel$", P(None, "tensor", "fsdp")),
+    (rf"{_WIDE}/bias$", P(None, "tensor")),
+    (rf"{_BACK}/bias$", P(None, "fsdp")),
+    (rf"{_WIDE}/a$", P(None, "fsdp", None)),
+    (rf"{_WIDE}/b$", P(None, None, "tensor")),
+    (rf"{_BACK}/a$", P(None, "tensor", None)),
+    (rf"{_BACK}/b$", P(None, None, "fsdp")),
+    (r"norm/scale$", P()),
+    (r"(^|/)(count|step)$", P()),
+)
+ROWS = P(("data", "fsdp"))
+
+
+def spec_of(name: str) -> P:
+    """The PartitionSpec of a parameter, adapter factor or optimizer moment by its path.
+
+    Raises:
+      ValueError: no line of the table matches.
+    """
+    for pattern, spec in TABLE:
+        if re.search(pattern, name):
+            return spec
+    raise ValueError(f"no sharding is known for {name}: add a line to parallel/sharding.py")
+
+
+def sharding_of(name: str, mesh: Mesh) -> NamedSharding:
+    """The sharding of one array by its path."""
+    return NamedSharding(mesh, spec_of(name))
+
+
+def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+    """NamedShardings for a tree of arrays (or shapes), by the names of its leaves.
+
+    Raises:
+      UserError: an axis of the mesh does not divide an array.
+    """
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = spec_of(name)
+        for size, axis in zip(leaf.shape, spec, strict=False):
+            ways = mesh.shape[axis] if axis else 1
+            if size % ways:
+                raise UserError(
+                    f"mesh: {axis} = {ways} does not divide an axis of {size} of {name} "
+                    f"{tuple(leaf.shape)}. Choose a smaller {axis}."
+                )
+        return sharding_of(name, mesh)
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def put_rows(batch: Any, mesh: Mesh) -> Any:
+    """Places a batch: its rows are split over ``data`` and ``fsdp``."""
+    sharding = NamedSharding(mesh, ROWS)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def check_rows(batch_size: int, mesh: Mesh, key: str) -> None:
+    """Raises UserError if a batch cannot be split evenly."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % ways:
+        raise UserError(
+            f"{key}: {batch_size} rows cannot be split over data x fsdp = {ways} devices. "
+            f"Choose a multiple of {ways}."
+        )

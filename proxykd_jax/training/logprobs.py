@@ -1,0 +1,82 @@
+"""Log-probs of a batch's labels, the vocabulary projected a few positions at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from proxykd_jax.losses import reduce_tokens, token_logps, topk_logps
+from proxykd_jax.models.chunked import map_positions
+from proxykd_jax.models.decoder import hidden_states, unembed
+from proxykd_jax.training.state import ModelSpec, Tree
+from proxykd_jax.types import TokenBatch
+
+# float32 logits of this many elements (256 MiB) are kept whole; above, positions are chunked.
+# Not tuned: chunking costs a second projection in the backward pass.
+_WHOLE_LOGITS = 1 << 26
+
+
+def label_logps(
+    params: Tree,
+    adapter: Tree | None,
+    batch: TokenBatch,
+    spec: ModelSpec,
+    *,
+    topk_ids_BLK: Any | None = None,
+    temperature: float = 1.0,
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """Log-probs under the full softmax, in nats.
+
+    Args:
+      params, adapter: the model.
+      batch: B rows of L positions.
+      spec: its static half.
+      topk_ids_BLK: ids whose log-probs are wanted too.
+      temperature: of the log-probs at these ids (the labels' are at 1).
+      dropout_key: switches LoRA dropout on; never where log-probs are references.
+
+    Returns:
+      ``logps_BL`` of the labels, and with ids ``topk_logps_BLK`` and the log of the mass outside
+      them ``tail_logps_BL`` (else None, None). float32; outside ``mask_BL`` meaningless.
+    """
+    hidden_BLD = hidden_states(
+        params,
+        adapter,
+        batch.tokens_BL,
+        config=spec.config,
+        positions_BL=batch.positions_BL,
+        segment_ids_BL=batch.segment_ids_BL,
+        remat=spec.remat,
+        dropout_key=dropout_key,
+    )
+    rows, length = batch.tokens_BL.shape
+    chunk = max(_WHOLE_LOGITS // (rows * spec.config.vocab_size), 1)
+
+    def head(hidden: jax.Array, labels: jax.Array, *ids: jax.Array) -> tuple[jax.Array, ...]:
+        logits = unembed(params, hidden, config=spec.config)
+        found = topk_logps(logits / temperature, ids[0]) if ids else ()
+        return (token_logps(logits, labels), *found)
+
+    ids = () if topk_ids_BLK is None else (topk_ids_BLK,)
+    out = map_positions(head, hidden_BLD, batch.labels_BL, *ids, chunk=min(chunk, length))
+    return out if ids else (out[0], None, None)
+
+
+def response_logps(
+    params: Tree,
+    adapter: Tree | None,
+    batch: TokenBatch,
+    spec: ModelSpec,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """``seq_loglik_B``: log pi(y|x) summed over the answer's tokens, one example a row."""
+    logps_BL, _, _ = label_logps(params, adapter, batch, spec, dropout_key=dropout_key)
+    return reduce_tokens(logps_BL, batch.mask_BL, reduction="sum")
+
+
+def concatenate(first: TokenBatch, second: TokenBatch) -> TokenBatch:
+    """Rows of both, so that one forward pass serves y and y-hat."""
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, second)

@@ -1,0 +1,242 @@
+"""One phase of training: steps, logging, validation, stopping, checkpoints.
+
+A phase is a warm-up, a round, or a student's whole training. The loop is a pure consequence of
+(state, progress, data order): started again from a checkpoint it does what it would have done.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import jax
+
+from proxykd_jax.config import StopConfig
+from proxykd_jax.errors import UserError
+from proxykd_jax.training.checkpoint import Checkpoints
+from proxykd_jax.training.metrics import MetricsLog
+from proxykd_jax.training.state import TrainState, Tree
+from proxykd_jax.training.steps import Metrics, Step
+
+
+@dataclass
+class Progress:
+    """Where a stage stands; saved beside the state in every checkpoint.
+
+    Attributes:
+      phase: index of the phase that the next step belongs to.
+      phase_step: steps taken in it.
+      step: steps taken in the stage.
+      best_nll: lowest validation NLL so far, nats a token.
+      best_step: the step that had it; its checkpoint is kept.
+      phase_best_nll, stale: the lowest in this phase, and validations since then.
+      metric_lines: lines of metrics.jsonl that belong to the steps taken.
+      kept: steps whose checkpoints are kept for good (ends of rounds).
+      results: what each finished phase reported.
+    """
+
+    phase: int = 0
+    phase_step: int = 0
+    step: int = 0
+    best_nll: float | None = None
+    best_step: int | None = None
+    phase_best_nll: float | None = None
+    stale: int = 0
+    metric_lines: int = 0
+    kept: list[int] = field(default_factory=list)
+    results: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> Progress:
+        return Progress(**value)
+
+    def next_phase(self) -> None:
+        """The current phase is over."""
+        self.phase += 1
+        self.phase_step = 0
+        self.phase_best_nll = None
+        self.stale = 0
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How often things happen, in steps."""
+
+    checkpoint_every: int
+    diagnose_every: int
+    log_every: int
+    stop: StopConfig
+
+
+@dataclass
+class Trainer:
+    """What all phases of a stage share.
+
+    Attributes:
+      stage: ``align`` or ``distill``.
+      state: changes with each step.
+      frozen: weights that do not.
+      progress: where the stage stands.
+      checkpoints, log: where it is written.
+      every: how often.
+      validate: ``(state) -> {"nll": ..., ...}`` on the validation rows; None without such rows.
+    """
+
+    stage: str
+    state: TrainState
+    frozen: Tree
+    progress: Progress
+    checkpoints: Checkpoints
+    log: MetricsLog
+    every: LoopConfig
+    validate: Callable[[TrainState], dict[str, float]] | None
+
+    def save(self) -> None:
+        """A checkpoint of this moment, and removal of those that are no longer needed."""
+        progress = self.progress
+        progress.metric_lines = self.log.lines(self.stage)
+        self.checkpoints.save(progress.step, self.state, progress.to_json())
+        best = [] if progress.best_step is None else [progress.best_step]
+        self.checkpoints.prune({*progress.kept, *best})
+
+    def check_validation(self, phase: str) -> bool:
+        """Validates and notes the best; returns whether this is a new best of the stage."""
+        if self.validate is None:
+            return False
+        progress, stop = self.progress, self.every.stop
+        figures = self.validate(self.state)
+        self.log.write(
+            self.stage,
+            progress.step,
+            {f"validation/{name}": value for name, value in figures.items()},
+            phase=phase,
+        )
+        nll = figures["nll"]
+        improved = progress.phase_best_nll is None or nll < progress.phase_best_nll - stop.min_delta
+        progress.stale = 0 if improved else progress.stale + 1
+        if improved:
+            progress.phase_best_nll = nll
+        new_best = progress.best_nll is None or nll < progress.best_nll
+        if new_best:
+            progress.best_nll, progress.best_step = nll, progress.step
+        return new_best
+
+    def finish_phase(self, phase: str, figures: dict[str, Any], *, keep: bool) -> None:
+        """Ends a phase: its last line in the log, and the checkpoint that the next one starts from.
+
+        Args:
+          phase: its name.
+          figures: what it reports.
+          keep: whether its checkpoint stays for good.
+        """
+        progress = self.progress
+        if figures:
+            self.log.write(self.stage, progress.step, figures, phase=phase)
+        progress.results.append({"phase": phase, "step": progress.step, **figures})
+        if keep:
+            progress.kept.append(progress.step)
+        progress.next_phase()
+        self.save()
+
+    def _stopped(self) -> bool:
+        stop = self.every.stop
+        return stop.enabled and self.progress.stale >= stop.patience
+
+    def run_phase(
+        self,
+        phase: str,
+        step_fn: Step,
+        batches: Iterable[Any],
+        num_steps: int,
+        *,
+        diagnose: Callable[[TrainState, Tree, Any], Metrics] | None = None,
+        check_first: Callable[[dict[str, float]], None] | None = None,
+    ) -> None:
+        """Takes the steps of a phase that are still to be taken; ``finish_phase`` must follow.
+
+        Args:
+          phase: its name in the log.
+          step_fn: from ``make_train_step``.
+          batches: placed batches, from step ``progress.phase_step`` of the phase on.
+          num_steps: of the whole phase.
+          diagnose: from ``make_diagnosis``.
+          check_first: sees the metrics of the phase's first step, and raises if they are wrong.
+
+        Raises:
+          UserError: the loss or a gradient is not finite; nothing of that step was saved.
+        """
+        progress, every = self.progress, self.every
+        if self._stopped():
+            return  # at the very checkpoint that was restored
+        waiting: tuple[int, Metrics, float] | None = None
+        started = time.perf_counter()
+        for batch in batches:
+            if progress.phase_step >= num_steps:
+                break
+            diagnosis = None
+            if diagnose is not None and progress.phase_step % every.diagnose_every == 0:
+                diagnosis = diagnose(self.state, self.frozen, batch)
+                started += _blocked(diagnosis)
+            self.state, metrics = step_fn(self.state, self.frozen, batch)
+            progress.phase_step += 1
+            progress.step += 1
+            if diagnosis is not None:
+                metrics = {**metrics, **diagnosis}
+            # The metrics of the step before are fetched while the device works on this one.
+            self._report(phase, waiting)
+            now = time.perf_counter()
+            waiting = (progress.step, metrics, now - started)
+            started = now
+            if progress.phase_step == 1 and check_first is not None:
+                check_first({name: float(value) for name, value in metrics.items()})
+            at_end = progress.phase_step == num_steps
+            validates = (
+                self.validate is not None
+                and every.stop.enabled
+                and progress.phase_step % every.stop.every == 0
+            )
+            saves = progress.phase_step % every.checkpoint_every == 0
+            if at_end or not (validates or saves):
+                continue
+            self._report(phase, waiting)
+            waiting = None
+            new_best = validates and self.check_validation(phase)
+            if saves or new_best or self._stopped():
+                self.save()
+            if self._stopped():
+                return
+            started = time.perf_counter()
+        self._report(phase, waiting)
+        # Not saved here: the checkpoint of finish_phase is this step's, and a second look at the
+        # same state would leave a second line.
+        self.check_validation(phase)
+
+    def _report(self, phase: str, waiting: tuple[int, Metrics, float] | None) -> None:
+        if waiting is None:
+            return
+        step, metrics, seconds = waiting
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(values[name]):
+                good = self.checkpoints.steps()
+                last = f"step {good[-1]}" if good else "none"
+                raise UserError(
+                    f"{self.stage}, {phase}, step {step}: {name} is {values[name]}. "
+                    f"Last good checkpoint: {last}. Lower the learning rate or set clip_norm, "
+                    "remove the stage's folder and start again."
+                )
+        if step % self.every.log_every == 0:
+            self.log.write(self.stage, step, {**values, "time/step_s": seconds}, phase=phase)
+
+
+def _blocked(tree: Any) -> float:
+    """Waits for arrays; returns the seconds it took, which are no part of a step."""
+    started = time.perf_counter()
+    jax.block_until_ready(tree)
+    return time.perf_counter() - started

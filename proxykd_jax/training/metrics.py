@@ -1,0 +1,146 @@
+"""metrics.jsonl, the console and trackers.
+
+One line an event: ``{"stage", "phase", "step", name: value, ...}``. Fields named ``time/...`` are
+measurements of this run; every other field of a resumed run equals that of an unbroken one,
+because a resumed stage first drops the lines after its checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from proxykd_jax.artifacts import write_bytes
+from proxykd_jax.config import LoggingConfig
+
+
+class Tracker(Protocol):
+    """A place where figures also go."""
+
+    def write(self, stage: str, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MetricsLog:
+    """Appends to ``metrics.jsonl`` and passes on to trackers, whose failures stop nothing."""
+
+    def __init__(self, path: Path, trackers: Mapping[str, Tracker] | None = None) -> None:
+        self.path = path
+        self._trackers = dict(trackers or {})
+
+    def resume(self, stage: str, lines: int) -> None:
+        """Keeps the first ``lines`` lines of ``stage`` and all of the other stages."""
+        if not self.path.exists():
+            return
+        kept, seen = [], 0
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            try:
+                owner = json.loads(line)["stage"]
+            except (ValueError, KeyError):
+                continue  # a line that a killed process left half written
+            if owner == stage:
+                seen += 1
+                if seen > lines:
+                    continue
+            kept.append(line if line.endswith(b"\n") else line + b"\n")
+        write_bytes(self.path, b"".join(kept))
+
+    def write(
+        self, stage: str, step: int, values: Mapping[str, Any], *, phase: str | None = None
+    ) -> None:
+        """Adds a line. Numbers that JSON cannot hold become null."""
+        line: dict[str, Any] = {"stage": stage}
+        if phase is not None:
+            line["phase"] = phase
+        line["step"] = step
+        line.update({name: _number(value) for name, value in values.items()})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n")
+        numbers = {k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"}
+        for name in list(self._trackers):
+            try:
+                self._trackers[name].write(stage, step, numbers)
+            except Exception as error:
+                print(f"{name} failed ({error}); going on without it", file=sys.stderr)
+                del self._trackers[name]
+
+    def lines(self, stage: str) -> int:
+        """How many lines ``stage`` has; synced to disk, so that a checkpoint may count on them."""
+        if not self.path.exists():
+            return 0
+        with open(self.path, "rb") as file:
+            os.fsync(file.fileno())
+            return sum(json.loads(line)["stage"] == stage for line in file)
+
+    def close(self) -> None:
+        """Closes the trackers."""
+        for name, tracker in self._trackers.items():
+            try:
+                tracker.close()
+            except Exception as error:
+                print(f"{name} failed to close ({error})", file=sys.stderr)
+
+
+def open_metrics(run: Path, config: LoggingConfig, settings: Mapping[str, Any]) -> MetricsLog:
+    """The log of a run with the trackers that the config asks for."""
+    trackers: dict[str, Tracker] = {}
+    makers: dict[str, tuple[Any, Callable[[], Tracker]]] = {
+        "TensorBoard": (config.tensorboard, lambda: _TensorBoard(run / "tensorboard")),
+        "Weights & Biases": (
+            config.wandb_project,
+            lambda: _WandB(str(config.wandb_project), run.name, settings),
+        ),
+    }
+    for name, (wanted, make) in makers.items():
+        if not wanted:
+            continue
+        try:
+            trackers[name] = make()
+        except Exception as error:
+            print(f"{name} could not start ({error}); going on without it", file=sys.stderr)
+    return MetricsLog(run / "metrics.jsonl", trackers)
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder))
+
+    def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(f"{stage}/{name}", value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    def __init__(self, project: str, name: str, settings: Mapping[str, Any]) -> None:
+        import wandb
+
+        self._run = wandb.init(project=project, name=name, config=dict(settings), resume="allow")
+
+    def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        # Stages count their own steps, and wandb wants one growing count: the step is a value.
+        named = {f"{stage}/{name}": value for name, value in values.items()}
+        self._run.log({**named, f"{stage}/step": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _number(value: Any) -> Any:
+    """A JSON value: numpy and jax scalars as Python numbers, NaN and infinity as null."""
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,157 @@
+"""Models of a run: loaded, placed on the mesh, ready to be trained or used."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from proxykd_jax.config import Config, ModelSection
+from proxykd_jax.errors import UserError
+from proxykd_jax.models.config import LoraConfig, ModelConfig
+from proxykd_jax.models.fingerprint import fingerprint
+from proxykd_jax.models.hf_weights import load_model
+from proxykd_jax.models.lora import init_adapter, merge
+from proxykd_jax.models.peft import load_adapter
+from proxykd_jax.parallel.sharding import sharding_of, tree_shardings
+from proxykd_jax.training.state import ModelSpec, Tree
+
+_MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of a run.
+
+    Attributes:
+      spec: its static half.
+      frozen: weights that do not learn (``{}`` with ``trainable: full``).
+      trainable: what learns: the adapter, or all weights in float32.
+      folder: where its weights came from.
+      fingerprint: of that folder and, where one was given, of the adapter to start from.
+    """
+
+    spec: ModelSpec
+    frozen: Tree
+    trainable: Tree
+    folder: Path
+    fingerprint: str
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture."""
+        return self.spec.config
+
+    @property
+    def params(self) -> Tree:
+        """Weights for a forward pass."""
+        return self.spec.bind(self.frozen, self.trainable)[0]
+
+    @property
+    def adapter(self) -> Tree | None:
+        """The adapter for a forward pass, if there is one."""
+        return self.spec.bind(self.frozen, self.trainable)[1]
+
+
+def find_model(name: str) -> Path:
+    """The local folder of a model: a folder, or a hub name that is downloaded or cached.
+
+    Raises:
+      UserError: neither.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or name.count("/") != 1:
+        raise UserError(f"{name}: there is no such folder, and it is no hub name (owner/model).")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_MODEL_FILES))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{name}: there is no such folder, and it could not be fetched from the hub ({reason})."
+        ) from error
+
+
+def model_origin(section: ModelSection) -> str:
+    """Folder or hub name that a section's weights come from."""
+    return section.init.path if section.init else str(section.path)
+
+
+def model_identity(section: ModelSection) -> str:
+    """Fingerprint of the files that a section names."""
+    identity = fingerprint(find_model(model_origin(section)))
+    if section.adapter:
+        from proxykd_jax.artifacts import digest_files, digest_value
+
+        folder = Path(section.adapter)
+        identity += " " + digest_value(digest_files(folder, folder.glob("adapter_*")))
+    return identity
+
+
+def load_for_training(section: ModelSection, *, role: str, seed: int, mesh: Mesh) -> Model:
+    """Loads the proxy or the student as its section says, sharded over the mesh.
+
+    Args:
+      section: ``config.proxy`` or ``config.student``.
+      role: names the key of the fresh adapter's random numbers.
+      seed: of the run.
+      mesh: where the arrays go.
+
+    Raises:
+      UserError: files are missing, damaged or do not fit.
+    """
+    folder = find_model(model_origin(section))
+    full = section.trainable == "full"
+    config, params = load_model(
+        folder,
+        dtype="float32" if full else section.dtype,
+        first_layers=section.init.first_layers if section.init else None,
+        sharding=lambda path: sharding_of("/".join(path), mesh),
+    )
+    lora = LoraConfig(
+        rank=section.lora.rank,
+        alpha=section.lora.alpha,
+        targets=section.lora.targets,
+        dropout=section.lora.dropout,
+    )
+    adapter: Tree | None = None
+    if section.adapter:
+        found, adapter = load_adapter(section.adapter, config)
+        lora = LoraConfig(found.rank, found.alpha, found.targets, lora.dropout, found.rslora)
+    if full:
+        if adapter is not None:
+            params = merge(params, adapter, config.replace(lora=lora))
+        spec = ModelSpec(config, "full", section.dtype, section.remat)
+        return Model(spec, {}, params, folder, model_identity(section))
+    config = config.replace(lora=lora)
+    if adapter is None:
+        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(role.encode()))
+        shapes = jax.eval_shape(lambda: init_adapter(key, config))
+        shardings = tree_shardings(shapes, mesh)
+        adapter = jax.jit(lambda: init_adapter(key, config), out_shardings=shardings)()
+    else:
+        adapter = jax.device_put(adapter, tree_shardings(adapter, mesh))
+    spec = ModelSpec(config, "lora", section.dtype, section.remat)
+    return Model(spec, params, adapter, folder, model_identity(section))
+
+
+def check_vocabulary(model: Model, config: Config, vocab_size: int, role: str) -> None:
+    """Raises UserError if the tokenizer has ids that the model has no embedding for."""
+    if vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{role}: the tokenizer has ids up to {vocab_size - 1}, but {model.folder} has "
+            f"embeddings for {model.config.vocab_size}. Proxy, student and tokenizer must share "
+            "one vocabulary."
+        )
+
+
+def place(tree: Any, mesh: Mesh) -> Any:
+    """Puts a tree of parameters, or a training state, where the table says."""
+    return jax.device_put(tree, tree_shardings(tree, mesh))

@@ -1,0 +1,258 @@
+"""Eq. 6 and eq. 11 on batches: from a model and rows of tokens to a loss with its metrics.
+
+An objective knows its counts before the forward pass (they depend on masks alone), so that the
+loss of a micro-batch is its share of the whole batch's loss and gradients simply add up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from proxykd_jax.config import AlignConfig, DistillConfig, PreferenceConfig
+from proxykd_jax.losses import (
+    Term,
+    alignment_objective,
+    batch_count,
+    batch_terms,
+    count_tokens,
+    distill_objective,
+    preference_loss,
+    preference_metrics,
+    reduce_examples,
+    reduce_tokens,
+    topk_kl_from_logps,
+)
+from proxykd_jax.training.logprobs import concatenate, label_logps
+from proxykd_jax.training.state import ModelSpec, Tree
+from proxykd_jax.types import DistillBatch, PairBatch, TokenBatch
+
+Counts = dict[str, jax.Array]
+Metrics = dict[str, Term]
+
+
+class Objective(Protocol):
+    """What a step minimises."""
+
+    def counts(self, batch: Any) -> Counts:
+        """What the sums of the whole batch are divided by."""
+
+    def share(
+        self,
+        params: Tree,
+        adapter: Tree | None,
+        batch: Any,
+        counts: Counts,
+        spec: ModelSpec,
+        dropout_key: jax.Array | None,
+    ) -> tuple[jax.Array, Metrics]:
+        """This micro-batch's share of the loss, and sums with counts to be added up."""
+
+    def terms(self) -> dict[str, Objective]:
+        """Each term of the loss alone with its weight, for gradient norms."""
+
+
+@dataclass(frozen=True)
+class NllObjective:
+    """Eqs. 1, 3 and 7: the NLL of the teacher's answers."""
+
+    reduction: str
+    weight: float = 1.0
+
+    def counts(self, batch: TokenBatch) -> Counts:
+        return {"nll": _count(batch, batch.mask_BL, self.reduction)}
+
+    def share(
+        self,
+        params: Tree,
+        adapter: Tree | None,
+        batch: TokenBatch,
+        counts: Counts,
+        spec: ModelSpec,
+        dropout_key: jax.Array | None,
+    ) -> tuple[jax.Array, Metrics]:
+        logps_BL, _, _ = label_logps(params, adapter, batch, spec, dropout_key=dropout_key)
+        term = _terms(-logps_BL, batch, batch.mask_BL, self.reduction)
+        return alignment_objective(term, nll_weight=self.weight, nll_count=counts["nll"])
+
+    def terms(self) -> dict[str, Objective]:
+        return {}
+
+
+@dataclass(frozen=True)
+class AlignObjective:
+    """Eq. 6: NLL of the teacher's answers and the preference for them over the proxy's own."""
+
+    preference: PreferenceConfig
+    reduction: str
+    nll_weight: float
+    preference_weight: float
+
+    @staticmethod
+    def of(config: AlignConfig) -> AlignObjective:
+        return AlignObjective(
+            config.preference, config.reduction, config.nll_weight, config.preference_weight
+        )
+
+    def counts(self, batch: PairBatch) -> Counts:
+        return {
+            "nll": _count(batch.chosen, batch.chosen.mask_BL, self.reduction),
+            "preference": jnp.sum(batch.pair_mask_B, dtype=jnp.float32),
+        }
+
+    def share(
+        self,
+        params: Tree,
+        adapter: Tree | None,
+        batch: PairBatch,
+        counts: Counts,
+        spec: ModelSpec,
+        dropout_key: jax.Array | None,
+    ) -> tuple[jax.Array, Metrics]:
+        rows = batch.chosen.tokens_BL.shape[0]
+        both = concatenate(batch.chosen, batch.rejected)
+        logps_BL, _, _ = label_logps(params, adapter, both, spec, dropout_key=dropout_key)
+        sums_B = reduce_tokens(logps_BL, both.mask_BL, reduction="sum")
+        tokens_B = count_tokens(both.mask_BL)
+        needs_reference = self.preference.loss in ("dpo", "ipo")
+        four = (
+            sums_B[:rows],
+            sums_B[rows:],
+            batch.reference_chosen_B if needs_reference else None,
+            batch.reference_rejected_B if needs_reference else None,
+        )
+        options: dict[str, Any] = {
+            "loss": self.preference.loss,
+            "beta": self.preference.beta,
+            "length_normalize": self.preference.length_normalize,
+            "chosen_tokens_B": tokens_B[:rows],
+            "rejected_tokens_B": tokens_B[rows:],
+        }
+        loss_B = preference_loss(*four, margin=self.preference.margin, **options)
+        pair_metrics = preference_metrics(*four, **options)
+        return alignment_objective(
+            _terms(-logps_BL[:rows], batch.chosen, batch.chosen.mask_BL, self.reduction),
+            reduce_examples(loss_B, batch.pair_mask_B),
+            nll_weight=self.nll_weight,
+            preference_weight=self.preference_weight,
+            nll_count=counts["nll"],
+            preference_count=counts["preference"],
+            pair_metrics=pair_metrics,
+            pair_mask_B=batch.pair_mask_B,
+        )
+
+    def terms(self) -> dict[str, Objective]:
+        return {
+            "nll": dataclasses.replace(self, preference_weight=0.0),
+            "preference": dataclasses.replace(self, nll_weight=0.0),
+        }
+
+
+@dataclass(frozen=True)
+class DistillObjective:
+    """Eq. 11: NLL of the teacher's answers and alpha times the weighted KL from the proxy."""
+
+    alpha: float
+    nll_weight: float
+    tail: str
+    reduction: str
+    temperature: float = 1.0
+
+    @staticmethod
+    def of(config: DistillConfig, temperature: float) -> DistillObjective:
+        """``temperature``: the soft labels'. Away from 1 the KL is scaled by its square, so that
+        its gradient keeps its size (Hinton et al., 2015); the paper has none."""
+        return DistillObjective(
+            config.alpha, config.nll_weight, config.tail, config.reduction, temperature
+        )
+
+    def counts(self, batch: DistillBatch) -> Counts:
+        return {
+            "nll": _count(batch.rows, _teacher_mask(batch), self.reduction),
+            "kl": _count(batch.rows, batch.rows.mask_BL, self.reduction),
+        }
+
+    def share(
+        self,
+        params: Tree,
+        adapter: Tree | None,
+        batch: DistillBatch,
+        counts: Counts,
+        spec: ModelSpec,
+        dropout_key: jax.Array | None,
+    ) -> tuple[jax.Array, Metrics]:
+        rows = batch.rows
+        logps_BL, topk_BLK, tail_BL = label_logps(
+            params,
+            adapter,
+            rows,
+            spec,
+            topk_ids_BLK=batch.topk_ids_BLK,
+            temperature=self.temperature,
+            dropout_key=dropout_key,
+        )
+        kl_BL = self.temperature**2 * topk_kl_from_logps(
+            topk_BLK,
+            batch.topk_logps_BLK,
+            tail=self.tail,
+            proxy_tail_logps_BL=batch.tail_logps_BL,
+            student_tail_logps_BL=tail_BL,
+        )
+        weighted = _terms(
+            kl_BL, rows, rows.mask_BL, self.reduction, sample_weight_BS=batch.sample_weight_BS
+        )
+        return distill_objective(
+            _terms(-logps_BL, rows, _teacher_mask(batch), self.reduction),
+            weighted,
+            alpha=self.alpha,
+            nll_weight=self.nll_weight,
+            nll_count=counts["nll"],
+            kl_count=counts["kl"],
+            kl=_terms(kl_BL, rows, rows.mask_BL, self.reduction),
+            sample_weight=reduce_examples(batch.sample_weight_BS, rows.example_mask_BS),
+        )
+
+    def terms(self) -> dict[str, Objective]:
+        return {
+            "nll": dataclasses.replace(self, alpha=0.0),
+            "kl": dataclasses.replace(self, nll_weight=0.0),
+        }
+
+
+def _segments(rows: TokenBatch) -> dict[str, Any]:
+    return {
+        "segment_ids_BL": rows.segment_ids_BL,
+        "num_segments": rows.example_mask_BS.shape[1],
+    }
+
+
+def _count(rows: TokenBatch, mask_BL: Any, reduction: str) -> jax.Array:
+    return batch_count(mask_BL, reduction=reduction, **_segments(rows))
+
+
+def _terms(
+    values_BL: jax.Array,
+    rows: TokenBatch,
+    mask_BL: Any,
+    reduction: str,
+    sample_weight_BS: Any | None = None,
+) -> Term:
+    return batch_terms(
+        values_BL,
+        mask_BL,
+        reduction=reduction,
+        sample_weight_B=sample_weight_BS,
+        **_segments(rows),
+    )
+
+
+def _teacher_mask(batch: DistillBatch) -> Any:
+    """mask_BL without the answers that the proxy gave itself."""
+    places = jnp.arange(1, batch.nll_mask_BS.shape[1] + 1)
+    here_BLS = batch.rows.segment_ids_BL[:, :, None] == places[None, None, :]
+    teacher_BL = jnp.any(here_BLS & batch.nll_mask_BS[:, None, :], axis=-1)
+    return batch.rows.mask_BL & teacher_BL

@@ -1,0 +1,61 @@
+"""What learns, and how it meets what does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from proxykd_jax.models.config import ModelConfig
+
+Tree = Any
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step changes. Frozen weights are arguments of a step, not state.
+
+    Attributes:
+      step: int32, steps taken in this stage.
+      trainable: the adapter, or all parameters in float32.
+      opt_state: the optimizer's.
+    """
+
+    step: jax.Array
+    trainable: Tree
+    opt_state: optax.OptState
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The static half of a model under training.
+
+    Attributes:
+      config: the architecture, with ``lora`` set if an adapter is trained.
+      trainable: ``lora`` (an adapter over frozen weights) or ``full``.
+      dtype: precision of the computation; with ``full`` the trained weights stay float32 and are
+        cast at each step.
+      remat: name of what is recomputed in the backward pass.
+    """
+
+    config: ModelConfig
+    trainable: Literal["lora", "full"]
+    dtype: str
+    remat: str
+
+    def bind(self, frozen: Tree, trainable: Tree) -> tuple[Tree, Tree | None]:
+        """(params, adapter) of the model that this frozen and this trainable part make."""
+        if self.trainable == "lora":
+            return frozen, trainable
+        return jax.tree.map(lambda x: x.astype(self.dtype), trainable), None
+
+
+def init_state(trainable: Tree, optimizer: optax.GradientTransformation) -> TrainState:
+    """Step 0."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32), trainable=trainable, opt_state=optimizer.init(trainable)
+    )

@@ -1,0 +1,118 @@
+"""One training step: gradients of an objective, accumulated over micro-batches, and Adam."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from proxykd_jax.losses import batch_mean
+from proxykd_jax.training.objectives import Objective
+from proxykd_jax.training.state import ModelSpec, TrainState, Tree
+
+Metrics = dict[str, jax.Array]
+Step = Callable[[TrainState, Tree, Any], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+    spec: ModelSpec,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    microbatches: int,
+    seed: int,
+) -> Step:
+    """A jitted ``step(state, frozen, batch) -> (state, metrics)``; the state is donated.
+
+    Args:
+      spec: the model's static half.
+      objective: what is minimised.
+      optimizer: from ``make_optimizer``.
+      microbatches: the batch's rows are cut into so many parts, computed one after another.
+      seed: of LoRA dropout; the key is a function of it and of the step.
+
+    Returns:
+      The step. Its metrics are float32 scalars: ``loss``, ``grad_norm``, ``update_norm`` and the
+      objective's.
+    """
+
+    def step(state: TrainState, frozen: Tree, batch: Any) -> tuple[TrainState, Metrics]:
+        key = None
+        if spec.config.lora is not None and spec.config.lora.dropout > 0:
+            key = jax.random.fold_in(jax.random.key(seed), state.step)
+        loss, grads, terms = _gradients(
+            spec, objective, state.trainable, frozen, batch, microbatches, key
+        )
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics = {
+            "loss": loss,
+            **{name: batch_mean(term) for name, term in terms.items()},
+            "grad_norm": optax.tree.norm(grads),
+            "update_norm": optax.tree.norm(updates),
+        }
+        return TrainState(state.step + 1, trainable, opt_state), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_diagnosis(
+    spec: ModelSpec, objective: Objective, *, microbatches: int
+) -> Callable[[TrainState, Tree, Any], Metrics]:
+    """``diagnose(state, frozen, batch)``: the gradient norm of each weighted term, and ratios.
+
+    One more backward pass a term: called every ``diagnose_every`` steps, outside the timed step.
+    """
+    terms = objective.terms()
+
+    def diagnose(state: TrainState, frozen: Tree, batch: Any) -> Metrics:
+        norms = {}
+        for name, term in terms.items():
+            _, grads, _ = _gradients(spec, term, state.trainable, frozen, batch, microbatches, None)
+            norms[f"grad_norm/{name}"] = optax.tree.norm(grads)
+        names = list(norms)
+        if len(names) == 2:
+            ratio = norms[names[1]] / jnp.maximum(norms[names[0]], 1e-30)
+            first, second = (name.removeprefix("grad_norm/") for name in names)
+            norms[f"grad_norm/{second}_to_{first}"] = ratio
+        return norms
+
+    return jax.jit(diagnose)
+
+
+def _gradients(
+    spec: ModelSpec,
+    objective: Objective,
+    trainable: Tree,
+    frozen: Tree,
+    batch: Any,
+    microbatches: int,
+    key: jax.Array | None,
+) -> tuple[jax.Array, Tree, dict[str, Any]]:
+    counts = objective.counts(batch)
+
+    def share(trainable: Tree, part: Any, key: jax.Array | None) -> tuple[jax.Array, Any]:
+        params, adapter = spec.bind(frozen, trainable)
+        return objective.share(params, adapter, part, counts, spec, key)
+
+    value_and_grad = jax.value_and_grad(share, has_aux=True)
+    if microbatches == 1:
+        (loss, terms), grads = value_and_grad(trainable, batch, key)
+        return loss, grads, terms
+    # Row r goes to part r mod A, so that rows that live on one device stay there.
+    parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def accumulate(total: Any, xs: Any) -> tuple[Any, None]:
+        index, part = xs
+        part_key = None if key is None else jax.random.fold_in(key, index)
+        (loss, terms), grads = value_and_grad(trainable, part, part_key)
+        return jax.tree.map(jnp.add, total, (loss, grads, terms)), None
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    shapes = jax.eval_shape(value_and_grad, trainable, first, key)
+    (loss, terms), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, _ = jax.lax.scan(accumulate, (loss, grads, terms), (jnp.arange(microbatches), parts))
+    return total
