@@ -2,7 +2,7 @@
 
 The format is protobuf's. An Example is a map from names to lists; integers are varints of seven
 bits a byte, least significant first, the high bit set on all but the last. The entries are sorted
-by name, as TFDS writes them, so equal rows have equal bytes.
+by name, so that equal rows have equal bytes.
 """
 
 from __future__ import annotations
