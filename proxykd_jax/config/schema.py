@@ -49,6 +49,9 @@ class SourceConfig(Section):
         None, description="name or prepared folder of a TFDS builder, instead of path"
     )
     split: str = Field("train", description="split of a dataset or TFDS source")
+    subset: str | None = Field(
+        None, description="configuration of a Hugging Face dataset that has several"
+    )
     format: Literal[
         "auto",
         "messages",
@@ -64,6 +67,7 @@ class SourceConfig(Section):
         "mmlu",
         "agieval",
         "bbh",
+        "mt_bench",
     ] = Field("auto", description="schema of the rows; auto recognises it from the first row")
     answers: str | None = Field(
         None,

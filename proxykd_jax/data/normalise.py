@@ -13,8 +13,14 @@ _WORD = re.compile(
 
 
 def normalise_text(text: str) -> str:
-    """NFKC, runs of white space as one space, ends trimmed, case folded."""
-    return " ".join(unicodedata.normalize("NFKC", text).split()).casefold()
+    """NFKC and case folded, runs of white space as one space, ends trimmed. Doing it twice
+    changes nothing more.
+    """
+    if text.isascii():
+        return " ".join(text.split()).lower()
+    # Folding can leave forms that NFKC composes, so it comes between two rounds of NFKC.
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(folded.split())
 
 
 def normalised_words(text: str) -> list[str]:

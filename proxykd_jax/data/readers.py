@@ -2,26 +2,222 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from proxykd_jax.config.schema import SourceConfig
-from proxykd_jax.data.records import Drops, TextRow
+from proxykd_jax.data.benchmarks import (
+    BENCHMARK_KEYS,
+    Answers,
+    SoughtText,
+    benchmark_conversations,
+    benchmark_examples,
+    benchmark_format,
+    benchmark_item,
+    load_answers,
+    sought_texts,
+)
+from proxykd_jax.data.conversations import checked_text, expand_turns
+from proxykd_jax.data.files import list_files, read_file
+from proxykd_jax.data.formats import FORMATS, check_teacher
+from proxykd_jax.data.records import Drops, RowProblem, TextRow
+from proxykd_jax.data.tables import read_dataset, read_tfds
+from proxykd_jax.errors import UserError
+
+Record = Mapping[str, Any]
 
 
 def read_source(
     source: SourceConfig, *, prompts_only: bool, drops: Drops, source_index: int = 0
 ) -> Iterator[TextRow]:
-    """Reads a source lazily.
+    """Reads a source lazily, in the order of its files and their rows.
 
     Args:
-      source: files, a Hugging Face dataset or a TFDS builder.
+      source: files, a Hugging Face dataset or a TFDS builder. ``source.limit`` counts the rows
+        that are yielded.
       prompts_only: yield prompts, which end with the user, and need no answers (answers that are
-        there are left off). Otherwise every row ends with the teacher's answer.
-      drops: counts rows that are left out.
+        there are left off). Otherwise every row ends with the teacher's answer. Plain texts are
+        the same either way.
+      drops: counts rows that are left out: a damaged row does not stop the reading, a damaged
+        file does.
       source_index: copied into the rows.
 
     Raises:
-      UserError: the source is missing, damaged, of another format, or gives no row at all.
+      UserError: the source is missing, damaged or of another format, or gives no row at all.
     """
-    raise NotImplementedError
-    yield
+    answers = load_answers(source.answers) if source.answers is not None else None
+    own_drops = Drops()
+    count = 0
+    try:
+        for place, records in _parts(source):
+            for row in _rows(place, records, source, prompts_only, answers, own_drops):
+                text, messages, origin = row
+                count += 1
+                yield TextRow(messages, text, origin, source_index)
+                if count == source.limit:
+                    return
+    finally:
+        drops.merge(own_drops)
+    if not count:
+        raise UserError(
+            f"{source.path or source.dataset or source.tfds} gives no row that can be used. "
+            f"Left out: {own_drops if own_drops.total else 'nothing, it is empty'}."
+        )
+
+
+def _parts(source: SourceConfig) -> Iterator[tuple[str, Iterable[tuple[Record, str]]]]:
+    """(name, records) of each file, or of the dataset. Each has one format."""
+    if source.path is not None:
+        for path in list_files(source.path):
+            yield str(path), read_file(path)
+    elif source.dataset is not None:
+        yield source.dataset, read_dataset(source.dataset, source.split, source.subset)
+    else:
+        assert source.tfds is not None  # one of the three, by the config's own check
+        yield source.tfds, read_tfds(source.tfds, source.split)
+
+
+def _rows(
+    place: str,
+    records: Iterable[tuple[Record, str]],
+    source: SourceConfig,
+    prompts_only: bool,
+    answers: Answers | None,
+    drops: Drops,
+) -> Iterator[tuple[str | None, tuple[Any, ...], str]]:
+    name: str | None = None
+    for record, origin in records:
+        if name is None:
+            name = _format_of(record, origin, source)
+            _check_part(name, place, source, prompts_only, answers)
+        if name in BENCHMARK_KEYS:
+            for example, example_origin in benchmark_examples(name, record, origin):
+                try:
+                    conversations = benchmark_conversations(
+                        name, example, example_origin, answers, prompts_only
+                    )
+                except RowProblem as problem:
+                    drops.add(str(problem), example_origin)
+                    continue
+                yield from _expand(conversations, example_origin, source, prompts_only, drops)
+            continue
+        try:
+            if not FORMATS[name].fits(record):
+                raise RowProblem(f"keys or types that do not fit the format {name}")
+            if name == "text":
+                yield checked_text(record["text"], "empty text"), (), origin
+                continue
+            conversations = FORMATS[name].conversations(record, source, prompts_only)
+        except RowProblem as problem:
+            drops.add(str(problem), origin)
+            continue
+        yield from _expand(conversations, origin, source, prompts_only, drops)
+
+
+def _expand(
+    conversations: Iterable[Any],
+    origin: str,
+    source: SourceConfig,
+    prompts_only: bool,
+    drops: Drops,
+) -> Iterator[tuple[None, tuple[Any, ...], str]]:
+    for turns in conversations:
+        try:
+            for messages in expand_turns(turns, keep=source.turns, prompts_only=prompts_only):
+                yield None, messages, origin
+        except RowProblem as problem:
+            drops.add(str(problem), origin)
+
+
+def _format_of(record: Record, origin: str, source: SourceConfig) -> str:
+    """The format of a file, from its first row."""
+    if source.format != "auto":
+        fits = (
+            benchmark_format(record) == source.format
+            if source.format in BENCHMARK_KEYS
+            else FORMATS[source.format].fits(record)
+        )
+        if not fits:
+            keys = BENCHMARK_KEYS.get(source.format) or FORMATS[source.format].keys
+            raise UserError(
+                f"{origin} does not fit format: {source.format}. It has the keys "
+                f"{_shown(record)}; the format needs {keys}."
+            )
+        return source.format
+    name = next((name for name, entry in FORMATS.items() if entry.fits(record)), None)
+    name = name or benchmark_format(record)
+    if name is None:
+        known = {name: entry.keys for name, entry in FORMATS.items()} | BENCHMARK_KEYS
+        listed = "\n  ".join(f"{name}: {keys}" for name, keys in known.items())
+        raise UserError(
+            f"{origin} has the keys {_shown(record)}, which no known format has. Rename them to "
+            f"one of these:\n  {listed}"
+        )
+    return name
+
+
+def _check_part(
+    name: str, place: str, source: SourceConfig, prompts_only: bool, answers: Answers | None
+) -> None:
+    """What must hold for a whole file before its rows are read."""
+    if name in BENCHMARK_KEYS:
+        if answers is None and not prompts_only:
+            raise UserError(
+                f"{place} is of the format {name}, which has questions and no teacher's answers. "
+                "Name the file of answers ({id or prompt, response}) under answers."
+            )
+    elif answers is not None:
+        raise UserError(
+            f"{place} is of the format {name}, whose rows bring their own answers: answers may "
+            f"be given for {', '.join(BENCHMARK_KEYS)} only. Remove the key."
+        )
+    if name == "openorca" and not prompts_only:
+        check_teacher(source, place)
+
+
+def _shown(record: Record) -> str:
+    return ", ".join(f"{key} ({type(value).__name__})" for key, value in record.items()) or "none"
+
+
+def sought_in_corpus(path: str) -> Iterator[SoughtText]:
+    """The questions of a benchmark's files, to be looked for in a corpus.
+
+    Official forms and their re-dumps are recognised; of any other file that ``read_source`` can
+    read, the user's messages are the questions. Items without a question are passed over.
+
+    Args:
+      path: file, folder or glob.
+
+    Raises:
+      UserError: nothing is there, a file is damaged, or of no known format.
+    """
+    for file in list_files(path):
+        source = SourceConfig(path=str(file), turns="last")
+        name: str | None = None
+        for record, origin in read_file(file):
+            name = name or benchmark_format(record) or _format_of(record, origin, source)
+            if name == "mt_bench":
+                yield from (SoughtText(t, False) for t in record["turns"] if isinstance(t, str))
+            elif name in BENCHMARK_KEYS:
+                for example, _ in benchmark_examples(name, record, origin):
+                    try:
+                        yield from sought_texts(benchmark_item(name, example))
+                    except RowProblem:
+                        continue
+            else:
+                for text, messages, _ in _rows(
+                    str(file), [(record, origin)], source, True, None, Drops()
+                ):
+                    yield from (
+                        SoughtText(found, False)
+                        for found in (
+                            [text]
+                            if text is not None
+                            else [m.content for m in messages if m.role == "user"]
+                        )
+                    )
+
+
+def benchmark_questions(path: str) -> Iterator[str]:
+    """The texts of ``sought_in_corpus``."""
+    return (sought.text for sought in sought_in_corpus(path))

@@ -112,3 +112,7 @@ class Drops:
             f"{reason}: {count} (first at {self.origins[reason][0]})"
             for reason, count in sorted(self.counts.items(), key=lambda item: -item[1])
         )
+
+
+class RowProblem(Exception):  # noqa: N818  (a verdict on one row, caught where rows are counted)
+    """Why one row is left out. The reason is counted in ``Drops``; reading goes on."""
