@@ -120,7 +120,7 @@ def open_stage(
     """
     path = folder / MANIFEST
     if path.exists():
-        manifest = read_json(path)
+        manifest = _read_manifest(folder)
         differences = [
             f"{key}: {_shown(old)} then, {_shown(new)} now"
             for part, now in (("settings", settings), ("inputs", inputs))
@@ -133,6 +133,8 @@ def open_stage(
                 f"Give the run another name, or remove {folder} to make it again."
             )
         return manifest["status"] == "complete"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; the stage needs a folder of that name.")
     if folder.exists() and any(p.name != f".{MANIFEST}.tmp" for p in folder.iterdir()):
         raise UserError(
             f"{folder} holds files but no {MANIFEST}: it was not made by this program. "
@@ -168,7 +170,7 @@ def complete_stage(
       content: digest of the content, where the files' own bytes are not reproducible.
       **extra: more entries of the manifest.
     """
-    manifest = read_json(folder / MANIFEST)
+    manifest = _read_manifest(folder)
     digests = digest_files(folder, files)
     manifest.update(
         status="complete",
@@ -182,7 +184,7 @@ def complete_stage(
 
 def stage_identity(folder: Path) -> str:
     """What a later stage records as its input: settings, inputs and content of this one."""
-    manifest = read_json(folder / MANIFEST)
+    manifest = _read_manifest(folder)
     return digest_value({key: manifest.get(key) for key in ("settings", "inputs", "content")})
 
 
@@ -190,6 +192,15 @@ def remove_leftovers(folder: Path) -> None:
     """Removes temporary files and folders that a killed process left."""
     for path in folder.glob(".*.tmp"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    manifest = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("status") not in {"running", "complete"}:
+        raise UserError(
+            f"{folder / MANIFEST} is damaged (it names no status); remove {folder} and run again."
+        )
+    return manifest
 
 
 def _plain(value: Any) -> Any:

@@ -41,6 +41,8 @@ def run_command(
     """
     parser = argument_parser(stage, summary)
     arguments = parser.parse_args(argv)
+    if arguments.strict and not arguments.dry_run:
+        parser.error("--strict goes with --dry-run")
     try:
         config = load_config(arguments.config, arguments.set)
         if arguments.print_config:
@@ -69,6 +71,7 @@ def argument_parser(stage: str, summary: str) -> argparse.ArgumentParser:
         description=summary,
         epilog=_KeysOnDemand(),  # type: ignore[arg-type]
         formatter_class=_HelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
     parser.add_argument(
