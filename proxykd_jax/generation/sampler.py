@@ -1,0 +1,253 @@
+"""Batched sampling: answers for many prompts of mixed lengths.
+
+Prompts are sorted by length and decoded in batches. When half of a batch's rows are done, the
+others move to a batch of half the size, so that the cost follows the tokens really produced.
+Shapes come from a short ladder, so few programs are compiled: one prefill for each (rows, prompt
+length, slots) and one decoding loop for each (rows, slots) that occurs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from proxykd_jax.errors import UserError
+from proxykd_jax.generation.decode import (
+    DecodeState,
+    DrawSettings,
+    PromptBatch,
+    decode,
+    prefill,
+    take_rows,
+)
+from proxykd_jax.models.config import ModelConfig
+
+# A batch is not made smaller than this: a step of so few rows costs hardly less than one of four.
+_SMALLEST_BATCH = 4
+_SHORTEST_BUCKET = 16
+# Words of a row id's digest in its random key: 128 bits.
+_ROW_WORDS = 4
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An answer.
+
+    Attributes:
+      tokens: int32 ``[R]``, with the end token that was drawn, if one was.
+      finished: an end token was drawn. A truncated answer has none and must not be given one.
+      logps: float32 ``[R]``, log-prob of each token at temperature 1 under the full softmax.
+    """
+
+    tokens: np.ndarray
+    finished: bool
+    logps: np.ndarray
+
+
+def length_bucket(length: int) -> int:
+    """The smallest of 16, 24, 32, 48, 64, 96, ... that holds ``length``."""
+    power = _SHORTEST_BUCKET
+    while power < length:
+        if power * 3 // 2 >= length:
+            return power * 3 // 2
+        power *= 2
+    return power
+
+
+def sample(
+    params: Any,
+    adapter: Any,
+    prompts: Sequence[np.ndarray],
+    row_ids: Sequence[str],
+    *,
+    config: ModelConfig,
+    seed: int,
+    round_index: int,
+    end_token_ids: Sequence[int],
+    max_new_tokens: Sequence[int],
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    batch_size: int = 32,
+    vocab_size: int | None = None,
+    put: Callable[[PromptBatch], PromptBatch] | None = None,
+) -> list[Sample]:
+    """Draws one answer for each prompt.
+
+    What is drawn for a row depends on (seed, round_index, its row id, its prompt) and on the
+    model, not on the other rows, their order or ``batch_size`` (but for rounding, see
+    ``decode.py``).
+
+    Args:
+      params, adapter: the model; already where they shall be.
+      prompts: token ids, each at least one.
+      row_ids: any text that names the row; rows of the same id and prompt get the same answer.
+      config: the model's shapes.
+      seed, round_index: integers in [0, 2**31).
+      end_token_ids: tokens that end an answer.
+      max_new_tokens: budget of each row in tokens, the end token included. 0 gives no token.
+      temperature: 0 is greedy.
+      top_p: nucleus; 1 draws from everything.
+      batch_size: rows decoded together at most.
+      vocab_size: ids from here on are never drawn (default: all of the model's may be).
+      put: places a batch of prompts on devices; by default jax decides.
+
+    Returns:
+      A sample a prompt, in the order given.
+
+    Raises:
+      ValueError: lists of different lengths, an empty prompt, arguments out of range.
+      UserError: the model gives log-probs that are not numbers.
+    """
+    settings = _check(
+        prompts,
+        row_ids,
+        max_new_tokens,
+        config,
+        temperature,
+        top_p,
+        batch_size,
+        vocab_size,
+        end_token_ids,
+    )
+    samples = [Sample(np.zeros(0, np.int32), False, np.zeros(0, np.float32)) for _ in prompts]
+    todo = [index for index in range(len(prompts)) if max_new_tokens[index] > 0]
+    todo.sort(key=lambda i: (length_bucket(len(prompts[i])), max_new_tokens[i], len(prompts[i]), i))
+    for start in range(0, len(todo), batch_size):
+        rows = todo[start : start + batch_size]
+        batch, slots = _prompt_batch(
+            [prompts[i] for i in rows],
+            [row_ids[i] for i in rows],
+            [int(max_new_tokens[i]) for i in rows],
+            batch_size,
+            config,
+        )
+        state = prefill(
+            params,
+            adapter,
+            batch if put is None else put(batch),
+            jnp.uint32(seed),
+            jnp.uint32(round_index),
+            config=config,
+            slots=slots,
+            settings=settings,
+        )
+        for row, answer in _decode_all(params, adapter, state, rows, config, settings):
+            samples[row] = answer
+    return samples
+
+
+def _check(
+    prompts: Sequence[np.ndarray],
+    row_ids: Sequence[str],
+    max_new_tokens: Sequence[int],
+    config: ModelConfig,
+    temperature: float,
+    top_p: float,
+    batch_size: int,
+    vocab_size: int | None,
+    end_token_ids: Sequence[int],
+) -> DrawSettings:
+    if not len(prompts) == len(row_ids) == len(max_new_tokens):
+        raise ValueError(
+            f"{len(prompts)} prompts, {len(row_ids)} row ids and {len(max_new_tokens)} budgets: "
+            "there must be as many of each."
+        )
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError("A prompt has no token: there is nothing to continue.")
+    vocab_size = config.vocab_size if vocab_size is None else min(vocab_size, config.vocab_size)
+    if not (temperature >= 0 and 0 < top_p <= 1 and batch_size >= 1 and vocab_size >= 1):
+        raise ValueError(
+            f"Out of range: temperature {temperature} (at least 0), top_p {top_p} (in (0, 1]), "
+            f"batch_size {batch_size} or vocab_size {vocab_size} (at least 1)."
+        )
+    return DrawSettings(
+        temperature=float(temperature),
+        top_p=float(top_p),
+        vocab_size=vocab_size,
+        end_token_ids=tuple(sorted({int(token) for token in end_token_ids})),
+    )
+
+
+def _prompt_batch(
+    prompts: list[np.ndarray],
+    row_ids: list[str],
+    budgets: list[int],
+    batch_size: int,
+    config: ModelConfig,
+) -> tuple[PromptBatch, int]:
+    """The prompts on the shapes' ladder, and the slots that their cache needs."""
+    num_rows = min(_batch_bucket(len(prompts)), batch_size)
+    longest = max(len(prompt) for prompt in prompts)
+    needed = longest + max(budgets)
+    # The padding must not push a model beyond the positions it has.
+    length = min(length_bucket(longest), max(longest, config.max_positions - max(budgets)))
+    slots = length_bucket(length + max(budgets))
+    slots = min(slots, max(needed, config.max_positions))
+    tokens_BL = np.zeros((num_rows, length), np.int32)
+    valid_BL = np.zeros((num_rows, length), bool)
+    words_BW = np.zeros((num_rows, _ROW_WORDS), np.uint32)
+    budgets_B = np.zeros(num_rows, np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens_BL[row, length - len(prompt) :] = prompt
+        valid_BL[row, length - len(prompt) :] = True
+        digest = hashlib.sha256(row_ids[row].encode()).digest()
+        words_BW[row] = np.frombuffer(digest[: 4 * _ROW_WORDS], "<u4")
+        budgets_B[row] = budgets[row]
+    valid_BL[len(prompts) :, -1] = True
+    return PromptBatch(tokens_BL, valid_BL, words_BW, budgets_B), slots
+
+
+def _batch_bucket(num_rows: int) -> int:
+    size = _SMALLEST_BATCH
+    while size < num_rows:
+        size *= 2
+    return size
+
+
+def _decode_all(
+    params: Any,
+    adapter: Any,
+    state: DecodeState,
+    rows: list[int],
+    config: ModelConfig,
+    settings: DrawSettings,
+) -> list[tuple[int, Sample]]:
+    """Decodes a batch to its end, in ever smaller batches. Returns (row, sample) pairs."""
+    answers: list[tuple[int, Sample]] = []
+    places: list[int | None] = [*rows, *[None] * (state.done_B.shape[0] - len(rows))]
+    while True:
+        size = len(places)
+        smaller = size // 2 if size // 2 >= _SMALLEST_BATCH else 0
+        state = decode(params, adapter, state, jnp.int32(smaller), config=config, settings=settings)
+        done_B, finished_B, count_B = (
+            np.asarray(array) for array in (state.done_B, state.finished_B, state.count_B)
+        )
+        most = int(count_B.max())
+        tokens_BS, logps_BS = np.asarray(state.tokens_BS), np.asarray(state.logps_BS)
+        if np.isnan(logps_BS[:, :most]).any():
+            raise UserError(
+                "The model gives log-probs that are not numbers (NaN) while sampling: its weights "
+                "or its adapter are damaged."
+            )
+        for place, row in enumerate(places):
+            if row is not None and done_B[place]:
+                count = int(count_B[place])
+                answer = Sample(
+                    tokens_BS[place, :count].copy(),
+                    bool(finished_B[place]),
+                    logps_BS[place, :count].copy(),
+                )
+                answers.append((row, answer))
+        left = np.flatnonzero(~done_B)
+        if not left.size:
+            return answers
+        # A place without a row repeats one that is done, and stays so.
+        idle = np.flatnonzero(done_B)[:1]
+        chosen = np.concatenate([left, np.repeat(idle, smaller - left.size)]).astype(np.int32)
+        places = [places[place] for place in left] + [None] * (smaller - left.size)
+        state = take_rows(state, chosen)

@@ -1,0 +1,279 @@
+"""The sampler: exact distribution, independence of everything but its keys, stops and budgets."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from proxykd_jax.errors import UserError
+from proxykd_jax.generation import decode
+from proxykd_jax.generation.sampler import length_bucket, sample
+from tests.generation.tiny import full_logps, some_prompts, tiny_model
+
+END = 3
+
+
+def run(model, prompts, row_ids, budgets, **changes):
+    config, params, adapter = model
+    options = {
+        "config": config, "seed": 5, "round_index": 1, "end_token_ids": [END], "batch_size": 8,
+        **changes,
+    }  # fmt: skip
+    return sample(params, adapter, prompts, row_ids, max_new_tokens=budgets, **options)
+
+
+def assert_same(first, second):
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        assert a.finished == b.finished
+        np.testing.assert_allclose(a.logps, b.logps, atol=1e-5)
+
+
+def test_draws_follow_the_softmax():
+    """First and second tokens of many rows against the exact joint distribution."""
+    model = tiny_model(vocab_size=12)
+    prompt = np.array([4, 7, 1], np.int32)
+    number = 6000
+    samples = run(
+        model, [prompt] * number, [str(i) for i in range(number)], [2] * number,
+        end_token_ids=[], batch_size=1024,
+    )  # fmt: skip
+    first = np.exp(full_logps(model, prompt)[-1])
+    joint = np.stack(
+        [first[a] * np.exp(full_logps(model, [*prompt, a])[-1]) for a in range(12)]
+    ).ravel()
+    counts = np.bincount([12 * int(s.tokens[0]) + int(s.tokens[1]) for s in samples], minlength=144)
+    common = joint * number >= 5
+    observed = np.append(counts[common], counts[~common].sum())
+    expected = np.append(joint[common], joint[~common].sum()) * number
+    assert stats.chisquare(observed, expected).pvalue > 1e-4
+    # The test can fail: the same counts do not fit a distribution tempered by 10 %.
+    tempered = joint**1.1 / (joint**1.1).sum()
+    wrong = np.append(tempered[common], tempered[~common].sum()) * number
+    assert stats.chisquare(observed, wrong).pvalue < 1e-4
+
+
+def test_temperature_and_top_p_follow_the_exact_nucleus():
+    model = tiny_model(vocab_size=12)
+    prompt = np.array([9, 2], np.int32)
+    number, temperature, top_p = 4000, 1.7, 0.8
+    logps = full_logps(model, prompt)[-1] / temperature
+    probs = np.exp(logps) / np.exp(logps).sum()
+    order = np.argsort(-probs, kind="stable")
+    size = int(np.searchsorted(np.cumsum(probs[order]), top_p)) + 1
+    kept = np.zeros(12, bool)
+    kept[order[:size]] = True
+    assert 1 < size < 12
+    samples = run(
+        model, [prompt] * number, [str(i) for i in range(number)], [1] * number,
+        end_token_ids=[], batch_size=1024, temperature=temperature, top_p=top_p,
+    )  # fmt: skip
+    counts = np.bincount([int(s.tokens[0]) for s in samples], minlength=12)
+    assert (counts[~kept] == 0).all()
+    expected = probs[kept] / probs[kept].sum() * number
+    assert stats.chisquare(counts[kept], expected).pvalue > 1e-4
+    # Log-probs are those of the full softmax at temperature 1 all the same.
+    exact = full_logps(model, prompt)[-1]
+    for s in samples[:50]:
+        np.testing.assert_allclose(s.logps, exact[s.tokens], atol=1e-5)
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.5, 0.75, 0.999])
+def test_nucleus_is_the_smallest_set_that_reaches_top_p(top_p):
+    rng = np.random.default_rng(1)
+    scores = rng.normal(size=(20, 30)).astype(np.float32) * 3
+    scores[0] = 0.0  # all tied
+    scores[1, :5] = -np.inf
+    kept = np.asarray(decode.nucleus(jnp.asarray(scores), top_p))
+    for row, row_kept in zip(scores, kept, strict=True):
+        probs = np.exp(row - row.max(), dtype=np.float64)
+        probs /= probs.sum()
+        order = np.argsort(-row, kind="stable")
+        size = row_kept.sum()
+        assert row_kept[order[:size]].all()
+        assert probs[order[:size]].sum() >= top_p - 1e-6
+        assert size == 1 or probs[order[: size - 1]].sum() < top_p + 1e-6
+
+
+def test_greedy_is_the_argmax_of_the_training_forward():
+    model = tiny_model()
+    prompts, row_ids = some_prompts(11)
+    samples = run(model, prompts, row_ids, [25] * 11, temperature=0.0)
+    assert any(len(s.tokens) > 5 for s in samples)
+    for prompt, s in zip(prompts, samples, strict=True):
+        logps = full_logps(model, [*prompt, *s.tokens])[len(prompt) - 1 : -1]
+        best = np.sort(logps, axis=-1)
+        clear = best[:, -1] - best[:, -2] > 1e-4
+        np.testing.assert_array_equal(logps.argmax(-1)[clear], s.tokens[clear])
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"sliding_window": 5, "sliding_layers": (0,)}, {"tie_embeddings": True}]
+)
+def test_log_probs_are_those_of_the_training_forward(changes):
+    model = tiny_model(**changes)
+    prompts, row_ids = some_prompts(9)
+    for prompt, s in zip(prompts, run(model, prompts, row_ids, [30] * 9), strict=True):
+        exact = full_logps(model, [*prompt, *s.tokens])[len(prompt) - 1 : -1]
+        np.testing.assert_allclose(s.logps, exact[np.arange(len(s.tokens)), s.tokens], atol=2e-5)
+
+
+def test_batch_order_and_padding_change_nothing():
+    model = tiny_model()
+    prompts, row_ids = some_prompts(21, longest=40)
+    budgets = [int(b) for b in np.random.default_rng(3).integers(1, 40, 21)]
+    whole = run(model, prompts, row_ids, budgets)
+    order = np.random.default_rng(4).permutation(21)
+    shuffled = run(
+        model,
+        [prompts[i] for i in order],
+        [row_ids[i] for i in order],
+        [budgets[i] for i in order],
+        batch_size=16,
+    )
+    assert_same([whole[i] for i in order], shuffled)
+    for i in (0, 7, 20):
+        assert_same([whole[i]], run(model, [prompts[i]], [row_ids[i]], [budgets[i]], batch_size=1))
+    # A larger budget of the row, or of its mates, lengthens an answer and never alters it.
+    longer = run(model, prompts, row_ids, [60] * 21)
+    for a, b in zip(whole, longer, strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens[: len(a.tokens)])
+
+
+def test_keys_differ_by_seed_round_row_and_position():
+    model = tiny_model()
+    prompts, _ = some_prompts(1)
+    twelve = [prompts[0]] * 12
+    ids = [str(i) for i in range(12)]
+    options = {"end_token_ids": []}
+    base = run(model, twelve, ids, [12] * 12, **options)
+    assert len({tuple(s.tokens) for s in base}) == 12
+    other_round = run(model, twelve, ids, [12] * 12, round_index=2, **options)
+    other_seed = run(model, twelve, ids, [12] * 12, seed=6, **options)
+    for a, b, c in zip(base, other_round, other_seed, strict=True):
+        assert tuple(a.tokens) != tuple(b.tokens) != tuple(c.tokens)
+    same_ids = run(model, twelve, ["x"] * 12, [12] * 12, **options)
+    assert len({tuple(s.tokens) for s in same_ids}) == 1
+    keys = decode.row_keys(jnp.uint32(1), jnp.uint32(2), jnp.arange(8, dtype="uint32")[:, None])
+    data = np.asarray(jax.random.key_data(keys))
+    assert len(np.unique(data, axis=0)) == 8
+
+
+def test_stop_tokens_and_budgets():
+    model = tiny_model()
+    prompts, row_ids = some_prompts(24)
+    budgets = [0, 1, 2, 3, 7, 25] * 4
+    ends = [3, 11, 17, 23]
+    samples = run(model, prompts, row_ids, budgets, end_token_ids=ends)
+    free = run(model, prompts, row_ids, budgets, end_token_ids=[])
+    for s, f, budget in zip(samples, free, budgets, strict=True):
+        assert s.tokens.dtype == np.int32 and s.logps.dtype == np.float32
+        assert len(s.tokens) == len(s.logps) <= budget
+        assert len(f.tokens) == budget and not f.finished
+        is_end = np.isin(s.tokens, ends)
+        assert not is_end[:-1].any()
+        assert s.finished == (len(s.tokens) > 0 and bool(is_end[-1]))
+        assert s.finished or len(s.tokens) == budget
+        # Stopping takes a prefix of what would have been drawn without it.
+        np.testing.assert_array_equal(s.tokens, f.tokens[: len(s.tokens)])
+    assert 0 < sum(s.finished for s in samples) < len(samples)
+
+
+def test_ids_beyond_the_tokenizer_are_never_drawn():
+    model = tiny_model()
+    prompts, row_ids = some_prompts(40, vocab_size=15)
+    samples = run(model, prompts, row_ids, [20] * 40, end_token_ids=[], vocab_size=15)
+    assert max(int(s.tokens.max()) for s in samples) == 14
+    exact = full_logps(model, [*prompts[0], *samples[0].tokens])[len(prompts[0]) - 1 : -1]
+    np.testing.assert_allclose(
+        samples[0].logps, exact[np.arange(20), samples[0].tokens], atol=2e-5
+    )
+    greedy = run(model, prompts, row_ids, [20] * 40, vocab_size=15, temperature=0.0)
+    assert all((s.tokens < 15).all() for s in greedy)
+
+
+def test_few_programs_are_compiled():
+    model = tiny_model(vocab_size=25)
+    before = decode.prefill._cache_size(), decode.decode._cache_size()
+    prompts, row_ids = some_prompts(64, longest=48)
+    run(model, prompts, row_ids, [16] * 64, batch_size=8)
+    first = decode.prefill._cache_size(), decode.decode._cache_size()
+    assert first[0] - before[0] <= 6
+    assert first[1] - before[1] <= 10
+    run(model, prompts, [f"again {i}" for i in row_ids], [16] * 64, batch_size=8, seed=9)
+    assert (decode.prefill._cache_size(), decode.decode._cache_size()) == first
+
+
+def test_padding_stays_within_the_positions_that_dynamic_rope_allows():
+    from proxykd_jax.models.config import RopeConfig
+
+    model = tiny_model(rope=RopeConfig(kind="dynamic", factor=2.0), max_positions=40)
+    prompts, row_ids = some_prompts(3, longest=33)
+    prompts.append(np.ones(33, np.int32))
+    samples = run(model, prompts, [*row_ids, "last"], [7] * 4, end_token_ids=[])
+    assert [len(s.tokens) for s in samples] == [7] * 4
+
+
+def test_a_placement_of_batches_changes_nothing():
+    model = tiny_model()
+    prompts, row_ids = some_prompts(5)
+    placed = []
+
+    def put(batch):
+        placed.append(batch)
+        return jax.device_put(batch, jax.devices()[0])
+
+    assert_same(
+        run(model, prompts, row_ids, [9] * 5, put=put), run(model, prompts, row_ids, [9] * 5)
+    )
+    assert len(placed) == 1
+
+
+def test_other_processes_draw_the_same(tmp_path):
+    prompts, row_ids = some_prompts(6)
+    here = run(tiny_model(), prompts, row_ids, [15] * 6)
+    code = (
+        "import json, os\n"
+        "os.environ['JAX_PLATFORMS'] = 'cpu'\n"
+        "from tests.generation.test_sampler import run, some_prompts, tiny_model\n"
+        "prompts, row_ids = some_prompts(6)\n"
+        "answers = run(tiny_model(), prompts, row_ids, [15] * 6)\n"
+        "print(json.dumps([[s.tokens.tolist(), s.logps.tolist()] for s in answers]))\n"
+    )
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": root},
+    )  # fmt: skip
+    there = json.loads(result.stdout.splitlines()[-1])
+    assert there == [[s.tokens.tolist(), s.logps.tolist()] for s in here]
+
+
+def test_what_cannot_be_sampled_is_refused():
+    model = tiny_model()
+    prompts, row_ids = some_prompts(2)
+    with pytest.raises(ValueError, match="as many of each"):
+        run(model, prompts, row_ids[:1], [3, 3])
+    with pytest.raises(ValueError, match="no token"):
+        run(model, [prompts[0], np.zeros(0, np.int32)], row_ids, [3, 3])
+    with pytest.raises(ValueError, match="top_p"):
+        run(model, prompts, row_ids, [3, 3], top_p=0.0)
+    assert run(model, [], [], []) == []
+    config, params, adapter = model
+    broken = {**params, "final_norm": {"scale": params["final_norm"]["scale"] * jnp.nan}}
+    with pytest.raises(UserError, match="not numbers"):
+        run((config, broken, adapter), prompts, row_ids, [3, 3])
+
+
+def test_length_buckets():
+    sizes = [length_bucket(n) for n in range(1, 2000)]
+    assert all(size >= n for n, size in enumerate(sizes, 1))
+    assert len(set(sizes)) <= 15
+    assert all(size <= 1.5 * n for n, size in enumerate(sizes, 1) if n > 16)
