@@ -1,0 +1,350 @@
+"""The proxy's answers of one round, on disk, so that a restarted run never samples again.
+
+One folder a round (``samples/round_01``), or one for fresh prompts (``samples/fresh``), committed
+part by part. A part is a pure function of the model, the rows and the settings, so a killed run
+that goes on writes the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from proxykd_jax.artifacts import MANIFEST, complete_stage, open_stage, read_json
+from proxykd_jax.data.parts import Part, PartFolder, damaged
+from proxykd_jax.errors import UserError
+from proxykd_jax.generation.sampler import Sample
+
+KEPT, EMPTY, EQUALS_CHOSEN = 0, 1, 2
+DROP_REASONS = {EMPTY: "empty", EQUALS_CHOSEN: "equals_chosen"}
+_ROW_ID_BYTES = 32
+
+SampleFunction = Callable[[list[np.ndarray], list[str], list[int]], list[Sample]]
+ReferenceFunction = Callable[[list[tuple[np.ndarray, np.ndarray]]], np.ndarray]
+
+
+class Row(Protocol):
+    """What is read of a row of a split."""
+
+    @property
+    def tokens(self) -> np.ndarray: ...
+    @property
+    def prompt_length(self) -> int: ...
+    @property
+    def row_id(self) -> str: ...
+
+
+class Split(Protocol):
+    """What is read of a split of the corpus (``TokenSplit``)."""
+
+    def read(self, indices: Any) -> Sequence[Row]: ...
+
+
+@dataclass(frozen=True)
+class SampledRow:
+    """The proxy's answer to a prompt.
+
+    Attributes:
+      row: index into the split that the prompts came from.
+      row_id: id of that row.
+      tokens: int32 ``[R]``, with the end token if ``finished``.
+      finished: an end token was drawn.
+      drop: 0 kept, 1 empty (no token before the end), 2 equal to the teacher's answer.
+      loglik: log-prob of the answer, summed while it was sampled.
+      reference_chosen, reference_rejected: summed log-probs, by the training forward of the same
+        model, of the teacher's answer and of this one. 0 where not computed: all of a store
+        without a reference, the latter of a dropped answer.
+    """
+
+    row: int
+    row_id: str
+    tokens: np.ndarray
+    finished: bool
+    drop: int
+    loglik: float
+    reference_chosen: float
+    reference_rejected: float
+
+
+class SampleStore:
+    """The answers of one round in ``folder``. Rows keep the order in which they were sampled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self._parts = PartFolder(self.folder)
+        self._open: list[Part] | None = None
+
+    def begin(self, settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> bool:
+        """Opens or makes the store, and says whether it is complete.
+
+        Args:
+          settings: what decides the answers (seed, round, temperature, budgets, ...).
+          inputs: identities of what they are made from (corpus, model).
+
+        Raises:
+          UserError: the folder was made with others.
+        """
+        return open_stage(self.folder, "sample", settings, inputs)
+
+    def missing(self, num_parts: int) -> list[int]:
+        """Parts still to be made, after removal of what a kill left half-written."""
+        return self._parts.resume(num_parts)
+
+    def append(self, index: int, rows: Sequence[SampledRow]) -> None:
+        """Commits a part."""
+        self._open = None
+        self._parts.commit(index, _to_arrays(rows))
+
+    def check_rows(self, index: int, rows: np.ndarray) -> None:
+        """Raises UserError where a part that is there holds other rows than it should."""
+        there = self._parts.open(index).arrays["rows"]
+        if not np.array_equal(there, rows):
+            raise UserError(
+                f"{self._parts.path(index)} holds answers to other rows than this run samples. "
+                f"Remove {self.folder} to sample again."
+            )
+
+    def complete(self) -> None:
+        """Marks the store complete, with its counts and digests in the manifest."""
+        complete_stage(self.folder, counts=self.counts())
+
+    @property
+    def is_complete(self) -> bool:
+        path = self.folder / MANIFEST
+        return path.exists() and read_json(path).get("status") == "complete"
+
+    def __len__(self) -> int:
+        return int(self._ends()[-1]) if self._loaded() else 0
+
+    @property
+    def rows(self) -> np.ndarray:
+        """int32 indices into the split, in the store's order."""
+        return self._column("rows", np.int32)
+
+    @property
+    def drops(self) -> np.ndarray:
+        """uint8 drop codes in the store's order."""
+        return self._column("drops", np.uint8)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int32 tokens of each answer, in the store's order."""
+        parts = [np.diff(part.arrays["offsets"]) for part in self._loaded()]
+        return np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> list[SampledRow]:
+        """Answers at places of the store (0 to ``len - 1``).
+
+        Raises:
+          IndexError: a place beyond the store.
+        """
+        parts, ends = self._loaded(), self._ends()
+        out = []
+        for index in np.asarray(indices, np.int64):
+            if not 0 <= index < len(self):
+                raise IndexError(f"Sample {index} of {len(self)}.")
+            number = int(np.searchsorted(ends, index, side="right"))
+            out.append(_row_at(parts[number], int(index - (ends[number - 1] if number else 0))))
+        return out
+
+    def counts(self) -> dict[str, Any]:
+        """What was sampled and dropped, and how far sampling and training forward agree.
+
+        ``reference_gap`` is the largest difference, in nats a sequence, between the log-prob
+        summed while sampling and the training forward's; absent where no reference was computed.
+        """
+        drops = self.drops
+        finished = self._column("finished", np.bool_)
+        counts: dict[str, Any] = {
+            "rows": len(drops),
+            "kept": int((drops == KEPT).sum()),
+            "tokens": int(self.lengths.sum()),
+            "finished": int(finished.sum()),
+            "finish_rate": float(finished.mean()) if len(finished) else 0.0,
+            **{
+                f"dropped_{name}": int((drops == code).sum()) for code, name in DROP_REASONS.items()
+            },
+        }
+        reference = self._column("reference_rejected", np.float32)
+        computed = (reference != 0) & (drops == KEPT)
+        if computed.any():
+            gap = np.abs(self._column("logliks", np.float32) - reference)[computed]
+            counts["reference_gap"] = float(gap.max())
+        return counts
+
+    def _column(self, name: str, dtype: Any) -> np.ndarray:
+        parts = [part.arrays[name] for part in self._loaded()]
+        return np.concatenate(parts) if parts else np.zeros(0, dtype)
+
+    def _loaded(self) -> list[Part]:
+        if self._open is None:
+            parts = [self._parts.open(index) for index in self._parts.complete()]
+            for part in parts:
+                _check_arrays(part)
+            self._open = parts
+        return self._open
+
+    def _ends(self) -> np.ndarray:
+        return np.cumsum([len(part.arrays["rows"]) for part in self._loaded()])
+
+
+def sample_round(
+    store: SampleStore,
+    split: Split,
+    rows: Sequence[int] | np.ndarray,
+    *,
+    sample_fn: SampleFunction,
+    reference_fn: ReferenceFunction | None,
+    rows_per_part: int,
+    max_length: int,
+    end_token_ids: Sequence[int],
+    max_new_tokens: int | None = None,
+    report: Callable[[int, int], None] | None = None,
+) -> None:
+    """Makes the parts of a store that are not there yet; does nothing if all are.
+
+    Call ``store.begin`` before and ``store.complete`` after.
+
+    Args:
+      split: where prompts (and the teacher's answers) are read from.
+      rows: indices into it.
+      sample_fn: (prompts, row ids, budgets) -> samples; a pure function.
+      reference_fn: pairs (prompt, answer) -> their summed log-probs under the same model by the
+        training forward. None for fresh prompts, which have no teacher's answer: nothing is
+        compared and no reference computed.
+      rows_per_part: a killed run loses at most so many rows.
+      max_length: prompt and answer together have at most so many tokens, as the teacher's do.
+      end_token_ids: an answer of such tokens alone is empty.
+      max_new_tokens: a further bound on an answer.
+      report: called with (parts there, all parts) after each.
+    """
+    rows = np.asarray(rows, np.int32)
+    num_parts = -(-len(rows) // rows_per_part)
+    missing = set(store.missing(num_parts))
+    for index in range(num_parts):
+        part_rows = rows[index * rows_per_part : (index + 1) * rows_per_part]
+        if index not in missing:
+            store.check_rows(index, part_rows)
+        else:
+            sampled = _sample_part(
+                split.read(part_rows), part_rows, sample_fn, reference_fn, max_length,
+                max_new_tokens, frozenset(end_token_ids),
+            )  # fmt: skip
+            store.append(index, sampled)
+        if report is not None:
+            report(index + 1, num_parts)
+
+
+def _sample_part(
+    token_rows: Sequence[Row],
+    indices: np.ndarray,
+    sample_fn: SampleFunction,
+    reference_fn: ReferenceFunction | None,
+    max_length: int,
+    max_new_tokens: int | None,
+    end_token_ids: frozenset[int],
+) -> list[SampledRow]:
+    prompts = [row.tokens[: row.prompt_length] for row in token_rows]
+    chosen = [row.tokens[row.prompt_length :] for row in token_rows]
+    budgets = [max(0, max_length - len(prompt)) for prompt in prompts]
+    if max_new_tokens is not None:
+        budgets = [min(budget, max_new_tokens) for budget in budgets]
+    samples = sample_fn(prompts, [row.row_id for row in token_rows], budgets)
+    drops = [
+        _drop_reason(s, y if reference_fn is not None else None, end_token_ids)
+        for s, y in zip(samples, chosen, strict=True)
+    ]
+    reference_chosen = np.zeros(len(samples), np.float32)
+    reference_rejected = np.zeros(len(samples), np.float32)
+    if reference_fn is not None and samples:
+        reference_chosen[:] = reference_fn(list(zip(prompts, chosen, strict=True)))
+        kept = [place for place, drop in enumerate(drops) if drop == KEPT]
+        if kept:
+            pairs = [(prompts[place], samples[place].tokens) for place in kept]
+            reference_rejected[kept] = reference_fn(pairs)
+        if not np.isfinite([reference_chosen, reference_rejected]).all():
+            raise UserError(
+                "The proxy gives log-probs that are not finite numbers for the teacher's or its "
+                "own answers: its weights or its adapter are damaged."
+            )
+    return [
+        SampledRow(
+            row=int(indices[place]),
+            row_id=token_rows[place].row_id,
+            tokens=s.tokens,
+            finished=s.finished,
+            drop=drops[place],
+            loglik=float(np.sum(s.logps, dtype=np.float64)),
+            reference_chosen=float(reference_chosen[place]),
+            reference_rejected=float(reference_rejected[place]),
+        )
+        for place, s in enumerate(samples)
+    ]
+
+
+def _drop_reason(sampled: Sample, chosen: np.ndarray | None, end_token_ids: frozenset[int]) -> int:
+    if all(int(token) in end_token_ids for token in sampled.tokens):
+        return EMPTY
+    if chosen is not None and np.array_equal(sampled.tokens, chosen):
+        return EQUALS_CHOSEN
+    return KEPT
+
+
+def _to_arrays(rows: Sequence[SampledRow]) -> dict[str, np.ndarray]:
+    offsets = np.zeros(len(rows) + 1, np.int64)
+    offsets[1:] = np.cumsum([len(row.tokens) for row in rows])
+    ids = b"".join(bytes.fromhex(row.row_id) for row in rows)
+    return {
+        "rows": np.array([row.row for row in rows], np.int32),
+        "row_ids": np.frombuffer(ids, np.uint8).reshape(len(rows), _ROW_ID_BYTES),
+        "offsets": offsets,
+        "tokens": np.concatenate([np.zeros(0, np.int32), *(row.tokens for row in rows)]),
+        "finished": np.array([row.finished for row in rows], np.bool_),
+        "drops": np.array([row.drop for row in rows], np.uint8),
+        "logliks": np.array([row.loglik for row in rows], np.float32),
+        "reference_chosen": np.array([row.reference_chosen for row in rows], np.float32),
+        "reference_rejected": np.array([row.reference_rejected for row in rows], np.float32),
+    }
+
+
+def _check_arrays(part: Part) -> None:
+    """Raises UserError for a part whose arrays do not fit together."""
+    arrays = part.arrays
+    try:
+        number, offsets = len(arrays["rows"]), arrays["offsets"]
+        fits = (
+            offsets.shape == (number + 1,)
+            and offsets[0] == 0
+            and bool((np.diff(offsets) >= 0).all())
+            and offsets[-1] == len(arrays["tokens"])
+            and arrays["row_ids"].shape == (number, _ROW_ID_BYTES)
+            and all(
+                arrays[name].shape == (number,)
+                for name in (
+                    "finished", "drops", "logliks", "reference_chosen", "reference_rejected",
+                )
+            )
+        )  # fmt: skip
+    except KeyError as error:
+        raise damaged(part.path, f"it has no array {error}") from error
+    if not fits:
+        raise damaged(part.path, "its arrays do not fit together")
+
+
+def _row_at(part: Part, place: int) -> SampledRow:
+    arrays = part.arrays
+    begin, end = arrays["offsets"][place : place + 2]
+    return SampledRow(
+        row=int(arrays["rows"][place]),
+        row_id=arrays["row_ids"][place].tobytes().hex(),
+        tokens=arrays["tokens"][begin:end],
+        finished=bool(arrays["finished"][place]),
+        drop=int(arrays["drops"][place]),
+        loglik=float(arrays["logliks"][place]),
+        reference_chosen=float(arrays["reference_chosen"][place]),
+        reference_rejected=float(arrays["reference_rejected"][place]),
+    )
