@@ -124,10 +124,15 @@ def benchmark_item(name: str, record: Record) -> Question:
 
 
 def _choices(labels: Any, texts: Any) -> tuple[tuple[str, str], ...]:
-    if not isinstance(texts, list) or len(texts) < 2 or len(labels or ()) < len(texts):
+    if (
+        not isinstance(texts, list)
+        or not isinstance(labels, (list, str))
+        or not 2 <= len(texts) <= len(labels)
+    ):
         raise RowProblem("question without its choices")
     return tuple(
-        (str(label), checked_text(str(text), "question without its choices"))
+        # Re-dumps hold some choices as numbers.
+        (str(label), checked_text(None if text is None else str(text), "choice without text"))
         for label, text in zip(labels, texts, strict=False)
     )
 
@@ -233,10 +238,20 @@ def item_id(origin: str) -> str:
     return f"{Path(path).name.split('.')[0]}-{line}"
 
 
-def _mt_bench(record: Record, answers: Answers | None, prompts_only: bool) -> list[RawTurns]:
-    turns = record["turns"]
+def mt_bench_turns(record: Record) -> list[str]:
+    """The user's turns of a FastChat question.
+
+    Raises:
+      RowProblem: there are none, or one is no text.
+    """
+    turns = record.get("turns")
     if not isinstance(turns, list) or not turns:
         raise RowProblem("empty prompt")
+    return [checked_text(turn, "empty prompt") for turn in turns]
+
+
+def _mt_bench(record: Record, answers: Answers | None, prompts_only: bool) -> list[RawTurns]:
+    turns = mt_bench_turns(record)
     if prompts_only or answers is None:
         # Later turns refer to an answer that is not there.
         return [[("user", turns[0])]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from proxykd_jax.config.schema import SourceConfig
@@ -15,6 +16,7 @@ from proxykd_jax.data.benchmarks import (
     benchmark_format,
     benchmark_item,
     load_answers,
+    mt_bench_turns,
     sought_texts,
 )
 from proxykd_jax.data.conversations import checked_text, expand_turns
@@ -192,30 +194,29 @@ def sought_in_corpus(path: str) -> Iterator[SoughtText]:
       UserError: nothing is there, a file is damaged, or of no known format.
     """
     for file in list_files(path):
+        records = read_file(file)
+        first = next(records)
+        records = chain([first], records)
+        name = benchmark_format(first[0])
+        if name is not None:
+            yield from _sought_items(name, records)
+            continue
         source = SourceConfig(path=str(file), turns="last")
-        name: str | None = None
-        for record, origin in read_file(file):
-            name = name or benchmark_format(record) or _format_of(record, origin, source)
-            if name == "mt_bench":
-                yield from (SoughtText(t, False) for t in record["turns"] if isinstance(t, str))
-            elif name in BENCHMARK_KEYS:
-                for example, _ in benchmark_examples(name, record, origin):
-                    try:
-                        yield from sought_texts(benchmark_item(name, example))
-                    except RowProblem:
-                        continue
-            else:
-                for text, messages, _ in _rows(
-                    str(file), [(record, origin)], source, True, None, Drops()
-                ):
-                    yield from (
-                        SoughtText(found, False)
-                        for found in (
-                            [text]
-                            if text is not None
-                            else [m.content for m in messages if m.role == "user"]
-                        )
-                    )
+        for text, messages, _ in _rows(str(file), records, source, True, None, Drops()):
+            said = [text] if text is not None else [m.content for m in messages if m.role == "user"]
+            yield from (SoughtText(found, False) for found in said)
+
+
+def _sought_items(name: str, records: Iterable[tuple[Record, str]]) -> Iterator[SoughtText]:
+    for record, origin in records:
+        for example, _ in benchmark_examples(name, record, origin):
+            try:
+                if name == "mt_bench":
+                    yield from (SoughtText(text, False) for text in mt_bench_turns(example))
+                else:
+                    yield from sought_texts(benchmark_item(name, example))
+            except RowProblem:
+                continue
 
 
 def benchmark_questions(path: str) -> Iterator[str]:
