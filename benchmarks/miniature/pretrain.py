@@ -23,11 +23,11 @@ PROXY_STEPS, PROXY_RATE, STUDENT_RATE = 1750, 4e-3, 5e-3
 LAST_SHARE, LAST_FACTOR = 0.2, 0.2  # the last fifth of the steps at a fifth of the rate
 STEPS_A_CALL = 50
 
-# A word for each symbol; the spaces between them fall away. With {% generation %} the answer's
-# tokens are found without any guess.
+# A word for each symbol; the spaces between them fall away. {% generation %} marks the answer's
+# tokens; it must begin at a token, so the space stands before it.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ ' ' + message['content'] + ' </s>' }}{% endgeneration %}"
+    "{{ ' ' }}{% generation %}{{ message['content'] + ' </s>' }}{% endgeneration %}"
     "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
 )
 

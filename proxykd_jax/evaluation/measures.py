@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from proxykd_jax.data.collate import collate_rows
+from proxykd_jax.data.order import default_buckets
 from proxykd_jax.errors import UserError
 from proxykd_jax.evaluation.teacher import TeacherLogps
 from proxykd_jax.models.chunked import map_positions
@@ -35,8 +36,6 @@ TOP_KS = (1, 5, 10, 20, 50)
 MASS = 0.95
 # float32 logits of this many elements (256 MiB) are kept at once.
 _LOGITS_AT_ONCE = 1 << 26
-# Padded lengths are multiples of this, so that few programs are compiled.
-_LENGTH_STEP = 64
 
 
 class Rows(Protocol):
@@ -219,14 +218,12 @@ def _batches(
 ) -> Iterator[tuple[np.ndarray, TokenBatch, np.ndarray | None]]:
     """Row indices, their batch, and the teacher's log-probs at its places; similar lengths."""
     lengths = np.asarray(rows.lengths)[:num]
+    buckets = default_buckets(int(lengths.max()))
     order = np.argsort(lengths, kind="stable")
     for start in range(0, num, batch_size):
         indices = order[start : start + batch_size]
-        positions = int(lengths[indices].max()) - 1
-        if positions >= _LENGTH_STEP:
-            length = -(-positions // _LENGTH_STEP) * _LENGTH_STEP
-        else:
-            length = 1 << max(positions - 1, 0).bit_length()
+        longest = int(lengths[indices].max()) - 1
+        length = next(bucket for bucket in buckets if bucket >= longest)
         found = rows.read(indices.tolist())
         batch = collate_rows(
             [[row] for row in found], length=length, num_segments=1, batch_size=batch_size
