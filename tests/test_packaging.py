@@ -92,6 +92,14 @@ def test_the_table_of_keys_is_up_to_date():
     assert page == made["page"](), "run: python -m docs.make_configuration"
 
 
+def test_the_snippet_of_the_readme_runs(capsys):
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert all(len(line) <= 100 for line in code.splitlines())
+    exec(compile(code, "README.md", "exec"), {})
+    assert "0.6931" in capsys.readouterr().out
+
+
 # --- what is built --------------------------------------------------------------------------------
 
 
