@@ -1,0 +1,200 @@
+"""Writes the tokenised corpus (``corpus.py``) so that a kill loses at most the open shards.
+
+Every shard is committed whole: first its ArrayRecord file, then its part of the index, which is
+what makes it count. What a killed process left is written again, to the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from proxykd_jax.artifacts import (
+    complete_stage,
+    digest_file,
+    remove_leftovers,
+    sync_folder,
+    write_json,
+)
+from proxykd_jax.data.corpus import INDEX, SPLITS, TFDS_NAME, CorpusSplit, row_id_of, shard_name
+from proxykd_jax.data.example_codec import encode_example
+from proxykd_jax.data.parts import Part, PartFolder
+from proxykd_jax.data.records import Drops
+from proxykd_jax.errors import UserError
+
+_VERSION = "1.0.0"
+# One record a chunk: a row is read without unpacking its neighbours.
+_WRITE_OPTIONS = "group_size:1"
+
+
+class CorpusWriter:
+    """Writes a corpus shard by shard into the folder of an open stage.
+
+    How many shards a split will have is known at the end only, so shards bear the names of TFDS
+    from ``finish`` on.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._index = {split: PartFolder(folder / INDEX / split) for split in SPLITS}
+        for place in (folder, *(part.folder for part in self._index.values())):
+            remove_leftovers(place)
+        self._done = {split: set(self._index[split].complete()) for split in SPLITS}
+
+    def has(self, split: CorpusSplit, shard: int) -> bool:
+        """Whether a shard is committed."""
+        return shard in self._done[split]
+
+    def open_shard(self, split: CorpusSplit, shard: int) -> ShardWriter:
+        """Begins a shard that is not committed yet."""
+        return ShardWriter(self, split, shard)
+
+    def working_name(self, split: str, shard: int) -> Path:
+        """Where a shard's records lie until ``finish``."""
+        return self.folder / f"{TFDS_NAME}-{split}.array_record-{shard:05d}"
+
+    def parts(self, split: CorpusSplit) -> list[Part]:
+        """The committed index of a split, shard by shard."""
+        return [self._index[split].open(shard) for shard in sorted(self._done[split])]
+
+    def commit_index(
+        self,
+        split: CorpusSplit,
+        shard: int,
+        arrays: Mapping[str, np.ndarray],
+        metadata: Mapping[str, Any],
+    ) -> None:
+        """Commits the index of a shard, whose records are on disk."""
+        self._index[split].commit(shard, arrays, metadata)
+        self._done[split].add(shard)
+
+    def finish(self, counts: dict[str, Any], **extra: Any) -> None:
+        """Gives the shards their names, writes what TFDS reads, and completes the stage.
+
+        Raises:
+          UserError: a shard's records are missing.
+        """
+        num_shards = {split: len(self._done[split]) for split in SPLITS if self._done[split]}
+        splits = []
+        for split, number in num_shards.items():
+            parts = self.parts(split)
+            for shard in range(number):
+                working, final = self.working_name(split, shard), shard_name(split, shard, number)
+                if working.exists():
+                    os.replace(working, self.folder / final)
+                elif not (self.folder / final).exists():
+                    raise UserError(f"{working} is missing; remove {self.folder} and run again.")
+            splits.append(
+                {
+                    "name": split,
+                    "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+                    "numBytes": str(sum(part.metadata["bytes"] for part in parts)),
+                    "shardLengths": [str(len(part.arrays["lengths"])) for part in parts],
+                }
+            )
+        sync_folder(self.folder)
+        write_json(self.folder / "features.json", _FEATURES)
+        write_json(
+            self.folder / "dataset_info.json",
+            {
+                "name": TFDS_NAME,
+                "version": _VERSION,
+                "description": "Token rows: a prompt, then an answer with its end token.",
+                "fileFormat": "array_record",
+                "releaseNotes": {_VERSION: "tokens, prompt_length, row_id"},
+                "splits": splits,
+            },
+        )
+        complete_stage(self.folder, counts=counts, num_shards=num_shards, **extra)
+
+
+class ShardWriter:
+    """One shard while it is written; it counts from ``commit`` on."""
+
+    def __init__(self, corpus: CorpusWriter, split: CorpusSplit, shard: int) -> None:
+        from array_record.python import array_record_module
+
+        self._corpus, self._split, self._shard = corpus, split, shard
+        self._final = corpus.working_name(split, shard)
+        self._temporary = self._final.with_name(f".{self._final.name}.tmp")
+        self._records = array_record_module.ArrayRecordWriter(str(self._temporary), _WRITE_OPTIONS)
+        self._lengths: list[int] = []
+        self._prompt_lengths: list[int] = []
+        self._row_ids = bytearray()
+        self.drops = Drops()
+        self.sources: dict[str, int] = {}
+
+    def write(self, tokens: np.ndarray, prompt_length: int, source: str) -> None:
+        """Adds a row; ``source`` is what it is counted under."""
+        row_id = row_id_of(tokens, prompt_length)
+        self._records.write(
+            encode_example(
+                {
+                    "tokens": tokens,
+                    "prompt_length": np.array([prompt_length]),
+                    "row_id": row_id.encode(),
+                }
+            )
+        )
+        self._lengths.append(len(tokens))
+        self._prompt_lengths.append(prompt_length)
+        self._row_ids += bytes.fromhex(row_id)
+        self.sources[source] = self.sources.get(source, 0) + 1
+
+    def commit(self) -> None:
+        """Makes the shard durable."""
+        self._records.close()
+        descriptor = os.open(self._temporary, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(self._temporary, self._final)
+        sync_folder(self._final.parent)
+        self._corpus.commit_index(
+            self._split,
+            self._shard,
+            {
+                "lengths": np.array(self._lengths, np.int32),
+                "prompt_lengths": np.array(self._prompt_lengths, np.int32),
+                "row_ids": np.frombuffer(bytes(self._row_ids), np.uint8).reshape(-1, 32),
+            },
+            {
+                "bytes": self._final.stat().st_size,
+                "digest": digest_file(self._final),
+                "drops": self.drops.as_json(),
+                "sources": self.sources,
+            },
+        )
+
+    def abandon(self) -> None:
+        """Gives the shard up."""
+        self._records.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+def _tensor(kind: str, shape: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "pythonClassName": f"tensorflow_datasets.core.features.{kind}",
+        "tensor": {"shape": shape, "dtype": "int32", "encoding": "none"},
+    }
+
+
+_FEATURES = {
+    "type": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
+    "proto_cls": "tensorflow_datasets.FeaturesDict",
+    "content": {
+        "features": {
+            "tokens": _tensor("tensor_feature.Tensor", {"dimensions": ["-1"]}),
+            "prompt_length": _tensor("scalar.Scalar", {}),
+            "row_id": {
+                "pythonClassName": "tensorflow_datasets.core.features.text_feature.Text",
+                "text": {},
+            },
+        }
+    },
+}

@@ -1,0 +1,96 @@
+"""Keeps text that looks like a control token from becoming one.
+
+A prompt that quotes ``</s>`` or ``<|im_end|>`` must stay text: as a token it would end the turn.
+Tokenizers offer no way to say which occurrence is meant, so rows with such text take a detour:
+
+1. every occurrence in a message is replaced by a stand-in character before the template runs;
+2. in the rendered text, what is left was written by the template: it is replaced by a private
+   name, and the stand-ins become the plain text again;
+3. a copy of the tokenizer that knows its control tokens by their private names alone cuts it.
+
+The characters come from the last private-use plane of Unicode. A row that holds one of them
+already cannot be told apart and is left out (``has_reserved``).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+_STAND_IN, _NAME = 0x108000, 0x10B000
+_MOST = _NAME - _STAND_IN
+MARK_START, MARK_END = "\U0010f000", "\U0010f001"
+_RESERVED = re.compile("[\U00108000-\U0010f001]")
+
+
+def has_reserved(text: str) -> bool:
+    """Whether a text holds a character that this module needs for itself."""
+    return _RESERVED.search(text) is not None
+
+
+class SpecialText:
+    """The control tokens of one tokenizer, by text.
+
+    Args:
+      backend: a ``tokenizers.Tokenizer``.
+    """
+
+    def __init__(self, backend: Any) -> None:
+        self._original = backend
+        self._copy: Any = None
+        decoder = backend.get_added_tokens_decoder()
+        self.ids = frozenset(i for i, token in decoder.items() if token.special)
+        texts = [decoder[i].content for i in sorted(self.ids) if decoder[i].content][:_MOST]
+        self._hide = {text: chr(_STAND_IN + n) for n, text in enumerate(texts)}
+        self._names = {text: chr(_NAME + n) for n, text in enumerate(texts)}
+        self._show = {ord(stand_in): text for text, stand_in in self._hide.items()}
+        longest_first = sorted(texts, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    def occurs_in(self, text: str) -> bool:
+        """Whether a text holds the text of a control token."""
+        return self._pattern.search(text) is not None
+
+    def hide(self, text: str) -> str:
+        """A message's text with stand-ins."""
+        return self._pattern.sub(lambda found: self._hide[found.group()], text)
+
+    def reveal(self, rendered: str) -> str:
+        """The rendered text: the template's control tokens by private name, the rest as text."""
+        named = self._pattern.sub(lambda found: self._names[found.group()], rendered)
+        return named.translate(self._show)
+
+    @property
+    def backend(self) -> Any:
+        """The copy of the tokenizer that knows control tokens by private name."""
+        if self._copy is None:
+            import tokenizers
+
+            data = json.loads(self._original.to_str())
+            self._copy = tokenizers.Tokenizer.from_str(json.dumps(self._renamed(data)))
+        return self._copy
+
+    def _renamed(self, data: dict[str, Any]) -> dict[str, Any]:
+        names = self._names
+        for token in data["added_tokens"]:
+            token["content"] = names.get(token["content"], token["content"])
+        model = data["model"]
+        vocabulary = model["vocab"]
+        if isinstance(vocabulary, dict):
+            model["vocab"] = {names.get(text, text): i for text, i in vocabulary.items()}
+        else:  # Unigram: pairs of text and score
+            model["vocab"] = [[names.get(text, text), score] for text, score in vocabulary]
+        if "merges" in model:
+            # Some converted tokenizers merge "</" and "s>" into the control token itself.
+            model["merges"] = [
+                merge
+                for merge in model["merges"]
+                if "".join(merge.split(" ") if isinstance(merge, str) else merge) not in names
+            ]
+        unknown = model.get("unk_token")
+        if isinstance(unknown, str):
+            model["unk_token"] = names.get(unknown, unknown)
+        # Nothing is added around a rendered text, and the processor names tokens by text.
+        data["post_processor"] = None
+        return data

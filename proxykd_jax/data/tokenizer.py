@@ -1,0 +1,269 @@
+"""Tokenizers: from a folder or the hub, their conventions, and whether two are the same."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from proxykd_jax.artifacts import digest_file, digest_value
+from proxykd_jax.config import Config
+from proxykd_jax.errors import UserError
+
+# What a tokenizer is made of; other files of a model's folder do not matter to it.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A fast tokenizer with what the rest needs to know of it.
+
+    Attributes:
+      path: folder or hub name.
+      digest: of its files.
+      backend: ``tokenizers.Tokenizer`` without padding and truncation.
+      special_texts: names of special tokens (``bos_token`` ...) to their texts, for templates.
+      bos_id, eos_id: None where there is none.
+      adds_bos: whether it begins a text with its BOS token by itself.
+      chat_template: Jinja text, or None.
+    """
+
+    path: str
+    digest: str
+    backend: Any
+    special_texts: Mapping[str, str]
+    bos_id: int | None
+    eos_id: int | None
+    adds_bos: bool
+    chat_template: str | None
+    _vocabulary: dict[str, int] = field(repr=False, compare=False)
+
+    @property
+    def vocabulary(self) -> Mapping[str, int]:
+        """Token to id, added tokens included."""
+        return self._vocabulary
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id. A model may have more rows; they are never sampled."""
+        return max(self._vocabulary.values()) + 1
+
+    def encode(self, text: str) -> np.ndarray:
+        """int32[T]: the tokens of a text, nothing added."""
+        return np.array(self.backend.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, tokens: Sequence[int] | np.ndarray, *, skip_special: bool = False) -> str:
+        """The text of tokens."""
+        return self.backend.decode([int(t) for t in tokens], skip_special_tokens=skip_special)
+
+    def token_id(self, token: int | str) -> int:
+        """The id of a token given by id or text.
+
+        Raises:
+          UserError: there is no such token.
+        """
+        if isinstance(token, int):
+            if not 0 <= token < self.vocab_size:
+                raise UserError(
+                    f"corpus.end_tokens: {token} is no id of the tokenizer {self.path}, which has "
+                    f"{self.vocab_size}."
+                )
+            return token
+        if token not in self._vocabulary:
+            raise UserError(f"corpus.end_tokens: the tokenizer {self.path} has no token {token!r}.")
+        return self._vocabulary[token]
+
+
+def tokenizer_place(config: Config) -> str:
+    """Where a run's tokenizer is: ``tokenizer``, or else the folder of the proxy."""
+    if config.tokenizer:
+        return config.tokenizer
+    if config.proxy.path:
+        return config.proxy.path
+    if config.proxy.init is None:
+        raise ValueError("A checked config names the proxy's path or init.")
+    return config.proxy.init.path
+
+
+def load_tokenizer(place: Config | str | Path) -> Tokenizer:
+    """Loads a tokenizer.
+
+    Args:
+      place: a run's config, a local folder, or a name on the hub.
+
+    Raises:
+      UserError: there is no tokenizer there, or it cannot be read.
+    """
+    place = tokenizer_place(place) if isinstance(place, Config) else str(place)
+    folder = _local_folder(place)
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not any(file.name in ("tokenizer.json", "tokenizer.model", "vocab.json") for file in files):
+        raise UserError(
+            f"{place} holds no tokenizer: tokenizer.json is missing. Name a folder that has one "
+            "with the key tokenizer."
+        )
+    try:
+        if (folder / "tokenizer_config.json").is_file():
+            loaded = _with_transformers(folder)
+        else:
+            loaded = _from_json_alone(folder)
+    except UserError:
+        raise
+    except Exception as error:  # the loaders raise whatever a broken file makes them stumble on
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"The tokenizer in {place} cannot be read: {reason}") from error
+    backend, special_texts, chat_template = loaded
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    ids = {name: vocabulary.get(text) for name, text in special_texts.items()}
+    bos_id = ids.get("bos_token")
+    begun = backend.encode("a").ids
+    return Tokenizer(
+        path=place,
+        digest=digest_value({file.name: digest_file(file) for file in files}),
+        backend=backend,
+        special_texts=special_texts,
+        bos_id=bos_id,
+        eos_id=ids.get("eos_token"),
+        adds_bos=bos_id is not None and bool(begun) and begun[0] == bos_id,
+        chat_template=chat_template,
+        _vocabulary=vocabulary,
+    )
+
+
+def check_same_vocabulary(proxy: Tokenizer, student: Tokenizer) -> None:
+    """Soft labels are token ids: proxy and student must mean the same by them.
+
+    Raises:
+      UserError: the maps from tokens to ids differ; names the first differences.
+    """
+    difference = vocabulary_difference(proxy, student)
+    if difference:
+        raise UserError(
+            f"The proxy's tokenizer ({proxy.path}) and the student's ({student.path}) differ: "
+            f"{difference}. Soft labels are token ids, so both models must share one vocabulary; "
+            "choose a proxy and a student of one family."
+        )
+
+
+def vocabulary_difference(a: Tokenizer, b: Tokenizer, *, shown: int = 3) -> str | None:
+    """How two maps from tokens to ids differ, or None."""
+    left, right = a.vocabulary, b.vocabulary
+    if left == right:
+        return None
+    other = {t: (left.get(t), right.get(t)) for t in left.keys() | right.keys()}
+    differing = sorted(
+        (
+            (min(i for i in ids if i is not None), token)
+            for token, ids in other.items()
+            if ids[0] != ids[1]
+        ),
+    )
+    listed = "; ".join(
+        f"{token!r} is {_id_text(other[token][0])} in the first and {_id_text(other[token][1])} "
+        "in the second"
+        for _, token in differing[:shown]
+    )
+    return f"{len(differing)} tokens have other ids ({listed})"
+
+
+def check_embedding_rows(tokenizer: Tokenizer, rows: int, model: str) -> None:
+    """A model must have an embedding for every id. More rows are padding and never sampled.
+
+    Raises:
+      UserError: there are fewer rows than ids.
+    """
+    if rows < tokenizer.vocab_size:
+        raise UserError(
+            f"{model} has {rows} embedding rows, but the tokenizer {tokenizer.path} has "
+            f"{tokenizer.vocab_size} ids: it belongs to another model."
+        )
+
+
+def _id_text(token_id: int | None) -> str:
+    return "absent" if token_id is None else f"id {token_id}"
+
+
+def _local_folder(place: str) -> Path:
+    path = Path(place).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"{place} is a file; the tokenizer is named by its folder.")
+    if not _HUB_NAME.fullmatch(place) or place.startswith("."):
+        raise UserError(f"The folder {place}, where the tokenizer should be, does not exist.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(place, allow_patterns=list(TOKENIZER_FILES)))
+    except Exception as error:  # network, cache and access errors share no base class
+        raise UserError(
+            f"{place} is no local folder, and it cannot be had from the Hugging Face hub "
+            f"({type(error).__name__}). Give a folder, or check the name and the connection."
+        ) from error
+
+
+_Loaded = tuple[Any, dict[str, str], str | None]
+
+
+def _with_transformers(folder: Path) -> _Loaded:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(folder), use_fast=True, trust_remote_code=False, local_files_only=True
+    )
+    if not tokenizer.is_fast:
+        raise UserError(f"{folder} has no fast tokenizer (tokenizer.json), which is needed.")
+    texts = {
+        name: str(text)
+        for name, text in tokenizer.special_tokens_map.items()
+        if isinstance(text, str)
+    }
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    return _plain_backend(tokenizer.backend_tokenizer.to_str()), texts, template
+
+
+def _from_json_alone(folder: Path) -> _Loaded:
+    """A folder with tokenizer.json only: BOS and EOS are the ids that the model's config names."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"{folder} has neither tokenizer.json nor tokenizer_config.json.")
+    backend = _plain_backend(path.read_text(encoding="utf-8"))
+    texts: dict[str, str] = {}
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            config = json.loads((folder / name).read_text(encoding="utf-8"))
+            for key in ("bos_token", "eos_token", "pad_token"):
+                ids = config.get(f"{key}_id")
+                first = ids[0] if isinstance(ids, list) and ids else ids
+                token = backend.id_to_token(first) if isinstance(first, int) else None
+                if token is not None:
+                    texts.setdefault(key, token)
+    template_file = folder / "chat_template.jinja"
+    template = template_file.read_text(encoding="utf-8") if template_file.is_file() else None
+    return backend, texts, template
+
+
+def _plain_backend(text: str) -> Any:
+    import tokenizers
+
+    backend = tokenizers.Tokenizer.from_str(text)
+    backend.no_padding()
+    backend.no_truncation()
+    return backend
