@@ -47,10 +47,10 @@ def normalize_weights(
     """
     weight_B = float32(sample_weight_B)
     if weight_mean is None:
-        valid_B = (
-            jnp.ones(weight_B.shape, bool) if example_mask_B is None else (inside(example_mask_B))
-        )
-        chex.assert_shape(valid_B, weight_B.shape)
+        valid_B = jnp.ones(weight_B.shape, bool)
+        if example_mask_B is not None:
+            valid_B = inside(example_mask_B)
+            chex.assert_shape(valid_B, weight_B.shape)
         count = jnp.maximum(valid_B.sum(dtype=jnp.float32), 1.0)
         mean = jnp.where(valid_B, weight_B, 0.0).sum() / count
     else:
@@ -76,14 +76,19 @@ def length_correlation(
         Scalar float32 in [-1, 1]; 0 where weights or lengths do not vary.
     """
     weight_B, length_B = float32(sample_weight_B), float32(tokens_B)
-    valid_B = (
-        jnp.ones(weight_B.shape) if example_mask_B is None else (float32(inside(example_mask_B)))
-    )
-    chex.assert_equal_shape([weight_B, length_B, valid_B])
-    count = jnp.maximum(valid_B.sum(), 1.0)
-    weight_B = valid_B * (weight_B - (valid_B * weight_B).sum() / count)
-    length_B = valid_B * (length_B - (valid_B * length_B).sum() / count)
+    chex.assert_equal_shape([weight_B, length_B])
+    valid_B = jnp.ones(weight_B.shape, bool)
+    if example_mask_B is not None:
+        valid_B = inside(example_mask_B)
+        chex.assert_shape(valid_B, weight_B.shape)
+    weight_B, length_B = _centred(weight_B, valid_B), _centred(length_B, valid_B)
     spread = jnp.sqrt(jnp.square(weight_B).sum() * jnp.square(length_B).sum())
-    return jnp.where(
-        spread == 0, 0.0, (weight_B * length_B).sum() / jnp.where(spread == 0, 1.0, spread)
-    )
+    flat = spread == 0
+    return jnp.where(flat, 0.0, (weight_B * length_B).sum() / jnp.where(flat, 1.0, spread))
+
+
+def _centred(value_B: jax.Array, valid_B: jax.Array) -> jax.Array:
+    """Deviations from the mean of the valid examples, 0 for the others."""
+    count = jnp.maximum(valid_B.sum(dtype=jnp.float32), 1.0)
+    mean = jnp.where(valid_B, value_B, 0.0).sum() / count
+    return jnp.where(valid_B, value_B - mean, 0.0)
