@@ -1,0 +1,38 @@
+"""Greedy accuracy of a model folder on the test prompts, with the product's own sampler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.miniature import world as w
+from proxykd_jax.generation.sampler import sample
+from proxykd_jax.models.hf_weights import load_model
+
+
+def greedy_correct(folder: Path, prompts_NP: np.ndarray, truth_FA: np.ndarray) -> np.ndarray:
+    """bool [N]: whether the model's greedy answer ends with the correct value.
+
+    Args:
+      folder: a Hugging Face folder of the miniature's vocabulary.
+      prompts_NP: prompts.
+      truth_FA: the correct results of each function.
+    """
+    config, params = load_model(folder)
+    answers = sample(
+        params,
+        None,
+        list(prompts_NP),
+        [str(index) for index in range(len(prompts_NP))],
+        config=config,
+        seed=0,
+        round_index=0,
+        end_token_ids=(w.END,),
+        # One token more than the longest answer: a model that rambles has no end and is wrong.
+        max_new_tokens=[w.MAX_ANSWER + 1] * len(prompts_NP),
+        temperature=0.0,
+        batch_size=256,
+    )
+    values = w.final_values([answer.tokens for answer in answers])
+    return values == w.true_results(truth_FA, prompts_NP)

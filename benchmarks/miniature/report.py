@@ -1,0 +1,201 @@
+"""The demo's table, ``summary.json`` and plots.
+
+python -m benchmarks.miniature.report --out runs/demo
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.miniature import world as w
+from benchmarks.miniature.make import MADE
+from benchmarks.miniature.recipes import HEADLINE, STUDENTS
+from benchmarks.miniature.times import read_times
+from proxykd_jax.artifacts import read_json, write_json
+from proxykd_jax.errors import UserError
+from proxykd_jax.evaluation.measures import mean
+
+# name -> (label, run, name in that run's eval/summary.json)
+MODELS: dict[str, tuple[str, str, str]] = {
+    "proxy_unaligned": ("proxy, unaligned", HEADLINE, "proxy_raw"),
+    "proxy_warmup": ("proxy, warmed up", HEADLINE, "proxy_warmup"),
+    "proxy_aligned": ("proxy, aligned", HEADLINE, "proxy_aligned"),
+    "student_pretrained": ("student, pre-trained", HEADLINE, "student_before"),
+    "black_box_ds": ("black-box KD on D_s", "black_box_ds", "student"),
+    "black_box_all": ("black-box KD on all of D", "black_box_all", "student"),
+    "takd": ("TAKD (unaligned proxy)", "takd", "student"),
+    "without_alignment": ("Proxy-KD without alignment", "without_alignment", "student"),
+    "proxy_kd": ("Proxy-KD", HEADLINE, "student"),
+    "proxy_kd_fresh": ("Proxy-KD + fresh prompts", "proxy_kd_fresh", "student"),
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured value with its standard error."""
+
+    value: float
+    error: float | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model on the test prompts.
+
+    Attributes:
+      accuracy: share of greedy answers whose last value is correct.
+      kl: exact KL(teacher || model), nats a token.
+      agreement: share of the teacher's tokens that are the model's first choice.
+      nll: of the teacher's tokens, nats.
+      n: test prompts.
+    """
+
+    label: str
+    accuracy: Figure
+    kl: Figure
+    agreement: Figure
+    nll: Figure
+    n: int
+
+    def to_json(self) -> dict[str, float | int]:
+        """The four values and n."""
+        names = ("accuracy", "kl", "agreement", "nll")
+        return {**{name: getattr(self, name).value for name in names}, "n": self.n}
+
+
+def collect(out: Path) -> dict[str, Measured]:
+    """The teacher and every model of the finished runs under ``out``, measured.
+
+    Raises:
+      UserError: the miniature or a run's evaluation is missing.
+    """
+    settings = read_json(out / MADE)["settings"]
+    worlds = w.make_worlds(settings["seed"], settings["regime"])
+    prompts_NP, answers_NT = read_test_rows(out)
+    measured = {"teacher": teacher_itself(worlds, prompts_NP, answers_NT)}
+    for name, (label, run, key) in MODELS.items():
+        summary = read_json(out / "runs" / run / "eval" / "summary.json")["models"]
+        if key not in summary:
+            continue
+        test = summary[key]["test"]
+        folder = Path(summary[key]["origin"])
+        correct = _greedy_correct(folder, prompts_NP, worlds.truth_FA)
+        measured[name] = Measured(
+            label,
+            Figure(*mean(correct.astype(float))),
+            *(
+                Figure(test[figure]["token_mean"], test[figure]["token_se"])
+                for figure in ("kl", "agreement", "nll")
+            ),
+            n=test["n"],
+        )
+    return measured
+
+
+def read_test_rows(out: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts and the teacher's answers of ``test.jsonl`` as tokens."""
+    import json
+
+    ids = {symbol: index for index, symbol in enumerate(w.SYMBOLS)}
+    lines = (out / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    prompts = [[ids[symbol] for symbol in row["prompt"].split()] for row in rows]
+    answers = np.full((len(rows), w.MAX_ANSWER), w.END, np.int32)
+    for answer, row in zip(answers, rows, strict=True):
+        symbols = row["response"].split()
+        answer[: len(symbols)] = [ids[symbol] for symbol in symbols]
+    return np.array(prompts, np.int32), answers
+
+
+def teacher_itself(worlds: w.Worlds, prompts_NP: np.ndarray, answers_NT: np.ndarray) -> Measured:
+    """The ceiling: the teacher measured as if it were a model."""
+    from proxykd_jax.evaluation.measures import token_mean
+
+    probs_NTV = w.answer_probs(worlds.teacher, prompts_NP, answers_NT)
+    tokens = w.answer_lengths(answers_NT)
+    mask_NT = np.arange(w.MAX_ANSWER)[None, :] < tokens[:, None]
+    said = np.take_along_axis(probs_NTV, answers_NT[..., None], axis=-1)[..., 0]
+    nll = -(np.log(said) * mask_NT).sum(axis=1)
+    agreed = ((probs_NTV.argmax(axis=-1) == answers_NT) & mask_NT).sum(axis=1)
+    greedy = w.final_values(list(w.greedy_answers(worlds.teacher, prompts_NP)))
+    correct = greedy == w.true_results(worlds.truth_FA, prompts_NP)
+    return Measured(
+        "teacher",
+        Figure(*mean(correct.astype(float))),
+        Figure(0.0, None),
+        Figure(*token_mean(agreed, tokens)),
+        Figure(*token_mean(nll, tokens)),
+        n=len(tokens),
+    )
+
+
+def table(measured: dict[str, Measured]) -> str:
+    """The table that the demo prints: value +- standard error."""
+    columns = ("accuracy", "kl", "agreement", "nll")
+    head = f"{'':<28}" + "".join(
+        f"{text:>17}" for text in ("accuracy", "KL(t||m)/token", "agreement", "teacher NLL")
+    )
+    lines = [head, "-" * len(head)]
+    for name, row in measured.items():
+        if name in ("proxy_unaligned", "student_pretrained", "black_box_ds"):
+            lines.append("")
+        cells = "".join(f"{_cell(getattr(row, column)):>17}" for column in columns)
+        lines.append(f"{row.label:<28}{cells}")
+    some = next(iter(measured.values()))
+    lines += ["", f"{some.n} test prompts that occur nowhere else; value +- standard error."]
+    return "\n".join(lines)
+
+
+def _cell(figure: Figure) -> str:
+    if figure.error is None:
+        return f"{figure.value:.3f}      "
+    return f"{figure.value:.3f} +-{figure.error:.3f}"
+
+
+def _greedy_correct(folder: Path, prompts_NP: np.ndarray, truth_FA: np.ndarray) -> np.ndarray:
+    from benchmarks.miniature.accuracy import greedy_correct
+
+    return greedy_correct(folder, prompts_NP, truth_FA)
+
+
+def report(out: Path) -> dict[str, Any]:
+    """Prints the table; writes ``summary.json`` and the plots."""
+    from benchmarks.miniature.plots import draw_all
+
+    measured = collect(out)
+    print(table(measured))
+    summary = {
+        "models": {name: row.to_json() for name, row in measured.items()},
+        "time": read_times(out),
+    }
+    write_json(out / "summary.json", summary)
+    logs = {name: out / "runs" / name / "metrics.jsonl" for name in STUDENTS}
+    for path in draw_all(out, measured, logs):
+        print(path)
+    return summary
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.miniature.report",
+        description="Print the table of a finished demo and draw its plots.",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the miniature's folder")
+    arguments = parser.parse_args(argv)
+    try:
+        report(arguments.out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

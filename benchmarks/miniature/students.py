@@ -1,0 +1,52 @@
+"""Distils and measures the students beside the headline, all in one process.
+
+    python -m benchmarks.miniature.students --out runs/demo
+
+It calls what ``python -m proxykd_jax.distill`` and ``python -m proxykd_jax.evaluate`` call, once
+for each recipe; one process pays for imports once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks.miniature.recipes import HEADLINE, STUDENTS
+from benchmarks.miniature.times import timed
+from proxykd_jax import distill, evaluate
+from proxykd_jax.config import load_config
+from proxykd_jax.errors import UserError
+
+
+def run_students(out: Path, names: Iterable[str]) -> None:
+    """Distils and evaluates the named recipes of ``out/configs``."""
+    for name in names:
+        config = load_config(out / "configs" / f"{name}.yaml")
+        with timed(out, f"distill {name}"):
+            distill.main(config)
+        with timed(out, f"evaluate {name}"):
+            evaluate.main(config)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    others = [name for name in STUDENTS if name != HEADLINE]
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.miniature.students",
+        description="Distil and measure the students that the headline is compared with.",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the miniature's folder")
+    parser.add_argument("names", nargs="*", default=others, help=f"some of {', '.join(others)}")
+    arguments = parser.parse_args(argv)
+    try:
+        run_students(arguments.out, arguments.names)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
