@@ -6,6 +6,7 @@ One YAML file describes a whole run. A key without a value here takes it from th
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -421,6 +422,11 @@ class Config(Section):
     export: ExportConfig = Field(description="exported models")
     mesh: MeshConfig = Field(MeshConfig(), description="arrangement of devices")
     logging: LoggingConfig = Field(LoggingConfig(), description="trackers")
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.runs_dir) / self.name
 
     @model_validator(mode="after")
     def _names(self) -> Config:

@@ -30,6 +30,7 @@ from proxykd_jax.models.chunked import map_positions
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.decoder import hidden_states, unembed
 from proxykd_jax.parallel.sharding import put_rows
+from proxykd_jax.training.model import Model
 from proxykd_jax.types import TokenBatch
 
 TOP_KS = (1, 5, 10, 20, 50)
@@ -303,3 +304,28 @@ def _compiled(config: ModelConfig, top_ks: tuple[int, ...], mesh: Mesh | None) -
     if mesh is None:
         return jax.jit(compute)
     return jax.jit(compute, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def validation_figures(
+    batch_size: int, mesh: Mesh | None
+) -> Callable[[Model, Rows, int], dict[str, float]]:
+    """``(model, rows, most) -> {"nll", "agreement"}``: token means, for the training loop."""
+
+    def figures(model: Model, rows: Rows, most: int) -> dict[str, float]:
+        found = measure(
+            model.config,
+            model.params,
+            model.adapter,
+            rows,
+            batch_size=batch_size,
+            max_rows=most,
+            top_ks=(1,),
+            mesh=mesh,
+        )
+        tokens = found.tokens.sum()
+        return {
+            "nll": float(found.nll.sum() / tokens),
+            "agreement": float(found.agreement.sum() / tokens),
+        }
+
+    return figures

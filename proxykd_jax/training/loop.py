@@ -17,6 +17,7 @@ import jax
 from proxykd_jax.config import StopConfig
 from proxykd_jax.errors import UserError
 from proxykd_jax.training.checkpoint import Checkpoints
+from proxykd_jax.training.console import Console
 from proxykd_jax.training.metrics import MetricsLog
 from proxykd_jax.training.state import TrainState, Tree
 from proxykd_jax.training.steps import Metrics, Step
@@ -85,6 +86,7 @@ class Trainer:
       progress: where the stage stands.
       checkpoints, log: where it is written.
       every: how often.
+      console: what a person sees.
       validate: ``(state) -> {"nll": ..., ...}`` on the validation rows; None without such rows.
     """
 
@@ -96,6 +98,7 @@ class Trainer:
     log: MetricsLog
     every: LoopConfig
     validate: Callable[[TrainState], dict[str, float]] | None
+    console: Console
 
     def save(self) -> None:
         """A checkpoint of this moment, and removal of those that are no longer needed."""
@@ -116,6 +119,10 @@ class Trainer:
             progress.step,
             {f"validation/{name}": value for name, value in figures.items()},
             phase=phase,
+        )
+        self.console.say(
+            f"{phase} step {progress.step}: "
+            + ", ".join(f"validation {name} {value:.4f}" for name, value in figures.items())
         )
         nll = figures["nll"]
         improved = progress.phase_best_nll is None or nll < progress.phase_best_nll - stop.min_delta
@@ -174,7 +181,7 @@ class Trainer:
         progress, every = self.progress, self.every
         if self._stopped():
             return  # at the very checkpoint that was restored
-        waiting: tuple[int, Metrics, float] | None = None
+        waiting: tuple[int, int, Metrics, float] | None = None
         started = time.perf_counter()
         for batch in batches:
             if progress.phase_step >= num_steps:
@@ -189,9 +196,9 @@ class Trainer:
             if diagnosis is not None:
                 metrics = {**metrics, **diagnosis}
             # The metrics of the step before are fetched while the device works on this one.
-            self._report(phase, waiting)
+            self._report(phase, num_steps, waiting)
             now = time.perf_counter()
-            waiting = (progress.step, metrics, now - started)
+            waiting = (progress.step, progress.phase_step, metrics, now - started)
             started = now
             if progress.phase_step == 1 and check_first is not None:
                 check_first({name: float(value) for name, value in metrics.items()})
@@ -204,7 +211,7 @@ class Trainer:
             saves = progress.phase_step % every.checkpoint_every == 0
             if at_end or not (validates or saves):
                 continue
-            self._report(phase, waiting)
+            self._report(phase, num_steps, waiting)
             waiting = None
             new_best = validates and self.check_validation(phase)
             if saves or new_best or self._stopped():
@@ -212,15 +219,17 @@ class Trainer:
             if self._stopped():
                 return
             started = time.perf_counter()
-        self._report(phase, waiting)
+        self._report(phase, num_steps, waiting)
         # Not saved here: the checkpoint of finish_phase is this step's, and a second look at the
         # same state would leave a second line.
         self.check_validation(phase)
 
-    def _report(self, phase: str, waiting: tuple[int, Metrics, float] | None) -> None:
+    def _report(
+        self, phase: str, num_steps: int, waiting: tuple[int, int, Metrics, float] | None
+    ) -> None:
         if waiting is None:
             return
-        step, metrics, seconds = waiting
+        step, phase_step, metrics, seconds = waiting
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values[name]):
@@ -231,6 +240,7 @@ class Trainer:
                     f"Last good checkpoint: {last}. Lower the learning rate or set clip_norm, "
                     "remove the stage's folder and start again."
                 )
+        self.console.step(phase, phase_step, num_steps, values)
         if step % self.every.log_every == 0:
             self.log.write(self.stage, step, {**values, "time/step_s": seconds}, phase=phase)
 

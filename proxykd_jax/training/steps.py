@@ -83,6 +83,19 @@ def make_diagnosis(
     return jax.jit(diagnose)
 
 
+def make_evaluation(
+    spec: ModelSpec, objective: Objective
+) -> Callable[[TrainState, Tree, Any], dict[str, Any]]:
+    """``evaluate(state, frozen, batch)``: the objective's metrics as ``Term``s, nothing changed."""
+
+    def evaluate(state: TrainState, frozen: Tree, batch: Any) -> dict[str, Any]:
+        params, adapter = spec.bind(frozen, state.trainable)
+        counts = objective.counts(batch)
+        return objective.share(params, adapter, batch, counts, spec, None)[1]
+
+    return jax.jit(evaluate)
+
+
 def _gradients(
     spec: ModelSpec,
     objective: Objective,

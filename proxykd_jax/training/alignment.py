@@ -1,0 +1,378 @@
+"""Alignment of the proxy (paper, 3.3): the pieces that ``align.main`` puts in order."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from proxykd_jax.artifacts import MANIFEST, complete_stage, digest_value, read_json
+from proxykd_jax.config import Config
+from proxykd_jax.data.corpus import TokenCorpus
+from proxykd_jax.data.order import permutation
+from proxykd_jax.generation.sampler import sample
+from proxykd_jax.generation.samples import SampleStore, sample_round
+from proxykd_jax.losses import batch_mean
+from proxykd_jax.models.fingerprint import params_fingerprint
+from proxykd_jax.parallel.sharding import put_rows
+from proxykd_jax.training.batches import (
+    Rows,
+    Selection,
+    count_steps,
+    make_plan,
+    pair_collate,
+    pair_positions,
+    phase_seed,
+    placed_batches,
+    token_collate,
+)
+from proxykd_jax.training.checkpoint import Checkpoints
+from proxykd_jax.training.console import Console
+from proxykd_jax.training.logprobs import make_reference
+from proxykd_jax.training.loop import LoopConfig, Progress, Trainer
+from proxykd_jax.training.metrics import MetricsLog
+from proxykd_jax.training.model import Model, place
+from proxykd_jax.training.objectives import AlignObjective, NllObjective, Objective
+from proxykd_jax.training.optimizer import make_optimizer
+from proxykd_jax.training.restore import abstract_state
+from proxykd_jax.training.state import TrainState, init_state
+from proxykd_jax.training.steps import make_diagnosis, make_evaluation, make_train_step
+
+LN_2 = math.log(2)
+# Pairs of a round's slice that its rewards are measured on afterwards.
+_REWARD_PAIRS = 256
+
+Measure = Callable[[Model, Rows, int], dict[str, float]]
+
+
+class Alignment:
+    """One run of the stage: what it has, and what it does in each phase.
+
+    Phases are numbered: 0 is the look at the raw proxy, 1 the warm-up, 1 + i round i. Those that
+    a checkpoint says are over return at once.
+
+    Args:
+      config: of the run.
+      corpus: from ``prepare``.
+      model: the proxy, as loaded.
+      mesh: of devices.
+      log: metrics.jsonl.
+      measure: ``(model, rows, most) -> {"nll", "agreement"}`` on held-out rows.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        corpus: TokenCorpus,
+        model: Model,
+        mesh: Mesh,
+        log: MetricsLog,
+        measure: Measure,
+    ) -> None:
+        self._config, self._align = config, config.align
+        self._corpus, self._model, self._mesh, self._measure = corpus, model, mesh, measure
+        self._folder = config.folder / "proxy"
+        self._rounds = self._slices()
+        self._optimizer = make_optimizer(config.align.optimizer, self._planned_steps())
+        checkpoints = Checkpoints(self._folder)
+        target = abstract_state(model.trainable, self._optimizer, mesh)
+        restored = checkpoints.restore_latest(target)
+        if restored is None:
+            state, progress = place(init_state(model.trainable, self._optimizer), mesh), Progress()
+        else:
+            state, progress = restored[0], Progress.from_json(restored[1])
+        log.resume("align", progress.metric_lines)
+        validation = corpus.split("validation")
+        self._trainer = Trainer(
+            stage="align",
+            state=state,
+            frozen=model.frozen,
+            progress=progress,
+            checkpoints=checkpoints,
+            log=log,
+            every=LoopConfig(
+                checkpoint_every=self._align.checkpoint_every,
+                diagnose_every=self._align.diagnose_every,
+                log_every=self._align.log_every,
+                stop=self._align.stop,
+            ),
+            validate=self._on(validation) if len(validation) else None,
+            console=Console("align"),
+        )
+        # Without validation rows the proxy is watched on D_s, which it never learns from.
+        held_out = corpus.split("distill")
+        self._watch = None if len(validation) or not len(held_out) else self._on(held_out)
+        if restored is not None:
+            self._trainer.console.say(
+                f"going on from step {progress.step} (phase {progress.phase})"
+            )
+
+    # --- phases -----------------------------------------------------------------------------------
+
+    def look_at_raw_proxy(self) -> None:
+        """Figures before any training; also the checkpoint of step 0."""
+        if self._trainer.progress.phase == 0:
+            self._trainer.check_validation("raw")
+            self._trainer.finish_phase("raw", self._watched(), keep=True)
+
+    def warm_up(self) -> None:
+        """NLL on D_w."""
+        if self._trainer.progress.phase > 1:
+            return
+        split = self._corpus.split("warmup")
+        self._train_nll("warmup", split, self._align.warmup_epochs, self._align.warmup_max_steps)
+        self._trainer.finish_phase("warmup", self._watched(), keep=True)
+
+    def sample(self, round_index: int) -> SampleStore | None:
+        """Draws y-hat for the round's slice, with the reference log-probs of y and y-hat."""
+        if self._is_over(round_index) or not self._uses_pairs:
+            return None
+        store = SampleStore(self._config.folder / "samples" / f"round_{round_index:02d}")
+        sampling = self._align.sampling
+        settings = {"round": round_index, **sampling.model_dump(mode="json")}
+        # The proxy that answers is a function of these, whatever became of its folder since.
+        alignment = read_json(self._folder / MANIFEST)
+        inputs = {"alignment": digest_value({k: alignment[k] for k in ("settings", "inputs")})}
+        if store.begin(settings, inputs):
+            return store
+        model = self._current()
+        params, adapter = model.params, model.adapter
+        sample_fn = functools.partial(
+            self._draw, params=params, adapter=adapter, round_index=round_index
+        )
+        console = self._trainer.console
+        sample_round(
+            store,
+            self._corpus.split("align"),
+            self._rounds[round_index - 1],
+            sample_fn=sample_fn,
+            reference_fn=make_reference(
+                model.spec, params, adapter, batch_size=self._align.batch_size, mesh=self._mesh
+            ),
+            rows_per_part=sampling.rows_per_part,
+            max_length=self._corpus.max_length,
+            end_token_ids=self._corpus.end_token_ids,
+            max_new_tokens=sampling.max_new_tokens,
+            report=lambda done, total: console.say(
+                f"round {round_index}: sampled {done}/{total} parts"
+            ),
+        )
+        store.complete()
+        return store
+
+    def train_round(self, round_index: int, samples: SampleStore | None) -> None:
+        """NLL and preference on the round's slice; a checkpoint that stays ends it."""
+        if self._is_over(round_index):
+            return
+        phase = f"round_{round_index:02d}"
+        rows = Selection(self._corpus.split("align"), self._rounds[round_index - 1])
+        if samples is None:
+            self._train_nll(phase, rows, self._align.epochs_per_round, self._align.round_max_steps)
+            self._trainer.finish_phase(phase, self._watched(), keep=True)
+            return
+        plan = self._plan(phase, pair_positions(rows, samples))
+        steps = count_steps(plan, self._align.epochs_per_round, self._align.round_max_steps)
+        collate = pair_collate(rows, samples)
+        start = self._trainer.progress.phase_step
+        self._trainer.run_phase(
+            phase,
+            self._step_of(self._pair_objective),
+            placed_batches(plan, collate, start=start, stop=steps, mesh=self._mesh),
+            steps,
+            diagnose=self._diagnosis_of(self._pair_objective),
+            check_first=self._check_first_loss,
+        )
+        rewards = self._rewards(phase, rows, samples)
+        counts = {f"samples/{name}": value for name, value in samples.counts().items()}
+        self._trainer.finish_phase(phase, {**rewards, **counts, **self._watched()}, keep=True)
+
+    def converged(self, round_index: int) -> bool:
+        """Whether the round brought no new best, where that ends the alignment."""
+        results = {r["phase"]: r for r in self._trainer.progress.results}
+        before = "warmup" if round_index == 1 else f"round_{round_index - 1:02d}"
+        best = self._trainer.progress.best_step
+        if not self._align.stop_rounds or best is None:
+            return False
+        return best <= results[before]["step"]
+
+    def finish(self) -> None:
+        """Marks the stage complete: which steps count, what each phase reported."""
+        trainer = self._trainer
+        trainer.checkpoints.close()
+        trainer.console.close()
+        progress = trainer.progress
+        complete_stage(
+            self._folder,
+            counts={"steps": progress.step, "rounds": len(self._rounds)},
+            files=[],  # each checkpoint has its own digests
+            content=params_fingerprint(jax.device_get(trainer.state.trainable)),
+            best_step=progress.best_step,
+            last_step=progress.step,
+            kept_steps=progress.kept,
+            best_nll=progress.best_nll,
+            results=progress.results,
+        )
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds that have rows."""
+        return len(self._rounds)
+
+    # --- pieces -----------------------------------------------------------------------------------
+
+    @property
+    def _uses_pairs(self) -> bool:
+        align = self._align
+        return align.alignment == "nll_preference" and align.preference.loss != "none"
+
+    @property
+    def _pair_objective(self) -> Objective:
+        return AlignObjective.of(self._align)
+
+    def _is_over(self, round_index: int) -> bool:
+        return self._trainer.progress.phase > 1 + round_index
+
+    def _slices(self) -> list[np.ndarray]:
+        """D_p cut into disjoint slices, one a round; fewer rounds than rows."""
+        if self._align.alignment not in ("nll", "nll_preference"):
+            return []
+        count = len(self._corpus.split("align"))
+        order = permutation(count, seed=phase_seed(self._config.seed, "slices"), epoch=0)
+        parts = np.array_split(order, self._align.num_rounds)
+        return [np.asarray(part, np.int32) for part in parts if len(part)]
+
+    def _planned_steps(self) -> int:
+        """Steps if nothing stops earlier; a learning rate that falls is planned over them."""
+        rows = [len(self._corpus.split("warmup")) * self._align.warmup_epochs]
+        rows += [len(part) * self._align.epochs_per_round for part in self._rounds]
+        return sum(-(-count // self._align.batch_size) for count in rows)
+
+    def _current(self) -> Model:
+        return self._with(self._trainer.state)
+
+    def _with(self, state: TrainState) -> Model:
+        model = self._model
+        return Model(model.spec, model.frozen, state.trainable, model.folder, model.fingerprint)
+
+    def _on(self, rows: Rows) -> Callable[[TrainState], dict[str, float]]:
+        most = self._config.corpus.validation_max_rows
+        return lambda state: self._measure(self._with(state), rows, most)
+
+    def _watched(self) -> dict[str, float]:
+        if self._watch is None:
+            return {}
+        figures = self._watch(self._trainer.state)
+        return {f"held_out/{name}": value for name, value in figures.items()}
+
+    def _plan(self, phase: str, positions: np.ndarray, *, pairs: bool = True) -> Any:
+        batching = self._align.batching
+        return make_plan(
+            positions,
+            seed=phase_seed(self._config.seed, f"align/{phase}"),
+            batch_size=self._align.batch_size,
+            batching="bucket" if pairs and batching == "pack" else batching,
+            max_length=self._corpus.max_length,
+        )
+
+    @property
+    def _microbatches(self) -> int:
+        size = self._align.microbatch_size
+        return 1 if size is None else self._align.batch_size // size
+
+    def _step_of(self, objective: Objective) -> Any:
+        return make_train_step(
+            self._model.spec,
+            objective,
+            self._optimizer,
+            microbatches=self._microbatches,
+            seed=self._config.seed,
+        )
+
+    def _diagnosis_of(self, objective: Objective) -> Any:
+        return make_diagnosis(self._model.spec, objective, microbatches=self._microbatches)
+
+    def _train_nll(self, phase: str, rows: Rows, epochs: int, most: int | None) -> None:
+        if not len(rows):
+            return
+        plan = self._plan(phase, rows.lengths - 1, pairs=False)
+        steps = count_steps(plan, epochs, most)
+        start = self._trainer.progress.phase_step
+        objective = NllObjective(self._align.reduction, self._align.nll_weight)
+        self._trainer.run_phase(
+            phase,
+            self._step_of(objective),
+            placed_batches(plan, token_collate(rows), start=start, stop=steps, mesh=self._mesh),
+            steps,
+        )
+
+    def _draw(
+        self,
+        prompts: list[np.ndarray],
+        row_ids: list[str],
+        budgets: list[int],
+        *,
+        params: Any,
+        adapter: Any,
+        round_index: int,
+    ) -> Any:
+        sampling, mesh = self._align.sampling, self._mesh
+        return sample(
+            params,
+            adapter,
+            prompts,
+            row_ids,
+            config=self._model.config,
+            seed=self._config.seed,
+            round_index=round_index,
+            end_token_ids=self._corpus.end_token_ids,
+            max_new_tokens=budgets,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            batch_size=sampling.batch_size,
+            vocab_size=self._corpus.vocab_size,
+            put=lambda batch: put_rows(batch, mesh),
+            rows_multiple=mesh.shape["data"] * mesh.shape["fsdp"],
+        )
+
+    def _check_first_loss(self, metrics: dict[str, float]) -> None:
+        """Policy and reference are the same model before a round's first step."""
+        dropout = self._model.config.lora is not None and self._model.config.lora.dropout > 0
+        first = metrics["preference"]
+        if self._align.preference.loss != "dpo" or dropout or first == 0.0:
+            return  # 0: no pair of this batch was usable
+        if not abs(first - LN_2) < 1e-3:
+            raise RuntimeError(
+                f"a round's first DPO loss is {first:.6f}, not ln 2 = {LN_2:.6f}: the stored "
+                "reference log-probs are not those of the model that the round began with"
+            )
+
+    def _rewards(self, phase: str, rows: Rows, samples: SampleStore) -> dict[str, float]:
+        """Margins and accuracy of the round's rewards after it, on some pairs of its slice."""
+        evaluate = make_evaluation(self._model.spec, self._pair_objective)
+        few = Selection(rows, np.arange(min(len(samples), _REWARD_PAIRS), dtype=np.int32))
+        plan = make_plan(
+            pair_positions(rows, samples)[: len(few)],
+            seed=0,
+            batch_size=self._align.batch_size,
+            batching="bucket",
+            max_length=self._corpus.max_length,
+        )
+        collate = pair_collate(rows, samples)
+        total: Any = None
+        for batch in placed_batches(plan, collate, start=0, stop=len(plan(0)), mesh=self._mesh):
+            terms = evaluate(self._trainer.state, self._trainer.frozen, batch)
+            total = terms if total is None else jax.tree.map(lambda a, b: a + b, total, terms)
+        figures = {name: float(batch_mean(term)) for name, term in total.items()}
+        if self._align.preference.loss == "dpo" and abs(figures["preference"] - LN_2) < 1e-5:
+            self._trainer.console.say(
+                f"WARNING: after {phase} the DPO loss is still ln 2: the proxy did not move away "
+                "from its reference. Look at the learning rate and at the reference."
+            )
+        names = ("reward_margin", "reward_accuracy", "reward_chosen", "reward_rejected")
+        return {f"after/{name}": figures[name] for name in (*names, "preference")}

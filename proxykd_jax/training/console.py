@@ -1,0 +1,50 @@
+"""What a person sees of a running stage: a bar on a terminal, plain lines elsewhere (stderr)."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+_LINE_EVERY_S = 10.0
+_SHOWN = ("loss", "nll", "preference", "weighted_kl", "reward_accuracy")
+
+
+class Console:
+    """Shows the steps of one phase after another."""
+
+    def __init__(self, stage: str) -> None:
+        self._stage = stage
+        self._bar: Any = None
+        self._phase = ""
+        self._last_line = 0.0
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        if self._bar is not None:
+            self._bar.write(f"{self._stage}: {text}", file=sys.stderr)
+        else:
+            print(f"{self._stage}: {text}", file=sys.stderr, flush=True)
+
+    def step(self, phase: str, done: int, total: int, values: Mapping[str, float]) -> None:
+        """Step ``done`` of ``total`` of a phase was taken."""
+        shown = {name: f"{values[name]:.4g}" for name in _SHOWN if name in values}
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            if self._bar is None or phase != self._phase:
+                self.close()
+                self._bar = tqdm(total=total, desc=f"{self._stage} {phase}", unit="step")
+            self._bar.n = done
+            self._bar.set_postfix(shown)
+        elif done == total or done == 1 or time.monotonic() - self._last_line > _LINE_EVERY_S:
+            self._last_line = time.monotonic()
+            self.say(f"{phase} {done}/{total} " + " ".join(f"{k} {v}" for k, v in shown.items()))
+        self._phase = phase
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -1,0 +1,107 @@
+"""Finished proxies and students: which checkpoint counts, and the model that it holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from proxykd_jax.artifacts import MANIFEST, read_json
+from proxykd_jax.config import Config, ModelSection, OptimizerConfig
+from proxykd_jax.errors import UserError
+from proxykd_jax.parallel.sharding import tree_shardings
+from proxykd_jax.training.checkpoint import Checkpoints
+from proxykd_jax.training.model import Model, load_for_training
+from proxykd_jax.training.optimizer import make_optimizer
+from proxykd_jax.training.state import TrainState, init_state
+
+Which = Literal["best", "last"]
+
+
+def abstract_state(
+    trainable: Any, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Shapes and shardings of a training state, to restore into."""
+    shapes = jax.eval_shape(lambda tree: init_state(tree, optimizer), trainable)
+    return jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        shapes,
+        tree_shardings(shapes, mesh),
+    )
+
+
+def finished_step(folder: Path, which: Which) -> int | None:
+    """The step that ``best`` or ``last`` means in a finished stage; None where nothing learnt."""
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("status") != "complete":
+        raise UserError(f"{folder} is not complete; run its stage again, which goes on with it.")
+    best, last = manifest["best_step"], manifest["last_step"]
+    return best if which == "best" and best is not None else last
+
+
+def load_finished(
+    section: ModelSection,
+    optimizer: OptimizerConfig,
+    folder: Path,
+    *,
+    role: str,
+    seed: int,
+    mesh: Mesh,
+    which: Which | int,
+) -> Model:
+    """The model of a finished stage.
+
+    Args:
+      section: where its frozen weights come from.
+      optimizer: of the stage, for the structure of its state.
+      folder: the stage's folder.
+      role, seed, mesh: as in ``load_for_training``.
+      which: ``best``, ``last``, or the step of a checkpoint that was kept.
+
+    Raises:
+      UserError: not finished, no such checkpoint, or damaged files.
+    """
+    model = load_for_training(section, role=role, seed=seed, mesh=mesh)
+    step = which if isinstance(which, int) else finished_step(folder, which)
+    if step is None:
+        return model
+    checkpoints = Checkpoints(folder)
+    if step not in checkpoints.steps():
+        raise UserError(
+            f"{folder} keeps no checkpoint of step {step}; it has {checkpoints.steps()}."
+        )
+    # The learning rate's course does not change the structure of the optimizer's state.
+    target = abstract_state(model.trainable, make_optimizer(optimizer, 1), mesh)
+    state, _ = checkpoints.restore(step, target)
+    checkpoints.close()
+    return dataclasses.replace(model, trainable=state.trainable)
+
+
+def load_aligned_proxy(config: Config, mesh: Mesh, which: Which | int | None = None) -> Model:
+    """The proxy that ``align`` left behind; ``which`` defaults to ``export.state``."""
+    return load_finished(
+        config.proxy,
+        config.align.optimizer,
+        config.folder / "proxy",
+        role="proxy",
+        seed=config.seed,
+        mesh=mesh,
+        which=config.export.state if which is None else which,
+    )
+
+
+def load_student(config: Config, mesh: Mesh, which: Which | int | None = None) -> Model:
+    """The student that ``distill`` left behind."""
+    return load_finished(
+        config.student,
+        config.distill.optimizer,
+        config.folder / "student",
+        role="student",
+        seed=config.seed,
+        mesh=mesh,
+        which=config.export.state if which is None else which,
+    )
