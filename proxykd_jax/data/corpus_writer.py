@@ -125,8 +125,8 @@ class ShardWriter:
         self._lengths: list[int] = []
         self._prompt_lengths: list[int] = []
         self._row_ids = bytearray()
-        self.drops = Drops()
-        self.sources: dict[str, int] = {}
+        self._drops: dict[str, Drops] = {}
+        self._sources: dict[str, int] = {}
 
     def write(self, tokens: np.ndarray, prompt_length: int, source: str) -> None:
         """Adds a row; ``source`` is what it is counted under."""
@@ -143,7 +143,11 @@ class ShardWriter:
         self._lengths.append(len(tokens))
         self._prompt_lengths.append(prompt_length)
         self._row_ids += bytes.fromhex(row_id)
-        self.sources[source] = self.sources.get(source, 0) + 1
+        self._sources[source] = self._sources.get(source, 0) + 1
+
+    def drop(self, reason: str, origin: str, source: str) -> None:
+        """Counts a row of this shard's that is left out."""
+        self._drops.setdefault(source, Drops()).add(reason, origin)
 
     def commit(self) -> None:
         """Makes the shard durable."""
@@ -166,8 +170,8 @@ class ShardWriter:
             {
                 "bytes": self._final.stat().st_size,
                 "digest": digest_file(self._final),
-                "drops": self.drops.as_json(),
-                "sources": self.sources,
+                "drops": {source: drops.as_json() for source, drops in self._drops.items()},
+                "sources": self._sources,
             },
         )
 

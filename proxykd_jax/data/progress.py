@@ -1,0 +1,39 @@
+"""A line that says how far a long loop over rows is: in place on a terminal, rarely elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+_TERMINAL_SECONDS, _PLAIN_SECONDS = 0.5, 30.0
+
+
+class Progress:
+    """``progress("rows read", 1000)`` as often as one likes; writes to stderr now and then."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._every = _TERMINAL_SECONDS if self._terminal else _PLAIN_SECONDS
+        self._last = time.monotonic()
+        self._shown = False
+
+    def __call__(self, what: str, rows: int) -> None:
+        now = time.monotonic()
+        if now - self._last < self._every:
+            return
+        self._last, self._shown = now, True
+        start, end = ("\r\x1b[K", "") if self._terminal else ("", "\n")
+        print(f"{start}{rows:,} {what}", end=end, file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._shown and self._terminal:
+            print(file=sys.stderr)

@@ -1,0 +1,239 @@
+"""Which rows of the sources stay, and which part of the corpus each belongs to.
+
+Two passes over the text, because the share of validation rows needs the number of rows: the first
+keeps one byte a row, the second yields the rows that stay. Test prompts are in no other split,
+validation prompts neither (the split is by prompt), and a fresh prompt is in neither of them.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from proxykd_jax.config import CorpusConfig, SourceConfig
+from proxykd_jax.data.contamination import ContaminationIndex, Match, contamination_report
+from proxykd_jax.data.corpus import CorpusSplit
+from proxykd_jax.data.dedup import Deduplicator, PromptSet
+from proxykd_jax.data.readers import read_source
+from proxykd_jax.data.records import Drops, TextRow
+from proxykd_jax.data.split import (
+    effective_validation_fraction,
+    selection_hash,
+    selection_threshold,
+    split_name,
+)
+from proxykd_jax.errors import UserError
+
+REPEATED = "repeats an earlier row"
+IN_TEST = "its prompt is in the test set"
+IN_VALIDATION = "its prompt is in the validation set"
+IN_BENCHMARK = "holds a benchmark question"
+BEYOND_MAX_ROWS = "beyond max_rows"
+_LEFT_OUT, _KEPT = 0, 1
+_MATCHES_SHOWN = 5
+
+
+@dataclass
+class SourceCount:
+    """What became of one source before tokens.
+
+    Attributes:
+      read: rows found in it, those left out while reading included.
+      drops: rows left out, by reason.
+    """
+
+    read: int = 0
+    drops: Drops = field(default_factory=Drops)
+
+
+@dataclass
+class Selection:
+    """What the first pass found.
+
+    Attributes:
+      kept: one byte a row of ``corpus.sources``, in reading order: whether it stays.
+      rows: how many stay.
+      validation_fraction: share set aside.
+      test_prompts: prompts of the test set.
+      benchmarks: the questions to look for, or None.
+      sources: counts by the source's label.
+    """
+
+    kept: np.ndarray
+    rows: int
+    validation_fraction: float
+    test_prompts: PromptSet
+    benchmarks: ContaminationIndex | None
+    sources: dict[str, SourceCount]
+
+
+class SelectedRow(NamedTuple):
+    """A row that stays.
+
+    Attributes:
+      split: the part it belongs to.
+      label: its source's, for counts.
+      source: where it came from.
+      row: the row.
+    """
+
+    split: CorpusSplit
+    label: str
+    source: SourceConfig
+    row: TextRow
+
+
+def source_label(group: str, index: int, source: SourceConfig) -> str:
+    """How a source is named in counts: its key in the config and its place."""
+    return f"{group}.{index} ({source.path or source.dataset or source.tfds})"
+
+
+def select_rows(
+    corpus: CorpusConfig, progress: Callable[[str, int], Any] = lambda what, rows: None
+) -> Selection:
+    """The first pass: reads everything, decides what stays.
+
+    Args:
+      corpus: the section of the config.
+      progress: called with what is done and how many rows so far.
+
+    Raises:
+      UserError: a source cannot be read, benchmark questions are in the corpus and
+        ``contamination`` is ``refuse``, or nothing stays.
+    """
+    benchmarks = ContaminationIndex.from_files(corpus.benchmarks) if corpus.benchmarks else None
+    sources: dict[str, SourceCount] = {}
+    test_prompts = PromptSet()
+    for _, row in _read("test", corpus.test, sources):
+        test_prompts.add(row)
+    repeated = Deduplicator() if corpus.deduplicate else None
+    kept, hashes = bytearray(), array("Q")
+    ends: dict[str, int] = {}  # where in kept a source's rows end
+    yielded: dict[str, int] = {}
+    matches: list[Match] = []
+    contaminated = 0
+    for label, row in _read("sources", corpus.sources, sources):
+        if len(kept) % 10_000 == 0:
+            progress("rows looked at", len(kept))
+        drops = sources[label].drops
+        kept.append(_LEFT_OUT)
+        ends[label] = len(kept)
+        yielded[label] = yielded.get(label, 0) + 1
+        if row in test_prompts:
+            drops.add(IN_TEST, row.origin)
+        elif repeated is not None and not repeated.is_new(row):
+            drops.add(REPEATED, row.origin)
+        elif benchmarks is not None and (match := benchmarks.match(row)) is not None:
+            drops.add(IN_BENCHMARK, row.origin)
+            contaminated += 1
+            matches += [match] if len(matches) < _MATCHES_SHOWN else []
+        else:
+            kept[-1] = _KEPT
+            if corpus.max_rows is not None:
+                hashes.append(selection_hash(row))
+    if contaminated and corpus.contamination == "refuse":
+        raise UserError(contamination_report(matches, contaminated))
+    kept_rows = np.frombuffer(kept, np.uint8).astype(bool)
+    if corpus.max_rows is not None:
+        drawn = np.frombuffer(hashes, np.uint64)
+        threshold = selection_threshold(drawn, corpus.max_rows)
+        chosen = np.ones(len(drawn), bool) if threshold >= 1 << 64 else drawn < threshold
+        kept_rows[kept_rows] = chosen
+        beyond = np.frombuffer(kept, np.uint8).astype(bool) & ~kept_rows
+        for label, end in ends.items():
+            begin = end - yielded[label]
+            if count := int(beyond[begin:end].sum()):
+                sources[label].drops.counts[BEYOND_MAX_ROWS] = count
+                sources[label].drops.origins[BEYOND_MAX_ROWS] = ["chosen by hash"]
+    rows = int(kept_rows.sum())
+    if not rows:
+        listed = "\n  ".join(f"{label}: {count.drops}" for label, count in sources.items())
+        raise UserError(f"No row of the corpus is left. Left out:\n  {listed}")
+    fraction = effective_validation_fraction(
+        rows,
+        validation_fraction=corpus.validation_fraction,
+        validation_rows=corpus.validation_rows,
+    )
+    return Selection(kept_rows, rows, fraction, test_prompts, benchmarks, sources)
+
+
+def selected_rows(corpus: CorpusConfig, selection: Selection) -> Iterator[SelectedRow]:
+    """The second pass: the test set, then the corpus, then fresh prompts, in reading order.
+
+    Adds to the counts of ``selection`` what only this pass knows.
+
+    Raises:
+      UserError: a source changed since the first pass.
+    """
+    counts: dict[str, SourceCount] = {}
+    repeated = Deduplicator()
+    for label, row in _read("test", corpus.test, counts):
+        if not corpus.deduplicate or repeated.is_new(row):
+            yield SelectedRow("test", label, corpus.test[row.source_index], row)
+        else:
+            selection.sources[label].drops.add(REPEATED, row.origin)
+    validation_prompts = PromptSet()
+    number = 0
+    for label, row in _read("sources", corpus.sources, counts):
+        if number >= len(selection.kept):
+            break
+        number += 1
+        if not selection.kept[number - 1]:
+            continue
+        split = split_name(
+            row.first_user_message,
+            shares=corpus.shares,
+            validation_fraction=selection.validation_fraction,
+        )
+        if split == "validation":
+            validation_prompts.add(row)
+        yield SelectedRow(split, label, corpus.sources[row.source_index], row)
+    read = {label: count.read for label, count in counts.items()}
+    if read != {label: count.read for label, count in selection.sources.items()}:
+        raise UserError(
+            "A source of the corpus changed while it was read. Run again when it is at rest."
+        )
+    yield from _fresh_rows(corpus, selection, validation_prompts)
+
+
+def _fresh_rows(
+    corpus: CorpusConfig, selection: Selection, validation_prompts: PromptSet
+) -> Iterator[SelectedRow]:
+    repeated = Deduplicator()
+    for label, row in _read("fresh_prompts", corpus.fresh_prompts, selection.sources):
+        drops = selection.sources[label].drops
+        if row in selection.test_prompts:
+            drops.add(IN_TEST, row.origin)
+        elif row in validation_prompts:
+            drops.add(IN_VALIDATION, row.origin)
+        elif selection.benchmarks is not None and row in selection.benchmarks:
+            drops.add(IN_BENCHMARK, row.origin)
+        elif not repeated.is_new(row):
+            drops.add(REPEATED, row.origin)
+        else:
+            yield SelectedRow("fresh", label, corpus.fresh_prompts[row.source_index], row)
+
+
+def _read(
+    group: str, sources: tuple[SourceConfig, ...], counts: dict[str, SourceCount]
+) -> Iterator[tuple[str, TextRow]]:
+    """Rows of a list of sources with their labels; fills ``counts``."""
+    for index, source in enumerate(sources):
+        label = source_label(group, index, source)
+        count = counts[label] = SourceCount()
+        drops = Drops()
+        rows = read_source(
+            source,
+            prompts_only=group == "fresh_prompts",
+            drops=drops,
+            source_index=index,
+        )
+        for row in rows:
+            count.read += 1
+            yield label, row
+        count.read += drops.total
+        count.drops.merge(drops)

@@ -1,0 +1,128 @@
+"""prepare: from files of a teacher's answers to token rows, split and ready to be read at random.
+
+Run it as ``python -m proxykd_jax.prepare --config FILE``. It writes ``<run>/corpus``, shard by
+shard: killed and run again, it goes on with the shards that are missing.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from proxykd_jax.artifacts import MANIFEST, digest_file, open_stage, read_json, write_bytes
+from proxykd_jax.cli import run_command
+from proxykd_jax.config import Config, dump_config
+
+if TYPE_CHECKING:
+    from proxykd_jax.data.template import Renderer
+    from proxykd_jax.data.tokenizer import Tokenizer
+
+SUMMARY = "Reads the teacher's answers, splits them and turns them into tokens."
+# Keys of the section that choose what later stages look at, not what the corpus is.
+_NOT_CONTENT = {"validation_max_rows"}
+
+
+@dataclass(frozen=True)
+class PrepareResult:
+    """A finished corpus.
+
+    Attributes:
+      folder: ``<run>/corpus``; ``data.corpus.open_corpus`` reads it.
+      counts: rows read, left out with reasons, and kept, by source and by split.
+    """
+
+    folder: Path
+    counts: dict[str, Any]
+
+
+def main(config: Config) -> PrepareResult:
+    """Makes the corpus of a run, unless it is there already.
+
+    Raises:
+      UserError: a source or the tokenizer is missing or damaged, a row cannot be rendered, or the
+        folder was made from other sources or settings.
+    """
+    from proxykd_jax.data.corpus_writer import CorpusWriter
+    from proxykd_jax.data.encode import encode_rows
+    from proxykd_jax.data.funnel import corpus_counts, describe_counts
+    from proxykd_jax.data.progress import Progress
+    from proxykd_jax.data.selection import select_rows, selected_rows
+    from proxykd_jax.data.template import Renderer
+    from proxykd_jax.data.tokenizer import load_tokenizer
+
+    run = Path(config.runs_dir) / config.name
+    folder = run / "corpus"
+    tokenizer = load_tokenizer(config)
+    renderer = Renderer(tokenizer, config.corpus.template, config.corpus.end_tokens)
+    settings = {"corpus": config.corpus.model_dump(mode="json", exclude=_NOT_CONTENT)}
+    complete = open_stage(folder, "prepare", settings, stage_inputs(config, tokenizer, renderer))
+    if not (run / "config.yaml").exists():
+        write_bytes(run / "config.yaml", dump_config(config).encode())
+    if complete:
+        return PrepareResult(folder, read_json(folder / MANIFEST)["counts"])
+
+    with Progress() as progress:
+        selection = select_rows(config.corpus, progress)
+        writer = CorpusWriter(folder)
+        encode_rows(
+            selected_rows(config.corpus, selection),
+            renderer,
+            writer,
+            max_length=config.corpus.max_length,
+            shard_rows=config.corpus.shard_rows,
+            progress=progress,
+        )
+    counts = corpus_counts(config.corpus, selection, writer)
+    print(describe_counts(counts))
+    writer.finish(
+        counts,
+        tokenizer={
+            "path": tokenizer.path,
+            "digest": tokenizer.digest,
+            "vocab_size": tokenizer.vocab_size,
+        },
+        end_token_ids=renderer.end_token_ids,
+    )
+    return PrepareResult(folder, counts)
+
+
+def stage_inputs(config: Config, tokenizer: Tokenizer, renderer: Renderer) -> dict[str, Any]:
+    """What the corpus is made from: tokenizer, template, and every file by size and digest."""
+    return {
+        "tokenizer": tokenizer.digest,
+        "template": renderer.template_digest,
+        "end_tokens": list(renderer.end_token_ids),
+        "files": {
+            str(path): {"bytes": path.stat().st_size, "digest": digest_file(path)}
+            for path in source_files(config)
+        },
+    }
+
+
+def source_files(config: Config) -> list[Path]:
+    """Every file that the corpus is read from. Of hub datasets the config's names must do.
+
+    Raises:
+      UserError: a path names nothing.
+    """
+    from proxykd_jax.data.files import list_files
+
+    corpus = config.corpus
+    files: list[Path] = []
+    for source in (*corpus.sources, *corpus.test, *corpus.fresh_prompts):
+        if source.path is not None:
+            files += list_files(source.path)
+        if source.answers is not None:
+            files += list_files(source.answers)
+        for place in (source.dataset, source.tfds):
+            if place is not None and Path(place).is_dir():
+                files += sorted(path for path in Path(place).rglob("*") if path.is_file())
+    for pattern in corpus.benchmarks:
+        files += list_files(pattern)
+    return list(dict.fromkeys(files))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("prepare", main, SUMMARY))
