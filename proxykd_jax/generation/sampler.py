@@ -75,6 +75,7 @@ def sample(
     batch_size: int = 32,
     vocab_size: int | None = None,
     put: Callable[[PromptBatch], PromptBatch] | None = None,
+    rows_multiple: int = 1,
 ) -> list[Sample]:
     """Draws one answer for each prompt.
 
@@ -95,6 +96,8 @@ def sample(
       batch_size: rows decoded together at most.
       vocab_size: ids from here on are never drawn (default: all of the model's may be).
       put: places a batch of prompts on devices; by default jax decides.
+      rows_multiple: every batch has a multiple of so many rows (the ways in which the mesh splits
+        them); ``batch_size`` must be one.
 
     Returns:
       A sample a prompt, in the order given.
@@ -111,6 +114,7 @@ def sample(
         temperature,
         top_p,
         batch_size,
+        rows_multiple,
         vocab_size,
         end_token_ids,
     )
@@ -124,6 +128,7 @@ def sample(
             [row_ids[i] for i in rows],
             [int(max_new_tokens[i]) for i in rows],
             batch_size,
+            rows_multiple,
             config,
         )
         state = prefill(
@@ -136,7 +141,9 @@ def sample(
             slots=slots,
             settings=settings,
         )
-        for row, answer in _decode_all(params, adapter, state, rows, config, settings):
+        for row, answer in _decode_all(
+            params, adapter, state, rows, config, settings, rows_multiple
+        ):
             samples[row] = answer
     return samples
 
@@ -149,6 +156,7 @@ def _check(
     temperature: float,
     top_p: float,
     batch_size: int,
+    rows_multiple: int,
     vocab_size: int | None,
     end_token_ids: Sequence[int],
 ) -> DrawSettings:
@@ -165,6 +173,8 @@ def _check(
             f"Out of range: temperature {temperature} (at least 0), top_p {top_p} (in (0, 1]), "
             f"batch_size {batch_size} or vocab_size {vocab_size} (at least 1)."
         )
+    if batch_size % rows_multiple:
+        raise ValueError(f"batch_size {batch_size} must be a multiple of {rows_multiple}.")
     return DrawSettings(
         temperature=float(temperature),
         top_p=float(top_p),
@@ -178,10 +188,11 @@ def _prompt_batch(
     row_ids: list[str],
     budgets: list[int],
     batch_size: int,
+    rows_multiple: int,
     config: ModelConfig,
 ) -> tuple[PromptBatch, int]:
     """The prompts on the shapes' ladder, and the slots that their cache needs."""
-    num_rows = min(_batch_bucket(len(prompts)), batch_size)
+    num_rows = _halvings(batch_size, rows_multiple, len(prompts))
     longest = max(len(prompt) for prompt in prompts)
     needed = longest + max(budgets)
     # The padding must not push a model beyond the positions it has.
@@ -202,11 +213,13 @@ def _prompt_batch(
     return PromptBatch(tokens_BL, valid_BL, words_BW, budgets_B), slots
 
 
-def _batch_bucket(num_rows: int) -> int:
-    size = _SMALLEST_BATCH
-    while size < num_rows:
-        size *= 2
-    return size
+def _halvings(num_rows: int, multiple: int, needed: int) -> int:
+    """Halves ``num_rows`` as often as it leaves room for ``needed`` rows and stays a multiple."""
+    while num_rows % 2 == 0 and (num_rows // 2) % multiple == 0:
+        if num_rows // 2 < max(needed, _SMALLEST_BATCH):
+            break
+        num_rows //= 2
+    return num_rows
 
 
 def _decode_all(
@@ -216,6 +229,7 @@ def _decode_all(
     rows: list[int],
     config: ModelConfig,
     settings: DrawSettings,
+    rows_multiple: int,
 ) -> list[tuple[int, Sample]]:
     """Decodes a batch to its end, in ever smaller batches. Returns (row, sample) pairs."""
     answers: list[tuple[int, Sample]] = []
@@ -247,7 +261,8 @@ def _decode_all(
         if not left.size:
             return answers
         # A place without a row repeats one that is done, and stays so.
-        idle = np.flatnonzero(done_B)[:1]
-        chosen = np.concatenate([left, np.repeat(idle, smaller - left.size)]).astype(np.int32)
-        places = [places[place] for place in left] + [None] * (smaller - left.size)
+        size = _halvings(len(places), rows_multiple, left.size)
+        idle = np.repeat(np.flatnonzero(done_B)[:1], size - left.size)
+        chosen = np.concatenate([left, idle]).astype(np.int32)
+        places = [places[place] for place in left] + [None] * len(idle)
         state = take_rows(state, chosen)

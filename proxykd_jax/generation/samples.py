@@ -131,6 +131,11 @@ class SampleStore:
         return self._column("drops", np.uint8)
 
     @property
+    def finished(self) -> np.ndarray:
+        """bool: which answers have an end token, in the store's order."""
+        return self._column("finished", np.bool_)
+
+    @property
     def lengths(self) -> np.ndarray:
         """int32 tokens of each answer, in the store's order."""
         parts = [np.diff(part.arrays["offsets"]) for part in self._loaded()]
@@ -158,7 +163,7 @@ class SampleStore:
         summed while sampling and the training forward's; absent where no reference was computed.
         """
         drops = self.drops
-        finished = self._column("finished", np.bool_)
+        finished = self.finished
         counts: dict[str, Any] = {
             "rows": len(drops),
             "kept": int((drops == KEPT).sum()),

@@ -192,9 +192,7 @@ def test_ids_beyond_the_tokenizer_are_never_drawn():
     samples = run(model, prompts, row_ids, [20] * 40, end_token_ids=[], vocab_size=15)
     assert max(int(s.tokens.max()) for s in samples) == 14
     exact = full_logps(model, [*prompts[0], *samples[0].tokens])[len(prompts[0]) - 1 : -1]
-    np.testing.assert_allclose(
-        samples[0].logps, exact[np.arange(20), samples[0].tokens], atol=2e-5
-    )
+    np.testing.assert_allclose(samples[0].logps, exact[np.arange(20), samples[0].tokens], atol=2e-5)
     greedy = run(model, prompts, row_ids, [20] * 40, vocab_size=15, temperature=0.0)
     assert all((s.tokens < 15).all() for s in greedy)
 

@@ -1,0 +1,78 @@
+"""Sample weights of eq. 9, over all of a split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Sample weights of a split (eq. 9) and what they come from.
+
+    Attributes:
+      sample_weight: float32 ``[n]``.
+      loglik_mean, loglik_std: mu and gamma over the finished answers.
+      length_correlation: Pearson correlation of the weights with the answers' lengths, over the
+        finished answers; near -1, the weights are a bonus for short answers.
+    """
+
+    sample_weight: np.ndarray
+    loglik_mean: float
+    loglik_std: float
+    length_correlation: float
+
+
+def weights_of(
+    seq_logliks: np.ndarray,
+    lengths: np.ndarray,
+    finished: np.ndarray | None = None,
+    *,
+    loglik: str = "sum",
+    normalize: bool = False,
+    enabled: bool = True,
+) -> Weights:
+    """w(x, y) of eq. 9 for all rows of a split.
+
+    mu and gamma are taken over the whole split in float64, in two passes, and over finished
+    answers only: the likelihood of a truncated one is that of a beginning.
+
+    Args:
+      seq_logliks: float64 ``[n]``, summed log-likelihoods in nats.
+      lengths: ``[n]`` response tokens.
+      finished: bool ``[n]`` (default: all).
+      loglik: ``sum``, as printed, or ``token_mean``.
+      normalize: scale the weights to mean 1 over the split.
+      enabled: without, every weight is 1.
+    """
+    from proxykd_jax.losses import alignment_weights
+
+    values = np.asarray(seq_logliks, np.float64)
+    lengths = np.asarray(lengths, np.float64)
+    inside = np.ones(len(values), bool) if finished is None else np.asarray(finished, bool)
+    if loglik == "token_mean":
+        values = values / np.maximum(lengths, 1)
+    elif loglik != "sum":
+        raise ValueError(f"loglik must be sum or token_mean, got {loglik!r}.")
+    mean = float(values[inside].mean()) if inside.any() else 0.0
+    std = float(np.sqrt(np.square(values[inside] - mean).mean())) if inside.any() else 0.0
+    if not enabled:
+        weights = np.ones(len(values), np.float64)
+    else:
+        # Centred in float64 first: float32 has few digits left of a difference of long sums.
+        weights = np.asarray(alignment_weights(values - mean, 0.0, std), np.float64)
+        if normalize and len(weights) and weights.mean() > 0:
+            weights = weights / weights.mean()
+    return Weights(
+        weights.astype(np.float32), mean, std, _correlation(weights[inside], lengths[inside])
+    )
+
+
+def _correlation(first: np.ndarray, second: np.ndarray) -> float:
+    """Pearson's; 0 where either does not vary."""
+    if len(first) == 0:
+        return 0.0
+    first, second = first - first.mean(), second - second.mean()
+    scale = np.sqrt(np.square(first).sum() * np.square(second).sum())
+    return float((first * second).sum() / scale) if scale > 0 else 0.0

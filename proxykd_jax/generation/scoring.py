@@ -1,0 +1,174 @@
+"""Soft labels of a batch: the proxy's most probable tokens at each position of an answer."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from proxykd_jax.models.chunked import map_positions
+from proxykd_jax.models.config import ModelConfig
+from proxykd_jax.models.decoder import hidden_states, unembed
+from proxykd_jax.types import TokenBatch
+
+# float32 logits of this many elements (64 MiB) are alive at a time.
+_LOGITS_ALIVE = 1 << 24
+
+
+@flax.struct.dataclass
+class TopKLabels:
+    """Soft labels, with any leading axes; float32 in nats.
+
+    Attributes:
+      ids_K: int32, the most probable tokens, in falling order.
+      logps_K: their log-probs under the full softmax at the temperature.
+      gold_logps: log-prob of the label, at temperature 1 whatever the temperature: it is what
+        the likelihood of an answer is summed from.
+      tail_logps: log of the probability outside the ids, at the temperature; -inf for none.
+    """
+
+    ids_K: jax.Array
+    logps_K: jax.Array
+    gold_logps: jax.Array
+    tail_logps: jax.Array
+
+
+def soft_labels_of_logits(
+    logits: jax.Array,
+    labels: jax.Array,
+    *,
+    top_k: int,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+) -> TopKLabels:
+    """Soft labels from logits ``[..., V]`` and labels ``[...]``.
+
+    The tail is summed over the entries outside the ids: 1 - sum would leave no digits for a
+    confident model. Which entries these are is read off the smallest kept logit, so nothing of
+    the vocabulary's size is scattered.
+
+    Args:
+      vocab_size: ids from here on are never among the top k; their probability belongs to the
+        tail (default: all may be).
+    """
+    logits = logits.astype(jnp.float32)
+    drawable = logits.shape[-1] if vocab_size is None else min(vocab_size, logits.shape[-1])
+    scores, beyond = logits[..., :drawable], logits[..., drawable:]
+    values_K, ids_K = jax.lax.top_k(scores, top_k)
+    # A comparison and a sum keep a vocabulary that is spread over devices where it is.
+    ids_V = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    gold = jnp.sum(jnp.where(ids_V == labels[..., None], logits, 0.0), axis=-1)
+
+    highest = values_K[..., :1]
+    if drawable < logits.shape[-1]:
+        highest = jnp.maximum(highest, beyond.max(axis=-1, keepdims=True))
+    lowest = values_K[..., -1:]
+    head = jnp.exp((values_K - highest) / temperature).sum(axis=-1)
+    below = jnp.where(scores < lowest, jnp.exp((scores - highest) / temperature), 0.0)
+    # Of entries equal to the smallest kept one, top_k took some; the others are outside.
+    left_out = jnp.sum(scores >= lowest, axis=-1) - top_k
+    tied = left_out * jnp.exp((lowest[..., 0] - highest[..., 0]) / temperature)
+    tail = below.sum(axis=-1) + tied
+    if drawable < logits.shape[-1]:
+        tail += jnp.exp((beyond - highest) / temperature).sum(axis=-1)
+    normalizer = jnp.log(head + tail)
+    if temperature == 1.0:
+        gold_logps = gold - highest[..., 0] - normalizer
+    else:
+        gold_logps = gold - jax.nn.logsumexp(logits, axis=-1)
+    return TopKLabels(
+        ids_K=ids_K,
+        logps_K=(values_K - highest) / temperature - normalizer[..., None],
+        gold_logps=gold_logps,
+        tail_logps=jnp.log(tail) - normalizer,
+    )
+
+
+_STATIC = ("config", "top_k", "temperature", "vocab_size")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def topk_soft_labels(
+    params: Any,
+    adapter: Any,
+    batch: TokenBatch,
+    *,
+    config: ModelConfig,
+    top_k: int,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Soft labels of every position, inside the mask or not.
+
+    Args:
+      params, adapter: the proxy.
+      batch: B rows of L positions, packed or not.
+      config: the proxy's architecture.
+      top_k, temperature, vocab_size: see ``soft_labels_of_logits``.
+
+    Returns:
+      ``ids_BLK, logps_BLK, gold_logps_BL, tail_logps_BL``; see ``TopKLabels``.
+    """
+    hidden_BLD = _hidden(params, adapter, batch, config)
+    found = _project(params, hidden_BLD, batch.labels_BL, config, top_k, temperature, vocab_size)
+    return found.ids_K, found.logps_K, found.gold_logps, found.tail_logps
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def topk_soft_labels_at(
+    params: Any,
+    adapter: Any,
+    batch: TokenBatch,
+    places: jax.Array,
+    *,
+    config: ModelConfig,
+    top_k: int,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+) -> TopKLabels:
+    """``topk_soft_labels`` at chosen positions: the vocabulary is projected for these alone.
+
+    Args:
+      places: int32 ``[M]``, positions ``b * L + t`` of the batch.
+
+    Returns:
+      Labels with the leading axis ``[M]``.
+    """
+    hidden_BLD = _hidden(params, adapter, batch, config)
+    hidden = hidden_BLD.reshape(-1, hidden_BLD.shape[-1])[places][None]
+    labels = batch.labels_BL.reshape(-1)[places][None]
+    found = _project(params, hidden, labels, config, top_k, temperature, vocab_size)
+    return jax.tree.map(lambda array: array[0], found)
+
+
+def _hidden(params: Any, adapter: Any, batch: TokenBatch, config: ModelConfig) -> jax.Array:
+    return hidden_states(
+        params,
+        adapter,
+        batch.tokens_BL,
+        config=config,
+        positions_BL=batch.positions_BL,
+        segment_ids_BL=batch.segment_ids_BL,
+    )
+
+
+def _project(
+    params: Any,
+    hidden_BLD: jax.Array,
+    labels_BL: jax.Array,
+    config: ModelConfig,
+    top_k: int,
+    temperature: float,
+    vocab_size: int | None,
+) -> TopKLabels:
+    def head(hidden: jax.Array, labels: jax.Array) -> TopKLabels:
+        logits = unembed(params, hidden, config=config)
+        return soft_labels_of_logits(
+            logits, labels, top_k=top_k, temperature=temperature, vocab_size=vocab_size
+        )
+
+    chunk = max(_LOGITS_ALIVE // (hidden_BLD.shape[0] * config.vocab_size), 1)
+    return map_positions(head, hidden_BLD, labels_BL, chunk=chunk)
