@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from proxykd_jax.models.chunked import map_positions
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.decoder import hidden_states, unembed
 from proxykd_jax.parallel.sharding import put_rows
+from proxykd_jax.training.batches import Rows
 from proxykd_jax.training.model import Model
 from proxykd_jax.types import TokenBatch
 
@@ -37,16 +38,6 @@ TOP_KS = (1, 5, 10, 20, 50)
 MASS = 0.95
 # float32 logits of this many elements (256 MiB) are kept at once.
 _LOGITS_AT_ONCE = 1 << 26
-
-
-class Rows(Protocol):
-    """What is needed of a ``TokenSplit``."""
-
-    lengths: Any
-
-    def __len__(self) -> int: ...
-
-    def read(self, indices: Sequence[int]) -> list[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -214,6 +205,35 @@ def measure(
     return RowMeasures(**sums, kl=None if teacher is None else kl, top_ks=tuple(top_ks))
 
 
+def validation_figures(
+    batch_size: int, mesh: Mesh | None
+) -> Callable[[Model, Rows, int], dict[str, float]]:
+    """What training looks at on held-out rows: ``(model, rows, most) -> figures``.
+
+    ``most`` is how many of the rows are looked at. The figures are means over the answers' tokens:
+    ``nll`` in nats and ``agreement``.
+    """
+
+    def figures(model: Model, rows: Rows, most: int) -> dict[str, float]:
+        found = measure(
+            model.config,
+            model.params,
+            model.adapter,
+            rows,
+            batch_size=batch_size,
+            max_rows=most,
+            top_ks=(),
+            mesh=mesh,
+        )
+        tokens = found.tokens.sum()
+        return {
+            "nll": float(found.nll.sum() / tokens),
+            "agreement": float(found.agreement.sum() / tokens),
+        }
+
+    return figures
+
+
 def _batches(
     rows: Rows, num: int, batch_size: int, config: ModelConfig, teacher: TeacherLogps | None
 ) -> Iterator[tuple[np.ndarray, TokenBatch, np.ndarray | None]]:
@@ -284,13 +304,11 @@ def _compiled(config: ModelConfig, top_ks: tuple[int, ...], mesh: Mesh | None) -
         def head(hidden: jax.Array, labels: jax.Array, *teacher: jax.Array) -> Any:
             logps = jax.nn.log_softmax(unembed(params, hidden, config=config), axis=-1)
             label_logps = jnp.take_along_axis(logps, labels[..., None], axis=-1)[..., 0]
-            largest = jnp.exp(jax.lax.top_k(logps, max(top_ks))[0])
-            mass = jnp.cumsum(largest, axis=-1)
-            figures = {
-                "nll": -label_logps,
-                "agreement": logps.argmax(axis=-1) == labels,
-                "top_mass": jnp.stack([mass[..., k - 1] > MASS for k in top_ks], axis=-1),
-            }
+            figures = {"nll": -label_logps, "agreement": logps.argmax(axis=-1) == labels}
+            if top_ks:
+                largest = jnp.exp(jax.lax.top_k(logps, max(top_ks))[0])
+                mass = jnp.cumsum(largest, axis=-1)
+                figures["top_mass"] = jnp.stack([mass[..., k - 1] > MASS for k in top_ks], axis=-1)
             for teacher_logps in teacher:
                 # Where the teacher never says a token the term is 0, whatever the model says.
                 says = teacher_logps > -jnp.inf

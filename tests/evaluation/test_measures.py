@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -10,7 +11,12 @@ import pytest
 from proxykd_jax.data.collate import TokenRow
 from proxykd_jax.errors import UserError
 from proxykd_jax.evaluation import measures
-from proxykd_jax.evaluation.measures import measure, paired_differences, token_mean
+from proxykd_jax.evaluation.measures import (
+    measure,
+    paired_differences,
+    token_mean,
+    validation_figures,
+)
 from proxykd_jax.evaluation.teacher import TeacherLogps, write_teacher_logps
 from proxykd_jax.models.config import LoraConfig, ModelConfig
 from proxykd_jax.models.decoder import forward
@@ -231,3 +237,12 @@ def test_teacher_file_is_checked(tmp_path: Path) -> None:
     (tmp_path / "teacher.safetensors").write_bytes(b"not tensors")
     with pytest.raises(UserError, match="cannot be read"):
         TeacherLogps(tmp_path)
+
+
+def test_what_training_looks_at(params, split: Split) -> None:
+    model = SimpleNamespace(config=CONFIG, params=params, adapter=None)
+    got = validation_figures(4, None)(model, split, 5)
+    whole = measure(CONFIG, params, None, split, batch_size=4, max_rows=5)
+    assert set(got) == {"nll", "agreement"}
+    np.testing.assert_allclose(got["nll"], whole.nll.sum() / whole.tokens.sum(), rtol=1e-5)
+    assert got["agreement"] == whole.agreement.sum() / whole.tokens.sum()
