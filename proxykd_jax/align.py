@@ -51,7 +51,7 @@ def main(config: Config) -> AlignResult:
         mesh = make_mesh(config.mesh)
         check_rows(config.align.batch_size, mesh, "align.batch_size")
         proxy = load_for_training(config.proxy, role="proxy", seed=config.seed, mesh=mesh)
-        check_vocabulary(proxy, config, corpus.vocab_size, "proxy")
+        check_vocabulary(proxy, corpus.vocab_size, "proxy")
         log = open_metrics(config.folder, config.logging, config.model_dump(mode="json"))
         measure = validation_figures(config.evaluate.batch_size, mesh)
         run = Alignment(config, corpus, proxy, mesh, log, measure)

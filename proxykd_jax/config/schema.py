@@ -262,7 +262,29 @@ class PreferenceConfig(Section):
     length_normalize: bool = Field(False, description="DPO on token means instead of sums")
 
 
-class AlignConfig(Section):
+class Batched(Section):
+    """What both training stages say of their batches."""
+
+    batch_size: PositiveInt = Field(32, description="rows (or pairs) a step, over all devices")
+    microbatch_size: PositiveInt | None = Field(
+        None, description="rows computed at once; the gradients of a step are accumulated"
+    )
+
+    @property
+    def microbatches(self) -> int:
+        """Parts that a batch is computed in."""
+        return self.batch_size // (self.microbatch_size or self.batch_size)
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Batched:
+        if self.batch_size % (self.microbatch_size or 1):
+            raise ValueError(
+                f"microbatch_size {self.microbatch_size} must divide batch_size {self.batch_size}"
+            )
+        return self
+
+
+class AlignConfig(Batched):
     """Alignment of the proxy with the teacher (paper, 3.3)."""
 
     alignment: Literal["none", "warmup", "nll", "nll_preference"] = Field(
@@ -283,10 +305,6 @@ class AlignConfig(Section):
     preference: PreferenceConfig = Field(description="the preference loss")
     sampling: SamplingConfig = Field(SamplingConfig(), description="how y-hat is drawn")
     reduction: Reduction = Field("example_mean", description="how token losses become one number")
-    batch_size: PositiveInt = Field(32, description="rows (or pairs) a step, over all devices")
-    microbatch_size: PositiveInt | None = Field(
-        None, description="rows computed at once; the gradients of a step are accumulated"
-    )
     batching: Literal["pad", "bucket", "pack"] = Field(
         "bucket", description="pad each batch, group by length, or pack rows together (NLL only)"
     )
@@ -321,7 +339,7 @@ class WeightConfig(Section):
     normalize: bool = Field(description="scale the weights to mean 1")
 
 
-class DistillConfig(Section):
+class DistillConfig(Batched):
     """Distillation of the student (paper, 3.4)."""
 
     alpha: NonNegativeFloat = Field(description="weight of the KL (paper, eq. 11: 100)")
@@ -339,10 +357,6 @@ class DistillConfig(Section):
     reduction: Reduction = Field("example_mean", description="how token losses become one number")
     epochs: PositiveInt = Field(description="passes over the data, if nothing stops it earlier")
     max_steps: PositiveInt | None = Field(None, description="at most so many steps")
-    batch_size: PositiveInt = Field(32, description="rows a step, over all devices")
-    microbatch_size: PositiveInt | None = Field(
-        None, description="rows computed at once; the gradients of a step are accumulated"
-    )
     batching: Literal["pad", "bucket", "pack"] = Field(
         "bucket", description="pad each batch, group by length, or pack rows together"
     )

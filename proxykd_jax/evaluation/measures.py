@@ -322,28 +322,3 @@ def _compiled(config: ModelConfig, top_ks: tuple[int, ...], mesh: Mesh | None) -
     if mesh is None:
         return jax.jit(compute)
     return jax.jit(compute, out_shardings=NamedSharding(mesh, PartitionSpec()))
-
-
-def validation_figures(
-    batch_size: int, mesh: Mesh | None
-) -> Callable[[Model, Rows, int], dict[str, float]]:
-    """``(model, rows, most) -> {"nll", "agreement"}``: token means, for the training loop."""
-
-    def figures(model: Model, rows: Rows, most: int) -> dict[str, float]:
-        found = measure(
-            model.config,
-            model.params,
-            model.adapter,
-            rows,
-            batch_size=batch_size,
-            max_rows=most,
-            top_ks=(1,),
-            mesh=mesh,
-        )
-        tokens = found.tokens.sum()
-        return {
-            "nll": float(found.nll.sum() / tokens),
-            "agreement": float(found.agreement.sum() / tokens),
-        }
-
-    return figures

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,16 +31,13 @@ from proxykd_jax.training.batches import (
     placed_batches,
     token_collate,
 )
-from proxykd_jax.training.checkpoint import Checkpoints
-from proxykd_jax.training.console import Console
 from proxykd_jax.training.logprobs import make_reference
-from proxykd_jax.training.loop import LoopConfig, Progress, Trainer
+from proxykd_jax.training.loop import Trainer
 from proxykd_jax.training.metrics import MetricsLog
-from proxykd_jax.training.model import Model, place
+from proxykd_jax.training.model import Model
 from proxykd_jax.training.objectives import AlignObjective, NllObjective, Objective
 from proxykd_jax.training.optimizer import make_optimizer
-from proxykd_jax.training.restore import abstract_state
-from proxykd_jax.training.state import TrainState, init_state
+from proxykd_jax.training.state import TrainState
 from proxykd_jax.training.steps import make_diagnosis, make_evaluation, make_train_step
 
 LN_2 = math.log(2)
@@ -80,38 +76,20 @@ class Alignment:
         self._folder = config.folder / "proxy"
         self._rounds = self._slices()
         self._optimizer = make_optimizer(config.align.optimizer, self._planned_steps())
-        checkpoints = Checkpoints(self._folder)
-        target = abstract_state(model.trainable, self._optimizer, mesh)
-        restored = checkpoints.restore_latest(target)
-        if restored is None:
-            state, progress = place(init_state(model.trainable, self._optimizer), mesh), Progress()
-        else:
-            state, progress = restored[0], Progress.from_json(restored[1])
-        log.resume("align", progress.metric_lines)
         validation = corpus.split("validation")
-        self._trainer = Trainer(
-            stage="align",
-            state=state,
-            frozen=model.frozen,
-            progress=progress,
-            checkpoints=checkpoints,
-            log=log,
-            every=LoopConfig(
-                checkpoint_every=self._align.checkpoint_every,
-                diagnose_every=self._align.diagnose_every,
-                log_every=self._align.log_every,
-                stop=self._align.stop,
-            ),
-            validate=self._on(validation) if len(validation) else None,
-            console=Console("align"),
-        )
         # Without validation rows the proxy is watched on D_s, which it never learns from.
         held_out = corpus.split("distill")
         self._watch = None if len(validation) or not len(held_out) else self._on(held_out)
-        if restored is not None:
-            self._trainer.console.say(
-                f"going on from step {progress.step} (phase {progress.phase})"
-            )
+        self._trainer = Trainer.open(
+            "align",
+            self._folder,
+            model,
+            self._optimizer,
+            mesh=mesh,
+            log=log,
+            every=self._align,
+            validate=self._on(validation) if len(validation) else None,
+        )
 
     # --- phases -----------------------------------------------------------------------------------
 
@@ -141,7 +119,7 @@ class Alignment:
         inputs = {"alignment": digest_value({k: alignment[k] for k in ("settings", "inputs")})}
         if store.begin(settings, inputs):
             return store
-        model = self._current()
+        model = self._model.at(self._trainer.state.trainable)
         params, adapter = model.params, model.adapter
         sample_fn = functools.partial(
             self._draw, params=params, adapter=adapter, round_index=round_index
@@ -204,19 +182,12 @@ class Alignment:
     def finish(self) -> None:
         """Marks the stage complete: which steps count, what each phase reported."""
         trainer = self._trainer
-        trainer.checkpoints.close()
-        trainer.console.close()
-        progress = trainer.progress
         complete_stage(
             self._folder,
-            counts={"steps": progress.step, "rounds": len(self._rounds)},
+            counts={"steps": trainer.progress.step, "rounds": len(self._rounds)},
             files=[],  # each checkpoint has its own digests
             content=params_fingerprint(jax.device_get(trainer.state.trainable)),
-            best_step=progress.best_step,
-            last_step=progress.step,
-            kept_steps=progress.kept,
-            best_nll=progress.best_nll,
-            results=progress.results,
+            **trainer.close(),
         )
 
     @property
@@ -253,16 +224,9 @@ class Alignment:
         rows += [len(part) * self._align.epochs_per_round for part in self._rounds]
         return sum(-(-count // self._align.batch_size) for count in rows)
 
-    def _current(self) -> Model:
-        return self._with(self._trainer.state)
-
-    def _with(self, state: TrainState) -> Model:
-        model = self._model
-        return Model(model.spec, model.frozen, state.trainable, model.folder, model.fingerprint)
-
     def _on(self, rows: Rows) -> Callable[[TrainState], dict[str, float]]:
         most = self._config.corpus.validation_max_rows
-        return lambda state: self._measure(self._with(state), rows, most)
+        return lambda state: self._measure(self._model.at(state.trainable), rows, most)
 
     def _watched(self) -> dict[str, float]:
         if self._watch is None:
@@ -280,22 +244,17 @@ class Alignment:
             max_length=self._corpus.max_length,
         )
 
-    @property
-    def _microbatches(self) -> int:
-        size = self._align.microbatch_size
-        return 1 if size is None else self._align.batch_size // size
-
     def _step_of(self, objective: Objective) -> Any:
         return make_train_step(
             self._model.spec,
             objective,
             self._optimizer,
-            microbatches=self._microbatches,
+            microbatches=self._align.microbatches,
             seed=self._config.seed,
         )
 
     def _diagnosis_of(self, objective: Objective) -> Any:
-        return make_diagnosis(self._model.spec, objective, microbatches=self._microbatches)
+        return make_diagnosis(self._model.spec, objective, microbatches=self._align.microbatches)
 
     def _train_nll(self, phase: str, rows: Rows, epochs: int, most: int | None) -> None:
         if not len(rows):

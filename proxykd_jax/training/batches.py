@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,10 +13,11 @@ from jax.sharding import Mesh
 
 from proxykd_jax.data.collate import TokenRow, collate_rows
 from proxykd_jax.data.order import Batching, EpochPlan, PlannedBatch, default_buckets, plan_epoch
+from proxykd_jax.data.soft_labels import SoftLabels, SoftLabelStore
 from proxykd_jax.data.stream import BatchStream
 from proxykd_jax.generation.samples import KEPT, SampleStore
 from proxykd_jax.parallel.sharding import put_rows
-from proxykd_jax.types import PairBatch, TokenBatch
+from proxykd_jax.types import DistillBatch, PairBatch, TokenBatch
 
 Plan = Callable[[int], EpochPlan]
 
@@ -58,6 +59,60 @@ class Selection:
     def read(self, indices: Sequence[int]) -> list[TokenRow]:
         """Rows at places of the selection."""
         return self.split.read([int(row) for row in self.rows[np.asarray(indices, np.int64)]])
+
+
+class Joined:
+    """Rows of several splits, one after another.
+
+    Args:
+      splits: name -> rows.
+    """
+
+    def __init__(self, splits: Mapping[str, Rows]) -> None:
+        self._splits = dict(splits)
+        self._names = list(splits)
+        self._starts = np.cumsum([0, *(len(rows) for rows in splits.values())])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int32 tokens of each row."""
+        return np.concatenate([rows.lengths for rows in self._splits.values()])
+
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """int32 tokens of each prompt."""
+        return np.concatenate([rows.prompt_lengths for rows in self._splits.values()])
+
+    def split(self, name: str) -> Rows:
+        """The rows of one split."""
+        return self._splits[name]
+
+    def place(self, index: int) -> tuple[str, int]:
+        """(split, index within it) of a row."""
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._names[part], index - int(self._starts[part])
+
+    def read(self, indices: Sequence[int]) -> list[TokenRow]:
+        """Rows in the order asked for, read split by split."""
+        return gather(
+            [self.place(index) for index in indices],
+            lambda name, wanted: self._splits[name].read(wanted),
+        )
+
+
+def gather(
+    places: Sequence[tuple[str, int]], read: Callable[[str, list[int]], Sequence[Any]]
+) -> list[Any]:
+    """Reads from several splits, each in one go; the result is in the order of ``places``."""
+    found: list[Any] = [None] * len(places)
+    for name in dict.fromkeys(name for name, _ in places):
+        wanted = [i for i, (owner, _) in enumerate(places) if owner == name]
+        for i, value in zip(wanted, read(name, [places[i][1] for i in wanted]), strict=True):
+            found[i] = value
+    return found
 
 
 def phase_seed(seed: int, phase: str) -> int:
@@ -153,6 +208,65 @@ def pair_collate(rows: Rows, samples: SampleStore) -> Callable[[PlannedBatch], P
             reference_chosen_B=np.asarray(chosen_logps, np.float32),
             reference_rejected_B=np.asarray(rejected_logps, np.float32),
             pair_mask_B=np.asarray(usable, bool),
+        )
+
+    return collate
+
+
+def distill_collate(
+    rows: Joined,
+    labels: SoftLabelStore,
+    weights: Mapping[str, np.ndarray],
+    teacher_splits: Collection[str],
+) -> Callable[[PlannedBatch], DistillBatch]:
+    """Batches of eq. 11.
+
+    Args:
+      rows: of all splits that the student sees.
+      labels: their soft labels.
+      weights: float32 sample weights of each split.
+      teacher_splits: splits whose answers are the teacher's; the others have no NLL.
+    """
+    top_k = labels.top_k
+    # Where nothing is stored stands some distribution, so that masked values stay finite.
+    nothing = -np.log(np.float32(top_k + 1))
+
+    def read(name: str, wanted: list[int]) -> list[tuple[TokenRow, SoftLabels, float]]:
+        found = rows.split(name).read(wanted)
+        stored = labels.read(name, wanted, [row.row_id for row in found])
+        return list(zip(found, stored, weights[name][wanted], strict=True))
+
+    def collate(planned: PlannedBatch) -> DistillBatch:
+        size, length, segments = len(planned.rows), planned.length, planned.num_segments
+        ids_BLK = np.broadcast_to(np.arange(top_k, dtype=np.int32), (size, length, top_k)).copy()
+        logps_BLK = np.full((size, length, top_k), nothing, np.float32)
+        tail_BL = np.full((size, length), nothing, np.float32)
+        weight_BS = np.zeros((size, segments), np.float32)
+        nll_mask_BS = np.zeros((size, segments), bool)
+        examples: list[list[TokenRow]] = []
+        places = [[rows.place(index) for index in row] for row in planned.rows]
+        found = iter(gather([place for row in places for place in row], read))
+        for b, row in enumerate(places):
+            examples.append([])
+            begin = 0
+            for s, (name, _) in enumerate(row):
+                example, stored, weight = next(found)
+                examples[-1].append(example)
+                end = begin + len(example.tokens) - 1
+                answer = slice(end - len(stored.ids), end)
+                ids_BLK[b, answer] = stored.ids
+                logps_BLK[b, answer] = stored.logps
+                tail_BL[b, answer] = stored.tail_logps
+                weight_BS[b, s] = weight
+                nll_mask_BS[b, s] = name in teacher_splits
+                begin = end
+        return DistillBatch(
+            rows=_collate(examples, planned),
+            topk_ids_BLK=ids_BLK,
+            topk_logps_BLK=logps_BLK,
+            tail_logps_BL=tail_BL,
+            sample_weight_BS=weight_BS,
+            nll_mask_BS=nll_mask_BS,
         )
 
     return collate

@@ -10,16 +10,22 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
 
 from proxykd_jax.config import StopConfig
 from proxykd_jax.errors import UserError
+from proxykd_jax.parallel.sharding import tree_shardings
 from proxykd_jax.training.checkpoint import Checkpoints
 from proxykd_jax.training.console import Console
 from proxykd_jax.training.metrics import MetricsLog
-from proxykd_jax.training.state import TrainState, Tree
+from proxykd_jax.training.model import Model
+from proxykd_jax.training.state import TrainState, Tree, abstract_state, init_state
 from proxykd_jax.training.steps import Metrics, Step
 
 
@@ -50,13 +56,6 @@ class Progress:
     kept: list[int] = field(default_factory=list)
     results: list[dict[str, Any]] = field(default_factory=list)
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @staticmethod
-    def from_json(value: dict[str, Any]) -> Progress:
-        return Progress(**value)
-
     def next_phase(self) -> None:
         """The current phase is over."""
         self.phase += 1
@@ -65,14 +64,17 @@ class Progress:
         self.stale = 0
 
 
-@dataclass(frozen=True)
-class LoopConfig:
-    """How often things happen, in steps."""
+class LoopConfig(Protocol):
+    """How often things happen, in steps: the ``align`` or ``distill`` section."""
 
-    checkpoint_every: int
-    diagnose_every: int
-    log_every: int
-    stop: StopConfig
+    @property
+    def checkpoint_every(self) -> int: ...
+    @property
+    def diagnose_every(self) -> int: ...
+    @property
+    def log_every(self) -> int: ...
+    @property
+    def stop(self) -> StopConfig: ...
 
 
 @dataclass
@@ -86,8 +88,8 @@ class Trainer:
       progress: where the stage stands.
       checkpoints, log: where it is written.
       every: how often.
-      console: what a person sees.
       validate: ``(state) -> {"nll": ..., ...}`` on the validation rows; None without such rows.
+      console: what a person sees.
     """
 
     stage: str
@@ -100,11 +102,55 @@ class Trainer:
     validate: Callable[[TrainState], dict[str, float]] | None
     console: Console
 
+    @classmethod
+    def open(
+        cls,
+        stage: str,
+        folder: Path,
+        model: Model,
+        optimizer: optax.GradientTransformation,
+        *,
+        mesh: Mesh,
+        log: MetricsLog,
+        every: LoopConfig,
+        validate: Callable[[TrainState], dict[str, float]] | None,
+    ) -> Trainer:
+        """A stage's trainer, at its newest checkpoint in ``folder`` or at its beginning.
+
+        Lines that the log holds of later steps are dropped: they will be written again.
+        """
+        checkpoints = Checkpoints(folder)
+        console = Console(stage)
+        restored = checkpoints.restore_latest(abstract_state(model.trainable, optimizer, mesh))
+        if restored is None:
+            progress = Progress()
+            # A copy, because steps donate the state and the model keeps its own.
+            state = init_state(jax.tree.map(jnp.copy, model.trainable), optimizer)
+            state = jax.device_put(state, tree_shardings(state, mesh))
+        else:
+            state, progress = restored[0], Progress(**restored[1])
+            console.say(f"going on from step {progress.step}")
+        log.resume(stage, progress.metric_lines)
+        return cls(stage, state, model.frozen, progress, checkpoints, log, every, validate, console)
+
+    def close(self) -> dict[str, Any]:
+        """Ends the stage; returns what its manifest says of its checkpoints."""
+        self.checkpoints.close()
+        self.console.close()
+        progress = self.progress
+        return {
+            "best_step": progress.best_step,
+            "best_nll": progress.best_nll,
+            "last_step": progress.step,
+            "kept_steps": progress.kept,
+            "results": progress.results,
+        }
+
     def save(self) -> None:
         """A checkpoint of this moment, and removal of those that are no longer needed."""
         progress = self.progress
         progress.metric_lines = self.log.lines(self.stage)
-        self.checkpoints.save(progress.step, self.state, progress.to_json())
+        self.checkpoints.save(progress.step, self.state, asdict(progress))
         best = [] if progress.best_step is None else [progress.best_step]
         self.checkpoints.prune({*progress.kept, *best})
 

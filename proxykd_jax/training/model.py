@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from proxykd_jax.config import Config, ModelSection
+from proxykd_jax.config import ModelSection
 from proxykd_jax.errors import UserError
 from proxykd_jax.models.config import LoraConfig, ModelConfig
 from proxykd_jax.models.fingerprint import fingerprint
@@ -45,6 +45,10 @@ class Model:
     def config(self) -> ModelConfig:
         """The architecture."""
         return self.spec.config
+
+    def at(self, trainable: Tree) -> Model:
+        """The same model with what it has learnt since."""
+        return dataclasses.replace(self, trainable=trainable)
 
     @property
     def params(self) -> Tree:
@@ -142,7 +146,7 @@ def load_for_training(section: ModelSection, *, role: str, seed: int, mesh: Mesh
     return Model(spec, params, adapter, folder, model_identity(section))
 
 
-def check_vocabulary(model: Model, config: Config, vocab_size: int, role: str) -> None:
+def check_vocabulary(model: Model, vocab_size: int, role: str) -> None:
     """Raises UserError if the tokenizer has ids that the model has no embedding for."""
     if vocab_size > model.config.vocab_size:
         raise UserError(
@@ -150,8 +154,3 @@ def check_vocabulary(model: Model, config: Config, vocab_size: int, role: str) -
             f"embeddings for {model.config.vocab_size}. Proxy, student and tokenizer must share "
             "one vocabulary."
         )
-
-
-def place(tree: Any, mesh: Mesh) -> Any:
-    """Puts a tree of parameters, or a training state, where the table says."""
-    return jax.device_put(tree, tree_shardings(tree, mesh))

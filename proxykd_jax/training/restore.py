@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import jax
-import optax
 from jax.sharding import Mesh
 
 from proxykd_jax.artifacts import MANIFEST, read_json
 from proxykd_jax.config import Config, ModelSection, OptimizerConfig
 from proxykd_jax.errors import UserError
-from proxykd_jax.parallel.sharding import tree_shardings
 from proxykd_jax.training.checkpoint import Checkpoints
 from proxykd_jax.training.model import Model, load_for_training
 from proxykd_jax.training.optimizer import make_optimizer
-from proxykd_jax.training.state import TrainState, init_state
+from proxykd_jax.training.state import abstract_state
 
 Which = Literal["best", "last"]
-
-
-def abstract_state(
-    trainable: Any, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
-    """Shapes and shardings of a training state, to restore into."""
-    shapes = jax.eval_shape(lambda tree: init_state(tree, optimizer), trainable)
-    return jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-        shapes,
-        tree_shardings(shapes, mesh),
-    )
 
 
 def finished_step(folder: Path, which: Which) -> int | None:
@@ -78,7 +62,7 @@ def load_finished(
     target = abstract_state(model.trainable, make_optimizer(optimizer, 1), mesh)
     state, _ = checkpoints.restore(step, target)
     checkpoints.close()
-    return dataclasses.replace(model, trainable=state.trainable)
+    return model.at(state.trainable)
 
 
 def load_aligned_proxy(config: Config, mesh: Mesh, which: Which | int | None = None) -> Model:

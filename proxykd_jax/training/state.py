@@ -9,8 +9,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from proxykd_jax.models.config import ModelConfig
+from proxykd_jax.parallel.sharding import tree_shardings
 
 Tree = Any
 
@@ -58,4 +60,16 @@ def init_state(trainable: Tree, optimizer: optax.GradientTransformation) -> Trai
     """Step 0."""
     return TrainState(
         step=jnp.zeros((), jnp.int32), trainable=trainable, opt_state=optimizer.init(trainable)
+    )
+
+
+def abstract_state(
+    trainable: Any, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Shapes and shardings of a training state, to restore into."""
+    shapes = jax.eval_shape(lambda tree: init_state(tree, optimizer), trainable)
+    return jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        shapes,
+        tree_shardings(shapes, mesh),
     )

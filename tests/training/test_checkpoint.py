@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,11 +25,11 @@ def _state(value: float):
 def test_restores_bitwise_with_progress(tmp_path) -> None:
     checkpoints = Checkpoints(tmp_path)
     progress = Progress(phase=2, phase_step=3, step=9, best_nll=1.25, best_step=7, kept=[4])
-    checkpoints.save(9, _state(0.1), progress.to_json())
+    checkpoints.save(9, _state(0.1), dataclasses.asdict(progress))
     checkpoints.close()
     state, found = Checkpoints(tmp_path).restore_latest(jax.eval_shape(lambda: _state(0.0)))
     jax.tree.map(np.testing.assert_array_equal, state, _state(0.1))
-    assert Progress.from_json(found) == progress
+    assert Progress(**found) == progress
 
 
 def test_no_checkpoint_is_none(tmp_path) -> None:
