@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from proxykd_jax.models.config import ATTENTION_TARGETS, LoraConfig, ModelConfig
-from proxykd_jax.models.params import Params, ParamPath, flatten, linear_shapes, unflatten
+from proxykd_jax.models.params import ParamPath, Params, flatten, linear_shapes, unflatten
 
 Adapter = dict[str, Any]
 

@@ -1,8 +1,8 @@
 """The parameter tree: its shapes, its initial values, and a student cut out of it.
 
 A tree is nested dicts; the layers are stacked on a leading axis N and scanned.
-Kernels are [in, out]. ParamPath names (``layers/attention/q_proj/kernel``) are what sharding tables,
-weight files and fingerprints go by.
+Kernels are [in, out]. Paths (``layers/attention/q_proj/kernel``) are what sharding tables, weight
+files and fingerprints go by.
 """
 
 from __future__ import annotations
