@@ -12,6 +12,7 @@ from proxykd_jax.data.json_files import Record
 from proxykd_jax.errors import UserError
 
 _BATCH_ROWS = 256
+_BUFFER_BYTES = 1 << 20
 
 
 def read_parquet(path: Path) -> Iterator[tuple[Record, str]]:
@@ -25,8 +26,9 @@ def read_parquet(path: Path) -> Iterator[tuple[Record, str]]:
 
     row = 0
     try:
-        # Without pre-buffering, memory is bounded by the pages of a batch, not by a row group.
-        with pq.ParquetFile(path, memory_map=True, pre_buffer=False) as file:
+        # A buffer instead of pre-buffering bounds memory by the pages of a batch, not by a row
+        # group; a memory map would count every page read towards the process.
+        with pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
             for batch in file.iter_batches(batch_size=_BATCH_ROWS):
                 for record in batch.to_pylist():
                     row += 1
