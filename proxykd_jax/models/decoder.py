@@ -21,7 +21,7 @@ from proxykd_jax.models.attention import (
     window_mask,
 )
 from proxykd_jax.models.attention import attention as grouped_attention
-from proxykd_jax.models.config import LoraConfig, ModelConfig
+from proxykd_jax.models.config import LORA_TARGETS, LoraConfig, ModelConfig
 from proxykd_jax.models.lora import Adapter, lora_update
 from proxykd_jax.models.params import Params
 from proxykd_jax.models.rope import check_length, rotate, rotation
@@ -64,7 +64,7 @@ def _linear(
     if name in adapter:
         assert lora is not None  # check_adapter saw to it
         if dropout_key is not None:
-            dropout_key = jax.random.fold_in(dropout_key, list(block).index(name))
+            dropout_key = jax.random.fold_in(dropout_key, LORA_TARGETS.index(name))
         update = lora_update(x, adapter[name], lora, dropout_key)
         out = (out.astype(jnp.float32) + update).astype(out.dtype)
     return out

@@ -227,14 +227,14 @@ def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
     Raises:
       UserError: ``path`` exists and may not be overwritten, or is no folder.
     """
+    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old.tmp")
+    if old.exists() and not path.exists():
+        os.replace(old, path)  # killed between the two renames below: the old folder is whole
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} exists and is no folder.")
     if path.exists() and any(path.iterdir()) and not overwrite:
         raise UserError(f"{path} exists and is not empty; remove it or choose another folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old.tmp")
-    if old.exists() and not path.exists():
-        os.replace(old, path)  # killed between the two renames below: the old folder is whole
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir()

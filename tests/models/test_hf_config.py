@@ -24,6 +24,18 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+KEYS = (
+    "hidden_size",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "vocab_size",
+    "tie_word_embeddings",
+    "sliding_window",
+    "layer_types",
+    "attention_bias",
+    "mlp_bias",
+    "max_position_embeddings",
+)
 
 
 def test_every_case_survives_both_directions(helpers, reference):
@@ -37,10 +49,8 @@ def test_every_case_survives_both_directions(helpers, reference):
         new = transformers.AutoConfig.for_model(**json.loads(json.dumps(record)))
         assert str(new.dtype).endswith("bfloat16")
         old = model.torch_model.config
-        for key in (
-            "hidden_size head_dim num_key_value_heads rms_norm_eps vocab_size tie_word_embeddings "
-            "sliding_window layer_types attention_bias mlp_bias max_position_embeddings"
-        ).split():
+        assert new.head_dim == (getattr(old, "head_dim", None) or 8)
+        for key in KEYS:
             assert getattr(new, key, None) == getattr(old, key, None), (case, key)
         assert new.rope_parameters == {**new.rope_parameters, **old.rope_parameters}, case
 

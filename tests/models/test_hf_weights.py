@@ -19,7 +19,7 @@ from proxykd_jax.models.params import flatten
 
 
 def bits(tree):
-    return [(path, np.asarray(leaf).dtype, np.asarray(leaf).tobytes()) for path, leaf in tree]
+    return {path: (np.asarray(leaf).dtype, np.asarray(leaf).tobytes()) for path, leaf in tree}
 
 
 def same(a, b):
@@ -120,7 +120,7 @@ def test_sharded_placement_reads_only_the_parts(model, sharded):
     from proxykd_jax.models.hf_weights import StackedTensor
     from proxykd_jax.models.tensor_files import TensorFolder
 
-    config, params = model
+    params = model[1]
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("fsdp",))
     spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
     _, read = load_model(sharded, sharding=lambda path: spec)
@@ -160,7 +160,7 @@ def test_rows_beyond_the_tokenizer_are_kept(small_config, helpers, tmp_path):
     assert load_model(tmp_path / "out")[1]["embed"]["embedding"].shape == (128, 32)
 
 
-def test_a_folder_appears_whole_or_not_at_all(model, folder, tmp_path, monkeypatch):
+def test_a_folder_appears_whole_or_not_at_all(model, folder, tmp_path):
     config, params = model
     before = fingerprint(folder)
     with pytest.raises(UserError, match="not empty"):
