@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,11 @@ from proxykd_jax.config import Config, ModelSection
 from proxykd_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from proxykd_jax.evaluation.measures import RowMeasures
+    from proxykd_jax.evaluation.teacher import TeacherLogps
+    from proxykd_jax.training.model import Model
 
 SPLITS = ("validation", "test")
 # (name, minus this one, what it tells)
@@ -48,6 +52,19 @@ class EvaluateResult:
     summary: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A model that can be measured.
+
+    Attributes:
+      identity: what it is; a model of the same identity is not measured again.
+      load: puts it on the mesh.
+    """
+
+    identity: dict[str, Any]
+    load: Callable[[Mesh], Model]
+
+
 def main(config: Config, models: Mapping[str, ModelSection] | None = None) -> EvaluateResult:
     """Measures models; those already measured as they are now are not measured again.
 
@@ -66,11 +83,11 @@ def main(config: Config, models: Mapping[str, ModelSection] | None = None) -> Ev
     from proxykd_jax.evaluation.teacher import TEACHER_FILE, TeacherLogps
     from proxykd_jax.parallel.mesh import make_mesh
     from proxykd_jax.parallel.sharding import check_rows
-    from proxykd_jax.training.model import model_identity
 
-    folder = Path(config.runs_dir) / config.name / "eval"
     if models is None:
-        models = run_models(config)
+        candidates = run_models(config)
+    else:
+        candidates = {name: _from_section(config, name, at) for name, at in models.items()}
     corpus = open_corpus(prepare.main(config).folder)
     splits = {name: split for name in SPLITS if len(split := corpus.split(name))}
     if not splits:
@@ -79,7 +96,7 @@ def main(config: Config, models: Mapping[str, ModelSection] | None = None) -> Ev
             "corpus.validation_fraction or name corpus.test, under another name of the run."
         )
     teacher = None
-    identity: dict[str, Any] = {
+    common: dict[str, Any] = {
         "corpus": corpus.identity,
         "max_rows": config.evaluate.max_rows,
         "top_ks": list(TOP_KS),
@@ -87,34 +104,29 @@ def main(config: Config, models: Mapping[str, ModelSection] | None = None) -> Ev
     if config.evaluate.teacher_logps is not None:
         teacher_folder = Path(config.evaluate.teacher_logps)
         teacher = TeacherLogps(teacher_folder)
-        identity["teacher"] = digest_file(teacher_folder / TEACHER_FILE)
+        common["teacher"] = digest_file(teacher_folder / TEACHER_FILE)
     mesh = make_mesh(config.mesh)
     check_rows(config.evaluate.batch_size, mesh, "evaluate.batch_size")
+    folder = config.folder / "eval"
     measured: dict[str, dict[str, RowMeasures]] = {}
-    for name, section in models.items():
-        mine = {**identity, "model": model_identity(section), "dtype": section.dtype}
-        if section.init:
-            mine["first_layers"] = section.init.first_layers
-        path = folder / f"{name}.safetensors"
-        found = _read(path, mine)
+    for name, candidate in candidates.items():
+        path, identity = folder / f"{name}.safetensors", {**common, **candidate.identity}
+        found = _read(path, identity)
         if found is None:
-            found = _measure(config, name, section, splits, teacher, mesh)
-            _write(path, mine, found)
+            found = _measure(config, name, candidate.load(mesh), splits, teacher, mesh)
+            _write(path, identity, found)
         measured[name] = found
         for split, rows in found.items():
-            print(f"evaluate: {name:<15} {split:<10} {_line(rows.summary())}", flush=True)
+            print(f"evaluate: {name:<14} {split:<10} {_line(rows.summary())}", flush=True)
     summary = {
         "models": {
-            name: {
-                "origin": section.adapter or section.path or (section.init and section.init.path),
-                **{split: rows.summary() for split, rows in measured[name].items()},
-            }
-            for name, section in models.items()
+            name: {split: rows.summary() for split, rows in found.items()}
+            for name, found in measured.items()
         },
         "differences": {
             f"{first} - {second}": {
-                split: paired_differences(measured[first][split], measured[second][split])
-                for split in splits
+                part: paired_differences(measured[first][part], measured[second][part])
+                for part in splits
             }
             for first, second in PAIRS
             if first in measured and second in measured
@@ -124,61 +136,80 @@ def main(config: Config, models: Mapping[str, ModelSection] | None = None) -> Ev
     return EvaluateResult(folder, summary)
 
 
-def run_models(config: Config) -> dict[str, ModelSection]:
+def run_models(config: Config) -> dict[str, Candidate]:
     """The models of a run by name; trains them first where the run is not finished.
 
-    A proxy is among them only where the run uses one (``distill.alpha`` above 0).
+    They are the states that ``export.state`` chooses. A proxy is among them only where the run
+    uses one (``distill.alpha`` above 0), and more than once only where it was aligned.
     """
-    from proxykd_jax import distill
+    from proxykd_jax import align, distill
+    from proxykd_jax.artifacts import stage_identity
+    from proxykd_jax.training.restore import finished_step, load_aligned_proxy, load_student
 
     distill.main(config)
-    run = Path(config.runs_dir) / config.name
-    models: dict[str, ModelSection] = {}
+    which = config.export.state
+    candidates: dict[str, Candidate] = {}
     if config.distill.alpha > 0:
-        models["proxy_raw"] = config.proxy
-        for name, folder in (
-            ("proxy_warmup", run / "export" / "proxy_warmup"),
-            ("proxy_aligned", run / "export" / "proxy"),
-        ):
-            if folder.is_dir():
-                models[name] = exported(config.proxy, folder)
-    models["student_before"] = config.student
-    models["student"] = exported(config.student, run / "export" / "student")
-    return models
+        candidates["proxy_raw"] = _from_section(config, "proxy", config.proxy)
+    if config.distill.alpha > 0 and config.align.alignment != "none":
+        aligned = align.main(config)
+        stage = stage_identity(aligned.folder)
+        steps = {result["phase"]: result["step"] for result in aligned.results}
+        if "warmup" in steps:
+            candidates["proxy_warmup"] = Candidate(
+                {"stage": stage, "step": steps["warmup"]},
+                lambda mesh: load_aligned_proxy(config, mesh, steps["warmup"]),
+            )
+        candidates["proxy_aligned"] = Candidate(
+            {"stage": stage, "step": finished_step(aligned.folder, which)},
+            lambda mesh: load_aligned_proxy(config, mesh),
+        )
+    candidates["student_before"] = _from_section(config, "student", config.student)
+    student_folder = config.folder / "student"
+    candidates["student"] = Candidate(
+        {"stage": stage_identity(student_folder), "step": finished_step(student_folder, which)},
+        lambda mesh: load_student(config, mesh),
+    )
+    return candidates
 
 
-def exported(section: ModelSection, folder: Path) -> ModelSection:
-    """The section of an exported model, which is an adapter of the section's own or a whole one."""
-    if (folder / "adapter_config.json").is_file():
-        return section.model_copy(update={"adapter": str(folder)})
-    return section.model_copy(update={"path": str(folder), "init": None, "adapter": None})
+def _from_section(config: Config, role: str, section: ModelSection) -> Candidate:
+    from proxykd_jax.training.model import load_for_training, model_identity
+
+    identity = {
+        "model": model_identity(section),
+        "first_layers": section.init.first_layers if section.init else None,
+        "dtype": section.dtype,
+    }
+    return Candidate(
+        identity, lambda mesh: load_for_training(section, role=role, seed=config.seed, mesh=mesh)
+    )
 
 
 def _measure(
     config: Config,
     name: str,
-    section: ModelSection,
+    model: Model,
     splits: Mapping[str, Any],
-    teacher: Any,
-    mesh: Any,
+    teacher: TeacherLogps | None,
+    mesh: Mesh,
 ) -> dict[str, RowMeasures]:
     from proxykd_jax.evaluation.measures import measure
-    from proxykd_jax.training.model import load_for_training
 
-    model = load_for_training(section, role=name, seed=config.seed, mesh=mesh)
-    adapter = model.adapter if section.adapter else None
     found = {}
     for split, rows in splits.items():
-        started = time.monotonic()
+        last = time.monotonic()
 
-        def report(done: int, total: int, started: float = started, split: str = split) -> None:
-            if time.monotonic() - started > 30 and done < total:
+        def report(done: int, total: int, split: str = split) -> None:
+            nonlocal last
+            if time.monotonic() - last > 30 and done < total:
                 print(f"evaluate: {name} {split}: {done} of {total} rows", file=sys.stderr)
+                last = time.monotonic()
 
         found[split] = measure(
             model.config,
             model.params,
-            adapter,
+            model.adapter,
             rows,
             batch_size=config.evaluate.batch_size,
             max_rows=config.evaluate.max_rows,

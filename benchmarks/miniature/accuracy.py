@@ -1,31 +1,28 @@
-"""Greedy accuracy of a model folder on the test prompts, with the product's own sampler."""
+"""Greedy accuracy of a model on the test prompts, with the product's own sampler."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 
 from benchmarks.miniature import world as w
 from proxykd_jax.generation.sampler import sample
-from proxykd_jax.models.hf_weights import load_model
+from proxykd_jax.training.model import Model
 
 
-def greedy_correct(folder: Path, prompts_NP: np.ndarray, truth_FA: np.ndarray) -> np.ndarray:
+def greedy_correct(model: Model, prompts_NP: np.ndarray, truth_FA: np.ndarray) -> np.ndarray:
     """bool [N]: whether the model's greedy answer ends with the correct value.
 
     Args:
-      folder: a Hugging Face folder of the miniature's vocabulary.
+      model: of the miniature's vocabulary.
       prompts_NP: prompts.
       truth_FA: the correct results of each function.
     """
-    config, params = load_model(folder)
     answers = sample(
-        params,
-        None,
+        model.params,
+        model.adapter,
         list(prompts_NP),
         [str(index) for index in range(len(prompts_NP))],
-        config=config,
+        config=model.config,
         seed=0,
         round_index=0,
         end_token_ids=(w.END,),

@@ -6,6 +6,7 @@ python -m benchmarks.miniature.report --out runs/demo
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,16 @@ from typing import Any
 import numpy as np
 
 from benchmarks.miniature import world as w
+from benchmarks.miniature.accuracy import greedy_correct
 from benchmarks.miniature.make import MADE
 from benchmarks.miniature.recipes import HEADLINE, STUDENTS
 from benchmarks.miniature.times import read_times
+from proxykd_jax import evaluate
 from proxykd_jax.artifacts import read_json, write_json
+from proxykd_jax.config import load_config
 from proxykd_jax.errors import UserError
-from proxykd_jax.evaluation.measures import mean
+from proxykd_jax.evaluation.measures import mean, token_mean
+from proxykd_jax.parallel.mesh import make_mesh
 
 # name -> (label, run, name in that run's eval/summary.json)
 MODELS: dict[str, tuple[str, str, str]] = {
@@ -79,13 +84,16 @@ def collect(out: Path) -> dict[str, Measured]:
     worlds = w.make_worlds(settings["seed"], settings["regime"])
     prompts_NP, answers_NT = read_test_rows(out)
     measured = {"teacher": teacher_itself(worlds, prompts_NP, answers_NT)}
+    candidates: dict[str, dict[str, evaluate.Candidate]] = {}
     for name, (label, run, key) in MODELS.items():
-        summary = read_json(out / "runs" / run / "eval" / "summary.json")["models"]
-        if key not in summary:
+        config = load_config(out / "configs" / f"{run}.yaml")
+        if run not in candidates:
+            candidates[run] = evaluate.run_models(config)
+        if key not in candidates[run]:
             continue
-        test = summary[key]["test"]
-        folder = Path(summary[key]["origin"])
-        correct = _greedy_correct(folder, prompts_NP, worlds.truth_FA)
+        model = candidates[run][key].load(make_mesh(config.mesh))
+        correct = greedy_correct(model, prompts_NP, worlds.truth_FA)
+        test = read_json(config.folder / "eval" / "summary.json")["models"][key]["test"]
         measured[name] = Measured(
             label,
             Figure(*mean(correct.astype(float))),
@@ -100,8 +108,6 @@ def collect(out: Path) -> dict[str, Measured]:
 
 def read_test_rows(out: Path) -> tuple[np.ndarray, np.ndarray]:
     """Prompts and the teacher's answers of ``test.jsonl`` as tokens."""
-    import json
-
     ids = {symbol: index for index, symbol in enumerate(w.SYMBOLS)}
     lines = (out / "test.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
@@ -115,8 +121,6 @@ def read_test_rows(out: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def teacher_itself(worlds: w.Worlds, prompts_NP: np.ndarray, answers_NT: np.ndarray) -> Measured:
     """The ceiling: the teacher measured as if it were a model."""
-    from proxykd_jax.evaluation.measures import token_mean
-
     probs_NTV = w.answer_probs(worlds.teacher, prompts_NP, answers_NT)
     tokens = w.answer_lengths(answers_NT)
     mask_NT = np.arange(w.MAX_ANSWER)[None, :] < tokens[:, None]
@@ -158,12 +162,6 @@ def _cell(figure: Figure) -> str:
     return f"{figure.value:.3f} +-{figure.error:.3f}"
 
 
-def _greedy_correct(folder: Path, prompts_NP: np.ndarray, truth_FA: np.ndarray) -> np.ndarray:
-    from benchmarks.miniature.accuracy import greedy_correct
-
-    return greedy_correct(folder, prompts_NP, truth_FA)
-
-
 def report(out: Path) -> dict[str, Any]:
     """Prints the table; writes ``summary.json`` and the plots."""
     from benchmarks.miniature.plots import draw_all
@@ -175,7 +173,10 @@ def report(out: Path) -> dict[str, Any]:
         "time": read_times(out),
     }
     write_json(out / "summary.json", summary)
-    logs = {name: out / "runs" / name / "metrics.jsonl" for name in STUDENTS}
+    logs = {
+        name: load_config(out / "configs" / f"{name}.yaml").folder / "metrics.jsonl"
+        for name in STUDENTS
+    }
     for path in draw_all(out, measured, logs):
         print(path)
     return summary

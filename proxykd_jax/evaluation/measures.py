@@ -94,9 +94,9 @@ class RowMeasures:
     @staticmethod
     def from_arrays(arrays: Mapping[str, np.ndarray]) -> RowMeasures:
         """From what ``to_arrays`` gave."""
-        values = dict(arrays)
-        top_ks = tuple(values.pop("top_ks").tolist())
-        return RowMeasures(**{"kl": None, **values}, top_ks=top_ks)
+        values: dict[str, Any] = {"kl": None, **arrays}
+        values["top_ks"] = tuple(values["top_ks"].tolist())
+        return RowMeasures(**values)
 
 
 def mean(values: np.ndarray) -> tuple[float, float | None]:
