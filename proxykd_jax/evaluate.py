@@ -89,7 +89,7 @@ def main(config: Config, models: Mapping[str, ModelSection] | None = None) -> Ev
     else:
         candidates = {name: _from_section(config, name, at) for name, at in models.items()}
     corpus = open_corpus(prepare.main(config).folder)
-    splits = {name: split for name in SPLITS if len(split := corpus.split(name))}
+    splits = {part: rows for part in SPLITS if len(rows := corpus.split(part))}
     if not splits:
         raise UserError(
             "evaluate: the corpus has neither validation nor test rows. Set "
@@ -116,11 +116,11 @@ def main(config: Config, models: Mapping[str, ModelSection] | None = None) -> Ev
             found = _measure(config, name, candidate.load(mesh), splits, teacher, mesh)
             _write(path, identity, found)
         measured[name] = found
-        for split, rows in found.items():
-            print(f"evaluate: {name:<14} {split:<10} {_line(rows.summary())}", flush=True)
+        for part, sums in found.items():
+            print(f"evaluate: {name:<14} {part:<10} {_line(sums.summary())}", flush=True)
     summary = {
         "models": {
-            name: {split: rows.summary() for split, rows in found.items()}
+            name: {part: sums.summary() for part, sums in found.items()}
             for name, found in measured.items()
         },
         "differences": {

@@ -39,7 +39,7 @@ def draw_all(out: Path, measured: Mapping[str, Measured], logs: Mapping[str, Pat
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    style = {
+    style: Any = {
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,

@@ -97,13 +97,16 @@ def collect(out: Path) -> dict[str, Measured]:
         measured[name] = Measured(
             label,
             Figure(*mean(correct.astype(float))),
-            *(
-                Figure(test[figure]["token_mean"], test[figure]["token_se"])
-                for figure in ("kl", "agreement", "nll")
-            ),
+            _figure(test["kl"]),
+            _figure(test["agreement"]),
+            _figure(test["nll"]),
             n=test["n"],
         )
     return measured
+
+
+def _figure(summary: dict[str, Any]) -> Figure:
+    return Figure(summary["token_mean"], summary["token_se"])
 
 
 def read_test_rows(out: Path) -> tuple[np.ndarray, np.ndarray]:
