@@ -64,32 +64,28 @@ def log1mexp(logps: jax.Array) -> jax.Array:
     return jnp.where(near, jnp.log(-jnp.expm1(near_logps)), jnp.log1p(-jnp.exp(far_logps)))
 
 
-def gather_vocab(
-    values: jax.Array, ids: jax.Array, *, sharded_vocab: bool = False
-) -> tuple[jax.Array, jax.Array]:
+def gather_vocab(values: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Values at some ids of the vocabulary, and which entries of the vocabulary those are.
+
+    Both are batched gathers and scatters along the last axis, 10 times as fast on CPU as
+    comparing every id with every entry. A vocabulary axis that is sharded stays so: devices
+    exchange `[..., K]` values (a test looks at the compiled program).
 
     Args:
         values: `[..., V]`.
         ids: `[..., K]` integers.
-        sharded_vocab: False gathers, which is fastest where a device holds the whole vocabulary
-            (5 to 20 times on CPU). True goes through the ids one by one with masked sums, which
-            leave the vocabulary axis sharded; a gather would collect it on every device.
 
     Returns:
         `[..., K]` values and `[..., V]` bools.
     """
+
+    def mark(row: jax.Array, row_ids: jax.Array) -> jax.Array:
+        return row.at[row_ids].set(True)
+
     ids = ids.astype(jnp.int32)
-    if not sharded_vocab:
-        hit = jnp.put_along_axis(jnp.zeros(values.shape, bool), ids, True, axis=-1, inplace=False)
-        return jnp.take_along_axis(values, ids, axis=-1), hit
-    iota = jax.lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
-
-    # Checkpointed: otherwise the K masks of the vocabulary's size are kept for the backward pass.
-    @jax.checkpoint
-    def look_up(hit: jax.Array, one_id: jax.Array) -> tuple[jax.Array, jax.Array]:
-        here = iota == one_id[..., None]
-        return hit | here, jnp.where(here, values, 0.0).sum(axis=-1)
-
-    hit, found = jax.lax.scan(look_up, jnp.zeros(values.shape, bool), jnp.moveaxis(ids, -1, 0))
-    return jnp.moveaxis(found, 0, -1), hit
+    # vmap gives a scatter with batch axes. With explicit indices for all axes, which
+    # `put_along_axis` makes, a batch spread over devices would be collected on each.
+    for _ in range(ids.ndim - 1):
+        mark = jax.vmap(mark)
+    hit = mark(jnp.zeros(values.shape, bool), ids)
+    return jnp.take_along_axis(values, ids, axis=-1), hit

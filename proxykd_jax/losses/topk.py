@@ -37,8 +37,6 @@ def topk_logps(
     logits_BLV: chex.Array,
     ids_BLK: chex.Array,
     mask_BL: chex.Array | None = None,
-    *,
-    sharded_vocab: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probs of the full softmax at some ids, and the log of the mass outside them.
 
@@ -49,7 +47,6 @@ def topk_logps(
         logits_BLV: any float type and any leading axes.
         ids_BLK: integers (unsigned too), distinct at a position.
         mask_BL: where given, positions outside it are computed from zeros.
-        sharded_vocab: True where the vocabulary axis is spread over devices; see `gather_vocab`.
 
     Returns:
         `[B, L, K]` log-probs and `[B, L]` log tail mass, float32. The tail mass is floored at
@@ -60,7 +57,7 @@ def topk_logps(
     chex.assert_equal_rank([logits_BLV, ids_BLK])
     chex.assert_equal_shape_prefix([logits_BLV, ids_BLK], logits_BLV.ndim - 1)
     logits_BLV = logits_BLV - jax.lax.stop_gradient(logits_BLV.max(axis=-1, keepdims=True))
-    found_BLK, hit_BLV = gather_vocab(logits_BLV, ids_BLK, sharded_vocab=sharded_vocab)
+    found_BLK, hit_BLV = gather_vocab(logits_BLV, ids_BLK)
     exp_BLV = jnp.exp(logits_BLV)
     normalizer_BL = jnp.log(exp_BLV.sum(axis=-1))
     tail_BL = jnp.where(hit_BLV, 0.0, exp_BLV).sum(axis=-1)
@@ -127,7 +124,6 @@ def topk_kl_tokens(
     *,
     tail: str = "bucket",
     proxy_tail_logps_BL: chex.Array | None = None,
-    sharded_vocab: bool = False,
 ) -> jax.Array:
     """Top-k KL(proxy || student) at each position.
 
@@ -138,7 +134,6 @@ def topk_kl_tokens(
         mask_BL: where given, positions outside it are computed from blanks.
         tail: see the table above.
         proxy_tail_logps_BL: stored log of the proxy's tail mass; from the log-probs if absent.
-        sharded_vocab: True where the vocabulary axis is spread over devices.
 
     Returns:
         `[B, L]` float32 in nats.
@@ -152,15 +147,11 @@ def topk_kl_tokens(
         proxy_topk_ids_BLK = jnp.where(inside(mask_BL)[..., None], proxy_topk_ids_BLK, 0)
         if proxy_tail_logps_BL is not None:
             proxy_tail_logps_BL = jnp.where(inside(mask_BL), proxy_tail_logps_BL, 0.0)
-    student_BLK, student_tail_BL = topk_logps(
-        student_logits_BLV, proxy_topk_ids_BLK, mask_BL, sharded_vocab=sharded_vocab
-    )
+    student_BLK, student_tail_BL = topk_logps(student_logits_BLV, proxy_topk_ids_BLK, mask_BL)
     if tail == "renormalize":
         # The full softmax's normaliser cancels in value. Without its gradient, that of the
         # entries outside the ids is exactly 0 instead of rounding noise.
-        student_BLK = _without_normalizer(
-            student_logits_BLV, proxy_topk_ids_BLK, mask_BL, sharded_vocab=sharded_vocab
-        )
+        student_BLK = _without_normalizer(student_logits_BLV, proxy_topk_ids_BLK, mask_BL)
     if proxy_BLK.shape[-1] == student_logits_BLV.shape[-1]:
         # Nothing lies outside: 1 - sum p would be rounding noise.
         proxy_tail_logps_BL = jnp.full(proxy_BLK.shape[:-1], -jnp.inf)
@@ -182,7 +173,6 @@ def topk_kl(
     tail: str = "bucket",
     reduction: str = "mean",
     proxy_tail_logps_BL: chex.Array | None = None,
-    sharded_vocab: bool = False,
 ) -> jax.Array:
     """Top-k KL(proxy || student), one value an example (eq. 8); see `topk_kl_tokens`.
 
@@ -204,7 +194,6 @@ def topk_kl(
         mask_BL,
         tail=tail,
         proxy_tail_logps_BL=proxy_tail_logps_BL,
-        sharded_vocab=sharded_vocab,
     )
     return reduce_tokens(kl_BL, mask_BL, reduction=reduction)
 
@@ -219,7 +208,6 @@ def weighted_kl(
     tail: str = "bucket",
     reduction: str = "mean",
     proxy_tail_logps_BL: chex.Array | None = None,
-    sharded_vocab: bool = False,
 ) -> jax.Array:
     """`topk_kl` times each example's weight w(x, y), unreduced over the batch (eq. 10).
 
@@ -240,18 +228,15 @@ def weighted_kl(
         tail=tail,
         reduction=reduction,
         proxy_tail_logps_BL=proxy_tail_logps_BL,
-        sharded_vocab=sharded_vocab,
     )
     return weigh_examples(kl_B, sample_weight_B)
 
 
-def _without_normalizer(
-    logits: chex.Array, ids: chex.Array, mask: chex.Array | None, *, sharded_vocab: bool
-) -> jax.Array:
+def _without_normalizer(logits: chex.Array, ids: chex.Array, mask: chex.Array | None) -> jax.Array:
     """Logits at the ids, relative to the greatest of the vocabulary."""
     logits = blank_outside(logits, mask)
     logits = logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
-    return gather_vocab(logits, jnp.asarray(ids), sharded_vocab=sharded_vocab)[0]
+    return gather_vocab(logits, jnp.asarray(ids))[0]
 
 
 def _renormalize(logps: jax.Array) -> jax.Array:
