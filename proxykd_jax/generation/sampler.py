@@ -27,9 +27,11 @@ from proxykd_jax.generation.decode import (
 )
 from proxykd_jax.models.config import ModelConfig
 
-# A batch is not made smaller than this: a step of so few rows costs hardly less than one of four.
-_SMALLEST_BATCH = 4
-_SHORTEST_BUCKET = 16
+# A batch is not made smaller than this: a step is then bound by reading the weights, and another
+# shape to compile would cost more than it saves.
+_SMALLEST_BATCH = 8
+_SHORTEST_PROMPT = 16
+_FEWEST_SLOTS = 32
 # Words of a row id's digest in its random key: 128 bits.
 _ROW_WORDS = 4
 
@@ -49,14 +51,16 @@ class Sample:
     logps: np.ndarray
 
 
-def length_bucket(length: int) -> int:
-    """The smallest of 16, 24, 32, 48, 64, 96, ... that holds ``length``."""
-    power = _SHORTEST_BUCKET
-    while power < length:
-        if power * 3 // 2 >= length:
-            return power * 3 // 2
-        power *= 2
-    return power
+def prompt_bucket(length: int) -> int:
+    """The smallest of 16, 32, 64, 128, ... that holds ``length``."""
+    return max(_SHORTEST_PROMPT, 1 << (length - 1).bit_length())
+
+
+def slot_bucket(slots: int) -> int:
+    """The smallest of 32, 48, 64, 80, 96, 112, 128, 160, ... that holds ``slots``: four steps an
+    octave, since every step of decoding reads all slots."""
+    step = max(_SHORTEST_PROMPT, (1 << (slots - 1).bit_length()) // 8)
+    return max(_FEWEST_SLOTS, -(-slots // step) * step)
 
 
 def sample(
@@ -120,7 +124,7 @@ def sample(
     )
     samples = [Sample(np.zeros(0, np.int32), False, np.zeros(0, np.float32)) for _ in prompts]
     todo = [index for index in range(len(prompts)) if max_new_tokens[index] > 0]
-    todo.sort(key=lambda i: (length_bucket(len(prompts[i])), max_new_tokens[i], len(prompts[i]), i))
+    todo.sort(key=lambda i: (prompt_bucket(len(prompts[i])), max_new_tokens[i], len(prompts[i]), i))
     for start in range(0, len(todo), batch_size):
         rows = todo[start : start + batch_size]
         batch, slots = _prompt_batch(
@@ -196,8 +200,8 @@ def _prompt_batch(
     longest = max(len(prompt) for prompt in prompts)
     needed = longest + max(budgets)
     # The padding must not push a model beyond the positions it has.
-    length = min(length_bucket(longest), max(longest, config.max_positions - max(budgets)))
-    slots = length_bucket(length + max(budgets))
+    length = min(prompt_bucket(longest), max(longest, config.max_positions - max(budgets)))
+    slots = slot_bucket(length + max(budgets))
     slots = min(slots, max(needed, config.max_positions))
     tokens_BL = np.zeros((num_rows, length), np.int32)
     valid_BL = np.zeros((num_rows, length), bool)
