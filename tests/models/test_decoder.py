@@ -10,6 +10,8 @@ import pytest
 from proxykd_jax.models import llama, lora
 from proxykd_jax.models.config import LoraConfig, RopeConfig
 
+forward = jax.jit(llama.forward, static_argnames="config")
+
 
 def close(a, b, tolerance=2e-5):
     np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=tolerance)
@@ -49,9 +51,12 @@ def test_the_window_limits_what_a_token_sees(small_config, helpers):
 
 
 def test_remat_and_unrolling_change_nothing(small_config, helpers):
-    params, _, tokens_BL = setup(small_config, helpers)
+    tokens_BL = helpers.tokens(0, 2, 12)
     targets = ("q_proj", "down_proj")
-    config = small_config.replace(lora=LoraConfig(4, 8.0, targets=targets, dropout=0.3))
+    config = small_config.replace(
+        num_layers=2, sliding_layers=(1,), lora=LoraConfig(4, 8.0, targets=targets, dropout=0.3)
+    )
+    params = helpers.params(config)
     adapter = helpers.adapter(config)
 
     def loss(adapter, **options):
@@ -61,7 +66,11 @@ def test_remat_and_unrolling_change_nothing(small_config, helpers):
         return jnp.square(llama.unembed(params, hidden_BLD, config=config)).mean()
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(adapter)
-    for options in [{"remat": name} for name in llama.REMAT_POLICIES] + [{"scan_unroll": 3}]:
+    for options in (
+        {"remat": "full"},
+        {"remat": "dots"},
+        {"remat": "outputs", "scan_unroll": 2},
+    ):
         changed = jax.jit(jax.value_and_grad(functools.partial(loss, **options)))
         other, other_gradient = changed(adapter)
         close(value, other, 1e-6)
@@ -78,13 +87,13 @@ def test_remat_names_are_checked(small_config, helpers):
 def test_packed_rows_equal_separate_rows(small_config, helpers, sliding_layers):
     config = small_config.replace(sliding_layers=sliding_layers)
     params, adapter, tokens_BL = setup(config, helpers, length=24, batch=1)
-    bounds = [(0, 9), (9, 19), (19, 22)]  # the last two positions are padding
+    bounds = [(0, 9), (9, 18), (18, 22)]  # the last two positions are padding
     segments = np.zeros((1, 24), np.int32)
     positions = np.zeros((1, 24), np.int32)
     for number, (start, stop) in enumerate(bounds, start=1):
         segments[0, start:stop] = number
         positions[0, start:stop] = np.arange(stop - start)
-    packed = llama.forward(
+    packed = forward(
         params,
         adapter,
         tokens_BL,
@@ -94,18 +103,18 @@ def test_packed_rows_equal_separate_rows(small_config, helpers, sliding_layers):
     )
     assert np.isfinite(packed).all()
     for start, stop in bounds:
-        alone = llama.forward(params, adapter, tokens_BL[:, start:stop], config=config)
+        alone = forward(params, adapter, tokens_BL[:, start:stop], config=config)
         close(packed[:, start:stop], alone)
 
 
 def test_left_padding_equals_right_padding(small_config, helpers):
     params, adapter, tokens_BL = setup(small_config, helpers, length=10, batch=1)
     options = {"config": small_config}
-    alone = llama.forward(params, adapter, tokens_BL, **options)
+    alone = forward(params, adapter, tokens_BL, **options)
     padding = np.zeros((1, 4), np.int32)
     ones, index = np.ones((1, 10), np.int32), np.arange(10, dtype=np.int32)[None]
     for order in (lambda pad, row: (pad, row), lambda pad, row: (row, pad)):
-        padded = llama.forward(
+        padded = forward(
             params,
             adapter,
             np.concatenate(order(padding, tokens_BL), 1),
@@ -227,10 +236,13 @@ def test_abstract_and_initial_parameters_agree(small_config):
     assert (np.asarray(drawn["layers"]["input_norm"]["scale"]) == 1).all()
 
 
-@pytest.mark.parametrize("chunk, tie_embeddings", [(1, False), (5, True), (12, False)])
+@pytest.mark.parametrize("chunk, tie_embeddings", [(5, True), (1, False)])
 def test_log_probs_by_chunks_equal_a_gather(small_config, helpers, chunk, tie_embeddings):
     config = small_config.replace(
-        tie_embeddings=tie_embeddings, lora=LoraConfig(4, 8.0, targets=("v_proj",))
+        num_layers=1,
+        sliding_layers=(),
+        tie_embeddings=tie_embeddings,
+        lora=LoraConfig(4, 8.0, targets=("v_proj",)),
     )
     params, adapter, tokens_BL = setup(config, helpers)
     labels_BL = helpers.tokens(1, 2, 12)

@@ -9,12 +9,14 @@ from proxykd_jax.errors import UserError
 from proxykd_jax.models import llama, lora
 from proxykd_jax.models.config import LORA_TARGETS, LoraConfig
 
+forward = jax.jit(llama.forward, static_argnames="config")
+
 
 def test_a_fresh_adapter_changes_nothing(small_config, helpers):
     params, tokens_BL = helpers.params(small_config), helpers.tokens(0, 2, 12)
     adapter = lora.init_adapter(jax.random.key(0), small_config)
-    base = llama.forward(params, None, tokens_BL, config=small_config)
-    same = llama.forward(params, adapter, tokens_BL, config=small_config)
+    base = forward(params, None, tokens_BL, config=small_config)
+    same = forward(params, adapter, tokens_BL, config=small_config)
     np.testing.assert_array_equal(base, same)
     a = np.asarray(adapter["layers"]["mlp"]["down_proj"]["a"])
     bound = small_config.ffn_dim**-0.5
@@ -30,9 +32,9 @@ def test_merged_equals_beside(small_config, helpers, targets, rslora):
     assert config.lora.scale == (4.0 if rslora else 2.0)
     params, tokens_BL = helpers.params(config), helpers.tokens(0, 2, 12)
     adapter = helpers.adapter(config)
-    beside = llama.forward(params, adapter, tokens_BL, config=config)
-    merged = llama.forward(lora.merge(params, adapter, config), None, tokens_BL, config=config)
-    base = llama.forward(params, None, tokens_BL, config=config)
+    beside = forward(params, adapter, tokens_BL, config=config)
+    merged = forward(lora.merge(params, adapter, config), None, tokens_BL, config=config)
+    base = forward(params, None, tokens_BL, config=config)
     np.testing.assert_allclose(beside, merged, atol=2e-5)
     assert np.abs(beside - base).max() > 0.01
 
@@ -56,14 +58,14 @@ def test_float32_adapter_over_a_bfloat16_base(small_config, helpers):
     adapter = helpers.adapter(config)
     hidden = llama.hidden_states(params, adapter, tokens_BL, config=config)
     assert hidden.dtype == jnp.bfloat16
-    gradient = jax.grad(
-        lambda adapter: llama.forward(params, adapter, tokens_BL, config=config).std()
+    gradient = jax.jit(
+        jax.grad(lambda adapter: forward(params, adapter, tokens_BL, config=config).std())
     )(adapter)
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.float32)}
     assert all(np.isfinite(leaf).all() and (leaf != 0).any() for leaf in jax.tree.leaves(gradient))
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-    exact = llama.forward(wide, adapter, tokens_BL, config=config)
-    near = llama.forward(params, adapter, tokens_BL, config=config)
+    exact = forward(wide, adapter, tokens_BL, config=config)
+    near = forward(params, adapter, tokens_BL, config=config)
     assert np.sqrt(np.mean((exact - near) ** 2)) < 0.06
 
 
@@ -76,12 +78,10 @@ def test_dropout(small_config, helpers):
     )
 
     def run(key):
-        return llama.forward(params, adapter, tokens_BL, config=config, dropout_key=key)
+        return forward(params, adapter, tokens_BL, config=config, dropout_key=key)
 
     off = run(None)
-    np.testing.assert_array_equal(
-        off, llama.forward(params, adapter, tokens_BL, config=small_config)
-    )
+    np.testing.assert_array_equal(off, forward(params, adapter, tokens_BL, config=small_config))
     first, again, other = run(jax.random.key(1)), run(jax.random.key(1)), run(jax.random.key(2))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 1e-3 and np.abs(first - off).max() > 1e-3

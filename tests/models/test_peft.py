@@ -13,8 +13,9 @@ from proxykd_jax.models.config import LORA_TARGETS, LoraConfig
 from proxykd_jax.models.peft import load_adapter, save_adapter
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("targets", [LORA_TARGETS, ("q_proj", "down_proj")])
+@pytest.mark.parametrize(
+    "targets, rslora", [(LORA_TARGETS, False), (("q_proj", "down_proj"), True)]
+)
 def test_peft_gives_our_logits(reference, helpers, tmp_path, targets, rslora):
     import peft
     import transformers
