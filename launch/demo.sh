@@ -32,6 +32,7 @@ stage "miniature" benchmarks.miniature.make --out "$out"
 stage "align" proxykd_jax.align --config "$config"
 stage "distill" proxykd_jax.distill --config "$config"
 stage "evaluate" proxykd_jax.evaluate --config "$config"
-# The same commands for the students that it is compared with, in one process.
+# The same for the students that it is compared with, in one process.
 stage "comparisons" benchmarks.miniature.students --out "$out"
-stage "report" benchmarks.miniature.report --out "$out"
+# Notes its own time, before it writes summary.json.
+"$venv_python" -m benchmarks.miniature.report --out "$out"

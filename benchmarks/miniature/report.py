@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from benchmarks.miniature import world as w
 from benchmarks.miniature.accuracy import greedy_correct
 from benchmarks.miniature.make import MADE
 from benchmarks.miniature.recipes import HEADLINE, STUDENTS
-from benchmarks.miniature.times import read_times
+from benchmarks.miniature.times import add_time, read_times
 from proxykd_jax import evaluate
 from proxykd_jax.artifacts import read_json, write_json
 from proxykd_jax.config import load_config
@@ -166,22 +167,24 @@ def _cell(figure: Figure) -> str:
 
 
 def report(out: Path) -> dict[str, Any]:
-    """Prints the table; writes ``summary.json`` and the plots."""
+    """Prints the table; writes the plots and ``summary.json``."""
     from benchmarks.miniature.plots import draw_all
 
+    started = time.monotonic()
     measured = collect(out)
     print(table(measured))
-    summary = {
-        "models": {name: row.to_json() for name, row in measured.items()},
-        "time": read_times(out),
-    }
-    write_json(out / "summary.json", summary)
     logs = {
         name: load_config(out / "configs" / f"{name}.yaml").folder / "metrics.jsonl"
         for name in STUDENTS
     }
     for path in draw_all(out, measured, logs):
         print(path)
+    add_time(out, "report", time.monotonic() - started)
+    summary = {
+        "models": {name: row.to_json() for name, row in measured.items()},
+        "time": read_times(out),
+    }
+    write_json(out / "summary.json", summary)
     return summary
 
 

@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.miniature.recipes import HEADLINE, STUDENTS
-from benchmarks.miniature.times import timed
 from proxykd_jax import distill, evaluate
 from proxykd_jax.config import load_config
 from proxykd_jax.errors import UserError
@@ -24,10 +23,8 @@ def run_students(out: Path, names: Iterable[str]) -> None:
     """Distils and evaluates the named recipes of ``out/configs``."""
     for name in names:
         config = load_config(out / "configs" / f"{name}.yaml")
-        with timed(out, f"distill {name}"):
-            distill.main(config)
-        with timed(out, f"evaluate {name}"):
-            evaluate.main(config)
+        distill.main(config)
+        evaluate.main(config)
 
 
 def main(argv: list[str] | None = None) -> int:
