@@ -117,31 +117,30 @@ def topk_soft_labels(
     return found.ids_K, found.logps_K, found.gold_logps, found.tail_logps
 
 
+@functools.partial(jax.jit, static_argnames="config")
+def hidden_rows(params: Any, adapter: Any, batch: TokenBatch, *, config: ModelConfig) -> jax.Array:
+    """Hidden states of every position of a batch, ``[B * L, D]``."""
+    hidden_BLD = _hidden(params, adapter, batch, config)
+    return hidden_BLD.reshape(-1, hidden_BLD.shape[-1])
+
+
 @functools.partial(jax.jit, static_argnames=_STATIC)
-def topk_soft_labels_at(
+def soft_labels_of_hidden(
     params: Any,
-    adapter: Any,
-    batch: TokenBatch,
-    places: jax.Array,
+    hidden_MD: jax.Array,
+    labels_M: jax.Array,
     *,
     config: ModelConfig,
     top_k: int,
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> TopKLabels:
-    """``topk_soft_labels`` at chosen positions: the vocabulary is projected for these alone.
-
-    Args:
-      places: int32 ``[M]``, positions ``b * L + t`` of the batch.
-
-    Returns:
-      Labels with the leading axis ``[M]``.
-    """
-    hidden_BLD = _hidden(params, adapter, batch, config)
-    hidden = hidden_BLD.reshape(-1, hidden_BLD.shape[-1])[places][None]
-    labels = batch.labels_BL.reshape(-1)[places][None]
-    found = _project(params, hidden, labels, config, top_k, temperature, vocab_size)
-    return jax.tree.map(lambda array: array[0], found)
+    """Soft labels of M positions with these hidden states. The program depends on M alone, so
+    one serves batches of every length."""
+    logits_MV = unembed(params, hidden_MD, config=config)
+    return soft_labels_of_logits(
+        logits_MV, labels_M, top_k=top_k, temperature=temperature, vocab_size=vocab_size
+    )
 
 
 def _hidden(params: Any, adapter: Any, batch: TokenBatch, config: ModelConfig) -> jax.Array:

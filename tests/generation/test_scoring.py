@@ -1,15 +1,16 @@
 """Soft labels of a batch against float64 NumPy over the full vocabulary."""
 
+import hashlib
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from proxykd_jax.generation import scoring
-from proxykd_jax.generation.scoring import (
-    soft_labels_of_logits,
-    topk_soft_labels,
-    topk_soft_labels_at,
-)
+from proxykd_jax.data.collate import TokenRow, collate_rows
+from proxykd_jax.data.soft_labels import SoftLabelStore, SoftLabelWriter
+from proxykd_jax.generation import score_rows, scoring
+from proxykd_jax.generation.score_rows import score_split
+from proxykd_jax.generation.scoring import soft_labels_of_logits, topk_soft_labels
 from proxykd_jax.types import TokenBatch
 from tests.generation.tiny import full_logps, tiny_model
 
@@ -77,8 +78,6 @@ def test_at_the_whole_vocabulary_nothing_lies_outside():
 
 
 def token_batch(rows, length, segments=1):
-    from proxykd_jax.data.collate import TokenRow, collate_rows
-
     token_rows = [[TokenRow(np.asarray(t, np.int32), p, "")] for t, p in rows]
     return collate_rows(token_rows, length, segments, len(rows) + 1)
 
@@ -111,18 +110,78 @@ def test_soft_labels_of_a_batch(monkeypatch, chunked):
         np.testing.assert_allclose(tail_BL[b, :size], tail, atol=3e-5)
 
 
-def test_chosen_positions_equal_all_of_them():
+class Rows:
+    """A split in memory."""
+
+    def __init__(self, count=23, seed=0):
+        rng = np.random.default_rng(seed)
+        self.rows = []
+        for i in range(count):
+            size = int(rng.integers(2, 40))
+            tokens = rng.integers(1, 24, size).astype(np.int32)
+            row_id = hashlib.sha256(bytes([i])).hexdigest()
+            self.rows.append(TokenRow(tokens, int(rng.integers(1, size)), row_id))
+
+    def __len__(self):
+        return len(self.rows)
+
+    def read(self, indices):
+        return [self.rows[i] for i in indices]
+
+
+def score(folder, rows, *, fail_at=None, **changes):
     config, params, adapter = tiny_model()
-    _, batch = some_batch()
-    everything = topk_soft_labels(params, adapter, batch, config=config, top_k=6)
-    places = np.flatnonzero(batch.mask_BL).astype(np.int32)
-    assert len(places) == 6 + 1 + 4
-    padded = np.pad(places, (0, 5))
-    found = topk_soft_labels_at(params, adapter, batch, padded, config=config, top_k=6)
-    ids_MK, logps_MK, gold_M, tail_M = (
-        np.asarray(array).reshape(-1, *array.shape[2:])[padded] for array in everything
+    done = []
+
+    def report(index, total):
+        done.append(index)
+        if len(done) == fail_at:
+            raise KeyboardInterrupt
+
+    writer = SoftLabelWriter(folder, "distill", vocab_size=24, top_k=5, store_dtype="float32")
+    options = {"batch_size": 4, "rows_per_part": 6, "vocab_size": 24, "report": report,
+               "end_token_ids": [3, 7], **changes}  # fmt: skip
+    score_split(rows, writer, params, adapter, config=config, max_length=40, top_k=5, **options)
+    settings = {"top_k": 5, "temperature": 1.0, "store_dtype": "float32", "vocab_size": 24}
+    return SoftLabelStore(folder, {"settings": settings, "inputs": {}})
+
+
+def test_a_split_is_scored_at_its_answers(tmp_path, monkeypatch):
+    # Several pieces a batch, the last of them not full.
+    monkeypatch.setattr(score_rows, "_FEWEST_POSITIONS", 16)
+    monkeypatch.setattr(score_rows, "_LOGITS_ALIVE", 24 * 16)
+    rows = Rows()
+    store = score(tmp_path / "s", rows)
+    assert store.num_rows("distill") == 23 and store.num_parts("distill") == 4
+    read = store.read("distill", range(23), [row.row_id for row in rows.rows])
+    for row, labels in zip(rows.rows, read, strict=True):
+        logps = full_logps(tiny_model(), row.tokens[:-1])[row.prompt_length - 1 :]
+        ids, expected, gold, tail = exact(logps, row.answer, 5)
+        np.testing.assert_array_equal(labels.ids, ids)
+        np.testing.assert_allclose(labels.logps, expected, atol=3e-5)
+        np.testing.assert_allclose(labels.gold_logps, gold, atol=3e-5)
+        np.testing.assert_allclose(labels.tail_logps, tail, atol=3e-5)
+        assert labels.finished == (row.tokens[-1] in (3, 7))
+    np.testing.assert_allclose(
+        store.seq_logliks("distill"), [r.gold_logps.sum(dtype=np.float64) for r in read], rtol=1e-12
     )
-    np.testing.assert_array_equal(found.ids_K, ids_MK)
-    np.testing.assert_allclose(found.logps_K, logps_MK, atol=1e-5)
-    np.testing.assert_allclose(found.gold_logps, gold_M, atol=1e-5)
-    np.testing.assert_allclose(found.tail_logps, tail_M, atol=1e-5)
+
+
+def test_scoring_that_was_cut_off_goes_on_to_the_same_bytes(tmp_path):
+    rows = Rows()
+    score(tmp_path / "whole", rows)
+    with pytest.raises(KeyboardInterrupt):
+        score(tmp_path / "cut", rows, fail_at=2)
+    assert len(list((tmp_path / "cut" / "distill").iterdir())) == 2
+    score(tmp_path / "cut", rows)
+    for path in (tmp_path / "whole" / "distill").iterdir():
+        assert (tmp_path / "cut" / "distill" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_batch_mates_do_not_matter(tmp_path):
+    rows = Rows()
+    one = score(tmp_path / "one", rows)
+    other = score(tmp_path / "other", rows, batch_size=8, rows_per_part=23)
+    for a, b in zip(one.read("distill", range(23)), other.read("distill", range(23)), strict=True):
+        np.testing.assert_array_equal(a.ids, b.ids)
+        np.testing.assert_allclose(a.logps, b.logps, atol=1e-5)

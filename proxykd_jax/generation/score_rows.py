@@ -1,0 +1,181 @@
+"""Soft labels of a split: rows in, parts of a store out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from proxykd_jax.data.collate import TokenRow, collate_rows
+from proxykd_jax.data.order import default_buckets
+from proxykd_jax.data.soft_labels import SoftLabels, SoftLabelWriter
+from proxykd_jax.generation.scoring import TopKLabels, hidden_rows, soft_labels_of_hidden
+from proxykd_jax.models.config import ModelConfig
+from proxykd_jax.types import TokenBatch
+
+# Positions projected onto the vocabulary at once: float32 logits of 64 MiB, within bounds.
+_LOGITS_ALIVE = 1 << 24
+_FEWEST_POSITIONS, _MOST_POSITIONS = 128, 2048
+
+_take = jax.jit(lambda hidden, places: hidden[places])
+
+
+class Rows(Protocol):
+    """What is read of a split."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Sequence[int]) -> list[TokenRow]: ...
+
+
+def score_split(
+    rows: Rows,
+    writer: SoftLabelWriter,
+    params: Any,
+    adapter: Any,
+    *,
+    config: ModelConfig,
+    end_token_ids: Sequence[int],
+    max_length: int,
+    top_k: int,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    batch_size: int,
+    rows_per_part: int,
+    put: Callable[[TokenBatch], TokenBatch] | None = None,
+    report: Callable[[int, int], None] | None = None,
+) -> None:
+    """Makes the parts of a split that are not there yet; does nothing if all are.
+
+    A part depends on the model, its own rows and the settings alone, so a killed run goes on to
+    the same bytes. While one part is computed the one before is written.
+
+    Args:
+      rows: prompts with answers.
+      writer: where the labels go.
+      params, adapter, config: the proxy.
+      end_token_ids: an answer that ends with one of these is finished.
+      max_length: tokens of the longest row that may come; it bounds the shapes compiled.
+      top_k, temperature, vocab_size: see ``scoring.soft_labels_of_logits``.
+      batch_size: rows computed together.
+      rows_per_part: a killed run loses at most the part being computed and the one being written.
+      put: places a batch on devices; by default jax decides.
+      report: called with (parts there, all parts) after each.
+    """
+    num_parts = -(-len(rows) // rows_per_part)
+    missing = writer.missing(num_parts)
+    scorer = _Scorer(
+        params, adapter, config, top_k, temperature, vocab_size, batch_size, max_length, put
+    )
+    ends = frozenset(end_token_ids)
+    written = num_parts - len(missing)
+
+    def finish(index: int, token_rows: list[TokenRow], pieces: list[_Piece]) -> None:
+        nonlocal written
+        writer.commit(index, _assemble(token_rows, pieces, top_k, ends))
+        written += 1
+        if report is not None:
+            report(written, num_parts)
+
+    pending: tuple[int, list[TokenRow], list[_Piece]] | None = None
+    for index in missing:
+        last = min((index + 1) * rows_per_part, len(rows))
+        token_rows = rows.read(range(index * rows_per_part, last))
+        pieces = scorer.dispatch(token_rows)
+        if pending is not None:
+            finish(*pending)
+        pending = index, token_rows, pieces
+    if pending is not None:
+        finish(*pending)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Labels still being computed, and which (row, token of the answer) they belong to."""
+
+    labels: TopKLabels
+    rows: np.ndarray
+    offsets: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Scorer:
+    params: Any
+    adapter: Any
+    config: ModelConfig
+    top_k: int
+    temperature: float
+    vocab_size: int | None
+    batch_size: int
+    max_length: int
+    put: Callable[[TokenBatch], TokenBatch] | None
+
+    def dispatch(self, token_rows: list[TokenRow]) -> list[_Piece]:
+        """Starts the computation of all rows, neighbours in length together."""
+        lengths = np.array([len(row.tokens) - 1 for row in token_rows])
+        order = np.argsort(lengths, kind="stable")
+        buckets = np.asarray(default_buckets(self.max_length))
+        size = min(max(_LOGITS_ALIVE // self.config.vocab_size, _FEWEST_POSITIONS), _MOST_POSITIONS)
+        pieces: list[_Piece] = []
+        for start in range(0, len(order), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            length = int(buckets[np.searchsorted(buckets, lengths[chosen].max())])
+            batch = collate_rows([[token_rows[i]] for i in chosen], length, 1, self.batch_size)
+            places = np.flatnonzero(batch.mask_BL).astype(np.int32)
+            labels = np.asarray(batch.labels_BL).reshape(-1)
+            prompt_lengths = np.array([token_rows[i].prompt_length for i in chosen])
+            hidden = hidden_rows(
+                self.params,
+                self.adapter,
+                batch if self.put is None else self.put(batch),
+                config=self.config,
+            )
+            for begin in range(0, len(places), size):
+                some = places[begin : begin + size]
+                padded = np.pad(some, (0, size - len(some)))
+                found = soft_labels_of_hidden(
+                    self.params,
+                    _take(hidden, padded),
+                    labels[padded],
+                    config=self.config,
+                    top_k=self.top_k,
+                    temperature=self.temperature,
+                    vocab_size=self.vocab_size,
+                )
+                row, position = some // length, some % length
+                pieces.append(_Piece(found, chosen[row], position - prompt_lengths[row] + 1))
+        return pieces
+
+
+def _assemble(
+    token_rows: list[TokenRow], pieces: list[_Piece], top_k: int, ends: frozenset[int]
+) -> list[SoftLabels]:
+    """Waits for the labels and sorts them into rows."""
+    out = []
+    for row in token_rows:
+        size = len(row.answer)
+        out.append(
+            SoftLabels(
+                row.row_id,
+                np.zeros((size, top_k), np.int32),
+                np.zeros((size, top_k), np.float32),
+                np.zeros(size, np.float32),
+                np.zeros(size, np.float32),
+                finished=int(row.tokens[-1]) in ends,
+            )
+        )
+    for piece in pieces:
+        labels = jax.device_get(piece.labels)
+        # Positions of one row lie side by side: rows begin where the row changes.
+        begins = np.flatnonzero(np.diff(piece.rows, prepend=-1))
+        for begin, end in zip(begins, [*begins[1:], len(piece.rows)], strict=True):
+            target = out[piece.rows[begin]]
+            place = slice(piece.offsets[begin], piece.offsets[begin] + end - begin)
+            target.ids[place] = labels.ids_K[begin:end]
+            target.logps[place] = labels.logps_K[begin:end]
+            target.gold_logps[place] = labels.gold_logps[begin:end]
+            target.tail_logps[place] = labels.tail_logps[begin:end]
+    return out
