@@ -183,6 +183,11 @@ class SoftLabelStore:
             self._slack += 2**-11 * math.log(self.top_k + 1)
         self._splits: dict[str, tuple[list[Part], np.ndarray]] = {}
 
+    @classmethod
+    def unfinished(cls, folder: Path) -> SoftLabelStore:
+        """The store of a stage that is still running, for its own figures."""
+        return cls(folder, read_json(Path(folder) / MANIFEST))
+
     def check(self, **expected: Any) -> None:
         """Refuses a store that was made with or from something else.
 

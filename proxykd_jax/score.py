@@ -1,0 +1,76 @@
+"""Score the teacher's answers with the aligned proxy (paper, 3.4 and A.1): top-k log-probs of
+every answer token, once and for all; and let the proxy answer the fresh prompts.
+
+Run it as ``python -m proxykd_jax.score --config FILE``. It writes ``<run>/samples/fresh`` and
+``<run>/soft_labels``, part by part: killed and run again, it goes on to the same bytes.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from proxykd_jax.cli import run_command
+from proxykd_jax.config import Config
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """A finished store of soft labels.
+
+    Attributes:
+      folder: ``<run>/soft_labels``; ``data.soft_labels.open_soft_labels`` reads it.
+      loglik_mean, loglik_std: mu and gamma of eq. 9 over D_s, of the kind that
+        ``distill.weights.loglik`` names.
+      weight_length_correlation: of these weights with the answers' lengths.
+      figures: by split: rows, tokens, share of positions whose top-k mass exceeds 0.95 (Fig. 4),
+        and the three figures above for both kinds of log-likelihood.
+    """
+
+    folder: Path
+    loglik_mean: float
+    loglik_std: float
+    weight_length_correlation: float
+    figures: dict[str, dict[str, Any]]
+
+
+def main(config: Config) -> ScoreResult:
+    """Scores all that the student will see, or goes on where a run was cut off.
+
+    Raises:
+      UserError: a file is missing or does not fit, or the folder was made with other settings or
+        by another proxy.
+    """
+    from proxykd_jax import align, prepare
+    from proxykd_jax.data.corpus import open_corpus
+    from proxykd_jax.data.soft_labels import open_soft_labels
+    from proxykd_jax.parallel.mesh import make_mesh
+    from proxykd_jax.training.metrics import open_metrics
+    from proxykd_jax.training.scoring import Scoring
+
+    corpus = open_corpus(prepare.main(config).folder)
+    align.main(config)
+    run = Scoring(config, corpus, make_mesh(config.mesh))
+    splits = {**run.teacher_splits(), **run.answer_fresh_prompts()}
+    if not run.begin(splits):
+        for name, rows in splits.items():
+            run.score(name, rows)
+        log = open_metrics(config.folder, config.logging, config.model_dump(mode="json"))
+        run.finish(splits, log)
+        log.close()
+    figures = open_soft_labels(run.folder).figures
+    kind = config.distill.weights.loglik
+    distill = figures.get("distill", {})
+    return ScoreResult(
+        run.folder,
+        distill.get(f"{kind}/loglik_mean", 0.0),
+        distill.get(f"{kind}/loglik_std", 0.0),
+        distill.get(f"{kind}/weight_length_correlation", 0.0),
+        figures,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("score", main, "Store the aligned proxy's soft labels."))

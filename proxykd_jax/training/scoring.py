@@ -1,0 +1,229 @@
+"""Scoring with the aligned proxy: the pieces that ``score.main`` puts in order."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from proxykd_jax.artifacts import complete_stage, open_stage, stage_identity
+from proxykd_jax.config import Config
+from proxykd_jax.data.corpus import TokenCorpus
+from proxykd_jax.data.soft_labels import SoftLabelStore, SoftLabelWriter, weights_of
+from proxykd_jax.errors import UserError
+from proxykd_jax.generation.answered import AnsweredSplit
+from proxykd_jax.generation.sampler import Sample, sample
+from proxykd_jax.generation.samples import SampleStore, sample_round
+from proxykd_jax.generation.score_rows import score_split
+from proxykd_jax.parallel.sharding import check_rows, put_rows
+from proxykd_jax.training.batches import Rows
+from proxykd_jax.training.console import Console
+from proxykd_jax.training.distillation import FRESH, teacher_splits
+from proxykd_jax.training.metrics import MetricsLog
+from proxykd_jax.training.model import Model
+from proxykd_jax.training.restore import finished_step, load_aligned_proxy
+
+# Rounds count from 1, so answers to fresh prompts have random keys of their own.
+_FRESH_ROUND = 0
+# The paper's Fig. 4 counts positions whose top-k probability exceeds this.
+_LARGE_MASS = 0.95
+
+
+class Scoring:
+    """One run of the stage.
+
+    Args:
+      config: of the run.
+      corpus: from ``prepare``.
+      mesh: of devices.
+
+    Raises:
+      UserError: batches that the mesh cannot split, or more log-probs than tokens.
+    """
+
+    def __init__(self, config: Config, corpus: TokenCorpus, mesh: Mesh) -> None:
+        check_rows(config.score.batch_size, mesh, "score.batch_size")
+        check_rows(config.align.sampling.batch_size, mesh, "align.sampling.batch_size")
+        if config.score.top_k > corpus.vocab_size:
+            raise UserError(
+                f"score.top_k: {config.score.top_k} log-probs a position, but the vocabulary has "
+                f"{corpus.vocab_size} tokens. Choose at most as many."
+            )
+        self.folder = config.folder / "soft_labels"
+        self._config, self._corpus, self._mesh = config, corpus, mesh
+        self._console = Console("score")
+        proxy_folder = config.folder / "proxy"
+        # The state that load_aligned_proxy takes: export.state says which.
+        self._proxy = {
+            "stage": stage_identity(proxy_folder),
+            "step": finished_step(proxy_folder, config.export.state),
+        }
+
+    def teacher_splits(self) -> dict[str, Rows]:
+        """The teacher's answers that the student will see."""
+        splits = {name: self._corpus.split(name) for name in teacher_splits(self._config)}
+        return {name: rows for name, rows in splits.items() if len(rows)}
+
+    def answer_fresh_prompts(self) -> dict[str, Rows]:
+        """Lets the proxy answer the prompts that have no teacher's answer, at temperature 1.
+
+        Empty answers are dropped and counted; truncated ones are kept, without an end token.
+        """
+        prompts = self._corpus.split(FRESH)
+        if not len(prompts):
+            return {}
+        sampling = self._config.align.sampling
+        store = SampleStore(self._config.folder / "samples" / FRESH)
+        settings = {
+            "round": _FRESH_ROUND,
+            "seed": self._config.seed,
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "max_new_tokens": sampling.max_new_tokens,
+            "rows_per_part": sampling.rows_per_part,
+        }
+        if not store.begin(settings, {"corpus": self._corpus.identity, "proxy": self._proxy}):
+            sample_round(
+                store,
+                prompts,
+                range(len(prompts)),
+                sample_fn=self._draw,
+                reference_fn=None,
+                rows_per_part=sampling.rows_per_part,
+                max_length=self._corpus.max_length,
+                end_token_ids=self._corpus.end_token_ids,
+                max_new_tokens=sampling.max_new_tokens,
+                report=functools.partial(self._report, "answered fresh prompts"),
+            )
+            store.complete()
+        answered = AnsweredSplit(prompts, store)
+        return {FRESH: answered} if len(answered) else {}
+
+    def begin(self, splits: dict[str, Rows]) -> bool:
+        """Opens or makes the store; whether it is complete.
+
+        Raises:
+          UserError: it was made with other settings or by another proxy.
+        """
+        score = self._config.score
+        settings = {
+            "top_k": score.top_k,
+            "temperature": score.temperature,
+            "store_dtype": score.store_dtype,
+            "vocab_size": self._corpus.vocab_size,
+            "rows_per_part": score.rows_per_part,
+            "splits": list(splits),
+        }
+        inputs = {
+            "corpus": self._corpus.identity,
+            "proxy": self._proxy,
+            "tokenizer": self._corpus.tokenizer_digest,
+            "template": self._corpus.manifest["inputs"]["template"],
+        }
+        if FRESH in splits:
+            inputs["fresh"] = stage_identity(self._config.folder / "samples" / FRESH)
+        return open_stage(self.folder, "score", settings, inputs)
+
+    def score(self, name: str, rows: Rows) -> None:
+        """Makes the parts of a split that are not there yet."""
+        score, model = self._config.score, self._model
+        score_split(
+            rows,
+            SoftLabelWriter(
+                self.folder,
+                name,
+                vocab_size=self._corpus.vocab_size,
+                top_k=score.top_k,
+                store_dtype=score.store_dtype,
+            ),
+            *self._weights,
+            config=model.config,
+            end_token_ids=self._corpus.end_token_ids,
+            max_length=self._corpus.max_length,
+            top_k=score.top_k,
+            temperature=score.temperature,
+            vocab_size=self._corpus.vocab_size,
+            batch_size=score.batch_size,
+            rows_per_part=score.rows_per_part,
+            put=lambda batch: put_rows(batch, self._mesh),
+            report=functools.partial(self._report, f"scored {name}"),
+        )
+
+    def finish(self, splits: dict[str, Rows], log: MetricsLog) -> None:
+        """Takes the figures, logs them and marks the store complete."""
+        store = SoftLabelStore.unfinished(self.folder)
+        figures = {name: split_figures(store, name) for name in splits}
+        if len(self._corpus.split(FRESH)):
+            counts = SampleStore(self._config.folder / "samples" / FRESH).counts()
+            figures.setdefault(FRESH, {}).update({f"samples/{k}": v for k, v in counts.items()})
+        line = {f"{name}/{k}": v for name, found in figures.items() for k, v in found.items()}
+        # Logged before the manifest says complete, and once: a run killed between logs it again.
+        log.resume("score", 0)
+        log.write(stage="score", step=0, values=line)
+        for name in figures.keys() & {"distill"}:
+            kind = self._config.distill.weights.loglik
+            found = figures[name]
+            self._console.say(
+                f"mu {found[f'{kind}/loglik_mean']:.4g}, gamma {found[f'{kind}/loglik_std']:.4g} "
+                f"({kind}); correlation of the weights with length "
+                f"{found[f'{kind}/weight_length_correlation']:.2f}; top-{store.top_k} mass above "
+                f"{_LARGE_MASS} at {found['large_mass_share']:.0%} of positions"
+            )
+        counts = {name: found.get("rows", 0) for name, found in figures.items()}
+        complete_stage(self.folder, counts=counts, figures=figures)
+
+    # --- pieces -----------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _model(self) -> Model:
+        """Loaded only where something is left to be computed."""
+        return load_aligned_proxy(self._config, self._mesh)
+
+    @functools.cached_property
+    def _weights(self) -> tuple[Any, Any]:
+        """(params, adapter), bound once: with trainable: full, binding casts all weights."""
+        return self._model.params, self._model.adapter
+
+    def _draw(
+        self, prompts: list[np.ndarray], row_ids: list[str], budgets: list[int]
+    ) -> list[Sample]:
+        return sample(
+            *self._weights,
+            prompts,
+            row_ids,
+            config=self._model.config,
+            seed=self._config.seed,
+            round_index=_FRESH_ROUND,
+            end_token_ids=self._corpus.end_token_ids,
+            max_new_tokens=budgets,
+            batch_size=self._config.align.sampling.batch_size,
+            vocab_size=self._corpus.vocab_size,
+            put=lambda batch: put_rows(batch, self._mesh),
+            rows_multiple=self._mesh.shape["data"] * self._mesh.shape["fsdp"],
+        )
+
+    def _report(self, what: str, done: int, total: int) -> None:
+        self._console.say(f"{what}: {done}/{total} parts")
+
+
+def split_figures(store: SoftLabelStore, name: str) -> dict[str, float]:
+    """What is reported of a split, nats; for both kinds of log-likelihood that eq. 9 may use."""
+    lengths, finished = store.lengths(name), store.finished(name)
+    large = sum(
+        int((store.top_k_mass(name, part) > _LARGE_MASS).sum())
+        for part in range(store.num_parts(name))
+    )
+    figures: dict[str, float] = {
+        "rows": len(lengths),
+        "tokens": int(lengths.sum()),
+        "finished": int(finished.sum()),
+        "large_mass_share": large / max(int(lengths.sum()), 1),
+    }
+    for kind in ("sum", "token_mean"):
+        found = weights_of(store.seq_logliks(name), lengths, finished, loglik=kind)
+        figures[f"{kind}/loglik_mean"] = found.loglik_mean
+        figures[f"{kind}/loglik_std"] = found.loglik_std
+        figures[f"{kind}/weight_length_correlation"] = found.length_correlation
+    return figures
