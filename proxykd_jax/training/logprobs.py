@@ -83,6 +83,9 @@ def response_logps(
     return reduce_tokens(logps_BL, batch.mask_BL, reduction="sum")
 
 
+_response_logps = jax.jit(response_logps, static_argnames="spec")
+
+
 def make_reference(
     spec: ModelSpec, params: Tree, adapter: Tree | None, *, batch_size: int, mesh: Mesh
 ) -> Callable[[Sequence[tuple[np.ndarray, np.ndarray]]], np.ndarray]:
@@ -91,7 +94,6 @@ def make_reference(
     The same forward pass as in training, without dropout, so that a round's DPO loss begins at
     ln 2.
     """
-    compiled = jax.jit(lambda params, adapter, batch: response_logps(params, adapter, batch, spec))
 
     def reference(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
         rows = [TokenRow(np.concatenate(pair), len(pair[0]), "") for pair in pairs]
@@ -103,7 +105,7 @@ def make_reference(
             longest = len(rows[places[-1]].tokens) - 1
             length = next(bucket for bucket in buckets if bucket >= longest)
             batch = collate_rows([[rows[i]] for i in places], length, 1, batch_size)
-            found = compiled(params, adapter, put_rows(batch, mesh))
+            found = _response_logps(params, adapter, put_rows(batch, mesh), spec)
             sums[places] = np.asarray(found)[: len(places)]
         return sums
 

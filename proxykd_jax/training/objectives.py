@@ -7,6 +7,7 @@ loss of a micro-batch is its share of the whole batch's loss and gradients simpl
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -35,7 +36,7 @@ Counts = dict[str, jax.Array]
 Metrics = dict[str, Term]
 
 
-class Objective(Protocol):
+class Objective(Hashable, Protocol):
     """What a step minimises."""
 
     def counts(self, batch: Any) -> Counts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +14,14 @@ from proxykd_jax.losses import batch_mean
 from proxykd_jax.training.objectives import Objective
 from proxykd_jax.training.state import ModelSpec, TrainState, Tree
 
+# A round takes the steps of the round before: what is compiled is a function of the arguments.
+_compiled_once = functools.lru_cache(maxsize=16)
+
 Metrics = dict[str, jax.Array]
 Step = Callable[[TrainState, Tree, Any], tuple[TrainState, Metrics]]
 
 
+@_compiled_once
 def make_train_step(
     spec: ModelSpec,
     objective: Objective,
@@ -59,6 +64,7 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0)
 
 
+@_compiled_once
 def make_diagnosis(
     spec: ModelSpec, objective: Objective, *, microbatches: int
 ) -> Callable[[TrainState, Tree, Any], Metrics]:
@@ -83,6 +89,7 @@ def make_diagnosis(
     return jax.jit(diagnose)
 
 
+@_compiled_once
 def make_evaluation(
     spec: ModelSpec, objective: Objective
 ) -> Callable[[TrainState, Tree, Any], dict[str, Any]]:
