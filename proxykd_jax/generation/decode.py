@@ -125,7 +125,10 @@ def draw_tokens(
             scores_BV = jnp.where(nucleus(scores_BV, settings.top_p), scores_BV, -jnp.inf)
         size = logits_BV.shape[1:]
         scores_BV = scores_BV + jax.vmap(lambda key: jax.random.gumbel(key, size))(keys_B)
-    token_B = jnp.argmax(scores_BV, axis=-1).astype(jnp.int32)
+    # The argmax as two plain reductions: XLA's own takes four times as long on a CPU, where it
+    # was 40 % of a decoding step (15M parameters, 32 rows, 32,000 tokens).
+    best_BV = scores_BV == jnp.max(scores_BV, axis=-1, keepdims=True)
+    token_B = jnp.min(jnp.where(best_BV, ids_BV, logits_BV.shape[-1]), axis=-1)
     # A sum over a comparison keeps a vocabulary that is spread over devices where it is.
     chosen_B = jnp.sum(jnp.where(ids_BV == token_B[:, None], logits_BV, 0.0), axis=-1)
     return token_B, chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
@@ -254,8 +257,8 @@ def take_rows(state: DecodeState, rows_B: jax.Array) -> DecodeState:
         state,
         cache=dataclasses.replace(
             cache,
-            k_NBSGC=cache.k_NBSGC[:, rows_B],
-            v_NBSGC=cache.v_NBSGC[:, rows_B],
+            k_NBGSC=cache.k_NBGSC[:, rows_B],
+            v_NBGSC=cache.v_NBGSC[:, rows_B],
             positions_BS=cache.positions_BS[rows_B],
         ),
         **rest,

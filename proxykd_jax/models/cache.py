@@ -21,13 +21,17 @@ from proxykd_jax.models.rope import check_length, rotation
 class KVCache:
     """Keys (rotated) and values of S slots a row, for every layer.
 
+    Slots lie next to the head dimension, as the matrix products over a head want them: with the
+    heads between them XLA turns the whole cache around at every token (measured on two cores, 32
+    rows, 6 heads of 48, 512 slots: 14 against 1.3 ms a layer).
+
     ``positions_BS`` is the rotary position of the token in a slot, -1 for an empty slot, which
     is never attended to. ``index`` (int32 scalar) is the next slot to be written, the same in
     every row.
     """
 
-    k_NBSGC: jax.Array
-    v_NBSGC: jax.Array
+    k_NBGSC: jax.Array
+    v_NBGSC: jax.Array
     positions_BS: jax.Array
     index: jax.Array
 
@@ -35,10 +39,10 @@ class KVCache:
 def init_cache(config: ModelConfig, batch: int, slots: int, dtype: Any = jnp.bfloat16) -> KVCache:
     """An empty cache for ``batch`` rows of at most ``slots`` tokens, padding included."""
     check_length(config, slots)
-    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+    shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
     return KVCache(
-        k_NBSGC=jnp.zeros(shape, dtype),
-        v_NBSGC=jnp.zeros(shape, dtype),
+        k_NBGSC=jnp.zeros(shape, dtype),
+        v_NBGSC=jnp.zeros(shape, dtype),
         positions_BS=jnp.full((batch, slots), -1, jnp.int32),
         index=jnp.zeros((), jnp.int32),
     )
@@ -101,16 +105,20 @@ def forward_cached(
     def body(carry: Any, xs: Any) -> tuple[Any, None]:
         # The whole cache is carried and one slice of it written: as scanned input and output it
         # would be copied once for every token.
-        hidden_BLD, k_NBSGC, v_NBSGC = carry
+        hidden_BLD, k_NBGSC, v_NBGSC = carry
         layer_index, flag, layer, updates = xs
         mask = decoder.layer_mask(full, windowed, flag, config)
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
-            start = (layer_index, zero, cache.index, zero, zero)
-            keys = jax.lax.dynamic_update_slice(k_NBSGC, k[None].astype(k_NBSGC.dtype), start)
-            values = jax.lax.dynamic_update_slice(v_NBSGC, v[None].astype(v_NBSGC.dtype), start)
+            start = (layer_index, zero, zero, cache.index, zero)
+            k_1BGLC, v_1BGLC = (jnp.swapaxes(new, 1, 2)[None] for new in (k, v))
+            keys = jax.lax.dynamic_update_slice(k_NBGSC, k_1BGLC.astype(k_NBGSC.dtype), start)
+            values = jax.lax.dynamic_update_slice(v_NBGSC, v_1BGLC.astype(v_NBGSC.dtype), start)
+            # The swap is folded into the products and moves nothing.
             k_BSGC, v_BSGC = (
-                jax.lax.dynamic_index_in_dim(stack, layer_index, 0, keepdims=False).astype(q.dtype)
+                jnp.swapaxes(
+                    jax.lax.dynamic_index_in_dim(stack, layer_index, 0, keepdims=False), 1, 2
+                ).astype(q.dtype)
                 for stack in (keys, values)
             )
             out = grouped_attention(q, k_BSGC, v_BSGC, mask_BLS=mask, backend=attention)
@@ -127,10 +135,10 @@ def forward_cached(
         params["layers"],
         adapter_layers,
     )
-    carry = (decoder.embed(params, tokens_BL), cache.k_NBSGC, cache.v_NBSGC)
-    (hidden_BLD, k_NBSGC, v_NBSGC), _ = jax.lax.scan(body, carry, xs, unroll=scan_unroll)
+    carry = (decoder.embed(params, tokens_BL), cache.k_NBGSC, cache.v_NBGSC)
+    (hidden_BLD, k_NBGSC, v_NBGSC), _ = jax.lax.scan(body, carry, xs, unroll=scan_unroll)
     hidden_BLD = decoder.rms_norm(hidden_BLD, params["final_norm"]["scale"], config.norm_eps)
     cache = KVCache(
-        k_NBSGC=k_NBSGC, v_NBSGC=v_NBSGC, positions_BS=positions_BS, index=cache.index + length
+        k_NBGSC=k_NBGSC, v_NBGSC=v_NBGSC, positions_BS=positions_BS, index=cache.index + length
     )
     return hidden_BLD, cache
