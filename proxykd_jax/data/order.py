@@ -94,7 +94,7 @@ def default_buckets(max_length: int) -> tuple[int, ...]:
     """Lengths that batches are padded to: 32, 48, 64, 96, ... up to what ``max_length`` needs.
 
     Steps of 1.5 and 1.33 keep padding under a third of a row and the number of compiled shapes
-    logarithmic.
+    logarithmic. Where no row needs 32 positions, the one length is the next multiple of 8.
 
     Args:
       max_length: tokens of the longest row; it has one position fewer.
@@ -107,7 +107,8 @@ def default_buckets(max_length: int) -> tuple[int, ...]:
         if size * 3 // 2 < longest:
             buckets.append(size * 3 // 2)
         size *= 2
-    return (*buckets, math.ceil(longest / 32) * 32)
+    step = 32 if longest > 32 else 8
+    return (*buckets, math.ceil(longest / step) * step)
 
 
 def permutation(count: int, *, seed: int, epoch: int, purpose: int = 0) -> np.ndarray:

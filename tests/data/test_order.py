@@ -97,6 +97,8 @@ def test_default_buckets():
     assert default_buckets(1024) == (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
     assert default_buckets(256) == (32, 48, 64, 96, 128, 192, 256)
     assert default_buckets(300) == (32, 48, 64, 96, 128, 192, 256, 320)
+    assert default_buckets(12) == (16,)
+    assert default_buckets(33) == (32,)
     for max_length in range(2, 700):
         buckets = default_buckets(max_length)
         assert list(buckets) == sorted(set(buckets))
