@@ -22,6 +22,8 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY, BLACK = (
     "#222222",
 )
 COLOURS = {
+    "proxy_unaligned": "#dddddd",
+    "proxy_aligned": "#bbbbbb",
     "student_pretrained": GREY,
     "black_box_ds": SKY,
     "black_box_all": BLUE,
@@ -127,76 +129,71 @@ def _alignment(plt: Any, measured: Mapping[str, Measured], lines: list[dict[str,
 
 
 def _mark_phases(axis: Any, steps: list[int], phases: list[str]) -> None:
-    """A line where a phase begins, with its name above."""
-    previous = 0
-    for index, (step, phase) in enumerate(zip(steps, phases, strict=True)):
-        if index == 0 or phase != phases[index - 1]:
-            if index:
-                previous = steps[index - 1]
-                axis.axvline(previous, color="#cccccc", linewidth=0.8)
-            axis.annotate(
-                phase.replace("_", " "),
-                (previous if index else min(step, 0), 0),
-                xycoords=("data", "axes fraction"),
-                xytext=(3, 3),
-                textcoords="offset points",
-                fontsize=7.5,
-                color="#777777",
-            )
+    """A line where a phase ends, and its name under the middle of it."""
+    ends = {phase: step for step, phase in zip(steps, phases, strict=True)}
+    begin = 0
+    for phase, end in ends.items():
+        if end == begin:
+            continue  # the look at the raw proxy
+        axis.axvline(end, color="#cccccc", linewidth=0.8, zorder=0)
+        axis.annotate(
+            phase.replace("_0", " ").replace("_", " "),
+            ((begin + end) / 2, 0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="center",
+            fontsize=7.5,
+            color="#777777",
+        )
+        begin = end
 
 
 def _students(plt: Any, measured: Mapping[str, Measured]) -> Any:
     names = [name for name in COLOURS if name in measured][::-1]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.9), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
     plans = (
-        (axes[0], "accuracy", "Greedy accuracy on unseen prompts (more is better)"),
-        (axes[1], "kl", "Exact KL(teacher || student), nats a token (less is better)"),
+        (axes[0], "accuracy", "Greedy accuracy (more is better)"),
+        (axes[1], "kl", "KL(teacher || model), nats a token (less is better)"),
     )
     for axis, name, title in plans:
-        figures = [getattr(measured[student], name) for student in names]
-        values = [figure.value for figure in figures]
+        figures = [getattr(measured[model], name) for model in names]
         bars = axis.barh(
-            [measured[student].label for student in names],
-            values,
+            [measured[model].label for model in names],
+            [figure.value for figure in figures],
             xerr=[figure.error or 0 for figure in figures],
-            color=[COLOURS[student] for student in names],
+            color=[COLOURS[model] for model in names],
             error_kw={"elinewidth": 1, "ecolor": BLACK},
-            height=0.68,
+            height=0.7,
         )
-        axis.bar_label(bars, labels=[f"{value:.3f}" for value in values], padding=4, fontsize=8.5)
-        marks = [
-            ("proxy_unaligned", "unaligned proxy", GREY),
-            ("proxy_aligned", "aligned proxy", GREEN),
-        ]
-        if name == "accuracy":
-            marks.append(("teacher", "teacher", BLACK))
-        for model, text, colour in marks:
-            value = getattr(measured[model], name).value
-            axis.axvline(value, color=colour, linestyle="--", linewidth=1)
-            axis.annotate(
-                text,
-                (value, 1),
-                xycoords=("data", "axes fraction"),
-                xytext=(-3, -2),
-                textcoords="offset points",
-                rotation=90,
-                va="top",
-                ha="right",
-                fontsize=7.5,
-                color=colour,
-            )
+        labels = [f"{figure.value:.3f}" for figure in figures]
+        axis.bar_label(bars, labels=labels, padding=4, fontsize=8.5)
         axis.set_title(title)
         axis.grid(axis="y", visible=False)
         axis.grid(axis="x", visible=True)
+        axis.margins(x=0.12)
         axis.set_xlim(left=0)
-        axis.margins(x=0.1)
+    ceiling = measured["teacher"].accuracy.value
+    axes[0].axvline(ceiling, color=BLACK, linestyle=":", linewidth=1)
+    axes[0].annotate(
+        f"the teacher: {ceiling:.3f}",
+        (ceiling, 0.02),
+        xycoords=("data", "axes fraction"),
+        xytext=(-3, 0),
+        textcoords="offset points",
+        rotation=90,
+        ha="right",
+        va="bottom",
+        fontsize=8.5,
+    )
+    axes[0].set_xlim(right=1)
     return figure
 
 
 def _losses(
     plt: Any, measured: Mapping[str, Measured], lines: Mapping[str, list[dict[str, Any]]]
 ) -> Any:
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8))
+    figure, axes = plt.subplots(1, 2, figsize=(11.5, 3.8), sharey=True)
     for name, of_one in lines.items():
         label, colour = measured[name].label, COLOURS[name]
         steps, values, _ = series(of_one, "distill", "nll")
@@ -206,9 +203,10 @@ def _losses(
     axes[0].set_title("Training: NLL of the teacher's tokens (nats)")
     axes[1].set_title("Validation: NLL of the teacher's tokens (nats)")
     for axis in axes:
-        axis.axhline(measured["teacher"].nll.value, color=BLACK, linestyle=":", linewidth=1)
+        line = axis.axhline(measured["teacher"].nll.value, color=BLACK, linestyle=":", linewidth=1)
         axis.set_xlabel("student step")
-    axes[1].legend(frameon=False, fontsize=8)
+    line.set_label("the teacher itself, on test rows")
+    figure.legend(loc="outside right center", frameon=False, fontsize=8.5)
     return figure
 
 

@@ -87,6 +87,7 @@ def _headline(out: Path) -> dict[str, Any]:
             "preference": {"beta": 1.0},
             "sampling": {"batch_size": 256, "rows_per_part": 1024},
             "batch_size": 64,
+            "batching": "pad",  # all rows fit one length; batches of mixed lengths
             "optimizer": {"learning_rate": 3e-4, "b2": 0.98, "clip_norm": 1.0},
             # Never stops: validation only chooses the state that is kept.
             "stop": {"enabled": True, "every": 20, "patience": 1000},
@@ -99,6 +100,7 @@ def _headline(out: Path) -> dict[str, Any]:
             "epochs": 30,
             "max_steps": 400,
             "batch_size": 64,
+            "batching": "pad",
             "optimizer": {"learning_rate": 2e-3, "b2": 0.98, "clip_norm": 1.0},
             "stop": {"enabled": True, "every": 20, "patience": 1000},
             "checkpoint_every": 200,
