@@ -115,8 +115,8 @@ def test_bfloat16_stays_near_float32(each_reference, helpers):
     config, params = load_model(each_reference.folder, dtype="bfloat16")
     ours = np.asarray(llama.forward(params, None, tokens_BL, config=config))
     expected = each_reference.logits(tokens_BL)
-    # Eight bits of mantissa through three layers; the measured figure is 0.01 to 0.03.
-    assert np.sqrt(np.mean((ours - expected) ** 2)) < 0.06
+    # Eight bits of mantissa through three layers; measured: 0.009 to 0.016.
+    assert np.sqrt(np.mean((ours - expected) ** 2)) < 0.03
 
 
 def greedy(params, config, prompt, steps):
