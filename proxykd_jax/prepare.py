@@ -6,7 +6,9 @@ shard: killed and run again, it goes on with the shards that are missing.
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,11 +46,6 @@ def main(config: Config) -> PrepareResult:
       UserError: a source or the tokenizer is missing or damaged, a row cannot be rendered, or the
         folder was made from other sources or settings.
     """
-    from proxykd_jax.data.corpus_writer import CorpusWriter
-    from proxykd_jax.data.encode import encode_rows
-    from proxykd_jax.data.funnel import corpus_counts, describe_counts
-    from proxykd_jax.data.progress import Progress
-    from proxykd_jax.data.selection import select_rows, selected_rows
     from proxykd_jax.data.template import Renderer
     from proxykd_jax.data.tokenizer import load_tokenizer
 
@@ -57,15 +54,31 @@ def main(config: Config) -> PrepareResult:
     tokenizer = load_tokenizer(config)
     renderer = Renderer(tokenizer, config.corpus.template, config.corpus.end_tokens)
     settings = {"corpus": config.corpus.model_dump(mode="json", exclude=_NOT_CONTENT)}
-    complete = open_stage(folder, "prepare", settings, stage_inputs(config, tokenizer, renderer))
-    if not (run / "config.yaml").exists():
-        write_bytes(run / "config.yaml", dump_config(config).encode())
-    if complete:
-        return PrepareResult(folder, read_json(folder / MANIFEST)["counts"])
+    inputs = stage_inputs(config, tokenizer, renderer)
+    with one_at_a_time(run):
+        complete = open_stage(folder, "prepare", settings, inputs)
+        if not (run / "config.yaml").exists():
+            write_bytes(run / "config.yaml", dump_config(config).encode())
+        if not complete:
+            make_corpus(config, folder, tokenizer, renderer)
+    return PrepareResult(folder, read_json(folder / MANIFEST)["counts"])
 
+
+def make_corpus(config: Config, folder: Path, tokenizer: Tokenizer, renderer: Renderer) -> None:
+    """Reads, selects, splits, encodes and writes; goes on with what a killed run left.
+
+    Raises:
+      UserError: as ``main``.
+    """
+    from proxykd_jax.data.corpus_writer import CorpusWriter
+    from proxykd_jax.data.encode import encode_rows
+    from proxykd_jax.data.funnel import corpus_counts, describe_counts
+    from proxykd_jax.data.progress import Progress
+    from proxykd_jax.data.selection import select_rows, selected_rows
+
+    writer = CorpusWriter(folder)
     with Progress() as progress:
         selection = select_rows(config.corpus, progress)
-        writer = CorpusWriter(folder)
         encode_rows(
             selected_rows(config.corpus, selection),
             renderer,
@@ -85,7 +98,21 @@ def main(config: Config) -> PrepareResult:
         },
         end_token_ids=renderer.end_token_ids,
     )
-    return PrepareResult(folder, counts)
+
+
+@contextlib.contextmanager
+def one_at_a_time(run: Path) -> Iterator[None]:
+    """Lets one process at a time make the corpus of a run; the others wait and find it made.
+
+    All processes of a training job call ``main``. The lock is the system's: it ends with its
+    process, however that ends.
+    """
+    import fcntl
+
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / ".prepare.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def stage_inputs(config: Config, tokenizer: Tokenizer, renderer: Renderer) -> dict[str, Any]:

@@ -89,7 +89,9 @@ class SourceConfig(Section):
         None, description="text format: the prompt is the first so many tokens"
     )
     prompt_sentences: PositiveInt | None = Field(
-        None, description="text format: the prompt is the first so many sentences"
+        None,
+        description="text format: the prompt is the first so many sentences (one, where neither "
+        "this nor prompt_tokens is given)",
     )
     limit: PositiveInt | None = Field(None, description="read at most so many rows")
 

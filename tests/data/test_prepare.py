@@ -368,6 +368,19 @@ def test_killed_at_random_moments(tmp_path, llama_folder):
     assert snapshot(folder) == snapshot(whole.folder)
 
 
+def test_two_processes_at_once_make_one_corpus(tmp_path, llama_folder):
+    rows = pairs(300)
+    whole = main(config_for(tmp_path, llama_folder, rows, name="whole", shard_rows=30))
+    config = config_for(tmp_path, llama_folder, rows, name="shared", shard_rows=30)
+    yaml = write_config(tmp_path / "c.yaml", config)
+    command = [sys.executable, "-m", "proxykd_jax.prepare", "--config", yaml]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    printed = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sum("300 read, 300 kept" in text for text in printed) == 1
+    assert snapshot(tmp_path / "runs" / "shared" / "corpus") == snapshot(whole.folder)
+
+
 # --- the command, and real files ------------------------------------------------------------------
 
 
