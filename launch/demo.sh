@@ -12,7 +12,9 @@ source launch/environment.sh
 
 out="${1:-runs/demo}"
 ensure_environment run
-export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-3}"
+export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
+# Remarks of libraries on what is not installed or not used here.
+export TF_CPP_MIN_LOG_LEVEL=3 TF_ENABLE_ONEDNN_OPTS=0 TRANSFORMERS_VERBOSITY=error
 # The stages are processes of their own; a program that one compiled serves the next.
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$out/.compiled}"
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.2

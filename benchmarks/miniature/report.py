@@ -42,6 +42,17 @@ MODELS: dict[str, tuple[str, str, str]] = {
 }
 
 
+PAIRS = (
+    ("proxy_aligned", "proxy_unaligned"),
+    ("proxy_kd", "black_box_ds"),
+    ("proxy_kd", "black_box_all"),
+    ("proxy_kd", "takd"),
+    ("proxy_kd", "without_alignment"),
+    ("proxy_kd_fresh", "proxy_kd"),
+    ("proxy_kd_fresh", "black_box_all"),
+)
+
+
 @dataclass(frozen=True)
 class Figure:
     """A measured value with its standard error."""
@@ -60,6 +71,7 @@ class Measured:
       agreement: share of the teacher's tokens that are the model's first choice.
       nll: of the teacher's tokens, nats.
       n: test prompts.
+      correct: bool [n], of each prompt's greedy answer.
     """
 
     label: str
@@ -68,6 +80,7 @@ class Measured:
     agreement: Figure
     nll: Figure
     n: int
+    correct: np.ndarray
 
     def to_json(self) -> dict[str, float | int]:
         """The four values and n."""
@@ -102,6 +115,7 @@ def collect(out: Path) -> dict[str, Measured]:
             _figure(test["agreement"]),
             _figure(test["nll"]),
             n=test["n"],
+            correct=correct,
         )
     return measured
 
@@ -140,6 +154,7 @@ def teacher_itself(worlds: w.Worlds, prompts_NP: np.ndarray, answers_NT: np.ndar
         Figure(*token_mean(agreed, tokens)),
         Figure(*token_mean(nll, tokens)),
         n=len(tokens),
+        correct=correct,
     )
 
 
@@ -157,6 +172,11 @@ def table(measured: dict[str, Measured]) -> str:
         lines.append(f"{row.label:<28}{cells}")
     some = next(iter(measured.values()))
     lines += ["", f"{some.n} test prompts that occur nowhere else; value +- standard error."]
+    lines += ["Accuracy on the same prompts, paired:"]
+    for one, other in PAIRS:
+        first, second = measured[one], measured[other]
+        gain, error = mean(first.correct.astype(float) - second.correct)
+        lines.append(f"  {first.label} minus {second.label}: {gain:+.3f} +-{error:.3f}")
     return "\n".join(lines)
 
 

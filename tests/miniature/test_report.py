@@ -16,7 +16,7 @@ def made_up() -> dict[str, report.Measured]:
 
     def row(label: str) -> report.Measured:
         figures = [report.Figure(float(value), 0.01) for value in rng.uniform(0.1, 0.9, size=4)]
-        return report.Measured(label, *figures, n=768)
+        return report.Measured(label, *figures, n=768, correct=rng.random(768) < 0.5)
 
     return {
         "teacher": row("teacher"),
@@ -39,6 +39,9 @@ def test_table_holds_every_model_and_value() -> None:
         for name in ("accuracy", "kl", "agreement", "nll"):
             assert f"{getattr(row, name).value:.3f} +-0.010" in line
     assert "768 test prompts" in text
+    one, other = measured["proxy_kd"].correct, measured["takd"].correct
+    gain = one.mean() - other.mean()
+    assert f"Proxy-KD minus TAKD (unaligned proxy): {gain:+.3f} +-" in text
 
 
 def test_json_of_a_model_has_the_four_figures_and_n() -> None:
