@@ -41,19 +41,20 @@ def main(config: Config) -> AlignResult:
     from proxykd_jax.parallel.mesh import make_mesh
     from proxykd_jax.parallel.sharding import check_rows
     from proxykd_jax.training.alignment import Alignment
+    from proxykd_jax.training.exporting import export_proxy
     from proxykd_jax.training.metrics import open_metrics
     from proxykd_jax.training.model import check_vocabulary, load_for_training, model_identity
 
     corpus = open_corpus(prepare.main(config).folder)
     folder = config.folder / "proxy"
     inputs = {"corpus": corpus.identity, "proxy": model_identity(config.proxy)}
+    mesh = make_mesh(config.mesh)
+    measure = validation_figures(config.evaluate.batch_size, mesh)
     if not open_stage(folder, "align", align_settings(config), inputs):
-        mesh = make_mesh(config.mesh)
         check_rows(config.align.batch_size, mesh, "align.batch_size")
         proxy = load_for_training(config.proxy, role="proxy", seed=config.seed, mesh=mesh)
         check_vocabulary(proxy, corpus.vocab_size, "proxy")
         log = open_metrics(config.folder, config.logging, config.model_dump(mode="json"))
-        measure = validation_figures(config.evaluate.batch_size, mesh)
         run = Alignment(config, corpus, proxy, mesh, log, measure)
         run.look_at_raw_proxy()
         if config.align.alignment != "none":
@@ -65,6 +66,7 @@ def main(config: Config) -> AlignResult:
                 break
         run.finish()
         log.close()
+    export_proxy(config, corpus, mesh, measure)
     manifest = read_json(folder / "manifest.json")
     return AlignResult(
         folder, manifest["best_step"], manifest["last_step"], list(manifest["results"])

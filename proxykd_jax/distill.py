@@ -45,6 +45,7 @@ def main(config: Config) -> DistillResult:
     from proxykd_jax.parallel.mesh import make_mesh
     from proxykd_jax.parallel.sharding import check_rows
     from proxykd_jax.training.distillation import Distillation
+    from proxykd_jax.training.exporting import export_student
     from proxykd_jax.training.metrics import open_metrics
     from proxykd_jax.training.model import check_vocabulary, load_for_training, model_identity
 
@@ -55,20 +56,21 @@ def main(config: Config) -> DistillResult:
     if config.distill.alpha > 0:
         labels = open_soft_labels(score.main(config).folder)
         inputs["soft_labels"] = stage_identity(labels.folder)
+    mesh = make_mesh(config.mesh)
+    measure = validation_figures(config.evaluate.batch_size, mesh)
     if not open_stage(folder, "distill", distill_settings(config), inputs):
-        mesh = make_mesh(config.mesh)
         check_rows(config.distill.batch_size, mesh, "distill.batch_size")
         student = load_for_training(config.student, role="student", seed=config.seed, mesh=mesh)
         check_vocabulary(student, corpus.vocab_size, "student")
         if labels is not None:
             labels.check(tokenizer=corpus.tokenizer_digest)
         log = open_metrics(config.folder, config.logging, config.model_dump(mode="json"))
-        measure = validation_figures(config.evaluate.batch_size, mesh)
         run = Distillation(config, corpus, labels, student, mesh, log, measure)
         run.look_at_untrained_student()
         run.train()
         run.finish()
         log.close()
+    export_student(config, corpus, mesh, measure)
     manifest = read_json(folder / "manifest.json")
     return DistillResult(
         folder, manifest["best_step"], manifest["last_step"], list(manifest["results"])

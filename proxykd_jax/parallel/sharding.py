@@ -8,7 +8,9 @@ name that no line matches is an error: silent replication of a large array would
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -62,17 +64,43 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        spec = spec_of(name)
-        for size, axis in zip(leaf.shape, spec, strict=False):
-            ways = mesh.shape[axis] if axis else 1
-            if size % ways:
-                raise UserError(
-                    f"mesh: {axis} = {ways} does not divide an axis of {size} of {name} "
-                    f"{tuple(leaf.shape)}. Choose a smaller {axis}."
-                )
+        _ways(name, leaf.shape, mesh.shape)
         return sharding_of(name, mesh)
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def bytes_per_device(tree: Any, axes: Mapping[str, int]) -> int:
+    """What one device holds of a tree of arrays (or shapes), by the table.
+
+    Args:
+      tree: parameters, an adapter or a training state.
+      axes: sizes of the mesh's axes; those not named are 1.
+
+    Raises:
+      UserError: an axis does not divide an array.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return sum(
+        math.prod(leaf.shape)
+        * leaf.dtype.itemsize
+        // _ways(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, axes)
+        for path, leaf in leaves
+    )
+
+
+def _ways(name: str, shape: tuple[int, ...], axes: Mapping[str, int]) -> int:
+    """In how many parts an array is cut."""
+    product = 1
+    for size, axis in zip(shape, spec_of(name), strict=False):
+        ways = axes.get(axis, 1) if axis else 1
+        if size % ways:
+            raise UserError(
+                f"mesh: {axis} = {ways} does not divide an axis of {size} of {name} "
+                f"{tuple(shape)}. Choose a smaller {axis}."
+            )
+        product *= ways
+    return product
 
 
 def put_rows(batch: Any, mesh: Mesh) -> Any:

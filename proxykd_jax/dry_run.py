@@ -1,0 +1,329 @@
+"""--dry-run: checks a config as far as the files at hand allow, and trains nothing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from proxykd_jax.config import Config, ModelSection, SourceConfig
+from proxykd_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from proxykd_jax.data.tokenizer import Tokenizer
+    from proxykd_jax.models.config import ModelConfig
+
+_GIB = 1 << 30
+
+
+@dataclass
+class Report:
+    """What was found: problems stop a run, unchecked things may."""
+
+    problems: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+
+    def say(self, title: str, text: str) -> None:
+        """Prints one finding."""
+        print(f"{title:<10} {text}", flush=True)
+
+
+def dry_run(config: Config) -> list[str]:
+    """Checks config, files, tokenizers, templates and shapes; prints steps, tokens and memory.
+
+    Returns:
+      What could not be checked, because it is absent.
+
+    Raises:
+      UserError: what is there does not fit; all of it in one message.
+    """
+    report = Report()
+    report.say("config", f"{config.name}, preset {config.preset}: every key is valid")
+    sources = _check_sources(config, report)
+    tokenizer = _check_tokenizers(config, report)
+    if tokenizer is not None:
+        _show_example(config, tokenizer, sources, report)
+    _check_mesh(config, report)
+    models = {role: _check_model(config, role, tokenizer, report) for role in ("proxy", "student")}
+    for role, found in models.items():
+        if found is not None:
+            _check_shapes(config, role, found, report)
+    proxy, student = models["proxy"], models["student"]
+    if proxy and student and proxy.vocab_size != student.vocab_size and tokenizer is None:
+        report.problems.append(
+            f"proxy and student have {proxy.vocab_size} and {student.vocab_size} embeddings; "
+            "soft labels need one vocabulary"
+        )
+    _show_steps(config, sources, report)
+    for missing in report.unchecked:
+        report.say("unchecked", missing)
+    if report.problems:
+        raise UserError("\n".join(report.problems))
+    print("dry run: nothing is wrong with what could be checked", flush=True)
+    return report.unchecked
+
+
+def _attempt(report: Report, what: str, check: Any) -> Any:
+    """The result of a check, or None with its sentence among the problems."""
+    try:
+        return check()
+    except UserError as error:
+        report.problems.append(f"{what}: {error}")
+        return None
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def _check_sources(config: Config, report: Report) -> list[SourceConfig]:
+    """Sources whose files are here."""
+    from proxykd_jax.data.files import list_files
+
+    corpus = config.corpus
+    present = []
+    groups = {"sources": corpus.sources, "fresh_prompts": corpus.fresh_prompts, "test": corpus.test}
+    for group, members in groups.items():
+        for index, source in enumerate(members):
+            key = f"corpus.{group}.{index}"
+            place = source.path or source.dataset or source.tfds
+            try:
+                for pattern in (source.path, source.answers):
+                    if pattern is not None:
+                        list_files(pattern)
+            except UserError as error:
+                report.unchecked.append(f"{key}: {error}")
+                continue
+            if source.path is None and not Path(str(place)).exists():
+                report.unchecked.append(f"{key}: {place} is not on this machine")
+                continue
+            report.say("data", f"{key}: {place}")
+            if group == "sources":
+                present.append(source)
+    for pattern in corpus.benchmarks:
+        try:
+            list_files(pattern)
+        except UserError as error:
+            report.unchecked.append(f"corpus.benchmarks: {error}")
+    return present
+
+
+def _check_tokenizers(config: Config, report: Report) -> Tokenizer | None:
+    from proxykd_jax.data.tokenizer import check_same_vocabulary, load_tokenizer, tokenizer_place
+
+    place = tokenizer_place(config)
+    if not Path(place).is_dir():
+        report.unchecked.append(f"tokenizer: {place} is not on this machine")
+        return None
+    tokenizer = _attempt(report, "tokenizer", lambda: load_tokenizer(config))
+    if tokenizer is None:
+        return None
+    report.say("tokenizer", f"{place}: {tokenizer.vocab_size} ids")
+    student = _origin(config.student)
+    if student != place and (Path(student) / "tokenizer.json").is_file():
+        _attempt(
+            report,
+            "student",
+            lambda: check_same_vocabulary(tokenizer, load_tokenizer(student)),
+        )
+    return tokenizer
+
+
+def _show_example(
+    config: Config, tokenizer: Tokenizer, sources: list[SourceConfig], report: Report
+) -> None:
+    """The first row of the first source that is here, as the model will see it."""
+    from proxykd_jax.data.readers import read_source
+    from proxykd_jax.data.records import Drops
+    from proxykd_jax.data.template import Renderer
+
+    def show() -> None:
+        renderer = Renderer(tokenizer, config.corpus.template, config.corpus.end_tokens)
+        for source in sources:
+            for row in read_source(source, prompts_only=False, drops=Drops()):
+                report.say("example", renderer.describe(row, source))
+                return
+
+    _attempt(report, "corpus", show)
+
+
+def _show_steps(config: Config, sources: list[SourceConfig], report: Report) -> None:
+    rows = _count_rows(config, sources, report)
+    if rows is None:
+        report.unchecked.append("steps: the number of rows is not known without the corpus")
+        return
+    align, distill, shares = config.align, config.distill, config.corpus.shares
+    validation = rows * config.corpus.validation_fraction
+    kept = rows - validation
+    steps: dict[str, int] = {}
+    if align.alignment != "none":
+        warm = math.ceil(kept * shares.warmup / align.batch_size) * align.warmup_epochs
+        steps["warm-up"] = min(warm, align.warmup_max_steps or warm)
+    if align.alignment.startswith("nll"):
+        each = math.ceil(kept * shares.align / align.num_rounds / align.batch_size)
+        each = min(each * align.epochs_per_round, align.round_max_steps or each * 10**9)
+        steps[f"{align.num_rounds} rounds of"] = each
+    share = shares.distill if distill.data == "distill" else 1.0
+    student = math.ceil(kept * share / distill.batch_size) * distill.epochs
+    steps["student"] = min(student, distill.max_steps or student)
+    listed = ", ".join(f"{name} {count}" for name, count in steps.items())
+    most = rows * config.corpus.max_length
+    report.say("steps", f"at most: {listed} (from {rows} rows, of at most {most} tokens)")
+
+
+def _count_rows(config: Config, sources: list[SourceConfig], report: Report) -> int | None:
+    """Rows of the corpus: counted if it is prepared, else read where all files are here."""
+    from proxykd_jax.artifacts import MANIFEST, read_json
+    from proxykd_jax.data.readers import read_source
+    from proxykd_jax.data.records import Drops
+
+    manifest = config.folder / "corpus" / MANIFEST
+    most = config.corpus.max_rows
+    if manifest.exists() and read_json(manifest).get("status") == "complete":
+        from proxykd_jax.data.corpus import open_corpus
+
+        corpus = open_corpus(config.folder / "corpus")
+        names = ("warmup", "align", "distill", "validation")
+        return sum(len(corpus.split(name)) for name in names)
+    if len(sources) < len(config.corpus.sources):
+        return most
+    drops = Drops()
+
+    def count() -> int:
+        return sum(1 for s in sources for _ in read_source(s, prompts_only=False, drops=drops))
+
+    total: int | None = _attempt(report, "corpus", count)
+    for reason, number in sorted(drops.counts.items()):
+        report.say("dropped", f"{number} rows: {reason}")
+    if total is None:
+        return most
+    return min(total, most or total)
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+def _origin(section: ModelSection) -> str:
+    return section.init.path if section.init else str(section.path)
+
+
+def _check_model(
+    config: Config, role: str, tokenizer: Tokenizer | None, report: Report
+) -> ModelConfig | None:
+    """The model's architecture, from its folder or from ``config``."""
+    from proxykd_jax.data.tokenizer import check_embedding_rows
+    from proxykd_jax.models.config import LoraConfig
+    from proxykd_jax.models.hf_config import read_config
+    from proxykd_jax.models.hf_weights import cut_config
+    from proxykd_jax.models.tensor_files import weight_files
+
+    section: ModelSection = getattr(config, role)
+    origin = _origin(section)
+    if Path(origin).is_dir():
+        folder = origin
+        _attempt(report, role, lambda: weight_files(Path(origin)))
+    elif section.config is not None:
+        folder = section.config
+        report.unchecked.append(f"{role}: the weights of {origin} are not on this machine")
+    else:
+        report.unchecked.append(
+            f"{role}: {origin} is not on this machine (name a folder with its config.json in "
+            f"{role}.config to check shapes without it)"
+        )
+        return None
+    found: ModelConfig | None = _attempt(report, role, lambda: read_config(folder))
+    if found is None:
+        return None
+    if section.init:
+        layers = section.init.first_layers
+        found = _attempt(report, f"{role}.init", lambda: cut_config(found, layers))
+    if found is None:
+        return None
+    if tokenizer is not None:
+        size = found.vocab_size
+        _attempt(report, role, lambda: check_embedding_rows(tokenizer, size, origin))
+        if config.score.top_k > size:
+            report.problems.append(f"score.top_k: {config.score.top_k} of a vocabulary of {size}")
+    if config.corpus.max_length > found.max_positions:
+        report.problems.append(
+            f"{role}: corpus.max_length is {config.corpus.max_length}, but the model was made for "
+            f"{found.max_positions} positions"
+        )
+    if section.trainable == "lora":
+        lora = section.lora
+        found = found.replace(lora=LoraConfig(lora.rank, lora.alpha, lora.targets, lora.dropout))
+    return found
+
+
+def _check_mesh(config: Config, report: Report) -> None:
+    ways = (1 if config.mesh.data == "rest" else config.mesh.data) * config.mesh.fsdp
+    sizes = {
+        "align.batch_size": config.align.batch_size,
+        "score.batch_size": config.score.batch_size,
+        "distill.batch_size": config.distill.batch_size,
+        "evaluate.batch_size": config.evaluate.batch_size,
+    }
+    for key, size in sizes.items():
+        if size % ways:
+            report.problems.append(
+                f"{key}: {size} rows cannot be split over data x fsdp = {ways} devices; choose a "
+                f"multiple of {ways}"
+            )
+
+
+def _check_shapes(config: Config, role: str, model: ModelConfig, report: Report) -> None:
+    """Traces a training step on shapes alone and prints what a device holds."""
+    import jax
+
+    from proxykd_jax.models.lora import abstract_adapter
+    from proxykd_jax.models.params import abstract_params
+    from proxykd_jax.parallel.sharding import bytes_per_device
+    from proxykd_jax.training.objectives import NllObjective
+    from proxykd_jax.training.optimizer import make_optimizer
+    from proxykd_jax.training.state import ModelSpec, init_state
+    from proxykd_jax.training.steps import make_train_step
+    from proxykd_jax.types import TokenBatch
+
+    section: ModelSection = getattr(config, role)
+    stage = config.align if role == "proxy" else config.distill
+    full = section.trainable == "full"
+    weights = abstract_params(model, "float32" if full else section.dtype)
+    frozen, trainable = ({}, weights) if full else (weights, abstract_adapter(model))
+    optimizer = make_optimizer(stage.optimizer, 1)
+    state = jax.eval_shape(lambda tree: init_state(tree, optimizer), trainable)
+    rows, length = stage.batch_size, config.corpus.max_length
+    ids = jax.ShapeDtypeStruct((rows, length), jax.numpy.int32)
+    shapes = TokenBatch(
+        tokens_BL=ids,
+        labels_BL=ids,
+        mask_BL=jax.ShapeDtypeStruct((rows, length), bool),
+        segment_ids_BL=ids,
+        positions_BL=ids,
+        example_mask_BS=jax.ShapeDtypeStruct((rows, 1), bool),
+    )
+    step = make_train_step(
+        ModelSpec(model, section.trainable, section.dtype, section.remat),
+        NllObjective(stage.reduction),
+        optimizer,
+        microbatches=stage.microbatches,
+        seed=0,
+    )
+    _attempt(report, role, lambda: jax.eval_shape(step, state, frozen, shapes))
+    axes = {"fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor}
+    parts = _attempt(
+        report,
+        role,
+        lambda: {
+            "frozen weights": bytes_per_device(frozen, axes),
+            "trained weights and optimizer": bytes_per_device(state, axes),
+        },
+    )
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(weights))
+    if parts is not None:
+        listed = ", ".join(f"{name} {size / _GIB:.2f} GiB" for name, size in parts.items())
+        learnt = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainable))
+        report.say(
+            role,
+            f"{count / 1e9:.2f}B parameters, {learnt / 1e6:.1f}M trained; a device holds {listed}, "
+            "and activations beside",
+        )

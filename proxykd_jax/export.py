@@ -1,0 +1,26 @@
+"""Export: the student (and the proxy) of a run as folders that transformers and peft load."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from proxykd_jax.cli import run_command
+from proxykd_jax.config import Config
+
+
+def main(config: Config) -> Path:
+    """Exports what the run has trained; trains it first where that is not done.
+
+    Returns:
+      ``<run>/export``, with ``student`` and, by ``export.proxy``, ``proxy`` or ``proxy_adapter``.
+    """
+    from proxykd_jax import distill
+
+    # Both training stages end with their export, so that they alone do the whole job.
+    distill.main(config)
+    return config.folder / "export"
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("export", main, "Export the models of a run."))

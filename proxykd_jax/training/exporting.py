@@ -1,0 +1,111 @@
+"""Models that a run leaves behind, as folders that transformers and peft load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from proxykd_jax.artifacts import read_json, stage_identity, write_json
+from proxykd_jax.config import Config
+from proxykd_jax.data.corpus import TokenCorpus
+from proxykd_jax.models.hf_weights import load_model, save_model
+from proxykd_jax.models.lora import merge
+from proxykd_jax.models.peft import save_adapter
+from proxykd_jax.parallel.sharding import sharding_of
+from proxykd_jax.training.batches import Rows
+from proxykd_jax.training.model import Model, find_model
+from proxykd_jax.training.restore import load_aligned_proxy, load_student
+from proxykd_jax.training.state import ModelSpec
+
+Measure = Callable[[Model, Rows, int], dict[str, float]]
+
+
+def export_student(config: Config, corpus: TokenCorpus, mesh: Mesh, measure: Measure) -> Path:
+    """Writes ``export/student`` and, for an adapter, ``export/student_adapter``."""
+    return _export(config, corpus, mesh, measure, "student", load_student, merged=True)
+
+
+def export_proxy(config: Config, corpus: TokenCorpus, mesh: Mesh, measure: Measure) -> Path | None:
+    """Writes what ``export.proxy`` asks for; the whole model where all of it was trained."""
+    if config.export.proxy == "none":
+        return None
+    merged = config.export.proxy == "merged" or config.proxy.trainable == "full"
+    return _export(config, corpus, mesh, measure, "proxy", load_aligned_proxy, merged=merged)
+
+
+def _export(
+    config: Config,
+    corpus: TokenCorpus,
+    mesh: Mesh,
+    measure: Measure,
+    role: str,
+    load: Callable[[Config, Mesh], Model],
+    *,
+    merged: bool,
+) -> Path:
+    folder = config.folder / "export"
+    record_path = folder / f"{role}.json"
+    export = config.export
+    made_from: dict[str, Any] = {
+        "stage": stage_identity(config.folder / role),
+        "state": export.state,
+        "dtype": export.dtype,
+        "merged": merged,
+    }
+    if record_path.exists() and read_json(record_path)["made_from"] == made_from:
+        return folder / (role if merged else f"{role}_adapter")
+    model = load(config, mesh)
+    record: dict[str, Any] = {"made_from": made_from}
+    if model.adapter is not None:
+        save_adapter(
+            folder / f"{role}_adapter", model.adapter, model.config, str(model.folder),
+            overwrite=True,
+        )  # fmt: skip
+    if merged:
+        params = model.params
+        if model.adapter is not None:
+            params = merge(params, model.adapter, model.config, dtype="float32")
+        save_model(
+            folder / role,
+            model.config.replace(lora=None),
+            params,
+            dtype=export.dtype,
+            max_shard_bytes=export.max_shard_gb * 1e9,
+            source=find_model(corpus.tokenizer_path),
+            overwrite=True,
+        )
+        record["validation_nll"] = _compare(config, corpus, mesh, measure, role, model)
+    write_json(record_path, record)
+    return folder / (role if merged else f"{role}_adapter")
+
+
+def _compare(
+    config: Config, corpus: TokenCorpus, mesh: Mesh, measure: Measure, role: str, model: Model
+) -> dict[str, float]:
+    """Validation NLL before the export and of the exported files, read back."""
+    rows = corpus.split("validation")
+    if not len(rows):
+        return {}
+    found, params = load_model(
+        config.folder / "export" / role,
+        dtype=config.export.dtype,
+        sharding=lambda path: sharding_of("/".join(path), mesh),
+    )
+    spec = ModelSpec(found, "lora", config.export.dtype, "none")
+    exported = Model(spec, params, None, config.folder / "export" / role, "")
+    most = config.corpus.validation_max_rows
+    values = {
+        "trained": measure(model, rows, most)["nll"],
+        "exported": measure(exported, rows, most)["nll"],
+    }
+    print(
+        f"export: {role} in {config.export.dtype}: validation NLL {values['exported']:.4f}, "
+        f"as trained {values['trained']:.4f}",
+        flush=True,
+    )
+    jax.tree.map(lambda x: x.delete(), params)
+    return values
