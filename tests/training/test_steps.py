@@ -117,7 +117,6 @@ def test_dpo_starts_at_ln_2_and_raises_the_margin(lora_model) -> None:
 
 
 def test_frozen_weights_do_not_move_and_padding_does_not_matter(lora_model) -> None:
-    spec, frozen, trainable = lora_model
     batch = random_rows(np.random.default_rng(5), 4)
     noisy = batch.replace(
         tokens_BL=np.where(batch.segment_ids_BL > 0, batch.tokens_BL, 7),
