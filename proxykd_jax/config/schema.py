@@ -327,7 +327,7 @@ class ScoreConfig(Section):
     )
     batch_size: PositiveInt = Field(32, description="rows scored together")
     rows_per_part: PositiveInt = Field(
-        512, description="rows written together; a restarted run loses at most one part"
+        512, description="rows written together; a restarted run loses at most two parts"
     )
 
 
