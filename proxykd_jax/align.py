@@ -43,9 +43,15 @@ def main(config: Config) -> AlignResult:
     from proxykd_jax.training.alignment import Alignment
     from proxykd_jax.training.exporting import export_proxy
     from proxykd_jax.training.metrics import open_metrics
-    from proxykd_jax.training.model import check_vocabulary, load_for_training, model_identity
+    from proxykd_jax.training.model import (
+        check_tokenizers,
+        check_vocabulary,
+        load_for_training,
+        model_identity,
+    )
 
     corpus = open_corpus(prepare.main(config).folder)
+    check_tokenizers(config, corpus)
     folder = config.folder / "proxy"
     inputs = {"corpus": corpus.identity, "proxy": model_identity(config.proxy)}
     mesh = make_mesh(config.mesh)

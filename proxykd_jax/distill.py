@@ -47,9 +47,15 @@ def main(config: Config) -> DistillResult:
     from proxykd_jax.training.distillation import Distillation
     from proxykd_jax.training.exporting import export_student
     from proxykd_jax.training.metrics import open_metrics
-    from proxykd_jax.training.model import check_vocabulary, load_for_training, model_identity
+    from proxykd_jax.training.model import (
+        check_tokenizers,
+        check_vocabulary,
+        load_for_training,
+        model_identity,
+    )
 
     corpus = open_corpus(prepare.main(config).folder)
+    check_tokenizers(config, corpus)
     folder = config.folder / "student"
     inputs = {"corpus": corpus.identity, "student": model_identity(config.student)}
     labels = None

@@ -10,7 +10,8 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from proxykd_jax.config import ModelSection
+from proxykd_jax.config import Config, ModelSection
+from proxykd_jax.data.corpus import TokenCorpus
 from proxykd_jax.errors import UserError
 from proxykd_jax.models.config import LoraConfig, ModelConfig
 from proxykd_jax.models.fingerprint import fingerprint
@@ -154,3 +155,23 @@ def check_vocabulary(model: Model, vocab_size: int, role: str) -> None:
             f"embeddings for {model.config.vocab_size}. Proxy, student and tokenizer must share "
             "one vocabulary."
         )
+
+
+def check_tokenizers(config: Config, corpus: TokenCorpus) -> None:
+    """Refuses a proxy or a student whose own tokenizer is not the corpus's.
+
+    Looked at before anything is trained: soft labels are token ids, and a mismatch would show only
+    in a student that learns nonsense. A model folder without a tokenizer is taken at its word.
+
+    Raises:
+      UserError: the maps from tokens to ids differ; names the first differences.
+    """
+    from proxykd_jax.data.tokenizer import check_same_vocabulary, load_tokenizer
+
+    ours = load_tokenizer(corpus.tokenizer_path)
+    # With alpha 0 no proxy is used, and the key may name one of another family.
+    sections = (config.proxy, config.student) if config.distill.alpha > 0 else (config.student,)
+    for origin in dict.fromkeys(model_origin(section) for section in sections):
+        folder = find_model(origin)
+        if origin != corpus.tokenizer_path and (folder / "tokenizer.json").is_file():
+            check_same_vocabulary(ours, load_tokenizer(folder))
