@@ -3,39 +3,23 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from proxykd_jax.cli import run_command
 from proxykd_jax.config import Config
 
-
-@dataclass(frozen=True)
-class AlignResult:
-    """Where the aligned proxy is.
-
-    Attributes:
-      folder: its checkpoints.
-      best_step, last_step: the state of lowest validation NLL (None without validation) and the
-        final one.
-      results: what each phase reported: raw, warmup, round_01, ...
-    """
-
-    folder: Path
-    best_step: int | None
-    last_step: int
-    results: list[dict[str, Any]]
+if TYPE_CHECKING:
+    from proxykd_jax.training.stage import TrainedStage
 
 
-def main(config: Config) -> AlignResult:
+def main(config: Config) -> TrainedStage:
     """Aligns the proxy, or goes on where a run was cut off; returns at once if it is done.
 
     Raises:
       UserError: a file is missing or does not fit, or the folder was made with other settings.
     """
     from proxykd_jax import prepare
-    from proxykd_jax.artifacts import open_stage, read_json
+    from proxykd_jax.artifacts import open_stage
     from proxykd_jax.data.corpus import open_corpus
     from proxykd_jax.evaluation.measures import validation_figures
     from proxykd_jax.parallel.mesh import make_mesh
@@ -43,12 +27,8 @@ def main(config: Config) -> AlignResult:
     from proxykd_jax.training.alignment import Alignment
     from proxykd_jax.training.exporting import export_proxy
     from proxykd_jax.training.metrics import open_metrics
-    from proxykd_jax.training.model import (
-        check_tokenizers,
-        check_vocabulary,
-        load_for_training,
-        model_identity,
-    )
+    from proxykd_jax.training.model import check_tokenizers, load_for_training, model_identity
+    from proxykd_jax.training.stage import TrainedStage, training_settings
 
     corpus = open_corpus(prepare.main(config).folder)
     check_tokenizers(config, corpus)
@@ -56,10 +36,9 @@ def main(config: Config) -> AlignResult:
     inputs = {"corpus": corpus.identity, "proxy": model_identity(config.proxy)}
     mesh = make_mesh(config.mesh)
     measure = validation_figures(config.evaluate.batch_size, mesh)
-    if not open_stage(folder, "align", align_settings(config), inputs):
+    if not open_stage(folder, "align", training_settings(config, "align", "proxy"), inputs):
         check_rows(config.align.batch_size, mesh, "align.batch_size")
         proxy = load_for_training(config.proxy, role="proxy", seed=config.seed, mesh=mesh)
-        check_vocabulary(proxy, corpus.vocab_size, "proxy")
         log = open_metrics(config.folder, config.logging, config.model_dump(mode="json"))
         run = Alignment(config, corpus, proxy, mesh, log, measure)
         run.look_at_raw_proxy()
@@ -73,20 +52,7 @@ def main(config: Config) -> AlignResult:
         run.finish()
         log.close()
     export_proxy(config, corpus, mesh, measure)
-    manifest = read_json(folder / "manifest.json")
-    return AlignResult(
-        folder, manifest["best_step"], manifest["last_step"], list(manifest["results"])
-    )
-
-
-def align_settings(config: Config) -> dict[str, Any]:
-    """The keys that decide what the aligned proxy is."""
-    unimportant = {"checkpoint_every", "diagnose_every", "log_every"}
-    return {
-        "seed": config.seed,
-        "proxy": config.proxy.model_dump(mode="json", exclude={"config", "remat"}),
-        "align": config.align.model_dump(mode="json", exclude=unimportant),
-    }
+    return TrainedStage.read(folder)
 
 
 if __name__ == "__main__":

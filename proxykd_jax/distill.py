@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from proxykd_jax.cli import run_command
 from proxykd_jax.config import Config
 
-
-@dataclass(frozen=True)
-class DistillResult:
-    """Where the student is.
-
-    Attributes:
-      folder: its checkpoints.
-      best_step, last_step: the state of lowest validation NLL (None without validation) and the
-        final one.
-      results: what each phase reported.
-    """
-
-    folder: Path
-    best_step: int | None
-    last_step: int
-    results: list[dict[str, Any]]
+if TYPE_CHECKING:
+    from proxykd_jax.training.stage import TrainedStage
 
 
-def main(config: Config) -> DistillResult:
+def main(config: Config) -> TrainedStage:
     """Distils the student, or goes on where a run was cut off; makes what it needs first.
 
     With ``distill.alpha: 0`` the student is fine-tuned on the teacher's answers alone, and no
@@ -38,7 +22,7 @@ def main(config: Config) -> DistillResult:
       UserError: a file is missing or does not fit, or the folder was made with other settings.
     """
     from proxykd_jax import prepare, score
-    from proxykd_jax.artifacts import open_stage, read_json, stage_identity
+    from proxykd_jax.artifacts import open_stage, stage_identity
     from proxykd_jax.data.corpus import open_corpus
     from proxykd_jax.data.soft_labels import open_soft_labels
     from proxykd_jax.evaluation.measures import validation_figures
@@ -47,12 +31,8 @@ def main(config: Config) -> DistillResult:
     from proxykd_jax.training.distillation import Distillation
     from proxykd_jax.training.exporting import export_student
     from proxykd_jax.training.metrics import open_metrics
-    from proxykd_jax.training.model import (
-        check_tokenizers,
-        check_vocabulary,
-        load_for_training,
-        model_identity,
-    )
+    from proxykd_jax.training.model import check_tokenizers, load_for_training, model_identity
+    from proxykd_jax.training.stage import TrainedStage, training_settings
 
     corpus = open_corpus(prepare.main(config).folder)
     check_tokenizers(config, corpus)
@@ -64,10 +44,9 @@ def main(config: Config) -> DistillResult:
         inputs["soft_labels"] = stage_identity(labels.folder)
     mesh = make_mesh(config.mesh)
     measure = validation_figures(config.evaluate.batch_size, mesh)
-    if not open_stage(folder, "distill", distill_settings(config), inputs):
+    if not open_stage(folder, "distill", training_settings(config, "distill", "student"), inputs):
         check_rows(config.distill.batch_size, mesh, "distill.batch_size")
         student = load_for_training(config.student, role="student", seed=config.seed, mesh=mesh)
-        check_vocabulary(student, corpus.vocab_size, "student")
         if labels is not None:
             labels.check(tokenizer=corpus.tokenizer_digest)
         log = open_metrics(config.folder, config.logging, config.model_dump(mode="json"))
@@ -77,20 +56,7 @@ def main(config: Config) -> DistillResult:
         run.finish()
         log.close()
     export_student(config, corpus, mesh, measure)
-    manifest = read_json(folder / "manifest.json")
-    return DistillResult(
-        folder, manifest["best_step"], manifest["last_step"], list(manifest["results"])
-    )
-
-
-def distill_settings(config: Config) -> dict[str, Any]:
-    """The keys that decide what the student is."""
-    unimportant = {"checkpoint_every", "diagnose_every", "log_every"}
-    return {
-        "seed": config.seed,
-        "student": config.student.model_dump(mode="json", exclude={"config", "remat"}),
-        "distill": config.distill.model_dump(mode="json", exclude=unimportant),
-    }
+    return TrainedStage.read(folder)
 
 
 if __name__ == "__main__":

@@ -110,6 +110,7 @@ def _check_sources(config: Config, report: Report) -> list[SourceConfig]:
 
 def _check_tokenizers(config: Config, report: Report) -> Tokenizer | None:
     from proxykd_jax.data.tokenizer import check_same_vocabulary, load_tokenizer, tokenizer_place
+    from proxykd_jax.training.model import model_origin
 
     place = tokenizer_place(config)
     if not Path(place).is_dir():
@@ -119,7 +120,7 @@ def _check_tokenizers(config: Config, report: Report) -> Tokenizer | None:
     if tokenizer is None:
         return None
     report.say("tokenizer", f"{place}: {tokenizer.vocab_size} ids")
-    student = _origin(config.student)
+    student = model_origin(config.student)
     if student != place and (Path(student) / "tokenizer.json").is_file():
         _attempt(
             report,
@@ -203,22 +204,18 @@ def _count_rows(config: Config, sources: list[SourceConfig], report: Report) -> 
 # --- models ---------------------------------------------------------------------------------------
 
 
-def _origin(section: ModelSection) -> str:
-    return section.init.path if section.init else str(section.path)
-
-
 def _check_model(
     config: Config, role: str, tokenizer: Tokenizer | None, report: Report
 ) -> ModelConfig | None:
     """The model's architecture, from its folder or from ``config``."""
     from proxykd_jax.data.tokenizer import check_embedding_rows
-    from proxykd_jax.models.config import LoraConfig
     from proxykd_jax.models.hf_config import read_config
     from proxykd_jax.models.hf_weights import cut_config
     from proxykd_jax.models.tensor_files import weight_files
+    from proxykd_jax.training.model import lora_config, model_origin
 
     section: ModelSection = getattr(config, role)
-    origin = _origin(section)
+    origin = model_origin(section)
     if Path(origin).is_dir():
         folder = origin
         _attempt(report, role, lambda: weight_files(Path(origin)))
@@ -250,8 +247,7 @@ def _check_model(
             f"{found.max_positions} positions"
         )
     if section.trainable == "lora":
-        lora = section.lora
-        found = found.replace(lora=LoraConfig(lora.rank, lora.alpha, lora.targets, lora.dropout))
+        found = found.replace(lora=lora_config(section))
     return found
 
 

@@ -49,7 +49,7 @@ def main(config: Config) -> PrepareResult:
     from proxykd_jax.data.template import Renderer
     from proxykd_jax.data.tokenizer import load_tokenizer
 
-    run = Path(config.runs_dir) / config.name
+    run = config.folder
     folder = run / "corpus"
     tokenizer = load_tokenizer(config)
     renderer = Renderer(tokenizer, config.corpus.template, config.corpus.end_tokens)

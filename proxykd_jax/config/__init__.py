@@ -18,6 +18,7 @@ from proxykd_jax.config.schema import (
     Section,
     SourceConfig,
     StopConfig,
+    TrainingSection,
     WeightConfig,
 )
 
@@ -38,6 +39,7 @@ __all__ = [
     "Section",
     "SourceConfig",
     "StopConfig",
+    "TrainingSection",
     "WeightConfig",
     "dump_config",
     "load_config",

@@ -264,13 +264,23 @@ class PreferenceConfig(Section):
     length_normalize: bool = Field(False, description="DPO on token means instead of sums")
 
 
-class Batched(Section):
-    """What both training stages say of their batches."""
+class TrainingSection(Section):
+    """What both training stages have: their batches, their optimizer, how often things happen."""
 
     batch_size: PositiveInt = Field(32, description="rows (or pairs) a step, over all devices")
     microbatch_size: PositiveInt | None = Field(
         None, description="rows computed at once; the gradients of a step are accumulated"
     )
+    batching: Literal["pad", "bucket", "pack"] = Field(
+        "bucket",
+        description="pad each batch, group by length, or pack rows together (pairs are grouped)",
+    )
+    reduction: Reduction = Field("example_mean", description="how token losses become one number")
+    optimizer: OptimizerConfig = Field(description="the optimizer")
+    stop: StopConfig = Field(description="stopping on validation NLL")
+    checkpoint_every: PositiveInt = Field(100, description="steps between checkpoints in a phase")
+    diagnose_every: PositiveInt = Field(50, description="steps between gradient-norm reports")
+    log_every: PositiveInt = Field(1, description="steps between lines of metrics.jsonl")
 
     @property
     def microbatches(self) -> int:
@@ -278,7 +288,7 @@ class Batched(Section):
         return self.batch_size // (self.microbatch_size or self.batch_size)
 
     @model_validator(mode="after")
-    def _divisible(self) -> Batched:
+    def _divisible(self) -> TrainingSection:
         if self.batch_size % (self.microbatch_size or 1):
             raise ValueError(
                 f"microbatch_size {self.microbatch_size} must divide batch_size {self.batch_size}"
@@ -286,7 +296,7 @@ class Batched(Section):
         return self
 
 
-class AlignConfig(Batched):
+class AlignConfig(TrainingSection):
     """Alignment of the proxy with the teacher (paper, 3.3)."""
 
     alignment: Literal["none", "warmup", "nll", "nll_preference"] = Field(
@@ -306,15 +316,6 @@ class AlignConfig(Batched):
     )
     preference: PreferenceConfig = Field(description="the preference loss")
     sampling: SamplingConfig = Field(SamplingConfig(), description="how y-hat is drawn")
-    reduction: Reduction = Field("example_mean", description="how token losses become one number")
-    batching: Literal["pad", "bucket", "pack"] = Field(
-        "bucket", description="pad each batch, group by length, or pack rows together (NLL only)"
-    )
-    optimizer: OptimizerConfig = Field(description="the optimizer")
-    stop: StopConfig = Field(description="stopping on validation NLL")
-    checkpoint_every: PositiveInt = Field(100, description="steps between checkpoints in a round")
-    diagnose_every: PositiveInt = Field(50, description="steps between gradient-norm reports")
-    log_every: PositiveInt = Field(1, description="steps between lines of metrics.jsonl")
 
 
 class ScoreConfig(Section):
@@ -341,7 +342,7 @@ class WeightConfig(Section):
     normalize: bool = Field(description="scale the weights to mean 1")
 
 
-class DistillConfig(Batched):
+class DistillConfig(TrainingSection):
     """Distillation of the student (paper, 3.4)."""
 
     alpha: NonNegativeFloat = Field(description="weight of the KL (paper, eq. 11: 100)")
@@ -353,20 +354,8 @@ class DistillConfig(Batched):
     data: Literal["distill", "all"] = Field(
         description="teacher rows the student sees: D_s, or all of D_w, D_p and D_s"
     )
-    fresh_answers: Literal["sampled"] = Field(
-        "sampled", description="how the proxy answers fresh prompts"
-    )
-    reduction: Reduction = Field("example_mean", description="how token losses become one number")
     epochs: PositiveInt = Field(description="passes over the data, if nothing stops it earlier")
     max_steps: PositiveInt | None = Field(None, description="at most so many steps")
-    batching: Literal["pad", "bucket", "pack"] = Field(
-        "bucket", description="pad each batch, group by length, or pack rows together"
-    )
-    optimizer: OptimizerConfig = Field(description="the optimizer")
-    stop: StopConfig = Field(description="stopping on validation NLL")
-    checkpoint_every: PositiveInt = Field(100, description="steps between checkpoints")
-    diagnose_every: PositiveInt = Field(50, description="steps between gradient-norm reports")
-    log_every: PositiveInt = Field(1, description="steps between lines of metrics.jsonl")
 
 
 class EvaluateConfig(Section):

@@ -111,6 +111,25 @@ def default_buckets(max_length: int) -> tuple[int, ...]:
     return (*buckets, math.ceil(longest / step) * step)
 
 
+def by_length(
+    positions: np.ndarray, batch_size: int, buckets: Sequence[int]
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Batches for passes whose order does not matter: neighbours in length together.
+
+    Args:
+      positions: integer[n], places that each example takes.
+      batch_size: rows a batch; the last may have fewer.
+      buckets: lengths that batches may have, ascending.
+
+    Yields:
+      (indices, length): which examples, and the smallest bucket that holds them.
+    """
+    order = np.argsort(positions, kind="stable")
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        yield indices, int(buckets[np.searchsorted(buckets, positions[indices[-1]])])
+
+
 def permutation(count: int, *, seed: int, epoch: int, purpose: int = 0) -> np.ndarray:
     """int64[count]: a random order that depends on the arguments alone.
 

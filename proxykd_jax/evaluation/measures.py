@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from proxykd_jax.data.collate import collate_rows
-from proxykd_jax.data.order import default_buckets
+from proxykd_jax.data.order import by_length, default_buckets
 from proxykd_jax.errors import UserError
 from proxykd_jax.evaluation.teacher import TeacherLogps
 from proxykd_jax.models.chunked import map_positions
@@ -240,11 +240,7 @@ def _batches(
     """Row indices, their batch, and the teacher's log-probs at its places; similar lengths."""
     lengths = np.asarray(rows.lengths)[:num]
     buckets = default_buckets(int(lengths.max()))
-    order = np.argsort(lengths, kind="stable")
-    for start in range(0, num, batch_size):
-        indices = order[start : start + batch_size]
-        longest = int(lengths[indices].max()) - 1
-        length = next(bucket for bucket in buckets if bucket >= longest)
+    for indices, length in by_length(lengths - 1, batch_size, buckets):
         found = rows.read(indices.tolist())
         batch = collate_rows(
             [[row] for row in found], length=length, num_segments=1, batch_size=batch_size

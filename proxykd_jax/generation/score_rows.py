@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from proxykd_jax.data.collate import TokenRow, collate_rows
-from proxykd_jax.data.order import default_buckets
+from proxykd_jax.data.order import by_length, default_buckets
 from proxykd_jax.data.soft_labels import SoftLabels, SoftLabelWriter
 from proxykd_jax.generation.scoring import TopKLabels, hidden_rows, soft_labels_of_hidden
 from proxykd_jax.models.config import ModelConfig
@@ -116,13 +116,10 @@ class _Scorer:
     def dispatch(self, token_rows: list[TokenRow]) -> list[_Piece]:
         """Starts the computation of all rows, neighbours in length together."""
         lengths = np.array([len(row.tokens) - 1 for row in token_rows])
-        order = np.argsort(lengths, kind="stable")
-        buckets = np.asarray(default_buckets(self.max_length))
+        buckets = default_buckets(self.max_length)
         size = min(max(_LOGITS_ALIVE // self.config.vocab_size, _FEWEST_POSITIONS), _MOST_POSITIONS)
         pieces: list[_Piece] = []
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            length = int(buckets[np.searchsorted(buckets, lengths[chosen].max())])
+        for chosen, length in by_length(lengths, self.batch_size, buckets):
             batch = collate_rows([[token_rows[i]] for i in chosen], length, 1, self.batch_size)
             places = np.flatnonzero(batch.mask_BL).astype(np.int32)
             labels = np.asarray(batch.labels_BL).reshape(-1)

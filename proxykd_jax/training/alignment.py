@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,15 +10,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from proxykd_jax.artifacts import MANIFEST, complete_stage, digest_value, read_json
+from proxykd_jax.artifacts import MANIFEST, digest_value, read_json
 from proxykd_jax.config import Config
 from proxykd_jax.data.corpus import TokenCorpus
 from proxykd_jax.data.order import permutation
-from proxykd_jax.generation.sampler import sample
 from proxykd_jax.generation.samples import SampleStore, sample_round
 from proxykd_jax.losses import batch_mean
-from proxykd_jax.models.fingerprint import params_fingerprint
-from proxykd_jax.parallel.sharding import put_rows
+from proxykd_jax.training.answers import make_draw
 from proxykd_jax.training.batches import (
     Rows,
     Selection,
@@ -32,7 +29,7 @@ from proxykd_jax.training.batches import (
     token_collate,
 )
 from proxykd_jax.training.logprobs import make_reference
-from proxykd_jax.training.loop import Trainer
+from proxykd_jax.training.loop import Measure, Trainer
 from proxykd_jax.training.metrics import MetricsLog
 from proxykd_jax.training.model import Model
 from proxykd_jax.training.objectives import AlignObjective, NllObjective, Objective
@@ -43,8 +40,6 @@ from proxykd_jax.training.steps import make_diagnosis, make_evaluation, make_tra
 LN_2 = math.log(2)
 # Pairs of a round's slice that its rewards are measured on afterwards.
 _REWARD_PAIRS = 256
-
-Measure = Callable[[Model, Rows, int], dict[str, float]]
 
 
 class Alignment:
@@ -121,15 +116,24 @@ class Alignment:
             return store
         model = self._model.at(self._trainer.state.trainable)
         params, adapter = model.params, model.adapter
-        sample_fn = functools.partial(
-            self._draw, params=params, adapter=adapter, round_index=round_index
+        draw = make_draw(
+            model.config,
+            params,
+            adapter,
+            corpus=self._corpus,
+            mesh=self._mesh,
+            seed=self._config.seed,
+            round_index=round_index,
+            batch_size=sampling.batch_size,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
         )
         console = self._trainer.console
         sample_round(
             store,
             self._corpus.split("align"),
             self._rounds[round_index - 1],
-            sample_fn=sample_fn,
+            sample_fn=draw,
             reference_fn=make_reference(
                 model.spec, params, adapter, batch_size=self._align.batch_size, mesh=self._mesh
             ),
@@ -180,15 +184,8 @@ class Alignment:
         return best <= results[before]["step"]
 
     def finish(self) -> None:
-        """Marks the stage complete: which steps count, what each phase reported."""
-        trainer = self._trainer
-        complete_stage(
-            self._folder,
-            counts={"steps": trainer.progress.step, "rounds": len(self._rounds)},
-            files=[],  # each checkpoint has its own digests
-            content=params_fingerprint(jax.device_get(trainer.state.trainable)),
-            **trainer.close(),
-        )
+        """Marks the stage complete."""
+        self._trainer.finish(self._folder, {"rounds": len(self._rounds)})
 
     @property
     def num_rounds(self) -> int:
@@ -268,35 +265,6 @@ class Alignment:
             self._step_of(objective),
             placed_batches(plan, token_collate(rows), start=start, stop=steps, mesh=self._mesh),
             steps,
-        )
-
-    def _draw(
-        self,
-        prompts: list[np.ndarray],
-        row_ids: list[str],
-        budgets: list[int],
-        *,
-        params: Any,
-        adapter: Any,
-        round_index: int,
-    ) -> Any:
-        sampling, mesh = self._align.sampling, self._mesh
-        return sample(
-            params,
-            adapter,
-            prompts,
-            row_ids,
-            config=self._model.config,
-            seed=self._config.seed,
-            round_index=round_index,
-            end_token_ids=self._corpus.end_token_ids,
-            max_new_tokens=budgets,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            batch_size=sampling.batch_size,
-            vocab_size=self._corpus.vocab_size,
-            put=lambda batch: put_rows(batch, mesh),
-            rows_multiple=mesh.shape["data"] * mesh.shape["fsdp"],
         )
 
     def _check_first_loss(self, metrics: dict[str, float]) -> None:

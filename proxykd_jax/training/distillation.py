@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from proxykd_jax.artifacts import complete_stage
 from proxykd_jax.config import Config
 from proxykd_jax.data.corpus import TokenCorpus
 from proxykd_jax.data.soft_labels import SoftLabelStore, weights_of
 from proxykd_jax.generation.answered import AnsweredSplit
 from proxykd_jax.generation.samples import SampleStore
-from proxykd_jax.models.fingerprint import params_fingerprint
 from proxykd_jax.training.batches import (
     Joined,
     Rows,
@@ -26,14 +24,13 @@ from proxykd_jax.training.batches import (
     placed_batches,
     token_collate,
 )
-from proxykd_jax.training.loop import Trainer
+from proxykd_jax.training.loop import Measure, Trainer
 from proxykd_jax.training.metrics import MetricsLog
 from proxykd_jax.training.model import Model
 from proxykd_jax.training.objectives import DistillObjective, NllObjective, Objective
 from proxykd_jax.training.optimizer import make_optimizer
 from proxykd_jax.training.steps import make_diagnosis, make_train_step
 
-Measure = Callable[[Model, Rows, int], dict[str, float]]
 FRESH = "fresh"
 
 
@@ -69,7 +66,7 @@ class Distillation:
         self._config, self._distill = config, config.distill
         self._corpus, self._labels, self._model, self._mesh = corpus, labels, model, mesh
         self._folder = config.folder / "student"
-        self._rows = Joined(self._splits())
+        self._rows = Joined(self._splits)
         self._plan = make_plan(
             self._rows.lengths - 1,
             seed=phase_seed(config.seed, "distill"),
@@ -126,16 +123,10 @@ class Distillation:
         self._trainer.finish_phase("train", {}, keep=False)
 
     def finish(self) -> None:
-        """Marks the stage complete: which steps count."""
-        trainer = self._trainer
-        complete_stage(
-            self._folder,
-            counts={"steps": trainer.progress.step, "rows": len(self._rows)},
-            files=[],  # each checkpoint has its own digests
-            content=params_fingerprint(jax.device_get(trainer.state.trainable)),
-            **trainer.close(),
-        )
+        """Marks the stage complete."""
+        self._trainer.finish(self._folder, {"rows": len(self._rows)})
 
+    @functools.cached_property
     def _splits(self) -> dict[str, Rows]:
         splits: dict[str, Rows] = {
             name: self._corpus.split(name) for name in teacher_splits(self._config)
@@ -145,6 +136,7 @@ class Distillation:
             splits[FRESH] = AnsweredSplit(self._corpus.split(FRESH), store)
         return {name: rows for name, rows in splits.items() if len(rows)}
 
+    @functools.cached_property
     def _weights(self) -> dict[str, Any]:
         """Eq. 9 on each split by itself: the proxy was trained on D_p, so its likelihoods there
         are of another kind. A fresh prompt's answer is the proxy's own: its weight is 1."""
@@ -159,14 +151,14 @@ class Distillation:
                 normalize=weight.normalize,
                 enabled=weight.enabled and name != FRESH,
             )
-            for name in self._splits()
+            for name in self._splits
         }
 
     def _objective_and_collate(self) -> tuple[Objective, Callable[[Any], Any]]:
         if self._labels is None:
             objective = NllObjective(self._distill.reduction, self._distill.nll_weight)
             return objective, token_collate(self._rows)
-        weights = {name: found.sample_weight for name, found in self._weights().items()}
+        weights = {name: found.sample_weight for name, found in self._weights.items()}
         collate = distill_collate(self._rows, self._labels, weights, teacher_splits(self._config))
         return DistillObjective.of(self._distill, self._labels.temperature), collate
 
@@ -174,7 +166,7 @@ class Distillation:
         figures: dict[str, float] = {"rows": len(self._rows), "planned_steps": self._steps}
         if self._labels is None:
             return figures
-        for name, found in self._weights().items():
+        for name, found in self._weights.items():
             figures[f"weights/{name}/mean"] = float(np.mean(found.sample_weight))
             figures[f"weights/{name}/length_correlation"] = found.length_correlation
             figures[f"weights/{name}/loglik_mean"] = found.loglik_mean

@@ -16,12 +16,10 @@ from proxykd_jax.models.hf_weights import load_model, save_model
 from proxykd_jax.models.lora import merge
 from proxykd_jax.models.peft import save_adapter
 from proxykd_jax.parallel.sharding import sharding_of
-from proxykd_jax.training.batches import Rows
+from proxykd_jax.training.loop import Measure
 from proxykd_jax.training.model import Model, find_model
 from proxykd_jax.training.restore import load_aligned_proxy, load_student
 from proxykd_jax.training.state import ModelSpec
-
-Measure = Callable[[Model, Rows, int], dict[str, float]]
 
 
 def export_student(config: Config, corpus: TokenCorpus, mesh: Mesh, measure: Measure) -> Path:
@@ -96,7 +94,7 @@ def _compare(
         sharding=lambda path: sharding_of("/".join(path), mesh),
     )
     spec = ModelSpec(found, "lora", config.export.dtype, "none")
-    exported = Model(spec, params, None, config.folder / "export" / role, "")
+    exported = Model(spec, params, None, config.folder / "export" / role)
     most = config.corpus.validation_max_rows
     values = {
         "trained": measure(model, rows, most)["nll"],

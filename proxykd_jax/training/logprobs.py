@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from proxykd_jax.data.collate import TokenRow, collate_rows
-from proxykd_jax.data.order import default_buckets
+from proxykd_jax.data.order import by_length, default_buckets
 from proxykd_jax.losses import reduce_tokens, token_logps, topk_logps
 from proxykd_jax.models.chunked import map_positions
 from proxykd_jax.models.decoder import hidden_states, unembed
@@ -97,13 +97,10 @@ def make_reference(
 
     def reference(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
         rows = [TokenRow(np.concatenate(pair), len(pair[0]), "") for pair in pairs]
-        order = np.argsort([len(row.tokens) for row in rows], kind="stable")
+        positions = np.array([len(row.tokens) - 1 for row in rows])
         sums = np.zeros(len(rows), np.float32)
-        buckets = default_buckets(max(len(row.tokens) for row in rows))
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
-            longest = len(rows[places[-1]].tokens) - 1
-            length = next(bucket for bucket in buckets if bucket >= longest)
+        buckets = default_buckets(int(positions.max()) + 1)
+        for places, length in by_length(positions, batch_size, buckets):
             batch = collate_rows([[rows[i]] for i in places], length, 1, batch_size)
             found = _response_logps(params, adapter, put_rows(batch, mesh), spec)
             sums[places] = np.asarray(found)[: len(places)]

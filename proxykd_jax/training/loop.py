@@ -8,25 +8,31 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from proxykd_jax.config import StopConfig
+from proxykd_jax.artifacts import complete_stage
+from proxykd_jax.config import TrainingSection
 from proxykd_jax.errors import UserError
+from proxykd_jax.models.fingerprint import params_fingerprint
 from proxykd_jax.parallel.sharding import tree_shardings
+from proxykd_jax.training.batches import Rows
 from proxykd_jax.training.checkpoint import Checkpoints
 from proxykd_jax.training.console import Console
 from proxykd_jax.training.metrics import MetricsLog
 from proxykd_jax.training.model import Model
 from proxykd_jax.training.state import TrainState, Tree, abstract_state, init_state
 from proxykd_jax.training.steps import Metrics, Step
+
+# (model, rows, most) -> {"nll", "agreement"} on the first ``most`` rows.
+Measure = Callable[[Model, Rows, int], dict[str, float]]
 
 
 @dataclass
@@ -64,19 +70,6 @@ class Progress:
         self.stale = 0
 
 
-class LoopConfig(Protocol):
-    """How often things happen, in steps: the ``align`` or ``distill`` section."""
-
-    @property
-    def checkpoint_every(self) -> int: ...
-    @property
-    def diagnose_every(self) -> int: ...
-    @property
-    def log_every(self) -> int: ...
-    @property
-    def stop(self) -> StopConfig: ...
-
-
 @dataclass
 class Trainer:
     """What all phases of a stage share.
@@ -98,7 +91,7 @@ class Trainer:
     progress: Progress
     checkpoints: Checkpoints
     log: MetricsLog
-    every: LoopConfig
+    every: TrainingSection
     validate: Callable[[TrainState], dict[str, float]] | None
     console: Console
 
@@ -112,7 +105,7 @@ class Trainer:
         *,
         mesh: Mesh,
         log: MetricsLog,
-        every: LoopConfig,
+        every: TrainingSection,
         validate: Callable[[TrainState], dict[str, float]] | None,
     ) -> Trainer:
         """A stage's trainer, at its newest checkpoint in ``folder`` or at its beginning.
@@ -133,18 +126,22 @@ class Trainer:
         log.resume(stage, progress.metric_lines)
         return cls(stage, state, model.frozen, progress, checkpoints, log, every, validate, console)
 
-    def close(self) -> dict[str, Any]:
-        """Ends the stage; returns what its manifest says of its checkpoints."""
+    def finish(self, folder: Path, counts: Mapping[str, int]) -> None:
+        """Marks the stage complete: which checkpoints count, what each phase reported."""
         self.checkpoints.close()
         self.console.close()
         progress = self.progress
-        return {
-            "best_step": progress.best_step,
-            "best_nll": progress.best_nll,
-            "last_step": progress.step,
-            "kept_steps": progress.kept,
-            "results": progress.results,
-        }
+        complete_stage(
+            folder,
+            counts={"steps": progress.step, **counts},
+            files=[],  # each checkpoint has its own digests
+            content=params_fingerprint(jax.device_get(self.state.trainable)),
+            best_step=progress.best_step,
+            best_nll=progress.best_nll,
+            last_step=progress.step,
+            kept_steps=progress.kept,
+            results=progress.results,
+        )
 
     def save(self) -> None:
         """A checkpoint of this moment, and removal of those that are no longer needed."""

@@ -15,6 +15,7 @@ from proxykd_jax.data.corpus import TokenCorpus
 from proxykd_jax.errors import UserError
 from proxykd_jax.models.config import LoraConfig, ModelConfig
 from proxykd_jax.models.fingerprint import fingerprint
+from proxykd_jax.models.hf_config import read_config
 from proxykd_jax.models.hf_weights import load_model
 from proxykd_jax.models.lora import init_adapter, merge
 from proxykd_jax.models.peft import load_adapter
@@ -33,14 +34,12 @@ class Model:
       frozen: weights that do not learn (``{}`` with ``trainable: full``).
       trainable: what learns: the adapter, or all weights in float32.
       folder: where its weights came from.
-      fingerprint: of that folder and, where one was given, of the adapter to start from.
     """
 
     spec: ModelSpec
     frozen: Tree
     trainable: Tree
     folder: Path
-    fingerprint: str
 
     @property
     def config(self) -> ModelConfig:
@@ -89,6 +88,12 @@ def model_origin(section: ModelSection) -> str:
     return section.init.path if section.init else str(section.path)
 
 
+def lora_config(section: ModelSection) -> LoraConfig:
+    """The fresh adapter that a section asks for."""
+    lora = section.lora
+    return LoraConfig(lora.rank, lora.alpha, lora.targets, lora.dropout)
+
+
 def model_identity(section: ModelSection) -> str:
     """Fingerprint of the files that a section names."""
     identity = fingerprint(find_model(model_origin(section)))
@@ -120,12 +125,7 @@ def load_for_training(section: ModelSection, *, role: str, seed: int, mesh: Mesh
         first_layers=section.init.first_layers if section.init else None,
         sharding=lambda path: sharding_of("/".join(path), mesh),
     )
-    lora = LoraConfig(
-        rank=section.lora.rank,
-        alpha=section.lora.alpha,
-        targets=section.lora.targets,
-        dropout=section.lora.dropout,
-    )
+    lora = lora_config(section)
     adapter: Tree | None = None
     if section.adapter:
         found, adapter = load_adapter(section.adapter, config)
@@ -134,7 +134,7 @@ def load_for_training(section: ModelSection, *, role: str, seed: int, mesh: Mesh
         if adapter is not None:
             params = merge(params, adapter, config.replace(lora=lora))
         spec = ModelSpec(config, "full", section.dtype, section.remat)
-        return Model(spec, {}, params, folder, model_identity(section))
+        return Model(spec, {}, params, folder)
     config = config.replace(lora=lora)
     if adapter is None:
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(role.encode()))
@@ -144,29 +144,24 @@ def load_for_training(section: ModelSection, *, role: str, seed: int, mesh: Mesh
     else:
         adapter = jax.device_put(adapter, tree_shardings(adapter, mesh))
     spec = ModelSpec(config, "lora", section.dtype, section.remat)
-    return Model(spec, params, adapter, folder, model_identity(section))
-
-
-def check_vocabulary(model: Model, vocab_size: int, role: str) -> None:
-    """Raises UserError if the tokenizer has ids that the model has no embedding for."""
-    if vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"{role}: the tokenizer has ids up to {vocab_size - 1}, but {model.folder} has "
-            f"embeddings for {model.config.vocab_size}. Proxy, student and tokenizer must share "
-            "one vocabulary."
-        )
+    return Model(spec, params, adapter, folder)
 
 
 def check_tokenizers(config: Config, corpus: TokenCorpus) -> None:
-    """Refuses a proxy or a student whose own tokenizer is not the corpus's.
+    """Refuses a proxy or a student that the corpus's token ids are not made for.
 
     Looked at before anything is trained: soft labels are token ids, and a mismatch would show only
     in a student that learns nonsense. A model folder without a tokenizer is taken at its word.
 
     Raises:
-      UserError: the maps from tokens to ids differ; names the first differences.
+      UserError: the maps from tokens to ids differ (the first differences are named), or there are
+        ids without an embedding.
     """
-    from proxykd_jax.data.tokenizer import check_same_vocabulary, load_tokenizer
+    from proxykd_jax.data.tokenizer import (
+        check_embedding_rows,
+        check_same_vocabulary,
+        load_tokenizer,
+    )
 
     ours = load_tokenizer(corpus.tokenizer_path)
     # With alpha 0 no proxy is used, and the key may name one of another family.
@@ -175,3 +170,4 @@ def check_tokenizers(config: Config, corpus: TokenCorpus) -> None:
         folder = find_model(origin)
         if origin != corpus.tokenizer_path and (folder / "tokenizer.json").is_file():
             check_same_vocabulary(ours, load_tokenizer(folder))
+        check_embedding_rows(ours, read_config(folder).vocab_size, origin)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import numpy as np
 from jax.sharding import Mesh
 
 from proxykd_jax.artifacts import complete_stage, open_stage, stage_identity
@@ -14,10 +13,10 @@ from proxykd_jax.data.corpus import TokenCorpus
 from proxykd_jax.data.soft_labels import SoftLabelStore, SoftLabelWriter, weights_of
 from proxykd_jax.errors import UserError
 from proxykd_jax.generation.answered import AnsweredSplit
-from proxykd_jax.generation.sampler import Sample, sample
 from proxykd_jax.generation.samples import SampleStore, sample_round
 from proxykd_jax.generation.score_rows import score_split
 from proxykd_jax.parallel.sharding import check_rows, put_rows
+from proxykd_jax.training.answers import make_draw
 from proxykd_jax.training.batches import Rows
 from proxykd_jax.training.console import Console
 from proxykd_jax.training.distillation import FRESH, teacher_splits
@@ -85,11 +84,20 @@ class Scoring:
             "rows_per_part": sampling.rows_per_part,
         }
         if not store.begin(settings, {"corpus": self._corpus.identity, "proxy": self._proxy}):
+            draw = make_draw(
+                self._model.config,
+                *self._weights,
+                corpus=self._corpus,
+                mesh=self._mesh,
+                seed=self._config.seed,
+                round_index=_FRESH_ROUND,
+                batch_size=sampling.batch_size,
+            )
             sample_round(
                 store,
                 prompts,
                 range(len(prompts)),
-                sample_fn=self._draw,
+                sample_fn=draw,
                 reference_fn=None,
                 rows_per_part=sampling.rows_per_part,
                 max_length=self._corpus.max_length,
@@ -185,24 +193,6 @@ class Scoring:
     def _weights(self) -> tuple[Any, Any]:
         """(params, adapter), bound once: with trainable: full, binding casts all weights."""
         return self._model.params, self._model.adapter
-
-    def _draw(
-        self, prompts: list[np.ndarray], row_ids: list[str], budgets: list[int]
-    ) -> list[Sample]:
-        return sample(
-            *self._weights,
-            prompts,
-            row_ids,
-            config=self._model.config,
-            seed=self._config.seed,
-            round_index=_FRESH_ROUND,
-            end_token_ids=self._corpus.end_token_ids,
-            max_new_tokens=budgets,
-            batch_size=self._config.align.sampling.batch_size,
-            vocab_size=self._corpus.vocab_size,
-            put=lambda batch: put_rows(batch, self._mesh),
-            rows_multiple=self._mesh.shape["data"] * self._mesh.shape["fsdp"],
-        )
 
     def _report(self, what: str, done: int, total: int) -> None:
         self._console.say(f"{what}: {done}/{total} parts")

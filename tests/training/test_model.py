@@ -11,15 +11,18 @@ from proxykd_jax.config import make_config
 from proxykd_jax.errors import UserError
 from proxykd_jax.training.model import check_tokenizers
 
+from .conftest import tiny_config
 
-def _folder(path, words):
+
+def _folder(path, words, rows=8):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     path.mkdir()
     tokenizer.save(str(path / "tokenizer.json"))
-    (path / "config.json").write_text(json.dumps({}))
+    record = tiny_config().to_hf()
+    (path / "config.json").write_text(json.dumps({**record, "vocab_size": rows}))
     return str(path)
 
 
@@ -44,5 +47,8 @@ def test_another_vocabulary_is_refused_before_training(tmp_path) -> None:
     check_tokenizers(_config(proxy, same, 100.0), corpus)
     with pytest.raises(UserError, match="must share one vocabulary"):
         check_tokenizers(_config(proxy, other, 100.0), corpus)
+    small = _folder(tmp_path / "small", ["<unk>", "a", "b"], rows=2)
+    with pytest.raises(UserError, match="belongs to another model"):
+        check_tokenizers(_config(proxy, small, 100.0), corpus)
     # Plain fine-tuning uses no proxy, whatever its key names.
     check_tokenizers(_config(other, same, 0.0), corpus)

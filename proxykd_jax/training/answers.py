@@ -1,0 +1,58 @@
+"""The sampler bound to a model and a corpus: what rounds and fresh prompts draw answers with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from proxykd_jax.data.corpus import TokenCorpus
+from proxykd_jax.generation.sampler import Sample, sample
+from proxykd_jax.generation.samples import SampleFunction
+from proxykd_jax.models.config import ModelConfig
+from proxykd_jax.parallel.sharding import put_rows
+
+
+def make_draw(
+    config: ModelConfig,
+    params: Any,
+    adapter: Any,
+    *,
+    corpus: TokenCorpus,
+    mesh: Mesh,
+    seed: int,
+    round_index: int,
+    batch_size: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+) -> SampleFunction:
+    """``draw(prompts, row_ids, budgets) -> samples`` from one state of the proxy.
+
+    Args:
+      config, params, adapter: the model.
+      corpus: says which tokens end an answer and how many ids may be drawn.
+      mesh: over which the rows are split.
+      seed, round_index, batch_size, temperature, top_p: as in ``sample``.
+    """
+
+    def draw(prompts: list[np.ndarray], row_ids: list[str], budgets: list[int]) -> list[Sample]:
+        return sample(
+            params,
+            adapter,
+            prompts,
+            row_ids,
+            config=config,
+            seed=seed,
+            round_index=round_index,
+            end_token_ids=corpus.end_token_ids,
+            max_new_tokens=budgets,
+            temperature=temperature,
+            top_p=top_p,
+            batch_size=batch_size,
+            vocab_size=corpus.vocab_size,
+            put=lambda batch: put_rows(batch, mesh),
+            rows_multiple=mesh.shape["data"] * mesh.shape["fsdp"],
+        )
+
+    return draw

@@ -1,0 +1,50 @@
+"""A training stage as others see it: the keys that decide it, and what it left behind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from proxykd_jax.artifacts import MANIFEST, read_json
+from proxykd_jax.config import Config
+
+# Keys that change what is seen of a stage or how fast it is, not what it learns.
+_UNIMPORTANT = {"checkpoint_every", "diagnose_every", "log_every"}
+
+
+@dataclass(frozen=True)
+class TrainedStage:
+    """A finished training stage.
+
+    Attributes:
+      folder: its checkpoints.
+      best_step, last_step: the state of lowest validation NLL (None without validation) and the
+        final one.
+      results: what each phase reported: raw, warmup, round_01, ...; or untrained, train.
+    """
+
+    folder: Path
+    best_step: int | None
+    last_step: int
+    results: list[dict[str, Any]]
+
+    @staticmethod
+    def read(folder: Path) -> TrainedStage:
+        """From its manifest."""
+        manifest = read_json(folder / MANIFEST)
+        return TrainedStage(
+            folder, manifest["best_step"], manifest["last_step"], manifest["results"]
+        )
+
+
+def training_settings(
+    config: Config, stage: Literal["align", "distill"], role: Literal["proxy", "student"]
+) -> dict[str, Any]:
+    """The keys that decide what a stage makes of its model."""
+    section, model = getattr(config, stage), getattr(config, role)
+    return {
+        "seed": config.seed,
+        role: model.model_dump(mode="json", exclude={"config", "remat"}),
+        stage: section.model_dump(mode="json", exclude=_UNIMPORTANT),
+    }
