@@ -1,9 +1,15 @@
 """Shared by all tests: strict jax settings, real files where they are at hand."""
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from proxykd_jax.config import Config
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile hundreds of tiny programs and run each once: unoptimised code is ready sooner
@@ -30,3 +36,23 @@ def assets() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real files: {folder} does not exist (set PROXYKD_ASSETS)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models and corpus of a tiny run (``tests/tiny_run.py``); compiled programs are kept."""
+    from tests import tiny_run
+
+    tiny_run.keep_compiled(tmp_path_factory.mktemp("compiled"))
+    return tiny_run.make_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """The config of a run of all stages. Its folder is shared: change a ``copy_run`` of it."""
+    from proxykd_jax import run
+    from tests import tiny_run
+
+    config = tiny_run.recipe(tiny_files, tmp_path_factory.mktemp("runs"))
+    run.main(config)
+    return config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -33,6 +34,26 @@ class TokenRow:
     def answer(self) -> np.ndarray:
         """int32[T - P]."""
         return self.tokens[self.prompt_length :]
+
+
+class Rows(Protocol):
+    """What is read of a split of the corpus, or of rows chosen from splits."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int32[n], tokens T of each row."""
+        ...
+
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """int32[n], tokens P of each prompt."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Sequence[int]) -> list[TokenRow]:
+        """Rows by number, in the order asked for."""
+        ...
 
 
 def collate_rows(

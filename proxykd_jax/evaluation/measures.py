@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from proxykd_jax.data.collate import collate_rows
+from proxykd_jax.data.collate import Rows, collate_rows
 from proxykd_jax.data.order import by_length, default_buckets
 from proxykd_jax.errors import UserError
 from proxykd_jax.evaluation.teacher import TeacherLogps
@@ -30,7 +30,6 @@ from proxykd_jax.models.chunked import map_positions
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.decoder import hidden_states, unembed
 from proxykd_jax.parallel.sharding import put_rows
-from proxykd_jax.training.batches import Rows
 from proxykd_jax.training.model import Model
 from proxykd_jax.types import TokenBatch
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from proxykd_jax.artifacts import MANIFEST, complete_stage, open_stage, read_json
+from proxykd_jax.data.collate import Rows, TokenRow
 from proxykd_jax.data.parts import Part, PartFolder, damaged
 from proxykd_jax.errors import UserError
 from proxykd_jax.generation.sampler import Sample
@@ -25,23 +26,6 @@ _ROW_ID_BYTES = 32
 
 SampleFunction = Callable[[list[np.ndarray], list[str], list[int]], list[Sample]]
 ReferenceFunction = Callable[[list[tuple[np.ndarray, np.ndarray]]], np.ndarray]
-
-
-class Row(Protocol):
-    """What is read of a row of a split."""
-
-    @property
-    def tokens(self) -> np.ndarray: ...
-    @property
-    def prompt_length(self) -> int: ...
-    @property
-    def row_id(self) -> str: ...
-
-
-class Split(Protocol):
-    """What is read of a split of the corpus (``TokenSplit``)."""
-
-    def read(self, indices: Any) -> Sequence[Row]: ...
 
 
 @dataclass(frozen=True)
@@ -199,7 +183,7 @@ class SampleStore:
 
 def sample_round(
     store: SampleStore,
-    split: Split,
+    split: Rows,
     rows: Sequence[int] | np.ndarray,
     *,
     sample_fn: SampleFunction,
@@ -236,7 +220,7 @@ def sample_round(
             store.check_rows(index, part_rows)
         else:
             sampled = _sample_part(
-                split.read(part_rows), part_rows, sample_fn, reference_fn, max_length,
+                split.read(part_rows.tolist()), part_rows, sample_fn, reference_fn, max_length,
                 max_new_tokens, frozenset(end_token_ids),
             )  # fmt: skip
             store.append(index, sampled)
@@ -245,7 +229,7 @@ def sample_round(
 
 
 def _sample_part(
-    token_rows: Sequence[Row],
+    token_rows: Sequence[TokenRow],
     indices: np.ndarray,
     sample_fn: SampleFunction,
     reference_fn: ReferenceFunction | None,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 
-from proxykd_jax.data.collate import TokenRow, collate_rows
+from proxykd_jax.data.collate import Rows, TokenRow, collate_rows
 from proxykd_jax.data.order import by_length, default_buckets
 from proxykd_jax.data.soft_labels import SoftLabels, SoftLabelWriter
 from proxykd_jax.generation.scoring import TopKLabels, hidden_rows, soft_labels_of_hidden
@@ -21,14 +21,6 @@ _LOGITS_ALIVE = 1 << 24
 _FEWEST_POSITIONS, _MOST_POSITIONS = 128, 2048
 
 _take = jax.jit(lambda hidden, places: hidden[places])
-
-
-class Rows(Protocol):
-    """What is read of a split."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, indices: Sequence[int]) -> list[TokenRow]: ...
 
 
 def score_split(

@@ -12,13 +12,13 @@ from jax.sharding import Mesh
 
 from proxykd_jax.artifacts import MANIFEST, digest_value, read_json
 from proxykd_jax.config import Config
+from proxykd_jax.data.collate import Rows
 from proxykd_jax.data.corpus import TokenCorpus
 from proxykd_jax.data.order import permutation
 from proxykd_jax.generation.samples import SampleStore, sample_round
 from proxykd_jax.losses import batch_mean
 from proxykd_jax.training.answers import make_draw
 from proxykd_jax.training.batches import (
-    Rows,
     Selection,
     count_steps,
     make_plan,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from proxykd_jax.data.collate import TokenRow, collate_rows
+from proxykd_jax.data.collate import Rows, TokenRow, collate_rows
 from proxykd_jax.data.order import Batching, EpochPlan, PlannedBatch, default_buckets, plan_epoch
 from proxykd_jax.data.soft_labels import SoftLabels, SoftLabelStore
 from proxykd_jax.data.stream import BatchStream
@@ -20,20 +20,6 @@ from proxykd_jax.parallel.sharding import put_rows
 from proxykd_jax.types import DistillBatch, PairBatch, TokenBatch
 
 Plan = Callable[[int], EpochPlan]
-
-
-class Rows(Protocol):
-    """What is read of a split, or of rows chosen from splits."""
-
-    @property
-    def lengths(self) -> np.ndarray: ...
-
-    @property
-    def prompt_lengths(self) -> np.ndarray: ...
-
-    def __len__(self) -> int: ...
-
-    def read(self, indices: Sequence[int]) -> list[TokenRow]: ...
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from proxykd_jax.config import Config
+from proxykd_jax.data.collate import Rows
 from proxykd_jax.data.corpus import TokenCorpus
 from proxykd_jax.data.soft_labels import SoftLabelStore, weights_of
 from proxykd_jax.generation.answered import AnsweredSplit
 from proxykd_jax.generation.samples import SampleStore
 from proxykd_jax.training.batches import (
     Joined,
-    Rows,
     count_steps,
     distill_collate,
     make_plan,

@@ -20,10 +20,10 @@ from jax.sharding import Mesh
 
 from proxykd_jax.artifacts import complete_stage
 from proxykd_jax.config import TrainingSection
+from proxykd_jax.data.collate import Rows
 from proxykd_jax.errors import UserError
 from proxykd_jax.models.fingerprint import params_fingerprint
 from proxykd_jax.parallel.sharding import tree_shardings
-from proxykd_jax.training.batches import Rows
 from proxykd_jax.training.checkpoint import Checkpoints
 from proxykd_jax.training.console import Console
 from proxykd_jax.training.metrics import MetricsLog

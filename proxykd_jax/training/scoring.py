@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from proxykd_jax.artifacts import complete_stage, open_stage, stage_identity
 from proxykd_jax.config import Config
+from proxykd_jax.data.collate import Rows
 from proxykd_jax.data.corpus import TokenCorpus
 from proxykd_jax.data.soft_labels import SoftLabelStore, SoftLabelWriter, weights_of
 from proxykd_jax.errors import UserError
@@ -17,7 +18,6 @@ from proxykd_jax.generation.samples import SampleStore, sample_round
 from proxykd_jax.generation.score_rows import score_split
 from proxykd_jax.parallel.sharding import check_rows, put_rows
 from proxykd_jax.training.answers import make_draw
-from proxykd_jax.training.batches import Rows
 from proxykd_jax.training.console import Console
 from proxykd_jax.training.distillation import FRESH, teacher_splits
 from proxykd_jax.training.metrics import MetricsLog
