@@ -127,9 +127,60 @@ def test_missing_and_cut_files_are_named(tmp_path):
     ]
 
 
+def _settled(path):
+    """Makes a file look as if it had not been written just now."""
+    os.utime(path, ns=(0, path.stat().st_mtime_ns - 10**10))
+
+
+def test_a_file_at_rest_is_read_once(tmp_path, monkeypatch):
+    path = tmp_path / "weights"
+    path.write_bytes(b"12345")
+    _settled(path)
+    first = artifacts.digest_file(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "_read_digest", None)  # reading would fail
+        assert artifacts.digest_file(path) == first
+        assert artifacts.digest_files(tmp_path)["weights"]["digest"] == first
+
+
+def test_an_edited_file_is_seen(tmp_path):
+    path = tmp_path / "source"
+    seen = set()
+    for number in range(200):  # as fast as can be, so that the clock of the files stands still
+        path.write_bytes(b"%03d" % number)
+        seen.add(artifacts.digest_file(path))
+    assert len(seen) == 200
+    _settled(path)
+    before = artifacts.digest_file(path)
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    path.write_bytes(b"abc")
+    assert artifacts.digest_file(path) != before
+    # The same size and time of change, as an unpacked archive leaves it.
+    path.write_bytes(b"abd")
+    os.utime(path, ns=times)
+    edited = artifacts.digest_file(path)
+    other = tmp_path / "other"
+    other.write_bytes(b"abe")
+    os.utime(other, ns=times)
+    os.replace(other, path)
+    assert len({before, edited, artifacts.digest_file(path)}) == 3
+
+
+def test_bits_that_rot_leave_the_time_as_it_was_and_are_seen(tmp_path, monkeypatch):
+    path = tmp_path / "array"
+    path.write_bytes(b"12345")
+    _settled(path)
+    digests = artifacts.digest_files(tmp_path)
+    state = artifacts._file_state(path)
+    path.write_bytes(b"12344")
+    monkeypatch.setattr(artifacts, "_file_state", lambda path: state)
+    assert artifacts.digest_file(path) == digests["array"]["digest"]  # the disk says nothing
+    assert len(artifacts.changed_files(tmp_path, digests)) == 1
+
+
 def test_digests_do_not_depend_on_chunks_or_key_order(tmp_path, monkeypatch):
     path = tmp_path / "a"
-    path.write_bytes(bytes(range(256)) * 40)
+    path.write_bytes(bytes(range(256)) * 40)  # just now, so that it is read each time
     whole = artifacts.digest_file(path)
     monkeypatch.setattr(artifacts, "_CHUNK", 7)
     assert artifacts.digest_file(path) == whole
