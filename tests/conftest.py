@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,13 +41,27 @@ def assets() -> Path:
     return folder
 
 
+@contextlib.contextmanager
+def _shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder that all workers of this test run share; one of them at a time is in here."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny"
+    folder.mkdir(exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models and corpus of a tiny run (``tests/tiny_run.py``); compiled programs are kept."""
     from tests import tiny_run
 
-    tiny_run.keep_compiled(tmp_path_factory.mktemp("compiled"))
-    return tiny_run.make_files(tmp_path_factory.mktemp("files"))
+    with _shared_folder(tmp_path_factory) as folder:
+        tiny_run.keep_compiled(folder / "compiled")
+        if not (folder / "files").exists():
+            tiny_run.make_files(folder / "files")
+    return folder / "files"
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +70,8 @@ def finished_run(tiny_files: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     from proxykd_jax import run
     from tests import tiny_run
 
-    config = tiny_run.recipe(tiny_files, tmp_path_factory.mktemp("runs"))
-    run.main(config)
+    with _shared_folder(tmp_path_factory) as folder:
+        config = tiny_run.recipe(tiny_files, folder / "runs")
+        if not (config.folder / "eval" / "summary.json").exists():
+            run.main(config)
     return config
