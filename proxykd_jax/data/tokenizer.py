@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,19 +13,7 @@ import numpy as np
 from proxykd_jax.artifacts import digest_file, digest_value
 from proxykd_jax.config import Config
 from proxykd_jax.errors import UserError
-
-# What a tokenizer is made of; other files of a model's folder do not matter to it.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-)
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+from proxykd_jax.models.folder import TOKENIZER_FILES, local_folder
 
 
 @dataclass(frozen=True)
@@ -110,7 +97,7 @@ def load_tokenizer(place: Config | str | Path) -> Tokenizer:
       UserError: there is no tokenizer there, or it cannot be read.
     """
     place = tokenizer_place(place) if isinstance(place, Config) else str(place)
-    folder = _local_folder(place)
+    folder = local_folder(place, TOKENIZER_FILES)
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if not any(file.name in ("tokenizer.json", "tokenizer.model", "vocab.json") for file in files):
         raise UserError(
@@ -196,25 +183,6 @@ def check_embedding_rows(tokenizer: Tokenizer, rows: int, model: str) -> None:
 
 def _id_text(token_id: int | None) -> str:
     return "absent" if token_id is None else f"id {token_id}"
-
-
-def _local_folder(place: str) -> Path:
-    path = Path(place).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise UserError(f"{place} is a file; the tokenizer is named by its folder.")
-    if not _HUB_NAME.fullmatch(place) or place.startswith("."):
-        raise UserError(f"The folder {place}, where the tokenizer should be, does not exist.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(place, allow_patterns=list(TOKENIZER_FILES)))
-    except Exception as error:  # network, cache and access errors share no base class
-        raise UserError(
-            f"{place} is no local folder, and it cannot be had from the Hugging Face hub "
-            f"({type(error).__name__}). Give a folder, or check the name and the connection."
-        ) from error
 
 
 _Loaded = tuple[Any, dict[str, str], str | None]

@@ -20,6 +20,7 @@ import numpy as np
 from proxykd_jax.artifacts import write_json
 from proxykd_jax.errors import UserError
 from proxykd_jax.models.config import ModelConfig
+from proxykd_jax.models.folder import TOKENIZER_FILES
 from proxykd_jax.models.hf_config import read_config
 from proxykd_jax.models.params import ParamPath, Params, flatten, param_shapes, unflatten
 from proxykd_jax.models.tensor_files import (
@@ -33,17 +34,6 @@ from proxykd_jax.models.tensor_files import (
 Put = Callable[[ParamPath, np.ndarray], jax.Array]
 
 # Copied from the source folder byte for byte: re-saving a tokenizer changes its files.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
 
 _NORMS = {

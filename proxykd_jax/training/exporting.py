@@ -12,12 +12,13 @@ from jax.sharding import Mesh
 from proxykd_jax.artifacts import read_json, stage_identity, write_json
 from proxykd_jax.config import Config
 from proxykd_jax.data.corpus import TokenCorpus
-from proxykd_jax.models.hf_weights import load_model, save_model
+from proxykd_jax.models.folder import local_folder
+from proxykd_jax.models.hf_weights import COPIED_FILES, load_model, save_model
 from proxykd_jax.models.lora import merge
 from proxykd_jax.models.peft import save_adapter
 from proxykd_jax.parallel.sharding import sharding_of
 from proxykd_jax.training.loop import Measure
-from proxykd_jax.training.model import Model, find_model
+from proxykd_jax.training.model import Model
 from proxykd_jax.training.restore import load_aligned_proxy, load_student
 from proxykd_jax.training.state import ModelSpec
 
@@ -73,7 +74,7 @@ def _export(
             params,
             dtype=export.dtype,
             max_shard_bytes=export.max_shard_gb * 1e9,
-            source=find_model(corpus.tokenizer_path),
+            source=local_folder(corpus.tokenizer_path, COPIED_FILES),
             overwrite=True,
         )
         record["validation_nll"] = _compare(config, corpus, mesh, measure, role, model)

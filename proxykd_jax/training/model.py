@@ -12,17 +12,15 @@ from jax.sharding import Mesh
 
 from proxykd_jax.config import Config, ModelSection
 from proxykd_jax.data.corpus import TokenCorpus
-from proxykd_jax.errors import UserError
 from proxykd_jax.models.config import LoraConfig, ModelConfig
 from proxykd_jax.models.fingerprint import fingerprint
+from proxykd_jax.models.folder import local_folder
 from proxykd_jax.models.hf_config import read_config
 from proxykd_jax.models.hf_weights import load_model
 from proxykd_jax.models.lora import init_adapter, merge
 from proxykd_jax.models.peft import load_adapter
 from proxykd_jax.parallel.sharding import sharding_of, tree_shardings
 from proxykd_jax.training.state import ModelSpec, Tree
-
-_MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 
 @dataclass(frozen=True)
@@ -61,28 +59,6 @@ class Model:
         return self.spec.bind(self.frozen, self.trainable)[1]
 
 
-def find_model(name: str) -> Path:
-    """The local folder of a model: a folder, or a hub name that is downloaded or cached.
-
-    Raises:
-      UserError: neither.
-    """
-    folder = Path(name)
-    if folder.is_dir():
-        return folder
-    if folder.is_absolute() or name.count("/") != 1:
-        raise UserError(f"{name}: there is no such folder, and it is no hub name (owner/model).")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=_MODEL_FILES))
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{name}: there is no such folder, and it could not be fetched from the hub ({reason})."
-        ) from error
-
-
 def model_origin(section: ModelSection) -> str:
     """Folder or hub name that a section's weights come from."""
     return section.init.path if section.init else str(section.path)
@@ -96,7 +72,7 @@ def lora_config(section: ModelSection) -> LoraConfig:
 
 def model_identity(section: ModelSection) -> str:
     """Fingerprint of the files that a section names."""
-    identity = fingerprint(find_model(model_origin(section)))
+    identity = fingerprint(local_folder(model_origin(section)))
     if section.adapter:
         from proxykd_jax.artifacts import digest_files, digest_value
 
@@ -117,7 +93,7 @@ def load_for_training(section: ModelSection, *, role: str, seed: int, mesh: Mesh
     Raises:
       UserError: files are missing, damaged or do not fit.
     """
-    folder = find_model(model_origin(section))
+    folder = local_folder(model_origin(section))
     full = section.trainable == "full"
     config, params = load_model(
         folder,
@@ -167,7 +143,7 @@ def check_tokenizers(config: Config, corpus: TokenCorpus) -> None:
     # With alpha 0 no proxy is used, and the key may name one of another family.
     sections = (config.proxy, config.student) if config.distill.alpha > 0 else (config.student,)
     for origin in dict.fromkeys(model_origin(section) for section in sections):
-        folder = find_model(origin)
+        folder = local_folder(origin)
         if origin != corpus.tokenizer_path and (folder / "tokenizer.json").is_file():
             check_same_vocabulary(ours, load_tokenizer(folder))
         check_embedding_rows(ours, read_config(folder).vocab_size, origin)

@@ -64,7 +64,7 @@ def test_digest_follows_the_files(bpe_folder, tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: path / "absent", "does not exist"),
+        (lambda path: path / "absent", "no such folder"),
         (lambda path: path, "holds no tokenizer"),
         (lambda path: _write(path / "tokenizer.json", "{"), "cannot be read"),
         (lambda path: _write(path / "tokenizer.json", "{").parent / "tokenizer.json", "is a file"),
