@@ -209,6 +209,27 @@ def complete_stage(
     write_json(folder / MANIFEST, manifest)
 
 
+def finished_manifest(folder: Path, stage: str, holds: str) -> dict[str, Any]:
+    """The manifest of a finished stage, for a reader of its folder.
+
+    Args:
+      folder: the stage's folder.
+      stage: the command that makes it.
+      holds: what should be in it, for the message: ``corpus``, ``soft labels``.
+
+    Raises:
+      UserError: it is missing, damaged, of another stage or not complete.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"{folder} holds no {holds}; run python -m proxykd_jax.{stage} first.")
+    manifest = _read_manifest(folder)
+    if manifest.get("stage") != stage:
+        raise UserError(f"{folder} was not made by {stage}; it holds no {holds}.")
+    if manifest["status"] != "complete":
+        raise UserError(f"{folder} is not complete; run {stage} again, which goes on with it.")
+    return manifest
+
+
 def stage_identity(folder: Path) -> str:
     """What a later stage records as its input: settings, inputs and content of this one."""
     manifest = _read_manifest(folder)

@@ -222,6 +222,22 @@ def test_a_stage_is_opened_gone_on_with_and_complete(tmp_path):
     assert artifacts.changed_files(folder, manifest["files"]) == []
 
 
+def test_only_a_finished_stage_is_read(tmp_path):
+    def refusal(stage):
+        with pytest.raises(UserError) as caught:
+            artifacts.finished_manifest(tmp_path / "s", stage, "corpus")
+        return str(caught.value)
+
+    assert refusal("prepare").endswith("holds no corpus; run python -m proxykd_jax.prepare first.")
+    artifacts.open_stage(tmp_path / "s", "prepare", SETTINGS, INPUTS)
+    assert "is not complete; run prepare again" in refusal("prepare")
+    artifacts.complete_stage(tmp_path / "s", counts={"rows": 3})
+    assert "was not made by score" in refusal("score")
+    assert artifacts.finished_manifest(tmp_path / "s", "prepare", "corpus")["counts"] == {"rows": 3}
+    (tmp_path / "s" / artifacts.MANIFEST).write_text("[]")
+    assert "is damaged" in refusal("prepare")
+
+
 def test_tuples_and_lists_are_the_same_setting(tmp_path):
     artifacts.open_stage(tmp_path / "s", "align", {"targets": ("a", "b")}, {})
     artifacts.open_stage(tmp_path / "s", "align", {"targets": ["a", "b"]}, {})

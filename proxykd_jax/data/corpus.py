@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, overload
 
 import numpy as np
 
-from proxykd_jax.artifacts import MANIFEST, read_json, stage_identity
+from proxykd_jax.artifacts import finished_manifest, stage_identity
 from proxykd_jax.data.collate import TokenRow
 from proxykd_jax.data.example_codec import decode_example
 from proxykd_jax.data.parts import PartFolder
@@ -43,17 +43,10 @@ def open_corpus(folder: Path | str) -> TokenCorpus:
     """Opens the corpus that ``prepare`` made.
 
     Raises:
-      UserError: it is missing or not complete.
+      UserError: it is missing, not complete or damaged.
     """
     folder = Path(folder)
-    if not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder} holds no corpus; run python -m proxykd_jax.prepare first.")
-    manifest = read_json(folder / MANIFEST)
-    if manifest.get("stage") != "prepare":
-        raise UserError(f"{folder} was not made by prepare; it holds no corpus.")
-    if manifest["status"] != "complete":
-        raise UserError(f"{folder} is not complete; run prepare again, which goes on with it.")
-    return TokenCorpus(folder, manifest)
+    return TokenCorpus(folder, finished_manifest(folder, "prepare", "corpus"))
 
 
 class TokenCorpus:

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from proxykd_jax.artifacts import MANIFEST, read_json
+from proxykd_jax.artifacts import finished_manifest
 from proxykd_jax.data.parts import Part, PartFolder, damaged
 from proxykd_jax.data.sample_weights import Weights, weights_of
 from proxykd_jax.errors import UserError
@@ -148,14 +148,7 @@ def open_soft_labels(folder: Path | str) -> SoftLabelStore:
       UserError: it is missing, not complete or damaged.
     """
     folder = Path(folder)
-    if not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder} holds no soft labels; run python -m proxykd_jax.score first.")
-    manifest = read_json(folder / MANIFEST)
-    if manifest.get("stage") != "score":
-        raise UserError(f"{folder} was not made by score; it holds no soft labels.")
-    if manifest["status"] != "complete":
-        raise UserError(f"{folder} is not complete; run score again, which goes on with it.")
-    return SoftLabelStore(folder, manifest)
+    return SoftLabelStore(folder, finished_manifest(folder, "score", "soft labels"))
 
 
 class SoftLabelStore:
