@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from proxykd_jax.artifacts import finished_manifest
+from proxykd_jax.artifacts import MANIFEST, finished_manifest, read_json
 from proxykd_jax.data.parts import Part, PartFolder, damaged
 from proxykd_jax.data.sample_weights import Weights, weights_of
 from proxykd_jax.errors import UserError
