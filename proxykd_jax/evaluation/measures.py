@@ -3,7 +3,9 @@
 - ``nll``: teacher-token NLL, nats. Table 4 of the paper reports KL(teacher || proxy), which needs
   the teacher's distribution; from text alone only differences of it can be had, because the
   teacher's entropy cancels in the difference of two models' NLL on the same rows.
-- ``agreement``: share of the teacher's tokens that are the model's most probable ones (Fig. 5).
+- ``agreement``: share of the teacher's tokens that are the model's most probable ones (Fig. 5); of
+  equally probable tokens the one with the lowest id counts, as ``argmax`` and greedy decoding have
+  it.
 - ``top_mass``: share of places whose K most probable tokens hold more than 0.95 (Fig. 4).
 - ``kl``: exact KL(teacher || model), nats a token, where the teacher is a known process.
 
@@ -204,6 +206,19 @@ def measure(
     return RowMeasures(**sums, kl=None if teacher is None else kl, top_ks=tuple(top_ks))
 
 
+def first_choice(logps_BLV: jax.Array, labels_BL: jax.Array) -> jax.Array:
+    """bool ``[B, L]``: the label is the argmax, the lowest id among equals; never where NaN is.
+
+    ``argmax(...) == labels`` as one reduction: XLA's argmax over 32,000 tokens takes 147 ms for 512
+    places on a CPU, where this takes 8 (49,152: 224 and 15).
+    """
+    label_logps = jnp.take_along_axis(logps_BLV, labels_BL[..., None], axis=-1)
+    ids = jax.lax.broadcasted_iota(labels_BL.dtype, logps_BLV.shape, logps_BLV.ndim - 1)
+    later = ids >= labels_BL[..., None]
+    # Written as what must hold everywhere, so that NaN fails.
+    return ((logps_BLV < label_logps) | ((logps_BLV == label_logps) & later)).all(axis=-1)
+
+
 def validation_figures(
     batch_size: int, mesh: Mesh | None
 ) -> Callable[[Model, Rows, int], dict[str, float]]:
@@ -299,7 +314,7 @@ def _compiled(config: ModelConfig, top_ks: tuple[int, ...], mesh: Mesh | None) -
         def head(hidden: jax.Array, labels: jax.Array, *teacher: jax.Array) -> Any:
             logps = jax.nn.log_softmax(unembed(params, hidden, config=config), axis=-1)
             label_logps = jnp.take_along_axis(logps, labels[..., None], axis=-1)[..., 0]
-            figures = {"nll": -label_logps, "agreement": logps.argmax(axis=-1) == labels}
+            figures = {"nll": -label_logps, "agreement": first_choice(logps, labels)}
             if top_ks:
                 largest = jnp.exp(jax.lax.top_k(logps, max(top_ks))[0])
                 mass = jnp.cumsum(largest, axis=-1)

@@ -12,6 +12,7 @@ from proxykd_jax.data.collate import TokenRow
 from proxykd_jax.errors import UserError
 from proxykd_jax.evaluation import measures
 from proxykd_jax.evaluation.measures import (
+    first_choice,
     measure,
     paired_differences,
     token_mean,
@@ -135,6 +136,20 @@ def test_sums_equal_the_reference(
     np.testing.assert_array_equal(got.agreement, expected["agreement"])
     np.testing.assert_array_equal(got.top_mass, expected["top_mass"])
     np.testing.assert_allclose(got.kl, expected["kl"], atol=2e-5)
+
+
+def test_the_first_choice_is_the_argmax_ties_and_all() -> None:
+    rng = np.random.default_rng(3)
+    logps = rng.integers(-2, 1, size=(50, 40, 7)).astype(np.float32)  # most places have ties
+    logps[:, ::5] = np.where(logps[:, ::5] == 0, 0, -np.inf)
+    logps[:, ::10] = -np.inf
+    labels = rng.integers(7, size=(50, 40)).astype(np.int32)
+    expected = logps.argmax(axis=-1) == labels
+    assert 0.1 < expected.mean() < 0.5
+    for function in (first_choice, jax.jit(first_choice)):
+        np.testing.assert_array_equal(function(logps, labels), expected)
+    logps[..., 4] = np.nan
+    assert not np.any(first_choice(logps, labels))
 
 
 def test_the_teacher_itself_has_no_kl(params, split: Split, tmp_path: Path) -> None:
