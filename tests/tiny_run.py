@@ -7,19 +7,23 @@ other ones.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from benchmarks.miniature import pretrain
 from benchmarks.miniature import world as w
 from benchmarks.miniature.make import write_rows
+from proxykd_jax.artifacts import MANIFEST, read_json, write_json
 from proxykd_jax.config import Config, make_config
+from proxykd_jax.evaluation import measures
 from proxykd_jax.models.hf_weights import save_model
 from proxykd_jax.models.params import init_params
 
@@ -118,13 +122,66 @@ def recipe(files: Path, runs: Path, *changes: Mapping[str, Any], name: str = "ru
     return make_config(data)
 
 
+def changed(config: Config, change: Mapping[str, Any]) -> Config:
+    """A config with other keys."""
+    return make_config(_over(config.model_dump(mode="json"), change))
+
+
 def copy_run(config: Config, runs: Path) -> Config:
     """A copy of a run's folder below ``runs``, to be changed; the config that goes on with it."""
     shutil.copytree(config.folder, runs / config.name)
-    return config.model_copy(update={"runs_dir": str(runs)})
+    return changed(config, {"runs_dir": str(runs)})
 
 
 def _over(below: Any, above: Any) -> Any:
     if not (isinstance(below, Mapping) and isinstance(above, Mapping)):
         return above
     return {**below, **{key: _over(below.get(key), value) for key, value in above.items()}}
+
+
+def unfinish(config: Config, stage: str, step: int) -> None:
+    """Takes back what a stage (``proxy`` or ``student``) learnt after a checkpoint."""
+    folder = config.folder / stage
+    for path in (folder / "checkpoints").iterdir():
+        if int(path.name) > step:
+            (folder / "digests" / f"{path.name}.json").unlink()
+            shutil.rmtree(path)
+    manifest = read_json(folder / MANIFEST)
+    begun = {key: manifest[key] for key in ("stage", "settings", "inputs", "code_version")}
+    write_json(folder / MANIFEST, {**begun, "status": "running"})
+
+
+def log_lines(config: Config, stage: str) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl of a stage."""
+    lines = (config.folder / "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if line["stage"] == stage]
+
+
+def files_of(folder: Path, *, times: bool = False) -> dict[str, Any]:
+    """Content of each file below a folder, and with ``times`` when it was written.
+
+    Left out: the lock of ``prepare``, which is opened anew each time.
+    """
+    return {
+        str(path.relative_to(folder)): (
+            path.read_bytes(),
+            path.stat().st_mtime_ns if times else None,
+        )
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".prepare.lock"
+    }
+
+
+def scripted_validation(patch: pytest.MonkeyPatch, nlls: Sequence[float]) -> list[float]:
+    """Lets the validations of the next stage find these NLLs instead of looking.
+
+    Returns:
+      What is left of them.
+    """
+    left = list(nlls)
+
+    def figures(model: Any, rows: Any, most: int) -> dict[str, float]:
+        return {"nll": left.pop(0), "agreement": 0.5}
+
+    patch.setattr(measures, "validation_figures", lambda batch_size, mesh: figures)
+    return left

@@ -1,0 +1,290 @@
+"""distill.main on a tiny run: its loss, whose soft labels it takes, when it stops."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from proxykd_jax import distill, score
+from proxykd_jax.artifacts import MANIFEST, read_json, write_json
+from proxykd_jax.config import Config
+from proxykd_jax.data.corpus import open_corpus
+from proxykd_jax.data.soft_labels import open_soft_labels
+from proxykd_jax.errors import UserError
+from proxykd_jax.generation.answered import AnsweredSplit
+from proxykd_jax.generation.samples import SampleStore
+from proxykd_jax.models.decoder import forward
+from proxykd_jax.parallel.mesh import make_mesh
+from proxykd_jax.training.restore import load_student
+from tests.tiny_run import changed, copy_run, files_of, log_lines, recipe, scripted_validation
+
+ALL = ("warmup", "align", "distill", "fresh")
+
+
+def without_student(finished_run: Config, runs: Path, **section: Any) -> Config:
+    """A copy of the run that has yet to distil, by other keys of ``distill``."""
+    config = copy_run(finished_run, runs)
+    for name in ("student", "export", "eval"):
+        shutil.rmtree(config.folder / name, ignore_errors=True)
+    lines = (config.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["stage"] != "distill"]
+    (config.folder / "metrics.jsonl").write_text("".join(kept))
+    return changed(config, {"distill": section})
+
+
+# --- the loss -------------------------------------------------------------------------------------
+
+
+class Reference:
+    """Eq. 11's parts of every row the student sees, from whole softmaxes in float64.
+
+    Attributes (n rows):
+      nll, kl: means over an answer's tokens.
+      loglik, length: the proxy's summed log-likelihood; tokens.
+      split: name of each row's split.
+    """
+
+    def __init__(self, config: Config, splits: tuple[str, ...]) -> None:
+        corpus, labels = (
+            open_corpus(config.folder / "corpus"),
+            open_soft_labels(config.folder / "soft_labels"),
+        )
+        model = load_student(config, make_mesh(config.mesh), 0)
+        self.nll, self.kl, self.loglik, self.length, self.split = [], [], [], [], []
+        for name in splits:
+            rows = corpus.split(name)
+            if name == "fresh":
+                rows = AnsweredSplit(rows, SampleStore(config.folder / "samples" / "fresh"))
+            tokens_BL = np.zeros((len(rows), 16), np.int32)
+            for b, row in enumerate(rows.read(range(len(rows)))):
+                tokens_BL[b, : len(row.tokens)] = row.tokens
+            logits = forward(model.params, None, jnp.asarray(tokens_BL), config=model.config)
+            logits = np.asarray(logits, np.float64)
+            logps_BLV = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            found = labels.read(name, range(len(rows)))
+            for b, (row, stored) in enumerate(zip(rows.read(range(len(rows))), found, strict=True)):
+                places = np.arange(row.prompt_length, len(row.tokens))
+                q_RV = logps_BLV[b, places - 1]
+                q_RK = np.take_along_axis(q_RV, stored.ids, axis=-1)
+                q_tail = np.log1p(-np.exp(q_RK).sum(-1))
+                p_RK, p_tail = stored.logps.astype(np.float64), stored.tail_logps
+                kl_R = (np.exp(p_RK) * (p_RK - q_RK)).sum(-1) + np.exp(p_tail) * (p_tail - q_tail)
+                self.kl.append(kl_R.mean())
+                self.nll.append(-q_RV[np.arange(len(places)), row.tokens[places]].mean())
+                self.loglik.append(stored.gold_logps.astype(np.float64).sum())
+                self.length.append(len(places))
+                self.split.append(name)
+
+    def weights(self, *, enabled: bool, loglik: str, normalize: bool) -> np.ndarray:
+        """Eq. 9 over each split, and 1 for fresh prompts."""
+        weights = np.ones(len(self.kl))
+        for name in set(self.split) - {"fresh"}:
+            inside = np.array(self.split) == name
+            values = np.array(self.loglik)[inside]
+            if loglik == "token_mean":
+                values = values / np.array(self.length)[inside]
+            w = 1 / (1 + np.exp(-(values - values.mean()) / values.std()))
+            if enabled:
+                weights[inside] = w / w.mean() if normalize else w
+        return weights
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"enabled": True, "loglik": "sum", "normalize": False},
+        {"enabled": True, "loglik": "token_mean", "normalize": True},
+        {"enabled": False, "loglik": "sum", "normalize": False},
+    ],
+    ids=["as_printed", "recommended", "off"],
+)
+def test_the_first_loss_is_eq_11_with_the_weights_of_eq_9(finished_run, tmp_path, weights):
+    """One batch of all rows: D and the fresh prompts, which have no NLL and weight 1."""
+    one_batch = {"batch_size": 160, "max_steps": 1, "alpha": 7.0, "weights": weights}
+    config = without_student(finished_run, tmp_path, **one_batch)
+    distill.main(config)
+    (line,) = (line for line in log_lines(config, "distill") if "loss" in line)
+    found = Reference(config, ALL)
+    w, kl = found.weights(**weights), np.array(found.kl)
+    teachers = np.array(found.split) != "fresh"
+    assert 5 < (~teachers).sum() < teachers.sum()
+    nll = np.array(found.nll)[teachers].mean()
+    assert line["nll"] == pytest.approx(nll, rel=1e-4)
+    assert line["kl"] == pytest.approx(kl.mean(), rel=1e-4)
+    assert line["sample_weight"] == pytest.approx(w.mean(), rel=1e-4)
+    assert line["weighted_kl"] == pytest.approx((w * kl).mean(), rel=1e-4)
+    assert line["loss"] == pytest.approx(nll + 7.0 * (w * kl).mean(), rel=1e-4)
+    # What distinguishes the cases is larger than the tolerance.
+    assert (abs((w * kl).mean() / kl.mean() - 1) > 0.002) == weights["enabled"]
+    assert abs(np.array(found.nll).mean() / nll - 1) > 0.002
+
+
+def test_alpha_0_is_plain_fine_tuning(tiny_files, tmp_path):
+    """No proxy is touched, and the student is that of a loop written without this program's."""
+    section = {"alpha": 0.0, "data": "distill", "epochs": 3, "max_steps": None, "batch_size": 64}
+    config = recipe(tiny_files, tmp_path, {"distill": {**section, "stop": {"enabled": False}}})
+    result = distill.main(config)
+    assert result.last_step == 3
+    assert {path.name for path in config.folder.iterdir() if path.is_dir()} == {
+        "corpus",
+        "student",
+        "export",
+    }
+    rows = open_corpus(config.folder / "corpus").split("distill")
+    assert 40 < len(rows) <= 64  # each step sees all of them: their order does not matter
+    tokens_BL = np.zeros((len(rows), 17), np.int32)
+    mask_BL = np.zeros((len(rows), 16), np.float32)
+    for b, row in enumerate(rows.read(range(len(rows)))):
+        tokens_BL[b, : len(row.tokens)] = row.tokens
+        mask_BL[b, row.prompt_length - 1 : len(row.tokens) - 1] = 1
+    mesh = make_mesh(config.mesh)
+    start = load_student(config, mesh, 0)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss_of(params: Any) -> jax.Array:
+        logits = forward(params, None, jnp.asarray(tokens_BL[:, :-1]), config=start.config)
+        logps = jax.nn.log_softmax(logits, axis=-1)
+        gold = jnp.take_along_axis(logps, tokens_BL[:, 1:, None], axis=-1)[..., 0]
+        return -jnp.mean(jnp.sum(gold * mask_BL, axis=-1) / jnp.sum(mask_BL, axis=-1))
+
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
+    params = start.trainable
+    state, losses = optimizer.init(params), []
+    for _ in range(3):
+        loss, grads = loss_of(params)
+        losses.append(float(loss))
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    logged = [line["nll"] for line in log_lines(config, "distill") if "nll" in line]
+    np.testing.assert_allclose(logged, losses, rtol=1e-5)
+    assert losses[2] < losses[0] - 0.1
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+        params,
+        load_student(config, mesh, "last").trainable,
+    )
+
+
+def test_a_vanishing_alpha_takes_the_steps_of_alpha_0(tiny_files, tmp_path):
+    """The same rows in the same order, with soft labels read and weighed by nothing."""
+    change = {"corpus": {"fresh_prompts": []}, "align": {"alignment": "none"}}
+    with_labels = recipe(tiny_files, tmp_path, change, {"distill": {"alpha": 1e-30}})
+    distill.main(with_labels)
+    plain = without_student(with_labels, tmp_path / "plain", alpha=0.0)
+    distill.main(plain)
+    lines = [[x for x in log_lines(c, "distill") if "nll" in x] for c in (with_labels, plain)]
+    assert ["weighted_kl" in line[0] for line in lines] == [True, False]
+    losses = [[x["nll"] for x in line] for line in lines]
+    assert len(losses[0]) == 8
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+# --- whose soft labels ----------------------------------------------------------------------------
+
+
+def rewritten(config: Config, part: str, key: str, value: Any) -> None:
+    path = config.folder / "soft_labels" / MANIFEST
+    manifest = read_json(path)
+    assert manifest[part][key] != value
+    write_json(path, {**manifest, part: {**manifest[part], key: value}})
+
+
+@pytest.mark.parametrize(
+    "part, key, value",
+    [
+        ("inputs", "proxy", {"stage": "another", "step": 3}),
+        ("inputs", "tokenizer", "another"),
+        ("inputs", "template", "another"),
+        ("inputs", "corpus", "another"),
+        ("settings", "temperature", 2.0),
+        ("settings", "top_k", 5),
+    ],
+)
+def test_soft_labels_of_something_else_are_refused(finished_run, tmp_path, part, key, value):
+    config = without_student(finished_run, tmp_path)
+    rewritten(config, part, key, value)
+    with pytest.raises(UserError, match=f"soft_labels was made with other settings:\n  {key}"):
+        distill.main(config)
+    assert not (config.folder / "student").exists()
+
+
+def test_the_labels_of_a_run_with_another_proxy_are_refused(finished_run, tiny_files, tmp_path):
+    """A folder copied from a run whose proxy was not aligned."""
+    other = recipe(tiny_files, tmp_path, {"align": {"alignment": "none"}}, name="other")
+    score.main(other)
+    config = without_student(finished_run, tmp_path)
+    shutil.rmtree(config.folder / "soft_labels")
+    shutil.copytree(other.folder / "soft_labels", config.folder / "soft_labels")
+    with pytest.raises(UserError, match=r"proxy\.stage"):
+        distill.main(config)
+
+
+def test_a_student_is_refused_when_its_labels_were_made_anew(finished_run, tmp_path):
+    """Half a student of one proxy, half of another: the store's identity is part of the stage."""
+    config = copy_run(finished_run, tmp_path)
+    shutil.rmtree(config.folder / "soft_labels")
+    config = changed(config, {"score": {"top_k": 5}})
+    with pytest.raises(UserError, match=r"student was made with other settings:\n  soft_labels"):
+        distill.main(config)
+
+
+# --- when it stops --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "nlls, best, last",
+    [
+        # untrained, then after steps 2, 4, 6, ...: two validations without a new best end it
+        ([5.0, 4.0, 3.0, 3.1, 3.2], 4, 8),
+        ([5.0, 4.0, 3.0, 3.1, 2.9, 3.0, 3.0], 8, 12),
+        ([5.0, 6.0, 6.5, 7.0], 0, 6),
+        ([5.0, 4.9, 4.8, 4.7, 4.6, 4.5, 4.4, 4.3], 14, 14),
+    ],
+)
+def test_it_stops_where_validation_no_longer_improves(
+    finished_run, tmp_path, monkeypatch, nlls, best, last
+):
+    left = scripted_validation(monkeypatch, [*nlls, *[nlls[-1]] * 2])
+    stop = {"enabled": True, "every": 2, "patience": 2}
+    config = without_student(finished_run, tmp_path, epochs=9, max_steps=14, stop=stop)
+    result = distill.main(config)
+    assert (result.best_step, result.last_step) == (best, last)
+    assert len(left) == 0  # the two that compare the exported student
+    steps = [line["step"] for line in log_lines(config, "distill") if "loss" in line]
+    assert steps == list(range(1, last + 1))
+    # Best and last are both kept, and are what export.state chooses between.
+    mesh = make_mesh(config.mesh)
+    states = [
+        jax.tree.leaves(load_student(config, mesh, which).trainable) for which in (best, last)
+    ]
+    for which, state in (("best", states[0]), ("last", states[1])):
+        chosen = changed(config, {"export": {"state": which}})
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            jax.tree.leaves(load_student(chosen, mesh).trainable),
+            state,
+        )
+    assert (best == last) == np.array_equal(states[0][0], states[1][0])
+
+
+def test_without_stopping_it_takes_all_steps(finished_run, tmp_path, monkeypatch):
+    scripted_validation(monkeypatch, [5.0, 6.0, 6.0, 6.0])  # untrained, the end, two of the export
+    stop = {"enabled": False, "every": 2, "patience": 2}
+    config = without_student(finished_run, tmp_path, epochs=9, max_steps=14, stop=stop)
+    result = distill.main(config)
+    assert (result.best_step, result.last_step) == (0, 14)
+
+
+def test_a_finished_student_is_left_alone(finished_run):
+    before = files_of(finished_run.folder, times=True)
+    distill.main(finished_run)
+    assert files_of(finished_run.folder, times=True) == before
