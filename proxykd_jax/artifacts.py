@@ -20,6 +20,7 @@ from proxykd_jax.errors import UserError
 
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 22
+_TEMPORARY = ".*.tmp"
 # The coarsest clock of a file system ticks every two seconds.
 _SETTLED_NS = 2_000_000_000
 # Path -> (inode, size, mtime, ctime) and digest of files that were read in this process.
@@ -111,9 +112,16 @@ def digest_value(value: Any) -> str:
 
 
 def digest_files(folder: Path, files: Iterable[Path] | None = None) -> dict[str, dict[str, Any]]:
-    """``{relative path: {bytes, digest}}`` of files (default: all but the manifest)."""
+    """``{relative path: {bytes, digest}}`` of files (default: all but the manifest).
+
+    A temporary file is no content: it is what a killed process left of a manifest, for instance.
+    """
     if files is None:
-        files = (p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+        files = (
+            path
+            for path in folder.rglob("*")
+            if path.is_file() and path.name != MANIFEST and not path.match(_TEMPORARY)
+        )
     return {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "digest": digest_file(path)}
         for path in sorted(files)
@@ -238,7 +246,7 @@ def stage_identity(folder: Path) -> str:
 
 def remove_leftovers(folder: Path) -> None:
     """Removes temporary files and folders that a killed process left."""
-    for path in folder.glob(".*.tmp"):
+    for path in folder.glob(_TEMPORARY):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

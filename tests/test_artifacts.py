@@ -302,6 +302,19 @@ def test_identity_follows_settings_inputs_and_content_alone(tmp_path):
     assert identity("e", SETTINGS, INPUTS, b"2") != first
 
 
+def test_a_manifest_cut_off_while_it_was_written_is_no_content(tmp_path):
+    for name in ("whole", "killed"):
+        (tmp_path / name / "split").mkdir(parents=True)
+        artifacts.write_json(tmp_path / name / artifacts.MANIFEST, {"status": "running"})
+        (tmp_path / name / "split" / "part.bin").write_bytes(b"data")
+    (tmp_path / "killed" / ".manifest.json.tmp").write_text('{"status": "comp')
+    for name in ("whole", "killed"):
+        artifacts.complete_stage(tmp_path / name, counts={})
+    whole, killed = (tmp_path / name / artifacts.MANIFEST for name in ("whole", "killed"))
+    assert killed.read_bytes() == whole.read_bytes()
+    assert sorted(os.listdir(killed.parent)) == [artifacts.MANIFEST, "split"]
+
+
 def test_content_given_by_the_stage_stands_for_its_files(tmp_path):
     for name in ("a", "b"):
         artifacts.open_stage(tmp_path / name, "prepare", {}, {})
