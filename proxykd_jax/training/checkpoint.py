@@ -15,7 +15,13 @@ from typing import Any
 
 import jax
 
-from proxykd_jax.artifacts import changed_files, digest_files, read_json, write_json
+from proxykd_jax.artifacts import (
+    changed_files,
+    digest_files,
+    read_json,
+    remove_leftovers,
+    write_json,
+)
 from proxykd_jax.errors import UserError
 
 State = Any
@@ -95,7 +101,14 @@ class Checkpoints:
             raise UserError(f"the checkpoint of step {step} is damaged: {'; '.join(problems)}.")
 
     def restore_latest(self, abstract_state: State) -> tuple[State, dict[str, Any]] | None:
-        """The newest checkpoint that is whole, or None. Says so loudly if it skips one."""
+        """The newest checkpoint that is whole, or None. Says so loudly if it skips one.
+
+        What a killed process left of others, half written or half removed, is removed.
+        """
+        for step in set(self._manager.all_steps()) - set(self.steps()):
+            self._remove(step)
+        if jax.process_index() == 0:
+            remove_leftovers(self._digests)
         for step in reversed(self.steps()):
             try:
                 return self.restore(step, abstract_state)

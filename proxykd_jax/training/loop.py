@@ -124,7 +124,12 @@ class Trainer:
             state, progress = restored[0], Progress(**restored[1])
             console.say(f"going on from step {progress.step}")
         log.resume(stage, progress.metric_lines)
-        return cls(stage, state, model.frozen, progress, checkpoints, log, every, validate, console)
+        trainer = cls(
+            stage, state, model.frozen, progress, checkpoints, log, every, validate, console
+        )
+        # A kill may have come between the last checkpoint and the removal of those it replaced.
+        trainer._prune()
+        return trainer
 
     def finish(self, folder: Path, counts: Mapping[str, int]) -> None:
         """Marks the stage complete: which checkpoints count, what each phase reported."""
@@ -148,8 +153,11 @@ class Trainer:
         progress = self.progress
         progress.metric_lines = self.log.lines(self.stage)
         self.checkpoints.save(progress.step, self.state, asdict(progress))
-        best = [] if progress.best_step is None else [progress.best_step]
-        self.checkpoints.prune({*progress.kept, *best})
+        self._prune()
+
+    def _prune(self) -> None:
+        best = self.progress.best_step
+        self.checkpoints.prune({*self.progress.kept, *([] if best is None else [best])})
 
     def check_validation(self, phase: str) -> bool:
         """Validates and notes the best; returns whether this is a new best of the stage."""

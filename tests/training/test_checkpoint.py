@@ -64,6 +64,20 @@ def test_step_without_digests_does_not_count(tmp_path) -> None:
     np.testing.assert_array_equal(state.trainable["a"], 3.0)
 
 
+def test_what_a_killed_removal_left_is_removed_on_opening(tmp_path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    for step in (1, 2, 3):
+        checkpoints.save(step, _state(step), {})
+    (tmp_path / "digests" / "1.json").unlink()  # first of all, then file by file
+    (tmp_path / "checkpoints" / "1" / "state" / "_METADATA").unlink()
+    (tmp_path / "digests" / ".4.json.tmp").write_text("{")
+    again = Checkpoints(tmp_path)
+    state, _ = again.restore_latest(jax.eval_shape(lambda: _state(0.0)))
+    np.testing.assert_array_equal(state.trainable["a"], 3.0)
+    for folder in ("checkpoints", "digests"):
+        assert sorted(path.stem for path in (tmp_path / folder).iterdir()) == ["2", "3"]
+
+
 def test_other_model_is_a_sentence(tmp_path) -> None:
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, _state(1), {})
