@@ -78,9 +78,9 @@ def make_corpus(config: Config, folder: Path, tokenizer: Tokenizer, renderer: Re
 
     writer = CorpusWriter(folder)
     with Progress() as progress:
-        selection = select_rows(config.corpus, progress)
+        selection = select_rows(config.corpus, renderer, progress)
         encode_rows(
-            selected_rows(config.corpus, selection),
+            selected_rows(config.corpus, selection, renderer),
             renderer,
             writer,
             max_length=config.corpus.max_length,

@@ -1,7 +1,7 @@
 """Benchmark questions inside a corpus, found by their words.
 
 Texts are compared as words without case, punctuation and white space. A row matches a question
-where a user's message (of a plain text: the text)
+where a user's message (of a plain text: its prompt, or the text)
 
 - ``whole``: is the question, however short;
 - ``contained``: has the whole question of at least ``CONTAINED_WORDS`` words in it;

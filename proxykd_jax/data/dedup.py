@@ -103,6 +103,8 @@ class PromptSet:
     """The first user messages of some rows, compared as the split compares them.
 
     For prompts of validation and test that must not occur elsewhere, in fresh prompts above all.
+    Of a plain text, all of it counts as well as its prompt: another source may cut the same text
+    at another place.
     """
 
     def __init__(self, rows: Iterable[TextRow] = ()) -> None:
@@ -112,15 +114,20 @@ class PromptSet:
 
     def add(self, row: TextRow | str) -> bool:
         """Adds a row's first user message (or the message itself); returns whether it is new."""
-        return self._keys.add(_prompt_digest(row))
+        return any([self._keys.add(digest) for digest in _prompt_digests(row)])
 
     def __contains__(self, row: TextRow | str) -> bool:
-        return _prompt_digest(row) in self._keys
+        return any(digest in self._keys for digest in _prompt_digests(row))
 
     def __len__(self) -> int:
         return len(self._keys)
 
 
-def _prompt_digest(row: TextRow | str) -> int:
-    key = normalise_text(row) if isinstance(row, str) else row.first_user_message
-    return xxhash.xxh3_64_intdigest(key.encode())
+def _prompt_digests(row: TextRow | str) -> set[int]:
+    if isinstance(row, str):
+        keys = {normalise_text(row)}
+    else:
+        keys = {row.first_user_message}
+        if row.text is not None:
+            keys.add(normalise_text(row.text))
+    return {xxhash.xxh3_64_intdigest(key.encode()) for key in keys}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from proxykd_jax.data.normalise import normalise_text
@@ -29,29 +29,39 @@ class TextRow:
       text: the plain text; None for a conversation.
       origin: where the row was read, ``file:line`` (``file:row`` where files have no lines).
       source_index: which source of the config it came from.
+      prompt: of a plain text: the beginning that is its prompt; None where it has none or it was
+        not looked for (``text_prompts.with_prompts``).
     """
 
     messages: tuple[Message, ...]
     text: str | None
     origin: str
     source_index: int = 0
+    prompt: str | None = None
 
     @property
     def first_user_message(self) -> str:
         """The normalised key that decides the split: one question never lands in two splits.
 
-        The whole text where there is no prompt.
+        Of a plain text it is the prompt, and the whole text where there is no prompt.
         """
         if self.text is not None:
-            return normalise_text(self.text)
+            return normalise_text(self.text if self.prompt is None else self.prompt)
         return normalise_text(next(m.content for m in self.messages if m.role == "user"))
 
     @property
     def user_texts(self) -> tuple[str, ...]:
-        """What the user says (a plain text: all of it), as it stands."""
+        """What the user says (a plain text: its prompt, and all of it), as it stands."""
         if self.text is not None:
-            return (self.text,)
+            return (self.text,) if self.prompt is None else (self.prompt, self.text)
         return tuple(m.content for m in self.messages if m.role == "user")
+
+    @property
+    def without_answer(self) -> TextRow:
+        """The row as it is where it serves as a prompt alone: a plain text cut to its prompt."""
+        if self.text is None or self.prompt is None:
+            return self
+        return replace(self, text=self.prompt, prompt=None)
 
     @property
     def has_answer(self) -> bool:

@@ -3,6 +3,10 @@
 Two passes over the text, because the share of validation rows needs the number of rows: the first
 keeps one byte a row, the second yields the rows that stay. Test prompts are in no other split,
 validation prompts neither (the split is by prompt), and a fresh prompt is in neither of them.
+
+The prompt of a conversation is its first user message, that of a plain text its first sentences or
+tokens; split, test set, fresh prompts and benchmarks all look at it. Repeated rows and ``max_rows``
+go by the whole row.
 """
 
 from __future__ import annotations
@@ -26,6 +30,8 @@ from proxykd_jax.data.split import (
     selection_threshold,
     split_name,
 )
+from proxykd_jax.data.template import Renderer
+from proxykd_jax.data.text_prompts import with_prompts
 from proxykd_jax.errors import UserError
 
 REPEATED = "repeats an earlier row"
@@ -93,12 +99,15 @@ def source_label(group: str, index: int, source: SourceConfig) -> str:
 
 
 def select_rows(
-    corpus: CorpusConfig, progress: Callable[[str, int], Any] = lambda what, rows: None
+    corpus: CorpusConfig,
+    renderer: Renderer,
+    progress: Callable[[str, int], Any] = lambda what, rows: None,
 ) -> Selection:
     """The first pass: reads everything, decides what stays.
 
     Args:
       corpus: the section of the config.
+      renderer: finds prompts that are counted in tokens.
       progress: called with what is done and how many rows so far.
 
     Raises:
@@ -108,7 +117,7 @@ def select_rows(
     benchmarks = ContaminationIndex.from_files(corpus.benchmarks) if corpus.benchmarks else None
     sources: dict[str, SourceCount] = {}
     test_prompts = PromptSet()
-    for _, row in _read("test", corpus.test, sources):
+    for _, row in _read("test", corpus.test, sources, renderer):
         test_prompts.add(row)
     repeated = Deduplicator() if corpus.deduplicate else None
     kept, hashes = bytearray(), array("Q")
@@ -116,7 +125,9 @@ def select_rows(
     yielded: dict[str, int] = {}
     matches: list[Match] = []
     contaminated = 0
-    for label, row in _read("sources", corpus.sources, sources):
+    # Cutting texts into tokens once more is worth it only where somebody asks for their prompts.
+    asked = renderer if corpus.test or corpus.benchmarks else None
+    for label, row in _read("sources", corpus.sources, sources, asked):
         if len(kept) % 10_000 == 0:
             progress("rows looked at", len(kept))
         drops = sources[label].drops
@@ -161,7 +172,9 @@ def select_rows(
     return Selection(kept_rows, rows, fraction, test_prompts, benchmarks, sources)
 
 
-def selected_rows(corpus: CorpusConfig, selection: Selection) -> Iterator[SelectedRow]:
+def selected_rows(
+    corpus: CorpusConfig, selection: Selection, renderer: Renderer
+) -> Iterator[SelectedRow]:
     """The second pass: the test set, then the corpus, then fresh prompts, in reading order.
 
     Adds to the counts of ``selection`` what only this pass knows.
@@ -171,14 +184,14 @@ def selected_rows(corpus: CorpusConfig, selection: Selection) -> Iterator[Select
     """
     counts: dict[str, SourceCount] = {}
     repeated = Deduplicator()
-    for label, row in _read("test", corpus.test, counts):
+    for label, row in _read("test", corpus.test, counts, None):
         if not corpus.deduplicate or repeated.is_new(row):
             yield SelectedRow("test", label, corpus.test[row.source_index], row)
         else:
             selection.sources[label].drops.add(REPEATED, row.origin)
     validation_prompts = PromptSet()
     number = 0
-    for label, row in _read("sources", corpus.sources, counts):
+    for label, row in _read("sources", corpus.sources, counts, renderer):
         if number >= len(selection.kept):
             break
         number += 1
@@ -197,31 +210,34 @@ def selected_rows(corpus: CorpusConfig, selection: Selection) -> Iterator[Select
         raise UserError(
             "A source of the corpus changed while it was read. Run again when it is at rest."
         )
-    yield from _fresh_rows(corpus, selection, validation_prompts)
+    yield from _fresh_rows(corpus, selection, validation_prompts, renderer)
 
 
 def _fresh_rows(
-    corpus: CorpusConfig, selection: Selection, validation_prompts: PromptSet
+    corpus: CorpusConfig, selection: Selection, validation_prompts: PromptSet, renderer: Renderer
 ) -> Iterator[SelectedRow]:
     repeated = Deduplicator()
-    for label, row in _read("fresh_prompts", corpus.fresh_prompts, selection.sources):
+    for label, row in _read("fresh_prompts", corpus.fresh_prompts, selection.sources, renderer):
         drops = selection.sources[label].drops
         if row in selection.test_prompts:
             drops.add(IN_TEST, row.origin)
         elif row in validation_prompts:
             drops.add(IN_VALIDATION, row.origin)
-        elif selection.benchmarks is not None and row in selection.benchmarks:
+        elif selection.benchmarks is not None and row.without_answer in selection.benchmarks:
             drops.add(IN_BENCHMARK, row.origin)
-        elif not repeated.is_new(row):
+        elif not repeated.is_new(row.without_answer):
             drops.add(REPEATED, row.origin)
         else:
             yield SelectedRow("fresh", label, corpus.fresh_prompts[row.source_index], row)
 
 
 def _read(
-    group: str, sources: tuple[SourceConfig, ...], counts: dict[str, SourceCount]
+    group: str,
+    sources: tuple[SourceConfig, ...],
+    counts: dict[str, SourceCount],
+    renderer: Renderer | None,
 ) -> Iterator[tuple[str, TextRow]]:
-    """Rows of a list of sources with their labels; fills ``counts``."""
+    """Rows of a list of sources with their labels and prompts; fills ``counts``."""
     for index, source in enumerate(sources):
         label = source_label(group, index, source)
         count = counts[label] = SourceCount()
@@ -232,7 +248,7 @@ def _read(
             drops=drops,
             source_index=index,
         )
-        for row in rows:
+        for row in with_prompts(rows, source, renderer):
             count.read += 1
             yield label, row
         count.read += drops.total

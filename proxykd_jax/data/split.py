@@ -1,8 +1,9 @@
 """Which part of the corpus a row belongs to, by a hash of its first user message alone.
 
-Order, machine and the other rows do not matter, and one question never lands in two splits. The
-shares hold in expectation: n rows land in a split of share p with standard deviation
-sqrt(n p (1 - p)).
+Of a plain text it is the prompt (``text_prompts.py``). Order, machine and the other rows do not
+matter, and one question never lands in two splits. The shares hold in expectation: n rows land in
+a split of share p with standard deviation sqrt(n p (1 - p)), and more where prompts repeat, since
+their rows go together.
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +26,7 @@ from proxykd_jax.config import SourceConfig
 from proxykd_jax.data.chat_template import ChatTemplate, split_marks, template_text
 from proxykd_jax.data.records import TextRow
 from proxykd_jax.data.special_text import SpecialText, has_reserved
+from proxykd_jax.data.text_prompts import sentences_end
 from proxykd_jax.data.tokenizer import Tokenizer
 from proxykd_jax.errors import UserError
 
@@ -34,9 +34,6 @@ RESERVED_CHARACTERS = "holds reserved characters (private use, U+108000 to U+10F
 TEXT_IS_ALL_PROMPT = "the text is no longer than its prompt"
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# A sentence ends with a full stop and what closes after it, before white space; in scripts that
-# write without spaces, with theirs.
-_SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s|$)|[。！？]+[”’」』）]*")
 _NO_TOKENS = np.zeros(0, np.int32)
 
 
@@ -281,8 +278,7 @@ class Renderer:
         if offsets is None:
             start = source.prompt_tokens if source and source.prompt_tokens else 0
         else:
-            count = source.prompt_sentences if source and source.prompt_sentences else 1
-            end = sentence_end(text, count)
+            end = sentences_end(text, source)
             # A token that reaches over the end of the sentence belongs to the prompt.
             start = len(tokens) if end is None else int(np.sum(offsets[:, 0] < end))
         if start >= len(tokens) and not prompts_only:
@@ -350,9 +346,3 @@ class Renderer:
                 f"corpus.template: chatml needs the token {missing[0]}, which the tokenizer "
                 f"{self.tokenizer.path} does not have. Use plain, alpaca or llama2."
             )
-
-
-def sentence_end(text: str, count: int) -> int | None:
-    """Where the first ``count`` sentences end, as a character index; None if there are fewer."""
-    ends = (match.end() for match in _SENTENCE_END.finditer(text))
-    return next(islice(ends, count - 1, None), None)

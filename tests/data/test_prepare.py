@@ -257,6 +257,63 @@ def test_many_sources_and_plain_texts(tmp_path, llama_folder):
     assert (lengths == 5).sum() >= 41  # BOS and four tokens
 
 
+def stories(count, endings=3, seed=0):
+    """Texts of which several begin with the same sentence of nine words and more."""
+    rng = random.Random(seed)
+    begins = [f"Once {seed} there was {i} cat and {sentence(rng, 3, 5)}." for i in range(count)]
+    return [{"text": f"{begin} {sentence(rng)}. End."} for begin in begins for _ in range(endings)]
+
+
+@pytest.mark.parametrize("keys", [{}, {"prompt_tokens": 12}])
+def test_stories_that_begin_alike_are_in_one_split(tmp_path, llama_folder, keys):
+    rows = stories(80)
+    found = {}
+    for name in ("a", "b"):
+        path = write(tmp_path / f"{name}.jsonl", rows)
+        config = config_for(tmp_path, llama_folder, sources=[{"path": path, **keys}], name=name)
+        found[name] = contents(open_corpus(main(config).folder))
+        random.Random(1).shuffle(rows)
+    assert sorted(found["a"]) == sorted(found["b"]) and len(found["a"]) == 240
+    splits = {}
+    for split, tokens, prompt_length in found["a"]:
+        splits.setdefault(tokens[:prompt_length], []).append(split)
+    assert all(len(set(names)) == 1 for names in splits.values())
+    assert max(map(len, splits.values())) >= 3
+    assert {names[0] for names in splits.values()} == {"warmup", "align", "distill", "validation"}
+
+
+@pytest.mark.parametrize("keys", [{}, {"prompt_tokens": 12}])
+def test_beginnings_of_held_out_stories_are_nowhere_else(tmp_path, llama_folder, keys):
+    rows = stories(60)
+    test = [{"text": row["text"].replace("End.", "Another end.")} for row in rows[:9]]
+    fresh = [{"text": row["text"].split(".")[0] + ". Not told."} for row in rows]
+    fresh += [{"text": f"{text} x"} for row in stories(5, 2, seed=7) for text in row.values()]
+    # A prompt of one sentence holds this question, one of 12 tokens does not.
+    question = stories(5, 2, seed=7)[0]["text"].split(".")[0] + "."
+    config = config_for(
+        tmp_path,
+        llama_folder,
+        sources=[{"path": write(tmp_path / "rows.jsonl", rows), **keys}],
+        test=[{"path": write(tmp_path / "test.jsonl", test), **keys}],
+        fresh_prompts=[{"path": write(tmp_path / "fresh.jsonl", fresh), **keys}],
+        benchmarks=[write(tmp_path / "bench.jsonl", [{"prompt": question, "response": "x"}])],
+    )
+    result = main(config)
+    corpus = open_corpus(result.folder)
+    prompts = {name: {tuple(row.prompt.tolist()) for row in corpus.split(name)} for name in SPLITS}
+    assert prompts["test"] and prompts["validation"] and prompts["fresh"]
+    for held_out in ("test", "validation"):
+        for other in SPLITS:
+            assert other == held_out or not prompts[held_out] & prompts[other]
+    assert drops_of(result)[IN_TEST] == 9
+    drops = drops_of(result, "fresh_prompts.0")
+    assert drops[IN_TEST] == 9 and drops[IN_VALIDATION] >= len(prompts["validation"])
+    assert drops.get(IN_BENCHMARK, 0) == (0 if keys else 2)
+    # What is kept of a fresh text is its prompt, so each is there once.
+    assert drops[REPEATED] > 0 and len(prompts["fresh"]) == len(corpus.split("fresh"))
+    assert prompts["fresh"] & prompts["align"]
+
+
 def test_no_template_for_conversations_is_said_before_work(tmp_path, llama_folder):
     with pytest.raises(UserError, match=r"rows.jsonl:1 is a conversation"):
         main(config_for(tmp_path, llama_folder, pairs(5), template="auto"))
@@ -392,7 +449,7 @@ def test_command_line(tmp_path, llama_folder):
     run = subprocess.run(
         [*command, "--set", "tokenizer=/absent"], capture_output=True, text=True, check=False
     )
-    assert run.returncode == 2 and run.stderr.startswith("error: The folder /absent")
+    assert run.returncode == 2 and run.stderr.startswith("error: /absent: there is no such folder")
     assert "Traceback" not in run.stderr
 
 

@@ -13,7 +13,6 @@ from proxykd_jax.data.template import (
     RESERVED_CHARACTERS,
     TEXT_IS_ALL_PROMPT,
     Renderer,
-    sentence_end,
 )
 from proxykd_jax.data.tokenizer import load_tokenizer
 from proxykd_jax.errors import UserError
@@ -372,15 +371,6 @@ def test_text_as_a_prompt_only(llama):
     tokens, prompt_length = renderer.encode(row)
     (prompt,) = renderer.encode_batch([row], prompts_only=True)
     assert prompt.tokens.tolist() == tokens[:prompt_length].tolist()
-
-
-def test_sentence_end():
-    assert sentence_end("One. Two.", 1) == 4
-    assert sentence_end("One. Two.", 2) == 9
-    assert sentence_end("One. Two.", 3) is None
-    assert sentence_end("v1.5 is out", 1) is None
-    assert sentence_end('"Go!" he said.', 1) == 5
-    assert sentence_end("猫がいる。犬もいる。", 1) == 5
 
 
 # --- what is wrong --------------------------------------------------------------------------------
