@@ -11,6 +11,7 @@ from proxykd_jax.config import Config, ModelSection, SourceConfig
 from proxykd_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from proxykd_jax.data.corpus import TokenCorpus
     from proxykd_jax.data.tokenizer import Tokenizer
     from proxykd_jax.models.config import ModelConfig
 
@@ -149,43 +150,59 @@ def _show_example(
 
 
 def _show_steps(config: Config, sources: list[SourceConfig], report: Report) -> None:
-    rows = _count_rows(config, sources, report)
-    if rows is None:
-        report.unchecked.append("steps: the number of rows is not known without the corpus")
-        return
-    align, distill, shares = config.align, config.distill, config.corpus.shares
-    validation = rows * config.corpus.validation_fraction
-    kept = rows - validation
+    from proxykd_jax.data.corpus import SPLITS
+    from proxykd_jax.training.distillation import FRESH, teacher_splits
+
+    corpus = _prepared(config)
+    if corpus is not None:
+        rows: dict[str, float] = {name: len(corpus.split(name)) for name in SPLITS}
+        learnt = ("warmup", "align", "distill")
+        tokens = sum(int(corpus.split(name).lengths.sum()) for name in learnt)
+        origin = f"from {sum(rows[name] for name in learnt)} rows of {tokens} tokens"
+    else:
+        count = _count_rows(config, sources, report)
+        if count is None:
+            report.unchecked.append("steps: the number of rows is not known without the corpus")
+            return
+        kept = count * (1 - config.corpus.validation_fraction)
+        rows = {name: kept * share for name, share in config.corpus.shares}
+        most = count * config.corpus.max_length
+        origin = f"from {count} rows, of at most {most} tokens, where none is dropped"
+    align, distill = config.align, config.distill
     steps: dict[str, int] = {}
     if align.alignment != "none":
-        warm = math.ceil(kept * shares.warmup / align.batch_size) * align.warmup_epochs
+        warm = math.ceil(rows["warmup"] / align.batch_size) * align.warmup_epochs
         steps["warm-up"] = min(warm, align.warmup_max_steps or warm)
     if align.alignment.startswith("nll"):
-        each = math.ceil(kept * shares.align / align.num_rounds / align.batch_size)
-        each = min(each * align.epochs_per_round, align.round_max_steps or each * 10**9)
-        steps[f"{align.num_rounds} rounds of"] = each
-    share = shares.distill if distill.data == "distill" else 1.0
-    student = math.ceil(kept * share / distill.batch_size) * distill.epochs
-    steps["student"] = min(student, distill.max_steps or student)
+        each = math.ceil(math.ceil(rows["align"] / align.num_rounds) / align.batch_size)
+        each *= align.epochs_per_round
+        steps[f"{align.num_rounds} rounds of"] = min(each, align.round_max_steps or each)
+    seen = (*teacher_splits(config), *((FRESH,) if distill.alpha > 0 else ()))
+    total = math.ceil(sum(rows.get(name, 0) for name in seen) / distill.batch_size)
+    total *= distill.epochs
+    steps["student"] = min(total, distill.max_steps or total)
     listed = ", ".join(f"{name} {count}" for name, count in steps.items())
-    most = rows * config.corpus.max_length
-    report.say("steps", f"at most: {listed} (from {rows} rows, of at most {most} tokens)")
+    # A prepared corpus is exact, and stopping and packing only take steps away.
+    report.say("steps", f"{'about' if corpus is None else 'at most'}: {listed} ({origin})")
+
+
+def _prepared(config: Config) -> TokenCorpus | None:
+    """The corpus of the run, if it is there already."""
+    from proxykd_jax.artifacts import MANIFEST, read_json
+    from proxykd_jax.data.corpus import open_corpus
+
+    folder = config.folder / "corpus"
+    if not (folder / MANIFEST).exists() or read_json(folder / MANIFEST)["status"] != "complete":
+        return None
+    return open_corpus(folder)
 
 
 def _count_rows(config: Config, sources: list[SourceConfig], report: Report) -> int | None:
-    """Rows of the corpus: counted if it is prepared, else read where all files are here."""
-    from proxykd_jax.artifacts import MANIFEST, read_json
+    """Rows of the sources: counted where all files are here, else the most that are wanted."""
     from proxykd_jax.data.readers import read_source
     from proxykd_jax.data.records import Drops
 
-    manifest = config.folder / "corpus" / MANIFEST
     most = config.corpus.max_rows
-    if manifest.exists() and read_json(manifest).get("status") == "complete":
-        from proxykd_jax.data.corpus import open_corpus
-
-        corpus = open_corpus(config.folder / "corpus")
-        names = ("warmup", "align", "distill", "validation")
-        return sum(len(corpus.split(name)) for name in names)
     if len(sources) < len(config.corpus.sources):
         return most
     drops = Drops()
