@@ -1,0 +1,154 @@
+"""--dry-run: what it says of a run before it is one, what it refuses, and that it does nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from proxykd_jax import run
+from proxykd_jax.artifacts import MANIFEST, read_json
+from proxykd_jax.cli import run_command
+from proxykd_jax.config import Config, dump_config
+from proxykd_jax.training import loop
+from tests.conftest import REPOSITORY
+from tests.tiny_run import copy_run, files_of, recipe
+
+# Billions of parameters of proxy and student.
+PAPER_RECIPES = {
+    "llama2_70b_to_7b": ("68.98B", "6.74B"),
+    "llama2_13b_to_7b": ("13.02B", "6.74B"),
+    "llama1_7b_student": ("68.98B", "6.74B"),
+    "qwen2_5_32b_to_7b": ("32.76B", "7.62B"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args, **options):
+        raise AssertionError("a dry run trains nothing")
+
+    monkeypatch.setattr(loop.Trainer, "open", never)
+    monkeypatch.setattr(run, "main", never)
+
+
+def dry_run(path: Path | str, *arguments: str) -> int:
+    return run_command("run", run.main, "", ["--config", str(path), "--dry-run", *arguments])
+
+
+def written(config: Config, folder: Path) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(dump_config(config))
+    return path
+
+
+@pytest.mark.parametrize("name", PAPER_RECIPES)
+def test_the_papers_recipes_need_neither_weights_nor_data(name, tmp_path, monkeypatch, capsys):
+    """Nothing is here but configs/models: shapes, steps and memory are known all the same."""
+    (tmp_path / "configs").mkdir()
+    shutil.copytree(REPOSITORY / "configs" / "models", tmp_path / "configs" / "models")
+    shutil.copy(REPOSITORY / "configs" / f"{name}.yaml", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    before = files_of(tmp_path, times=True)
+    path = f"configs/{name}.yaml"
+    assert dry_run(path) == 0
+    out = capsys.readouterr().out
+    for role, size in zip(("proxy", "student"), PAPER_RECIPES[name], strict=True):
+        (line,) = re.findall(rf"^{role} .*$", out, re.MULTILINE)
+        assert f"{size} parameters" in line and "trained weights and optimizer" in line
+        assert re.search(r"a device holds frozen weights \d+\.\d\d GiB", line)
+    # 1M rows at 10 / 45 / 45 %, 16 rounds, batches of 32 (paper, 4.1).
+    assert "about: warm-up 3125, 16 rounds of 879, student 14063 (from 1000000 rows" in out
+    assert "1024000000 tokens" in out
+    unchecked = re.findall(r"^unchecked .*$", out, re.MULTILINE)
+    for what in ("tokenizer:", "proxy: the weights", "student: the weights", "corpus.sources.0:"):
+        assert any(what in line for line in unchecked)
+    assert dry_run(path, "--strict") == 2
+    assert files_of(tmp_path, times=True) == before
+
+
+def test_memory_is_a_devices_share(tmp_path, monkeypatch, capsys):
+    """Half the devices, twice the weights on each."""
+    monkeypatch.chdir(REPOSITORY)
+    sizes = []
+    for fsdp in (4, 8):
+        path = "configs/llama2_13b_to_7b.yaml"
+        arguments = [f"mesh.fsdp={fsdp}", f"runs_dir={tmp_path}"]
+        assert dry_run(path, *(x for a in arguments for x in ("--set", a))) == 0
+        out = capsys.readouterr().out
+        sizes.append(float(re.findall(r"proxy .* frozen weights (\S+) GiB", out)[0]))
+    assert sizes[0] == pytest.approx(2 * sizes[1], rel=0.01)
+    assert sizes[1] == pytest.approx(13.02e9 * 2 / 8 / 2**30, rel=0.01)  # bfloat16
+
+
+def test_a_run_whose_files_are_here(tiny_files, tmp_path, capsys):
+    config = recipe(tiny_files, tmp_path / "runs")
+    path = written(config, tmp_path)
+    before = files_of(tmp_path, times=True), files_of(tiny_files, times=True)
+    assert dry_run(path, "--strict") == 0
+    captured = capsys.readouterr()
+    first = (tiny_files / "teacher.jsonl").read_text().splitlines()[0]
+    prompt, answer = re.findall(r'"(?:prompt|response)": "([^"]*)"', first)
+    assert f"prompt (not in the loss): '{prompt}'" in captured.out
+    assert f"answer (in the loss):     '{answer} </s>'" in captured.out
+    assert "12 tokens, of which 5 are the prompt" in captured.out
+    # 140 rows: 126 after validation, 10 / 45 / 45 % of them.
+    assert "about: warm-up 2, 2 rounds of 4, student 8 (from 140 rows, of at most 1680" in (
+        captured.out
+    )
+    assert captured.out.endswith("dry run: nothing is wrong with what could be checked\n")
+    assert captured.err == ""
+    assert (files_of(tmp_path, times=True), files_of(tiny_files, times=True)) == before
+    assert not (tmp_path / "runs").exists()
+
+
+def test_steps_of_a_prepared_corpus_are_those_that_are_taken(finished_run, tmp_path, capsys):
+    config = copy_run(finished_run, tmp_path / "runs")
+    before = files_of(tmp_path / "runs", times=True)
+    assert dry_run(written(config, tmp_path)) == 0
+    assert files_of(tmp_path / "runs", times=True) == before
+    (line,) = re.findall(r"^steps .*$", capsys.readouterr().out, re.MULTILINE)
+    found = [int(number) for number in re.findall(r"(?:warm-up|rounds of|student) (\d+)", line)]
+    results = read_json(finished_run.folder / "proxy" / MANIFEST)["results"]
+    ends = [result["step"] for result in results]
+    student = read_json(finished_run.folder / "student" / MANIFEST)["last_step"]
+    assert found == [ends[1], max(ends[2] - ends[1], ends[3] - ends[2]), student]
+    counts = read_json(finished_run.folder / "corpus" / MANIFEST)["counts"]["splits"]
+    tokens = sum(counts[name]["tokens"] for name in ("warmup", "align", "distill"))
+    assert f"of {tokens} tokens" in line
+
+
+def test_all_that_does_not_fit_is_said_at_once(tiny_files, tmp_path, capsys):
+    """The student's tokenizer, lengths, top_k and batches; exit code 2 and no traceback."""
+    other = tmp_path / "other"
+    shutil.copytree(tiny_files / "student", other)
+    text = (other / "tokenizer.json").read_text()
+    a, b = '"f3": 13', '"f4": 14'
+    assert a in text and b in text
+    (other / "tokenizer.json").write_text(text.replace(a, '"f3": 14').replace(b, '"f4": 13'))
+    config = recipe(
+        tiny_files,
+        tmp_path / "runs",
+        {"student": {"path": str(other)}},
+        {"corpus": {"max_length": 4096}, "score": {"top_k": 900}},
+        {"mesh": {"fsdp": 3}},
+    )
+    path = written(config, tmp_path)
+    assert dry_run(path) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and "Traceback" not in err
+    for said in ("one vocabulary", "max_length is 4096", "score.top_k: 900", "align.batch_size: 8"):
+        assert said in err
+    assert sorted(os.listdir(tmp_path)) == ["config.yaml", "other"]
+
+
+def test_a_damaged_corpus_file_is_found(tiny_files, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "1 f1 . . =", "response": "s0 2"}\n{"prompt": "1 f2\n')
+    source = {"sources": [{"path": str(rows), "format": "prompt_response"}]}
+    config = recipe(tiny_files, tmp_path / "runs", {"corpus": source})
+    assert dry_run(written(config, tmp_path)) == 2
+    assert f"{rows}:2" in capsys.readouterr().err
