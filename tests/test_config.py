@@ -282,6 +282,11 @@ def test_what_is_dumped_is_read_back(tmp_path, preset):
             {"corpus": {"sources": [{"path": "a"}], "shares": {"warmup": 0.5}}},
             "must add up to 1",
         ),
+        ({"align": {"preference": {"margin": 0.5}}}, "dpo would ignore 0.5"),
+        (
+            {"align": {"preference": {"loss": "simpo", "length_normalize": True}}},
+            "simpo would ignore it",
+        ),
         ({"mesh": {"data": "all"}}, "rest"),
         ({"mesh": {"fsdp": 0}}, "greater than 0"),
     ],

@@ -261,7 +261,17 @@ class PreferenceConfig(Section):
     )
     beta: PositiveFloat = Field(description="strength of the preference loss")
     margin: NonNegativeFloat = Field(0.0, description="SimPO: target margin (its gamma)")
-    length_normalize: bool = Field(False, description="DPO on token means instead of sums")
+    length_normalize: bool = Field(
+        False, description="DPO and IPO on token means instead of sums (the others always do)"
+    )
+
+    @model_validator(mode="after")
+    def _used(self) -> PreferenceConfig:
+        if self.margin and self.loss != "simpo":
+            raise ValueError(f"margin is SimPO's; {self.loss} would ignore {self.margin}")
+        if self.length_normalize and self.loss not in ("dpo", "ipo"):
+            raise ValueError(f"length_normalize is for dpo and ipo; {self.loss} would ignore it")
+        return self
 
 
 class TrainingSection(Section):
