@@ -20,6 +20,7 @@ from proxykd_jax.errors import UserError
 
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 22
+_NOTHING_MADE = {MANIFEST, f".{MANIFEST}.tmp"}
 _TEMPORARY = ".*.tmp"
 # The coarsest clock of a file system ticks every two seconds.
 _SETTLED_NS = 2_000_000_000
@@ -147,6 +148,9 @@ def open_stage(
 ) -> bool:
     """Opens a stage's folder, or makes it.
 
+    Settings and inputs of a stage that was begun but has made nothing may still change: a run that
+    was refused for a damaged file goes on when the file is whole.
+
     Returns:
       Whether the stage is complete already.
 
@@ -154,6 +158,13 @@ def open_stage(
       UserError: the folder was made with other settings or inputs, or is no stage folder.
     """
     path = folder / MANIFEST
+    begun = {
+        "stage": stage,
+        "status": "running",
+        "settings": _plain(settings),
+        "inputs": _plain(inputs),
+        "code_version": __version__,
+    }
     if path.exists():
         manifest = _read_manifest(folder)
         differences = [
@@ -161,6 +172,10 @@ def open_stage(
             for part, now in (("settings", settings), ("inputs", inputs))
             for key, old, new in _differences(manifest.get(part, {}), _plain(now))
         ]
+        names = {p.name for p in folder.iterdir()}
+        if differences and manifest["status"] == "running" and names <= _NOTHING_MADE:
+            write_json(path, begun)
+            return False
         if differences:
             listed = "\n  ".join(differences)
             raise UserError(
@@ -170,21 +185,12 @@ def open_stage(
         return manifest["status"] == "complete"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; the stage needs a folder of that name.")
-    if folder.exists() and any(p.name != f".{MANIFEST}.tmp" for p in folder.iterdir()):
+    if folder.exists() and any(p.name not in _NOTHING_MADE for p in folder.iterdir()):
         raise UserError(
             f"{folder} holds files but no {MANIFEST}: it was not made by this program. "
             "Choose another name for the run, or move it away."
         )
-    write_json(
-        path,
-        {
-            "stage": stage,
-            "status": "running",
-            "settings": _plain(settings),
-            "inputs": _plain(inputs),
-            "code_version": __version__,
-        },
-    )
+    write_json(path, begun)
     return False
 
 

@@ -246,6 +246,7 @@ def test_tuples_and_lists_are_the_same_setting(tmp_path):
 def test_other_settings_and_inputs_are_all_named(tmp_path):
     folder = tmp_path / "proxy"
     artifacts.open_stage(folder, "align", SETTINGS, INPUTS)
+    (folder / "part.bin").write_bytes(b"data")
     now = {"align": {"num_rounds": 2, "targets": ["q_proj", "v_proj"], "beta": 0.1}}
     with pytest.raises(UserError) as caught:
         artifacts.open_stage(folder, "align", now, {"corpus": "xxh3:2"})
@@ -257,6 +258,23 @@ def test_other_settings_and_inputs_are_all_named(tmp_path):
         f"Give the run another name, or remove {folder} to make it again.",
     ]
     assert not artifacts.open_stage(folder, "align", SETTINGS, INPUTS)
+
+
+def test_a_stage_that_has_made_nothing_may_change(tmp_path):
+    """As after a run that was refused for a damaged file: the whole one is another input."""
+    folder, repaired = tmp_path / "proxy", {"corpus": "xxh3:2"}
+    artifacts.open_stage(folder, "align", SETTINGS, INPUTS)
+    (folder / ".manifest.json.tmp").write_text("{")  # a kill's
+    assert not artifacts.open_stage(folder, "align", SETTINGS, repaired)
+    assert artifacts.read_json(folder / artifacts.MANIFEST)["inputs"] == repaired
+    (folder / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=r"xxh3:2.* then"):
+        artifacts.open_stage(folder, "align", SETTINGS, INPUTS)
+    empty = tmp_path / "empty"
+    artifacts.open_stage(empty, "align", SETTINGS, INPUTS)
+    artifacts.complete_stage(empty, counts={"rows": 0})
+    with pytest.raises(UserError, match="made with other settings"):
+        artifacts.open_stage(empty, "align", SETTINGS, repaired)
 
 
 def test_folders_that_are_not_ours_are_left_alone(tmp_path):
