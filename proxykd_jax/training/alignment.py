@@ -20,6 +20,7 @@ from proxykd_jax.losses import batch_mean
 from proxykd_jax.training.answers import make_draw
 from proxykd_jax.training.batches import (
     Selection,
+    check_any_rows,
     count_steps,
     make_plan,
     pair_collate,
@@ -55,6 +56,9 @@ class Alignment:
       mesh: of devices.
       log: metrics.jsonl.
       measure: ``(model, rows, most) -> {"nll", "agreement"}`` on held-out rows.
+
+    Raises:
+      UserError: there are no rows to learn from.
     """
 
     def __init__(
@@ -69,6 +73,8 @@ class Alignment:
         self._config, self._align = config, config.align
         self._corpus, self._model, self._mesh, self._measure = corpus, model, mesh, measure
         self._folder = config.folder / "proxy"
+        if self._align.alignment != "none":
+            check_any_rows(corpus, ("warmup", "align"))
         self._rounds = self._slices()
         self._optimizer = make_optimizer(config.align.optimizer, self._planned_steps())
         validation = corpus.split("validation")

@@ -11,10 +11,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from proxykd_jax.artifacts import MANIFEST
 from proxykd_jax.data.collate import Rows, TokenRow, collate_rows
+from proxykd_jax.data.corpus import TokenCorpus
 from proxykd_jax.data.order import Batching, EpochPlan, PlannedBatch, default_buckets, plan_epoch
 from proxykd_jax.data.soft_labels import SoftLabels, SoftLabelStore
 from proxykd_jax.data.stream import BatchStream
+from proxykd_jax.errors import UserError
 from proxykd_jax.generation.samples import KEPT, SampleStore
 from proxykd_jax.parallel.sharding import put_rows
 from proxykd_jax.types import DistillBatch, PairBatch, TokenBatch
@@ -99,6 +102,20 @@ def gather(
         for i, value in zip(wanted, read(name, [places[i][1] for i in wanted]), strict=True):
             found[i] = value
     return found
+
+
+def check_any_rows(corpus: TokenCorpus, splits: Collection[str]) -> None:
+    """Refuses a corpus of which nothing is left to learn from.
+
+    Raises:
+      UserError: none of the splits has a row.
+    """
+    if not any(len(corpus.split(name)) for name in splits):
+        raise UserError(
+            f"{corpus.folder} has no rows in {', '.join(splits)}, so there is nothing to learn "
+            f"from. The counts in its {MANIFEST} say how many rows were read, and why they were "
+            "dropped (corpus.max_length is in tokens)."
+        )
 
 
 def phase_seed(seed: int, phase: str) -> int:

@@ -17,6 +17,7 @@ from proxykd_jax.generation.answered import AnsweredSplit
 from proxykd_jax.generation.samples import SampleStore
 from proxykd_jax.training.batches import (
     Joined,
+    check_any_rows,
     count_steps,
     distill_collate,
     make_plan,
@@ -51,6 +52,9 @@ class Distillation:
       mesh: of devices.
       log: metrics.jsonl.
       measure: ``(model, rows, most) -> {"nll", "agreement"}`` on held-out rows.
+
+    Raises:
+      UserError: there are no rows to learn from.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class Distillation:
         self._config, self._distill = config, config.distill
         self._corpus, self._labels, self._model, self._mesh = corpus, labels, model, mesh
         self._folder = config.folder / "student"
+        check_any_rows(corpus, teacher_splits(config))
         self._rows = Joined(self._splits)
         self._plan = make_plan(
             self._rows.lengths - 1,
