@@ -30,7 +30,7 @@ from proxykd_jax.errors import UserError
 from proxykd_jax.evaluation.teacher import TeacherLogps
 from proxykd_jax.models.chunked import map_positions
 from proxykd_jax.models.config import ModelConfig
-from proxykd_jax.models.decoder import hidden_states, unembed
+from proxykd_jax.models.decoder import batch_hidden_states, unembed
 from proxykd_jax.parallel.sharding import put_rows
 from proxykd_jax.training.model import Model
 from proxykd_jax.types import TokenBatch
@@ -300,14 +300,7 @@ def _compiled(config: ModelConfig, top_ks: tuple[int, ...], mesh: Mesh | None) -
     def compute(
         params: Any, adapter: Any, batch: TokenBatch, teacher_logps_BLV: Any
     ) -> dict[str, jax.Array]:
-        hidden_BLD = hidden_states(
-            params,
-            adapter,
-            batch.tokens_BL,
-            config=config,
-            positions_BL=batch.positions_BL,
-            segment_ids_BL=batch.segment_ids_BL,
-        )
+        hidden_BLD = batch_hidden_states(params, adapter, batch, config=config)
         num_rows, length = batch.tokens_BL.shape
         chunk = max(_LOGITS_AT_ONCE // (num_rows * config.vocab_size), 1)
 

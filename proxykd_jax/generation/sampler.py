@@ -202,7 +202,8 @@ def _prompt_batch(
     # The padding must not push a model beyond the positions it has.
     length = min(prompt_bucket(longest), max(longest, config.max_positions - max(budgets)))
     slots = slot_bucket(length + max(budgets))
-    slots = min(slots, max(needed, config.max_positions))
+    if config.rope.kind == "dynamic":  # not defined beyond, not even for slots that stay empty
+        slots = min(slots, max(needed, config.max_positions))
     tokens_BL = np.zeros((num_rows, length), np.int32)
     valid_BL = np.zeros((num_rows, length), bool)
     words_BW = np.zeros((num_rows, _ROW_WORDS), np.uint32)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from proxykd_jax.models.chunked import map_positions
 from proxykd_jax.models.config import ModelConfig
-from proxykd_jax.models.decoder import hidden_states, unembed
+from proxykd_jax.models.decoder import batch_hidden_states, unembed
 from proxykd_jax.types import TokenBatch
 
 # float32 logits of this many elements (64 MiB) are alive at a time.
@@ -115,7 +115,7 @@ def topk_soft_labels(
     Returns:
       ``ids_BLK, logps_BLK, gold_logps_BL, tail_logps_BL``; see ``TopKLabels``.
     """
-    hidden_BLD = _hidden(params, adapter, batch, config)
+    hidden_BLD = batch_hidden_states(params, adapter, batch, config=config)
     found = _project(params, hidden_BLD, batch.labels_BL, config, top_k, temperature, vocab_size)
     return found.ids_K, found.logps_K, found.gold_logps, found.tail_logps
 
@@ -123,7 +123,7 @@ def topk_soft_labels(
 @functools.partial(jax.jit, static_argnames="config")
 def hidden_rows(params: Any, adapter: Any, batch: TokenBatch, *, config: ModelConfig) -> jax.Array:
     """Hidden states of every position of a batch, ``[B * L, D]``."""
-    hidden_BLD = _hidden(params, adapter, batch, config)
+    hidden_BLD = batch_hidden_states(params, adapter, batch, config=config)
     return hidden_BLD.reshape(-1, hidden_BLD.shape[-1])
 
 
@@ -143,17 +143,6 @@ def soft_labels_of_hidden(
     logits_MV = unembed(params, hidden_MD, config=config)
     return soft_labels_of_logits(
         logits_MV, labels_M, top_k=top_k, temperature=temperature, vocab_size=vocab_size
-    )
-
-
-def _hidden(params: Any, adapter: Any, batch: TokenBatch, config: ModelConfig) -> jax.Array:
-    return hidden_states(
-        params,
-        adapter,
-        batch.tokens_BL,
-        config=config,
-        positions_BL=batch.positions_BL,
-        segment_ids_BL=batch.segment_ids_BL,
     )
 
 

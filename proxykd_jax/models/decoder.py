@@ -25,6 +25,7 @@ from proxykd_jax.models.config import LORA_TARGETS, LoraConfig, ModelConfig
 from proxykd_jax.models.lora import Adapter, lora_update
 from proxykd_jax.models.params import Params
 from proxykd_jax.models.rope import check_length, rotate, rotation
+from proxykd_jax.types import TokenBatch
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 Constrain = Callable[[jax.Array], jax.Array]
@@ -231,6 +232,32 @@ def hidden_states(
     xs = (jnp.arange(config.num_layers), sliding_flags(config), params["layers"], adapter_layers)
     hidden_BLD, _ = jax.lax.scan(body, hidden_BLD, xs, unroll=scan_unroll)
     return rms_norm(hidden_BLD, params["final_norm"]["scale"], config.norm_eps)
+
+
+def batch_hidden_states(
+    params: Params,
+    adapter: Adapter | None,
+    batch: TokenBatch,
+    *,
+    config: ModelConfig,
+    **options: Any,
+) -> jax.Array:
+    """``hidden_states`` of a batch of rows, packed or not.
+
+    A row that can hold one example alone has it at its beginning, so causality keeps the padding
+    out, and no mask is needed: attention by index is what flash kernels do without reading a mask,
+    and what skips blocks (hidden states of padding have no meaning).
+    """
+    packed = batch.example_mask_BS.shape[1] > 1
+    return hidden_states(
+        params,
+        adapter,
+        batch.tokens_BL,
+        config=config,
+        positions_BL=batch.positions_BL if packed else None,
+        segment_ids_BL=batch.segment_ids_BL if packed else None,
+        **options,
+    )
 
 
 def unembed(params: Params, hidden: jax.Array, *, config: ModelConfig) -> jax.Array:

@@ -9,13 +9,20 @@ vocabulary in pieces).
 
 from proxykd_jax.models.cache import KVCache, forward_cached, init_cache
 from proxykd_jax.models.chunked import map_positions, token_logps_from_hidden
-from proxykd_jax.models.decoder import REMAT_POLICIES, forward, hidden_states, unembed
+from proxykd_jax.models.decoder import (
+    REMAT_POLICIES,
+    batch_hidden_states,
+    forward,
+    hidden_states,
+    unembed,
+)
 from proxykd_jax.models.params import abstract_params, first_layers, init_params, param_shapes
 
 __all__ = [
     "REMAT_POLICIES",
     "KVCache",
     "abstract_params",
+    "batch_hidden_states",
     "first_layers",
     "forward",
     "forward_cached",

@@ -14,7 +14,7 @@ from proxykd_jax.data.collate import TokenRow, collate_rows
 from proxykd_jax.data.order import by_length, default_buckets
 from proxykd_jax.losses import reduce_tokens, token_logps, topk_logps
 from proxykd_jax.models.chunked import map_positions
-from proxykd_jax.models.decoder import hidden_states, unembed
+from proxykd_jax.models.decoder import batch_hidden_states, unembed
 from proxykd_jax.parallel.sharding import put_rows
 from proxykd_jax.training.state import ModelSpec, Tree
 from proxykd_jax.types import TokenBatch
@@ -48,15 +48,8 @@ def label_logps(
       ``logps_BL`` of the labels, and with ids ``topk_logps_BLK`` and the log of the mass outside
       them ``tail_logps_BL`` (else None, None). float32; outside ``mask_BL`` meaningless.
     """
-    hidden_BLD = hidden_states(
-        params,
-        adapter,
-        batch.tokens_BL,
-        config=spec.config,
-        positions_BL=batch.positions_BL,
-        segment_ids_BL=batch.segment_ids_BL,
-        remat=spec.remat,
-        dropout_key=dropout_key,
+    hidden_BLD = batch_hidden_states(
+        params, adapter, batch, config=spec.config, remat=spec.remat, dropout_key=dropout_key
     )
     rows, length = batch.tokens_BL.shape
     chunk = max(_WHOLE_LOGITS // (rows * spec.config.vocab_size), 1)

@@ -44,6 +44,34 @@ def test_causality_and_window_by_index(window):
     np.testing.assert_allclose(out, plain(q, k, v, mask[None]), atol=1e-6)
 
 
+@pytest.mark.parametrize("window", [None, 1, 100])
+def test_blocks_of_queries_equal_one_block(window):
+    q, k, v = inputs(length=256, slots=256)
+    mask = np.random.default_rng(1).random((2, 256, 256)) < 0.5
+    rows, columns = np.indices((256, 256))
+    mask[:, rows == columns] = True
+    seen = mask & (rows >= columns) & (rows - columns < (window or 256))
+
+    def total(q, k, v, **options):
+        out = attention(q, k, v, **options)
+        return jnp.square(out).sum(), out
+
+    run = jax.value_and_grad(total, (0, 1, 2), has_aux=True)
+    options = {"mask_BLS": jnp.asarray(mask), "causal": True, "window": window}
+    (_, out), gradients = run(q, k, v, **options)
+    np.testing.assert_allclose(out, plain(q, k, v, seen), atol=1e-6)
+    # Not causal by name, so computed in one block.
+    _, expected = run(q, k, v, mask_BLS=jnp.asarray(seen))
+    for one, other in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5, rtol=1e-5)
+
+
+def test_a_causal_row_is_computed_in_blocks():
+    q, k, v = inputs(length=256, slots=256)
+    text = str(jax.make_jaxpr(lambda *x: attention(*x, causal=True))(q, k, v))
+    assert "64,256]" in text and "256,256]" not in text
+
+
 def test_a_row_that_sees_nothing_is_finite_forwards_and_backwards():
     q, k, v = inputs()
     mask = np.ones((2, 7, 7), bool)

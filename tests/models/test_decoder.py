@@ -9,6 +9,7 @@ import pytest
 
 from proxykd_jax.models import llama, lora
 from proxykd_jax.models.config import LoraConfig, RopeConfig
+from proxykd_jax.types import TokenBatch
 
 forward = jax.jit(llama.forward, static_argnames="config")
 
@@ -105,6 +106,24 @@ def test_packed_rows_equal_separate_rows(small_config, helpers, sliding_layers):
     for start, stop in bounds:
         alone = forward(params, adapter, tokens_BL[:, start:stop], config=config)
         close(packed[:, start:stop], alone)
+
+
+@pytest.mark.parametrize("sliding_layers", [(), (1, 2), (0, 1, 2)])
+def test_a_batch_of_single_rows_needs_no_mask(small_config, helpers, sliding_layers):
+    config = small_config.replace(sliding_layers=sliding_layers)
+    params, adapter, tokens_BL = setup(config, helpers, length=24, batch=3)
+    lengths = [24, 9, 1]
+    segments = (np.arange(24)[None] < np.array(lengths)[:, None]).astype(np.int32)
+    positions = np.arange(24, dtype=np.int32)[None] * segments
+    batch = TokenBatch(tokens_BL, tokens_BL, segments > 0, segments, positions, segments[:, :1] > 0)
+    hidden = llama.batch_hidden_states(params, adapter, batch, config=config)
+    packed = TokenBatch(
+        *(getattr(batch, name) for name in batch.__dataclass_fields__ if name != "example_mask_BS"),
+        example_mask_BS=np.concatenate([batch.example_mask_BS, np.zeros((3, 1), bool)], 1),
+    )
+    masked = llama.batch_hidden_states(params, adapter, packed, config=config)
+    for row, length in enumerate(lengths):
+        close(hidden[row, :length], masked[row, :length])
 
 
 def test_left_padding_equals_right_padding(small_config, helpers):
