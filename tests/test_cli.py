@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from proxykd_jax.artifacts import MANIFEST, read_json
 from proxykd_jax.cli import config_keys, describe_keys, run_command
-from proxykd_jax.config import Config, load_config
+from proxykd_jax.config import Config, dump_config, load_config, make_config
 from proxykd_jax.config.presets import PRESETS
 from proxykd_jax.errors import UserError
+from tests.tiny_run import changed, recipe
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -182,3 +186,181 @@ def test_a_real_process_ends_with_code_2_and_no_traceback(tmp_path):
     )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr and done.stderr.startswith("error: ")
+
+
+def test_all_mistakes_of_a_file_are_said_at_once(tmp_path, capsys):
+    """Unknown, repeated and misplaced keys, wrong types, ranges and choices: one message."""
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        """\
+preset: recomended
+name: run 1
+seed: -3
+seed: 4
+corpus:
+  sources: []
+  max_lenght: 64
+proxy: {path: big, trainable: lorra, lora: {rank: 0}}
+student: {path: small, init: {path: big, first_layers: 2}}
+align: {num_rounds: "four", beta: 0.1, optimizer: {learning_rate: fast}}
+distill: {alpha: -1, microbatch_size: 5, batch_size: 32}
+"""
+    )
+    assert run_command("align", _never, "Aligns.", ["--config", str(config)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "Traceback" not in err and err.startswith("error: ")
+    lines = err.removeprefix("error: ").splitlines()
+    assert all(line.startswith(f"{config}: ") for line in lines)
+    expected = [
+        ("seed: repeated on line 4 (first on line 3); keep one",),
+        ("preset: must be 'paper' or 'recommended'", "did you mean 'recommended'?"),
+        ("name: must match", '"run 1"'),
+        ("corpus.sources: needs at least 1 entry",),
+        ("corpus.max_lenght: unknown key", "did you mean 'max_length'?", "64"),
+        ("proxy.trainable: must be 'lora' or 'full'", "did you mean 'lora'?"),
+        ("proxy.lora.rank:", "greater than 0", "(got 0)"),
+        ("student: give exactly one of path and init",),
+        ("align.num_rounds:", "integer", '"four"'),
+        ("align.beta: unknown key", "did you mean 'align.preference.beta'?"),
+        ("align.optimizer.learning_rate:", "number", '"fast"'),
+        ("distill.alpha:", "greater than or equal to 0", "(got -1)"),
+    ]
+    for said in expected:
+        assert any(all(part in line for part in said) for line in lines), (said, lines)
+
+
+# --- mistakes that stages find --------------------------------------------------------------------
+
+STAGES = ("prepare", "align", "score", "distill", "export", "evaluate", "run")
+
+
+def command(stage: str, config: Config, folder: Path) -> int:
+    """``python -m proxykd_jax.<stage> --config ...`` in this process."""
+    path = folder / "config.yaml"
+    path.write_text(dump_config(config))
+    main = importlib.import_module(f"proxykd_jax.{stage}").main
+    return run_command(stage, main, "", ["--config", str(path)])
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    return err[err.index("error: ") :]
+
+
+def left(config: Config) -> set[str]:
+    """What a refused run has left: folders with files in them."""
+    found = {path.name for path in config.folder.glob("*/*") for path in [path.parent]}
+    for name in found:
+        # What is there is whole.
+        assert read_json(config.folder / name / MANIFEST)["status"] == "complete"
+        assert not list((config.folder / name).rglob("*.tmp"))
+    return found
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_missing_corpus_file_is_a_sentence(tiny_files, tmp_path, capsys, stage):
+    absent = tmp_path / "absent.jsonl"
+    config = recipe(tiny_files, tmp_path / "runs", {"corpus": {"sources": [{"path": str(absent)}]}})
+    assert command(stage, config, tmp_path) == 2
+    assert said(capsys) == f"error: {absent} does not exist, or matches no file.\n"
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("role", ["proxy", "student"])
+@pytest.mark.parametrize("stage", ["align", "distill", "run"])
+def test_a_missing_model_is_a_sentence(tiny_files, tmp_path, capsys, stage, role):
+    """Also the student's, before the proxy is trained for it."""
+    absent = str(tmp_path / "absent")
+    config = recipe(tiny_files, tmp_path / "runs", {role: {"path": absent}})
+    assert command(stage, config, tmp_path) == 2
+    assert said(capsys) == (
+        f"error: {absent}: there is no such folder, and it is no hub name (owner/model).\n"
+    )
+    assert not config.folder.exists() or left(config) == {"corpus"}
+
+
+@pytest.mark.parametrize("stage", ["align", "distill", "run"])
+def test_a_student_of_another_vocabulary_is_refused_before_training(
+    tiny_files, tmp_path, capsys, stage
+):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_files / "student", other)
+    text = (other / "tokenizer.json").read_text()
+    for old, new in (('"f3": 13', '"f3": 14'), ('"f4": 14', '"f4": 13')):
+        assert old in text
+        text = text.replace(old, new)
+    (other / "tokenizer.json").write_text(text)
+    config = recipe(tiny_files, tmp_path / "runs", {"student": {"path": str(other)}})
+    assert command(stage, config, tmp_path) == 2
+    message = said(capsys)
+    assert "must share one vocabulary" in message and "f3" in message
+    assert left(config) == {"corpus"}
+
+
+def test_models_that_the_corpus_is_not_for_are_refused(tiny_files, tmp_path, capsys):
+    """The corpus's tokenizer is named by a key of its own, and has more ids than the models."""
+    from tests.data.conftest import save_bpe
+
+    tokenizer = save_bpe(tmp_path / "bpe", chat_template=None)
+    config = recipe(
+        tiny_files,
+        tmp_path / "runs",
+        {"tokenizer": str(tokenizer), "corpus": {"template": "plain", "max_length": 200}},
+    )
+    assert command("align", config, tmp_path) == 2
+    assert "must share one vocabulary" in said(capsys)
+    assert left(config) == {"corpus"}
+
+
+def test_a_damaged_model_is_a_sentence_and_goes_on_when_repaired(tiny_files, tmp_path, capsys):
+    proxy = tmp_path / "proxy"
+    shutil.copytree(tiny_files / "proxy", proxy)
+    weights = proxy / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    config = recipe(tiny_files, tmp_path / "runs", {"proxy": {"path": str(proxy)}})
+    config = changed(config, {"align": {"alignment": "none"}, "export": {"proxy": "none"}})
+    assert command("align", config, tmp_path) == 2
+    assert f"{weights} is truncated" in said(capsys)
+    weights.write_bytes(whole)
+    assert command("align", config, tmp_path) == 0
+    assert left(config) == {"corpus", "proxy"}
+
+
+@pytest.mark.parametrize("stage, alpha", [("align", 1.0), ("distill", 0.0)])
+def test_a_corpus_of_which_nothing_is_left_is_a_sentence(
+    tiny_files, tmp_path, capsys, stage, alpha
+):
+    config = recipe(
+        tiny_files, tmp_path / "runs", {"corpus": {"max_length": 3}, "distill": {"alpha": alpha}}
+    )
+    assert command(stage, config, tmp_path) == 2
+    assert "so there is nothing to learn from" in said(capsys)
+
+
+def test_real_models_with_another_tokenizer_are_refused(assets, tmp_path, capsys):
+    """stories260K (512 ids) over a corpus in SmolLM2's (49,152)."""
+    model = str(assets / "models" / "stories260K")
+    config = make_config(
+        {
+            "preset": "paper",
+            "name": "stories",
+            "runs_dir": str(tmp_path / "runs"),
+            "tokenizer": str(assets / "tokenizers" / "smollm2"),
+            "corpus": {
+                "sources": [
+                    {"path": str(assets / "corpora" / "tinystories.jsonl"), "format": "text"}
+                ],
+                "template": "plain",
+                "max_rows": 20,
+            },
+            "proxy": {"path": model},
+            "student": {"init": {"path": model, "first_layers": 2}},
+        }
+    )
+    assert command("align", config, tmp_path) == 2
+    message = said(capsys)
+    assert "must share one vocabulary" in message
+    assert str(assets / "tokenizers" / "smollm2") in message and model in message
+    assert left(config) == {"corpus"}

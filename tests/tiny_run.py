@@ -139,6 +139,14 @@ def _over(below: Any, above: Any) -> Any:
     return {**below, **{key: _over(below.get(key), value) for key, value in above.items()}}
 
 
+def without_student(config: Config, runs: Path, change: Mapping[str, Any]) -> Config:
+    """A copy of a run that has yet to distil, and its config with other keys."""
+    config = copy_run(config, runs)
+    for name in ("student", "export", "eval"):
+        shutil.rmtree(config.folder / name, ignore_errors=True)
+    return changed(config, change)
+
+
 def unfinish(config: Config, stage: str, step: int) -> None:
     """Takes back what a stage (``proxy`` or ``student``) learnt after a checkpoint."""
     folder = config.folder / stage

@@ -206,15 +206,13 @@ def test_the_log_says_what_a_round_did(finished_run, corpus):
 
 @pytest.fixture(scope="module")
 def aligned(tiny_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
-    """The config of a run with other keys of ``align``; each is made once."""
+    """``(alignment, loss) -> config`` of a run that was aligned so; each is made once."""
     runs = tmp_path_factory.mktemp("kinds")
 
     @functools.cache
-    def make(**keys: str) -> Config:
-        section = {
-            name: {"loss": "none"} if name == "preference" else v for name, v in keys.items()
-        }
-        config = recipe(tiny_files, runs, {"align": section}, name="_".join(keys.values()))
+    def make(alignment: str, loss: str = "dpo") -> Config:
+        section = {"alignment": alignment, "preference": {"loss": loss}}
+        config = recipe(tiny_files, runs, {"align": section}, name=f"{alignment}_{loss}")
         align.main(config)
         return config
 
@@ -230,7 +228,7 @@ def aligned(tiny_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
     ],
 )
 def test_kinds_of_alignment_without_a_preference(aligned, kind, phases):
-    config = aligned(alignment=kind)
+    config = aligned(kind)
     assert list(steps_of(config)) == phases
     assert not (config.folder / "samples").exists()
     assert not any("preference" in line for line in log_lines(config, "align"))
@@ -242,7 +240,7 @@ def test_kinds_of_alignment_without_a_preference(aligned, kind, phases):
 
 def test_preference_none_is_nll_alone(aligned):
     """The same steps as ``alignment: nll``, without sampling."""
-    configs = aligned(alignment="nll"), aligned(preference="none")
+    configs = aligned("nll"), aligned("nll_preference", "none")
     assert not (configs[1].folder / "samples").exists()
     contents = [read_json(config.folder / "proxy" / MANIFEST)["content"] for config in configs]
     assert contents[0] == contents[1]
@@ -250,7 +248,7 @@ def test_preference_none_is_nll_alone(aligned):
 
 def test_all_kinds_begin_alike(finished_run, aligned):
     """The warm-up of a run does not depend on what follows it."""
-    configs = finished_run, aligned(alignment="warmup")
+    configs = finished_run, aligned("warmup")
     warm = [proxy_at(config, steps_of(config)["warmup"]).trainable for config in configs]
     jax.tree.map(np.testing.assert_array_equal, *warm)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,20 +23,22 @@ from proxykd_jax.generation.samples import SampleStore
 from proxykd_jax.models.decoder import forward
 from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.training.restore import load_student
-from tests.tiny_run import changed, copy_run, files_of, log_lines, recipe, scripted_validation
+from tests.tiny_run import (
+    changed,
+    copy_run,
+    files_of,
+    log_lines,
+    recipe,
+    scripted_validation,
+    without_student,
+)
 
 ALL = ("warmup", "align", "distill", "fresh")
 
 
-def without_student(finished_run: Config, runs: Path, **section: Any) -> Config:
+def student_by(finished_run: Config, runs: Path, **section: Any) -> Config:
     """A copy of the run that has yet to distil, by other keys of ``distill``."""
-    config = copy_run(finished_run, runs)
-    for name in ("student", "export", "eval"):
-        shutil.rmtree(config.folder / name, ignore_errors=True)
-    lines = (config.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    kept = [line for line in lines if json.loads(line)["stage"] != "distill"]
-    (config.folder / "metrics.jsonl").write_text("".join(kept))
-    return changed(config, {"distill": section})
+    return without_student(finished_run, runs, {"distill": section})
 
 
 # --- the loss -------------------------------------------------------------------------------------
@@ -109,7 +110,7 @@ class Reference:
 def test_the_first_loss_is_eq_11_with_the_weights_of_eq_9(finished_run, tmp_path, weights):
     """One batch of all rows: D and the fresh prompts, which have no NLL and weight 1."""
     one_batch = {"batch_size": 160, "max_steps": 1, "alpha": 7.0, "weights": weights}
-    config = without_student(finished_run, tmp_path, **one_batch)
+    config = student_by(finished_run, tmp_path, **one_batch)
     distill.main(config)
     (line,) = (line for line in log_lines(config, "distill") if "loss" in line)
     found = Reference(config, ALL)
@@ -174,20 +175,6 @@ def test_alpha_0_is_plain_fine_tuning(tiny_files, tmp_path):
     )
 
 
-def test_a_vanishing_alpha_takes_the_steps_of_alpha_0(tiny_files, tmp_path):
-    """The same rows in the same order, with soft labels read and weighed by nothing."""
-    change = {"corpus": {"fresh_prompts": []}, "align": {"alignment": "none"}}
-    with_labels = recipe(tiny_files, tmp_path, change, {"distill": {"alpha": 1e-30}})
-    distill.main(with_labels)
-    plain = without_student(with_labels, tmp_path / "plain", alpha=0.0)
-    distill.main(plain)
-    lines = [[x for x in log_lines(c, "distill") if "nll" in x] for c in (with_labels, plain)]
-    assert ["weighted_kl" in line[0] for line in lines] == [True, False]
-    losses = [[x["nll"] for x in line] for line in lines]
-    assert len(losses[0]) == 8
-    np.testing.assert_allclose(*losses, rtol=1e-5)
-
-
 # --- whose soft labels ----------------------------------------------------------------------------
 
 
@@ -210,7 +197,7 @@ def rewritten(config: Config, part: str, key: str, value: Any) -> None:
     ],
 )
 def test_soft_labels_of_something_else_are_refused(finished_run, tmp_path, part, key, value):
-    config = without_student(finished_run, tmp_path)
+    config = student_by(finished_run, tmp_path)
     rewritten(config, part, key, value)
     with pytest.raises(UserError, match=f"soft_labels was made with other settings:\n  {key}"):
         distill.main(config)
@@ -221,7 +208,7 @@ def test_the_labels_of_a_run_with_another_proxy_are_refused(finished_run, tiny_f
     """A folder copied from a run whose proxy was not aligned."""
     other = recipe(tiny_files, tmp_path, {"align": {"alignment": "none"}}, name="other")
     score.main(other)
-    config = without_student(finished_run, tmp_path)
+    config = student_by(finished_run, tmp_path)
     shutil.rmtree(config.folder / "soft_labels")
     shutil.copytree(other.folder / "soft_labels", config.folder / "soft_labels")
     with pytest.raises(UserError, match=r"proxy\.stage"):
@@ -255,7 +242,7 @@ def test_it_stops_where_validation_no_longer_improves(
 ):
     left = scripted_validation(monkeypatch, [*nlls, *[nlls[-1]] * 2])
     stop = {"enabled": True, "every": 2, "patience": 2}
-    config = without_student(finished_run, tmp_path, epochs=9, max_steps=14, stop=stop)
+    config = student_by(finished_run, tmp_path, epochs=9, max_steps=14, stop=stop)
     result = distill.main(config)
     assert (result.best_step, result.last_step) == (best, last)
     assert len(left) == 0  # the two that compare the exported student
@@ -279,7 +266,7 @@ def test_it_stops_where_validation_no_longer_improves(
 def test_without_stopping_it_takes_all_steps(finished_run, tmp_path, monkeypatch):
     scripted_validation(monkeypatch, [5.0, 6.0, 6.0, 6.0])  # untrained, the end, two of the export
     stop = {"enabled": False, "every": 2, "patience": 2}
-    config = without_student(finished_run, tmp_path, epochs=9, max_steps=14, stop=stop)
+    config = student_by(finished_run, tmp_path, epochs=9, max_steps=14, stop=stop)
     result = distill.main(config)
     assert (result.best_step, result.last_step) == (0, 14)
 
