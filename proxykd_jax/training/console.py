@@ -35,7 +35,9 @@ class Console:
 
             if self._bar is None or phase != self._phase:
                 self.close()
-                self._bar = tqdm(total=total, desc=f"{self._stage} {phase}", unit="step")
+                # Speed is of the steps from here on, not of those before a checkpoint.
+                name = f"{self._stage} {phase}"
+                self._bar = tqdm(total=total, desc=name, unit="step", initial=done)
             self._bar.n = done
             self._bar.set_postfix(shown)
         elif done == total or done == 1 or time.monotonic() - self._last_line > _LINE_EVERY_S:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import re
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -229,6 +231,21 @@ def test_a_bar_on_a_terminal(monkeypatch):
     assert "loss=3.25" in text and "grad_norm" not in text
     assert "align: validation nll 2.5\n" in text
     assert "align round_01:" in text and "/8 [" in text
+
+
+def test_the_bar_of_a_resumed_phase_counts_its_own_steps(monkeypatch):
+    """Its speed is that of this process: it did not take the 5000 steps before the checkpoint."""
+    screen = Screen(terminal=True)
+    monkeypatch.setattr(sys, "stderr", screen)
+    console = Console("align")
+    for step in (5001, 5002, 5003):
+        console.step("warmup", step, 6000, {"loss": 3.25})
+        time.sleep(0.11)
+    console.close()
+    monkeypatch.undo()
+    assert "5003/6000" in screen.getvalue()
+    rates = re.findall(r"([\d.]+)(?:step/s|s/step)", screen.getvalue())
+    assert rates and all(float(rate) < 100 for rate in rates)
 
 
 def test_plain_lines_elsewhere(monkeypatch):
