@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from proxykd_jax.generation.answered import AnsweredSplit
 from proxykd_jax.generation.samples import SampleStore
 from proxykd_jax.models.decoder import forward
 from proxykd_jax.parallel.mesh import make_mesh
+from proxykd_jax.training import distillation
 from proxykd_jax.training.restore import load_student
 from tests.tiny_run import (
     changed,
@@ -269,6 +271,35 @@ def test_without_stopping_it_takes_all_steps(finished_run, tmp_path, monkeypatch
     config = student_by(finished_run, tmp_path, epochs=9, max_steps=14, stop=stop)
     result = distill.main(config)
     assert (result.best_step, result.last_step) == (0, 14)
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_what_is_no_number_stops_it_at_the_last_good_checkpoint(
+    finished_run, tmp_path, monkeypatch, name
+):
+    make = distillation.make_train_step
+
+    def broken(*args: Any, **options: Any) -> Any:
+        step = make(*args, **options)
+
+        def bad(state: Any, frozen: Any, batch: Any) -> Any:
+            state, metrics = step(state, frozen, batch)
+            return state, {**metrics, name: jnp.nan} if int(state.step) == 5 else metrics
+
+        return bad
+
+    config = student_by(finished_run, tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(UserError) as stopped:
+        patch.setattr(distillation, "make_train_step", broken)
+        distill.main(config)
+    message = str(stopped.value)
+    assert f"distill, train, step 5: {name} is nan. Last good checkpoint: step 4." in message
+    assert "learning rate" in message
+    assert sorted(os.listdir(config.folder / "student" / "checkpoints"))[-1] == "4"
+    # Nothing of the bad step was kept: without it, the student is the unbroken run's.
+    distill.main(config)
+    ours, theirs = (read_json(c.folder / "student" / MANIFEST) for c in (config, finished_run))
+    assert ours["content"] == theirs["content"]
 
 
 def test_a_finished_student_is_left_alone(finished_run):
