@@ -1,0 +1,123 @@
+"""Runs that are killed: a process that dies at a chosen call, and one that is killed from outside.
+
+``KILL_AT`` in a process's environment names calls, ``;`` between them, each as ``kind|pattern``.
+They are waited for in this order, and at the last one the process sends itself SIGKILL:
+
+    rename    before a file or folder gets a name that matches; a file is cut in half first, as if
+              the kill had come while it was written
+    renamed   after it got the name
+    unlink    before a file of that name is removed
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+# Orbax takes some 50 ms for the smallest checkpoint.
+LOOK_EVERY_S = 0.005
+
+HOOK = """
+import os, re, signal, sys
+
+# A user's environment has no PyTorch; transformers would take seconds to import it.
+sys.modules["torch"] = None
+waiting = [step.split("|") for step in filter(None, os.environ.get("KILL_AT", "").split(";"))]
+
+def reached(kind, path):
+    if not waiting or waiting[0][0] != kind or not re.search(waiting[0][1], os.fspath(path)):
+        return False
+    waiting.pop(0)
+    return not waiting
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def renaming(call):
+    def rename(source, target, **options):
+        if reached("rename", target):
+            if os.path.isfile(source):
+                os.truncate(source, os.path.getsize(source) // 2)
+            die()
+        call(source, target, **options)
+        if reached("renamed", target):
+            die()
+    return rename
+
+def removing(call):
+    def remove(path, **options):
+        if reached("unlink", os.path.basename(path)):
+            die()
+        call(path, **options)
+    return remove
+
+if waiting:
+    os.rename, os.replace = renaming(os.rename), renaming(os.replace)
+    os.unlink, os.remove = removing(os.unlink), removing(os.remove)
+"""
+
+
+class Runner:
+    """Starts one command again and again, and kills it.
+
+    Args:
+      command: the command, the same each time.
+      folder: of the hook, the output and Python's compiled modules; may be shared.
+      cwd: where the command runs.
+      environment: beside this process's.
+    """
+
+    def __init__(
+        self, command: list[str], folder: Path, cwd: Path, environment: Mapping[str, str]
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "sitecustomize.py").write_text(HOOK)
+        self._command, self._cwd = command, cwd
+        self._output = folder / "output.txt"
+        self._environment = {
+            **os.environ,
+            "PYTHONPATH": str(folder),
+            "PYTHONPYCACHEPREFIX": str(folder / "modules"),
+            "TF_ENABLE_ONEDNN_OPTS": "0",
+            **environment,
+        }
+        self._environment.pop("PYTHONDONTWRITEBYTECODE", None)
+
+    def finish(self) -> None:
+        """Runs it to its end."""
+        code = self._start().wait()
+        assert code == 0, f"exit code {code}\n{self._last_output()}"
+
+    def dies_at(self, calls: str) -> None:
+        """Runs it until it kills itself at ``calls``."""
+        code = self._start(KILL_AT=calls).wait()
+        assert code == -signal.SIGKILL, f"{calls}: exit code {code}\n{self._last_output()}"
+
+    def killed_when(
+        self, seen: Callable[[], bool], delay_s: float = 0.0, **environment: str
+    ) -> None:
+        """Runs it and kills it ``delay_s`` seconds after something is seen."""
+        process = self._start(**environment)
+        while process.poll() is None and not seen():
+            time.sleep(LOOK_EVERY_S)
+        time.sleep(delay_s)
+        process.kill()
+        code = process.wait()
+        assert code == -signal.SIGKILL, f"exit code {code} before a kill\n{self._last_output()}"
+
+    def _start(self, **environment: str) -> subprocess.Popen[bytes]:
+        with open(self._output, "ab") as file:
+            return subprocess.Popen(
+                self._command,
+                cwd=self._cwd,
+                env={**self._environment, **environment},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+
+    def _last_output(self) -> str:
+        return "\n".join(self._output.read_text(errors="replace").splitlines()[-40:])
