@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import fnmatch
 import re
 from pathlib import Path
 from typing import Any
@@ -317,6 +318,36 @@ def _leaves(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def test_both_presets_fill_the_same_keys():
     assert set(_leaves(PAPER)) == set(_leaves(RECOMMENDED))
+
+
+def _says(cell: str, value: Any) -> bool:
+    """Whether a cell of the documentation's table holds a value."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "on", False: "off"}[value] in cell
+    if isinstance(value, str):
+        return value in cell
+    return value in [float(number) for number in re.findall(r"\d[\d.]*(?:e-?\d+)?", cell)]
+
+
+def test_the_documentation_lists_both_presets_with_a_reason():
+    """Each key with its two values; each deviation with a log entry, or that there is none yet."""
+    text = (REPOSITORY / "docs" / "method.md").read_text(encoding="utf-8")
+    table = text.partition("## The presets")[2].partition("\n## ")[0]
+    rows = [line.strip("|").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    paper, recommended = _leaves(PAPER), _leaves(RECOMMENDED)
+    for key in paper:
+        found = [
+            row
+            for row in rows
+            if any(fnmatch.fnmatchcase(key, name) for name in re.findall(r"`([^`]+)`", row[0]))
+        ]
+        assert len(found) == 1, f"{key} stands in {len(found)} rows of the table"
+        _, first, second, why = found[0]
+        assert _says(first, paper[key]), f"{key}: {paper[key]} is not in {first!r}"
+        if paper[key] == recommended[key]:
+            continue
+        assert _says(second, recommended[key]), f"{key}: {recommended[key]} is not in {second!r}"
+        assert "log.md" in why or "ot measured here yet" in why, f"{key}: no measurement named"
 
 
 def test_presets_fill_exactly_the_keys_without_a_default():

@@ -1,0 +1,110 @@
+"""How near the gradient of a top-k KL is to the full KL's, for each treatment of the tail.
+
+Proxy and student are those of a finished run; gradients are with respect to the student's logits,
+one a position of the validation answers. Printed for each top_k: the mean cosine with the gradient
+of the full KL, and the mean ratio of the two lengths.
+
+    python -m benchmarks.tail_gradients --config RUN.yaml [--set key=value ...] [--rows 64]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from proxykd_jax.config import Config, load_config
+from proxykd_jax.data.corpus import open_corpus
+from proxykd_jax.errors import UserError
+from proxykd_jax.generation.scoring import soft_labels_of_logits
+from proxykd_jax.losses import forward_kl_tokens, topk_kl_tokens
+from proxykd_jax.losses.topk import TAILS
+from proxykd_jax.models.decoder import forward
+from proxykd_jax.parallel.mesh import make_mesh
+from proxykd_jax.training.model import Model, load_for_training
+from proxykd_jax.training.restore import load_student
+
+TOP_KS = (1, 3, 10, 50)
+# Positions whose gradients are taken at once.
+_POSITIONS = 1024
+
+
+def compare(config: Config, rows: int) -> Iterator[tuple[int, str, float, float]]:
+    """(top_k, tail, mean cosine, mean ratio of lengths) over the first so many validation rows.
+
+    Raises:
+      UserError: the run's corpus or student is missing.
+    """
+    mesh = make_mesh(config.mesh)
+    proxy = load_for_training(config.proxy, role="proxy", seed=config.seed, mesh=mesh)
+    student = load_student(config, mesh)
+    split = open_corpus(config.folder / "corpus").split("validation")
+    found = split.read(range(min(rows, len(split))))
+    proxy_MV, student_MV = (
+        np.concatenate([_answer_logits(model, row.tokens, row.prompt_length) for row in found])
+        for model in (proxy, student)
+    )
+    for top_k in (k for k in TOP_KS if k <= proxy_MV.shape[-1]):
+        for tail in TAILS:
+            pieces = [
+                _cosines(proxy_MV[first:last], student_MV[first:last], top_k, tail)
+                for first in range(0, len(proxy_MV), _POSITIONS)
+                for last in [first + _POSITIONS]
+            ]
+            cosine, ratio = np.concatenate(pieces, axis=1).mean(axis=1)
+            yield top_k, tail, float(cosine), float(ratio)
+
+
+def _answer_logits(model: Model, tokens: np.ndarray, prompt_length: int) -> np.ndarray:
+    """float32 [R, V] at the places that predict the answer; padded so that few shapes compile."""
+    padded = np.zeros((1, -(-len(tokens) // 64) * 64), np.int32)
+    padded[0, : len(tokens)] = tokens
+    logits = forward(model.params, model.adapter, jnp.asarray(padded), config=model.config)
+    return np.asarray(logits[0, prompt_length - 1 : len(tokens) - 1])
+
+
+def _cosines(proxy_MV: np.ndarray, student_MV: np.ndarray, top_k: int, tail: str) -> np.ndarray:
+    """[2, M]: cosine and ratio of lengths at each position."""
+    labels = soft_labels_of_logits(
+        jnp.asarray(proxy_MV), jnp.zeros(len(proxy_MV), jnp.int32), top_k=top_k
+    )
+
+    def top(logits: jax.Array) -> jax.Array:
+        return topk_kl_tokens(
+            logits, labels.logps_K, labels.ids_K, tail=tail, proxy_tail_logps_BL=labels.tail_logps
+        ).sum()
+
+    student = jnp.asarray(student_MV)
+    full_MV = jax.grad(lambda logits: forward_kl_tokens(proxy_MV, logits).sum())(student)
+    top_MV = jax.grad(top)(student)
+    lengths = jnp.linalg.norm(full_MV, axis=-1), jnp.linalg.norm(top_MV, axis=-1)
+    cosine = (full_MV * top_MV).sum(axis=-1) / jnp.maximum(lengths[0] * lengths[1], 1e-20)
+    return np.stack([cosine, lengths[1] / jnp.maximum(lengths[0], 1e-20)])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tail_gradients",
+        description="Compare top-k KL gradients with the full KL's on a run's models.",
+    )
+    parser.add_argument("--config", required=True, help="YAML file of a finished run")
+    parser.add_argument("--set", action="append", default=[], help="key=value over the file")
+    parser.add_argument("--rows", type=int, default=64, help="validation rows to look at")
+    arguments = parser.parse_args(argv)
+    try:
+        config = load_config(arguments.config, arguments.set)
+        for top_k, tail, cosine, ratio in compare(config, arguments.rows):
+            print(f"top_k {top_k:3d}  {tail:18s} cosine {cosine:.3f}  length ratio {ratio:.2f}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
