@@ -161,7 +161,8 @@ class CorpusConfig(Section):
         2048, description="at most so many validation rows are looked at when validating"
     )
     max_rows: PositiveInt | None = Field(
-        None, description="keep at most so many rows of the corpus, chosen by hash"
+        None,
+        description="keep at most so many of the rows that fit max_length, chosen by hash",
     )
     shard_rows: PositiveInt = Field(50_000, description="rows a file of the tokenised corpus")
 

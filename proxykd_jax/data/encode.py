@@ -8,11 +8,10 @@ from typing import Any
 
 from proxykd_jax.data.corpus import SPLITS, CorpusSplit
 from proxykd_jax.data.corpus_writer import CorpusWriter, ShardWriter
+from proxykd_jax.data.row_limit import length_problem
 from proxykd_jax.data.selection import SelectedRow
 from proxykd_jax.data.template import Encoded, Renderer
 
-TOO_LONG = "longer than max_length"
-NO_ROOM = "its prompt leaves no room for an answer"
 # Enough rows for the tokenizer's threads to be worth starting, few enough to be held.
 _BATCH_ROWS = 512
 _Place = tuple[SelectedRow, int]  # a row and the shard it belongs to
@@ -64,13 +63,6 @@ def encode_rows(
     except BaseException:
         shards.abandon()
         raise
-
-
-def length_problem(tokens: int, prompt_length: int, max_length: int) -> str | None:
-    """Why a row of this length is left out, or None. Cutting would leave answers without an end."""
-    if prompt_length >= max_length:
-        return NO_ROOM
-    return TOO_LONG if tokens > max_length else None
 
 
 def _missing(

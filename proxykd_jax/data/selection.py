@@ -11,7 +11,6 @@ go by the whole row.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -24,12 +23,8 @@ from proxykd_jax.data.corpus import CorpusSplit
 from proxykd_jax.data.dedup import Deduplicator, PromptSet
 from proxykd_jax.data.readers import read_source
 from proxykd_jax.data.records import Drops, TextRow
-from proxykd_jax.data.split import (
-    effective_validation_fraction,
-    selection_hash,
-    selection_threshold,
-    split_name,
-)
+from proxykd_jax.data.row_limit import RowLimit
+from proxykd_jax.data.split import effective_validation_fraction, split_name
 from proxykd_jax.data.template import Renderer
 from proxykd_jax.data.text_prompts import with_prompts
 from proxykd_jax.errors import UserError
@@ -107,7 +102,8 @@ def select_rows(
 
     Args:
       corpus: the section of the config.
-      renderer: finds prompts that are counted in tokens.
+      renderer: finds prompts that are counted in tokens, and rows that are too long to count
+        among ``max_rows``.
       progress: called with what is done and how many rows so far.
 
     Raises:
@@ -120,7 +116,10 @@ def select_rows(
     for _, row in _read("test", corpus.test, sources, renderer):
         test_prompts.add(row)
     repeated = Deduplicator() if corpus.deduplicate else None
-    kept, hashes = bytearray(), array("Q")
+    limit = (
+        None if corpus.max_rows is None else RowLimit(corpus.max_rows, corpus.max_length, renderer)
+    )
+    kept = bytearray()
     ends: dict[str, int] = {}  # where in kept a source's rows end
     yielded: dict[str, int] = {}
     matches: list[Match] = []
@@ -144,16 +143,13 @@ def select_rows(
             matches += [match] if len(matches) < _MATCHES_SHOWN else []
         else:
             kept[-1] = _KEPT
-            if corpus.max_rows is not None:
-                hashes.append(selection_hash(row))
+            if limit is not None:
+                limit.add(row, corpus.sources[row.source_index])
     if contaminated and corpus.contamination == "refuse":
         raise UserError(contamination_report(matches, contaminated))
     kept_rows = np.frombuffer(kept, np.uint8).astype(bool)
-    if corpus.max_rows is not None:
-        drawn = np.frombuffer(hashes, np.uint64)
-        threshold = selection_threshold(drawn, corpus.max_rows)
-        chosen = np.ones(len(drawn), bool) if threshold >= 1 << 64 else drawn < threshold
-        kept_rows[kept_rows] = chosen
+    if limit is not None:
+        kept_rows[kept_rows] = limit.chosen()
         beyond = np.frombuffer(kept, np.uint8).astype(bool) & ~kept_rows
         for label, end in ends.items():
             begin = end - yielded[label]

@@ -11,8 +11,6 @@ from __future__ import annotations
 import hashlib
 from typing import Literal
 
-import numpy as np
-
 from proxykd_jax.config.schema import SharesConfig
 from proxykd_jax.data.normalise import normalise_text
 from proxykd_jax.data.records import TextRow
@@ -67,22 +65,6 @@ def selection_hash(row: TextRow) -> int:
     for role, content in row_parts(row):
         state.update(f"\0{role}\0{content}".encode())
     return int.from_bytes(state.digest()[:8], "big")
-
-
-def selection_threshold(hashes: np.ndarray, max_rows: int) -> int:
-    """The largest threshold that keeps at most ``max_rows`` rows.
-
-    Args:
-      hashes: uint64[n] of ``selection_hash``.
-      max_rows: rows to keep at most.
-
-    Returns:
-      t; keep the rows with ``selection_hash(row) < t``. Equal rows are kept or left together.
-    """
-    if len(hashes) <= max_rows:
-        return 1 << 64
-    # All hashes below the (max_rows + 1)-th smallest are at most max_rows many.
-    return int(np.partition(hashes, max_rows)[max_rows])
 
 
 def row_parts(row: TextRow) -> list[tuple[str, str]]:

@@ -14,8 +14,8 @@ import pytest
 from proxykd_jax.artifacts import read_json
 from proxykd_jax.config import load_config, make_config
 from proxykd_jax.data.corpus import SPLITS, open_corpus, row_id_of
-from proxykd_jax.data.encode import NO_ROOM, TOO_LONG, length_problem
 from proxykd_jax.data.records import Message, TextRow
+from proxykd_jax.data.row_limit import NO_ROOM, TOO_LONG, length_problem
 from proxykd_jax.data.selection import (
     BEYOND_MAX_ROWS,
     IN_BENCHMARK,
@@ -232,6 +232,15 @@ def test_max_rows_keeps_a_part_that_does_not_depend_on_order(tmp_path, llama_fol
         results.append(contents(open_corpus(result.folder)))
     assert sorted(results[0]) == sorted(results[1]) and len(results[0]) == 60
     assert {row[1:] for row in results[0]} <= {row[1:] for row in everything}
+
+
+def test_max_rows_counts_rows_that_fit(tmp_path, llama_folder):
+    long = {"prompt": "tell me", "response": "word " * 200}
+    rows = [{**long, "prompt": f"tell me {n}"} for n in range(100)] + pairs(100)
+    result = main(config_for(tmp_path, llama_folder, rows, max_rows=60, max_length=100))
+    drops = drops_of(result)
+    assert len(contents(open_corpus(result.folder))) == 60
+    assert 20 < drops[TOO_LONG] < 100 and drops[TOO_LONG] + drops[BEYOND_MAX_ROWS] == 140
 
 
 def test_many_sources_and_plain_texts(tmp_path, llama_folder):

@@ -6,7 +6,6 @@ import random
 import unicodedata
 from collections import Counter
 
-import numpy as np
 import pytest
 
 from proxykd_jax.config.schema import SharesConfig
@@ -15,7 +14,6 @@ from proxykd_jax.data.records import Message, TextRow
 from proxykd_jax.data.split import (
     effective_validation_fraction,
     selection_hash,
-    selection_threshold,
     split_name,
 )
 
@@ -101,36 +99,6 @@ def test_a_share_of_zero_is_empty():
 def test_effective_validation_fraction(rows, fraction, least, expected):
     found = effective_validation_fraction(rows, validation_fraction=fraction, validation_rows=least)
     assert found == pytest.approx(expected)
-
-
-def test_selection_keeps_the_same_rows_in_any_order():
-    rows = [row(f"question {n}") for n in range(1000)]
-    hashes = np.array([selection_hash(r) for r in rows], np.uint64)
-    threshold = selection_threshold(hashes, 100)
-    kept = {n for n, value in enumerate(hashes.tolist()) if value < threshold}
-    assert len(kept) == 100
-    shuffled = hashes.copy()
-    np.random.default_rng(0).shuffle(shuffled)
-    assert selection_threshold(shuffled, 100) == threshold
-    assert selection_threshold(hashes, 1000) > int(hashes.max())
-    fewer = selection_threshold(hashes, 10)
-    assert {n for n, value in enumerate(hashes.tolist()) if value < fewer} < kept
-
-
-def test_selection_is_independent_of_the_split_and_never_keeps_too_many():
-    rows = [row(f"question {n}") for n in range(20_000)]
-    hashes = np.array([selection_hash(r) for r in rows], np.uint64)
-    threshold = selection_threshold(hashes, 5000)
-    kept = [r for r, value in zip(rows, hashes.tolist(), strict=True) if value < threshold]
-    counts = Counter(split(r.first_user_message) for r in kept)
-    assert abs(counts["align"] - 0.441 * 5000) < 4.5 * math.sqrt(5000 * 0.441 * 0.559)
-    tied = np.array([7] * 50 + [9] * 50, np.uint64)
-    assert [int((tied < selection_threshold(tied, n)).sum()) for n in (10, 50, 60, 100)] == [
-        0,
-        50,
-        50,
-        100,
-    ]
 
 
 def test_answers_to_one_prompt_are_selected_apart():

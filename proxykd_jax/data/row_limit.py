@@ -1,0 +1,88 @@
+"""``corpus.max_rows``: which rows stay of a corpus that has more.
+
+Those of smallest hash among the rows that fit ``max_length``, so that as many rows are left as were
+asked for, whatever the order of the files. Only rows that may still be among them are cut into
+tokens: about ``max_rows`` times the logarithm of how many times too large the corpus is.
+"""
+
+from __future__ import annotations
+
+import heapq
+from array import array
+
+import numpy as np
+
+from proxykd_jax.config import SourceConfig
+from proxykd_jax.data.records import TextRow
+from proxykd_jax.data.split import selection_hash
+from proxykd_jax.data.template import Renderer
+
+TOO_LONG = "longer than max_length"
+NO_ROOM = "its prompt leaves no room for an answer"
+_BATCH_ROWS = 512
+
+
+def length_problem(tokens: int, prompt_length: int, max_length: int) -> str | None:
+    """Why a row of this length is left out, or None. Cutting would leave answers without an end."""
+    if prompt_length >= max_length:
+        return NO_ROOM
+    return TOO_LONG if tokens > max_length else None
+
+
+class RowLimit:
+    """Sees the rows of a corpus one by one, then says which stay.
+
+    Args:
+      max_rows: rows to keep at most.
+      max_length: tokens of the longest row that fits.
+      renderer: turns text into tokens.
+    """
+
+    def __init__(self, max_rows: int, max_length: int, renderer: Renderer) -> None:
+        self._max_rows, self._max_length, self._renderer = max_rows, max_length, renderer
+        self._hashes = array("Q")
+        # The max_rows + 1 smallest hashes of rows that fit, negated: the largest is on top.
+        self._smallest: list[int] = []
+        self._waiting: list[tuple[int, TextRow]] = []
+        self._source: SourceConfig | None = None
+
+    def add(self, row: TextRow, source: SourceConfig) -> None:
+        """The next row, of this source.
+
+        Raises:
+          UserError: it cannot be rendered.
+        """
+        number = selection_hash(row)
+        self._hashes.append(number)
+        if number >= self._threshold():
+            return
+        if source != self._source or len(self._waiting) == _BATCH_ROWS:
+            self._look_at_waiting()
+            self._source = source
+        self._waiting.append((number, row))
+
+    def chosen(self) -> np.ndarray:
+        """bool, one a row in the order they came: whether it is among those to keep.
+
+        Rows that do not fit count as kept where their hash is small enough, so that they are named
+        as too long and not as beyond ``max_rows``. Equal rows are kept or left together.
+        """
+        self._look_at_waiting()
+        hashes = np.frombuffer(self._hashes, np.uint64)
+        threshold = self._threshold()
+        return np.ones(len(hashes), bool) if threshold == 1 << 64 else hashes < threshold
+
+    def _threshold(self) -> int:
+        """Hashes below it are those of at most ``max_rows`` rows that fit."""
+        return -self._smallest[0] if len(self._smallest) > self._max_rows else 1 << 64
+
+    def _look_at_waiting(self) -> None:
+        rows = [row for _, row in self._waiting]
+        encoded = self._renderer.encode_batch(rows, self._source) if rows else []
+        for (number, _), (tokens, prompt_length, drop) in zip(self._waiting, encoded, strict=True):
+            if drop or length_problem(len(tokens), prompt_length, self._max_length):
+                continue
+            heapq.heappush(self._smallest, -number)
+            if len(self._smallest) > self._max_rows + 1:
+                heapq.heappop(self._smallest)
+        self._waiting = []
