@@ -7,6 +7,8 @@ They are waited for in this order, and at the last one the process sends itself 
               the kill had come while it was written
     renamed   after it got the name
     unlink    before a file of that name is removed
+
+``RENAME_TAKES_S`` is a slow disk: each rename waits so many seconds first.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ from pathlib import Path
 LOOK_EVERY_S = 0.005
 
 HOOK = """
-import os, re, signal, sys
+import os, re, signal, sys, time
 
 # A user's environment has no PyTorch; transformers would take seconds to import it.
 sys.modules["torch"] = None
+slow = float(os.environ.get("RENAME_TAKES_S", "0"))
 waiting = [step.split("|") for step in filter(None, os.environ.get("KILL_AT", "").split(";"))]
 
 def reached(kind, path):
@@ -39,6 +42,7 @@ def die():
 
 def renaming(call):
     def rename(source, target, **options):
+        time.sleep(slow)
         if reached("rename", target):
             if os.path.isfile(source):
                 os.truncate(source, os.path.getsize(source) // 2)
@@ -55,7 +59,7 @@ def removing(call):
         call(path, **options)
     return remove
 
-if waiting:
+if waiting or slow:
     os.rename, os.replace = renaming(os.rename), renaming(os.replace)
     os.unlink, os.remove = removing(os.unlink), removing(os.remove)
 """
@@ -99,15 +103,21 @@ class Runner:
 
     def killed_when(
         self, seen: Callable[[], bool], delay_s: float = 0.0, **environment: str
-    ) -> None:
-        """Runs it and kills it ``delay_s`` seconds after something is seen."""
+    ) -> bool:
+        """Runs it and kills it ``delay_s`` seconds after something is seen.
+
+        Returns:
+          Whether the kill came before that at a call, if ``environment`` has a ``KILL_AT``.
+        """
         process = self._start(**environment)
         while process.poll() is None and not seen():
             time.sleep(LOOK_EVERY_S)
         time.sleep(delay_s)
+        ours = process.poll() is None
         process.kill()
         code = process.wait()
         assert code == -signal.SIGKILL, f"exit code {code} before a kill\n{self._last_output()}"
+        return ours
 
     def _start(self, **environment: str) -> subprocess.Popen[bytes]:
         with open(self._output, "ab") as file:
