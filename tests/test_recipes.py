@@ -1,0 +1,75 @@
+"""The recipes that run on a laptop, cut short, on real weights and real answers."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from proxykd_jax import run
+from proxykd_jax.config import load_config
+from proxykd_jax.data.corpus import open_corpus
+from proxykd_jax.generation.sampler import sample
+from proxykd_jax.models.hf_weights import load_model
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+NEW_TOKENS = 80
+
+
+@pytest.mark.slow
+def test_stories260k_gives_a_student_that_transformers_continues_alike(
+    assets, tmp_path, monkeypatch
+):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setenv("PROXYKD_ASSETS", str(assets))
+    short = [
+        "corpus.max_rows=240",
+        "align.num_rounds=1",
+        "distill.max_steps=24",
+        "distill.epochs=9",
+    ]
+    config = load_config(CONFIGS / "stories260k.yaml", [f"runs_dir={tmp_path}", *short])
+    run.main(config)
+
+    corpus = open_corpus(config.folder / "corpus")
+    assert sum(len(corpus.split(n)) for n in ("warmup", "align", "distill", "validation")) == 240
+    lines = [json.loads(line) for line in (config.folder / "metrics.jsonl").open()]
+    losses = [line["preference"] for line in lines if "preference" in line]
+    assert abs(losses[0] - np.log(2)) < 1e-3 and losses[-1] < losses[0]
+    held_out = [
+        line["validation/nll"]
+        for line in lines
+        if line["stage"] == "distill" and "validation/nll" in line
+    ]
+    assert held_out[-1] < held_out[0] - 0.5
+
+    rows = corpus.split("validation").read(range(8))
+    folder = config.folder / "export" / "student"
+    model_config, params = load_model(folder, dtype="float32")
+    prompts = [row.prompt for row in rows]
+    ours = sample(
+        params,
+        None,
+        prompts,
+        [row.row_id for row in rows],
+        config=model_config,
+        seed=0,
+        round_index=0,
+        end_token_ids=corpus.end_token_ids,
+        max_new_tokens=[NEW_TOKENS] * len(rows),
+        temperature=0.0,
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for prompt, answer in zip(prompts, ours, strict=True):
+        ids = torch.tensor(prompt[None].astype(np.int64))
+        out = theirs.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=list(corpus.end_token_ids),
+            pad_token_id=0,
+        )
+        np.testing.assert_array_equal(out[0, len(prompt) :].numpy(), answer.tokens)
