@@ -24,8 +24,10 @@ from benchmarks.miniature.make import write_rows
 from proxykd_jax.artifacts import MANIFEST, read_json, write_json
 from proxykd_jax.config import Config, make_config
 from proxykd_jax.evaluation import measures
+from proxykd_jax.models.decoder import forward
 from proxykd_jax.models.hf_weights import save_model
 from proxykd_jax.models.params import init_params
+from proxykd_jax.training.model import Model
 
 PROXY = pretrain.model_config(32, 40).replace(initializer_range=0.3)
 STUDENT = pretrain.model_config(16, 24, num_layers=1).replace(initializer_range=0.3)
@@ -145,6 +147,33 @@ def without_student(config: Config, runs: Path, change: Mapping[str, Any]) -> Co
     for name in ("student", "export", "eval"):
         shutil.rmtree(config.folder / name, ignore_errors=True)
     return changed(config, change)
+
+
+_forward = jax.jit(forward, static_argnames="config")
+_ROWS_AT_ONCE = 32
+
+
+def whole_logps(model: Model, rows: Sequence[np.ndarray]) -> np.ndarray:
+    """The whole softmax of a tiny model, by the plain forward pass, normalised in float64.
+
+    Args:
+      model: proxy or student.
+      rows: token ids, at most 16 each. What is padded on their right is never seen.
+
+    Returns:
+      ``[n, 16, V]`` log-probs of the token after each position.
+    """
+    padded = np.zeros((-(-len(rows) // _ROWS_AT_ONCE) * _ROWS_AT_ONCE, 16), np.int32)
+    for place, tokens in enumerate(rows):
+        padded[place, : len(tokens)] = tokens
+    params, adapter = model.params, model.adapter
+    logits = [
+        _forward(params, adapter, padded[start : start + _ROWS_AT_ONCE], config=model.config)
+        for start in range(0, len(padded), _ROWS_AT_ONCE)
+    ]
+    logits_BLV = np.concatenate(logits).astype(np.float64)[: len(rows)]
+    top = logits_BLV.max(-1, keepdims=True)
+    return logits_BLV - top - np.log(np.exp(logits_BLV - top).sum(-1, keepdims=True))
 
 
 def unfinish(config: Config, stage: str, step: int) -> None:

@@ -21,13 +21,20 @@ from proxykd_jax.config import Config
 from proxykd_jax.data.corpus import TokenCorpus, open_corpus
 from proxykd_jax.data.parts import PartFolder
 from proxykd_jax.generation.samples import KEPT, SampleStore
-from proxykd_jax.models.decoder import forward
 from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.training import alignment
 from proxykd_jax.training.model import Model
 from proxykd_jax.training.restore import load_aligned_proxy
 from proxykd_jax.training.state import TrainState
-from tests.tiny_run import copy_run, files_of, log_lines, recipe, scripted_validation, unfinish
+from tests.tiny_run import (
+    copy_run,
+    files_of,
+    log_lines,
+    recipe,
+    scripted_validation,
+    unfinish,
+    whole_logps,
+)
 
 LN_2 = math.log(2)
 
@@ -42,21 +49,13 @@ def steps_of(config: Config) -> dict[str, int]:
     return {result["phase"]: result["step"] for result in results}
 
 
-_forward = jax.jit(forward, static_argnames="config")
-
-
 def logliks(model: Model, pairs: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """log pi(answer | prompt) of each pair from the whole softmax, row by row, in float64."""
+    """log pi(answer | prompt) of each pair, from whole softmaxes."""
+    rows = [np.concatenate(pair) for pair in pairs]
     sums = []
-    for prompt, answer in pairs:
-        tokens = np.concatenate([prompt, answer])
-        row = np.zeros((1, 16), np.int32)  # what lies on the right is never seen
-        row[0, : len(tokens)] = tokens
-        logits = _forward(model.params, model.adapter, jnp.asarray(row), config=model.config)
-        logits = np.asarray(logits[0], np.float64)
-        logps = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    for (prompt, _), tokens, logps_LV in zip(pairs, rows, whole_logps(model, rows), strict=True):
         places = np.arange(len(prompt), len(tokens))
-        sums.append(logps[places - 1, tokens[places]].sum())
+        sums.append(logps_LV[places - 1, tokens[places]].sum())
     return np.array(sums)
 
 

@@ -32,6 +32,7 @@ from tests.tiny_run import (
     log_lines,
     recipe,
     scripted_validation,
+    whole_logps,
     without_student,
 )
 
@@ -66,14 +67,10 @@ class Reference:
             rows = corpus.split(name)
             if name == "fresh":
                 rows = AnsweredSplit(rows, SampleStore(config.folder / "samples" / "fresh"))
-            tokens_BL = np.zeros((len(rows), 16), np.int32)
-            for b, row in enumerate(rows.read(range(len(rows)))):
-                tokens_BL[b, : len(row.tokens)] = row.tokens
-            logits = forward(model.params, None, jnp.asarray(tokens_BL), config=model.config)
-            logits = np.asarray(logits, np.float64)
-            logps_BLV = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            read = rows.read(range(len(rows)))
+            logps_BLV = whole_logps(model, [row.tokens for row in read])
             found = labels.read(name, range(len(rows)))
-            for b, (row, stored) in enumerate(zip(rows.read(range(len(rows))), found, strict=True)):
+            for b, (row, stored) in enumerate(zip(read, found, strict=True)):
                 places = np.arange(row.prompt_length, len(row.tokens))
                 q_RV = logps_BLV[b, places - 1]
                 q_RK = np.take_along_axis(q_RV, stored.ids, axis=-1)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -31,8 +32,11 @@ def validation_rows(config: Config) -> list[Any]:
     return split.read(range(len(split)))
 
 
+_forward = jax.jit(forward, static_argnames="config")
+
+
 def our_logits(model: Model, tokens_BL: np.ndarray) -> np.ndarray:
-    logits = forward(model.params, model.adapter, jnp.asarray(tokens_BL), config=model.config)
+    logits = _forward(model.params, model.adapter, jnp.asarray(tokens_BL), config=model.config)
     return np.asarray(logits, np.float32)
 
 
