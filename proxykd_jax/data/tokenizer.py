@@ -132,18 +132,18 @@ def load_tokenizer(place: Config | str | Path) -> Tokenizer:
     )
 
 
-def check_same_vocabulary(proxy: Tokenizer, student: Tokenizer) -> None:
-    """Soft labels are token ids: proxy and student must mean the same by them.
+def check_same_vocabulary(first: Tokenizer, second: Tokenizer) -> None:
+    """Soft labels are token ids: corpus, proxy and student must mean the same by them.
 
     Raises:
       UserError: the maps from tokens to ids differ; names the first differences.
     """
-    difference = vocabulary_difference(proxy, student)
+    difference = vocabulary_difference(first, second)
     if difference:
         raise UserError(
-            f"The proxy's tokenizer ({proxy.path}) and the student's ({student.path}) differ: "
-            f"{difference}. Soft labels are token ids, so both models must share one vocabulary; "
-            "choose a proxy and a student of one family."
+            f"The tokenizers of {first.path} and {second.path} differ: {difference}. Soft labels "
+            "are token ids, so corpus, proxy and student must share one vocabulary; choose models "
+            "of one family."
         )
 
 
