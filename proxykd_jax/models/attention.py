@@ -128,13 +128,10 @@ def _attend(
     scores_BGQLS -= jax.lax.stop_gradient(scores_BGQLS.max(axis=-1, keepdims=True))
     exp_BGQLS = jnp.exp(scores_BGQLS)
     sum_BLGQ1 = exp_BGQLS.sum(axis=-1).transpose(0, 3, 1, 2)[..., None]
-    out_BLGQC = jnp.einsum(
-        "bgqls,bsgc->blgqc",
-        exp_BGQLS.astype(v_BSGC.dtype),
-        v_BSGC,
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
+    weights_BGQLS = exp_BGQLS.astype(v_BSGC.dtype)
+    # No float32 result is asked for: one query against a cache in bfloat16 then has no kernel on a
+    # CPU, which is found out when it runs.
+    out_BLGQC = jnp.einsum("bgqls,bsgc->blgqc", weights_BGQLS, v_BSGC, precision=precision)
     return (out_BLGQC / sum_BLGQ1).astype(v_BSGC.dtype)
 
 

@@ -102,6 +102,18 @@ def test_nucleus_is_the_smallest_set_that_reaches_top_p(top_p):
         assert size == 1 or probs[order[: size - 1]].sum() < top_p + 1e-6
 
 
+def test_frozen_weights_in_bfloat16_sample_what_the_training_forward_gives():
+    config, params, adapter = tiny_model()
+    model = (config, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params), adapter)
+    prompts, row_ids = some_prompts(9)
+    samples = run(model, prompts, row_ids, [12] * 9)
+    for prompt, s in zip(prompts, samples, strict=True):
+        logps = full_logps(model, np.concatenate([prompt, s.tokens]))
+        places = len(prompt) - 1 + np.arange(len(s.tokens))
+        # bfloat16 has eight bits, and the two passes round at other places.
+        np.testing.assert_allclose(s.logps, logps[places, s.tokens], atol=0.15)
+
+
 def test_greedy_is_the_argmax_of_the_training_forward():
     model = tiny_model()
     prompts, row_ids = some_prompts(11)
