@@ -140,8 +140,14 @@ class Alignment:
             self._corpus.split("align"),
             self._rounds[round_index - 1],
             sample_fn=draw,
+            # As many rows at once as in training, where y and y-hat share a batch: a smaller matrix
+            # product may take another kernel, which in bfloat16 moves a sequence by up to a nat.
             reference_fn=make_reference(
-                model.spec, params, adapter, batch_size=self._align.batch_size, mesh=self._mesh
+                model.spec,
+                params,
+                adapter,
+                batch_size=2 * self._align.batch_size // self._align.microbatches,
+                mesh=self._mesh,
             ),
             rows_per_part=sampling.rows_per_part,
             max_length=self._corpus.max_length,
