@@ -16,6 +16,26 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 NEW_TOKENS = 80
 
 
+def read_metrics(config) -> list[dict]:
+    return [json.loads(line) for line in (config.folder / "metrics.jsonl").open()]
+
+
+@pytest.mark.slow
+def test_the_papers_preset_runs_through_on_a_bfloat16_base(assets, tmp_path, monkeypatch):
+    """Stories of many lengths: in bfloat16 a log-prob depends on the shape of its batch."""
+    monkeypatch.setenv("PROXYKD_ASSETS", str(assets))
+    short = ["corpus.max_rows=240", "align.num_rounds=5"]
+    config = load_config(CONFIGS / "tiny.yaml", [f"runs_dir={tmp_path}", *short])
+    assert config.proxy.dtype == "bfloat16"
+    run.main(config)
+
+    lines = [line for line in read_metrics(config) if "preference" in line]
+    first = {line["phase"]: line["preference"] for line in reversed(lines)}
+    assert set(first) == {f"round_{i:02d}" for i in range(1, 6)}
+    np.testing.assert_allclose(list(first.values()), np.log(2), atol=1e-4)
+    assert (config.folder / "export" / "student" / "model.safetensors").is_file()
+
+
 @pytest.mark.slow
 def test_stories260k_gives_a_student_that_transformers_continues_alike(
     assets, tmp_path, monkeypatch
@@ -35,7 +55,7 @@ def test_stories260k_gives_a_student_that_transformers_continues_alike(
 
     corpus = open_corpus(config.folder / "corpus")
     assert sum(len(corpus.split(n)) for n in ("warmup", "align", "distill", "validation")) == 240
-    lines = [json.loads(line) for line in (config.folder / "metrics.jsonl").open()]
+    lines = read_metrics(config)
     losses = [line["preference"] for line in lines if "preference" in line]
     assert abs(losses[0] - np.log(2)) < 1e-3 and losses[-1] < losses[0]
     held_out = [

@@ -2,7 +2,8 @@
 
 One folder a round (``samples/round_01``), or one for fresh prompts (``samples/fresh``), committed
 part by part. A part is a pure function of the model, the rows and the settings, so a killed run
-that goes on writes the same bytes.
+that goes on writes the same bytes. A round's reference log-probs stand beside its answers, in
+parts of their own (``samples/round_01/reference``).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ DROP_REASONS = {EMPTY: "empty", EQUALS_CHOSEN: "equals_chosen"}
 _ROW_ID_BYTES = 32
 
 SampleFunction = Callable[[list[np.ndarray], list[str], list[int]], list[Sample]]
-ReferenceFunction = Callable[[list[tuple[np.ndarray, np.ndarray]]], np.ndarray]
+_REFERENCES = ("places", "chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,6 @@ class SampledRow:
       finished: an end token was drawn.
       drop: 0 kept, 1 empty (no token before the end), 2 equal to the teacher's answer.
       loglik: log-prob of the answer, summed while it was sampled.
-      reference_chosen, reference_rejected: summed log-probs, by the training forward of the same
-        model, of the teacher's answer and of this one. 0 where not computed: all of a store
-        without a reference, the latter of a dropped answer.
     """
 
     row: int
@@ -50,8 +48,6 @@ class SampledRow:
     finished: bool
     drop: int
     loglik: float
-    reference_chosen: float
-    reference_rejected: float
 
 
 class SampleStore:
@@ -60,6 +56,7 @@ class SampleStore:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self._parts = PartFolder(self.folder)
+        self._reference_parts = PartFolder(self.folder / "reference")
         self._open: list[Part] | None = None
 
     def begin(self, settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> bool:
@@ -91,6 +88,47 @@ class SampleStore:
                 f"{self._parts.path(index)} holds answers to other rows than this run samples. "
                 f"Remove {self.folder} to sample again."
             )
+
+    def missing_references(self, num_parts: int) -> list[int]:
+        """Parts of reference log-probs still to be made, as ``missing`` has it of answers."""
+        return self._reference_parts.resume(num_parts)
+
+    def append_references(
+        self, index: int, places: np.ndarray, chosen: np.ndarray, rejected: np.ndarray
+    ) -> None:
+        """Commits a part of the reference log-probs.
+
+        Args:
+          index: the part's number.
+          places: int32[m], of the store's answers.
+          chosen: float32[m], summed log-probs of the teacher's answers.
+          rejected: float32[m], of the proxy's own; 0 for a dropped one.
+
+        Raises:
+          UserError: a log-prob is no finite number.
+        """
+        if not np.isfinite([chosen, rejected]).all():
+            raise UserError(
+                "The proxy gives log-probs that are not finite numbers for the teacher's or its "
+                "own answers: its weights or its adapter are damaged."
+            )
+        arrays = dict(zip(_REFERENCES, (places, chosen, rejected), strict=True))
+        self._reference_parts.commit(index, arrays)
+
+    def references(self) -> tuple[np.ndarray, np.ndarray]:
+        """(of the teacher's answers, of the proxy's), float32, in the store's order.
+
+        0 where there is none: before it was computed, or of a dropped answer.
+        """
+        chosen, rejected = np.zeros((2, len(self)), np.float32)
+        for index in self._reference_parts.complete():
+            part = self._reference_parts.open(index)
+            try:
+                places, chosen_n, rejected_n = (part.arrays[name] for name in _REFERENCES)
+                chosen[places], rejected[places] = chosen_n, rejected_n
+            except (KeyError, IndexError, ValueError) as error:
+                raise damaged(part.path, "its arrays do not fit the answers") from error
+        return chosen, rejected
 
     def complete(self) -> None:
         """Marks the store complete, with its counts and digests in the manifest."""
@@ -158,7 +196,7 @@ class SampleStore:
                 f"dropped_{name}": int((drops == code).sum()) for code, name in DROP_REASONS.items()
             },
         }
-        reference = self._column("reference_rejected", np.float32)
+        _, reference = self.references()
         computed = (reference != 0) & (drops == KEPT)
         if computed.any():
             gap = np.abs(self._column("logliks", np.float32) - reference)[computed]
@@ -187,7 +225,7 @@ def sample_round(
     rows: Sequence[int] | np.ndarray,
     *,
     sample_fn: SampleFunction,
-    reference_fn: ReferenceFunction | None,
+    against_teacher: bool,
     rows_per_part: int,
     max_length: int,
     end_token_ids: Sequence[int],
@@ -202,9 +240,8 @@ def sample_round(
       split: where prompts (and the teacher's answers) are read from.
       rows: indices into it.
       sample_fn: (prompts, row ids, budgets) -> samples; a pure function.
-      reference_fn: pairs (prompt, answer) -> their summed log-probs under the same model by the
-        training forward. None for fresh prompts, which have no teacher's answer: nothing is
-        compared and no reference computed.
+      against_teacher: an answer equal to the teacher's is dropped. False for fresh prompts, which
+        have no teacher's answer.
       rows_per_part: a killed run loses at most so many rows.
       max_length: prompt and answer together have at most so many tokens, as the teacher's do.
       end_token_ids: an answer of such tokens alone is empty.
@@ -220,7 +257,7 @@ def sample_round(
             store.check_rows(index, part_rows)
         else:
             sampled = _sample_part(
-                split.read(part_rows.tolist()), part_rows, sample_fn, reference_fn, max_length,
+                split.read(part_rows.tolist()), part_rows, sample_fn, against_teacher, max_length,
                 max_new_tokens, frozenset(end_token_ids),
             )  # fmt: skip
             store.append(index, sampled)
@@ -232,44 +269,25 @@ def _sample_part(
     token_rows: Sequence[TokenRow],
     indices: np.ndarray,
     sample_fn: SampleFunction,
-    reference_fn: ReferenceFunction | None,
+    against_teacher: bool,
     max_length: int,
     max_new_tokens: int | None,
     end_token_ids: frozenset[int],
 ) -> list[SampledRow]:
     prompts = [row.tokens[: row.prompt_length] for row in token_rows]
-    chosen = [row.tokens[row.prompt_length :] for row in token_rows]
     budgets = [max(0, max_length - len(prompt)) for prompt in prompts]
     if max_new_tokens is not None:
         budgets = [min(budget, max_new_tokens) for budget in budgets]
     samples = sample_fn(prompts, [row.row_id for row in token_rows], budgets)
-    drops = [
-        _drop_reason(s, y if reference_fn is not None else None, end_token_ids)
-        for s, y in zip(samples, chosen, strict=True)
-    ]
-    reference_chosen = np.zeros(len(samples), np.float32)
-    reference_rejected = np.zeros(len(samples), np.float32)
-    if reference_fn is not None and samples:
-        reference_chosen[:] = reference_fn(list(zip(prompts, chosen, strict=True)))
-        kept = [place for place, drop in enumerate(drops) if drop == KEPT]
-        if kept:
-            pairs = [(prompts[place], samples[place].tokens) for place in kept]
-            reference_rejected[kept] = reference_fn(pairs)
-        if not np.isfinite([reference_chosen, reference_rejected]).all():
-            raise UserError(
-                "The proxy gives log-probs that are not finite numbers for the teacher's or its "
-                "own answers: its weights or its adapter are damaged."
-            )
+    chosen = [row.tokens[row.prompt_length :] if against_teacher else None for row in token_rows]
     return [
         SampledRow(
             row=int(indices[place]),
             row_id=token_rows[place].row_id,
             tokens=s.tokens,
             finished=s.finished,
-            drop=drops[place],
+            drop=_drop_reason(s, chosen[place], end_token_ids),
             loglik=float(np.sum(s.logps, dtype=np.float64)),
-            reference_chosen=float(reference_chosen[place]),
-            reference_rejected=float(reference_rejected[place]),
         )
         for place, s in enumerate(samples)
     ]
@@ -295,8 +313,6 @@ def _to_arrays(rows: Sequence[SampledRow]) -> dict[str, np.ndarray]:
         "finished": np.array([row.finished for row in rows], np.bool_),
         "drops": np.array([row.drop for row in rows], np.uint8),
         "logliks": np.array([row.loglik for row in rows], np.float32),
-        "reference_chosen": np.array([row.reference_chosen for row in rows], np.float32),
-        "reference_rejected": np.array([row.reference_rejected for row in rows], np.float32),
     }
 
 
@@ -311,13 +327,8 @@ def _check_arrays(part: Part) -> None:
             and bool((np.diff(offsets) >= 0).all())
             and offsets[-1] == len(arrays["tokens"])
             and arrays["row_ids"].shape == (number, _ROW_ID_BYTES)
-            and all(
-                arrays[name].shape == (number,)
-                for name in (
-                    "finished", "drops", "logliks", "reference_chosen", "reference_rejected",
-                )
-            )
-        )  # fmt: skip
+            and all(arrays[name].shape == (number,) for name in ("finished", "drops", "logliks"))
+        )
     except KeyError as error:
         raise damaged(part.path, f"it has no array {error}") from error
     if not fits:
@@ -334,6 +345,4 @@ def _row_at(part: Part, place: int) -> SampledRow:
         finished=bool(arrays["finished"][place]),
         drop=int(arrays["drops"][place]),
         loglik=float(arrays["logliks"][place]),
-        reference_chosen=float(arrays["reference_chosen"][place]),
-        reference_rejected=float(arrays["reference_rejected"][place]),
     )

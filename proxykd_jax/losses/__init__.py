@@ -21,6 +21,7 @@ from proxykd_jax.losses.nll import nll, token_logps
 from proxykd_jax.losses.objectives import alignment_objective, distill_objective
 from proxykd_jax.losses.preference import (
     PREFERENCE_LOSSES,
+    REFERENCE_LOSSES,
     dpo_loss,
     preference_loss,
     preference_metrics,
@@ -50,6 +51,7 @@ from proxykd_jax.losses.weights import alignment_weights, length_correlation, no
 __all__ = [
     "BATCH_REDUCTIONS",
     "PREFERENCE_LOSSES",
+    "REFERENCE_LOSSES",
     "TAILS",
     "TOKEN_REDUCTIONS",
     "Term",

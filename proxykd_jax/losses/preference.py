@@ -30,7 +30,7 @@ from proxykd_jax.losses.numerics import (
 )
 
 PREFERENCE_LOSSES = ("dpo", "simpo", "orpo", "ipo")
-_WITH_REFERENCE = ("dpo", "ipo")
+REFERENCE_LOSSES = ("dpo", "ipo")  # which of them look at a reference
 _SMOOTHED = ("dpo", "simpo")
 
 
@@ -224,7 +224,7 @@ def _scores(
     chosen_B = _usable(policy_chosen_B, pair_mask_B)
     rejected_B = _usable(policy_rejected_B, pair_mask_B)
     chex.assert_equal_shape([chosen_B, rejected_B])
-    if loss in _WITH_REFERENCE:
+    if loss in REFERENCE_LOSSES:
         if reference_chosen_B is None or reference_rejected_B is None:
             raise ValueError(
                 f"{loss} compares with a reference: give reference_chosen_B and "
@@ -233,7 +233,7 @@ def _scores(
         chex.assert_shape([reference_chosen_B, reference_rejected_B], chosen_B.shape)
         chosen_B = chosen_B - _usable(reference_chosen_B, pair_mask_B)
         rejected_B = rejected_B - _usable(reference_rejected_B, pair_mask_B)
-    if length_normalize or loss not in _WITH_REFERENCE:
+    if length_normalize or loss not in REFERENCE_LOSSES:
         if chosen_tokens_B is None or rejected_tokens_B is None:
             raise ValueError(
                 f"{loss} takes means over tokens here: give chosen_tokens_B and rejected_tokens_B."

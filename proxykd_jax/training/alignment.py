@@ -16,7 +16,7 @@ from proxykd_jax.data.collate import Rows
 from proxykd_jax.data.corpus import TokenCorpus
 from proxykd_jax.data.order import permutation
 from proxykd_jax.generation.samples import SampleStore, sample_round
-from proxykd_jax.losses import batch_mean
+from proxykd_jax.losses import REFERENCE_LOSSES, batch_mean
 from proxykd_jax.training.answers import make_draw
 from proxykd_jax.training.batches import (
     Selection,
@@ -29,12 +29,12 @@ from proxykd_jax.training.batches import (
     placed_batches,
     token_collate,
 )
-from proxykd_jax.training.logprobs import make_reference
 from proxykd_jax.training.loop import Measure, Trainer
 from proxykd_jax.training.metrics import MetricsLog
 from proxykd_jax.training.model import Model
 from proxykd_jax.training.objectives import AlignObjective, NllObjective, Objective
 from proxykd_jax.training.optimizer import make_optimizer
+from proxykd_jax.training.reference import store_references
 from proxykd_jax.training.state import TrainState
 from proxykd_jax.training.steps import make_diagnosis, make_evaluation, make_train_step
 
@@ -112,7 +112,7 @@ class Alignment:
         """Draws y-hat for the round's slice, with the reference log-probs of y and y-hat."""
         if self._is_over(round_index) or not self._uses_pairs:
             return None
-        store = SampleStore(self._config.folder / "samples" / f"round_{round_index:02d}")
+        store = SampleStore(self._config.folder / "samples" / _round_name(round_index))
         sampling = self._align.sampling
         settings = {"round": round_index, **sampling.model_dump(mode="json")}
         # The proxy that answers is a function of these, whatever became of its folder since.
@@ -140,15 +140,7 @@ class Alignment:
             self._corpus.split("align"),
             self._rounds[round_index - 1],
             sample_fn=draw,
-            # As many rows at once as in training, where y and y-hat share a batch: a smaller matrix
-            # product may take another kernel, which in bfloat16 moves a sequence by up to a nat.
-            reference_fn=make_reference(
-                model.spec,
-                params,
-                adapter,
-                batch_size=2 * self._align.batch_size // self._align.microbatches,
-                mesh=self._mesh,
-            ),
+            against_teacher=True,
             rows_per_part=sampling.rows_per_part,
             max_length=self._corpus.max_length,
             end_token_ids=self._corpus.end_token_ids,
@@ -157,6 +149,22 @@ class Alignment:
                 f"round {round_index}: sampled {done}/{total} parts"
             ),
         )
+        if self._align.preference.loss in REFERENCE_LOSSES:
+            rows = self._round_rows(round_index)
+            store_references(
+                store,
+                self._plan(_round_name(round_index), pair_positions(rows, store)),
+                pair_collate(rows, store),
+                model.spec,
+                params,
+                adapter,
+                microbatches=self._align.microbatches,
+                batches_per_part=max(sampling.rows_per_part // self._align.batch_size, 1),
+                mesh=self._mesh,
+                report=lambda done, total: console.say(
+                    f"round {round_index}: reference of {done}/{total} parts"
+                ),
+            )
         store.complete()
         return store
 
@@ -164,8 +172,7 @@ class Alignment:
         """NLL and preference on the round's slice; a checkpoint that stays ends it."""
         if self._is_over(round_index):
             return
-        phase = f"round_{round_index:02d}"
-        rows = Selection(self._corpus.split("align"), self._rounds[round_index - 1])
+        phase, rows = _round_name(round_index), self._round_rows(round_index)
         if samples is None:
             self._train_nll(phase, rows, self._align.epochs_per_round, self._align.round_max_steps)
             self._trainer.finish_phase(phase, self._watched(), keep=True)
@@ -189,7 +196,7 @@ class Alignment:
     def converged(self, round_index: int) -> bool:
         """Whether the round brought no new best, where that ends the alignment."""
         results = {r["phase"]: r for r in self._trainer.progress.results}
-        before = "warmup" if round_index == 1 else f"round_{round_index - 1:02d}"
+        before = "warmup" if round_index == 1 else _round_name(round_index - 1)
         best = self._trainer.progress.best_step
         if not self._align.stop_rounds or best is None:
             return False
@@ -214,6 +221,9 @@ class Alignment:
     @property
     def _pair_objective(self) -> Objective:
         return AlignObjective.of(self._align)
+
+    def _round_rows(self, round_index: int) -> Selection:
+        return Selection(self._corpus.split("align"), self._rounds[round_index - 1])
 
     def _is_over(self, round_index: int) -> bool:
         return self._trainer.progress.phase > 1 + round_index
@@ -315,3 +325,7 @@ class Alignment:
             )
         names = ("reward_margin", "reward_accuracy", "reward_chosen", "reward_rejected")
         return {f"after/{name}": figures[name] for name in (*names, "preference")}
+
+
+def _round_name(round_index: int) -> str:
+    return f"round_{round_index:02d}"

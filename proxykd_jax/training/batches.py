@@ -186,7 +186,11 @@ def pair_positions(rows: Rows, samples: SampleStore) -> np.ndarray:
 
 
 def pair_collate(rows: Rows, samples: SampleStore) -> Callable[[PlannedBatch], PairBatch]:
-    """Batches of eq. 6: place i of ``samples`` holds the y-hat of place i of ``rows``."""
+    """Batches of eq. 6: place i of ``samples`` holds the y-hat of place i of ``rows``.
+
+    The reference log-probs are those that the samples have by now.
+    """
+    reference_chosen, reference_rejected = samples.references()
 
     def collate(planned: PlannedBatch) -> PairBatch:
         chosen = _read_rows(rows, planned)
@@ -203,8 +207,8 @@ def pair_collate(rows: Rows, samples: SampleStore) -> Callable[[PlannedBatch], P
             tokens = np.concatenate([row[0].prompt, sample.tokens])
             rejected.append([TokenRow(tokens, row[0].prompt_length, sample.row_id)])
         usable = [sample is not None and sample.drop == KEPT for sample in drawn]
-        chosen_logps = [sample.reference_chosen if sample else 0.0 for sample in drawn]
-        rejected_logps = [sample.reference_rejected if sample else 0.0 for sample in drawn]
+        chosen_logps = [0.0 if place is None else reference_chosen[place] for place in places]
+        rejected_logps = [0.0 if place is None else reference_rejected[place] for place in places]
         return PairBatch(
             chosen=_collate(chosen, planned),
             rejected=_collate(rejected, planned),

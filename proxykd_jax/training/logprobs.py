@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
 
-from proxykd_jax.data.collate import TokenRow, collate_rows
-from proxykd_jax.data.order import by_length, default_buckets
 from proxykd_jax.losses import reduce_tokens, token_logps, topk_logps
 from proxykd_jax.models.chunked import map_positions
 from proxykd_jax.models.decoder import batch_hidden_states, unembed
-from proxykd_jax.parallel.sharding import put_rows
 from proxykd_jax.training.state import ModelSpec, Tree
 from proxykd_jax.types import TokenBatch
 
@@ -74,32 +68,6 @@ def response_logps(
     """``seq_loglik_B``: log pi(y|x) summed over the answer's tokens, one example a row."""
     logps_BL, _, _ = label_logps(params, adapter, batch, spec, dropout_key=dropout_key)
     return reduce_tokens(logps_BL, batch.mask_BL, reduction="sum")
-
-
-_response_logps = jax.jit(response_logps, static_argnames="spec")
-
-
-def make_reference(
-    spec: ModelSpec, params: Tree, adapter: Tree | None, *, batch_size: int, mesh: Mesh
-) -> Callable[[Sequence[tuple[np.ndarray, np.ndarray]]], np.ndarray]:
-    """``reference([(prompt, answer), ...]) -> [n]``: log pi(answer | prompt), summed, in float32.
-
-    The same forward pass as in training, without dropout, so that a round's DPO loss begins at
-    ln 2.
-    """
-
-    def reference(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-        rows = [TokenRow(np.concatenate(pair), len(pair[0]), "") for pair in pairs]
-        positions = np.array([len(row.tokens) - 1 for row in rows])
-        sums = np.zeros(len(rows), np.float32)
-        buckets = default_buckets(int(positions.max()) + 1)
-        for places, length in by_length(positions, batch_size, buckets):
-            batch = collate_rows([[rows[i]] for i in places], length, 1, batch_size)
-            found = _response_logps(params, adapter, put_rows(batch, mesh), spec)
-            sums[places] = np.asarray(found)[: len(places)]
-        return sums
-
-    return reference
 
 
 def concatenate(first: TokenBatch, second: TokenBatch) -> TokenBatch:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from proxykd_jax.config import AlignConfig, DistillConfig, PreferenceConfig
 from proxykd_jax.losses import (
+    REFERENCE_LOSSES,
     Term,
     alignment_objective,
     batch_count,
@@ -119,12 +120,12 @@ class AlignObjective:
         logps_BL, _, _ = label_logps(params, adapter, both, spec, dropout_key=dropout_key)
         sums_B = reduce_tokens(logps_BL, both.mask_BL, reduction="sum")
         tokens_B = count_tokens(both.mask_BL)
-        needs_reference = self.preference.loss in ("dpo", "ipo")
+        referenced = self.preference.loss in REFERENCE_LOSSES
         four = (
             sums_B[:rows],
             sums_B[rows:],
-            batch.reference_chosen_B if needs_reference else None,
-            batch.reference_rejected_B if needs_reference else None,
+            batch.reference_chosen_B if referenced else None,
+            batch.reference_rejected_B if referenced else None,
         )
         options: dict[str, Any] = {
             "loss": self.preference.loss,

@@ -98,7 +98,7 @@ class Scoring:
                 prompts,
                 range(len(prompts)),
                 sample_fn=draw,
-                reference_fn=None,
+                against_teacher=False,
                 rows_per_part=sampling.rows_per_part,
                 max_length=self._corpus.max_length,
                 end_token_ids=self._corpus.end_token_ids,

@@ -103,6 +103,12 @@ def make_evaluation(
     return jax.jit(evaluate)
 
 
+def split_rows(batch: Any, microbatches: int) -> Any:
+    """[B, ...] to [A, B / A, ...]: row r goes to part r mod A, so that rows that live on one device
+    stay there."""
+    return jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
 def _gradients(
     spec: ModelSpec,
     objective: Objective,
@@ -122,8 +128,7 @@ def _gradients(
     if microbatches == 1:
         (loss, terms), grads = value_and_grad(trainable, batch, key)
         return loss, grads, terms
-    # Row r goes to part r mod A, so that rows that live on one device stay there.
-    parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+    parts = split_rows(batch, microbatches)
 
     def accumulate(total: Any, xs: Any) -> tuple[Any, None]:
         index, part = xs

@@ -66,16 +66,12 @@ class Sampler:
         return samples
 
 
-def reference(pairs):
-    return np.array([-sum(int(t) + 1 for t in y) - len(x) / 8 for x, y in pairs], np.float32)
-
-
-def make(folder: Path, split: Rows, sampler: Sampler, rows=None, reference_fn=reference):
+def make(folder: Path, split: Rows, sampler: Sampler, rows=None, against_teacher=True):
     store = SampleStore(folder)
     if not store.begin({"seed": 1}, {"proxy": "p"}):
         sample_round(
             store, split, range(len(split)) if rows is None else rows,
-            sample_fn=sampler, reference_fn=reference_fn, rows_per_part=3,
+            sample_fn=sampler, against_teacher=against_teacher, rows_per_part=3,
             max_length=12, end_token_ids=[END], max_new_tokens=7,
         )  # fmt: skip
         store.complete()
@@ -86,7 +82,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_answers_drops_and_references(tmp_path):
+def test_answers_and_drops(tmp_path):
     split = Rows()
     rows = [10, 2, 5, 0, 1, 7, 8]
     sampler = Sampler(split)
@@ -101,17 +97,13 @@ def test_answers_drops_and_references(tmp_path):
         assert sampled.drop == kinds[kind]
         assert sampled.finished == (END in sampled.tokens)
         assert sampled.loglik == -len(sampled.tokens)
-        assert sampled.reference_chosen == pytest.approx(reference([(row.prompt, row.answer)])[0])
-        expected = reference([(row.prompt, sampled.tokens)])[0] if sampled.drop == 0 else 0
-        assert sampled.reference_rejected == expected
     counts = store.counts()
     assert counts["rows"] == 7
     assert counts["kept"] + counts["dropped_empty"] + counts["dropped_equals_chosen"] == 7
     assert counts["kept"] == (store.drops == 0).sum() > 0
     assert counts["dropped_empty"] > 0 and counts["dropped_equals_chosen"] > 0
     assert counts["finish_rate"] == pytest.approx(store.finished.mean())
-    gaps = [abs(s.loglik - s.reference_rejected) for s in store.read(range(7)) if s.drop == 0]
-    assert counts["reference_gap"] == pytest.approx(max(gaps))
+    assert "reference_gap" not in counts
     np.testing.assert_array_equal(store.lengths, [len(s.tokens) for s in store.read(range(7))])
     with pytest.raises(IndexError):
         store.read([7])
@@ -151,18 +143,41 @@ def test_other_settings_or_rows_are_refused(tmp_path):
         make(tmp_path / "r", split, Sampler(split), rows=range(10, -1, -1))
 
 
+def test_references_beside_the_answers(tmp_path):
+    """In parts of their own, in any order of places, 0 until they are there."""
+    split = Rows()
+    store = make(tmp_path / "r", split, Sampler(split))
+    chosen = -np.arange(1, 12, dtype=np.float32)
+    rejected = np.where(store.drops == 0, chosen / 2, 0).astype(np.float32)
+    places = np.array([4, 0, 9, 1, 10, 2, 3, 5, 8, 7, 6], np.int32)
+    assert store.missing_references(2) == [0, 1]
+    store.append_references(1, places[6:], chosen[places[6:]], rejected[places[6:]])
+    assert store.missing_references(2) == [0]
+    np.testing.assert_array_equal(store.references()[0][places[:6]], 0)
+    np.testing.assert_array_equal(store.references()[0][places[6:]], chosen[places[6:]])
+    store.append_references(0, places[:6], chosen[places[:6]], rejected[places[:6]])
+    np.testing.assert_array_equal(store.references(), [chosen, rejected])
+    gaps = [abs(s.loglik - r) for s, r in zip(store.read(range(11)), rejected, strict=True)]
+    kept = store.drops == 0
+    assert store.counts()["reference_gap"] == pytest.approx(np.max(np.array(gaps)[kept]))
+    store.append_references(0, places[:6] + 90, chosen[places[:6]], rejected[places[:6]])
+    with pytest.raises(UserError, match="do not fit the answers"):
+        store.references()
+
+
 def test_log_probs_that_are_no_numbers_stop_the_round(tmp_path):
     split = Rows()
-    with pytest.raises(UserError, match="not finite"):
-        make(
-            tmp_path / "r", split, Sampler(split),
-            reference_fn=lambda pairs: np.full(len(pairs), np.nan, np.float32),
-        )  # fmt: skip
+    store = make(tmp_path / "r", split, Sampler(split))
+    good, bad = np.zeros(11, np.float32), np.full(11, np.nan, np.float32)
+    for chosen, rejected in ((bad, good), (good, bad)):
+        with pytest.raises(UserError, match="not finite"):
+            store.append_references(0, np.arange(11, dtype=np.int32), chosen, rejected)
+    assert store.missing_references(1) == [0]
 
 
 def test_answered_prompts_read_like_a_split(tmp_path):
     split = Rows(answers=False)
-    store = make(tmp_path / "r", split, Sampler(split), reference_fn=None)
+    store = make(tmp_path / "r", split, Sampler(split), against_teacher=False)
     assert set(store.drops.tolist()) == {0, 1}
     assert "reference_gap" not in store.counts()
     answered = AnsweredSplit(split, SampleStore(tmp_path / "r"))
@@ -189,7 +204,7 @@ def test_answered_prompts_read_like_a_split(tmp_path):
 def test_a_store_that_is_not_complete_is_no_split(tmp_path):
     split = Rows(answers=False)
     with pytest.raises(KeyboardInterrupt):
-        make(tmp_path / "r", split, Sampler(split, fail_at=1), reference_fn=None)
+        make(tmp_path / "r", split, Sampler(split, fail_at=1), against_teacher=False)
     with pytest.raises(UserError, match="not complete"):
         AnsweredSplit(split, SampleStore(tmp_path / "r"))
 

@@ -22,7 +22,7 @@ from proxykd_jax.data.corpus import TokenCorpus, open_corpus
 from proxykd_jax.data.parts import PartFolder
 from proxykd_jax.generation.samples import KEPT, SampleStore
 from proxykd_jax.parallel.mesh import make_mesh
-from proxykd_jax.training import alignment
+from proxykd_jax.training import alignment, reference
 from proxykd_jax.training.model import Model
 from proxykd_jax.training.restore import load_aligned_proxy
 from proxykd_jax.training.state import TrainState
@@ -71,6 +71,7 @@ class Round:
 def read_round(config: Config, corpus: TokenCorpus, number: int) -> Round:
     store = SampleStore(config.folder / "samples" / f"round_{number:02d}")
     rows = corpus.split("align").read(store.rows)
+    kept = store.drops == KEPT
     pairs = []
     for row, sample in zip(rows, store.read(range(len(store))), strict=True):
         assert row.row_id == sample.row_id
@@ -79,7 +80,7 @@ def read_round(config: Config, corpus: TokenCorpus, number: int) -> Round:
     return Round(
         [(row.prompt, row.tokens[row.prompt_length :]) for row, _ in pairs],
         [(row.prompt, sample.tokens) for row, sample in pairs],
-        np.array([[s.reference_chosen, s.reference_rejected] for _, s in pairs]).T,
+        np.stack(store.references())[:, kept],
     )
 
 
@@ -300,10 +301,10 @@ def still_unfinished(config: Config, finished_run: Config) -> bool:
 
 
 def test_stored_references_of_another_model_are_refused(before_round_two, finished_run):
-    folder = PartFolder(before_round_two.folder / "samples" / "round_02")
+    folder = PartFolder(before_round_two.folder / "samples" / "round_02" / "reference")
     for index in folder.complete():
         arrays = {name: np.array(array) for name, array in folder.open(index).arrays.items()}
-        arrays["reference_chosen"] += 0.5
+        arrays["chosen"] += 0.5
         folder.commit(index, arrays)
     with pytest.raises(RuntimeError, match=r"first DPO loss is 0\.\d+, not ln 2 = 0\.693147"):
         align.main(before_round_two)
@@ -313,12 +314,12 @@ def test_stored_references_of_another_model_are_refused(before_round_two, finish
 def test_the_base_model_as_reference_is_refused(before_round_two, finished_run, monkeypatch):
     """The adapter switched off, as some code elsewhere has it."""
     shutil.rmtree(before_round_two.folder / "samples" / "round_02")
-    make = alignment.make_reference
+    forward = reference.pair_logps
     monkeypatch.setattr(
-        alignment,
-        "make_reference",
-        lambda spec, params, adapter, **options: make(
-            spec, params, jax.tree.map(jnp.zeros_like, adapter), **options
+        reference,
+        "pair_logps",
+        lambda params, adapter, batch, **options: forward(
+            params, jax.tree.map(jnp.zeros_like, adapter), batch, **options
         ),
     )
     with pytest.raises(RuntimeError, match="not those of the model that the round began with"):

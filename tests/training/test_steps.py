@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +12,9 @@ import pytest
 
 from proxykd_jax.config import PreferenceConfig
 from proxykd_jax.models.decoder import forward
-from proxykd_jax.training.logprobs import label_logps, response_logps
+from proxykd_jax.training.logprobs import label_logps
 from proxykd_jax.training.objectives import AlignObjective, DistillObjective, NllObjective
+from proxykd_jax.training.reference import pair_logps
 from proxykd_jax.training.state import init_state
 from proxykd_jax.training.steps import make_diagnosis, make_train_step
 
@@ -102,17 +105,22 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(name, kind, request)
         np.testing.assert_allclose(metrics[key], part_metrics[key], rtol=2e-5, err_msg=key)
 
 
-def test_dpo_starts_at_ln_2_and_raises_the_margin(lora_model) -> None:
+@pytest.mark.parametrize("microbatches", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dpo_starts_at_ln_2_and_raises_the_margin(lora_model, dtype, microbatches) -> None:
+    """Rows of unequal length, in as many parts as the step computes them in."""
     spec, frozen, trainable = lora_model
+    frozen = jax.tree.map(lambda x: x.astype(dtype), frozen)
+    model = (dataclasses.replace(spec, remat="full"), frozen, trainable)
     batch = random_pairs(np.random.default_rng(4), 6)
-    batch = batch.replace(
-        reference_chosen_B=response_logps(frozen, trainable, batch.chosen, spec),
-        reference_rejected_B=response_logps(frozen, trainable, batch.rejected, spec),
-    )
+    chosen, rejected = pair_logps(frozen, trainable, batch, spec=spec, microbatches=microbatches)
+    assert np.unique(chosen).size > 3
+    np.testing.assert_array_equal(chosen == 0, ~batch.chosen.mask_BL.any(1))
+    batch = batch.replace(reference_chosen_B=chosen, reference_rejected_B=rejected)
     objective = AlignObjective(PreferenceConfig(loss="dpo", beta=0.3), "example_mean", 0.0, 1.0)
-    new, metrics = _step(lora_model, objective, batch)
+    new, metrics = _step(model, objective, batch, microbatches)
     np.testing.assert_allclose(metrics["preference"], np.log(2), atol=1e-6)
-    again = _step((spec, frozen, new), objective, batch)[1]
+    again = _step((model[0], frozen, new), objective, batch, microbatches)[1]
     assert again["reward_margin"] > 0 and again["preference"] < np.log(2)
 
 
