@@ -121,7 +121,7 @@ class TokenSplit:
           UserError: a file is missing, or is not as it was written.
         """
         wanted = np.fromiter(indices, np.int64)
-        if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
+        if np.any((wanted < 0) | (wanted >= len(self))):
             raise IndexError(f"split {self.name!r} has {len(self)} rows, asked for {wanted}")
         shards = np.searchsorted(self._starts, wanted, side="right") - 1
         rows: list[TokenRow | None] = [None] * len(wanted)

@@ -76,7 +76,7 @@ class RowMeasures:
                 **dict(zip(("example_mean", "example_se"), mean(sums / self.tokens), strict=True)),
             }
         summary["top_mass"] = {
-            str(top_k): float(self.top_mass[:, j].sum() / self.tokens.sum())
+            str(top_k): float(self.top_mass[:, j].sum()) / float(self.tokens.sum())
             for j, top_k in enumerate(self.top_ks)
         }
         return summary
@@ -113,7 +113,7 @@ def token_mean(sums: np.ndarray, tokens: np.ndarray) -> tuple[float, float | Non
     The ratio estimator: tokens of one row are not independent, and the number of tokens is random
     as well.
     """
-    ratio = float(sums.sum() / tokens.sum())
+    ratio = float(sums.sum()) / float(tokens.sum())
     num = len(tokens)
     if num < 2:
         return ratio, None
@@ -239,10 +239,10 @@ def validation_figures(
             top_ks=(),
             mesh=mesh,
         )
-        tokens = found.tokens.sum()
+        tokens = float(found.tokens.sum())
         return {
-            "nll": float(found.nll.sum() / tokens),
-            "agreement": float(found.agreement.sum() / tokens),
+            "nll": float(found.nll.sum()) / tokens,
+            "agreement": float(found.agreement.sum()) / tokens,
         }
 
     return figures

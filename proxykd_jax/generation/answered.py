@@ -57,7 +57,7 @@ class AnsweredSplit:
           UserError: an answer belongs to another prompt: the corpus has changed.
         """
         wanted = np.fromiter(indices, np.int64)
-        if wanted.size and not (wanted.min() >= 0 and wanted.max() < len(self)):
+        if np.any((wanted < 0) | (wanted >= len(self))):
             raise IndexError(
                 f"split {self.name!r} has {len(self)} answered rows, asked for {wanted}"
             )
