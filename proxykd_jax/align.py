@@ -34,7 +34,7 @@ def main(config: Config) -> TrainedStage:
     check_tokenizers(config, corpus)
     folder = config.folder / "proxy"
     inputs = {"corpus": corpus.identity, "proxy": model_identity(config.proxy)}
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh.of("align"))
     measure = validation_figures(config.evaluate.batch_size, mesh)
     if not open_stage(folder, "align", training_settings(config, "align", "proxy"), inputs):
         check_rows(config.align.batch_size, mesh, "align.batch_size")

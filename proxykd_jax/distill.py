@@ -42,7 +42,7 @@ def main(config: Config) -> TrainedStage:
     if config.distill.alpha > 0:
         labels = open_soft_labels(score.main(config).folder)
         inputs["soft_labels"] = stage_identity(labels.folder)
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh.of("distill"))
     measure = validation_figures(config.evaluate.batch_size, mesh)
     if not open_stage(folder, "distill", training_settings(config, "distill", "student"), inputs):
         check_rows(config.distill.batch_size, mesh, "distill.batch_size")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from proxykd_jax.config import Config, ModelSection, SourceConfig
+from proxykd_jax.config import Config, ModelSection, SourceConfig, Work
 from proxykd_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -269,14 +269,16 @@ def _check_model(
 
 
 def _check_mesh(config: Config, report: Report) -> None:
-    ways = (1 if config.mesh.data == "rest" else config.mesh.data) * config.mesh.fsdp
-    sizes = {
-        "align.batch_size": config.align.batch_size,
-        "score.batch_size": config.score.batch_size,
-        "distill.batch_size": config.distill.batch_size,
-        "evaluate.batch_size": config.evaluate.batch_size,
+    sizes: dict[str, tuple[Work, int]] = {
+        "align.batch_size": ("align", config.align.batch_size),
+        "align.sampling.batch_size": ("sample", config.align.sampling.batch_size),
+        "score.batch_size": ("score", config.score.batch_size),
+        "distill.batch_size": ("distill", config.distill.batch_size),
+        "evaluate.batch_size": ("evaluate", config.evaluate.batch_size),
     }
-    for key, size in sizes.items():
+    for key, (work, size) in sizes.items():
+        axes = config.mesh.of(work)
+        ways = (1 if axes.data == "rest" else axes.data) * axes.fsdp
         if size % ways:
             report.problems.append(
                 f"{key}: {size} rows cannot be split over data x fsdp = {ways} devices; choose a "
@@ -322,7 +324,11 @@ def _check_shapes(config: Config, role: str, model: ModelConfig, report: Report)
         seed=0,
     )
     _attempt(report, role, lambda: jax.eval_shape(step, state, frozen, shapes))
-    axes = {"fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor}
+    kinds: tuple[Work, ...] = ("align", "sample", "score") if role == "proxy" else ("distill",)
+    axes = config.mesh.of(kinds[0]).model_dump(include={"fsdp", "tensor"})
+    for work in kinds[1:]:
+        other = config.mesh.of(work).model_dump(include={"fsdp", "tensor"})
+        _attempt(report, f"mesh.{work}", lambda other=other: bytes_per_device(weights, other))
     parts = _attempt(
         report,
         role,

@@ -105,7 +105,7 @@ def main(config: Config, models: Mapping[str, ModelSection] | None = None) -> Ev
         teacher_folder = Path(config.evaluate.teacher_logps)
         teacher = TeacherLogps(teacher_folder)
         common["teacher"] = digest_file(teacher_folder / TEACHER_FILE)
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh.of("evaluate"))
     check_rows(config.evaluate.batch_size, mesh, "evaluate.batch_size")
     folder = config.folder / "eval"
     measured: dict[str, dict[str, RowMeasures]] = {}

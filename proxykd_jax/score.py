@@ -46,13 +46,12 @@ def main(config: Config) -> ScoreResult:
     from proxykd_jax import align, prepare
     from proxykd_jax.data.corpus import open_corpus
     from proxykd_jax.data.soft_labels import open_soft_labels
-    from proxykd_jax.parallel.mesh import make_mesh
     from proxykd_jax.training.metrics import open_metrics
     from proxykd_jax.training.scoring import Scoring
 
     corpus = open_corpus(prepare.main(config).folder)
     align.main(config)
-    run = Scoring(config, corpus, make_mesh(config.mesh))
+    run = Scoring(config, corpus)
     splits = {**run.teacher_splits(), **run.answer_fresh_prompts()}
     if not run.begin(splits):
         for name, rows in splits.items():

@@ -3,6 +3,7 @@
 from proxykd_jax.config.load import dump_config, load_config, make_config
 from proxykd_jax.config.schema import (
     AlignConfig,
+    AxesConfig,
     Config,
     CorpusConfig,
     DistillConfig,
@@ -20,10 +21,12 @@ from proxykd_jax.config.schema import (
     StopConfig,
     TrainingSection,
     WeightConfig,
+    Work,
 )
 
 __all__ = [
     "AlignConfig",
+    "AxesConfig",
     "Config",
     "CorpusConfig",
     "DistillConfig",
@@ -41,6 +44,7 @@ __all__ = [
     "StopConfig",
     "TrainingSection",
     "WeightConfig",
+    "Work",
     "dump_config",
     "load_config",
     "make_config",

@@ -395,14 +395,34 @@ class ExportConfig(Section):
     max_shard_gb: PositiveFloat = Field(5.0, description="largest safetensors file")
 
 
-class MeshConfig(Section):
-    """How the devices are arranged; the product must be their number."""
+# What devices may be arranged for.
+Work = Literal["align", "sample", "score", "distill", "evaluate"]
+
+
+class AxesConfig(Section):
+    """An arrangement of the devices; the product of its axes must be their number."""
 
     data: PositiveInt | Literal["rest"] = Field(
         "rest", description="copies that see other rows; rest: what the other axes leave"
     )
     fsdp: PositiveInt = Field(1, description="ways in which weights and rows are split")
     tensor: PositiveInt = Field(1, description="ways in which heads and hidden units are split")
+
+
+class MeshConfig(AxesConfig):
+    """How the devices are arranged, for all work or for some of it."""
+
+    sample: AxesConfig | None = Field(
+        None,
+        description="another arrangement while answers are drawn: fsdp gathers the weights for "
+        "every token, tensor does not",
+    )
+    score: AxesConfig | None = Field(None, description="another arrangement for score")
+    distill: AxesConfig | None = Field(None, description="another arrangement for distill")
+
+    def of(self, work: Work) -> AxesConfig:
+        """The arrangement for a kind of work."""
+        return getattr(self, work, None) or self
 
 
 class LoggingConfig(Section):

@@ -25,10 +25,10 @@ from proxykd_jax.models.config import LORA_TARGETS, LoraConfig, ModelConfig
 from proxykd_jax.models.lora import Adapter, lora_update
 from proxykd_jax.models.params import Params
 from proxykd_jax.models.rope import check_length, rotate, rotation
+from proxykd_jax.parallel.sharding import constrain_rows
 from proxykd_jax.types import TokenBatch
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-Constrain = Callable[[jax.Array], jax.Array]
 
 # What the backward pass finds in memory, for each layer, beside the layer's input: everything;
 # nothing (one more forward pass); the outputs of the seven linear layers (attention is computed
@@ -162,7 +162,6 @@ def hidden_states(
     remat: str = "none",
     dropout_key: jax.Array | None = None,
     attention: Backend = "auto",
-    constrain: Constrain | None = None,
     scan_unroll: int = 1,
 ) -> jax.Array:
     """The last layer's output after the final norm, ``hidden_BLD`` in the parameters' dtype.
@@ -177,8 +176,6 @@ def hidden_states(
       remat: a name of ``REMAT_POLICIES``.
       dropout_key: switches LoRA dropout on. Leave it out wherever log-probs are references.
       attention: ``auto``, ``xla`` or ``cudnn`` (GPU, bfloat16).
-      constrain: applied to ``hidden_BLD`` after the embedding and each layer, for instance a
-        sharding constraint.
       scan_unroll: how many layers one turn of the scan holds.
 
     Raises:
@@ -222,13 +219,12 @@ def hidden_states(
 
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
         hidden_BLD, _ = decoder_layer(hidden_BLD, layer, updates, config, cos_sin, attend, key)
-        return (hidden_BLD if constrain is None else constrain(hidden_BLD)), None
+        return constrain_rows(hidden_BLD), None
 
     if REMAT_POLICIES[remat] is not None:
         # Inside a scan nothing can merge the two computations, so the barrier is not needed.
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    hidden_BLD = embed(params, tokens_BL)
-    hidden_BLD = hidden_BLD if constrain is None else constrain(hidden_BLD)
+    hidden_BLD = constrain_rows(embed(params, tokens_BL))
     xs = (jnp.arange(config.num_layers), sliding_flags(config), params["layers"], adapter_layers)
     hidden_BLD, _ = jax.lax.scan(body, hidden_BLD, xs, unroll=scan_unroll)
     return rms_norm(hidden_BLD, params["final_norm"]["scale"], config.norm_eps)

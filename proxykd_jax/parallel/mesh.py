@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import jax
 
-from proxykd_jax.config import MeshConfig
+from proxykd_jax.config import AxesConfig
 from proxykd_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+def make_mesh(config: AxesConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
     """Arranges the devices as the config says.
 
     Raises:

@@ -103,12 +103,39 @@ def _ways(name: str, shape: tuple[int, ...], axes: Mapping[str, int]) -> int:
     return product
 
 
+def move(tree: Any, mesh: Mesh) -> Any:
+    """The arrays of a tree where the table puts them on this mesh; those that are there stay.
+
+    Raises:
+      UserError: an axis of the mesh does not divide an array.
+    """
+    return jax.device_put(tree, tree_shardings(tree, mesh))
+
+
 def put_rows(batch: Any, mesh: Mesh) -> Any:
     """Places a batch: its rows are split over ``data`` and ``fsdp``."""
     sharding = NamedSharding(mesh, ROWS)
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def num_devices(x: jax.Array) -> int:
+    """Devices of the mesh that a traced array lives on; 1 without a mesh."""
+    return math.prod(jax.typeof(x).sharding.mesh.shape.values())
+
+
+def constrain_rows(x: jax.Array) -> jax.Array:
+    """Keeps the rows of a traced array, its first axis, where ``put_rows`` put the batch's.
+
+    Left to itself the compiler lets the weights' sharding win: it gathers the batch, multiplies
+    slices of the residual stream and adds the products up on every device. The mesh is that of
+    the arguments; without one, or with one of other axes, nothing is done.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    if not set(ROWS[0]) <= set(mesh.axis_names):
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, ROWS))
 
 
 def check_rows(batch_size: int, mesh: Mesh, key: str) -> None:

@@ -17,6 +17,8 @@ from proxykd_jax.data.corpus import TokenCorpus
 from proxykd_jax.data.order import permutation
 from proxykd_jax.generation.samples import SampleStore, sample_round
 from proxykd_jax.losses import REFERENCE_LOSSES, batch_mean
+from proxykd_jax.parallel.mesh import make_mesh
+from proxykd_jax.parallel.sharding import check_rows, move, tree_shardings
 from proxykd_jax.training.answers import make_draw
 from proxykd_jax.training.batches import (
     Selection,
@@ -35,7 +37,7 @@ from proxykd_jax.training.model import Model
 from proxykd_jax.training.objectives import AlignObjective, NllObjective, Objective
 from proxykd_jax.training.optimizer import make_optimizer
 from proxykd_jax.training.reference import store_references
-from proxykd_jax.training.state import TrainState
+from proxykd_jax.training.state import TrainState, Tree
 from proxykd_jax.training.steps import make_diagnosis, make_evaluation, make_train_step
 
 LN_2 = math.log(2)
@@ -73,6 +75,11 @@ class Alignment:
         self._config, self._align = config, config.align
         self._corpus, self._model, self._mesh, self._measure = corpus, model, mesh, measure
         self._folder = config.folder / "proxy"
+        self._sample_mesh = make_mesh(config.mesh.of("sample"))
+        if self._uses_pairs:
+            batch_size = self._align.sampling.batch_size
+            check_rows(batch_size, self._sample_mesh, "align.sampling.batch_size")
+            tree_shardings((model.frozen, model.trainable), self._sample_mesh)  # or an error, now
         if self._align.alignment != "none":
             check_any_rows(corpus, ("warmup", "align"))
         self._rounds = self._slices()
@@ -122,49 +129,9 @@ class Alignment:
             return store
         model = self._model.at(self._trainer.state.trainable)
         params, adapter = model.params, model.adapter
-        draw = make_draw(
-            model.config,
-            params,
-            adapter,
-            corpus=self._corpus,
-            mesh=self._mesh,
-            seed=self._config.seed,
-            round_index=round_index,
-            batch_size=sampling.batch_size,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-        )
-        console = self._trainer.console
-        sample_round(
-            store,
-            self._corpus.split("align"),
-            self._rounds[round_index - 1],
-            sample_fn=draw,
-            against_teacher=True,
-            rows_per_part=sampling.rows_per_part,
-            max_length=self._corpus.max_length,
-            end_token_ids=self._corpus.end_token_ids,
-            max_new_tokens=sampling.max_new_tokens,
-            report=lambda done, total: console.say(
-                f"round {round_index}: sampled {done}/{total} parts"
-            ),
-        )
+        self._draw_answers(store, round_index, params, adapter)
         if self._align.preference.loss in REFERENCE_LOSSES:
-            rows = self._round_rows(round_index)
-            store_references(
-                store,
-                self._plan(_round_name(round_index), pair_positions(rows, store)),
-                pair_collate(rows, store),
-                model.spec,
-                params,
-                adapter,
-                microbatches=self._align.microbatches,
-                batches_per_part=max(sampling.rows_per_part // self._align.batch_size, 1),
-                mesh=self._mesh,
-                report=lambda done, total: console.say(
-                    f"round {round_index}: reference of {done}/{total} parts"
-                ),
-            )
+            self._compute_references(store, round_index, params, adapter)
         store.complete()
         return store
 
@@ -221,6 +188,57 @@ class Alignment:
     @property
     def _pair_objective(self) -> Objective:
         return AlignObjective.of(self._align)
+
+    def _draw_answers(
+        self, store: SampleStore, round_index: int, params: Tree, adapter: Tree | None
+    ) -> None:
+        """On the mesh for sampling; what was moved there is free again afterwards."""
+        sampling = self._align.sampling
+        draw = make_draw(
+            self._model.config,
+            move(params, self._sample_mesh),
+            move(adapter, self._sample_mesh),
+            corpus=self._corpus,
+            mesh=self._sample_mesh,
+            seed=self._config.seed,
+            round_index=round_index,
+            batch_size=sampling.batch_size,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+        )
+        sample_round(
+            store,
+            self._corpus.split("align"),
+            self._rounds[round_index - 1],
+            sample_fn=draw,
+            against_teacher=True,
+            rows_per_part=sampling.rows_per_part,
+            max_length=self._corpus.max_length,
+            end_token_ids=self._corpus.end_token_ids,
+            max_new_tokens=sampling.max_new_tokens,
+            report=self._parts_report(f"round {round_index}: sampled"),
+        )
+
+    def _compute_references(
+        self, store: SampleStore, round_index: int, params: Tree, adapter: Tree | None
+    ) -> None:
+        rows = self._round_rows(round_index)
+        store_references(
+            store,
+            self._plan(_round_name(round_index), pair_positions(rows, store)),
+            pair_collate(rows, store),
+            self._model.spec,
+            params,
+            adapter,
+            microbatches=self._align.microbatches,
+            batches_per_part=max(self._align.sampling.rows_per_part // self._align.batch_size, 1),
+            mesh=self._mesh,
+            report=self._parts_report(f"round {round_index}: reference of"),
+        )
+
+    def _parts_report(self, what: str) -> Callable[[int, int], None]:
+        say = self._trainer.console.say
+        return lambda done, total: say(f"{what} {done}/{total} parts")
 
     def _round_rows(self, round_index: int) -> Selection:
         return Selection(self._corpus.split("align"), self._rounds[round_index - 1])

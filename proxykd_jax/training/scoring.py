@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from jax.sharding import Mesh
-
 from proxykd_jax.artifacts import complete_stage, open_stage, stage_identity
 from proxykd_jax.config import Config
 from proxykd_jax.data.collate import Rows
@@ -16,7 +14,8 @@ from proxykd_jax.errors import UserError
 from proxykd_jax.generation.answered import AnsweredSplit
 from proxykd_jax.generation.samples import SampleStore, sample_round
 from proxykd_jax.generation.score_rows import score_split
-from proxykd_jax.parallel.sharding import check_rows, put_rows
+from proxykd_jax.parallel.mesh import make_mesh
+from proxykd_jax.parallel.sharding import check_rows, move, put_rows
 from proxykd_jax.training.answers import make_draw
 from proxykd_jax.training.console import Console
 from proxykd_jax.training.distillation import FRESH, teacher_splits
@@ -36,22 +35,23 @@ class Scoring:
     Args:
       config: of the run.
       corpus: from ``prepare``.
-      mesh: of devices.
 
     Raises:
       UserError: batches that the mesh cannot split, or more log-probs than tokens.
     """
 
-    def __init__(self, config: Config, corpus: TokenCorpus, mesh: Mesh) -> None:
-        check_rows(config.score.batch_size, mesh, "score.batch_size")
-        check_rows(config.align.sampling.batch_size, mesh, "align.sampling.batch_size")
+    def __init__(self, config: Config, corpus: TokenCorpus) -> None:
+        self._mesh = make_mesh(config.mesh.of("score"))
+        self._sample_mesh = make_mesh(config.mesh.of("sample"))
+        check_rows(config.score.batch_size, self._mesh, "score.batch_size")
+        check_rows(config.align.sampling.batch_size, self._sample_mesh, "align.sampling.batch_size")
         if config.score.top_k > corpus.vocab_size:
             raise UserError(
                 f"score.top_k: {config.score.top_k} log-probs a position, but the vocabulary has "
                 f"{corpus.vocab_size} tokens. Choose at most as many."
             )
         self.folder = config.folder / "soft_labels"
-        self._config, self._corpus, self._mesh = config, corpus, mesh
+        self._config, self._corpus = config, corpus
         self._console = Console("score")
         proxy_folder = config.folder / "proxy"
         # The state that load_aligned_proxy takes: export.state says which.
@@ -86,9 +86,9 @@ class Scoring:
         if not store.begin(settings, {"corpus": self._corpus.identity, "proxy": self._proxy}):
             draw = make_draw(
                 self._model.config,
-                *self._weights,
+                *(move(weights, self._sample_mesh) for weights in self._weights),
                 corpus=self._corpus,
-                mesh=self._mesh,
+                mesh=self._sample_mesh,
                 seed=self._config.seed,
                 round_index=_FRESH_ROUND,
                 batch_size=sampling.batch_size,

@@ -1,0 +1,255 @@
+"""Every arrangement of eight devices computes what one device does.
+
+Run by ``test_eight_devices.py`` in a process that has eight.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from proxykd_jax import score
+from proxykd_jax.artifacts import read_json
+from proxykd_jax.config import AxesConfig, PreferenceConfig
+from proxykd_jax.data.soft_labels import open_soft_labels
+from proxykd_jax.generation.sampler import sample
+from proxykd_jax.generation.samples import SampleStore
+from proxykd_jax.generation.scoring import topk_soft_labels
+from proxykd_jax.models.config import LoraConfig, ModelConfig
+from proxykd_jax.models.lora import init_adapter
+from proxykd_jax.models.params import init_params
+from proxykd_jax.parallel.mesh import make_mesh
+from proxykd_jax.parallel.sharding import bytes_per_device, move, put_rows
+from proxykd_jax.training.checkpoint import Checkpoints
+from proxykd_jax.training.objectives import AlignObjective, DistillObjective, NllObjective
+from proxykd_jax.training.reference import pair_logps
+from proxykd_jax.training.state import ModelSpec, abstract_state, init_state
+from proxykd_jax.training.steps import make_train_step
+from tests.tiny_run import make_files, recipe
+from tests.training.conftest import VOCAB, random_distill, random_pairs, random_rows
+
+SHAPES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 4, 1), (4, 1, 2), (1, 4, 2), (1, 2, 4), (2, 2, 2)]
+MESHES = {
+    "x".join(map(str, shape)): AxesConfig(data=shape[0], fsdp=shape[1], tensor=shape[2])
+    for shape in SHAPES
+}
+PUBLISHED = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 8,
+    "vocab_size": 48,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "initializer_range": 0.15,
+}
+# Every line of the sharding table: biases, q/k norms, tied and untied embeddings.
+FAMILIES = {
+    "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
+    "qwen3": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "tie_word_embeddings": True,
+    },
+}
+OBJECTIVES = {
+    "nll": (NllObjective("example_mean"), random_rows),
+    "align": (
+        AlignObjective(PreferenceConfig(loss="dpo", beta=0.3), "token_mean", 0.7, 1.3),
+        random_pairs,
+    ),
+    "distill": (DistillObjective(10.0, 1.0, "bucket", "example_mean"), random_distill),
+}
+ROWS = 16  # two micro-batches of a row a device
+
+
+def test_there_are_eight_devices():
+    assert len(jax.devices()) == 8 and PUBLISHED["vocab_size"] > VOCAB
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request) -> tuple[ModelConfig, Any, Any]:
+    """(config, params, adapter), neither of which is zero anywhere, on the host."""
+    config = ModelConfig.from_hf(PUBLISHED | FAMILIES[request.param])
+    config = config.replace(lora=LoraConfig(rank=3, alpha=6.0))
+    params = init_params(jax.random.key(0), config)
+    adapter = init_adapter(jax.random.key(1), config)
+    noise = iter(jax.random.split(jax.random.key(2), 200))
+    shaken = jax.tree.map(
+        lambda x: x + 0.05 * jax.random.normal(next(noise), x.shape), (params, adapter)
+    )
+    return config, *jax.device_get(shaken)
+
+
+def close(found: Any, expected: Any) -> None:
+    """Equal within 1e-5 of the largest value of each array."""
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.fixture(scope="module")
+def gradients(model) -> tuple[Any, dict[str, Any]]:
+    """A function of a mesh, and what it gives on one device: of an adapter, or of all weights
+    where these have more kinds than the adapter."""
+    config, params, adapter = model
+    full = config.qkv_bias or config.qk_norm
+    bare = config.replace(lora=None)
+    spec = ModelSpec(bare if full else config, "full" if full else "lora", "float32", "full")
+    trainable, frozen = (params, {}) if full else (adapter, params)
+    objectives = {name: OBJECTIVES[name] for name in (["align"] if full else OBJECTIVES)}
+
+    def on(axes: AxesConfig | None) -> dict[str, Any]:
+        found = {}
+        for name, (objective, make) in objectives.items():
+
+            def loss(trainable: Any, frozen: Any, batch: Any, objective: Any = objective) -> Any:
+                counts = objective.counts(batch)
+                bound = spec.bind(frozen, trainable)
+                return objective.share(*bound, batch, counts, spec, None)[0]
+
+            arguments = (trainable, frozen, make(np.random.default_rng(3), ROWS))
+            if axes is not None:
+                mesh = make_mesh(axes)
+                arguments = (
+                    *(move(tree, mesh) for tree in arguments[:2]),
+                    put_rows(arguments[2], mesh),
+                )
+            found[name] = jax.device_get(jax.jit(jax.value_and_grad(loss))(*arguments))
+        return found
+
+    return on, on(None)
+
+
+@pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
+def test_losses_and_gradients(gradients, axes):
+    on, expected = gradients
+    close(on(axes), expected)
+
+
+@pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
+def test_log_probs(model, axes):
+    config, params, adapter = model
+    spec = ModelSpec(config, "lora", "float32", "none")
+    pairs, rows = (make(np.random.default_rng(4), ROWS) for make in (random_pairs, random_rows))
+    mesh = make_mesh(axes)
+    moved = move(params, mesh), move(adapter, mesh)
+
+    def both(params: Any, adapter: Any, pairs: Any, rows: Any) -> Any:
+        return (
+            pair_logps(params, adapter, pairs, spec=spec, microbatches=2),
+            topk_soft_labels(params, adapter, rows, config=config, top_k=5),
+        )
+
+    found = both(*moved, put_rows(pairs, mesh), put_rows(rows, mesh))
+    expected = both(params, adapter, pairs, rows)
+    close(found[0], expected[0])
+    inside = rows.mask_BL
+    np.testing.assert_array_equal(found[1][0][inside], expected[1][0][inside])
+    close([x[inside] for x in found[1][1:]], [x[inside] for x in expected[1][1:]])
+
+
+@pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
+def test_samples(model, axes):
+    """With these numbers no two tokens are near enough to a tie for rounding to matter."""
+    config, params, adapter = model
+    if config.qkv_bias or config.qk_norm:
+        pytest.skip("one family is enough: the cache is the same")
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(3, 48, rng.integers(1, 9)).astype(np.int32) for _ in range(20)]
+    options: dict[str, Any] = {
+        "config": config,
+        "seed": 3,
+        "round_index": 1,
+        "end_token_ids": [2],
+        "max_new_tokens": [12] * len(prompts),
+        "batch_size": 16,
+    }
+    mesh = make_mesh(axes)
+    found = sample(
+        move(params, mesh),
+        move(adapter, mesh),
+        prompts,
+        [str(i) for i in range(20)],
+        put=lambda batch: put_rows(batch, mesh),
+        rows_multiple=mesh.shape["data"] * mesh.shape["fsdp"],
+        **options,
+    )
+    expected = sample(params, adapter, prompts, [str(i) for i in range(20)], **options)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        np.testing.assert_allclose(a.logps, b.logps, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
+def test_each_device_holds_what_the_table_predicts(model, axes):
+    config, params, adapter = model
+    mesh = make_mesh(axes)
+    spec = ModelSpec(config, "lora", "float32", "none")
+    optimizer = optax.adam(1e-3)
+    frozen, state = move(params, mesh), move(init_state(adapter, optimizer), mesh)
+    predicted = bytes_per_device((params, jax.device_get(state)), axes.model_dump())
+    held = dict.fromkeys(mesh.devices.flat, 0)
+    for leaf in jax.tree.leaves((frozen, state)):
+        for shard in leaf.addressable_shards:
+            held[shard.device] += shard.data.nbytes
+    assert set(held.values()) == {predicted}
+
+    batch = put_rows(random_rows(np.random.default_rng(0), ROWS), mesh)
+    ways = axes.data * axes.fsdp
+    rows = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(batch)) // ways
+    step = make_train_step(spec, NllObjective("sum"), optimizer, microbatches=1, seed=0)
+    program = step.lower(state, frozen, batch).compile()
+    # Arguments that a step does not look at (positions of rows that hold one example) are dropped.
+    kept = program.memory_analysis().argument_size_in_bytes
+    assert predicted < kept <= predicted + rows
+
+
+def test_a_checkpoint_of_one_mesh_is_restored_on_another(model, tmp_path):
+    _, _, adapter = model
+    optimizer = optax.adam(1e-3)
+    state = init_state(jax.tree.map(jnp.asarray, adapter), optimizer)
+    first = make_mesh(MESHES["1x8x1"])
+    Checkpoints(tmp_path).save(7, move(state, first), {"phase": 1})
+    for axes in MESHES.values():
+        mesh = make_mesh(axes)
+        found, _ = Checkpoints(tmp_path).restore_latest(abstract_state(adapter, optimizer, mesh))
+        assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(found))
+        jax.tree.map(np.testing.assert_array_equal, found, state)
+
+
+def test_a_run_on_another_mesh_makes_the_same_samples_and_labels(tmp_path):
+    """From ``align`` to ``score``, answers drawn on a mesh of their own; step by step the same."""
+    files = make_files(tmp_path / "files")
+    meshes = {
+        "plain": {"data": 8},
+        "mixed": {"data": 2, "fsdp": 2, "tensor": 2, "sample": {"data": 4, "tensor": 2}},
+    }
+    stores, labels, losses = [], [], []
+    for name, mesh in meshes.items():
+        config = recipe(files, tmp_path / "runs", {"mesh": mesh}, name=name)
+        score.main(config)
+        stores.append(SampleStore(config.folder / "samples" / "round_02"))
+        labels.append(open_soft_labels(config.folder / "soft_labels"))
+        results = read_json(config.folder / "proxy" / "manifest.json")["results"]
+        losses.append([result["nll"] for result in results if "nll" in result])
+    first, second = (store.read(range(len(store))) for store in stores)
+    assert len(first) > 10
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    for name in ("distill", "fresh"):
+        np.testing.assert_allclose(
+            *(store.seq_logliks(name) for store in labels), rtol=1e-3, atol=1e-3
+        )

@@ -1,0 +1,42 @@
+"""Starts ``on_eight_devices.py``: the number of devices is fixed when jax starts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+
+
+# Eight threads share two cores with other tests: the default of 40 s is no sign of a deadlock.
+FLAGS = (
+    "--xla_force_host_platform_device_count=8"
+    " --xla_cpu_collective_call_warn_stuck_timeout_seconds=120"
+    " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
+
+
+def run_on_eight(choice: str) -> None:
+    flags = os.environ.get("XLA_FLAGS", "") + " " + FLAGS
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    done = subprocess.run(
+        [*command, str(HERE / "on_eight_devices.py"), "-k", choice],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=HERE.parent.parent,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+def test_data_fsdp_and_tensor_together():
+    run_on_eight("2x2x2 or eight_devices")
+
+
+@pytest.mark.slow
+def test_all_other_arrangements():
+    run_on_eight("not 2x2x2")
