@@ -290,39 +290,25 @@ def _check_shapes(config: Config, role: str, model: ModelConfig, report: Report)
     """Traces a training step on shapes alone and prints what a device holds."""
     import jax
 
-    from proxykd_jax.models.lora import abstract_adapter
     from proxykd_jax.models.params import abstract_params
     from proxykd_jax.parallel.sharding import bytes_per_device
     from proxykd_jax.training.objectives import NllObjective
-    from proxykd_jax.training.optimizer import make_optimizer
-    from proxykd_jax.training.state import ModelSpec, init_state
+    from proxykd_jax.training.programs import abstract_model, abstract_rows
     from proxykd_jax.training.steps import make_train_step
-    from proxykd_jax.types import TokenBatch
 
     section: ModelSection = getattr(config, role)
     stage = config.align if role == "proxy" else config.distill
-    full = section.trainable == "full"
-    weights = abstract_params(model, "float32" if full else section.dtype)
-    frozen, trainable = ({}, weights) if full else (weights, abstract_adapter(model))
-    optimizer = make_optimizer(stage.optimizer, 1)
-    state = jax.eval_shape(lambda tree: init_state(tree, optimizer), trainable)
-    rows, length = stage.batch_size, config.corpus.max_length
-    ids = jax.ShapeDtypeStruct((rows, length), jax.numpy.int32)
-    shapes = TokenBatch(
-        tokens_BL=ids,
-        labels_BL=ids,
-        mask_BL=jax.ShapeDtypeStruct((rows, length), bool),
-        segment_ids_BL=ids,
-        positions_BL=ids,
-        example_mask_BS=jax.ShapeDtypeStruct((rows, 1), bool),
-    )
+    abstract = abstract_model(model, section, stage)
+    frozen, state = abstract.frozen, abstract.state
+    weights, trainable = abstract_params(model), state.trainable
     step = make_train_step(
-        ModelSpec(model, section.trainable, section.dtype, section.remat),
+        abstract.spec,
         NllObjective(stage.reduction),
-        optimizer,
+        abstract.optimizer,
         microbatches=stage.microbatches,
         seed=0,
     )
+    shapes = abstract_rows(stage.batch_size, config.corpus.max_length)
     _attempt(report, role, lambda: jax.eval_shape(step, state, frozen, shapes))
     kinds: tuple[Work, ...] = ("align", "sample", "score") if role == "proxy" else ("distill",)
     axes = config.mesh.of(kinds[0]).model_dump(include={"fsdp", "tensor"})

@@ -33,8 +33,8 @@ STAGES = (
     *("plan", "doctor", "verify", "run"),
 )
 # The command line itself: above every room, beside the stages that it runs.
-LAYERS |= dict.fromkeys((*STAGES, "cli", "dry_run"), 5)
-DELIVERED = ("prepare", "align", "score", "distill", "evaluate", "export", "run")
+LAYERS |= dict.fromkeys((*STAGES, "cli", "dry_run", "planning"), 5)
+DELIVERED = ("prepare", "align", "score", "distill", "evaluate", "export", "plan", "run")
 
 ARRAYS = {"jax", "numpy", "optax", "chex", "flax", "ml_dtypes"}
 # What the modules of a layer may import from outside when they are imported themselves.

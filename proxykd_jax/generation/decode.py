@@ -16,9 +16,11 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.llama import KVCache, forward_cached, init_cache, unembed
+from proxykd_jax.parallel.sharding import CACHE, ROWS, constrain
 
 # Fixed, so that a changed default of the random generator cannot change samples.
 _KEY_IMPLEMENTATION = "threefry2x32"
@@ -209,7 +211,18 @@ def prefill(
         budgets_B=batch.budgets_B,
         prompt_lengths_B=batch.valid_BL.sum(axis=1, dtype=jnp.int32),
     )
-    return _record(logits_BV, state, settings)
+    return _constrain(_record(logits_BV, state, settings), like=hidden_BLD)
+
+
+def decode_specs(state: DecodeState) -> DecodeState:
+    """The PartitionSpec of every array of a state (or of its shapes)."""
+    specs = jax.tree.map(lambda x: ROWS if x.ndim else PartitionSpec(), state)
+    cache = dataclasses.replace(specs.cache, k_NBGSC=CACHE, v_NBGSC=CACHE, positions_BS=ROWS)
+    return dataclasses.replace(specs, cache=cache)
+
+
+def _constrain(state: DecodeState, like: jax.Array) -> DecodeState:
+    return jax.tree.map(lambda x, spec: constrain(x, spec, like=like), state, decode_specs(state))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "settings"), donate_argnames=("state",))
@@ -253,7 +266,7 @@ def take_rows(state: DecodeState, rows_B: jax.Array) -> DecodeState:
         for name in state.__dataclass_fields__
         if name not in ("cache", "step")
     }
-    return dataclasses.replace(
+    taken = dataclasses.replace(
         state,
         cache=dataclasses.replace(
             cache,
@@ -263,3 +276,4 @@ def take_rows(state: DecodeState, rows_B: jax.Array) -> DecodeState:
         ),
         **rest,
     )
+    return _constrain(taken, like=state.token_B)

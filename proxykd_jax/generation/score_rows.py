@@ -84,6 +84,11 @@ def score_split(
         finish(*pending)
 
 
+def positions_at_once(vocab_size: int) -> int:
+    """Positions that are projected onto the vocabulary together."""
+    return min(max(_LOGITS_ALIVE // vocab_size, _FEWEST_POSITIONS), _MOST_POSITIONS)
+
+
 @dataclass(frozen=True)
 class _Piece:
     """Labels still being computed, and which (row, token of the answer) they belong to."""
@@ -109,7 +114,7 @@ class _Scorer:
         """Starts the computation of all rows, neighbours in length together."""
         lengths = np.array([len(row.tokens) - 1 for row in token_rows])
         buckets = default_buckets(self.max_length)
-        size = min(max(_LOGITS_ALIVE // self.config.vocab_size, _FEWEST_POSITIONS), _MOST_POSITIONS)
+        size = positions_at_once(self.config.vocab_size)
         pieces: list[_Piece] = []
         for chosen, length in by_length(lengths, self.batch_size, buckets):
             batch = collate_rows([[token_rows[i]] for i in chosen], length, 1, self.batch_size)

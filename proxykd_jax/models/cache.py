@@ -15,6 +15,7 @@ from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.lora import Adapter
 from proxykd_jax.models.params import Params
 from proxykd_jax.models.rope import check_length, rotation
+from proxykd_jax.parallel.sharding import constrain_rows
 
 
 @struct.dataclass
@@ -127,7 +128,7 @@ def forward_cached(
         hidden_BLD, (keys, values) = decoder.decoder_layer(
             hidden_BLD, layer, updates, config, cos_sin, attend
         )
-        return (hidden_BLD, keys, values), None
+        return (constrain_rows(hidden_BLD), keys, values), None
 
     xs = (
         jnp.arange(config.num_layers, dtype=jnp.int32),
@@ -135,7 +136,7 @@ def forward_cached(
         params["layers"],
         adapter_layers,
     )
-    carry = (decoder.embed(params, tokens_BL), cache.k_NBGSC, cache.v_NBGSC)
+    carry = (constrain_rows(decoder.embed(params, tokens_BL)), cache.k_NBGSC, cache.v_NBGSC)
     (hidden_BLD, k_NBGSC, v_NBGSC), _ = jax.lax.scan(body, carry, xs, unroll=scan_unroll)
     hidden_BLD = decoder.rms_norm(hidden_BLD, params["final_norm"]["scale"], config.norm_eps)
     cache = KVCache(

@@ -3,34 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 
 from proxykd_jax.config import AxesConfig
 from proxykd_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
+_AUTO = (jax.sharding.AxisType.Auto,) * len(AXES)
 
 
-def make_mesh(config: AxesConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """Arranges the devices as the config says.
+def make_mesh(config: AxesConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Arranges the devices as the config says, neighbours on the inner axes.
 
     Raises:
       UserError: the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
+    # Without Auto the axes are explicit, and the embedding's gather is refused.
+    return jax.make_mesh(axis_sizes(config, len(devices)), AXES, axis_types=_AUTO, devices=devices)
+
+
+def arrange(config: AxesConfig, devices: Sequence[Any]) -> Mesh:
+    """As ``make_mesh``, for devices that are described but not there.
+
+    Raises:
+      UserError: the axes do not multiply to the number of devices.
+    """
+    sizes = axis_sizes(config, len(devices))
+    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=_AUTO)
+
+
+def axis_sizes(config: AxesConfig, count: int) -> tuple[int, int, int]:
+    """Sizes of the axes for so many devices.
+
+    Raises:
+      UserError: they do not multiply to that number.
+    """
     inner = config.fsdp * config.tensor
-    data = config.data if isinstance(config.data, int) else max(len(devices) // inner, 1)
-    if data * inner != len(devices):
+    data = config.data if isinstance(config.data, int) else max(count // inner, 1)
+    if data * inner != count:
         raise UserError(
             f"mesh: data x fsdp x tensor = {data} x {config.fsdp} x {config.tensor} = "
-            f"{data * inner}, but there are {len(devices)} devices. Choose axes whose product is "
-            f"{len(devices)}; data: rest takes what the others leave."
+            f"{data * inner}, but there are {count} devices. Choose axes whose product is "
+            f"{count}; data: rest takes what the others leave."
         )
-    # Without Auto the axes are explicit, and the embedding's gather is refused.
-    return jax.make_mesh(
-        (data, config.fsdp, config.tensor),
-        AXES,
-        axis_types=(jax.sharding.AxisType.Auto,) * len(AXES),
-        devices=devices,
-    )
+    return data, config.fsdp, config.tensor

@@ -36,6 +36,8 @@ TABLE: tuple[tuple[str, P], ...] = (
     (r"(^|/)(count|step)$", P()),
 )
 ROWS = P(("data", "fsdp"))
+# Keys and values [layer, row, head, slot, channel].
+CACHE = P(None, ("data", "fsdp"), "tensor")
 
 
 def spec_of(name: str) -> P:
@@ -125,17 +127,40 @@ def num_devices(x: jax.Array) -> int:
     return math.prod(jax.typeof(x).sharding.mesh.shape.values())
 
 
+def constrain(x: jax.Array, spec: P, like: jax.Array | None = None) -> jax.Array:
+    """Keeps a traced array where the spec says; an axis that does not divide it is left out.
+
+    Args:
+      x: the array.
+      spec: with the names of ``AXES``.
+      like: an array of whose mesh it shall be (default: its own). Without a mesh, or with one of
+        other axes, nothing is done.
+    """
+    mesh = jax.typeof(x if like is None else like).sharding.mesh
+    if not {"data", "fsdp", "tensor"} <= set(mesh.axis_names):
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, fitting(spec, x.shape, mesh)))
+
+
+def fitting(spec: P, shape: tuple[int, ...], mesh: Any) -> P:
+    """The spec without the axes that do not divide the array."""
+
+    def ways(axes: Any) -> int:
+        names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+        return math.prod(mesh.shape[name] for name in names)
+
+    return P(
+        *(None if size % ways(axes) else axes for size, axes in zip(shape, spec, strict=False))
+    )
+
+
 def constrain_rows(x: jax.Array) -> jax.Array:
     """Keeps the rows of a traced array, its first axis, where ``put_rows`` put the batch's.
 
     Left to itself the compiler lets the weights' sharding win: it gathers the batch, multiplies
-    slices of the residual stream and adds the products up on every device. The mesh is that of
-    the arguments; without one, or with one of other axes, nothing is done.
+    slices of the residual stream and adds the products up on every device.
     """
-    mesh = jax.typeof(x).sharding.mesh
-    if not set(ROWS[0]) <= set(mesh.axis_names):
-        return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, ROWS))
+    return constrain(x, ROWS)
 
 
 def check_rows(batch_size: int, mesh: Mesh, key: str) -> None:

@@ -34,7 +34,7 @@ def run_on_eight(choice: str) -> None:
 
 
 def test_data_fsdp_and_tensor_together():
-    run_on_eight("2x2x2 or eight_devices")
+    run_on_eight("2x2x2 or there_are")
 
 
 @pytest.mark.slow

@@ -1,0 +1,148 @@
+"""Programs compiled for devices that are not here: their memory, and what they exchange.
+
+A device's compiler comes as a plugin (extra ``plan``). ``prepare_process`` must run before jax is
+first imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from proxykd_jax.artifacts import write_json
+from proxykd_jax.parallel.collectives import count_collectives
+from proxykd_jax.parallel.devices import Device, gpu_target, topology_name
+
+# Changes when what is kept of a compilation changes.
+_CACHE_VERSION = 1
+_MODULES = {"cuda": ("jax_cuda13_plugin", "jax_cuda12_plugin"), "tpu": ("libtpu",)}
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of a program, for one device.
+
+    Attributes:
+      argument_bytes, output_bytes, alias_bytes, temporary_bytes: outputs that take the place of
+        donated arguments are in both of the first two and in the third.
+      peak_bytes: the most that is alive at once, arguments included.
+      refused: the compiler found that it cannot fit (TPU); then only ``peak_bytes`` is known.
+      collectives: bytes that a device sends or receives, by kind; None where the compiler does
+        not show its program.
+    """
+
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int
+    temporary_bytes: int
+    peak_bytes: int
+    refused: bool = False
+    collectives: dict[str, int] | None = field(default=None)
+
+
+def has_compiler(device: Device) -> bool:
+    """Whether the device's own compiler is installed."""
+    kinds = _MODULES["cuda" if device.gpu else "tpu"]
+    return any(importlib.util.find_spec(name) is not None for name in kinds)
+
+
+def prepare_process(count: int) -> None:
+    """Keeps jax away from real accelerators and gives it ``count`` CPU devices.
+
+    Raises:
+      RuntimeError: jax was imported before; the compilers are not found then.
+    """
+    if "jax" in sys.modules:
+        raise RuntimeError("a plan needs a process in which jax was not imported yet")
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}"
+
+
+def target_devices(device: Device, count: int) -> Sequence[Any]:
+    """Devices to compile for: the target's, or CPUs in their place without its compiler.
+
+    Raises:
+      ValueError: no such number of them is known.
+    """
+    name = topology_name(device, count)
+    if not has_compiler(device):
+        import jax
+
+        return jax.devices()[:count]
+    from jax.experimental import topologies
+
+    if device.gpu is not None:
+        return topologies.get_topology_desc(
+            platform="cuda", topology_name="", target_config=gpu_target(device), topology=name
+        ).devices
+    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+
+
+class Compiler:
+    """Compiles lowered programs, and remembers on disk what came of each.
+
+    Args:
+      device: what they are lowered for.
+      cache: folder of results; None remembers nothing.
+    """
+
+    def __init__(self, device: Device, cache: Path | None) -> None:
+        self._device, self._cache = device, cache
+
+    def __call__(self, lowered: Any) -> Compiled:
+        """What the compiler says of a program."""
+        import jax
+        import jaxlib
+
+        versions = (_CACHE_VERSION, jax.__version__, jaxlib.__version__)
+        target = (self._device, has_compiler(self._device))
+        identity = f"{versions} {target} {lowered.as_text()}"
+        digest = hashlib.sha256(identity.encode()).hexdigest()
+        path = None if self._cache is None else self._cache / f"{digest}.json"
+        if path is not None and path.exists():
+            return Compiled(**json.loads(path.read_text()))
+        found = _compile(lowered)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, asdict(found))
+        return found
+
+
+def _compile(lowered: Any) -> Compiled:
+    import jax
+
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = re.search(r"[Uu]sed ([0-9.]+)([KMG]?) of [0-9.]+[KMG]? hbm", str(error))
+        if needed is None:
+            raise
+        peak = int(float(needed.group(1)) * _UNITS[needed.group(2)])
+        return Compiled(0, 0, 0, 0, peak, refused=True)
+    memory = compiled.memory_analysis()
+    try:
+        collectives = count_collectives(compiled.as_text())
+    except jax.errors.JaxRuntimeError:
+        collectives = None  # some TPU compilers do not show their programs
+    alias, temporary = memory.alias_size_in_bytes, memory.temp_size_in_bytes
+    arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
+    return Compiled(
+        arguments,
+        outputs,
+        alias,
+        temporary,
+        max(memory.peak_memory_in_bytes, arguments + outputs - alias + temporary),
+        collectives=collectives,
+    )
