@@ -17,7 +17,7 @@ from proxykd_jax.data.corpus import TokenCorpus
 from proxykd_jax.data.order import permutation
 from proxykd_jax.generation.samples import SampleStore, sample_round
 from proxykd_jax.losses import REFERENCE_LOSSES, batch_mean
-from proxykd_jax.training.answers import make_draw
+from proxykd_jax.training.answers import answering
 from proxykd_jax.training.batches import (
     Selection,
     check_any_rows,
@@ -114,7 +114,7 @@ class Alignment:
             return None
         store = SampleStore(self._config.folder / "samples" / _round_name(round_index))
         sampling = self._align.sampling
-        settings = {"round": round_index, **sampling.model_dump(mode="json")}
+        settings = {"round": round_index, **sampling.decisive}
         # The proxy that answers is a function of these, whatever became of its folder since.
         alignment = read_json(self._folder / MANIFEST)
         inputs = {"alignment": digest_value({k: alignment[k] for k in ("settings", "inputs")})}
@@ -122,33 +122,32 @@ class Alignment:
             return store
         model = self._model.at(self._trainer.state.trainable)
         params, adapter = model.params, model.adapter
-        draw = make_draw(
+        console = self._trainer.console
+        with answering(
+            self._config,
             model.config,
             params,
             adapter,
             corpus=self._corpus,
             mesh=self._mesh,
-            seed=self._config.seed,
             round_index=round_index,
-            batch_size=sampling.batch_size,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
-        )
-        console = self._trainer.console
-        sample_round(
-            store,
-            self._corpus.split("align"),
-            self._rounds[round_index - 1],
-            sample_fn=draw,
-            against_teacher=True,
-            rows_per_part=sampling.rows_per_part,
-            max_length=self._corpus.max_length,
-            end_token_ids=self._corpus.end_token_ids,
-            max_new_tokens=sampling.max_new_tokens,
-            report=lambda done, total: console.say(
-                f"round {round_index}: sampled {done}/{total} parts"
-            ),
-        )
+        ) as draw:
+            sample_round(
+                store,
+                self._corpus.split("align"),
+                self._rounds[round_index - 1],
+                sample_fn=draw,
+                against_teacher=True,
+                rows_per_part=sampling.rows_per_part,
+                max_length=self._corpus.max_length,
+                end_token_ids=self._corpus.end_token_ids,
+                max_new_tokens=sampling.max_new_tokens,
+                report=lambda done, total: console.say(
+                    f"round {round_index}: sampled {done}/{total} parts"
+                ),
+            )
         if self._align.preference.loss in REFERENCE_LOSSES:
             rows = self._round_rows(round_index)
             store_references(
