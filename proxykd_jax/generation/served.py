@@ -59,7 +59,7 @@ def make_served_draw(
             return _UNSPELLED
         body = {
             "model": name,
-            "prompt": sent,
+            **sent,
             "max_tokens": budget,
             "temperature": temperature,
             "top_p": top_p,
@@ -125,7 +125,6 @@ def _vllm(
         **_PLAIN,
         "stop_token_ids": list(end_token_ids),
         "ignore_eos": True,
-        "add_special_tokens": False,
         "spaces_between_special_tokens": False,
     }
 
@@ -160,19 +159,18 @@ _PARTICULARS: dict[str, Callable[..., dict[str, Any]]] = {
 
 def _prompt(
     prompt: np.ndarray, client: ServerClient, tokenizer: Tokenizer
-) -> list[int] | str | None:
-    """What is sent of a prompt; None where no text stands for its ids."""
+) -> dict[str, Any] | None:
+    """The keys that send a prompt; None where no text stands for its ids."""
     if client.server.prompt_as == "ids":
-        return [int(token) for token in prompt]
-    # What the server makes of a text: vLLM is told to add nothing, the others add what the
-    # tokenizer adds by itself.
-    encode = tokenizer.encode if client.server.api == "vllm" else tokenizer.backend.encode
-    starts = (0, 1) if tokenizer.adds_bos and prompt[0] == tokenizer.bos_id else (0,)
-    for start in starts:
+        return {"prompt": [int(token) for token in prompt]}
+    if client.server.api == "vllm":  # the one that can be told to add no BOS
+        text = tokenizer.decode(prompt)
+        if np.array_equal(tokenizer.encode(text), prompt):
+            return {"prompt": text, "add_special_tokens": False}
+    for start in (1, 0) if prompt[0] == tokenizer.bos_id else (0,):
         text = tokenizer.decode(prompt[start:])
-        found = encode(text)
-        if np.array_equal(found if isinstance(found, np.ndarray) else found.ids, prompt):
-            return text
+        if np.array_equal(tokenizer.backend.encode(text).ids, prompt):
+            return {"prompt": text}
     return None
 
 
@@ -189,26 +187,26 @@ def _sample(
     tokenizer: Tokenizer,
     end_token_ids: Sequence[int],
 ) -> Sample:
-    end = completion.end_token
+    finished, end = completion.finished, completion.end_token
     if completion.tokens is not None:
         answer = completion.tokens
-        # Which of them count the token that ended the answer among its ids differs.
-        if completion.finished and answer and answer[-1] in {*end_token_ids, end}:
-            answer, end = answer[:-1], answer[-1]
+        # Servers differ in whether the token that ended the answer is among its ids, and some call
+        # an answer cut off whose end token took the last place of the budget.
+        if answer and (answer[-1] in end_token_ids or (finished and answer[-1] == end)):
+            answer, end, finished = answer[:-1], answer[-1], True
         known = all(0 <= token < tokenizer.vocab_size for token in answer)
         tokens = np.array(answer, np.int32) if known else None
     else:
-        tokens = spell(
-            completion.text, prompt, tokenizer, alone=client.server.api == "transformers"
-        )
+        alone = client.server.api == "transformers"
+        tokens = spell(completion.text, prompt, tokenizer, alone=alone)
     if tokens is None:
         return _UNSPELLED
-    if completion.finished:
+    if finished:
         last = end if end is not None and end in end_token_ids else end_token_ids[0]
         tokens = np.append(tokens, np.int32(last))
     if len(tokens) > budget:
         return _UNSPELLED
-    return Sample(tokens, completion.finished, np.full(len(tokens), np.nan, np.float32))
+    return Sample(tokens, finished, np.full(len(tokens), np.nan, np.float32))
 
 
 def spell(text: str, prompt: np.ndarray, tokenizer: Tokenizer, *, alone: bool) -> np.ndarray | None:
