@@ -80,24 +80,25 @@ class ServerClient:
                 "is not set; export the server's key in it."
             )
 
-    def check(self, *, retries: int | None = None, timeout_s: float | None = None) -> list[str]:
-        """The models that the server lists.
+    def check(self, *, retries: int | None = None, timeout_s: float | None = None) -> None:
+        """Looks whether the server answers and, where it has a base model for good, has ours.
 
         Raises:
-          UserError: it does not answer, or it has another base model.
+          UserError: it does not answer (UnansweredError), or it has another base model.
         """
-        listed = self._send(
-            "GET", "/v1/models", read=_read_models, retries=retries, timeout_s=timeout_s
-        )
-        # transformers serve lists what its cache holds, and loads whatever a request names.
-        if self.server.api != "transformers" and self.base not in listed:
+        patience: dict[str, Any] = {"retries": retries, "timeout_s": timeout_s}
+        if self.server.api == "transformers":
+            # It loads what a request names; its /v1/models lists a cache, and fails without one.
+            self._send("GET", "/health", **patience)
+            return
+        listed = self._send("GET", "/v1/models", read=_read_models, **patience)
+        if self.base not in listed:
             shown = ", ".join(listed) or "no model"
             raise UserError(
                 f"align.sampling.server: {self._url} serves {shown}, not {self.base}; start it "
                 "with the proxy's base model, or give the name that it goes by there in "
                 "align.sampling.server.model."
             )
-        return listed
 
     def load(self, name: str, folder: Path) -> None:
         """Makes the server answer with the weights in ``folder``, a path that is the same to it.
