@@ -64,10 +64,10 @@ def run_command(
     return 0
 
 
-def argument_parser(stage: str, summary: str) -> argparse.ArgumentParser:
-    """The parser of a stage; its help lists every key of the config."""
+def base_parser(command: str, summary: str) -> argparse.ArgumentParser:
+    """A parser of what every command takes; its help lists every key of the config."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m proxykd_jax.{stage}",
+        prog=f"python -m proxykd_jax.{command}",
         description=summary,
         epilog=_KeysOnDemand(),  # type: ignore[arg-type]
         formatter_class=_HelpFormatter,
@@ -81,6 +81,12 @@ def argument_parser(stage: str, summary: str) -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="change one key, for example --set align.num_rounds=2 (may be repeated)",
     )
+    return parser
+
+
+def argument_parser(stage: str, summary: str) -> argparse.ArgumentParser:
+    """The parser of a stage."""
+    parser = base_parser(stage, summary)
     parser.add_argument("--print-config", action="store_true", help="print the resolved config")
     parser.add_argument(
         "--dry-run",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from proxykd_jax.models.config import ModelConfig
 
 _GIB = 1 << 30
+_SERVER_WAIT_S = 5.0
 
 
 @dataclass
@@ -56,6 +57,7 @@ def dry_run(config: Config) -> list[str]:
             f"proxy and student have {proxy.vocab_size} and {student.vocab_size} embeddings; "
             "soft labels need one vocabulary"
         )
+    _check_server(config, report)
     _show_steps(config, sources, report)
     for missing in report.unchecked:
         report.say("unchecked", missing)
@@ -266,6 +268,24 @@ def _check_model(
     if section.trainable == "lora":
         found = found.replace(lora=lora_config(section))
     return found
+
+
+def _check_server(config: Config, report: Report) -> None:
+    """Whether the server that shall draw answers is there, with the proxy's base model."""
+    from proxykd_jax.generation.server import ServerClient, UnansweredError
+    from proxykd_jax.training.model import model_origin
+
+    server = config.align.sampling.server
+    if server is None:
+        return
+    try:
+        ServerClient(server, model_origin(config.proxy)).check(retries=0, timeout_s=_SERVER_WAIT_S)
+    except UnansweredError as error:
+        report.unchecked.append(f"not checked: {error}")
+    except UserError as error:
+        report.problems.append(str(error))
+    else:
+        report.say("server", f"{server.url} answers ({server.api}, serves {server.serves})")
 
 
 def _check_mesh(config: Config, report: Report) -> None:

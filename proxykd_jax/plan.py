@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from proxykd_jax.artifacts import write_bytes
-from proxykd_jax.cli import USER_ERROR
+from proxykd_jax.cli import USER_ERROR, base_parser
 from proxykd_jax.config import load_config
 from proxykd_jax.errors import UserError
 from proxykd_jax.parallel.devices import DEVICES
@@ -28,14 +28,10 @@ _CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "proxykd_jax" / "p
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    found = argparse.ArgumentParser(
-        prog="python -m proxykd_jax.plan",
-        description="Compile every stage of a run for devices that are not here: memory, time.",
-        allow_abbrev=False,
+    found = base_parser(
+        "plan", "Compile every stage of a run for devices that are not here: memory and time."
     )
     add = found.add_argument
-    add("--config", required=True, metavar="FILE", help="YAML file of the run")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key")
     add("--device", required=True, choices=sorted(DEVICES), help="what to compile for")
     add("--count", type=int, required=True, metavar="N", help="how many of them")
     add("--stage", action="append", metavar="NAME", help="only this stage (may be repeated)")

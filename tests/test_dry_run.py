@@ -15,7 +15,8 @@ from proxykd_jax.cli import run_command
 from proxykd_jax.config import Config, dump_config
 from proxykd_jax.training import loop
 from tests.conftest import REPOSITORY
-from tests.tiny_run import copy_run, files_of, recipe
+from tests.generation.fake_server import FakeServer, Reply
+from tests.tiny_run import changed, copy_run, files_of, recipe
 
 # Billions of parameters of proxy and student.
 PAPER_RECIPES = {
@@ -152,3 +153,26 @@ def test_a_damaged_corpus_file_is_found(tiny_files, tmp_path, capsys):
     config = recipe(tiny_files, tmp_path / "runs", {"corpus": source})
     assert dry_run(written(config, tmp_path)) == 2
     assert f"{rows}:2" in capsys.readouterr().err
+
+
+def test_a_sampling_server_is_looked_for(finished_run, tmp_path, monkeypatch, capsys):
+    """There: said so. Not there: not checked, which stops nothing. Another model: a mistake."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    base = str(finished_run.proxy.path)
+
+    def said(fake_models: tuple[str, ...], **keys: object) -> tuple[int, str, str]:
+        with FakeServer(lambda body: Reply(), models=fake_models) as fake:
+            server = {"url": fake.url, "api": "vllm", "retries": 3, **keys}
+            config = changed(finished_run, {"align": {"sampling": {"server": server}}})
+            code = dry_run(written(config, tmp_path))
+            assert [path for path, _, _ in fake.requests] == ["/v1/models"] * (not keys)
+        return (code, *capsys.readouterr())
+
+    code, out, _ = said((base,))
+    assert code == 0 and re.search(
+        r"^server .* answers \(vllm, serves adapter\)", out, re.MULTILINE
+    )
+    code, out, _ = said((base,), url="http://127.0.0.1:9")
+    assert code == 0 and "not checked: align.sampling.server: http://127.0.0.1:9" in out
+    code, _, err = said(("other",))
+    assert code == 2 and f"serves other, not {base}" in err

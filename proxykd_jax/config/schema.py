@@ -7,7 +7,7 @@ One YAML file describes a whole run. A key without a value here takes it from th
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -240,6 +240,51 @@ class StopConfig(Section):
     )
 
 
+class SamplingServer(Section):
+    """An OpenAI-compatible server that draws y-hat in place of the sampler here."""
+
+    url: Annotated[str, Field(pattern=r"^https?://[^/?#@\s]+(/[^?#@\s]*)?$")] = Field(
+        description="where it answers, without /v1, as http://127.0.0.1:8000"
+    )
+    api: Literal["vllm", "sglang", "transformers"] = Field(
+        description="whose server it is: what it loads, and by which calls, differs"
+    )
+    serves: Literal["adapter", "merged"] = Field(
+        "adapter",
+        description="what is written and loaded for each round: the adapter (vllm, sglang) or the "
+        "whole model with the adapter merged into it (sglang, transformers)",
+    )
+    model: str | None = Field(
+        None, description="name of the base model on the server (default: proxy.path)"
+    )
+    prompt_as: Literal["ids", "text"] = Field(
+        "ids",
+        description="how prompts are sent: as token ids, or as text where it stands for the same "
+        "ids (transformers takes text alone)",
+    )
+    concurrency: PositiveInt = Field(64, description="requests under way at once")
+    timeout_s: PositiveFloat = Field(600.0, description="seconds to wait for one reply")
+    retries: NonNegativeInt = Field(
+        5, description="times a request is sent again after a time-out or a failure that may pass"
+    )
+    api_key_env: str | None = Field(
+        None, description="environment variable that holds the server's API key"
+    )
+
+    @model_validator(mode="after")
+    def _able(self) -> SamplingServer:
+        if self.api == "transformers" and (self.serves, self.prompt_as) != ("merged", "text"):
+            raise ValueError("transformers loads no adapter: give serves: merged, prompt_as: text")
+        if self.api == "vllm" and self.serves == "merged":
+            raise ValueError("vllm cannot change its model while it runs: give serves: adapter")
+        return self
+
+
+# Where the server is and how hard it is asked: keys that do not decide what is drawn.
+_OF_THE_SERVER_ALONE = {"url", "concurrency", "timeout_s", "retries", "api_key_env"}
+NOT_DECISIVE = {"sampling": {"server": _OF_THE_SERVER_ALONE}}
+
+
 class SamplingConfig(Section):
     """How y-hat is drawn from the proxy."""
 
@@ -252,6 +297,14 @@ class SamplingConfig(Section):
     rows_per_part: PositiveInt = Field(
         256, description="rows written together; a restarted run loses at most one part"
     )
+    server: SamplingServer | None = Field(
+        None, description="a server that draws instead; without it the sampler here does"
+    )
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """The keys that decide what is drawn, as JSON."""
+        return self.model_dump(mode="json", exclude=NOT_DECISIVE["sampling"])
 
 
 class PreferenceConfig(Section):
@@ -468,4 +521,16 @@ class Config(Section):
     def _names(self) -> Config:
         if self.name in {".", ".."}:
             raise ValueError("name must not be '.' or '..'")
+        return self
+
+    @model_validator(mode="after")
+    def _served(self) -> Config:
+        server = self.align.sampling.server
+        if server is not None and server.serves == "adapter":
+            if self.proxy.trainable == "full":
+                raise ValueError("proxy.trainable: full has no adapter to serve: serves: merged")
+            if self.proxy.init is not None:
+                raise ValueError(
+                    "a server has no base for an adapter of proxy.init: serves: merged"
+                )
         return self

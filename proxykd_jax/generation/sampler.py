@@ -43,12 +43,15 @@ class Sample:
     Attributes:
       tokens: int32 ``[R]``, with the end token that was drawn, if one was.
       finished: an end token was drawn. A truncated answer has none and must not be given one.
-      logps: float32 ``[R]``, log-prob of each token at temperature 1 under the full softmax.
+      logps: float32 ``[R]``, log-prob of each token at temperature 1 under the full softmax; NaN
+        where a server drew it, which does not say.
+      spelled: False where a server's text could not be told in tokens; there are none then.
     """
 
     tokens: np.ndarray
     finished: bool
     logps: np.ndarray
+    spelled: bool = True
 
 
 def prompt_bucket(length: int) -> int:

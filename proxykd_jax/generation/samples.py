@@ -21,8 +21,12 @@ from proxykd_jax.data.parts import Part, PartFolder, damaged
 from proxykd_jax.errors import UserError
 from proxykd_jax.generation.sampler import Sample
 
-KEPT, EMPTY, EQUALS_CHOSEN = 0, 1, 2
-DROP_REASONS = {EMPTY: "empty", EQUALS_CHOSEN: "equals_chosen"}
+KEPT, EMPTY, EQUALS_CHOSEN, NOT_REENCODABLE = 0, 1, 2, 3
+DROP_REASONS = {
+    EMPTY: "empty",
+    EQUALS_CHOSEN: "equals_chosen",
+    NOT_REENCODABLE: "not_reencodable",
+}
 _ROW_ID_BYTES = 32
 
 SampleFunction = Callable[[list[np.ndarray], list[str], list[int]], list[Sample]]
@@ -38,8 +42,9 @@ class SampledRow:
       row_id: id of that row.
       tokens: int32 ``[R]``, with the end token if ``finished``.
       finished: an end token was drawn.
-      drop: 0 kept, 1 empty (no token before the end), 2 equal to the teacher's answer.
-      loglik: log-prob of the answer, summed while it was sampled.
+      drop: 0 kept, 1 empty (no token before the end), 2 equal to the teacher's answer, 3 a
+        server's text that our tokens do not spell within the budget.
+      loglik: log-prob of the answer, summed while it was sampled; NaN where a server drew it.
     """
 
     row: int
@@ -182,7 +187,8 @@ class SampleStore:
         """What was sampled and dropped, and how far sampling and training forward agree.
 
         ``reference_gap`` is the largest difference, in nats a sequence, between the log-prob
-        summed while sampling and the training forward's; absent where no reference was computed.
+        summed while sampling and the training forward's; absent where no reference was computed
+        or a server drew the answers.
         """
         drops = self.drops
         finished = self.finished
@@ -197,9 +203,10 @@ class SampleStore:
             },
         }
         _, reference = self.references()
-        computed = (reference != 0) & (drops == KEPT)
+        logliks = self._column("logliks", np.float32)
+        computed = (reference != 0) & (drops == KEPT) & ~np.isnan(logliks)
         if computed.any():
-            gap = np.abs(self._column("logliks", np.float32) - reference)[computed]
+            gap = np.abs(logliks - reference)[computed]
             counts["reference_gap"] = float(gap.max())
         return counts
 
@@ -294,6 +301,8 @@ def _sample_part(
 
 
 def _drop_reason(sampled: Sample, chosen: np.ndarray | None, end_token_ids: frozenset[int]) -> int:
+    if not sampled.spelled:
+        return NOT_REENCODABLE
     if all(int(token) in end_token_ids for token in sampled.tokens):
         return EMPTY
     if chosen is not None and np.array_equal(sampled.tokens, chosen):

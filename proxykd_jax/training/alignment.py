@@ -18,8 +18,8 @@ from proxykd_jax.data.order import permutation
 from proxykd_jax.generation.samples import SampleStore, sample_round
 from proxykd_jax.losses import REFERENCE_LOSSES, batch_mean
 from proxykd_jax.parallel.mesh import make_mesh
-from proxykd_jax.parallel.sharding import check_rows, move, tree_shardings
-from proxykd_jax.training.answers import make_draw
+from proxykd_jax.parallel.sharding import check_rows, tree_shardings
+from proxykd_jax.training.answers import answering
 from proxykd_jax.training.batches import (
     Selection,
     check_any_rows,
@@ -121,7 +121,7 @@ class Alignment:
             return None
         store = SampleStore(self._config.folder / "samples" / _round_name(round_index))
         sampling = self._align.sampling
-        settings = {"round": round_index, **sampling.model_dump(mode="json")}
+        settings = {"round": round_index, **sampling.decisive}
         # The proxy that answers is a function of these, whatever became of its folder since.
         alignment = read_json(self._folder / MANIFEST)
         inputs = {"alignment": digest_value({k: alignment[k] for k in ("settings", "inputs")})}
@@ -192,32 +192,31 @@ class Alignment:
     def _draw_answers(
         self, store: SampleStore, round_index: int, params: Tree, adapter: Tree | None
     ) -> None:
-        """On the mesh for sampling; what was moved there is free again afterwards."""
+        """By a server, or on the mesh for sampling."""
         sampling = self._align.sampling
-        draw = make_draw(
+        with answering(
+            self._config,
             self._model.config,
-            move(params, self._sample_mesh),
-            move(adapter, self._sample_mesh),
+            params,
+            adapter,
             corpus=self._corpus,
             mesh=self._sample_mesh,
-            seed=self._config.seed,
             round_index=round_index,
-            batch_size=sampling.batch_size,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
-        )
-        sample_round(
-            store,
-            self._corpus.split("align"),
-            self._rounds[round_index - 1],
-            sample_fn=draw,
-            against_teacher=True,
-            rows_per_part=sampling.rows_per_part,
-            max_length=self._corpus.max_length,
-            end_token_ids=self._corpus.end_token_ids,
-            max_new_tokens=sampling.max_new_tokens,
-            report=self._parts_report(f"round {round_index}: sampled"),
-        )
+        ) as draw:
+            sample_round(
+                store,
+                self._corpus.split("align"),
+                self._rounds[round_index - 1],
+                sample_fn=draw,
+                against_teacher=True,
+                rows_per_part=sampling.rows_per_part,
+                max_length=self._corpus.max_length,
+                end_token_ids=self._corpus.end_token_ids,
+                max_new_tokens=sampling.max_new_tokens,
+                report=self._parts_report(f"round {round_index}: sampled"),
+            )
 
     def _compute_references(
         self, store: SampleStore, round_index: int, params: Tree, adapter: Tree | None

@@ -1,17 +1,72 @@
-"""The sampler bound to a model and a corpus: what rounds and fresh prompts draw answers with."""
+"""A sampler bound to a model and a corpus: what rounds and fresh prompts draw answers with."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
+from proxykd_jax.config import Config
 from proxykd_jax.data.corpus import TokenCorpus
 from proxykd_jax.generation.sampler import Sample, sample
 from proxykd_jax.generation.samples import SampleFunction
 from proxykd_jax.models.config import ModelConfig
-from proxykd_jax.parallel.sharding import put_rows
+from proxykd_jax.parallel.sharding import move, put_rows
+from proxykd_jax.training.serving import serving
+
+
+@contextlib.contextmanager
+def answering(
+    config: Config,
+    model_config: ModelConfig,
+    params: Any,
+    adapter: Any,
+    *,
+    corpus: TokenCorpus,
+    mesh: Mesh,
+    round_index: int,
+    temperature: float,
+    top_p: float,
+) -> Iterator[SampleFunction]:
+    """``draw(prompts, row_ids, budgets) -> samples`` by the sampler here or by the server.
+
+    Args:
+      config: of the run; ``align.sampling.server`` decides.
+      model_config, params, adapter: one state of the proxy.
+      corpus, mesh: as in ``make_draw``.
+      round_index, temperature, top_p: as in ``sample``.
+
+    Raises:
+      UserError: the server cannot be used.
+    """
+    if config.align.sampling.server is None:
+        yield make_draw(
+            model_config,
+            params,
+            adapter,
+            corpus=corpus,
+            mesh=mesh,
+            seed=config.seed,
+            round_index=round_index,
+            batch_size=config.align.sampling.batch_size,
+            temperature=temperature,
+            top_p=top_p,
+        )
+        return
+    with serving(
+        config,
+        model_config,
+        params,
+        adapter,
+        corpus=corpus,
+        round_index=round_index,
+        temperature=temperature,
+        top_p=top_p,
+    ) as draw:
+        yield draw
 
 
 def make_draw(
@@ -32,9 +87,10 @@ def make_draw(
     Args:
       config, params, adapter: the model.
       corpus: says which tokens end an answer and how many ids may be drawn.
-      mesh: over which the rows are split.
+      mesh: to which the model is moved, and over which the rows are split.
       seed, round_index, batch_size, temperature, top_p: as in ``sample``.
     """
+    params, adapter = move(params, mesh), move(adapter, mesh)
 
     def draw(prompts: list[np.ndarray], row_ids: list[str], budgets: list[int]) -> list[Sample]:
         return sample(

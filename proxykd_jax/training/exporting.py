@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from proxykd_jax.artifacts import read_json, stage_identity, write_json
 from proxykd_jax.config import Config
 from proxykd_jax.data.corpus import TokenCorpus
+from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.folder import local_folder
 from proxykd_jax.models.hf_weights import COPIED_FILES, load_model, save_model
 from proxykd_jax.models.lora import merge
@@ -20,7 +21,7 @@ from proxykd_jax.parallel.sharding import sharding_of
 from proxykd_jax.training.loop import Measure
 from proxykd_jax.training.model import Model
 from proxykd_jax.training.restore import load_aligned_proxy, load_student
-from proxykd_jax.training.state import ModelSpec
+from proxykd_jax.training.state import ModelSpec, Tree
 
 
 def export_student(config: Config, corpus: TokenCorpus, mesh: Mesh, measure: Measure) -> Path:
@@ -65,21 +66,47 @@ def _export(
             overwrite=True,
         )  # fmt: skip
     if merged:
-        params = model.params
-        if model.adapter is not None:
-            params = merge(params, model.adapter, model.config, dtype="float32")
-        save_model(
-            folder / role,
-            model.config.replace(lora=None),
-            params,
-            dtype=export.dtype,
-            max_shard_bytes=export.max_shard_gb * 1e9,
-            source=local_folder(corpus.tokenizer_path, COPIED_FILES),
-            overwrite=True,
-        )
+        save_merged(
+            folder / role, model.config, model.params, model.adapter, config, corpus,
+            dtype=export.dtype, overwrite=True,
+        )  # fmt: skip
         record["validation_nll"] = _compare(config, corpus, mesh, measure, role, model)
     write_json(record_path, record)
     return folder / (role if merged else f"{role}_adapter")
+
+
+def save_merged(
+    path: Path,
+    model_config: ModelConfig,
+    params: Tree,
+    adapter: Tree | None,
+    config: Config,
+    corpus: TokenCorpus,
+    *,
+    dtype: str,
+    overwrite: bool = False,
+) -> None:
+    """Writes a whole model with the corpus's tokenizer, an adapter merged into it in float32.
+
+    Args:
+      model_config, params, adapter: the model.
+      config: ``export.max_shard_gb`` bounds its files.
+      corpus, dtype, overwrite: its tokenizer; as in ``hf_weights.save_model``.
+
+    Raises:
+      UserError: as ``hf_weights.save_model``.
+    """
+    if adapter is not None:
+        params = merge(params, adapter, model_config, dtype="float32")
+    save_model(
+        path,
+        model_config.replace(lora=None),
+        params,
+        dtype=dtype,
+        max_shard_bytes=config.export.max_shard_gb * 1e9,
+        source=local_folder(corpus.tokenizer_path, COPIED_FILES),
+        overwrite=overwrite,
+    )
 
 
 def _compare(

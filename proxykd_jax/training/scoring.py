@@ -15,8 +15,8 @@ from proxykd_jax.generation.answered import AnsweredSplit
 from proxykd_jax.generation.samples import SampleStore, sample_round
 from proxykd_jax.generation.score_rows import score_split
 from proxykd_jax.parallel.mesh import make_mesh
-from proxykd_jax.parallel.sharding import check_rows, move, put_rows
-from proxykd_jax.training.answers import make_draw
+from proxykd_jax.parallel.sharding import check_rows, put_rows
+from proxykd_jax.training.answers import answering
 from proxykd_jax.training.console import Console
 from proxykd_jax.training.distillation import FRESH, teacher_splits
 from proxykd_jax.training.metrics import MetricsLog
@@ -68,7 +68,8 @@ class Scoring:
     def answer_fresh_prompts(self) -> dict[str, Rows]:
         """Lets the proxy answer the prompts that have no teacher's answer, at temperature 1.
 
-        Empty answers are dropped and counted; truncated ones are kept, without an end token.
+        Empty answers (and those of a server that our tokens do not spell) are dropped and counted;
+        truncated ones are kept, without an end token.
         """
         prompts = self._corpus.split(FRESH)
         if not len(prompts):
@@ -82,29 +83,31 @@ class Scoring:
             "top_p": 1.0,
             "max_new_tokens": sampling.max_new_tokens,
             "rows_per_part": sampling.rows_per_part,
+            "server": sampling.decisive["server"],
         }
         if not store.begin(settings, {"corpus": self._corpus.identity, "proxy": self._proxy}):
-            draw = make_draw(
+            with answering(
+                self._config,
                 self._model.config,
-                *(move(weights, self._sample_mesh) for weights in self._weights),
+                *self._weights,
                 corpus=self._corpus,
                 mesh=self._sample_mesh,
-                seed=self._config.seed,
                 round_index=_FRESH_ROUND,
-                batch_size=sampling.batch_size,
-            )
-            sample_round(
-                store,
-                prompts,
-                range(len(prompts)),
-                sample_fn=draw,
-                against_teacher=False,
-                rows_per_part=sampling.rows_per_part,
-                max_length=self._corpus.max_length,
-                end_token_ids=self._corpus.end_token_ids,
-                max_new_tokens=sampling.max_new_tokens,
-                report=functools.partial(self._report, "answered fresh prompts"),
-            )
+                temperature=1.0,
+                top_p=1.0,
+            ) as draw:
+                sample_round(
+                    store,
+                    prompts,
+                    range(len(prompts)),
+                    sample_fn=draw,
+                    against_teacher=False,
+                    rows_per_part=sampling.rows_per_part,
+                    max_length=self._corpus.max_length,
+                    end_token_ids=self._corpus.end_token_ids,
+                    max_new_tokens=sampling.max_new_tokens,
+                    report=functools.partial(self._report, "answered fresh prompts"),
+                )
             store.complete()
         answered = AnsweredSplit(prompts, store)
         return {FRESH: answered} if len(answered) else {}

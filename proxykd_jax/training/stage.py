@@ -8,9 +8,13 @@ from typing import Any, Literal
 
 from proxykd_jax.artifacts import MANIFEST, read_json
 from proxykd_jax.config import Config
+from proxykd_jax.config.schema import NOT_DECISIVE
 
 # Keys that change what is seen of a stage or how fast it is, not what it learns.
-_UNIMPORTANT = {"checkpoint_every", "diagnose_every", "log_every"}
+_UNIMPORTANT: dict[str, Any] = {
+    **dict.fromkeys(("checkpoint_every", "diagnose_every", "log_every"), True),
+    **NOT_DECISIVE,
+}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,254 @@
+"""Talking to an OpenAI-compatible server: bounded retries, weights that come and go, completions.
+
+The calls are those of vLLM, SGLang and ``transformers serve``; ``docs/sampling_server.md`` names
+the pages that describe them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import random
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from proxykd_jax.config.schema import SamplingServer
+from proxykd_jax.errors import UserError
+
+# Answers of a server that is busy or starting; any other refusal would be repeated.
+_MAY_PASS = {408, 425, 429, 500, 502, 503, 504}
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
+_MOST_SHOWN = 200
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A server's reply to one prompt.
+
+    Attributes:
+      text: of the answer, without the token that ended it.
+      finished: an end token was drawn; otherwise the budget ran out.
+      tokens: ids of the answer where the server tells them, perhaps with the end token.
+      end_token: id that ended it where the server tells it.
+      prompt_length: tokens that the server read the prompt as, where it tells.
+    """
+
+    text: str
+    finished: bool
+    tokens: list[int] | None
+    end_token: int | None
+    prompt_length: int | None
+
+
+class UnansweredError(UserError):
+    """The server was not reached, or kept failing in a way that may pass."""
+
+
+class StoppedError(Exception):
+    """Another request failed for good, so this one is given up."""
+
+
+class ServerClient:
+    """One server, for one run. Requests may come from many threads.
+
+    Args:
+      server: where it is and how it is asked.
+      base: name of the base model on it, where it has one for good (vllm, sglang).
+
+    Raises:
+      UserError: the environment variable of the key is not set.
+    """
+
+    def __init__(self, server: SamplingServer, base: str) -> None:
+        self.server = server
+        self.base = server.model or base
+        self._url = server.url.rstrip("/")
+        self._opener = urllib.request.build_opener(_NoRedirects)
+        self._stopped = threading.Event()
+        self._key = os.environ.get(server.api_key_env or "", "")
+        if server.api_key_env and not self._key:
+            raise UserError(
+                f"align.sampling.server.api_key_env: the environment variable {server.api_key_env} "
+                "is not set; export the server's key in it."
+            )
+
+    def check(self, *, retries: int | None = None, timeout_s: float | None = None) -> None:
+        """Looks whether the server answers and, where it has a base model for good, has ours.
+
+        Raises:
+          UserError: it does not answer (UnansweredError), or it has another base model.
+        """
+        patience: dict[str, Any] = {"retries": retries, "timeout_s": timeout_s}
+        if self.server.api == "transformers":
+            # It loads what a request names; its /v1/models lists a cache, and fails without one.
+            self._send("GET", "/health", **patience)
+            return
+        listed = self._send("GET", "/v1/models", read=_read_models, **patience)
+        if self.base not in listed:
+            shown = ", ".join(listed) or "no model"
+            raise UserError(
+                f"align.sampling.server: {self._url} serves {shown}, not {self.base}; start it "
+                "with the proxy's base model, or give the name that it goes by there in "
+                "align.sampling.server.model."
+            )
+
+    def load(self, name: str, folder: Path) -> None:
+        """Makes the server answer with the weights in ``folder``, a path that is the same to it.
+
+        Raises:
+          UserError: it refuses, or does not answer.
+        """
+        place = str(folder.resolve())
+        if self.server.serves == "adapter":
+            self._send("POST", self._lora_path("load"), {"lora_name": name, "lora_path": place})
+        elif self.server.api == "sglang":
+            self._send("POST", "/update_weights_from_disk", {"model_path": place})
+        # transformers serve loads the folder that a request names as its model.
+
+    def unload(self, name: str) -> None:
+        """Frees what ``load`` took; a server that refuses keeps it, which harms nothing."""
+        with contextlib.suppress(UserError, StoppedError):
+            if self.server.serves == "adapter":
+                self._send("POST", self._lora_path("unload"), {"lora_name": name}, retries=0)
+            elif self.server.api == "transformers":
+                self._send("POST", "/reset", {}, retries=0)
+
+    def complete(self, body: dict[str, Any]) -> Completion:
+        """One completion.
+
+        Raises:
+          UserError: the server refuses, gives no usable reply, or answers with another model.
+          StoppedError: ``stop`` was called.
+        """
+        reply, named = self._send("POST", "/v1/completions", body, read=_read_completion)
+        if named is not None and not named.startswith(body["model"]):
+            raise UserError(
+                f"align.sampling.server: {self._url} answered with the model {named}, not "
+                f"{body['model']}; it serves something else."
+            )
+        return reply
+
+    def stop(self) -> None:
+        """Lets requests in other threads end at their next failure instead of trying again."""
+        self._stopped.set()
+
+    # --- pieces -----------------------------------------------------------------------------------
+
+    def _lora_path(self, action: str) -> str:
+        prefix = "/v1" if self.server.api == "vllm" else ""
+        return f"{prefix}/{action}_lora_adapter"
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        *,
+        read: Callable[[bytes], _T] | None = None,
+        retries: int | None = None,
+        timeout_s: float | None = None,
+    ) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        data = None if body is None else json.dumps(body).encode()
+        tries = 1 + (self.server.retries if retries is None else retries)
+        trouble, wait_s = "", 0.0
+        for attempt in range(tries):
+            if attempt and self._stopped.wait(wait_s):
+                raise StoppedError
+            wait_s = min(_FIRST_WAIT_S * 2**attempt, _LONGEST_WAIT_S) * random.uniform(0.75, 1.25)
+            request = urllib.request.Request(self._url + path, data, headers, method=method)
+            try:
+                with self._opener.open(
+                    request, timeout=timeout_s or self.server.timeout_s
+                ) as reply:
+                    content = reply.read()
+                return read(content) if read else content
+            except urllib.error.HTTPError as error:
+                trouble = f"status {error.code}, {self._said(error)}"
+                if error.code not in _MAY_PASS:
+                    raise UserError(
+                        f"align.sampling.server: {self._url} refused {method} {path}: {trouble}."
+                    ) from None
+                with contextlib.suppress(ValueError):  # absent, or a date
+                    asked_s = float(error.headers.get("Retry-After", ""))
+                    wait_s = min(max(wait_s, asked_s), _LONGEST_WAIT_S)
+            except TimeoutError:
+                trouble = f"no reply within {timeout_s or self.server.timeout_s:g} s"
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                reason = getattr(error, "reason", None) or error
+                trouble = self._clean(str(reason) or type(reason).__name__)
+        times = "once" if tries == 1 else f"{tries} times"
+        raise UnansweredError(
+            f"align.sampling.server: {self._url} was asked {times} and gave no usable answer to "
+            f"{method} {path} ({trouble}); see that the server runs there, then run the same "
+            "command again: it goes on where it was."
+        )
+
+    def _said(self, error: urllib.error.HTTPError) -> str:
+        try:
+            return self._clean(error.read().decode("utf-8", "replace")) or "without a word"
+        except (OSError, http.client.HTTPException):
+            return "without a word"
+
+    def _clean(self, text: str) -> str:
+        """One short line, without the key, which some servers repeat."""
+        if self._key:
+            text = text.replace(self._key, "***")
+        text = " ".join(text.split()).rstrip(".")
+        return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 3] + "..."
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect would carry the key to wherever it points."""
+
+    def redirect_request(self, *args: Any, **options: Any) -> None:
+        return None
+
+
+def _read_models(content: bytes) -> list[str]:
+    """Names in the reply of ``/v1/models``; ValueError where it is none."""
+    try:
+        return [str(card["id"]) for card in json.loads(content)["data"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError("its list of models is no list") from error
+
+
+def _read_completion(content: bytes) -> tuple[Completion, str | None]:
+    """The one choice in a reply, and the model that it names; ValueError where there is none."""
+    try:
+        value = json.loads(content)
+        (choice,) = value["choices"]
+        text, reason = choice["text"], choice["finish_reason"]
+        usage = value.get("usage") or {}
+        tokens = choice.get("token_ids")
+        ends = (choice.get("matched_stop"), choice.get("stop_reason"))
+        prompt_length = usage.get("prompt_tokens")
+        named = value.get("model")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError("its reply is no completion with one choice") from error
+    if not isinstance(text, str):
+        raise ValueError("its reply has no text")
+    if reason not in ("stop", "length"):
+        raise ValueError(f"its reply ended for the reason {reason!r}")
+    if tokens is not None and not (
+        isinstance(tokens, list) and all(isinstance(token, int) for token in tokens)
+    ):
+        raise ValueError("its reply has token_ids that are no ids")
+    completion = Completion(
+        text,
+        reason == "stop",
+        tokens,
+        next((end for end in ends if isinstance(end, int)), None),
+        prompt_length if isinstance(prompt_length, int) else None,
+    )
+    return completion, named if isinstance(named, str) else None
