@@ -57,6 +57,19 @@ print(state.hexdigest())
 PYTHON
 }
 
+# XLA's CUDA compiler, for tests of plans. Beside the environment and not in it: there, every start
+# of jax would look for a GPU. The tests that need it are skipped where it is not to be had.
+install_compilers() {
+  local version folder="$venv_folder/compilers"
+  version=$("$venv_python" -c 'import jaxlib; print(jaxlib.__version__)') || return 1
+  rm -rf "$folder"
+  if ! "$venv_python" -m pip install --quiet --disable-pip-version-check --no-deps \
+    --target "$folder" "jax-cuda13-plugin==$version" "jax-cuda13-pjrt==$version"; then
+    echo "note: no CUDA compiler for jaxlib $version here; its tests will be skipped" >&2
+    rm -rf "$folder"
+  fi
+}
+
 install() { # uv takes seconds where pip takes minutes; pip where uv finds no packages
   "$venv_python" -m uv pip install --quiet --python "$venv_python" "$@" ||
     "$venv_python" -m pip install --quiet "$@"
@@ -88,6 +101,7 @@ ensure_environment() {
     "$venv_python" -m pip install --quiet --disable-pip-version-check -r requirements-torch.txt ||
       return 1
     install --no-deps -r requirements.txt -r requirements-test.txt || return 1
+    install_compilers || return 1
   else
     install --no-deps -r requirements.txt || return 1
   fi

@@ -31,7 +31,7 @@ from proxykd_jax.evaluation.teacher import TeacherLogps
 from proxykd_jax.models.chunked import map_positions
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.decoder import batch_hidden_states, unembed
-from proxykd_jax.parallel.sharding import put_rows
+from proxykd_jax.parallel.sharding import positions_within, put_rows
 from proxykd_jax.training.model import Model
 from proxykd_jax.types import TokenBatch
 
@@ -301,8 +301,8 @@ def _compiled(config: ModelConfig, top_ks: tuple[int, ...], mesh: Mesh | None) -
         params: Any, adapter: Any, batch: TokenBatch, teacher_logps_BLV: Any
     ) -> dict[str, jax.Array]:
         hidden_BLD = batch_hidden_states(params, adapter, batch, config=config)
-        num_rows, length = batch.tokens_BL.shape
-        chunk = max(_LOGITS_AT_ONCE // (num_rows * config.vocab_size), 1)
+        length = batch.tokens_BL.shape[1]
+        chunk = positions_within(_LOGITS_AT_ONCE, hidden_BLD, config.vocab_size)
 
         def head(hidden: jax.Array, labels: jax.Array, *teacher: jax.Array) -> Any:
             logps = jax.nn.log_softmax(unembed(params, hidden, config=config), axis=-1)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from proxykd_jax.models.chunked import map_positions
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.decoder import batch_hidden_states, unembed
-from proxykd_jax.parallel.sharding import num_devices
+from proxykd_jax.parallel.sharding import num_devices, positions_within
 from proxykd_jax.types import TokenBatch
 
 # float32 logits of this many elements (64 MiB) are alive at a time.
@@ -165,5 +165,5 @@ def _project(
             logits, labels, top_k=top_k, temperature=temperature, vocab_size=vocab_size
         )
 
-    chunk = max(_LOGITS_ALIVE // (hidden_BLD.shape[0] * config.vocab_size), 1)
+    chunk = positions_within(_LOGITS_ALIVE, hidden_BLD, config.vocab_size)
     return map_positions(head, hidden_BLD, labels_BL, chunk=chunk)

@@ -7,7 +7,7 @@ first imported.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib.metadata
 import json
 import os
 import re
@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from proxykd_jax.artifacts import write_json
+from proxykd_jax.errors import UserError
 from proxykd_jax.parallel.collectives import count_collectives
 from proxykd_jax.parallel.devices import Device, gpu_target, topology_name
 
 # Changes when what is kept of a compilation changes.
 _CACHE_VERSION = 1
-_MODULES = {"cuda": ("jax_cuda13_plugin", "jax_cuda12_plugin"), "tpu": ("libtpu",)}
+# The packages of the compilers; the CUDA one must be of jaxlib's version.
+_CUDA, _TPU = ("jax-cuda13-plugin", "jax-cuda12-plugin"), ("libtpu",)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -50,9 +52,29 @@ class Compiled:
 
 
 def has_compiler(device: Device) -> bool:
-    """Whether the device's own compiler is installed."""
-    kinds = _MODULES["cuda" if device.gpu else "tpu"]
-    return any(importlib.util.find_spec(name) is not None for name in kinds)
+    """Whether the device's own compiler is installed.
+
+    Raises:
+      UserError: it is, but for another version of jaxlib.
+    """
+    names = _CUDA if device.gpu else _TPU
+    versions = {name: _version(name) for name in names}
+    found = {name: version for name, version in versions.items() if version is not None}
+    jaxlib = _version("jaxlib")
+    if device.gpu and found and jaxlib not in found.values():
+        name, version = next(iter(found.items()))
+        raise UserError(
+            f"{name} is {version}, but jaxlib is {jaxlib}; the compiler must be of its version: "
+            f"pip install {name}=={jaxlib} {name.replace('plugin', 'pjrt')}=={jaxlib}"
+        )
+    return bool(found)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def prepare_process(count: int) -> None:

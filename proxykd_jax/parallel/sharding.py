@@ -122,9 +122,18 @@ def put_rows(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
-def num_devices(x: jax.Array) -> int:
-    """Devices of the mesh that a traced array lives on; 1 without a mesh."""
-    return math.prod(jax.typeof(x).sharding.mesh.shape.values())
+def num_devices(x: jax.Array, *axes: str) -> int:
+    """Devices along some axes (default: all) of the mesh that a traced array lives on; 1 without
+    a mesh."""
+    shape = jax.typeof(x).sharding.mesh.shape
+    return math.prod(shape.get(axis, 1) for axis in axes or shape)
+
+
+def positions_within(elements: int, hidden_BLD: jax.Array, vocab_size: int) -> int:
+    """Positions a row, at least 1, whose logits are so many elements on each device."""
+    rows = hidden_BLD.shape[0] / num_devices(hidden_BLD, "data", "fsdp")
+    entries = vocab_size / num_devices(hidden_BLD, "tensor")
+    return max(int(elements / (rows * entries)), 1)
 
 
 def constrain(x: jax.Array, spec: P, like: jax.Array | None = None) -> jax.Array:

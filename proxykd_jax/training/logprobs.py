@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from proxykd_jax.losses import reduce_tokens, token_logps, topk_logps
 from proxykd_jax.models.chunked import map_positions
 from proxykd_jax.models.decoder import batch_hidden_states, unembed
+from proxykd_jax.parallel.sharding import positions_within
 from proxykd_jax.training.state import ModelSpec, Tree
 from proxykd_jax.types import TokenBatch
 
-# float32 logits of this many elements (256 MiB) are kept whole; above, positions are chunked.
+# float32 logits of this many elements (256 MiB) a device are kept whole; above, positions are
+# chunked.
 # Not tuned: chunking costs a second projection in the backward pass.
 _WHOLE_LOGITS = 1 << 26
 
@@ -45,8 +47,8 @@ def label_logps(
     hidden_BLD = batch_hidden_states(
         params, adapter, batch, config=spec.config, remat=spec.remat, dropout_key=dropout_key
     )
-    rows, length = batch.tokens_BL.shape
-    chunk = max(_WHOLE_LOGITS // (rows * spec.config.vocab_size), 1)
+    length = batch.tokens_BL.shape[1]
+    chunk = positions_within(_WHOLE_LOGITS, hidden_BLD, spec.config.vocab_size)
 
     def head(hidden: jax.Array, labels: jax.Array, *ids: jax.Array) -> tuple[jax.Array, ...]:
         logits = unembed(params, hidden, config=spec.config)
