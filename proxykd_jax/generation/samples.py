@@ -20,6 +20,7 @@ from proxykd_jax.data.collate import Rows, TokenRow
 from proxykd_jax.data.parts import Part, PartFolder, damaged
 from proxykd_jax.errors import UserError
 from proxykd_jax.generation.sampler import Sample
+from proxykd_jax.peers import stop_if_wanted
 
 KEPT, EMPTY, EQUALS_CHOSEN = 0, 1, 2
 DROP_REASONS = {EMPTY: "empty", EQUALS_CHOSEN: "equals_chosen"}
@@ -263,6 +264,7 @@ def sample_round(
             store.append(index, sampled)
         if report is not None:
             report(index + 1, num_parts)
+        stop_if_wanted()
 
 
 def _sample_part(

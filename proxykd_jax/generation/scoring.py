@@ -58,9 +58,9 @@ def soft_labels_of_logits(
     drawable = logits.shape[-1] if vocab_size is None else min(vocab_size, logits.shape[-1])
     scores, beyond = logits[..., :drawable], logits[..., drawable:]
     # On a CPU top_k is a full sort until a rewrite recognises it, which it fails to do where slices
-    # of the result are merged into it. The barrier keeps them apart (19 against 2,500 ms for 512
-    # positions over 32,000 tokens).
-    values_K, ids_K = jax.lax.optimization_barrier(jax.lax.top_k(scores, top_k))
+    # of the result are merged into it. Barriers keep them apart (19 against 2,500 ms for 512
+    # positions over 32,000 tokens); one around both makes XLA abort where devices are several.
+    values_K, ids_K = map(jax.lax.optimization_barrier, jax.lax.top_k(scores, top_k))
     # A comparison and a sum keep a vocabulary that is spread over devices where it is.
     ids_V = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     gold = jnp.sum(jnp.where(ids_V == labels[..., None], logits, 0.0), axis=-1)
