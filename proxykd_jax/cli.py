@@ -97,14 +97,15 @@ def _as_one_of_several(launch: Launch, work: Callable[[], int]) -> int:
     """As ``_ended``, in a process that starts, works and ends with others."""
     from proxykd_jax.parallel.keeper import split_off_worker
 
-    code = split_off_worker()
+    code = split_off_worker(launch)
     if code is not None:
         return code
     from proxykd_jax.parallel import processes
 
     try:
-        processes.start(launch)
-        code = work()
+        with sigterm_stops():
+            processes.start(launch)
+            code = work()
     except Stopped as error:
         code = _report(error)
     except UserError as error:

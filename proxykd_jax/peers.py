@@ -30,11 +30,11 @@ class Channel(Protocol):
     def put(self, key: str, text: str) -> None:
         """Publishes a text under a new key."""
 
-    def get(self, key: str) -> str:
-        """The text of a key; waits for it, for hours if need be."""
+    def get(self, key: str, meanwhile: Callable[[], None]) -> str:
+        """The text of a key; waits for it, for hours if need be, calling ``meanwhile`` at times."""
 
-    def stop_agreed(self, boundary: int) -> bool:
-        """Whether all processes agreed to stop at this boundary; counts up from 0, no gaps."""
+    def any_under(self, key: str) -> bool:
+        """Whether there is a key that begins with this one and a slash."""
 
 
 @dataclass
@@ -46,8 +46,8 @@ class _Team:
     boundaries: int = 0
     telling: bool = False  # process 0, inside of on_first
     term_received: bool = False
+    term_told: bool = False
     saves_on_stop: bool = False
-    stopping: bool = False  # agreed, and true from then on
 
 
 _team = _Team()
@@ -96,6 +96,7 @@ def on_first(make: Callable[[], Value]) -> Value:
 
     Raises:
       UserError: ``make`` raised it; it is raised on every process.
+      Stopped: likewise.
     """
     team = _team
     if team.channel is None or team.telling:
@@ -103,15 +104,18 @@ def on_first(make: Callable[[], Value]) -> Value:
     key = f"call/{team.calls}"
     team.calls += 1
     if team.index:
-        told = json.loads(team.channel.get(key))
+        told = json.loads(team.channel.get(key, _tell_term))
+        if "stopped" in told:
+            raise Stopped(told["stopped"])
         if "error" in told:
             raise UserError(told["error"])
         return told["value"]
     team.telling = True
     try:
         text = json.dumps({"value": make()}, allow_nan=True)
-    except UserError as error:
-        team.channel.put(key, json.dumps({"error": str(error)}))
+    except (UserError, Stopped) as error:
+        kind = "stopped" if isinstance(error, Stopped) else "error"
+        team.channel.put(key, json.dumps({kind: str(error)}))
         raise
     finally:
         team.telling = False
@@ -123,14 +127,34 @@ def on_first(make: Callable[[], Value]) -> Value:
 def stop_wanted() -> bool:
     """Whether all processes stop here, because one was asked to: the same answer on each.
 
-    To be asked wherever a run can be left with nothing lost: after a step, after a part.
+    To be asked wherever a run can be left with nothing lost: after a step, after a part. Process 0
+    decides, of itself or as asked by another, and the others wait for its word, about 1 ms.
     """
-    if _team.channel is None:
-        return _team.term_received
-    if not _team.stopping:
-        _team.stopping = _team.channel.stop_agreed(_team.boundaries)
-        _team.boundaries += 1
-    return _team.stopping
+    team = _team
+    if team.channel is None:
+        return team.term_received
+    key = f"boundary/{team.boundaries}"
+    team.boundaries += 1
+    if team.index:
+        _tell_term()
+        return team.channel.get(key, _tell_term) == "stop"
+    stops = stop_was_asked()
+    team.channel.put(key, "stop" if stops else "go on")
+    return stops
+
+
+def stop_was_asked() -> bool:
+    """On process 0: whether any process was told to stop."""
+    channel = _team.channel
+    return _team.term_received or (channel is not None and channel.any_under("term"))
+
+
+def _tell_term() -> None:
+    """Tells process 0, once, that this one was told to stop."""
+    team = _team
+    if team.channel is not None and team.term_received and not team.term_told:
+        team.term_told = True
+        team.channel.put(f"term/{team.index}", "")
 
 
 def stop_if_wanted() -> None:
@@ -140,9 +164,10 @@ def stop_if_wanted() -> None:
 
 
 class saves_on_stop:  # noqa: N801 (a context manager, read like a word)
-    """Inside of it a single process that is told to stop waits for the next ``stop_wanted``.
+    """Inside of it a process that is told to stop goes on to the next ``stop_wanted``.
 
-    Elsewhere it stops at once: what is half made is made anew.
+    Elsewhere a single process stops at once, and so does process 0 while the others wait for it:
+    what is half made is made anew.
     """
 
     def __enter__(self) -> None:
@@ -153,10 +178,9 @@ class saves_on_stop:  # noqa: N801 (a context manager, read like a word)
 
 
 class sigterm_stops:  # noqa: N801
-    """Inside of it SIGTERM ends a single process as ``Stopped``, with a checkpoint.
+    """Inside of it SIGTERM ends the run as ``Stopped``, with a checkpoint.
 
-    Several processes agree by their channel, which listens for the signal itself. Outside of the
-    main thread, where Python handles no signals, it does nothing.
+    Outside of the main thread, where Python handles no signals, it does nothing.
     """
 
     def __enter__(self) -> None:
@@ -172,5 +196,5 @@ class sigterm_stops:  # noqa: N801
 
 def _on_term(number: int, frame: FrameType | None) -> None:
     _team.term_received = True
-    if not _team.saves_on_stop:
+    if not _team.saves_on_stop and (_team.channel is None or _team.telling):
         raise Stopped(STOPPED)

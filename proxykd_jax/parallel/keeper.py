@@ -15,9 +15,13 @@ import sys
 import threading
 from types import FrameType
 
+from proxykd_jax.parallel.launchers import Launch
+
 TRY_AGAIN = 75
 # What jax says before it aborts for that reason, and for no other.
 _ABORTED_FOR_PEER = b"JAX distributed service detected fatal errors"
+# The call that it was in, if the processes had not even met.
+_NOT_MET = b"CoordinationService/RegisterTask"
 _KEPT_BYTES = 1 << 16
 PEER_LOST = (
     "another process of this run has gone; the same command, on all processes, goes on from the "
@@ -27,8 +31,11 @@ _PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1
 
 
-def split_off_worker() -> int | None:
+def split_off_worker(launch: Launch) -> int | None:
     """Forks. The worker gets None at once; the keeper its exit code when it has ended.
+
+    Args:
+      launch: how the process belongs to others, for the sentences.
 
     Returns:
       For the keeper: the worker's code, 75 if it was aborted because another process had gone,
@@ -38,8 +45,11 @@ def split_off_worker() -> int | None:
     sys.stderr.flush()
     keeper = os.getpid()
     reads, writes = os.pipe()
+    # A signal that comes meanwhile waits until there is somebody to pass it on.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
     worker = os.fork()
     if worker == 0:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.dup2(writes, 2)
         os.close(reads)
         os.close(writes)
@@ -57,9 +67,10 @@ def split_off_worker() -> int | None:
     for number in _PASSED_ON:
         signal.signal(number, pass_on)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the worker as well
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     _, status = os.waitpid(worker, 0)
     copier.join(timeout=5)
-    return exit_code(status, bytes(tail))
+    return exit_code(status, bytes(tail), launch)
 
 
 def _copy(source: int, tail: bytearray) -> None:
@@ -71,18 +82,24 @@ def _copy(source: int, tail: bytearray) -> None:
         del tail[:-_KEPT_BYTES]
 
 
-def exit_code(status: int, last_words: bytes) -> int:
+def exit_code(status: int, last_words: bytes, launch: Launch) -> int:
     """The code for a worker's wait status, with a sentence (stderr) where it was ended.
 
     Args:
       status: as ``os.waitpid`` gives it.
       last_words: the end of its stderr.
+      launch: see ``split_off_worker``.
     """
     if os.WIFEXITED(status):
         return os.WEXITSTATUS(status)
     number = os.WTERMSIG(status)
     if number == signal.SIGABRT and _ABORTED_FOR_PEER in last_words:
-        print(f"error: {PEER_LOST}", file=sys.stderr)
+        not_met = (
+            f"the {launch.count} processes ({launch.by}) did not meet in time at "
+            f"{launch.coordinator}: all must be running, and this be an address of process 0 that "
+            "the others reach, with a free port"
+        )
+        print(f"error: {not_met if _NOT_MET in last_words else PEER_LOST}", file=sys.stderr)
         return TRY_AGAIN
     name = signal.Signals(number).name
     hint = " (the system does so when memory runs out)" if number == signal.SIGKILL else ""

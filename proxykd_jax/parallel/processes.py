@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
@@ -34,7 +36,7 @@ _LEAVE_S = 60
 # Within this an error that all processes have is an error of each, not news of another.
 _SAME_ERROR_S = 3.0
 _LOOK_EVERY_S = 1.0
-_WAIT_MS = 60_000
+_WAIT_MS = 2_000
 # What a lost connection looks like in the messages of gloo, gRPC and NCCL.
 _CONNECTION_WORDS = ("gloo", "connection", "socket closed", "unavailable", "deadline", "nccl")
 # Larger arrays are brought together a slice of their first axis at a time: each device holds what
@@ -45,8 +47,10 @@ _GATHERED_AT_ONCE = 1 << 28
 def start(launch: Launch) -> None:
     """Connects this process with the others, before anything looks at a device.
 
+    Where the others are not met in time jax aborts, and the keeper says so.
+
     Raises:
-      UserError: process 0 cannot be reached, or the processes do not fit together.
+      UserError: the processes do not fit together, or the port is taken.
     """
     options: dict[str, Any] = {}
     if launch.coordinator is not None:
@@ -57,6 +61,8 @@ def start(launch: Launch) -> None:
             "local_device_ids": launch.local_devices,
             "cluster_detection_method": "deactivate",
         }
+    # SIGTERM is handled by peers.py: jax's own agreement is missed by steps of a few milliseconds.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             **options,
@@ -67,8 +73,8 @@ def start(launch: Launch) -> None:
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
             f"process {launch.index} of {launch.count} ({launch.by}) could not meet the others at "
-            f"{launch.coordinator} within {_CONNECT_S} seconds: {_first_line(error)}. All must be "
-            "running, and the address be that of process 0 with a free port."
+            f"{launch.coordinator}: {_first_line(error)}. The address must be that of process 0, "
+            "with a free port."
         ) from error
     if jax.process_count() == 1:
         return
@@ -76,12 +82,14 @@ def start(launch: Launch) -> None:
     peers.join(index, jax.process_count(), _Channel())
     if index:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the end)
-    threading.Thread(target=_hear_of_ends, daemon=True).start()
+    _listener.start()
 
 
 def finish(code: int) -> None:
     """Leaves together with the others: all ended well, or all stopped at the same place."""
     if peers.count() > 1:
+        _over.set()
+        _listener.join()  # a thread inside of jax when the interpreter ends would abort it
         with contextlib.suppress(Exception):
             _Channel().put(f"left/{peers.index()}", str(code))
         jax.distributed.shutdown()
@@ -150,14 +158,17 @@ def _first_line(error: BaseException) -> str:
 
 
 def _hear_of_ends() -> None:
-    """Ends this process when another says that it failed; runs beside the work."""
+    """Ends this process when another says that it failed, and passes a stop on to process 0."""
     channel = _Channel()
-    while peers.count() > 1:
-        time.sleep(_LOOK_EVERY_S)
+    told = False
+    while not _over.wait(_LOOK_EVERY_S):
         try:
             failures = channel.failures()
+            if peers.is_first() and not told and channel.any_under("term"):
+                told = True
+                os.kill(os.getpid(), signal.SIGTERM)
         except Exception:
-            return  # left, or lost: jax aborts
+            return  # lost: jax aborts
         failures.pop(peers.index(), None)
         if failures:
             time.sleep(_SAME_ERROR_S)  # this process may be about to say the same itself
@@ -165,6 +176,10 @@ def _hear_of_ends() -> None:
             if peers.is_first() or 0 not in failures:
                 _say(f"process {other} ended: {text}")
             _exit(code)
+
+
+_over = threading.Event()
+_listener = threading.Thread(target=_hear_of_ends, daemon=True)
 
 
 class _Channel:
@@ -178,8 +193,9 @@ class _Channel:
     def put(self, key: str, text: str) -> None:
         self._client.key_value_set(f"proxykd/{key}", text)
 
-    def get(self, key: str) -> str:
+    def get(self, key: str, meanwhile: Callable[[], None]) -> str:
         while True:
+            meanwhile()
             try:
                 text: str = self._client.blocking_key_value_get(f"proxykd/{key}", _WAIT_MS)
                 return text
@@ -187,8 +203,8 @@ class _Channel:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise
 
-    def stop_agreed(self, boundary: int) -> bool:
-        return multihost_utils.reached_preemption_sync_point(boundary)
+    def any_under(self, key: str) -> bool:
+        return bool(self._client.key_value_dir_get(f"proxykd/{key}/"))
 
     def failures(self) -> dict[int, tuple[int, str]]:
         """Process -> exit code and sentence, of those that ended with an error."""
