@@ -24,7 +24,8 @@ for name in PROXYKD_COORDINATOR JAX_PLATFORMS JAX_NUM_CPU_DEVICES JAX_COMPILATIO
 done
 
 told=0
-trap 'told=1; kill -TERM "$running" 2>/dev/null' TERM USR1
+# mpirun passes SIGUSR1 on; after SIGTERM it would kill the processes within a second.
+trap 'told=1; kill -USR1 "$running" 2>/dev/null' TERM USR1
 for ((restart = 0; ; restart++)); do
   mpirun "$@" "${exports[@]}" "$python" -m "proxykd_jax.$stage" --config "$config" &
   running=$!

@@ -180,18 +180,20 @@ class saves_on_stop:  # noqa: N801 (a context manager, read like a word)
 class sigterm_stops:  # noqa: N801
     """Inside of it SIGTERM ends the run as ``Stopped``, with a checkpoint.
 
-    Outside of the main thread, where Python handles no signals, it does nothing.
+    So does SIGUSR1: mpirun passes that on, and kills a second after SIGTERM. Outside of the main
+    thread, where Python handles no signals, it does nothing.
     """
 
     def __enter__(self) -> None:
-        self._before: signal._HANDLER | None = None
+        self._before: dict[signal.Signals, signal._HANDLER] = {}
         _team.term_received = False
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, _on_term)
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                self._before[number] = signal.signal(number, _on_term)
 
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 def _on_term(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""SLURM and Open MPI, where this machine has them: a job that was put back ends as one left alone."""
+"""SLURM and Open MPI, where they are: a job that was put back ends as one that was left alone."""
 
 from __future__ import annotations
 
