@@ -108,16 +108,17 @@ def _by_mpi(environment: Mapping[str, str]) -> Launch | None:
         return Launch("Open MPI", count=1)
     coordinator = environment.get(COORDINATOR)
     if coordinator is None:
-        # 1531576320.0;tcp://10.96.0.1,10.148.0.1:34911, of mpirun, beside which process 0 runs.
+        # 1531576320.0;tcp://10.96.0.1,10.148.0.1:34911;tcp6://[fd00::2]:60995, of mpirun, beside
+        # which process 0 runs.
         uri = environment.get("OMPI_MCA_orte_hnp_uri", "")
-        found = re.match(r"(\d+)\..*?tcp6?://\[?([^,\]]+?)(?:[,\]]|:\d+$)", uri)
+        found = re.match(r"(\d+)\..*?;(?:tcp://([^,:;]+)|tcp6://\[([^,\]]+))", uri)
         if found is None:
             raise UserError(
                 f"This release of Open MPI does not say where process 0 is. Set {COORDINATOR}="
                 f"HOST:PORT on every process: mpirun -x {COORDINATOR}=HOST:PORT ..."
             )
         # Numbers of Open MPI's jobs are multiples of 4096.
-        coordinator = f"{found[2]}:{_port(int(found[1]) // _NUM_PORTS)}"
+        coordinator = f"{found[2] or f'[{found[3]}]'}:{_port(int(found[1]) // _NUM_PORTS)}"
     several = _number(environment, "OMPI_COMM_WORLD_LOCAL_SIZE", least=1) > 1
     return _launch(
         "Open MPI",
@@ -161,7 +162,7 @@ def _launch(
     index: int,
     local_devices: tuple[int, ...] | None = None,
 ) -> Launch:
-    if not re.fullmatch(r"\S+:\d{1,5}", coordinator):
+    if not re.fullmatch(r"([^\s:;,/\[\]]+|\[[\da-fA-F:.]+\]):\d{1,5}", coordinator):
         raise UserError(f"{COORDINATOR} is {coordinator!r}; it must be HOST:PORT. {_HOW_TO}")
     if index >= count:
         raise UserError(

@@ -73,7 +73,10 @@ def test_mpi():
     assert launch == Launch("Open MPI", f"10.96.0.1:{61440 + 373920 % 4096}", 2, 1, (1,))
     uri = "1314521088.0;tcp6://[fe80::b9b:ac5d:9cf0:b858,2620:10d:c083:150e::3000:2]:43370"
     found = find_launch({**MPI, "OMPI_MCA_orte_hnp_uri": uri})
-    assert found.coordinator.startswith("fe80::b9b:ac5d:9cf0:b858:")
+    assert found.coordinator.startswith("[fe80::b9b:ac5d:9cf0:b858]:")
+    both = "1531576320.0;tcp://192.0.2.2:58177;tcp6://[fd00::2]:60995"
+    found = find_launch({**MPI, "OMPI_MCA_orte_hnp_uri": both})
+    assert found.coordinator == f"192.0.2.2:{61440 + 373920 % 4096}"
     without = {k: v for k, v in MPI.items() if "uri" not in k}
     with pytest.raises(UserError, match="mpirun -x PROXYKD_COORDINATOR=HOST:PORT"):
         find_launch(without)
