@@ -3,6 +3,9 @@
 A stage's folder holds ``manifest.json`` from its first moment. ``settings`` are the config keys
 that decide its content, ``inputs`` name what it was made from; a run whose settings or inputs no
 longer match says so and stops instead of mixing two runs.
+
+Where a run has several processes, process 0 writes; on the others writing does nothing, and
+opening or completing a stage waits for process 0.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from proxykd_jax import __version__
+from proxykd_jax import __version__, peers
 from proxykd_jax.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -30,6 +33,8 @@ _known: dict[Path, tuple[tuple[int, int, int, int], str]] = {}
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes a whole file or nothing: temporary name, fsync, rename, fsync of the folder."""
+    if not peers.is_first():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
@@ -157,6 +162,12 @@ def open_stage(
     Raises:
       UserError: the folder was made with other settings or inputs, or is no stage folder.
     """
+    return peers.on_first(lambda: _open_stage(folder, stage, settings, inputs))
+
+
+def _open_stage(
+    folder: Path, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, Any]
+) -> bool:
     path = folder / MANIFEST
     begun = {
         "stage": stage,
@@ -182,7 +193,7 @@ def open_stage(
                 f"{folder} was made with other settings:\n  {listed}\n"
                 f"Give the run another name, or remove {folder} to make it again."
             )
-        return manifest["status"] == "complete"
+        return bool(manifest["status"] == "complete")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; the stage needs a folder of that name.")
     if folder.exists() and any(p.name not in _NOTHING_MADE for p in folder.iterdir()):
@@ -211,16 +222,20 @@ def complete_stage(
       content: digest of the content, where the files' own bytes are not reproducible.
       **extra: more entries of the manifest.
     """
-    manifest = _read_manifest(folder)
-    digests = digest_files(folder, files)
-    manifest.update(
-        status="complete",
-        counts=_plain(counts),
-        files=digests,
-        content=content or digest_value({name: d["digest"] for name, d in digests.items()}),
-        **_plain(extra),
-    )
-    write_json(folder / MANIFEST, manifest)
+
+    def complete() -> None:
+        manifest = _read_manifest(folder)
+        digests = digest_files(folder, files)
+        manifest.update(
+            status="complete",
+            counts=_plain(counts),
+            files=digests,
+            content=content or digest_value({name: d["digest"] for name, d in digests.items()}),
+            **_plain(extra),
+        )
+        write_json(folder / MANIFEST, manifest)
+
+    peers.on_first(complete)
 
 
 def finished_manifest(folder: Path, stage: str, holds: str) -> dict[str, Any]:
@@ -252,6 +267,8 @@ def stage_identity(folder: Path) -> str:
 
 def remove_leftovers(folder: Path) -> None:
     """Removes temporary files and folders that a killed process left."""
+    if not peers.is_first():
+        return
     for path in folder.glob(_TEMPORARY):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 

@@ -17,9 +17,13 @@ from pydantic_core import PydanticUndefined
 from proxykd_jax.config import Config, dump_config, load_config
 from proxykd_jax.config.load import _section_classes
 from proxykd_jax.config.presets import PRESETS
-from proxykd_jax.errors import UserError
+from proxykd_jax.errors import Stopped, UserError
+from proxykd_jax.parallel.launchers import Launch, find_launch
+from proxykd_jax.peers import is_first, sigterm_stops
 
 USER_ERROR, INTERRUPTED = 2, 130
+# EX_TEMPFAIL of sysexits.h: the same command goes on; schedulers are told to start it again.
+TRY_AGAIN = 75
 
 
 def run_command(
@@ -37,31 +41,81 @@ def run_command(
       argv: arguments (default: the process's).
 
     Returns:
-      The exit code: 0, 2 after a mistake of the user's, 130 after an interrupt.
+      The exit code: 0, 2 after a mistake of the user's, 130 after an interrupt, 75 where the same
+      command shall be given again: the run was asked to stop (SIGTERM), or one of its other
+      processes has gone.
     """
     parser = argument_parser(stage, summary)
     arguments = parser.parse_args(argv)
     if arguments.strict and not arguments.dry_run:
         parser.error("--strict goes with --dry-run")
-    try:
+
+    def work() -> int:
         config = load_config(arguments.config, arguments.set)
-        if arguments.print_config:
-            sys.stdout.write(dump_config(config))
-            return 0
         if arguments.dry_run:
             from proxykd_jax.dry_run import dry_run
 
             unchecked = dry_run(config)
             return USER_ERROR if unchecked and arguments.strict else 0
         main(config)
+        return 0
+
+    try:
+        if arguments.print_config:
+            sys.stdout.write(dump_config(load_config(arguments.config, arguments.set)))
+            return 0
+        launch = find_launch()
     except UserError as error:
-        sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+        return _report(error)
+    if launch is None:
+        with sigterm_stops():
+            return _ended(work)
+    return _as_one_of_several(launch, work)
+
+
+def _ended(work: Callable[[], int]) -> int:
+    """The exit code of work, with a sentence for what is nobody's fault but the user's."""
+    try:
+        return work()
+    except (UserError, Stopped, KeyboardInterrupt) as error:
+        return _report(error)
+
+
+def _report(error: BaseException) -> int:
+    sys.stdout.flush()
+    text, code = f"error: {error}", USER_ERROR
+    if isinstance(error, Stopped):
+        text, code = str(error), TRY_AGAIN
+    elif isinstance(error, KeyboardInterrupt):
+        text, code = "interrupted; the same command goes on from the last checkpoint", INTERRUPTED
+    if is_first():
+        print(text, file=sys.stderr)
+    return code
+
+
+def _as_one_of_several(launch: Launch, work: Callable[[], int]) -> int:
+    """As ``_ended``, in a process that starts, works and ends with others."""
+    from proxykd_jax.parallel.keeper import split_off_worker
+
+    code = split_off_worker(launch)
+    if code is not None:
+        return code
+    from proxykd_jax.parallel import processes
+
+    try:
+        with sigterm_stops():
+            processes.start(launch)
+            code = work()
+    except Stopped as error:
+        code = _report(error)
+    except UserError as error:
+        processes.fail(USER_ERROR, error)
+    except KeyboardInterrupt as error:
+        processes.fail(INTERRUPTED, error)
+    except BaseException as error:
+        processes.fail(1, error)
+    processes.finish(code)
+    return code
 
 
 def base_parser(command: str, summary: str) -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ file of sums by row for each model, so that a model is not measured twice, and `
 
 from __future__ import annotations
 
-import sys
+import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -83,6 +83,7 @@ def main(config: Config, models: Mapping[str, ModelSection] | None = None) -> Ev
     from proxykd_jax.evaluation.teacher import TEACHER_FILE, TeacherLogps
     from proxykd_jax.parallel.mesh import make_mesh
     from proxykd_jax.parallel.sharding import check_rows
+    from proxykd_jax.peers import on_first
 
     if models is None:
         candidates = run_models(config)
@@ -111,7 +112,9 @@ def main(config: Config, models: Mapping[str, ModelSection] | None = None) -> Ev
     measured: dict[str, dict[str, RowMeasures]] = {}
     for name, candidate in candidates.items():
         path, identity = folder / f"{name}.safetensors", {**common, **candidate.identity}
-        found = _read(path, identity)
+        # Whether it was measured already: what process 0 sees of the folder counts.
+        known = on_first(functools.partial(_is_measured, path, identity))
+        found = _read(path, identity) if known else None
         if found is None:
             found = _measure(config, name, candidate.load(mesh), splits, teacher, mesh)
             _write(path, identity, found)
@@ -195,6 +198,7 @@ def _measure(
     mesh: Mesh,
 ) -> dict[str, RowMeasures]:
     from proxykd_jax.evaluation.measures import measure
+    from proxykd_jax.peers import say, stop_if_wanted
 
     found = {}
     for split, rows in splits.items():
@@ -203,8 +207,9 @@ def _measure(
         def report(done: int, total: int, split: str = split) -> None:
             nonlocal last
             if time.monotonic() - last > 30 and done < total:
-                print(f"evaluate: {name} {split}: {done} of {total} rows", file=sys.stderr)
+                say(f"evaluate: {name} {split}: {done} of {total} rows")
                 last = time.monotonic()
+            stop_if_wanted()
 
         found[split] = measure(
             model.config,
@@ -223,13 +228,10 @@ def _measure(
 def _write(path: Path, identity: Mapping[str, Any], found: Mapping[str, RowMeasures]) -> None:
     import json
 
-    import jax
     from safetensors.numpy import save
 
     from proxykd_jax.artifacts import write_bytes
 
-    if jax.process_index() != 0:
-        return
     arrays = {
         f"{split}/{name}": array
         for split, rows in found.items()
@@ -237,6 +239,10 @@ def _write(path: Path, identity: Mapping[str, Any], found: Mapping[str, RowMeasu
     }
     metadata = {"identity": json.dumps(identity, sort_keys=True)}
     write_bytes(path, save(arrays, metadata=metadata))
+
+
+def _is_measured(path: Path, identity: Mapping[str, Any]) -> bool:
+    return _read(path, identity) is not None
 
 
 def _read(path: Path, identity: Mapping[str, Any]) -> dict[str, RowMeasures] | None:

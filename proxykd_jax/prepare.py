@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from proxykd_jax.artifacts import MANIFEST, digest_file, open_stage, read_json, write_bytes
 from proxykd_jax.cli import run_command
 from proxykd_jax.config import Config, dump_config
+from proxykd_jax.peers import on_first
 
 if TYPE_CHECKING:
     from proxykd_jax.data.template import Renderer
@@ -40,17 +41,22 @@ class PrepareResult:
 
 
 def main(config: Config) -> PrepareResult:
-    """Makes the corpus of a run, unless it is there already.
+    """Makes the corpus of a run, unless it is there already. Of several processes one does it.
 
     Raises:
       UserError: a source or the tokenizer is missing or damaged, a row cannot be rendered, or the
         folder was made from other sources or settings.
     """
+    folder = config.folder / "corpus"
+    on_first(lambda: _prepare(config, folder))
+    return PrepareResult(folder, read_json(folder / MANIFEST)["counts"])
+
+
+def _prepare(config: Config, folder: Path) -> None:
     from proxykd_jax.data.template import Renderer
     from proxykd_jax.data.tokenizer import load_tokenizer
 
     run = config.folder
-    folder = run / "corpus"
     tokenizer = load_tokenizer(config)
     renderer = Renderer(tokenizer, config.corpus.template, config.corpus.end_tokens)
     settings = {"corpus": config.corpus.model_dump(mode="json", exclude=_NOT_CONTENT)}
@@ -61,7 +67,6 @@ def main(config: Config) -> PrepareResult:
             write_bytes(run / "config.yaml", dump_config(config).encode())
         if not complete:
             make_corpus(config, folder, tokenizer, renderer)
-    return PrepareResult(folder, read_json(folder / MANIFEST)["counts"])
 
 
 def make_corpus(config: Config, folder: Path, tokenizer: Tokenizer, renderer: Renderer) -> None:
@@ -102,10 +107,9 @@ def make_corpus(config: Config, folder: Path, tokenizer: Tokenizer, renderer: Re
 
 @contextlib.contextmanager
 def one_at_a_time(run: Path) -> Iterator[None]:
-    """Lets one process at a time make the corpus of a run; the others wait and find it made.
+    """Lets one command at a time make the corpus of a run; others wait and find it made.
 
-    All processes of a training job call ``main``. The lock is the system's: it ends with its
-    process, however that ends.
+    The lock is the system's: it ends with its process, however that ends.
     """
     import fcntl
 

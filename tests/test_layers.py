@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "proxykd_jax"
 
 LAYERS = {
-    **dict.fromkeys(("errors", "config", "artifacts", "types"), 0),
+    **dict.fromkeys(("errors", "config", "artifacts", "types", "peers"), 0),
     "losses": 1,
     **dict.fromkeys(("models", "parallel"), 2),
     **dict.fromkeys(("data", "training", "generation"), 3),
@@ -41,6 +41,7 @@ ARRAYS = {"jax", "numpy", "optax", "chex", "flax", "ml_dtypes"}
 AT_IMPORT = {
     "errors": set(),
     "artifacts": set(),
+    "peers": set(),
     "config": {"pydantic", "pydantic_core", "yaml"},
     "types": {"flax", "jax", "numpy"},
     "losses": {"jax", "optax", "chex"},

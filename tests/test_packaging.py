@@ -20,7 +20,8 @@ import proxykd_jax
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-SCRIPTS = sorted([*(REPOSITORY / "launch").rglob("*.sh"), REPOSITORY / ".ci" / "run"])
+LAUNCH = REPOSITORY / "launch"
+SCRIPTS = sorted([*LAUNCH.rglob("*.sh"), *LAUNCH.rglob("*.sbatch"), REPOSITORY / ".ci" / "run"])
 
 
 def _pins(name: str) -> dict[str, set[str]]:

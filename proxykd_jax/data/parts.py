@@ -17,6 +17,7 @@ import numpy as np
 
 from proxykd_jax.artifacts import remove_leftovers, write_bytes
 from proxykd_jax.errors import UserError
+from proxykd_jax.peers import on_first
 
 _NAME = re.compile(r"part_(\d{5,})\.safetensors")
 # One key only: the writer keeps a header's metadata in a hash map, whose order changes from run
@@ -90,6 +91,9 @@ class PartFolder:
         Raises:
           UserError: a part is damaged, or there are more than ``num_parts``.
         """
+        return on_first(lambda: self._resume(num_parts))
+
+    def _resume(self, num_parts: int) -> list[int]:
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.folder)
         there = self.complete()
@@ -126,7 +130,11 @@ class PartFolder:
         record = json.dumps(
             {"digest": digest, "metadata": dict(metadata or {})}, sort_keys=True, allow_nan=False
         )
-        write_bytes(self.path(index), save(plain, metadata={_METADATA_KEY: record}))
+
+        def write() -> None:
+            write_bytes(self.path(index), save(plain, metadata={_METADATA_KEY: record}))
+
+        on_first(write)
         return digest
 
     def open(self, index: int) -> Part:

@@ -193,7 +193,7 @@ def measure(
     for indices, batch, teacher_logps in _batches(rows, num, batch_size, config, teacher):
         mask_BL = batch.mask_BL
         if mesh is not None:
-            batch, teacher_logps = (put_rows(_own(x), mesh) for x in (batch, teacher_logps))
+            batch, teacher_logps = (put_rows(x, mesh) for x in (batch, teacher_logps))
         found = compute(params, adapter, batch, teacher_logps)
         # Summed on the host while the device works on the next batch.
         done += _add(sums, waiting)
@@ -269,14 +269,6 @@ def _batches(
             first = row.prompt_length - 1
             teacher_logps_BLV[place, first : first + len(logps), : logps.shape[1]] = logps
         yield indices, batch, teacher_logps_BLV
-
-
-def _own(tree: Any) -> Any:
-    """The rows of a batch that this process hands in."""
-    count, index = jax.process_count(), jax.process_index()
-    if count == 1:
-        return tree
-    return jax.tree.map(lambda x: np.split(x, count)[index], tree)
 
 
 def _add(sums: dict[str, np.ndarray], waiting: tuple[np.ndarray, Any, Any] | None) -> int:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from proxykd_jax.errors import UserError
@@ -26,6 +25,7 @@ from proxykd_jax.generation.decode import (
     take_rows,
 )
 from proxykd_jax.models.config import ModelConfig
+from proxykd_jax.parallel.processes import fetch
 
 # A batch is not made smaller than this: a step is then bound by reading the weights, and another
 # shape to compile would cost more than it saves.
@@ -142,8 +142,8 @@ def sample(
             params,
             adapter,
             batch if put is None else put(batch),
-            jnp.uint32(seed),
-            jnp.uint32(round_index),
+            np.uint32(seed),
+            np.uint32(round_index),
             config=config,
             slots=slots,
             settings=settings,
@@ -245,12 +245,10 @@ def _decode_all(
     while True:
         size = len(places)
         smaller = size // 2 if size // 2 >= _SMALLEST_BATCH else 0
-        state = decode(params, adapter, state, jnp.int32(smaller), config=config, settings=settings)
-        done_B, finished_B, count_B = (
-            np.asarray(array) for array in (state.done_B, state.finished_B, state.count_B)
-        )
+        state = decode(params, adapter, state, np.int32(smaller), config=config, settings=settings)
+        done_B, finished_B, count_B = fetch((state.done_B, state.finished_B, state.count_B))
         most = int(count_B.max())
-        tokens_BS, logps_BS = np.asarray(state.tokens_BS), np.asarray(state.logps_BS)
+        tokens_BS, logps_BS = fetch((state.tokens_BS, state.logps_BS))
         if np.isnan(logps_BS[:, :most]).any():
             raise UserError(
                 "The model gives log-probs that are not numbers (NaN) while sampling: its weights "

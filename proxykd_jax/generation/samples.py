@@ -20,6 +20,7 @@ from proxykd_jax.data.collate import Rows, TokenRow
 from proxykd_jax.data.parts import Part, PartFolder, damaged
 from proxykd_jax.errors import UserError
 from proxykd_jax.generation.sampler import Sample
+from proxykd_jax.peers import stop_if_wanted
 
 KEPT, EMPTY, EQUALS_CHOSEN, NOT_REENCODABLE = 0, 1, 2, 3
 DROP_REASONS = {
@@ -270,6 +271,7 @@ def sample_round(
             store.append(index, sampled)
         if report is not None:
             report(index + 1, num_parts)
+        stop_if_wanted()
 
 
 def _sample_part(

@@ -14,6 +14,8 @@ from proxykd_jax.data.order import by_length, default_buckets
 from proxykd_jax.data.soft_labels import SoftLabels, SoftLabelWriter
 from proxykd_jax.generation.scoring import TopKLabels, hidden_rows, soft_labels_of_hidden
 from proxykd_jax.models.config import ModelConfig
+from proxykd_jax.parallel.processes import fetch
+from proxykd_jax.peers import stop_if_wanted
 from proxykd_jax.types import TokenBatch
 
 # Positions projected onto the vocabulary at once: float32 logits of 64 MiB, within bounds.
@@ -71,6 +73,7 @@ def score_split(
         written += 1
         if report is not None:
             report(written, num_parts)
+        stop_if_wanted()
 
     pending: tuple[int, list[TokenRow], list[_Piece]] | None = None
     for index in missing:
@@ -162,7 +165,7 @@ def _assemble(
             )
         )
     for piece in pieces:
-        labels = jax.device_get(piece.labels)
+        labels = fetch(piece.labels)
         # Positions of one row lie side by side: rows begin where the row changes.
         begins = np.flatnonzero(np.diff(piece.rows, prepend=-1))
         for begin, end in zip(begins, [*begins[1:], len(piece.rows)], strict=True):

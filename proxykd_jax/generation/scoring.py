@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from proxykd_jax.models.chunked import map_positions
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.decoder import batch_hidden_states, unembed
-from proxykd_jax.parallel.sharding import num_devices, positions_within
+from proxykd_jax.parallel.sharding import positions_within
 from proxykd_jax.types import TokenBatch
 
 # float32 logits of this many elements (64 MiB) are alive at a time.
@@ -58,13 +58,10 @@ def soft_labels_of_logits(
     logits = logits.astype(jnp.float32)
     drawable = logits.shape[-1] if vocab_size is None else min(vocab_size, logits.shape[-1])
     scores, beyond = logits[..., :drawable], logits[..., drawable:]
-    values_K, ids_K = jax.lax.top_k(scores, top_k)
-    if num_devices(logits) == 1:
-        # On a CPU top_k is a full sort until a rewrite recognises it, which it fails to do where
-        # slices of the result are merged into it. The barrier keeps them apart (19 against 2,500 ms
-        # for 512 positions over 32,000 tokens). XLA's partitioner knows no barrier behind a top_k:
-        # it aborts the process.
-        values_K, ids_K = jax.lax.optimization_barrier((values_K, ids_K))
+    # On a CPU top_k is a full sort until a rewrite recognises it, which it fails to do where slices
+    # of the result are merged into it. Barriers keep them apart (19 against 2,500 ms for 512
+    # positions over 32,000 tokens); one around both makes XLA abort where devices are several.
+    values_K, ids_K = map(jax.lax.optimization_barrier, jax.lax.top_k(scores, top_k))
     # A comparison and a sum keep a vocabulary that is spread over devices where it is.
     ids_V = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     gold = jnp.sum(jnp.where(ids_V == labels[..., None], logits, 0.0), axis=-1)

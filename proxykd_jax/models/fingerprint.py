@@ -12,6 +12,7 @@ from proxykd_jax.artifacts import digest_file
 from proxykd_jax.errors import UserError
 from proxykd_jax.models.params import flatten
 from proxykd_jax.models.tensor_files import weight_files
+from proxykd_jax.parallel.processes import fetch
 
 
 def fingerprint(path: str | Path) -> str:
@@ -39,7 +40,7 @@ def params_fingerprint(params: dict[str, Any]) -> str:
 
     state = xxhash.xxh3_128()
     for path, leaf in sorted(flatten(params)):
-        array = np.ascontiguousarray(leaf)
+        array = np.ascontiguousarray(fetch(leaf))
         state.update(f"{'/'.join(path)} {array.dtype} {array.shape}\n".encode())
         state.update(array.reshape(-1).view(np.uint8).data)
     return f"xxh3:{state.hexdigest()}"

@@ -30,6 +30,8 @@ from proxykd_jax.models.tensor_files import (
     numpy_dtype,
     write_tensors,
 )
+from proxykd_jax.parallel.processes import fetch
+from proxykd_jax.peers import is_first
 
 Put = Callable[[ParamPath, np.ndarray], jax.Array]
 
@@ -216,6 +218,8 @@ def save_model(
 ) -> None:
     """Writes a folder that transformers loads. It appears whole or not at all.
 
+    Of several processes the first writes, and the others must call this too: they hold parts.
+
     Args:
       params: merged weights (see ``lora.merge``); adapters go out by ``peft.save_adapter``.
       dtype: type of the tensors in the file, ``float32``, ``bfloat16`` or ``float16``.
@@ -235,7 +239,7 @@ def save_model(
     with new_folder(Path(path), overwrite) as folder:
         write_json(folder / "config.json", record)
         write_tensors(folder, _tensors(config, params), target, max_shard_bytes)
-        for name in COPIED_FILES:
+        for name in COPIED_FILES if is_first() else ():
             if source is not None and (Path(source) / name).is_file():
                 shutil.copyfile(Path(source) / name, folder / name)
 
@@ -257,7 +261,7 @@ def _tensors(config: ModelConfig, params: Params) -> list[Tensor]:
 
         def make() -> np.ndarray:
             leaf = leaves[path]
-            array = np.asarray(leaf if layer is None else leaf[layer])
+            array = fetch(leaf if layer is None else leaf[layer])
             return array.T if turn else array
 
         return hf_name(path, layer or 0), shape[::-1] if turn else shape, make

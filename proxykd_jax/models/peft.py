@@ -16,6 +16,7 @@ from proxykd_jax.models.config import LORA_TARGETS, LoraConfig, ModelConfig
 from proxykd_jax.models.lora import Adapter, adapter_shapes, block_of
 from proxykd_jax.models.params import ParamPath, flatten, unflatten
 from proxykd_jax.models.tensor_files import Tensor, TensorFile, new_folder, write_file
+from proxykd_jax.parallel.processes import fetch
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -59,6 +60,8 @@ def save_adapter(
 ) -> None:
     """Writes an adapter that ``peft.PeftModel.from_pretrained`` loads, float32.
 
+    Of several processes the first writes, and the others must call this too: they hold parts.
+
     Raises:
       UserError: ``path`` is taken.
       ValueError: the config has no ``lora``, or the adapter is not of its shape.
@@ -72,7 +75,7 @@ def save_adapter(
 
     def tensor(path: ParamPath, layer: int) -> Tensor:
         def make() -> np.ndarray:
-            return np.asarray(leaves[path][layer]).T
+            return fetch(leaves[path][layer]).T
 
         return _peft_name(path, layer), shapes[path][1:][::-1], make
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from proxykd_jax.artifacts import sync_folder, write_json
 from proxykd_jax.errors import UserError
+from proxykd_jax.peers import is_first, on_first
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -195,6 +196,8 @@ def write_tensors(
 def write_file(path: Path, tensors: Sequence[Tensor], dtype: np.dtype) -> None:
     """One safetensors file with the metadata that transformers asks for, checked after writing.
 
+    Of several processes the first writes; all make each tensor, of which each may hold a part.
+
     Raises:
       ValueError: a tensor of another shape than announced, or with NaN or infinity in it.
       OSError: what the disk gives back differs from what was written.
@@ -204,29 +207,42 @@ def write_file(path: Path, tensors: Sequence[Tensor], dtype: np.dtype) -> None:
     arrays = {}
     for name, shape, make in tensors:
         # save_file writes wrong values for an array that is not contiguous, without a word.
-        array = np.ascontiguousarray(make().astype(dtype))
+        made = make()
+        if not is_first():
+            continue
+        array = np.ascontiguousarray(made.astype(dtype))
         if array.shape != shape:
             raise ValueError(f"{name} has shape {array.shape}, expected {shape}.")
         if not is_finite(array):
             raise ValueError(f"{name} holds NaN or infinite values as {dtype}; not written.")
         arrays[name] = array
-    save_file(arrays, str(path), metadata={"format": "pt"})
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-    written = TensorFile(path)
-    for name, array in arrays.items():
-        back = written.read(name)
-        if back.dtype != array.dtype or back.tobytes() != array.tobytes():
-            raise OSError(f"{path}: {name} reads back otherwise than it was written.")
+
+    def write() -> None:
+        save_file(arrays, str(path), metadata={"format": "pt"})
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+        written = TensorFile(path)
+        for name, array in arrays.items():
+            back = written.read(name)
+            if back.dtype != array.dtype or back.tobytes() != array.tobytes():
+                raise OSError(f"{path}: {name} reads back otherwise than it was written.")
+
+    on_first(write)
 
 
 @contextlib.contextmanager
 def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
     """A temporary folder beside ``path`` that takes its place when the block ends well.
 
+    Of several processes the first makes it; to the others it is only a name.
+
     Raises:
       UserError: ``path`` exists and may not be overwritten, or is no folder.
     """
+    if not is_first():
+        yield path
+        on_first(lambda: None)
+        return
     temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old.tmp")
     if old.exists() and not path.exists():
         os.replace(old, path)  # killed between the two renames below: the old folder is whole
@@ -248,6 +264,7 @@ def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+    on_first(lambda: None)  # from here on the others find it
 
 
 def numpy_dtype(dtype: Any) -> np.dtype:

@@ -1,1 +1,1 @@
-"""Where arrays live: the mesh of devices and the one table of shardings."""
+"""Where arrays live: the mesh of devices, the table of shardings, and the processes of a run."""

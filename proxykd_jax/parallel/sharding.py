@@ -115,11 +115,13 @@ def move(tree: Any, mesh: Mesh) -> Any:
 
 
 def put_rows(batch: Any, mesh: Mesh) -> Any:
-    """Places a batch: its rows are split over ``data`` and ``fsdp``."""
+    """Places a batch that every process has whole: rows are split over ``data`` and ``fsdp``."""
     sharding = NamedSharding(mesh, ROWS)
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batch
+    )
 
 
 def num_devices(x: jax.Array, *axes: str) -> int:

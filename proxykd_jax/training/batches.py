@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -19,6 +18,7 @@ from proxykd_jax.data.soft_labels import SoftLabels, SoftLabelStore
 from proxykd_jax.data.stream import BatchStream
 from proxykd_jax.errors import UserError
 from proxykd_jax.generation.samples import KEPT, SampleStore
+from proxykd_jax.parallel.processes import own_part, put_own_rows
 from proxykd_jax.parallel.sharding import put_rows
 from proxykd_jax.types import DistillBatch, PairBatch, TokenBatch
 
@@ -159,16 +159,17 @@ def placed_batches(
     plan: Plan, collate: Callable[[PlannedBatch], Any], *, start: int, stop: int, mesh: Mesh
 ) -> Iterator[Any]:
     """Collated batches of the steps from ``start`` to ``stop``, on the devices."""
+    part = own_part(mesh)
     stream = BatchStream(
         plan,
         collate,
         start_step=start,
         num_steps=stop,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=part[0],
+        process_count=part[1],
     )
     for batch in stream:
-        yield put_rows(batch, mesh)
+        yield put_own_rows(batch, mesh, part) if part[1] > 1 else put_rows(batch, mesh)
 
 
 def token_collate(rows: Rows) -> Callable[[PlannedBatch], TokenBatch]:

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
-
-import jax
 
 from proxykd_jax.artifacts import (
     changed_files,
@@ -23,6 +20,7 @@ from proxykd_jax.artifacts import (
     write_json,
 )
 from proxykd_jax.errors import UserError
+from proxykd_jax.peers import is_first, on_first, say
 
 State = Any
 
@@ -48,8 +46,8 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Finished checkpoints, oldest first."""
         saved = set(self._manager.all_steps())
-        named = {int(p.stem) for p in self._digests.glob("*.json")}
-        return sorted(saved & named)
+        named = on_first(lambda: [int(path.stem) for path in self._digests.glob("*.json")])
+        return sorted(saved & set(named))
 
     def save(self, step: int, state: State, progress: dict[str, Any]) -> None:
         """Saves and waits until it is on disk with its digests.
@@ -70,8 +68,11 @@ class Checkpoints:
             ) from error
         if not saved:
             raise RuntimeError(f"Orbax did not write step {step} to {self._folder}")
-        if jax.process_index() == 0:
+
+        def write_digests() -> None:
             write_json(self._digests / f"{step}.json", digest_files(self._folder / str(step)))
+
+        on_first(write_digests)
 
     def restore(self, step: int, abstract_state: State) -> tuple[State, dict[str, Any]]:
         """The state, placed as ``abstract_state`` says, and the progress.
@@ -95,8 +96,12 @@ class Checkpoints:
 
     def verify(self, step: int) -> None:
         """Raises UserError if a file differs from what was written."""
-        digests = read_json(self._digests / f"{step}.json")
-        problems = changed_files(self._folder / str(step), digests)
+
+        def find_problems() -> list[str]:
+            digests = read_json(self._digests / f"{step}.json")
+            return changed_files(self._folder / str(step), digests)
+
+        problems = on_first(find_problems)
         if problems:
             raise UserError(f"the checkpoint of step {step} is damaged: {'; '.join(problems)}.")
 
@@ -105,17 +110,16 @@ class Checkpoints:
 
         What a killed process left of others, half written or half removed, is removed.
         """
-        for step in set(self._manager.all_steps()) - set(self.steps()):
+        for step in sorted(set(self._manager.all_steps()) - set(self.steps())):
             self._remove(step)
-        if jax.process_index() == 0:
-            remove_leftovers(self._digests)
+        remove_leftovers(self._digests)
         for step in reversed(self.steps()):
             try:
                 return self.restore(step, abstract_state)
             except UserError as error:
                 if "damaged" not in str(error):
                     raise
-                print(f"WARNING: {error} Falling back to an earlier one.", file=sys.stderr)
+                say(f"WARNING: {error} Falling back to an earlier one.")
                 self._remove(step)
         return None
 
@@ -128,11 +132,11 @@ class Checkpoints:
 
     def _remove(self, step: int) -> None:
         # Digests first: a checkpoint without them does not count.
-        if jax.process_index() == 0:
+        if is_first():
             (self._digests / f"{step}.json").unlink(missing_ok=True)
         self._manager.delete(step)
         leftover = self._folder / str(step)
-        if jax.process_index() == 0 and leftover.exists():
+        if is_first() and leftover.exists():
             shutil.rmtree(leftover)
 
     def close(self) -> None:

@@ -7,12 +7,14 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from proxykd_jax.peers import is_first
+
 _LINE_EVERY_S = 10.0
 _SHOWN = ("loss", "nll", "preference", "weighted_kl", "reward_accuracy")
 
 
 class Console:
-    """Shows the steps of one phase after another."""
+    """Shows the steps of one phase after another, on the first of several processes."""
 
     def __init__(self, stage: str) -> None:
         self._stage = stage
@@ -22,6 +24,8 @@ class Console:
 
     def say(self, text: str) -> None:
         """A line of its own."""
+        if not is_first():
+            return
         if self._bar is not None:
             self._bar.write(f"{self._stage}: {text}", file=sys.stderr)
         else:
@@ -29,6 +33,8 @@ class Console:
 
     def step(self, phase: str, done: int, total: int, values: Mapping[str, float]) -> None:
         """Step ``done`` of ``total`` of a phase was taken."""
+        if not is_first():
+            return
         shown = {name: f"{values[name]:.4g}" for name in _SHOWN if name in values}
         if sys.stderr.isatty():
             from tqdm import tqdm

@@ -18,6 +18,7 @@ from proxykd_jax.models.hf_weights import COPIED_FILES, load_model, save_model
 from proxykd_jax.models.lora import merge
 from proxykd_jax.models.peft import save_adapter
 from proxykd_jax.parallel.sharding import sharding_of
+from proxykd_jax.peers import on_first
 from proxykd_jax.training.loop import Measure
 from proxykd_jax.training.model import Model
 from proxykd_jax.training.restore import load_aligned_proxy, load_student
@@ -56,7 +57,11 @@ def _export(
         "dtype": export.dtype,
         "merged": merged,
     }
-    if record_path.exists() and read_json(record_path)["made_from"] == made_from:
+
+    def is_made() -> bool:
+        return bool(record_path.exists() and read_json(record_path)["made_from"] == made_from)
+
+    if on_first(is_made):
         return folder / (role if merged else f"{role}_adapter")
     model = load(config, mesh)
     record: dict[str, Any] = {"made_from": made_from}

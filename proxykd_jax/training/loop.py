@@ -21,9 +21,10 @@ from jax.sharding import Mesh
 from proxykd_jax.artifacts import complete_stage
 from proxykd_jax.config import TrainingSection
 from proxykd_jax.data.collate import Rows
-from proxykd_jax.errors import UserError
+from proxykd_jax.errors import Stopped, UserError
 from proxykd_jax.models.fingerprint import params_fingerprint
 from proxykd_jax.parallel.sharding import tree_shardings
+from proxykd_jax.peers import STOPPED, saves_on_stop, stop_wanted
 from proxykd_jax.training.checkpoint import Checkpoints
 from proxykd_jax.training.console import Console
 from proxykd_jax.training.metrics import MetricsLog
@@ -117,9 +118,7 @@ class Trainer:
         restored = checkpoints.restore_latest(abstract_state(model.trainable, optimizer, mesh))
         if restored is None:
             progress = Progress()
-            # A copy, because steps donate the state and the model keeps its own.
-            state = init_state(jax.tree.map(jnp.copy, model.trainable), optimizer)
-            state = jax.device_put(state, tree_shardings(state, mesh))
+            state = _first_state(model.trainable, optimizer, mesh)
         else:
             state, progress = restored[0], Progress(**restored[1])
             console.say(f"going on from step {progress.step}")
@@ -140,7 +139,7 @@ class Trainer:
             folder,
             counts={"steps": progress.step, **counts},
             files=[],  # each checkpoint has its own digests
-            content=params_fingerprint(jax.device_get(self.state.trainable)),
+            content=params_fingerprint(self.state.trainable),
             best_step=progress.best_step,
             best_nll=progress.best_nll,
             last_step=progress.step,
@@ -228,10 +227,23 @@ class Trainer:
 
         Raises:
           UserError: the loss or a gradient is not finite; nothing of that step was saved.
+          Stopped: the run was asked to stop; the step just taken was saved.
         """
-        progress, every = self.progress, self.every
         if self._stopped():
             return  # at the very checkpoint that was restored
+        with saves_on_stop():
+            self._take_steps(phase, step_fn, batches, num_steps, diagnose, check_first)
+
+    def _take_steps(
+        self,
+        phase: str,
+        step_fn: Step,
+        batches: Iterable[Any],
+        num_steps: int,
+        diagnose: Callable[[TrainState, Tree, Any], Metrics] | None,
+        check_first: Callable[[dict[str, float]], None] | None,
+    ) -> None:
+        progress, every = self.progress, self.every
         waiting: tuple[int, int, Metrics, float] | None = None
         started = time.perf_counter()
         for batch in batches:
@@ -259,7 +271,8 @@ class Trainer:
                 and every.stop.enabled
                 and progress.phase_step % every.stop.every == 0
             )
-            saves = progress.phase_step % every.checkpoint_every == 0
+            stops = stop_wanted()
+            saves = stops or progress.phase_step % every.checkpoint_every == 0
             if at_end or not (validates or saves):
                 continue
             self._report(phase, num_steps, waiting)
@@ -267,6 +280,8 @@ class Trainer:
             new_best = validates and self.check_validation(phase)
             if saves or new_best or self._stopped():
                 self.save()
+            if stops:
+                raise Stopped(STOPPED)
             if self._stopped():
                 return
             started = time.perf_counter()
@@ -294,6 +309,18 @@ class Trainer:
         self.console.step(phase, phase_step, num_steps, values)
         if step % self.every.log_every == 0:
             self.log.write(self.stage, step, {**values, "time/step_s": seconds}, phase=phase)
+
+
+def _first_state(
+    trainable: Tree, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Step 0 on the mesh. A copy, because steps donate the state and the model keeps its own."""
+
+    def make(trainable: Tree) -> TrainState:
+        return init_state(jax.tree.map(jnp.copy, trainable), optimizer)
+
+    shardings = tree_shardings(jax.eval_shape(make, trainable), mesh)
+    return jax.jit(make, out_shardings=shardings)(trainable)
 
 
 def _blocked(tree: Any) -> float:

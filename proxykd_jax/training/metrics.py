@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from proxykd_jax.artifacts import write_bytes
 from proxykd_jax.config import LoggingConfig
+from proxykd_jax.peers import is_first, on_first
 
 
 class Tracker(Protocol):
@@ -28,7 +29,10 @@ class Tracker(Protocol):
 
 
 class MetricsLog:
-    """Appends to ``metrics.jsonl`` and passes on to trackers, whose failures stop nothing."""
+    """Appends to ``metrics.jsonl`` and passes on to trackers, whose failures stop nothing.
+
+    Of several processes the first does; the others wait for what they must know (``lines``).
+    """
 
     def __init__(self, path: Path, trackers: Mapping[str, Tracker] | None = None) -> None:
         self.path = path
@@ -36,7 +40,7 @@ class MetricsLog:
 
     def resume(self, stage: str, lines: int) -> None:
         """Keeps the first ``lines`` lines of ``stage`` and all of the other stages."""
-        if not self.path.exists():
+        if not (is_first() and self.path.exists()):
             return
         kept, seen = [], 0
         for line in self.path.read_bytes().splitlines(keepends=True):
@@ -55,6 +59,8 @@ class MetricsLog:
         self, stage: str, step: int, values: Mapping[str, Any], *, phase: str | None = None
     ) -> None:
         """Adds a line. Numbers that JSON cannot hold become null."""
+        if not is_first():
+            return
         line: dict[str, Any] = {"stage": stage}
         if phase is not None:
             line["phase"] = phase
@@ -73,6 +79,9 @@ class MetricsLog:
 
     def lines(self, stage: str) -> int:
         """How many lines ``stage`` has; synced to disk, so that a checkpoint may count on them."""
+        return on_first(lambda: self._lines(stage))
+
+    def _lines(self, stage: str) -> int:
         if not self.path.exists():
             return 0
         with open(self.path, "rb") as file:
@@ -99,7 +108,7 @@ def open_metrics(run: Path, config: LoggingConfig, settings: Mapping[str, Any]) 
         ),
     }
     for name, (wanted, make) in makers.items():
-        if not wanted:
+        if not (wanted and is_first()):
             continue
         try:
             trackers[name] = make()

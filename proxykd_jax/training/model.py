@@ -20,6 +20,7 @@ from proxykd_jax.models.hf_weights import load_model
 from proxykd_jax.models.lora import init_adapter, merge
 from proxykd_jax.models.peft import load_adapter
 from proxykd_jax.parallel.sharding import sharding_of, tree_shardings
+from proxykd_jax.peers import on_first
 from proxykd_jax.training.state import ModelSpec, Tree
 
 
@@ -72,6 +73,10 @@ def lora_config(section: ModelSection) -> LoraConfig:
 
 def model_identity(section: ModelSection) -> str:
     """Fingerprint of the files that a section names."""
+    return on_first(lambda: _model_identity(section))
+
+
+def _model_identity(section: ModelSection) -> str:
     identity = fingerprint(local_folder(model_origin(section)))
     if section.adapter:
         from proxykd_jax.artifacts import digest_files, digest_value

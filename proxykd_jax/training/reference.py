@@ -16,6 +16,8 @@ from jax.sharding import Mesh
 
 from proxykd_jax.data.order import PlannedBatch
 from proxykd_jax.generation.samples import SampleStore
+from proxykd_jax.parallel.processes import fetch
+from proxykd_jax.peers import stop_if_wanted
 from proxykd_jax.training.batches import Plan, placed_batches
 from proxykd_jax.training.logprobs import concatenate, response_logps
 from proxykd_jax.training.state import ModelSpec, Tree
@@ -59,12 +61,13 @@ def store_references(
         pairs: list[tuple[np.ndarray, np.ndarray]] = []
         for batch in placed_batches(plan, collate, start=start, stop=stop, mesh=mesh):
             found = pair_logps(params, adapter, batch, spec=spec, microbatches=microbatches)
-            pairs.append(jax.device_get(found))
+            pairs.append(fetch(found))
         rows = [row for batch in planned[start:stop] for row in batch.rows]
         chosen, rejected = np.concatenate(pairs, axis=1)[:, [bool(row) for row in rows]]
         places = np.array([row[0] for row in rows if row], np.int32)
         store.append_references(index, places, chosen, rejected)
         report(index + 1, num_parts)
+        stop_if_wanted()
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "microbatches"))

@@ -1,0 +1,115 @@
+"""A process that stands beside a working one and says how it ended.
+
+jax ends a process from within (``abort``) when another process of the run has gone: no Python
+code runs then. The keeper is a fork from before jax was imported. It passes signals to the worker
+and the worker's stderr on, waits, and turns such an end into a sentence and an exit code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+
+from proxykd_jax.parallel.launchers import Launch
+
+TRY_AGAIN = 75
+# What jax says before it aborts for that reason, and for no other.
+_ABORTED_FOR_PEER = b"JAX distributed service detected fatal errors"
+# The call that it was in, if the processes had not even met.
+_NOT_MET = b"CoordinationService/RegisterTask"
+_KEPT_BYTES = 1 << 16
+PEER_LOST = (
+    "another process of this run has gone; the same command, on all processes, goes on from the "
+    "last checkpoint"
+)
+_PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_PR_SET_PDEATHSIG = 1
+
+
+def split_off_worker(launch: Launch) -> int | None:
+    """Forks. The worker gets None at once; the keeper its exit code when it has ended.
+
+    Args:
+      launch: how the process belongs to others, for the sentences.
+
+    Returns:
+      For the keeper: the worker's code, 75 if it was aborted because another process had gone,
+      128 + n after signal n.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    keeper = os.getpid()
+    reads, writes = os.pipe()
+    # A signal that comes meanwhile waits until there is somebody to pass it on.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
+    worker = os.fork()
+    if worker == 0:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        os.dup2(writes, 2)
+        os.close(reads)
+        os.close(writes)
+        _die_with(keeper)
+        return None
+    os.close(writes)
+    tail = bytearray()
+    copier = threading.Thread(target=_copy, args=(reads, tail), daemon=True)
+    copier.start()
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker, number)
+
+    for number in _PASSED_ON:
+        signal.signal(number, pass_on)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the worker as well
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    _, status = os.waitpid(worker, 0)
+    copier.join(timeout=5)
+    return exit_code(status, bytes(tail), launch)
+
+
+def _copy(source: int, tail: bytearray) -> None:
+    """Copies to stderr until the worker and its children have closed it; keeps the end."""
+    while data := os.read(source, 1 << 16):
+        with contextlib.suppress(OSError):
+            os.write(2, data)
+        tail += data
+        del tail[:-_KEPT_BYTES]
+
+
+def exit_code(status: int, last_words: bytes, launch: Launch) -> int:
+    """The code for a worker's wait status, with a sentence (stderr) where it was ended.
+
+    Args:
+      status: as ``os.waitpid`` gives it.
+      last_words: the end of its stderr.
+      launch: see ``split_off_worker``.
+    """
+    if os.WIFEXITED(status):
+        return os.WEXITSTATUS(status)
+    number = os.WTERMSIG(status)
+    if number == signal.SIGABRT and _ABORTED_FOR_PEER in last_words:
+        not_met = (
+            f"the {launch.count} processes ({launch.by}) did not meet in time at "
+            f"{launch.coordinator}: all must be running, and this be an address of process 0 that "
+            "the others reach, with a free port"
+        )
+        print(f"error: {not_met if _NOT_MET in last_words else PEER_LOST}", file=sys.stderr)
+        return TRY_AGAIN
+    name = signal.Signals(number).name
+    hint = " (the system does so when memory runs out)" if number == signal.SIGKILL else ""
+    print(f"error: the process was ended by {name}{hint}", file=sys.stderr)
+    return 128 + number
+
+
+def _die_with(keeper: int) -> None:
+    """A killed keeper takes its worker along (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != keeper:
+            os._exit(128 + signal.SIGKILL)

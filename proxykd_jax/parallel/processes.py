@@ -1,0 +1,282 @@
+"""Several processes, one mesh: start-up, ends that all hear of, and arrays that span them.
+
+jax's coordination service, which process 0 runs, connects them. It also notices a process that
+fell silent, within ``_SILENCE_S``, and aborts the others; ``keeper`` says so. A process that ends
+with an error says so before, under ``failed/<index>``, and the others end for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+
+from proxykd_jax import peers
+from proxykd_jax.errors import UserError
+from proxykd_jax.parallel.keeper import PEER_LOST, TRY_AGAIN
+from proxykd_jax.parallel.launchers import Launch
+from proxykd_jax.parallel.sharding import ROWS
+
+# A process that has not been heard of for so long is given up.
+_SILENCE_S = 30
+_CONNECT_S = int(os.environ.get("PROXYKD_CONNECT_SECONDS", "300"))
+_LEAVE_S = 60
+# Within this an error that all processes have is an error of each, not news of another.
+_SAME_ERROR_S = 3.0
+_LOOK_EVERY_S = 1.0
+_WAIT_MS = 2_000
+# What a lost connection looks like in the messages of gloo, gRPC and NCCL.
+_CONNECTION_WORDS = ("gloo", "connection", "socket closed", "unavailable", "deadline", "nccl")
+# Larger arrays are brought together a slice of their first axis at a time: each device holds what
+# it gathers.
+_GATHERED_AT_ONCE = 1 << 28
+
+
+def start(launch: Launch) -> None:
+    """Connects this process with the others, before anything looks at a device.
+
+    Where the others are not met in time jax aborts, and the keeper says so.
+
+    Raises:
+      UserError: the processes do not fit together, or the port is taken.
+    """
+    options: dict[str, Any] = {}
+    if launch.coordinator is not None:
+        options = {
+            "coordinator_address": launch.coordinator,
+            "num_processes": launch.count,
+            "process_id": launch.index,
+            "local_device_ids": launch.local_devices,
+            "cluster_detection_method": "deactivate",
+        }
+    # SIGTERM is handled by peers.py: jax's own agreement is missed by steps of a few milliseconds.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            **options,
+            initialization_timeout=_CONNECT_S,
+            heartbeat_timeout_seconds=_SILENCE_S,
+            shutdown_timeout_seconds=_LEAVE_S,
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(
+            f"process {launch.index} of {launch.count} ({launch.by}) could not meet the others at "
+            f"{launch.coordinator}: {_first_line(error)}. The address must be that of process 0, "
+            "with a free port."
+        ) from error
+    if jax.process_count() == 1:
+        return
+    index = jax.process_index()
+    peers.join(index, jax.process_count(), _Channel())
+    if index:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the end)
+    _listener.start()
+
+
+def finish(code: int) -> None:
+    """Leaves together with the others: all ended well, or all stopped at the same place."""
+    if peers.count() > 1:
+        _over.set()
+        _listener.join()  # a thread inside of jax when the interpreter ends would abort it
+        with contextlib.suppress(Exception):
+            _Channel().put(f"left/{peers.index()}", str(code))
+        jax.distributed.shutdown()
+        peers.leave()
+
+
+def fail(code: int, error: BaseException) -> NoReturn:
+    """Ends a process of several for an error, and tells the others.
+
+    An error that is no more than the end of another process is told as that. The interpreter is
+    not asked to end: it would wait for the others.
+    """
+    channel, index = _Channel(), peers.index()
+    text = str(error) if isinstance(error, UserError) else _first_line(error)
+    lost = not isinstance(error, UserError) and _is_lost_connection(error)
+    if lost:
+        time.sleep(_SAME_ERROR_S)  # the one that failed may be saying so
+        for other, (its_code, its_text) in channel.failures().items():
+            _say(f"process {other} ended: {its_text}")
+            _exit(its_code)
+        _say(f"{PEER_LOST} ({text})")
+        _exit(TRY_AGAIN)
+    channel.put(f"failed/{index}", json.dumps([code, text]))
+    if index:
+        time.sleep(_SAME_ERROR_S / 2)
+        told = channel.failures().get(0)
+        if told is None or told[1] != text:
+            _tell(error, f"process {index}: ")
+        _exit(code)
+    _tell(error, "")
+    # With process 0 goes what connects the others: they are aborted. So they may go first.
+    end = time.monotonic() + 2 * _SAME_ERROR_S
+    while time.monotonic() < end and len(channel.left()) < peers.count() - 1:
+        time.sleep(0.1)
+    _exit(code)
+
+
+def _tell(error: BaseException, prefix: str) -> None:
+    if isinstance(error, UserError | KeyboardInterrupt):
+        _say(f"{prefix}{error}")
+    else:
+        print(prefix, file=sys.stderr, end="")
+        traceback.print_exception(error)
+
+
+def _say(text: str) -> None:
+    print(f"error: {text}", file=sys.stderr, flush=True)
+
+
+def _exit(code: int) -> NoReturn:
+    with contextlib.suppress(Exception):
+        _Channel().put(f"left/{peers.index()}", str(code))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    text = str(error).lower()
+    return any(word in text for word in _CONNECTION_WORDS)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+def _hear_of_ends() -> None:
+    """Ends this process when another says that it failed, and passes a stop on to process 0."""
+    channel = _Channel()
+    told = False
+    while not _over.wait(_LOOK_EVERY_S):
+        try:
+            failures = channel.failures()
+            if peers.is_first() and not told and channel.any_under("term"):
+                told = True
+                os.kill(os.getpid(), signal.SIGTERM)
+        except Exception:
+            return  # lost: jax aborts
+        failures.pop(peers.index(), None)
+        if failures:
+            time.sleep(_SAME_ERROR_S)  # this process may be about to say the same itself
+            other, (code, text) = next(iter(failures.items()))
+            if peers.is_first() or 0 not in failures:
+                _say(f"process {other} ended: {text}")
+            _exit(code)
+
+
+_over = threading.Event()
+_listener = threading.Thread(target=_hear_of_ends, daemon=True)
+
+
+class _Channel:
+    """``peers.Channel`` by the key-value store of jax's coordination service."""
+
+    def __init__(self) -> None:
+        from jax._src.distributed import global_state  # no public name leads to the client
+
+        self._client: Any = global_state.client
+
+    def put(self, key: str, text: str) -> None:
+        self._client.key_value_set(f"proxykd/{key}", text)
+
+    def get(self, key: str, meanwhile: Callable[[], None]) -> str:
+        while True:
+            meanwhile()
+            try:
+                text: str = self._client.blocking_key_value_get(f"proxykd/{key}", _WAIT_MS)
+                return text
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+
+    def any_under(self, key: str) -> bool:
+        return bool(self._client.key_value_dir_get(f"proxykd/{key}/"))
+
+    def failures(self) -> dict[int, tuple[int, str]]:
+        """Process -> exit code and sentence, of those that ended with an error."""
+        return {
+            int(key.rpartition("/")[2]): tuple(json.loads(text))
+            for key, text in self._client.key_value_dir_get("proxykd/failed/")
+        }
+
+    def left(self) -> list[str]:
+        """Processes that are gone or about to go."""
+        return [key for key, _ in self._client.key_value_dir_get("proxykd/left/")]
+
+
+# --- arrays that span processes -------------------------------------------------------------------
+
+
+def fetch(tree: Any) -> Any:
+    """NumPy arrays of a tree of arrays, the whole of each on every process.
+
+    All processes must call it together where arrays span them.
+    """
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return jax.tree.map(_fetched, tree)
+
+
+def _fetched(array: Any) -> Any:
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return np.asarray(array)
+    if array.is_fully_replicated:
+        return np.asarray(array.addressable_data(0))
+    if array.nbytes <= _GATHERED_AT_ONCE or array.ndim < 2:
+        return multihost_utils.process_allgather(array, tiled=True)
+    each = max(_GATHERED_AT_ONCE * array.shape[0] // array.nbytes, 1)
+    parts = [_fetched(array[i : i + each]) for i in range(0, array.shape[0], each)]
+    return np.concatenate(parts)
+
+
+def own_part(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): this process's devices hold part ``index`` of ``count`` of a batch's rows.
+
+    (0, 1), all of them, where the mesh gives a process rows that do not lie side by side.
+    """
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    places = NamedSharding(mesh, ROWS).addressable_devices_indices_map((ways,))
+    held = sorted({place[0].indices(ways)[0] for place in places.values() if place is not None})
+    side_by_side = held == list(range(held[0], held[0] + len(held)))
+    if not side_by_side or ways % len(held) or held[0] % len(held):
+        return 0, 1
+    return held[0] // len(held), ways // len(held)
+
+
+def put_own_rows(batch: Any, mesh: Mesh, part: tuple[int, int]) -> Any:
+    """Places a batch of which this process has only its own part of the rows.
+
+    Args:
+      batch: arrays of the rows of part ``index`` of ``count``.
+      mesh: of devices.
+      part: from ``own_part``.
+    """
+    index, count = part
+    sharding = NamedSharding(mesh, ROWS)
+
+    def place(array: Any) -> jax.Array:
+        array = np.asarray(array)
+        first = index * len(array)
+
+        def rows(where: Any) -> np.ndarray:
+            start, stop, _ = where[0].indices(count * len(array))
+            return array[start - first : stop - first]
+
+        shape = (count * len(array), *array.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, rows)
+
+    return jax.tree.map(place, batch)
