@@ -19,6 +19,7 @@ from proxykd_jax.generation.served import make_served_draw
 from proxykd_jax.generation.server import ServerClient
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.peft import save_adapter
+from proxykd_jax.peers import is_first, on_first
 from proxykd_jax.training.exporting import save_merged
 from proxykd_jax.training.model import model_origin
 
@@ -54,22 +55,25 @@ def serving(
     client = ServerClient(server, model_origin(config.proxy))
     place = config.folder / "served"
     # A server may keep what it loaded under a name, so no two states have the same one.
-    name = f"{config.name}-round-{round_index:02d}-{secrets.token_hex(4)}"
+    name = on_first(lambda: f"{config.name}-round-{round_index:02d}-{secrets.token_hex(4)}")
     folder = place / name
     made: list[SampleFunction] = []
+
+    def prepare() -> None:
+        client.check()
+        _clear(place, client)
 
     def load() -> SampleFunction:
         from proxykd_jax.data.tokenizer import load_tokenizer
 
-        client.check()
-        _clear(place, client)
+        on_first(prepare)
         if server.serves == "adapter":
             save_adapter(folder, adapter, model_config, client.base)
         else:
             save_merged(
                 folder, model_config, params, adapter, config, corpus, dtype=config.proxy.dtype
             )
-        client.load(name, folder)
+        on_first(lambda: client.load(name, folder))
         return make_served_draw(
             client,
             name if server.serves == "adapter" else str(folder.resolve()),
@@ -82,14 +86,24 @@ def serving(
         )
 
     def draw(prompts: list[np.ndarray], row_ids: list[str], budgets: list[int]) -> list[Sample]:
+        """One process asks, and tells the others."""
         if not made:
             made.append(load())
-        return made[0](prompts, row_ids, budgets)
+        return [
+            Sample(np.array(tokens, np.int32), finished, np.array(logps, np.float32), spelled)
+            for tokens, finished, logps, spelled in on_first(
+                lambda: [
+                    (s.tokens.tolist(), s.finished, s.logps.tolist(), s.spelled)
+                    for s in made[0](prompts, row_ids, budgets)
+                ]
+            )
+        ]
 
     try:
         yield draw
     finally:
-        _clear(place, client)
+        if is_first():
+            _clear(place, client)
 
 
 def _clear(place: Path, client: ServerClient) -> None:
