@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from proxykd_jax.training.programs import Lengths, Program
 
 _GIB = 1 << 30
-# Of a GPU's memory, what the driver, cuDNN and the buffers of NCCL leave (XLA itself takes 75 %
-# unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise). A TPU's compiler knows its own limit.
+# Of a GPU's memory, what the driver, cuDNN and the buffers of NCCL leave (the commands let XLA take
+# as much, see cli.py). A TPU's compiler knows its own limit.
 _USABLE = {"gpu": 0.92, "tpu": 1.0}
 # The largest batch is looked for up to so many times the config's.
 _MOST_TIMES = 32

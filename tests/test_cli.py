@@ -142,6 +142,8 @@ def test_no_key_of_the_schema_is_forgotten():
         "corpus": {"sources": [{"path": "a"}], "test": [{"path": "b"}]},
         "proxy": {"path": "p"},
         "student": {"init": {"path": "p", "first_layers": 1}},
+        "mesh": {"sample": {}, "score": {}, "distill": {}},
+        "align": {"sampling": {"server": {"url": "http://127.0.0.1:8000", "api": "vllm"}}},
     }
     from proxykd_jax.config import make_config
 

@@ -203,8 +203,10 @@ class ModelSection(Section):
     dtype: Dtype = Field(
         "bfloat16", description="precision of frozen weights and of the computation"
     )
-    remat: Literal["none", "dots", "full"] = Field(
-        "none", description="what is recomputed in the backward pass: less memory, more time"
+    remat: Literal["none", "dots", "outputs", "full"] = Field(
+        "none",
+        description="less memory for more time; what the backward pass finds of a layer beside its "
+        "input: everything, the outputs of its linear layers, of attention and MLP, or nothing",
     )
 
     @model_validator(mode="after")

@@ -25,20 +25,26 @@ for ((i = 0; i < 1200; i++)); do grep -qs 'round_01 1/' "$LOG" && break; sleep 0
 scancel --batch --signal=USR1 "$job"
 for ((i = 0; i < 300; i++)); do
   state=$(scontrol show job "$job" | grep -o 'JobState=[A-Z]*')
-  case $state in *COMPLETED | *FAILED | *CANCELLED) break ;; esac
+  case $state in
+    *COMPLETED | *FAILED | *CANCELLED) break ;;
+    *PENDING) scontrol update JobId="$job" StartTime=now ;; # SLURM waits two minutes otherwise
+  esac
   sleep 1
 done
 scontrol show job "$job" | grep -o 'JobState=[A-Z]*\\|Restarts=[0-9]*'
 """
+# A stage that does nothing but end as one that was told to stop.
+STAGE = """#!/bin/bash
+trap 'exit 75' TERM
+echo ready
+while :; do sleep 0.1; done
+"""
 CANCEL = """
 job=$(sbatch --parsable --ntasks-per-node=2 --output="$LOG" --chdir="$PWD" \
-  launch/slurm/stage.sbatch distill "$CONFIG")
-for ((i = 0; i < 1200; i++)); do grep -qs 'going on from' "$LOG" && break; sleep 0.1; done
+  launch/slurm/stage.sbatch align "$CONFIG")
+for ((i = 0; i < 300; i++)); do grep -qs ready "$LOG" && break; sleep 0.1; done
 scancel "$job"
-for ((i = 0; i < 90; i++)); do
-  [[ -z $(squeue --noheader --states=RUNNING,COMPLETING,PENDING) ]] && break
-  sleep 1
-done
+for ((i = 0; i < 90; i++)); do [[ -z $(squeue --noheader) ]] && break; sleep 1; done
 scontrol show job "$job" | grep -o 'JobState=[A-Z]*\\|Restarts=[0-9]*'
 """
 
@@ -106,3 +112,13 @@ def test_slurm_puts_a_stopped_job_back(by_mpi, tiny_files, tmp_path):
     assert "stopped as asked (SIGTERM)" in log and LOST not in log
     assert "stage distill ended with code 75; requeued" in log and "align: going on from" in log
     assert_same(by_mpi.folder, config.folder, ("proxy", "student"))
+
+
+def test_a_job_that_was_cancelled_stays_so(tiny_files, tmp_path):
+    variables = environment(recipe(tiny_files, tmp_path / "runs"), tmp_path)
+    stage = tmp_path / "stage"
+    stage.write_text(STAGE)
+    stage.chmod(0o755)
+    ended = slurm(CANCEL, {**variables, "PROXYKD_PYTHON": str(stage)})
+    log = Path(variables["LOG"]).read_text()
+    assert sorted(ended) == ["JobState=CANCELLED", "Restarts=0"], log
