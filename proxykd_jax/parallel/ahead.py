@@ -89,7 +89,7 @@ def prepare_process(count: int) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # else XLA tells how it saved memory
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # else XLA tells how it saved memory
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}"
 

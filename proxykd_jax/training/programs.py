@@ -90,6 +90,7 @@ class Program:
       role: ``proxy`` or ``student``.
       rows: that it computes at once, as the config says.
       lower: (mesh, rows) -> the lowered programs; the largest needs the memory.
+      held: mesh's axes -> bytes of weights and state among a device's arguments.
       resident: mesh -> bytes that a device holds beside the program's arguments.
       cost: (mesh's axes, rows, lengths) -> cost of so many rows.
       runs: (rows, lengths) -> how often each of the lowered programs runs for so many rows.
@@ -100,6 +101,7 @@ class Program:
     role: str
     rows: int
     lower: Callable[[Mesh, int], list[Any]]
+    held: Callable[[dict[str, int]], int]
     resident: Callable[[Mesh], int]
     cost: Callable[[dict[str, int], int, Lengths], Cost]
     runs: Callable[[int, Lengths], tuple[float, ...]] = lambda rows, lengths: (1.0,)
@@ -127,6 +129,10 @@ class AbstractModel:
             self.spec.bind, self.frozen, self.state.trainable
         )
         return found
+
+    def weight_bytes(self, axes: dict[str, int]) -> int:
+        """What a device holds of them."""
+        return bytes_per_device(self.weights, axes)
 
 
 def abstract_model(
@@ -265,6 +271,7 @@ def _training(
         "proxy" if stage is config.align else "student",
         stage.batch_size // stage.microbatches,
         lower,
+        lambda axes: bytes_per_device((model.frozen, model.state), axes),
         lambda mesh: 0,
         cost,
     )
@@ -325,6 +332,7 @@ def _sampling(config: Config, model: AbstractModel) -> Program:
         "proxy",
         sampling.batch_size,
         lower,
+        model.weight_bytes,
         resident,
         cost,
         lambda rows, lengths: (1.0, float(lengths.answer)),
@@ -347,7 +355,7 @@ def _reference(config: Config, model: AbstractModel, length: int) -> Program:
         return bytes_per_device(model.state.opt_state, dict(mesh.shape))
 
     rows = align.batch_size // align.microbatches
-    return Program("reference", "align", "proxy", rows, lower, resident, cost)
+    return Program("reference", "align", "proxy", rows, lower, model.weight_bytes, resident, cost)
 
 
 def _scoring(config: Config, model: AbstractModel, length: int) -> Program:
@@ -380,6 +388,7 @@ def _scoring(config: Config, model: AbstractModel, length: int) -> Program:
         "proxy",
         score.batch_size,
         lower,
+        model.weight_bytes,
         lambda mesh: 0,
         cost,
         lambda rows, lengths: (1.0, rows * lengths.answer / size),

@@ -1,15 +1,13 @@
-"""What ``plan`` does: compiles the programs of a run, weighs and times them, searches what fits."""
+"""The programs of a run compiled, weighed and timed for devices that are not here."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from proxykd_jax.config import AxesConfig, Config, ModelSection, Work, dump_config, make_config
+from proxykd_jax.config import AxesConfig, Config, ModelSection, Work
 from proxykd_jax.errors import UserError
 from proxykd_jax.parallel.ahead import Compiled, Compiler, has_compiler, target_devices
 from proxykd_jax.parallel.devices import Device
@@ -18,23 +16,12 @@ if TYPE_CHECKING:
     from proxykd_jax.models.config import ModelConfig
     from proxykd_jax.training.programs import Lengths, Program
 
-_GIB = 1 << 30
 # Of a GPU's memory, what the driver, cuDNN and the buffers of NCCL leave (the commands let XLA take
 # as much, see cli.py). A TPU's compiler knows its own limit.
 _USABLE = {"gpu": 0.92, "tpu": 1.0}
 # The largest batch is looked for up to so many times the config's.
 _MOST_TIMES = 32
-# The paper's Table 3, hours for 40,000 samples: (kind, billions of parameters, GPUs, hours).
-PAPER_HOURS = (
-    ("SFT", 7, 4, 1.0),
-    ("Distill", 7, 4, 2.0),
-    ("SFT", 13, 8, 1.8),
-    ("Pref", 13, 8, 9.0),
-    ("SFT", 70, 8, 5.5),
-    ("Pref", 70, 8, 28.0),
-)
-_BOUNDS = ("flops", "memory", "link")
-_PREFERENCE = ("sample", "reference", "round")
+BOUNDS = ("flops", "memory", "link")
 
 
 @dataclass(frozen=True)
@@ -141,16 +128,25 @@ def plan(request: Request) -> list[StagePlan]:
       UserError: a config.json is missing, or a mesh does not fit the models or the devices.
     """
     found = []
-    planner = _Planner(request)
+    planner = Planner(request)
     for program in planner.programs:
         axes = planner.axes_of(request.config.mesh.of(program.work))
         stage = planner.look(program, axes, program.rows)
-        print(f"compiled {program.name} ({_mesh(axes)}, {program.rows} rows)", flush=True)
+        print(f"compiled {program.name} ({mesh_name(axes)}, {program.rows} rows)", flush=True)
         found.append(planner.with_largest_batch(program, stage))
     return found
 
 
-class _Planner:
+class Planner:
+    """Compiles programs of a run on meshes and with batches that it is asked for.
+
+    Args:
+      request: what is asked.
+
+    Raises:
+      UserError: a config.json is missing, or there is no such stage or number of devices.
+    """
+
     def __init__(self, request: Request) -> None:
         from proxykd_jax.training.programs import Lengths, programs
 
@@ -162,8 +158,7 @@ class _Planner:
         self._compile = Compiler(request.device, request.cache)
         self._lengths: Lengths = Lengths(request.prompt, request.answer)
         models = {
-            role: _architecture(getattr(request.config, role), role)
-            for role in ("proxy", "student")
+            role: architecture(getattr(request.config, role), role) for role in ("proxy", "student")
         }
         found = programs(request.config, models["proxy"], models["student"])
         names = [program.name for program in found]
@@ -247,18 +242,6 @@ class _Planner:
                 break
         return dataclasses.replace(stage, largest_batch=best)
 
-    def meshes(self) -> list[dict[str, int]]:
-        """Arrangements worth a look: of all axes, or of one with the rest spread over another."""
-        count = self._request.count
-        sizes = [n for n in (2**k for k in range(12)) if count % n == 0 and n <= count]
-        found = [
-            {"data": data, "fsdp": fsdp, "tensor": tensor}
-            for data, fsdp, tensor in itertools.product(sizes, repeat=3)
-            if data * fsdp * tensor == count and tensor <= 8 and 1 in (data, fsdp, tensor)
-        ]
-        # Mixtures of two large axes are between the pure ones in time and memory: left to the user.
-        return [axes for axes in found if sorted(axes.values())[1] <= 1 or axes["tensor"] == 2]
-
 
 def _exchanged(compiled: tuple[Compiled, ...], runs: tuple[float, ...]) -> float | None:
     """Bytes that a device exchanges; what is reduced goes round twice."""
@@ -272,7 +255,12 @@ def _exchanged(compiled: tuple[Compiled, ...], runs: tuple[float, ...]) -> float
     return total
 
 
-def _architecture(section: ModelSection, role: str) -> ModelConfig:
+def architecture(section: ModelSection, role: str) -> ModelConfig:
+    """A model of the config, from its ``config.json``.
+
+    Raises:
+      UserError: there is none on this machine.
+    """
     from proxykd_jax.models.hf_config import read_config
     from proxykd_jax.models.hf_weights import cut_config
     from proxykd_jax.training.model import lora_config, model_origin
@@ -290,160 +278,6 @@ def _architecture(section: ModelSection, role: str) -> ModelConfig:
     return found.replace(lora=lora_config(section)) if section.trainable == "lora" else found
 
 
-# --- a config that fits ---------------------------------------------------------------------------
-
-
-def fit(request: Request, stages: list[StagePlan]) -> str:
-    """The config with the meshes and batches that are fastest among those that fit, as YAML.
-
-    The batch of a training step is what the optimizer sees and stays: where its rows do not fit at
-    once, ``microbatch_size`` cuts it.
-
-    Raises:
-      UserError: nothing was found that fits.
-    """
-    planner = _Planner(request)
-    chosen: dict[Work, list[StagePlan]] = {}
-    for work in dict.fromkeys(program.work for program in planner.programs):
-        own = [program for program in planner.programs if program.work == work]
-        known = [stage for stage in stages if stage.work == work]
-        chosen[work] = _best(planner, own, known)
-        print(f"{work}: {_mesh(chosen[work][0].axes)}", flush=True)
-    data = request.config.model_dump(mode="json")
-    for work, found in chosen.items():
-        if work == "align":
-            data["mesh"] |= found[0].axes
-        else:
-            data["mesh"][work] = found[0].axes
-        for stage in found:
-            _set_batch(data, stage, request.config)
-    return dump_config(make_config(data))
-
-
-def _best(planner: _Planner, own: list[Program], known: list[StagePlan]) -> list[StagePlan]:
-    tried = [known] if len(known) == len(own) else []
-    for axes in planner.meshes():
-        if known and axes == known[0].axes:
-            continue
-        found = []
-        for program in own:
-            stage = _fitting(planner, program, axes)
-            if stage is None:
-                break
-            found.append(stage)
-        else:
-            tried.append(found)
-    fitting = [found for found in tried if all(stage.fits for stage in found)]
-    if not fitting:
-        names = ", ".join(program.name for program in own)
-        raise UserError(f"{names}: no mesh of these devices has the memory.")
-    best = min(fitting, key=lambda found: sum(stage.hours for stage in found))
-    return [
-        stage if stage.largest_batch else planner.with_largest_batch(program, stage)
-        for program, stage in zip(own, best, strict=True)
-    ]
-
-
-def _fitting(planner: _Planner, program: Program, axes: dict[str, int]) -> StagePlan | None:
-    """The program on a mesh with as many of its rows as fit, halved until they do."""
-    unit = axes["data"] * axes["fsdp"]
-    rows = program.rows
-    while rows >= unit and rows % unit == 0:
-        try:
-            stage = planner.look(program, axes, rows)
-        except UserError:
-            return None  # an axis does not divide an array
-        if stage.fits:
-            return stage
-        rows //= 2
-    return None
-
-
-def _set_batch(data: dict[str, Any], stage: StagePlan, config: Config) -> None:
-    if stage.name == "sample":
-        data["align"]["sampling"]["batch_size"] = stage.batch
-    elif stage.name == "score":
-        data["score"]["batch_size"] = stage.batch
-    else:
-        section = "distill" if stage.name == "distill" else "align"
-        whole = getattr(config, section).batch_size
-        already = data[section]["microbatch_size"] or whole
-        rows = math.gcd(whole, min(stage.batch, already))
-        data[section]["microbatch_size"] = None if rows == whole else rows
-
-
-# --- what is printed ------------------------------------------------------------------------------
-
-
-def render(request: Request, stages: list[StagePlan]) -> str:
-    """The plan as text."""
-    device = request.device
-    lines = [
-        f"{request.config.name} on {request.count} x {device.title}, rows of "
-        f"{request.config.corpus.max_length} tokens; a program may take "
-        f"{request.limit / _GIB:.1f} of {device.memory_bytes / _GIB:.1f} GiB a device",
-    ]
-    if not has_compiler(device):
-        lines.append(
-            "the compiler of this device is not installed (pip install 'proxykd_jax[plan]'): "
-            "compiled for CPUs in its place. Arguments are exact; temporaries and peaks are no "
-            "estimate, and whether it fits is not known."
-        )
-    header = (
-        f"{'stage':<10}{'mesh':<11}{'rows':>5}{'peak':>8}{'args':>8}{'temps':>8}{'outs':>7}"
-        f"{'beside':>8}  {'fits':<5}{'most':>6}{'PFLOP':>9}{'GB sent':>9}{'floor s':>9}  "
-        f"{'bound by':<9}{'hours':>7}"
-    )
-    lines += ["", header]
-    for stage in stages:
-        big = stage.largest
-        bound = _BOUNDS[stage.floor_seconds.index(max(stage.floor_seconds))]
-        fits = ("yes" if stage.fits else "NO") if stage.estimate else "?"
-        most = "?" if stage.largest_batch is None else str(stage.largest_batch)
-        sent = "?" if stage.collective_bytes is None else f"{stage.collective_bytes / 1e9:.1f}"
-        lines.append(
-            f"{stage.name:<10}{_mesh(stage.axes):<11}{stage.batch:>5}"
-            f"{stage.peak_bytes / _GIB:>8.1f}{big.argument_bytes / _GIB:>8.1f}"
-            f"{big.temporary_bytes / _GIB:>8.1f}{big.output_bytes / _GIB:>7.1f}"
-            f"{stage.resident_bytes / _GIB:>8.1f}  {fits:<5}{most:>6}{stage.flops / 1e15:>9.2f}"
-            f"{sent:>9}{max(stage.floor_seconds):>9.2f}  {bound:<9}{stage.hours:>7.2f}"
-        )
-    lines += [
-        "",
-        "mesh: data x fsdp x tensor. peak, args, temps, outs, beside: GiB a device; outs that take "
-        "the place of donated arguments are in args too; beside: held while the program runs.",
-        f"hours: {request.samples} samples of {request.prompt} + {request.answer} tokens (prompt + "
-        f"answer) at {request.utilisation:.0%} of the peak that bounds the stage; nothing here was "
-        "timed.",
-        *_beside_the_paper(request, stages),
-    ]
-    return "\n".join(lines)
-
-
-def _beside_the_paper(request: Request, stages: list[StagePlan]) -> list[str]:
-    """Hours by the names of the paper's Table 3."""
-    hours = {stage.name: stage.hours for stage in stages}
-    ours = {
-        ("proxy", "SFT"): hours.get("warmup"),
-        ("proxy", "Pref"): (
-            sum(hours[name] for name in _PREFERENCE if name in hours)
-            if {"sample", "round"} <= hours.keys()
-            else None
-        ),
-        ("student", "Distill"): hours.get("distill"),
-    }
-    lines = []
-    for (role, kind), value in ours.items():
-        if value is None:
-            continue
-        billions = _architecture(getattr(request.config, role), role).num_params / 1e9
-        paper = [row for row in PAPER_HOURS if row[0] == kind and abs(row[1] / billions - 1) < 0.1]
-        beside = "".join(
-            f"; the paper's {size}B on {gpus} GPUs: {taken}" for _, size, gpus, taken in paper
-        )
-        lines.append(f"{kind}, {billions:.1f}B on {request.count}: {value:.2f} h{beside}")
-    return lines
-
-
-def _mesh(axes: dict[str, int]) -> str:
+def mesh_name(axes: dict[str, int]) -> str:
+    """``data x fsdp x tensor``."""
     return f"{axes['data']}x{axes['fsdp']}x{axes['tensor']}"

@@ -1,0 +1,7 @@
+"""What ``plan`` does: look at a run's programs, show what was found, search what fits."""
+
+from proxykd_jax.planning.fit import fit
+from proxykd_jax.planning.look import Request, StagePlan, plan
+from proxykd_jax.planning.render import render
+
+__all__ = ["Request", "StagePlan", "fit", "plan", "render"]

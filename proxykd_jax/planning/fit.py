@@ -1,0 +1,107 @@
+"""A config whose meshes and batches fit, and are the fastest of those looked at."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import TYPE_CHECKING, Any
+
+from proxykd_jax.config import Config, Work, dump_config, make_config
+from proxykd_jax.errors import UserError
+from proxykd_jax.planning.look import Planner, Request, StagePlan, mesh_name
+
+if TYPE_CHECKING:
+    from proxykd_jax.training.programs import Program
+
+
+def fit(request: Request, stages: list[StagePlan]) -> str:
+    """The config with the meshes and batches that are fastest among those that fit, as YAML.
+
+    The batch of a training step is what the optimizer sees and stays: where its rows do not fit at
+    once, ``microbatch_size`` cuts it.
+
+    Raises:
+      UserError: nothing was found that fits.
+    """
+    planner = Planner(request)
+    chosen: dict[Work, list[StagePlan]] = {}
+    for work in dict.fromkeys(program.work for program in planner.programs):
+        own = [program for program in planner.programs if program.work == work]
+        known = [stage for stage in stages if stage.work == work]
+        chosen[work] = _best(request, planner, own, known)
+        print(f"{work}: {mesh_name(chosen[work][0].axes)}", flush=True)
+    data = request.config.model_dump(mode="json")
+    for work, found in chosen.items():
+        if work == "align":
+            data["mesh"] |= found[0].axes
+        else:
+            data["mesh"][work] = found[0].axes
+        for stage in found:
+            _set_batch(data, stage, request.config)
+    return dump_config(make_config(data))
+
+
+def _best(
+    request: Request, planner: Planner, own: list[Program], known: list[StagePlan]
+) -> list[StagePlan]:
+    tried = [known] if len(known) == len(own) else []
+    for axes in _meshes(request.count):
+        if known and axes == known[0].axes:
+            continue
+        found = []
+        for program in own:
+            stage = _fitting(planner, program, axes)
+            if stage is None:
+                break
+            found.append(stage)
+        else:
+            tried.append(found)
+    fitting = [found for found in tried if all(stage.fits for stage in found)]
+    if not fitting:
+        names = ", ".join(program.name for program in own)
+        raise UserError(f"{names}: no mesh of these devices has the memory.")
+    best = min(fitting, key=lambda found: sum(stage.hours for stage in found))
+    return [
+        stage if stage.largest_batch else planner.with_largest_batch(program, stage)
+        for program, stage in zip(own, best, strict=True)
+    ]
+
+
+def _fitting(planner: Planner, program: Program, axes: dict[str, int]) -> StagePlan | None:
+    """The program on a mesh with as many of its rows as fit, halved until they do."""
+    unit = axes["data"] * axes["fsdp"]
+    rows = program.rows
+    while rows >= unit and rows % unit == 0:
+        try:
+            stage = planner.look(program, axes, rows)
+        except UserError:
+            return None  # an axis does not divide an array
+        if stage.fits:
+            return stage
+        rows //= 2
+    return None
+
+
+def _set_batch(data: dict[str, Any], stage: StagePlan, config: Config) -> None:
+    if stage.name == "sample":
+        data["align"]["sampling"]["batch_size"] = stage.batch
+    elif stage.name == "score":
+        data["score"]["batch_size"] = stage.batch
+    else:
+        section = "distill" if stage.name == "distill" else "align"
+        whole = getattr(config, section).batch_size
+        already = data[section]["microbatch_size"] or whole
+        rows = math.gcd(whole, min(stage.batch, already))
+        data[section]["microbatch_size"] = None if rows == whole else rows
+
+
+def _meshes(count: int) -> list[dict[str, int]]:
+    """Arrangements worth a look: one axis alone, or tensor 2 beside another. Mixtures of two large
+    axes lie between the pure ones in time and memory, and are left to the user."""
+    sizes = [2**k for k in range(12) if count % 2**k == 0]
+    found = [
+        {"data": data, "fsdp": fsdp, "tensor": tensor}
+        for data, fsdp, tensor in itertools.product(sizes, repeat=3)
+        if data * fsdp * tensor == count and tensor <= 8
+    ]
+    return [axes for axes in found if sorted(axes.values())[1] == 1 or axes["tensor"] == 2]

@@ -1,0 +1,88 @@
+"""A plan as a person reads it."""
+
+from __future__ import annotations
+
+from proxykd_jax.parallel.ahead import has_compiler
+from proxykd_jax.planning.look import BOUNDS, Request, StagePlan, architecture, mesh_name
+
+_GIB = 1 << 30
+# The paper's Table 3, hours for 40,000 samples: (kind, billions of parameters, GPUs, hours).
+PAPER_HOURS = (
+    ("SFT", 7, 4, 1.0),
+    ("Distill", 7, 4, 2.0),
+    ("SFT", 13, 8, 1.8),
+    ("Pref", 13, 8, 9.0),
+    ("SFT", 70, 8, 5.5),
+    ("Pref", 70, 8, 28.0),
+)
+_PREFERENCE = ("sample", "reference", "round")
+
+
+def render(request: Request, stages: list[StagePlan]) -> str:
+    """The plan as text."""
+    device = request.device
+    lines = [
+        f"{request.config.name} on {request.count} x {device.title}, rows of "
+        f"{request.config.corpus.max_length} tokens; a program may take "
+        f"{request.limit / _GIB:.1f} of {device.memory_bytes / _GIB:.1f} GiB a device",
+    ]
+    if not has_compiler(device):
+        lines.append(
+            "the compiler of this device is not installed (pip install 'proxykd_jax[plan]'): "
+            "compiled for CPUs in its place. Arguments are exact; temporaries and peaks are no "
+            "estimate, and whether it fits is not known."
+        )
+    header = (
+        f"{'stage':<10}{'mesh':<11}{'rows':>5}{'peak':>8}{'args':>8}{'temps':>8}{'outs':>7}"
+        f"{'beside':>8}  {'fits':<5}{'most':>6}{'PFLOP':>9}{'GB sent':>9}{'floor s':>9}  "
+        f"{'bound by':<9}{'hours':>7}"
+    )
+    lines += ["", header]
+    for stage in stages:
+        big = stage.largest
+        bound = BOUNDS[stage.floor_seconds.index(max(stage.floor_seconds))]
+        fits = ("yes" if stage.fits else "NO") if stage.estimate else "?"
+        most = "?" if stage.largest_batch is None else str(stage.largest_batch)
+        sent = "?" if stage.collective_bytes is None else f"{stage.collective_bytes / 1e9:.1f}"
+        lines.append(
+            f"{stage.name:<10}{mesh_name(stage.axes):<11}{stage.batch:>5}"
+            f"{stage.peak_bytes / _GIB:>8.1f}{big.argument_bytes / _GIB:>8.1f}"
+            f"{big.temporary_bytes / _GIB:>8.1f}{big.output_bytes / _GIB:>7.1f}"
+            f"{stage.resident_bytes / _GIB:>8.1f}  {fits:<5}{most:>6}{stage.flops / 1e15:>9.2f}"
+            f"{sent:>9}{max(stage.floor_seconds):>9.2f}  {bound:<9}{stage.hours:>7.2f}"
+        )
+    lines += [
+        "",
+        "mesh: data x fsdp x tensor. peak, args, temps, outs, beside: GiB a device; outs that take "
+        "the place of donated arguments are in args too; beside: held while the program runs.",
+        f"hours: {request.samples} samples of {request.prompt} + {request.answer} tokens (prompt + "
+        f"answer) at {request.utilisation:.0%} of the peak that bounds the stage; nothing here was "
+        "timed.",
+        *_beside_the_paper(request, stages),
+    ]
+    return "\n".join(lines)
+
+
+def _beside_the_paper(request: Request, stages: list[StagePlan]) -> list[str]:
+    """Hours by the names of the paper's Table 3."""
+    hours = {stage.name: stage.hours for stage in stages}
+    ours = {
+        ("proxy", "SFT"): hours.get("warmup"),
+        ("proxy", "Pref"): (
+            sum(hours[name] for name in _PREFERENCE if name in hours)
+            if {"sample", "round"} <= hours.keys()
+            else None
+        ),
+        ("student", "Distill"): hours.get("distill"),
+    }
+    lines = []
+    for (role, kind), value in ours.items():
+        if value is None:
+            continue
+        billions = architecture(getattr(request.config, role), role).num_params / 1e9
+        paper = [row for row in PAPER_HOURS if row[0] == kind and abs(row[1] / billions - 1) < 0.1]
+        beside = "".join(
+            f"; the paper's {size}B on {gpus} GPUs: {taken}" for _, size, gpus, taken in paper
+        )
+        lines.append(f"{kind}, {billions:.1f}B on {request.count}: {value:.2f} h{beside}")
+    return lines
