@@ -28,7 +28,7 @@ def fit(request: Request, stages: list[StagePlan]) -> str:
     for work in dict.fromkeys(program.work for program in planner.programs):
         own = [program for program in planner.programs if program.work == work]
         known = [stage for stage in stages if stage.work == work]
-        chosen[work] = _best(request, planner, own, known)
+        chosen[work] = _best(planner, own, known)
         print(f"{work}: {mesh_name(chosen[work][0].axes)}", flush=True)
     data = request.config.model_dump(mode="json")
     for work, found in chosen.items():
@@ -41,11 +41,9 @@ def fit(request: Request, stages: list[StagePlan]) -> str:
     return dump_config(make_config(data))
 
 
-def _best(
-    request: Request, planner: Planner, own: list[Program], known: list[StagePlan]
-) -> list[StagePlan]:
+def _best(planner: Planner, own: list[Program], known: list[StagePlan]) -> list[StagePlan]:
     tried = [known] if len(known) == len(own) else []
-    for axes in _meshes(request.count):
+    for axes in _meshes(planner.request.count):
         if known and axes == known[0].axes:
             continue
         found = []
@@ -71,11 +69,13 @@ def _fitting(planner: Planner, program: Program, axes: dict[str, int]) -> StageP
     """The program on a mesh with as many of its rows as fit, halved until they do."""
     unit = axes["data"] * axes["fsdp"]
     rows = program.rows
+    try:
+        if program.held(axes) > planner.request.limit:
+            return None
+    except UserError:
+        return None  # an axis does not divide an array
     while rows >= unit and rows % unit == 0:
-        try:
-            stage = planner.look(program, axes, rows)
-        except UserError:
-            return None  # an axis does not divide an array
+        stage = planner.look(program, axes, rows)
         if stage.fits:
             return stage
         rows //= 2

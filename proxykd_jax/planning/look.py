@@ -150,7 +150,7 @@ class Planner:
     def __init__(self, request: Request) -> None:
         from proxykd_jax.training.programs import Lengths, programs
 
-        self._request = request
+        self.request = request
         try:
             self._devices = target_devices(request.device, request.count)
         except ValueError as error:
@@ -185,7 +185,7 @@ class Planner:
         """A program on a mesh with so many rows."""
         from proxykd_jax.parallel.sharding import check_rows
 
-        request, device = self._request, self._request.device
+        request, device = self.request, self.request.device
         mesh = self._mesh_of(AxesConfig(**axes))
         check_rows(rows, mesh, f"{program.name}: batch")
         compiled = tuple(self._compile(lowered) for lowered in program.lower(mesh, rows))
@@ -228,7 +228,7 @@ class Planner:
             return dataclasses.replace(stage, largest_batch=rows if stage.fits else 0)
         second = self.look(program, stage.axes, other)
         slope = (second.peak_bytes - stage.peak_bytes) / (other - rows)
-        room = self._request.limit - stage.peak_bytes
+        room = self.request.limit - stage.peak_bytes
         most = rows * _MOST_TIMES
         guess = most if slope <= 0 else min(int(rows + room / slope), most)
         guess = guess // unit * unit
