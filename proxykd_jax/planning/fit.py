@@ -42,9 +42,11 @@ def fit(request: Request, stages: list[StagePlan]) -> str:
 
 
 def _best(planner: Planner, own: list[Program], known: list[StagePlan]) -> list[StagePlan]:
-    tried = [known] if len(known) == len(own) else []
+    tried = []
+    if len(known) == len(own) and all(stage.fits for stage in known):
+        tried.append(known)
     for axes in _meshes(planner.request.count):
-        if known and axes == known[0].axes:
+        if known in tried and axes == known[0].axes:
             continue
         found = []
         for program in own:
@@ -54,11 +56,10 @@ def _best(planner: Planner, own: list[Program], known: list[StagePlan]) -> list[
             found.append(stage)
         else:
             tried.append(found)
-    fitting = [found for found in tried if all(stage.fits for stage in found)]
-    if not fitting:
+    if not tried:
         names = ", ".join(program.name for program in own)
         raise UserError(f"{names}: no mesh of these devices has the memory.")
-    best = min(fitting, key=lambda found: sum(stage.hours for stage in found))
+    best = min(tried, key=lambda found: sum(stage.hours for stage in found))
     return [
         stage if stage.largest_batch else planner.with_largest_batch(program, stage)
         for program, stage in zip(own, best, strict=True)
