@@ -87,6 +87,8 @@ def start(launch: Launch) -> None:
 
 def finish(code: int) -> None:
     """Leaves together with the others: all ended well, or all stopped at the same place."""
+    # A launcher that sees the first process go may send the others SIGTERM on their last steps.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if peers.count() > 1:
         _over.set()
         _listener.join()  # a thread inside of jax when the interpreter ends would abort it

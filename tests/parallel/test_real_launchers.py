@@ -25,10 +25,7 @@ for ((i = 0; i < 1200; i++)); do grep -qs 'round_01 1/' "$LOG" && break; sleep 0
 scancel --batch --signal=USR1 "$job"
 for ((i = 0; i < 300; i++)); do
   state=$(scontrol show job "$job" | grep -o 'JobState=[A-Z]*')
-  case $state in
-    *COMPLETED | *FAILED | *CANCELLED) break ;;
-    *PENDING) scontrol update JobId="$job" StartTime=now ;; # SLURM waits two minutes otherwise
-  esac
+  case $state in *COMPLETED | *FAILED | *CANCELLED) break ;; esac
   sleep 1
 done
 scontrol show job "$job" | grep -o 'JobState=[A-Z]*\\|Restarts=[0-9]*'
