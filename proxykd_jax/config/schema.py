@@ -383,6 +383,11 @@ class AlignConfig(TrainingSection):
     preference: PreferenceConfig = Field(description="the preference loss")
     sampling: SamplingConfig = Field(SamplingConfig(), description="how y-hat is drawn")
 
+    @property
+    def uses_pairs(self) -> bool:
+        """Whether rounds draw y-hat and prefer y over it."""
+        return self.alignment == "nll_preference" and self.preference.loss != "none"
+
 
 class ScoreConfig(Section):
     """Soft labels of the aligned proxy (paper, A.1: top 10, stored offline)."""

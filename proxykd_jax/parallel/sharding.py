@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from proxykd_jax.errors import UserError
+from proxykd_jax.parallel.mesh import AXES
 
 _WIDE = r"(q_proj|k_proj|v_proj|gate_proj|up_proj)"
 _BACK = r"(o_proj|down_proj)"
@@ -148,7 +149,7 @@ def constrain(x: jax.Array, spec: P, like: jax.Array | None = None) -> jax.Array
         other axes, nothing is done.
     """
     mesh = jax.typeof(x if like is None else like).sharding.mesh
-    if not {"data", "fsdp", "tensor"} <= set(mesh.axis_names):
+    if not set(AXES) <= set(mesh.axis_names):
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, fitting(spec, x.shape, mesh)))
 

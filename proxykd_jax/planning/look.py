@@ -59,7 +59,7 @@ class StagePlan:
     """What was found of a stage.
 
     Attributes:
-      name, work, role: of the program.
+      name, work, num_params: of the program.
       axes: the mesh.
       batch: rows at once.
       compiled: the compiler's words on each of its programs.
@@ -75,7 +75,7 @@ class StagePlan:
 
     name: str
     work: Work
-    role: str
+    num_params: int
     axes: dict[str, int]
     batch: int
     compiled: tuple[Compiled, ...]
@@ -158,7 +158,8 @@ class Planner:
         self._compile = Compiler(request.device, request.cache)
         self._lengths: Lengths = Lengths(request.prompt, request.answer)
         models = {
-            role: architecture(getattr(request.config, role), role) for role in ("proxy", "student")
+            role: _architecture(getattr(request.config, role), role)
+            for role in ("proxy", "student")
         }
         found = programs(request.config, models["proxy"], models["student"])
         names = [program.name for program in found]
@@ -203,7 +204,7 @@ class Planner:
         return StagePlan(
             program.name,
             program.work,
-            program.role,
+            program.num_params,
             axes,
             rows,
             compiled,
@@ -255,7 +256,7 @@ def _exchanged(compiled: tuple[Compiled, ...], runs: tuple[float, ...]) -> float
     return total
 
 
-def architecture(section: ModelSection, role: str) -> ModelConfig:
+def _architecture(section: ModelSection, role: str) -> ModelConfig:
     """A model of the config, from its ``config.json``.
 
     Raises:

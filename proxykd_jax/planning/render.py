@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from proxykd_jax.parallel.ahead import has_compiler
-from proxykd_jax.planning.look import BOUNDS, Request, StagePlan, architecture, mesh_name
+from proxykd_jax.planning.look import BOUNDS, Request, StagePlan, mesh_name
 
 _GIB = 1 << 30
 # The paper's Table 3, hours for 40,000 samples: (kind, billions of parameters, GPUs, hours).
@@ -15,7 +15,12 @@ PAPER_HOURS = (
     ("SFT", 70, 8, 5.5),
     ("Pref", 70, 8, 28.0),
 )
-_PREFERENCE = ("sample", "reference", "round")
+# Its kinds: the stages that there must be, and those whose hours add up.
+_KINDS: tuple[tuple[str, set[str], tuple[str, ...]], ...] = (
+    ("SFT", {"warmup"}, ("warmup",)),
+    ("Pref", {"sample", "round"}, ("sample", "reference", "round")),
+    ("Distill", {"distill"}, ("distill",)),
+)
 
 
 def render(request: Request, stages: list[StagePlan]) -> str:
@@ -65,24 +70,16 @@ def render(request: Request, stages: list[StagePlan]) -> str:
 
 def _beside_the_paper(request: Request, stages: list[StagePlan]) -> list[str]:
     """Hours by the names of the paper's Table 3."""
-    hours = {stage.name: stage.hours for stage in stages}
-    ours = {
-        ("proxy", "SFT"): hours.get("warmup"),
-        ("proxy", "Pref"): (
-            sum(hours[name] for name in _PREFERENCE if name in hours)
-            if {"sample", "round"} <= hours.keys()
-            else None
-        ),
-        ("student", "Distill"): hours.get("distill"),
-    }
+    found = {stage.name: stage for stage in stages}
     lines = []
-    for (role, kind), value in ours.items():
-        if value is None:
+    for kind, needed, names in _KINDS:
+        if not needed <= found.keys():
             continue
-        billions = architecture(getattr(request.config, role), role).num_params / 1e9
+        hours = sum(found[name].hours for name in names if name in found)
+        billions = found[names[0]].num_params / 1e9
         paper = [row for row in PAPER_HOURS if row[0] == kind and abs(row[1] / billions - 1) < 0.1]
         beside = "".join(
             f"; the paper's {size}B on {gpus} GPUs: {taken}" for _, size, gpus, taken in paper
         )
-        lines.append(f"{kind}, {billions:.1f}B on {request.count}: {value:.2f} h{beside}")
+        lines.append(f"{kind}, {billions:.1f}B on {request.count}: {hours:.2f} h{beside}")
     return lines

@@ -15,11 +15,11 @@ from proxykd_jax.config import Config
 from proxykd_jax.data.collate import Rows
 from proxykd_jax.data.corpus import TokenCorpus
 from proxykd_jax.data.order import permutation
-from proxykd_jax.generation.samples import SampleStore, sample_round
+from proxykd_jax.generation.samples import SampleStore
 from proxykd_jax.losses import REFERENCE_LOSSES, batch_mean
 from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.parallel.sharding import check_rows, tree_shardings
-from proxykd_jax.training.answers import answering
+from proxykd_jax.training.answers import draw_answers
 from proxykd_jax.training.batches import (
     Selection,
     check_any_rows,
@@ -76,7 +76,7 @@ class Alignment:
         self._corpus, self._model, self._mesh, self._measure = corpus, model, mesh, measure
         self._folder = config.folder / "proxy"
         self._sample_mesh = make_mesh(config.mesh.of("sample"))
-        if self._uses_pairs:
+        if self._align.uses_pairs:
             batch_size = self._align.sampling.batch_size
             check_rows(batch_size, self._sample_mesh, "align.sampling.batch_size")
             tree_shardings((model.frozen, model.trainable), self._sample_mesh)  # or an error, now
@@ -117,7 +117,7 @@ class Alignment:
 
     def sample(self, round_index: int) -> SampleStore | None:
         """Draws y-hat for the round's slice, with the reference log-probs of y and y-hat."""
-        if self._is_over(round_index) or not self._uses_pairs:
+        if self._is_over(round_index) or not self._align.uses_pairs:
             return None
         store = SampleStore(self._config.folder / "samples" / _round_name(round_index))
         sampling = self._align.sampling
@@ -181,20 +181,17 @@ class Alignment:
     # --- pieces -----------------------------------------------------------------------------------
 
     @property
-    def _uses_pairs(self) -> bool:
-        align = self._align
-        return align.alignment == "nll_preference" and align.preference.loss != "none"
-
-    @property
     def _pair_objective(self) -> Objective:
         return AlignObjective.of(self._align)
 
     def _draw_answers(
         self, store: SampleStore, round_index: int, params: Tree, adapter: Tree | None
     ) -> None:
-        """By a server, or on the mesh for sampling."""
         sampling = self._align.sampling
-        with answering(
+        draw_answers(
+            store,
+            self._corpus.split("align"),
+            self._rounds[round_index - 1],
             self._config,
             self._model.config,
             params,
@@ -204,19 +201,9 @@ class Alignment:
             round_index=round_index,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
-        ) as draw:
-            sample_round(
-                store,
-                self._corpus.split("align"),
-                self._rounds[round_index - 1],
-                sample_fn=draw,
-                against_teacher=True,
-                rows_per_part=sampling.rows_per_part,
-                max_length=self._corpus.max_length,
-                end_token_ids=self._corpus.end_token_ids,
-                max_new_tokens=sampling.max_new_tokens,
-                report=self._parts_report(f"round {round_index}: sampled"),
-            )
+            against_teacher=True,
+            report=self._parts_report(f"round {round_index}: sampled"),
+        )
 
     def _compute_references(
         self, store: SampleStore, round_index: int, params: Tree, adapter: Tree | None

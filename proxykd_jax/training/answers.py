@@ -3,23 +3,81 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
 from proxykd_jax.config import Config
+from proxykd_jax.data.collate import Rows
 from proxykd_jax.data.corpus import TokenCorpus
 from proxykd_jax.generation.sampler import Sample, sample
-from proxykd_jax.generation.samples import SampleFunction
+from proxykd_jax.generation.samples import SampleFunction, SampleStore, sample_round
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.parallel.sharding import move, put_rows
 from proxykd_jax.training.serving import serving
 
 
+def draw_answers(
+    store: SampleStore,
+    split: Rows,
+    rows: Sequence[int] | np.ndarray,
+    config: Config,
+    model_config: ModelConfig,
+    params: Any,
+    adapter: Any,
+    *,
+    corpus: TokenCorpus,
+    mesh: Mesh,
+    round_index: int,
+    temperature: float,
+    top_p: float,
+    against_teacher: bool,
+    report: Callable[[int, int], None],
+) -> None:
+    """Makes the answers that a store lacks, by the sampler here or by the server.
+
+    What was moved to the mesh for sampling is free again afterwards.
+
+    Args:
+      store, split, rows, against_teacher, report: as in ``sample_round``.
+      config: of the run; ``align.sampling`` says who draws, how many at once and how much.
+      model_config, params, adapter: one state of the proxy.
+      corpus, mesh: as in ``make_draw``.
+      round_index, temperature, top_p: as in ``sample``.
+
+    Raises:
+      UserError: the server cannot be used, or the store holds other rows.
+    """
+    sampling = config.align.sampling
+    with _answering(
+        config,
+        model_config,
+        params,
+        adapter,
+        corpus=corpus,
+        mesh=mesh,
+        round_index=round_index,
+        temperature=temperature,
+        top_p=top_p,
+    ) as draw:
+        sample_round(
+            store,
+            split,
+            rows,
+            sample_fn=draw,
+            against_teacher=against_teacher,
+            rows_per_part=sampling.rows_per_part,
+            max_length=corpus.max_length,
+            end_token_ids=corpus.end_token_ids,
+            max_new_tokens=sampling.max_new_tokens,
+            report=report,
+        )
+
+
 @contextlib.contextmanager
-def answering(
+def _answering(
     config: Config,
     model_config: ModelConfig,
     params: Any,
@@ -31,17 +89,7 @@ def answering(
     temperature: float,
     top_p: float,
 ) -> Iterator[SampleFunction]:
-    """``draw(prompts, row_ids, budgets) -> samples`` by the sampler here or by the server.
-
-    Args:
-      config: of the run; ``align.sampling.server`` decides.
-      model_config, params, adapter: one state of the proxy.
-      corpus, mesh: as in ``make_draw``.
-      round_index, temperature, top_p: as in ``sample``.
-
-    Raises:
-      UserError: the server cannot be used.
-    """
+    """``draw(prompts, row_ids, budgets) -> samples``; ``align.sampling.server`` decides whose."""
     if config.align.sampling.server is None:
         yield make_draw(
             model_config,

@@ -87,7 +87,7 @@ class Program:
     Attributes:
       name: ``warmup``, ``sample``, ``reference``, ``round``, ``score`` or ``distill``.
       work: which of the config's meshes it runs on.
-      role: ``proxy`` or ``student``.
+      num_params: of its model.
       rows: that it computes at once, as the config says.
       lower: (mesh, rows) -> the lowered programs; the largest needs the memory.
       held: mesh's axes -> bytes of weights and state among a device's arguments.
@@ -98,7 +98,7 @@ class Program:
 
     name: str
     work: Work
-    role: str
+    num_params: int
     rows: int
     lower: Callable[[Mesh, int], list[Any]]
     held: Callable[[dict[str, int]], int]
@@ -172,7 +172,7 @@ def programs(config: Config, proxy: ModelConfig, student: ModelConfig) -> list[P
     length = default_buckets(config.corpus.max_length)[-1]
     found = []
     teacher = abstract_model(proxy, config.proxy, align)
-    pairs = align.alignment == "nll_preference" and align.preference.loss != "none"
+    pairs = align.uses_pairs
     if align.alignment != "none":
         nll = NllObjective(align.reduction, align.nll_weight)
         found.append(_training(config, "warmup", teacher, align, nll, _rows_of(align, length)))
@@ -268,7 +268,7 @@ def _training(
     return Program(
         name,
         "align" if stage is config.align else "distill",
-        "proxy" if stage is config.align else "student",
+        spec.config.num_params,
         stage.batch_size // stage.microbatches,
         lower,
         lambda axes: bytes_per_device((model.frozen, model.state), axes),
@@ -329,7 +329,7 @@ def _sampling(config: Config, model: AbstractModel) -> Program:
     return Program(
         "sample",
         "sample",
-        "proxy",
+        spec.config.num_params,
         sampling.batch_size,
         lower,
         model.weight_bytes,
@@ -355,7 +355,8 @@ def _reference(config: Config, model: AbstractModel, length: int) -> Program:
         return bytes_per_device(model.state.opt_state, dict(mesh.shape))
 
     rows = align.batch_size // align.microbatches
-    return Program("reference", "align", "proxy", rows, lower, model.weight_bytes, resident, cost)
+    size = model.spec.config.num_params
+    return Program("reference", "align", size, rows, lower, model.weight_bytes, resident, cost)
 
 
 def _scoring(config: Config, model: AbstractModel, length: int) -> Program:
@@ -385,7 +386,7 @@ def _scoring(config: Config, model: AbstractModel, length: int) -> Program:
     return Program(
         "score",
         "score",
-        "proxy",
+        spec.config.num_params,
         score.batch_size,
         lower,
         model.weight_bytes,

@@ -12,11 +12,11 @@ from proxykd_jax.data.corpus import TokenCorpus
 from proxykd_jax.data.soft_labels import SoftLabelStore, SoftLabelWriter, weights_of
 from proxykd_jax.errors import UserError
 from proxykd_jax.generation.answered import AnsweredSplit
-from proxykd_jax.generation.samples import SampleStore, sample_round
+from proxykd_jax.generation.samples import SampleStore
 from proxykd_jax.generation.score_rows import score_split
 from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.parallel.sharding import check_rows, put_rows
-from proxykd_jax.training.answers import answering
+from proxykd_jax.training.answers import draw_answers
 from proxykd_jax.training.console import Console
 from proxykd_jax.training.distillation import FRESH, teacher_splits
 from proxykd_jax.training.metrics import MetricsLog
@@ -86,7 +86,10 @@ class Scoring:
             "server": sampling.decisive["server"],
         }
         if not store.begin(settings, {"corpus": self._corpus.identity, "proxy": self._proxy}):
-            with answering(
+            draw_answers(
+                store,
+                prompts,
+                range(len(prompts)),
                 self._config,
                 self._model.config,
                 *self._weights,
@@ -95,19 +98,9 @@ class Scoring:
                 round_index=_FRESH_ROUND,
                 temperature=1.0,
                 top_p=1.0,
-            ) as draw:
-                sample_round(
-                    store,
-                    prompts,
-                    range(len(prompts)),
-                    sample_fn=draw,
-                    against_teacher=False,
-                    rows_per_part=sampling.rows_per_part,
-                    max_length=self._corpus.max_length,
-                    end_token_ids=self._corpus.end_token_ids,
-                    max_new_tokens=sampling.max_new_tokens,
-                    report=functools.partial(self._report, "answered fresh prompts"),
-                )
+                against_teacher=False,
+                report=functools.partial(self._report, "answered fresh prompts"),
+            )
             store.complete()
         answered = AnsweredSplit(prompts, store)
         return {FRESH: answered} if len(answered) else {}
