@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,17 +51,23 @@ def draw_answers(
       UserError: the server cannot be used, or the store holds other rows.
     """
     sampling = config.align.sampling
-    with _answering(
-        config,
-        model_config,
-        params,
-        adapter,
-        corpus=corpus,
-        mesh=mesh,
-        round_index=round_index,
-        temperature=temperature,
-        top_p=top_p,
-    ) as draw:
+    drawn: dict[str, Any] = {
+        "corpus": corpus,
+        "round_index": round_index,
+        "temperature": temperature,
+        "top_p": top_p,
+    }
+    drawing: contextlib.AbstractContextManager[SampleFunction]
+    if sampling.server is None:
+        here: dict[str, Any] = {
+            "mesh": mesh,
+            "seed": config.seed,
+            "batch_size": sampling.batch_size,
+        }
+        drawing = contextlib.nullcontext(make_draw(model_config, params, adapter, **here, **drawn))
+    else:
+        drawing = serving(config, model_config, params, adapter, **drawn)
+    with drawing as draw:
         sample_round(
             store,
             split,
@@ -74,47 +80,6 @@ def draw_answers(
             max_new_tokens=sampling.max_new_tokens,
             report=report,
         )
-
-
-@contextlib.contextmanager
-def _answering(
-    config: Config,
-    model_config: ModelConfig,
-    params: Any,
-    adapter: Any,
-    *,
-    corpus: TokenCorpus,
-    mesh: Mesh,
-    round_index: int,
-    temperature: float,
-    top_p: float,
-) -> Iterator[SampleFunction]:
-    """``draw(prompts, row_ids, budgets) -> samples``; ``align.sampling.server`` decides whose."""
-    if config.align.sampling.server is None:
-        yield make_draw(
-            model_config,
-            params,
-            adapter,
-            corpus=corpus,
-            mesh=mesh,
-            seed=config.seed,
-            round_index=round_index,
-            batch_size=config.align.sampling.batch_size,
-            temperature=temperature,
-            top_p=top_p,
-        )
-        return
-    with serving(
-        config,
-        model_config,
-        params,
-        adapter,
-        corpus=corpus,
-        round_index=round_index,
-        temperature=temperature,
-        top_p=top_p,
-    ) as draw:
-        yield draw
 
 
 def make_draw(
