@@ -321,6 +321,7 @@ def _check_shapes(config: Config, role: str, model: ModelConfig, report: Report)
     abstract = abstract_model(model, section, stage)
     frozen, state = abstract.frozen, abstract.state
     weights, trainable = abstract_params(model), state.trainable
+    held = (frozen, trainable)
     step = make_train_step(
         abstract.spec,
         NllObjective(stage.reduction),
@@ -334,7 +335,7 @@ def _check_shapes(config: Config, role: str, model: ModelConfig, report: Report)
     axes = config.mesh.of(kinds[0]).model_dump(include={"fsdp", "tensor"})
     for work in kinds[1:]:
         other = config.mesh.of(work).model_dump(include={"fsdp", "tensor"})
-        _attempt(report, f"mesh.{work}", lambda other=other: bytes_per_device(weights, other))
+        _attempt(report, f"mesh.{work}", lambda other=other: bytes_per_device(held, other))
     parts = _attempt(
         report,
         role,

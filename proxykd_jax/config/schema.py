@@ -203,6 +203,11 @@ class ModelSection(Section):
     dtype: Dtype = Field(
         "bfloat16", description="precision of frozen weights and of the computation"
     )
+    quantize: Literal["none", "int8", "nf4"] = Field(
+        "none",
+        description="bits of the frozen linear layers, with trainable: lora: as dtype says, 8 or "
+        "4 a weight; made while loading",
+    )
     remat: Literal["none", "dots", "outputs", "full"] = Field(
         "none",
         description="less memory for more time; what the backward pass finds of a layer beside its "
@@ -213,6 +218,15 @@ class ModelSection(Section):
     def _one_origin(self) -> ModelSection:
         if (self.path is None) == (self.init is None):
             raise ValueError("give exactly one of path and init")
+        return self
+
+    @model_validator(mode="after")
+    def _frozen(self) -> ModelSection:
+        if self.quantize != "none" and self.trainable == "full":
+            raise ValueError(
+                f"quantize: {self.quantize} is for weights that stay as they are: "
+                "give trainable: lora, or quantize: none"
+            )
         return self
 
 

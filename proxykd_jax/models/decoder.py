@@ -1,8 +1,8 @@
 """The forward pass over whole rows: hidden states, logits, and the layer that both share.
 
-Precision: matrix products in the parameters' type (float32 ones in full float32 on every
-backend), norms, softmax and rotation in float32, logits float32; the LoRA path is float32 and is
-added before the result is rounded once.
+Precision: matrix products in the type of the embedding, which the activations have (float32 ones
+in full float32 on every backend), norms, softmax and rotation in float32, logits float32; the LoRA
+path is float32 and is added before the result is rounded once.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from proxykd_jax.models.attention import attention as grouped_attention
 from proxykd_jax.models.config import LORA_TARGETS, LoraConfig, ModelConfig
 from proxykd_jax.models.lora import Adapter, lora_update
 from proxykd_jax.models.params import Params
+from proxykd_jax.models.quantized import matmul
 from proxykd_jax.models.rope import check_length, rotate, rotation
 from proxykd_jax.parallel.sharding import constrain_rows
 from proxykd_jax.types import TokenBatch
@@ -59,7 +60,7 @@ def _linear(
 ) -> jax.Array:
     """x W + b, and the LoRA update where the adapter has one for this layer."""
     weights = block[name]
-    out = jnp.matmul(x, weights["kernel"], precision=dot_precision(x.dtype))
+    out = matmul(x, weights["kernel"])
     if "bias" in weights:
         out = out + weights["bias"].reshape((1,) * (x.ndim - 1) + weights["bias"].shape)
     if name in adapter:

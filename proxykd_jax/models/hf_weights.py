@@ -9,20 +9,30 @@ device holds.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from proxykd_jax.artifacts import write_json
 from proxykd_jax.errors import UserError
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.folder import TOKENIZER_FILES
 from proxykd_jax.models.hf_config import read_config
-from proxykd_jax.models.params import ParamPath, Params, flatten, param_shapes, unflatten
+from proxykd_jax.models.params import (
+    ParamPath,
+    Params,
+    flatten,
+    is_linear,
+    param_shapes,
+    unflatten,
+)
+from proxykd_jax.models.quantized import Method, QuantizedKernel, quantized_shapes
+from proxykd_jax.models.quantized import quantize as quantize_kernel
 from proxykd_jax.models.tensor_files import (
     Tensor,
     TensorFolder,
@@ -95,8 +105,9 @@ def load_model(
     dtype: Any = "float32",
     config: ModelConfig | None = None,
     first_layers: int | None = None,
+    quantize: Method | None = None,
     put: Put | None = None,
-    sharding: Callable[[ParamPath], jax.sharding.Sharding] | None = None,
+    sharding: Callable[[ParamPath], Sharding] | None = None,
 ) -> tuple[ModelConfig, Params]:
     """The model in a Hugging Face folder.
 
@@ -105,16 +116,18 @@ def load_model(
       dtype: type of all leaves, ``float32`` or ``bfloat16``.
       config: instead of the folder's own, for instance with ``lora`` set; the shapes must fit.
       first_layers: read only so many layers, as ``params.first_layers`` would cut them.
+      quantize: keep the linear layers of the blocks in so few bits (``quantized.py``), made layer
+        by layer from weights of ``dtype``.
       put: makes the device array of a leaf from its path and its whole NumPy array.
       sharding: gives a leaf's sharding by path; each device's part is read and sent on its own,
         so that no whole leaf is in host memory. Excludes ``put``.
 
     Raises:
       UserError: the folder is not what it should be: files, names, shapes, types or values.
-      ValueError: both ``put`` and ``sharding``.
+      ValueError: ``put`` with ``sharding`` or ``quantize``.
     """
-    if put is not None and sharding is not None:
-        raise ValueError("Give put or sharding, not both.")
+    if put is not None and (sharding is not None or quantize is not None):
+        raise ValueError("Give put, or sharding and quantize.")
     target = numpy_dtype(dtype)
     if target == np.float16:
         raise UserError("Models run in float32 or bfloat16; float16 is a type of files only.")
@@ -128,8 +141,12 @@ def load_model(
     }
     _check_names(folder, found, leaves, cut=first_layers is not None)
     arrays: dict[ParamPath, Any] = {}
+    here = SingleDeviceSharding(jax.local_devices()[0])
     for leaf_path, leaf in leaves.items():
-        if sharding is not None:
+        if quantize is not None and is_linear(leaf_path):
+            place = here if sharding is None else sharding(leaf_path)
+            arrays[leaf_path] = _place_quantized(leaf, place, quantize)
+        elif sharding is not None:
             arrays[leaf_path] = _place(leaf, sharding(leaf_path))
         elif put is not None:
             arrays[leaf_path] = put(leaf_path, leaf.read())
@@ -145,13 +162,43 @@ def cut_config(config: ModelConfig, num_layers: int) -> ModelConfig:
     return first_layers(config, {"layers": {}}, num_layers)[0]
 
 
-def _place(leaf: StackedTensor, sharding: jax.sharding.Sharding) -> jax.Array:
+Parts = Iterator[tuple[jax.Device, tuple[slice, ...]]]
+
+
+def _parts(shape: tuple[int, ...], sharding: Sharding) -> Parts:
+    """Each device here with its part of an array."""
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        yield device, index if index is not None else tuple(slice(None) for _ in shape)
+
+
+def _place(leaf: StackedTensor, sharding: Sharding) -> jax.Array:
     # make_array_from_callback would hold the parts of all devices before sending the first.
-    parts = []
-    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
-        whole = index if index is not None else tuple(slice(None) for _ in leaf.shape)
-        parts.append(jax.block_until_ready(jax.device_put(leaf.read(whole), device)))
+    parts = [
+        jax.block_until_ready(jax.device_put(leaf.read(index), device))
+        for device, index in _parts(leaf.shape, sharding)
+    ]
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
+
+
+def _place_quantized(leaf: StackedTensor, sharding: Sharding, method: Method) -> QuantizedKernel:
+    """A stacked kernel in few bits: each layer is made on the device that will hold it, and
+    collected here, where a whole device's part is small by now."""
+    shapes = quantized_shapes(leaf.shape, method)
+    parts: list[QuantizedKernel] = []
+    for device, (layers, *inner) in _parts(leaf.shape, sharding):
+        made = []
+        for layer in range(*layers.indices(leaf.shape[0])):
+            kernel = jax.device_put(leaf.read((slice(layer, layer + 1), *inner)), device)
+            made.append(jax.device_get(quantize_kernel(kernel, method=method)))
+        whole = jax.tree.map(lambda *arrays: np.concatenate(arrays), *made)
+        parts.append(jax.block_until_ready(jax.device_put(whole, device)))
+    return jax.tree.map(
+        lambda shape, *arrays: jax.make_array_from_single_device_arrays(
+            shape.shape, sharding, list(arrays)
+        ),
+        shapes,
+        *parts,
+    )
 
 
 def _check_names(

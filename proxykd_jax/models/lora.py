@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from proxykd_jax.models.config import ATTENTION_TARGETS, LoraConfig, ModelConfig
 from proxykd_jax.models.params import ParamPath, Params, flatten, linear_shapes, unflatten
+from proxykd_jax.models.quantized import QuantizedKernel
 
 Adapter = dict[str, Any]
 
@@ -73,12 +74,15 @@ def merge(params: Params, adapter: Adapter, config: ModelConfig, dtype: Any = No
     """The base with the adapter folded into its kernels, added in float32.
 
     Args:
-      dtype: type of the result's leaves; ``None`` keeps each leaf's own.
+      dtype: type of the result's leaves; ``None`` keeps each leaf's own (float32 for a
+        quantised one, which is merged as it was trained: from its few bits).
     """
     scale = _lora(config).scale
     updates = dict(flatten(adapter))
 
     def fold(path: ParamPath, leaf: jax.Array) -> jax.Array:
+        if isinstance(leaf, QuantizedKernel):
+            leaf = leaf.dequantize(jnp.float32)
         target = dtype or leaf.dtype
         if path[-1] != "kernel" or (*path[:-1], "a") not in updates:
             return leaf.astype(target)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from proxykd_jax.errors import UserError
 from proxykd_jax.models.config import ModelConfig
+from proxykd_jax.models.quantized import Method, quantized_shapes
 
 Params = dict[str, Any]
 ParamPath = tuple[str, ...]
@@ -91,11 +92,28 @@ def unflatten(leaves: dict[ParamPath, Any]) -> dict[str, Any]:
     return tree
 
 
-def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
-    """The tree of ``jax.ShapeDtypeStruct``, for sharding tables and ahead-of-time compilation."""
-    return unflatten(
-        {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in flatten(param_shapes(config))}
-    )
+def is_linear(path: ParamPath) -> bool:
+    """Whether a leaf is a kernel of a linear layer of the blocks: what can be quantised."""
+    return path[0] == "layers" and path[-1] == "kernel"
+
+
+def abstract_params(
+    config: ModelConfig, dtype: Any = jnp.float32, quantize: Method | None = None
+) -> Params:
+    """The tree of ``jax.ShapeDtypeStruct``, for sharding tables and ahead-of-time compilation.
+
+    Args:
+      config: the architecture.
+      dtype: of all leaves that are not quantised.
+      quantize: how the linear layers of the blocks are kept, None for as they are.
+    """
+
+    def leaf(path: ParamPath, shape: tuple[int, ...]) -> Any:
+        if quantize is not None and is_linear(path):
+            return quantized_shapes(shape, quantize)
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    return unflatten({path: leaf(path, shape) for path, shape in flatten(param_shapes(config))})
 
 
 def init_params(key: jax.Array, config: ModelConfig, dtype: Any = jnp.float32) -> Params:

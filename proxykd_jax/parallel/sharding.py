@@ -25,8 +25,9 @@ _BACK = r"(o_proj|down_proj)"
 TABLE: tuple[tuple[str, P], ...] = (
     (r"embed/embedding$", P("tensor", "fsdp")),
     (r"lm_head/kernel$", P("fsdp", "tensor")),
-    (rf"{_WIDE}/kernel$", P(None, "fsdp", "tensor")),
-    (rf"{_BACK}/kernel$", P(None, "tensor", "fsdp")),
+    # The codes and scales of a quantised kernel are cut like the kernel.
+    (rf"{_WIDE}/kernel(/codes|/scales)?$", P(None, "fsdp", "tensor")),
+    (rf"{_BACK}/kernel(/codes|/scales)?$", P(None, "tensor", "fsdp")),
     (rf"{_WIDE}/bias$", P(None, "tensor")),
     (rf"{_BACK}/bias$", P(None, "fsdp")),
     (rf"{_WIDE}/a$", P(None, "fsdp", None)),

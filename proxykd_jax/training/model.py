@@ -18,7 +18,9 @@ from proxykd_jax.models.folder import local_folder
 from proxykd_jax.models.hf_config import read_config
 from proxykd_jax.models.hf_weights import load_model
 from proxykd_jax.models.lora import init_adapter, merge
+from proxykd_jax.models.params import abstract_params
 from proxykd_jax.models.peft import load_adapter
+from proxykd_jax.models.quantized import Method
 from proxykd_jax.parallel.sharding import sharding_of, tree_shardings
 from proxykd_jax.peers import on_first
 from proxykd_jax.training.state import ModelSpec, Tree
@@ -71,6 +73,11 @@ def lora_config(section: ModelSection) -> LoraConfig:
     return LoraConfig(lora.rank, lora.alpha, lora.targets, lora.dropout)
 
 
+def quantization(section: ModelSection) -> Method | None:
+    """How the frozen linear layers of a section's model are kept; None for as they are."""
+    return None if section.quantize == "none" else section.quantize
+
+
 def model_identity(section: ModelSection) -> str:
     """Fingerprint of the files that a section names."""
     return on_first(lambda: _model_identity(section))
@@ -100,10 +107,12 @@ def load_for_training(section: ModelSection, *, role: str, seed: int, mesh: Mesh
     """
     folder = local_folder(model_origin(section))
     full = section.trainable == "full"
+    tree_shardings(abstract_params(read_config(folder), quantize=quantization(section)), mesh)
     config, params = load_model(
         folder,
         dtype="float32" if full else section.dtype,
         first_layers=section.init.first_layers if section.init else None,
+        quantize=quantization(section),
         sharding=lambda path: sharding_of("/".join(path), mesh),
     )
     lora = lora_config(section)

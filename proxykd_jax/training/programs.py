@@ -39,7 +39,9 @@ from proxykd_jax.models.cost import (
 )
 from proxykd_jax.models.lora import abstract_adapter
 from proxykd_jax.models.params import abstract_params
+from proxykd_jax.models.quantized import QuantizedKernel
 from proxykd_jax.parallel.sharding import ROWS, bytes_per_device, fitting, tree_shardings
+from proxykd_jax.training.model import quantization
 from proxykd_jax.training.objectives import (
     AlignObjective,
     DistillObjective,
@@ -146,7 +148,8 @@ def abstract_model(
       stage: the section that trains it.
     """
     full = section.trainable == "full"
-    weights = abstract_params(config, "float32" if full else section.dtype)
+    dtype = "float32" if full else section.dtype
+    weights = abstract_params(config, dtype, quantization(section))
     frozen, trainable = ({}, weights) if full else (weights, abstract_adapter(config))
     optimizer = make_optimizer(stage.optimizer, 1)
     state = jax.eval_shape(lambda tree: init_state(tree, optimizer), trainable)
@@ -419,6 +422,14 @@ def _shaped(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
 
 
 def _weights_read(model: AbstractModel, axes: dict[str, int]) -> float:
-    """Bytes of weights that a device reads in a pass: fsdp gathers them, tensor does not."""
+    """Bytes of weights that a device moves in a pass: fsdp gathers them, tensor does not.
+
+    Quantised ones are read, written out in the type of the computation, and read again.
+    """
     params, _ = model.weights
-    return bytes_per_device(params, {"tensor": axes.get("tensor", 1)})
+    tensor = {"tensor": axes.get("tensor", 1)}
+    moved = bytes_per_device(params, tensor)
+    if isinstance(params["layers"]["mlp"]["up_proj"]["kernel"], QuantizedKernel):
+        plain = abstract_params(model.spec.config, model.spec.dtype)
+        moved += 2 * bytes_per_device({"layers": plain["layers"]}, tensor)
+    return moved

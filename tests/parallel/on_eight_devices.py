@@ -22,10 +22,11 @@ from proxykd_jax.generation.sampler import sample
 from proxykd_jax.generation.samples import SampleStore
 from proxykd_jax.generation.scoring import topk_soft_labels
 from proxykd_jax.models.config import LoraConfig, ModelConfig
+from proxykd_jax.models.hf_weights import load_model, save_model
 from proxykd_jax.models.lora import init_adapter
 from proxykd_jax.models.params import init_params
 from proxykd_jax.parallel.mesh import make_mesh
-from proxykd_jax.parallel.sharding import bytes_per_device, move, put_rows
+from proxykd_jax.parallel.sharding import bytes_per_device, move, put_rows, sharding_of
 from proxykd_jax.training.checkpoint import Checkpoints
 from proxykd_jax.training.objectives import AlignObjective, DistillObjective, NllObjective
 from proxykd_jax.training.reference import pair_logps
@@ -214,6 +215,35 @@ def test_each_device_holds_what_the_table_predicts(model, axes):
     # Arguments that a step does not look at (positions of rows that hold one example) are dropped.
     kept = program.memory_analysis().argument_size_in_bytes
     assert predicted < kept <= predicted + rows
+
+
+@pytest.mark.parametrize("name", ["1x8x1", "1x1x8", "2x2x2"])
+def test_a_base_in_four_bits(name, tmp_path):
+    """Each device makes the codes of its part; together they are those that one device makes."""
+    wide = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 32, "num_hidden_layers": 2}
+    config = ModelConfig.from_hf(PUBLISHED | FAMILIES["llama"] | wide)
+    save_model(tmp_path / "model", config, init_params(jax.random.key(0), config))
+    config = config.replace(lora=LoraConfig(rank=3, alpha=6.0))
+    adapter = jax.tree.map(lambda x: x + 0.01, init_adapter(jax.random.key(1), config))
+    spec = ModelSpec(config, "lora", "float32", "full")
+    objective, rows = NllObjective("example_mean"), random_rows(np.random.default_rng(3), ROWS)
+    mesh = make_mesh(MESHES[name])
+
+    def loss(adapter: Any, params: Any, batch: Any) -> Any:
+        return objective.share(params, adapter, batch, objective.counts(batch), spec, None)[0]
+
+    step = jax.jit(jax.value_and_grad(loss))
+    _, whole = load_model(tmp_path / "model", quantize="nf4")
+    _, parts = load_model(
+        tmp_path / "model",
+        quantize="nf4",
+        sharding=lambda path: sharding_of("/".join(path), mesh),
+    )
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(parts), jax.device_get(whole))
+    predicted = bytes_per_device(parts, MESHES[name].model_dump())
+    held = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(parts)]
+    assert sum(held) == predicted
+    close(step(move(adapter, mesh), parts, put_rows(rows, mesh)), step(adapter, whole, rows))
 
 
 def test_a_checkpoint_of_one_mesh_is_restored_on_another(model, tmp_path):
