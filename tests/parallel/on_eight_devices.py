@@ -221,10 +221,15 @@ def test_each_device_holds_what_the_table_predicts(model, axes):
 def test_a_base_in_four_bits(name, tmp_path):
     """Each device makes the codes of its part; together they are those that one device makes."""
     wide = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 32, "num_hidden_layers": 2}
+    wide |= {"initializer_range": 0.05}  # activations of the others' size
     config = ModelConfig.from_hf(PUBLISHED | FAMILIES["llama"] | wide)
     save_model(tmp_path / "model", config, init_params(jax.random.key(0), config))
     config = config.replace(lora=LoraConfig(rank=3, alpha=6.0))
-    adapter = jax.tree.map(lambda x: x + 0.01, init_adapter(jax.random.key(1), config))
+    noise = iter(jax.random.split(jax.random.key(2), 50))
+    adapter = jax.tree.map(
+        lambda x: x + 0.02 * jax.random.normal(next(noise), x.shape),
+        init_adapter(jax.random.key(1), config),
+    )
     spec = ModelSpec(config, "lora", "float32", "full")
     objective, rows = NllObjective("example_mean"), random_rows(np.random.default_rng(3), ROWS)
     mesh = make_mesh(MESHES[name])
