@@ -29,6 +29,7 @@ from proxykd_jax.training.model import Model, load_for_training
 from proxykd_jax.training.restore import load_student
 
 TOP_KS = (1, 3, 10, 50)
+_forward = jax.jit(forward, static_argnames="config")
 # Positions whose gradients are taken at once.
 _POSITIONS = 1024
 
@@ -45,7 +46,7 @@ def compare(config: Config, rows: int) -> Iterator[tuple[int, str, float, float]
     split = open_corpus(config.folder / "corpus").split("validation")
     found = split.read(range(min(rows, len(split))))
     proxy_MV, student_MV = (
-        np.concatenate([_answer_logits(model, row.tokens, row.prompt_length) for row in found])
+        np.concatenate([answer_logits(model, row.tokens, row.prompt_length) for row in found])
         for model in (proxy, student)
     )
     for top_k in (k for k in TOP_KS if k <= proxy_MV.shape[-1]):
@@ -59,11 +60,11 @@ def compare(config: Config, rows: int) -> Iterator[tuple[int, str, float, float]
             yield top_k, tail, float(cosine), float(ratio)
 
 
-def _answer_logits(model: Model, tokens: np.ndarray, prompt_length: int) -> np.ndarray:
+def answer_logits(model: Model, tokens: np.ndarray, prompt_length: int) -> np.ndarray:
     """float32 [R, V] at the places that predict the answer; padded so that few shapes compile."""
     padded = np.zeros((1, -(-len(tokens) // 64) * 64), np.int32)
     padded[0, : len(tokens)] = tokens
-    logits = forward(model.params, model.adapter, jnp.asarray(padded), config=model.config)
+    logits = _forward(model.params, model.adapter, jnp.asarray(padded), config=model.config)
     return np.asarray(logits[0, prompt_length - 1 : len(tokens) - 1])
 
 
