@@ -17,8 +17,10 @@ from proxykd_jax import align, distill
 from proxykd_jax.artifacts import read_json
 from proxykd_jax.config import Config
 from proxykd_jax.data.corpus import open_corpus
+from proxykd_jax.errors import UserError
 from proxykd_jax.generation.sampler import sample
 from proxykd_jax.models.decoder import forward
+from proxykd_jax.models.quantized import QuantizedKernel
 from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.training.model import Model
 from proxykd_jax.training.restore import load_aligned_proxy, load_student
@@ -188,6 +190,23 @@ def test_a_merged_proxy_is_a_model_of_its_own(finished_run, tmp_path, state, cap
         (end,) = open_corpus(config.folder / "corpus").end_token_ids
         assert_same_words(config.folder / "export" / "proxy", model, end)
     assert "export: proxy in float32: validation NLL" in capsys.readouterr().out
+
+
+def test_a_proxy_over_four_bits_is_aligned_and_merged_as_it_was_trained(tiny_files, tmp_path):
+    """All its stages, and the model it leaves: dequantised weights with the adapter in them."""
+    config = recipe(
+        tiny_files,
+        tmp_path,
+        {"proxy": {"quantize": "nf4"}, "export": {"proxy": "merged"}},
+        {"distill": {"max_steps": 2}},
+    )
+    distill.main(config)
+    model = load_aligned_proxy(config, make_mesh(config.mesh))
+    assert isinstance(model.params["layers"]["mlp"]["up_proj"]["kernel"], QuantizedKernel)
+    assert_same_model(config.folder / "export" / "proxy", model)
+    plain = changed(config, {"proxy": {"quantize": "none"}})
+    with pytest.raises(UserError, match=r"proxy\.quantize"):
+        align.main(plain)
 
 
 def test_no_proxy_is_exported_where_none_is_asked_for(finished_run, tmp_path):
