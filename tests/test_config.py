@@ -415,6 +415,7 @@ PUBLISHED_PARAMETERS = {  # billions
     "llama1_7b": 6.74,
     "qwen2_5_32b": 32.76,
     "qwen2_5_7b": 7.62,
+    "tinyllama_1b": 1.10,
 }
 
 
