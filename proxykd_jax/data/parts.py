@@ -28,6 +28,7 @@ _DTYPES = {
     "U8": np.uint8,
     "U16": np.uint16,
     "U32": np.uint32,
+    "U64": np.uint64,
     "I32": np.int32,
     "I64": np.int64,
     "F16": np.float16,
