@@ -213,18 +213,19 @@ def test_committed_shards_are_not_written_again(tmp_path, llama_folder, monkeypa
     real, committed = ShardWriter.commit, []
 
     def commit(shard):
-        if len(committed) == 8:
-            raise KeyboardInterrupt
+        if len(committed) >= 8:
+            raise OSError("no space is left")
         real(shard)
         committed.append((shard._split, shard._shard))
 
     monkeypatch.setattr(ShardWriter, "commit", commit)
-    with pytest.raises(BaseException, match="KeyboardInterrupt"):
+    with pytest.raises(Exception, match="no space is left"):
         main(config)
+    assert not list(config.folder.rglob("*.tmp"))
     before = list(committed)
     monkeypatch.setattr(ShardWriter, "commit", lambda shard: (real(shard), committed.append(shard)))
     main(config)
-    assert len(before) == 8
+    assert len(before) >= 8
     assert len(committed) == len(list((whole.folder / "index").glob("*/part_*")))
     same_files(config.folder / "corpus", whole.folder)
 
@@ -236,7 +237,7 @@ def test_killed_while_shards_are_committed(tmp_path, llama_folder):
     config = config_for(tmp_path, llama_folder, name="killed", beam=THREADS, **corpus)
     yaml = write_config(tmp_path / "c.yaml", config)
     folder = tmp_path / "runs" / "killed" / "corpus"
-    for replaces in (3, 120, 150):  # in a step before the shards, then among them
+    for replaces in (3, 90, 80):  # in a step before the shards, then among them
         run = subprocess.run([sys.executable, "-c", KILLED_AT, yaml, str(replaces)], check=False)
         assert run.returncode == -signal.SIGKILL
         assert read_json(folder / "manifest.json")["status"] == "running"
@@ -291,7 +292,8 @@ def test_a_row_that_cannot_be_rendered(tmp_path, llama_folder):
     template = tmp_path / "t.jinja"
     template.write_text(
         "{% for m in messages %}{% if 'forbidden' in m.content %}"
-        "{{ raise_exception('no such word') }}{% endif %}{{ m.content }} {% endfor %}"
+        "{{ raise_exception('no such word') }}{% endif %}{{ m.content }}"
+        "{% if m.role == 'user' %}\n###\n{% endif %}{% endfor %}"
     )
     for number in range(4):
         rows = pairs(40, seed=number)
@@ -333,7 +335,7 @@ def test_the_command_and_its_mistakes(tmp_path, llama_folder):
 
     done = run("corpus.beam.runner=NoSuchRunner")
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.startswith("error: corpus.beam: the runner NoSuchRunner cannot be used")
+    assert "\nerror: corpus.beam: the runner NoSuchRunner cannot" in f"\n{done.stderr}"
     assert "pip install 'proxykd_jax[beam]'" in done.stderr
     done = run('corpus.beam.options=["--direct_num_workers=many"]')
     assert done.returncode == 2 and "Beam refuses --direct_num_workers=many" in done.stderr

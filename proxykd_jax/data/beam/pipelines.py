@@ -105,6 +105,7 @@ class Pipelines:
         runner = _LOCAL_RUNNER if settings.runner == "DirectRunner" else settings.runner
         try:
             options = PipelineOptions(list(settings.options))
+            options.get_all_options()  # reads them; without it a run would end in its midst
             return self._beam.Pipeline(runner=runner, options=options)
         except SystemExit as error:  # its parser has said why
             raise UserError(
