@@ -45,7 +45,10 @@ class CorpusWriter:
 
     def __init__(self, folder: Path, *, one_of_several: bool = False) -> None:
         self.folder = folder
-        self._index = {split: PartFolder(folder / INDEX / split) for split in SPLITS}
+        self._index = {
+            split: PartFolder(folder / INDEX / split, one_of_several=one_of_several)
+            for split in SPLITS
+        }
         if not one_of_several:
             for place in (folder, *(part.folder for part in self._index.values())):
                 remove_leftovers(place)

@@ -311,6 +311,25 @@ def test_a_row_that_cannot_be_rendered(tmp_path, llama_folder):
     same_files(tmp_path / "runs" / "b" / "corpus", tmp_path / "runs" / "a" / "corpus")
 
 
+def test_rows_that_the_runner_loses_make_no_shard(tmp_path, llama_folder, monkeypatch):
+    from proxykd_jax.data.beam import write as beam_write
+
+    real = beam_write.encode_piece
+
+    def losing(folder, number):
+        return list(real(folder, number))[number:]  # the last piece loses its first block
+
+    monkeypatch.setattr(beam_write, "encode_piece", losing)
+    paths = [write(tmp_path / f"{n}.jsonl", pairs(50, seed=n)) for n in range(2)]
+    keys = {"sources": [{"path": path} for path in paths], "shard_rows": 10}
+    config = config_for(tmp_path, llama_folder, beam=THREADS, **keys)
+    with pytest.raises(RuntimeError, match="that lack rows"):
+        main(config)
+    monkeypatch.setattr(beam_write, "encode_piece", real)
+    local = main(config_for(tmp_path, llama_folder, name="local", **keys))
+    same_files(main(config).folder, local.folder)
+
+
 def test_benchmark_questions_are_refused_in_the_same_words(tmp_path, llama_folder):
     corpus = many_sources(tmp_path) | {"contamination": "refuse"}
     assert "hold questions" in said(tmp_path, llama_folder, **corpus)

@@ -4,7 +4,7 @@ The order in which rows are read is what decides between them: of repeated rows 
 and a row's place among those of its split decides its shard. So every row has a key, the piece
 (file) it is in and its number there, and the steps below compare keys instead of waiting for one
 another. Between the steps stand small columns in a folder that all workers see (``job.py``): at
-most 41 bytes a row, never its text.
+most 60 bytes a row, never its text.
 
 1. ``scan``: every piece is read; of each row digests, its places for the split, and whether it
    holds a benchmark question are kept.

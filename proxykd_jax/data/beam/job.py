@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from proxykd_jax.artifacts import read_json, write_json
+from proxykd_jax.artifacts import read_json, write_bytes, write_json
 from proxykd_jax.config import CorpusConfig, SourceConfig
 from proxykd_jax.data.contamination import ContaminationIndex
 from proxykd_jax.data.parts import Part, PartFolder
@@ -140,7 +140,8 @@ class Job:
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
         """Keeps what a step found of a piece."""
-        PartFolder(self.folder / step).commit(number, arrays, metadata)
+        folder = PartFolder(self.folder / step, one_of_several=True)
+        folder.commit(number, arrays, metadata)
 
     def found(self, step: str, number: int) -> Part:
         """What a step found of a piece: arrays and metadata."""
@@ -157,7 +158,9 @@ class Job:
         try:
             yield
         except UserError as error:
-            write_json(self._error_path(step, number), {"error": str(error)})
+            text = json.dumps({"error": str(error)})
+            path = self._error_path(step, number)
+            write_bytes(path, text.encode(), one_of_several=True)
 
     def noted_error(self, step: str, number: int) -> UserError | None:
         """The error of a piece, if it had one."""

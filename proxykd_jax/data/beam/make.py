@@ -93,6 +93,7 @@ def _make(
     write.plan_shards(job, writer)
     pipelines.write(everything)
     _raise_first(job, write.WRITTEN, everything)
+    write.check_shards(job)
     return _counts(job, everything), fraction
 
 

@@ -120,23 +120,15 @@ def _encode_batch(
 
 
 def write_shard(folder: str, shard: tuple[str, Iterable[ShardBlock]]) -> None:
-    """Writes a shard, if all its rows are there.
-
-    Raises:
-      RuntimeError: rows are missing, though no piece had an error.
-    """
+    """Writes a shard, if all its rows are there; a piece with an error has not brought its own."""
     job = job_in(folder)
     name, _, number = shard[0].partition("/")
     split, place = cast(CorpusSplit, name), int(number)
     blocks = sorted(shard[1], key=lambda block: (block[0], block[2][0].number))
-    totals = job.found(PLAN, 0).arrays["starts"][-1]
     shard_rows = job.corpus.shard_rows
-    expected = min(shard_rows, int(totals[SPLITS.index(split)]) - place * shard_rows)
-    rows = sum(len(block[2]) for block in blocks)
-    if rows != expected:
-        if job.has_error(WRITTEN):
-            return
-        raise RuntimeError(f"shard {shard[0]} has {rows} of {expected} rows")
+    expected = min(shard_rows, _total(job, split) - place * shard_rows)
+    if sum(len(block[2]) for block in blocks) != expected:
+        return
     writer = CorpusWriter(job.corpus_folder, one_of_several=True).open_shard(split, place)
     try:
         for _, label, block in blocks:
@@ -149,6 +141,24 @@ def write_shard(folder: str, shard: tuple[str, Iterable[ShardBlock]]) -> None:
     except BaseException:
         writer.abandon()
         raise
+
+
+def check_shards(job: Job) -> None:
+    """Sees that every shard of the plan is committed.
+
+    Raises:
+      RuntimeError: one is not, though no piece had an error: the runner lost rows.
+    """
+    writer = CorpusWriter(job.corpus_folder, one_of_several=True)
+    for split in SPLITS:
+        planned = -(-_total(job, split) // job.corpus.shard_rows)
+        missing = set(range(planned)) - set(writer.committed(split))
+        if missing:
+            raise RuntimeError(f"shards of {split} that lack rows: {sorted(missing)}")
+
+
+def _total(job: Job, split: CorpusSplit) -> int:
+    return int(job.found(PLAN, 0).arrays["starts"][-1, SPLITS.index(split)])
 
 
 def judged_drops(job: Job, number: int) -> Drops:
