@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Writes requirements.txt and requirements-test.txt anew from pyproject.toml: the newest versions
-# that its bounds allow, for Python 3.11 to 3.13. Needs uv on the path.
+# Writes requirements.txt, requirements-test.txt and requirements-beam.txt anew from pyproject.toml:
+# the newest versions that its bounds allow, for Python 3.11 to 3.13. Needs uv on the path.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -14,6 +14,8 @@ compile=(uv pip compile --quiet --universal --python-version 3.11 --no-header
 echo "torch; sys_platform == 'never'" >"$work/no_torch.txt"
 "${compile[@]}" --group test --overrides "$work/no_torch.txt" -c "$work/runtime.txt" \
   -o "$work/test.txt"
+# Apache Beam holds some packages back, so its environment has a list of its own.
+"${compile[@]}" pyproject.toml --extra beam --group test-beam -o "$work/beam.txt"
 
 tidy() { # comments without the paths of this run; without what no platform installs
   sed -e "s#, -c $work/[a-z]*\.txt##; s#  *\# via -c $work/[a-z]*\.txt\$##; s#, --override [^,]*##" \
@@ -29,3 +31,8 @@ tidy() { # comments without the paths of this run; without what no platform inst
   echo "# launch/compile_requirements.sh. Install PyTorch first: pip then leaves it alone."
   tidy "$work/test.txt"
 } >requirements-test.txt
+{
+  echo "# Exact versions of everything that prepare on Apache Beam needs, with its tests: a whole"
+  echo "# environment, not an addition to requirements.txt. Made by launch/compile_requirements.sh."
+  tidy "$work/beam.txt"
+} >requirements-beam.txt

@@ -3,6 +3,7 @@
 #
 #   ensure_environment run    makes .venv-launch with what a run needs (requirements.txt)
 #   ensure_environment test   adds what the tests need (PyTorch among it)
+#   ensure_environment beam   another environment, for prepare on Apache Beam and its tests
 #   "$venv_python"            is its interpreter afterwards
 #
 # Quick when nothing changed. PYTHON names the interpreter to start from (3.11 to 3.13);
@@ -80,8 +81,9 @@ ensure_environment() {
   case $layer in
     run) files=(requirements.txt) ;;
     test) files=(requirements.txt requirements-torch.txt requirements-test.txt) ;;
+    beam) files=(requirements-beam.txt) ;;
     *)
-      echo "error: ensure_environment run|test, not '$layer'" >&2
+      echo "error: ensure_environment run|test|beam, not '$layer'" >&2
       return 1
       ;;
   esac
@@ -103,7 +105,7 @@ ensure_environment() {
     install --no-deps -r requirements.txt -r requirements-test.txt || return 1
     install_compilers || return 1
   else
-    install --no-deps -r requirements.txt || return 1
+    install --no-deps -r "${files[0]}" || return 1
   fi
   install --no-deps --editable . || return 1
   echo "$hash" >"$stamp"

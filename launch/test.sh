@@ -24,6 +24,9 @@ fi
 # loadfile: a file's expensive fixtures (compiled steps, real models) are made once.
 "$venv_python" -m pytest -m "$marker" -n 2 --dist loadfile --durations 10 "$@" ||
   failed+=("pytest")
+if (($# == 0)); then # Beam's packages do not go together with those of this environment
+  PROXYKD_VENV="$venv_folder-beam" bash launch/test_beam.sh "$marker" || failed+=("Beam's pytest")
+fi
 if ((${#failed[@]})); then
   printf 'failed: %s\n' "${failed[@]}" >&2
   exit 1

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterable, Mapping
@@ -31,12 +32,19 @@ _SETTLED_NS = 2_000_000_000
 _known: dict[Path, tuple[tuple[int, int, int, int], str]] = {}
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a whole file or nothing: temporary name, fsync, rename, fsync of the folder."""
+def write_bytes(path: Path, data: bytes, *, one_of_several: bool = False) -> None:
+    """Writes a whole file or nothing: temporary name, fsync, rename, fsync of the folder.
+
+    Args:
+      path: the file.
+      data: its content.
+      one_of_several: others may write the same at the same time; the temporary name is unique.
+    """
     if not peers.is_first():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    own = f".{secrets.token_hex(4)}" if one_of_several else ""
+    temporary = path.with_name(f".{path.name}{own}.tmp")
     with open(temporary, "wb") as file:
         file.write(data)
         file.flush()

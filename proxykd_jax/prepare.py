@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from proxykd_jax.data.tokenizer import Tokenizer
 
 SUMMARY = "Reads the teacher's answers, splits them and turns them into tokens."
-# Keys of the section that choose what later stages look at, not what the corpus is.
-_NOT_CONTENT = {"validation_max_rows"}
+# Keys of the section that choose what later stages look at, or who does the work.
+_NOT_CONTENT = {"validation_max_rows", "beam"}
 
 
 @dataclass(frozen=True)
@@ -82,17 +82,24 @@ def make_corpus(config: Config, folder: Path, tokenizer: Tokenizer, renderer: Re
     from proxykd_jax.data.selection import select_rows, selected_rows
 
     writer = CorpusWriter(folder)
-    with Progress() as progress:
-        selection = select_rows(config.corpus, renderer, progress)
-        encode_rows(
-            selected_rows(config.corpus, selection, renderer),
-            renderer,
-            writer,
-            max_length=config.corpus.max_length,
-            shard_rows=config.corpus.shard_rows,
-            progress=progress,
-        )
-    counts = corpus_counts(config.corpus, selection, writer)
+    if config.corpus.beam is not None:
+        from proxykd_jax.data.beam.make import write_with_beam
+
+        read, fraction = write_with_beam(config.corpus, tokenizer.path, writer)
+        writer = CorpusWriter(folder)
+    else:
+        with Progress() as progress:
+            selection = select_rows(config.corpus, renderer, progress)
+            encode_rows(
+                selected_rows(config.corpus, selection, renderer),
+                renderer,
+                writer,
+                max_length=config.corpus.max_length,
+                shard_rows=config.corpus.shard_rows,
+                progress=progress,
+            )
+        read, fraction = selection.sources, selection.validation_fraction
+    counts = corpus_counts(config.corpus, read, fraction, writer)
     print(describe_counts(counts))
     writer.finish(
         counts,

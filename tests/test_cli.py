@@ -139,7 +139,7 @@ def test_no_key_of_the_schema_is_forgotten():
     data = {
         "preset": "paper",
         "name": "x",
-        "corpus": {"sources": [{"path": "a"}], "test": [{"path": "b"}]},
+        "corpus": {"sources": [{"path": "a"}], "test": [{"path": "b"}], "beam": {}},
         "proxy": {"path": "p"},
         "student": {"init": {"path": "p", "first_layers": 1}},
         "mesh": {"sample": {}, "score": {}, "distill": {}},

@@ -56,7 +56,7 @@ AT_IMPORT = {
 LAZY = {
     *("tensorflow", "tensorflow_datasets", "array_record", "datasets", "pyarrow"),
     *("transformers", "tokenizers", "huggingface_hub", "jinja2", "orbax", "tensorstore"),
-    *("matplotlib", "lm_eval", "tensorboardX", "wandb", "openai"),
+    *("matplotlib", "lm_eval", "tensorboardX", "wandb", "openai", "apache_beam"),
 }
 NEVER = {"torch", "pickle", "dill", "cloudpickle", "shelve", "marshal"}
 # Packages that come with a declared one, and are that one's own business.

@@ -48,6 +48,12 @@ def test_requirements_pin_every_declared_dependency_exactly():
     assert len(pins["jax"]) == 2 and pins["jax"] == pins["jaxlib"]
 
 
+def test_beams_environment_is_whole():
+    pins = _pins("requirements-beam.txt")
+    for line in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["beam"]]:
+        assert _normal(re.match(r"[\w.-]+", line).group()) in pins, line
+
+
 def test_pytorch_is_for_tests_alone():
     assert "torch" not in _pins("requirements.txt")
     assert "torch" not in _pins("requirements-test.txt")

@@ -4,6 +4,7 @@ from proxykd_jax.config.load import dump_config, load_config, make_config
 from proxykd_jax.config.schema import (
     AlignConfig,
     AxesConfig,
+    BeamConfig,
     Config,
     CorpusConfig,
     DistillConfig,
@@ -27,6 +28,7 @@ from proxykd_jax.config.schema import (
 __all__ = [
     "AlignConfig",
     "AxesConfig",
+    "BeamConfig",
     "Config",
     "CorpusConfig",
     "DistillConfig",

@@ -118,6 +118,19 @@ class SharesConfig(Section):
         return self
 
 
+class BeamConfig(Section):
+    """Apache Beam makes the corpus, on many machines (docs/large_corpora.md)."""
+
+    runner: str = Field(
+        "DirectRunner",
+        description="what runs the pipelines: DirectRunner (this machine), DataflowRunner, "
+        "FlinkRunner, SparkRunner or another one that Beam knows",
+    )
+    options: tuple[str, ...] = Field(
+        (), description="the runner's options, as Beam's own command line takes them"
+    )
+
+
 class CorpusConfig(Section):
     """The teacher's answers: where they are, how they become tokens, how they are split."""
 
@@ -165,6 +178,11 @@ class CorpusConfig(Section):
         description="keep at most so many of the rows that fit max_length, chosen by hash",
     )
     shard_rows: PositiveInt = Field(50_000, description="rows a file of the tokenised corpus")
+    beam: BeamConfig | None = Field(
+        None,
+        description="make the corpus with Apache Beam, to the same bytes; for corpora that are "
+        "too large for one machine",
+    )
 
 
 class LoraSettings(Section):

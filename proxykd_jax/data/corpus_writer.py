@@ -7,6 +7,7 @@ what makes it count. What a killed process left is written again, to the same by
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,18 +37,30 @@ class CorpusWriter:
 
     How many shards a split will have is known at the end only, so shards bear the names of TFDS
     from ``finish`` on.
+
+    Args:
+      folder: the stage's folder.
+      one_of_several: others write shards there at the same time, so what is half-written stays.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, one_of_several: bool = False) -> None:
         self.folder = folder
-        self._index = {split: PartFolder(folder / INDEX / split) for split in SPLITS}
-        for place in (folder, *(part.folder for part in self._index.values())):
-            remove_leftovers(place)
+        self._index = {
+            split: PartFolder(folder / INDEX / split, one_of_several=one_of_several)
+            for split in SPLITS
+        }
+        if not one_of_several:
+            for place in (folder, *(part.folder for part in self._index.values())):
+                remove_leftovers(place)
         self._done = {split: set(self._index[split].complete()) for split in SPLITS}
 
     def has(self, split: CorpusSplit, shard: int) -> bool:
         """Whether a shard is committed."""
         return shard in self._done[split]
+
+    def committed(self, split: CorpusSplit) -> list[int]:
+        """The shards of a split that are committed, in order."""
+        return sorted(self._done[split])
 
     def open_shard(self, split: CorpusSplit, shard: int) -> ShardWriter:
         """Begins a shard that is not committed yet."""
@@ -59,7 +72,7 @@ class CorpusWriter:
 
     def parts(self, split: CorpusSplit) -> list[Part]:
         """The committed index of a split, shard by shard."""
-        return [self._index[split].open(shard) for shard in sorted(self._done[split])]
+        return [self._index[split].open(shard) for shard in self.committed(split)]
 
     def commit_index(
         self,
@@ -120,7 +133,8 @@ class ShardWriter:
 
         self._corpus, self._split, self._shard = corpus, split, shard
         self._final = corpus.working_name(split, shard)
-        self._temporary = self._final.with_name(f".{self._final.name}.tmp")
+        # Its own name: a scheduler may let two workers try the same shard.
+        self._temporary = self._final.with_name(f".{self._final.name}.{secrets.token_hex(4)}.tmp")
         self._records = array_record_module.ArrayRecordWriter(str(self._temporary), _WRITE_OPTIONS)
         self._lengths: list[int] = []
         self._prompt_lengths: list[int] = []

@@ -114,16 +114,17 @@ class PromptSet:
 
     def add(self, row: TextRow | str) -> bool:
         """Adds a row's first user message (or the message itself); returns whether it is new."""
-        return any([self._keys.add(digest) for digest in _prompt_digests(row)])
+        return any([self._keys.add(digest) for digest in prompt_digests(row)])
 
     def __contains__(self, row: TextRow | str) -> bool:
-        return any(digest in self._keys for digest in _prompt_digests(row))
+        return any(digest in self._keys for digest in prompt_digests(row))
 
     def __len__(self) -> int:
         return len(self._keys)
 
 
-def _prompt_digests(row: TextRow | str) -> set[int]:
+def prompt_digests(row: TextRow | str) -> set[int]:
+    """The 64-bit digests that a ``PromptSet`` keeps of a row: one, of a plain text up to two."""
     if isinstance(row, str):
         keys = {normalise_text(row)}
     else:

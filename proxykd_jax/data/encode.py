@@ -13,7 +13,7 @@ from proxykd_jax.data.selection import SelectedRow
 from proxykd_jax.data.template import Encoded, Renderer
 
 # Enough rows for the tokenizer's threads to be worth starting, few enough to be held.
-_BATCH_ROWS = 512
+BATCH_ROWS = 512
 _Place = tuple[SelectedRow, int]  # a row and the shard it belongs to
 
 
@@ -65,6 +65,11 @@ def encode_rows(
         raise
 
 
+def left_out(row: Encoded, max_length: int) -> str | None:
+    """Why a row is not written, or None."""
+    return row.drop or length_problem(len(row.tokens), row.prompt_length, max_length)
+
+
 def _missing(
     rows: Iterator[SelectedRow],
     writer: CorpusWriter,
@@ -86,7 +91,7 @@ def _batches(places: Iterator[_Place]) -> Iterator[list[_Place]]:
     """Runs of rows of one source and kind."""
     batch: list[_Place] = []
     for place in places:
-        if batch and (len(batch) == _BATCH_ROWS or place[0].label != batch[0][0].label):
+        if batch and (len(batch) == BATCH_ROWS or place[0].label != batch[0][0].label):
             yield batch
             batch = []
         batch.append(place)
@@ -103,13 +108,13 @@ class _Shards:
         self._open: dict[CorpusSplit, tuple[int, ShardWriter]] = {}
 
     def write(self, places: list[_Place], encoded: list[Encoded]) -> None:
-        for (selected, number), (tokens, prompt_length, drop) in zip(places, encoded, strict=True):
+        for (selected, number), row in zip(places, encoded, strict=True):
             shard = self._shard(selected.split, number)
-            reason = drop or length_problem(len(tokens), prompt_length, self._max_length)
+            reason = left_out(row, self._max_length)
             if reason is not None:
                 shard.drop(reason, selected.row.origin, selected.label)
             else:
-                shard.write(tokens, prompt_length, selected.label)
+                shard.write(row.tokens, row.prompt_length, selected.label)
 
     def _shard(self, split: CorpusSplit, number: int) -> ShardWriter:
         if split in self._open and self._open[split][0] != number:

@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from proxykd_jax.config import CorpusConfig
 from proxykd_jax.data.corpus import SPLITS
 from proxykd_jax.data.corpus_writer import CorpusWriter
 from proxykd_jax.data.records import Drops
-from proxykd_jax.data.selection import Selection
+from proxykd_jax.data.selection import SourceCount
 
 _SHARES = ("warmup", "align", "distill")
 
 
 def corpus_counts(
-    corpus: CorpusConfig, selection: Selection, writer: CorpusWriter
+    corpus: CorpusConfig,
+    read: Mapping[str, SourceCount],
+    validation_fraction: float,
+    writer: CorpusWriter,
 ) -> dict[str, Any]:
     """The counts of a corpus whose shards are all committed, as JSON.
+
+    Args:
+      corpus: the section of the config.
+      read: what became of every source before tokens, by its label.
+      validation_fraction: the share that was set aside.
+      writer: of the corpus.
 
     Returns:
       ``sources``: by label, rows ``read`` and ``kept`` and the ``drops`` by reason; ``splits``: by
       name, ``rows``, ``tokens``, ``answer_tokens``, and the ``expected_share`` of the rows that
       validation leaves; ``validation_fraction``: the share that was set aside.
     """
-    drops = {label: Drops() for label in selection.sources}
-    for label, count in selection.sources.items():
+    drops = {label: Drops() for label in read}
+    for label, count in read.items():
         drops[label].merge(count.drops)
-    kept = dict.fromkeys(selection.sources, 0)
+    kept = dict.fromkeys(read, 0)
     splits: dict[str, dict[str, Any]] = {}
     for split in SPLITS:
         rows = tokens = answers = 0
@@ -44,12 +54,12 @@ def corpus_counts(
             splits[split]["expected_share"] = getattr(corpus.shares, split)
     sources = {
         label: {"read": count.read, "kept": kept[label], "drops": drops[label].as_json()}
-        for label, count in selection.sources.items()
+        for label, count in read.items()
     }
     return {
         "sources": sources,
         "splits": splits,
-        "validation_fraction": selection.validation_fraction,
+        "validation_fraction": validation_fraction,
     }
 
 

@@ -28,6 +28,7 @@ _DTYPES = {
     "U8": np.uint8,
     "U16": np.uint16,
     "U32": np.uint32,
+    "U64": np.uint64,
     "I32": np.int32,
     "I64": np.int64,
     "F16": np.float16,
@@ -68,10 +69,16 @@ class Part:
 
 
 class PartFolder:
-    """The parts of one folder."""
+    """The parts of one folder.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+      folder: where they are.
+      one_of_several: other processes may commit the same part at the same time.
+    """
+
+    def __init__(self, folder: Path, *, one_of_several: bool = False) -> None:
         self.folder = Path(folder)
+        self._one_of_several = one_of_several
 
     def path(self, index: int) -> Path:
         return self.folder / f"part_{index:05d}.safetensors"
@@ -132,7 +139,8 @@ class PartFolder:
         )
 
         def write() -> None:
-            write_bytes(self.path(index), save(plain, metadata={_METADATA_KEY: record}))
+            data = save(plain, metadata={_METADATA_KEY: record})
+            write_bytes(self.path(index), data, one_of_several=self._one_of_several)
 
         on_first(write)
         return digest

@@ -29,8 +29,35 @@ from proxykd_jax.errors import UserError
 Record = Mapping[str, Any]
 
 
+def source_pieces(source: SourceConfig) -> list[SourceConfig]:
+    """A source cut into its files, each a source of its own that is read by itself.
+
+    Read one after the other they give the source's rows. Whatever is no list of files stays whole,
+    and so does a source with a ``limit``: where that ends is known by reading it in order.
+
+    Raises:
+      UserError: its path names nothing.
+    """
+    if source.path is None or source.limit is not None:
+        return [source]
+    return [source.model_copy(update={"path": str(file)}) for file in list_files(source.path)]
+
+
+def no_usable_row(source: SourceConfig, drops: Drops) -> UserError:
+    """The error for a source that gives nothing; ``drops`` are its rows that were left out."""
+    return UserError(
+        f"{source.path or source.dataset or source.tfds} gives no row that can be used. "
+        f"Left out: {drops if drops.total else 'nothing, it is empty'}."
+    )
+
+
 def read_source(
-    source: SourceConfig, *, prompts_only: bool, drops: Drops, source_index: int = 0
+    source: SourceConfig,
+    *,
+    prompts_only: bool,
+    drops: Drops,
+    source_index: int = 0,
+    is_piece: bool = False,
 ) -> Iterator[TextRow]:
     """Reads a source lazily, in the order of its files and their rows.
 
@@ -43,6 +70,7 @@ def read_source(
       drops: counts rows that are left out: a damaged row does not stop the reading, a damaged
         file does.
       source_index: copied into the rows.
+      is_piece: the source is one of ``source_pieces`` and may give no row.
 
     Raises:
       UserError: the source is missing, damaged or of another format, or gives no row at all.
@@ -60,11 +88,8 @@ def read_source(
                     return
     finally:
         drops.merge(own_drops)
-    if not count:
-        raise UserError(
-            f"{source.path or source.dataset or source.tfds} gives no row that can be used. "
-            f"Left out: {own_drops if own_drops.total else 'nothing, it is empty'}."
-        )
+    if not count and not is_piece:
+        raise no_usable_row(source, own_drops)
 
 
 def _parts(source: SourceConfig) -> Iterator[tuple[str, Iterable[tuple[Record, str]]]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from array import array
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -27,6 +28,21 @@ def length_problem(tokens: int, prompt_length: int, max_length: int) -> str | No
     if prompt_length >= max_length:
         return NO_ROOM
     return TOO_LONG if tokens > max_length else None
+
+
+def threshold_of(smallest: Sequence[int], max_rows: int) -> int:
+    """Hashes below it are those of at most ``max_rows`` rows that fit.
+
+    Args:
+      smallest: the ``max_rows + 1`` smallest hashes of rows that fit, or all, where fewer fit.
+      max_rows: rows to keep at most.
+    """
+    return max(smallest) if len(smallest) > max_rows else 1 << 64
+
+
+def below_threshold(hashes: np.ndarray, threshold: int) -> np.ndarray:
+    """bool[n]: which of some hashes (uint64[n]) are those of rows to keep."""
+    return np.ones(len(hashes), bool) if threshold == 1 << 64 else hashes < np.uint64(threshold)
 
 
 class RowLimit:
@@ -67,13 +83,20 @@ class RowLimit:
         Rows that do not fit count as kept where their hash is small enough, so that they are named
         as too long and not as beyond ``max_rows``. Equal rows are kept or left together.
         """
+        return below_threshold(self.hashes, threshold_of(self.smallest(), self._max_rows))
+
+    @property
+    def hashes(self) -> np.ndarray:
+        """uint64[n], of the rows in the order they came."""
+        return np.frombuffer(self._hashes, np.uint64)
+
+    def smallest(self) -> list[int]:
+        """The ``max_rows + 1`` smallest hashes of the rows that fit, or all of them, unordered."""
         self._look_at_waiting()
-        hashes = np.frombuffer(self._hashes, np.uint64)
-        threshold = self._threshold()
-        return np.ones(len(hashes), bool) if threshold == 1 << 64 else hashes < threshold
+        return [-number for number in self._smallest]
 
     def _threshold(self) -> int:
-        """Hashes below it are those of at most ``max_rows`` rows that fit."""
+        """As ``threshold_of``, of what has been looked at."""
         return -self._smallest[0] if len(self._smallest) > self._max_rows else 1 << 64
 
     def _look_at_waiting(self) -> None:

@@ -11,7 +11,7 @@ go by the whole row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ IN_VALIDATION = "its prompt is in the validation set"
 IN_BENCHMARK = "holds a benchmark question"
 BEYOND_MAX_ROWS = "beyond max_rows"
 _LEFT_OUT, _KEPT = 0, 1
-_MATCHES_SHOWN = 5
+MATCHES_SHOWN = 5
 
 
 @dataclass
@@ -93,6 +93,26 @@ def source_label(group: str, index: int, source: SourceConfig) -> str:
     return f"{group}.{index} ({source.path or source.dataset or source.tfds})"
 
 
+def nothing_left(sources: Mapping[str, SourceCount]) -> UserError:
+    """The error for a corpus of which no row stays, with the reasons."""
+    listed = "\n  ".join(f"{label}: {count.drops}" for label, count in sources.items())
+    return UserError(f"No row of the corpus is left. Left out:\n  {listed}")
+
+
+def source_changed() -> UserError:
+    """The error for a source that has other rows when it is read again."""
+    return UserError(
+        "A source of the corpus changed while it was read. Run again when it is at rest."
+    )
+
+
+def count_beyond(drops: Drops, rows: int) -> None:
+    """Counts rows beyond ``max_rows``, of which no example says anything."""
+    if rows:
+        drops.counts[BEYOND_MAX_ROWS] = rows
+        drops.origins[BEYOND_MAX_ROWS] = ["chosen by hash"]
+
+
 def select_rows(
     corpus: CorpusConfig,
     renderer: Renderer,
@@ -140,7 +160,7 @@ def select_rows(
         elif benchmarks is not None and (match := benchmarks.match(row)) is not None:
             drops.add(IN_BENCHMARK, row.origin)
             contaminated += 1
-            matches += [match] if len(matches) < _MATCHES_SHOWN else []
+            matches += [match] if len(matches) < MATCHES_SHOWN else []
         else:
             kept[-1] = _KEPT
             if limit is not None:
@@ -153,13 +173,10 @@ def select_rows(
         beyond = np.frombuffer(kept, np.uint8).astype(bool) & ~kept_rows
         for label, end in ends.items():
             begin = end - yielded[label]
-            if count := int(beyond[begin:end].sum()):
-                sources[label].drops.counts[BEYOND_MAX_ROWS] = count
-                sources[label].drops.origins[BEYOND_MAX_ROWS] = ["chosen by hash"]
+            count_beyond(sources[label].drops, int(beyond[begin:end].sum()))
     rows = int(kept_rows.sum())
     if not rows:
-        listed = "\n  ".join(f"{label}: {count.drops}" for label, count in sources.items())
-        raise UserError(f"No row of the corpus is left. Left out:\n  {listed}")
+        raise nothing_left(sources)
     fraction = effective_validation_fraction(
         rows,
         validation_fraction=corpus.validation_fraction,
@@ -203,9 +220,7 @@ def selected_rows(
         yield SelectedRow(split, label, corpus.sources[row.source_index], row)
     read = {label: count.read for label, count in counts.items()}
     if read != {label: count.read for label, count in selection.sources.items()}:
-        raise UserError(
-            "A source of the corpus changed while it was read. Run again when it is at rest."
-        )
+        raise source_changed()
     yield from _fresh_rows(corpus, selection, validation_prompts, renderer)
 
 
@@ -237,15 +252,42 @@ def _read(
     for index, source in enumerate(sources):
         label = source_label(group, index, source)
         count = counts[label] = SourceCount()
-        drops = Drops()
-        rows = read_source(
-            source,
-            prompts_only=group == "fresh_prompts",
-            drops=drops,
-            source_index=index,
-        )
-        for row in with_prompts(rows, source, renderer):
-            count.read += 1
+        for row in read_rows(group, index, source, count, renderer):
             yield label, row
-        count.read += drops.total
-        count.drops.merge(drops)
+
+
+def read_rows(
+    group: str,
+    index: int,
+    source: SourceConfig,
+    count: SourceCount,
+    renderer: Renderer | None,
+    *,
+    is_piece: bool = False,
+) -> Iterator[TextRow]:
+    """Rows of one source, or of one of its pieces, with their prompts.
+
+    Args:
+      group: the key of the config that lists it: ``test``, ``sources`` or ``fresh_prompts``.
+      index: its place there.
+      source: the source.
+      count: filled while the rows are read.
+      renderer: finds prompts that are counted in tokens; without it they stay unknown.
+      is_piece: it is one of ``source_pieces`` and may give no row.
+
+    Raises:
+      UserError: as ``read_source``.
+    """
+    drops = Drops()
+    rows = read_source(
+        source,
+        prompts_only=group == "fresh_prompts",
+        drops=drops,
+        source_index=index,
+        is_piece=is_piece,
+    )
+    for row in with_prompts(rows, source, renderer):
+        count.read += 1
+        yield row
+    count.read += drops.total
+    count.drops.merge(drops)

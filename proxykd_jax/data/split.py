@@ -31,10 +31,27 @@ def split_name(
       validation_fraction: share set aside first, by bytes of the hash that the cut does not use.
         A row that is held out at one fraction is held out at every larger one.
     """
+    return split_at(
+        split_places(first_message_key), shares=shares, validation_fraction=validation_fraction
+    )
+
+
+def split_places(first_message_key: str) -> tuple[float, float]:
+    """Two numbers in [0, 1) from the hash: where a row stands for validation, and for the shares.
+
+    They are all of a row that ``split_at`` needs, once the fraction is known.
+    """
     digest = hashlib.sha256(normalise_text(first_message_key).encode("utf-8")).digest()
-    if _uniform(digest[:8]) < validation_fraction:
+    return _uniform(digest[:8]), _uniform(digest[8:16])
+
+
+def split_at(
+    places: tuple[float, float], *, shares: SharesConfig, validation_fraction: float
+) -> SplitName:
+    """``split_name`` of a row with these ``split_places``."""
+    held_out, place = places
+    if held_out < validation_fraction:
         return "validation"
-    place = _uniform(digest[8:16])
     if place < shares.warmup:
         return "warmup"
     if place < shares.warmup + shares.align:

@@ -137,3 +137,16 @@ def test_kill_while_writing_leaves_whole_parts_only(tmp_path):
         assert folder.complete()
         for index in folder.complete():
             assert (folder.open(index).arrays["x"] == index).all()
+
+
+def test_two_may_commit_the_same_part_at_once(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    arrays = {"a": np.arange(200_000, dtype=np.uint64)}
+    folder = PartFolder(tmp_path, one_of_several=True)
+    with ThreadPoolExecutor(4) as pool:
+        done = [pool.submit(folder.commit, 0, arrays) for _ in range(40)]
+    assert len({attempt.result() for attempt in done}) == 1
+    folder.open(0).verify()
+    np.testing.assert_array_equal(folder.open(0).arrays["a"], arrays["a"])
+    assert [path.name for path in tmp_path.iterdir()] == ["part_00000.safetensors"]

@@ -1,0 +1,58 @@
+"""The first look at a piece: of every row what is compared with other rows, without its text."""
+
+from __future__ import annotations
+
+from array import array
+
+import numpy as np
+
+from proxykd_jax.data.beam.job import FOR_ALL, Job, job_in
+from proxykd_jax.data.dedup import prompt_digests, row_digest
+from proxykd_jax.data.selection import SourceCount
+from proxykd_jax.data.split import split_places
+
+SCAN = "scan"
+
+
+def scan(folder: str, number: int) -> None:
+    """Reads a piece and keeps its columns: n rows.
+
+    ``digests`` uint64[n], of the row as it is compared with others; ``prompts`` uint64[n, 2], the
+    digests of its prompt (twice the same, where there is one), if any split is held out;
+    ``places`` float64[n, 2], for the split; ``in_benchmark`` bool[n]. As metadata: rows ``read``,
+    and the ``drops`` while reading.
+    """
+    job = job_in(folder)
+    if job.has_error(SCAN, before=number):
+        return
+    with job.notes_errors(SCAN, FOR_ALL):
+        _ = job.benchmarks
+    if not job.has_error(SCAN, before=number):
+        with job.notes_errors(SCAN, number):
+            _scan(job, number)
+
+
+def _scan(job: Job, number: int) -> None:
+    group = job.pieces[number].group
+    fresh = group == "fresh_prompts"
+    benchmarks = None if group == "test" else job.benchmarks
+    compares_prompts = bool(job.corpus.test or job.corpus.fresh_prompts)
+    digests, prompts, places, in_benchmark = array("Q"), array("Q"), array("d"), bytearray()
+    count = SourceCount()
+    for row in job.rows(number, count):
+        compared = row.without_answer if fresh else row
+        digests.append(row_digest(compared))
+        if compares_prompts:
+            found = sorted(prompt_digests(row))
+            prompts.extend((found[0], found[-1]))
+        if group == "sources":
+            places.extend(split_places(row.first_user_message))
+        if benchmarks is not None:
+            in_benchmark.append(compared in benchmarks)
+    columns = {
+        "digests": np.array(digests, np.uint64),
+        "prompts": np.array(prompts, np.uint64).reshape(-1, 2),
+        "places": np.array(places, np.float64).reshape(-1, 2),
+        "in_benchmark": np.array(in_benchmark, np.uint8).astype(bool),
+    }
+    job.commit(SCAN, number, columns, {"read": count.read, "drops": count.drops.as_json()})
