@@ -4,9 +4,12 @@ All are jittable, compute in float32 whatever they are given, and return one val
 a token, `*_tokens`); reduction over a batch is a step of its own, by sum and count. Labels and
 masks are aligned with the logits: position t of each speaks of the same token.
 
-Axes in names: B batch, L length, V vocabulary, K top-k, S segments in a packed row.
+Axes in names: B batch, L length, V vocabulary, K top-k or drawn ids, S segments in a packed row,
+G samples of one prompt (its group).
 """
 
+from proxykd_jax.losses.advantages import group_advantages, log_ratio_rewards, rewards_to_go, whiten
+from proxykd_jax.losses.discriminator import discriminator_loss
 from proxykd_jax.losses.divergence import (
     forward_kl,
     forward_kl_tokens,
@@ -14,11 +17,21 @@ from proxykd_jax.losses.divergence import (
     generalized_jsd_tokens,
     reverse_kl,
     reverse_kl_tokens,
+    tempered_kl,
+    tempered_kl_tokens,
     total_variation,
     total_variation_tokens,
 )
 from proxykd_jax.losses.nll import nll, token_logps
-from proxykd_jax.losses.objectives import alignment_objective, distill_objective
+from proxykd_jax.losses.objectives import alignment_objective, distill_objective, mixed_objective
+from proxykd_jax.losses.policy_gradient import (
+    low_variance_kl_tokens,
+    mixture_logps,
+    mixture_weights,
+    policy_gradient_tokens,
+    sampled_reverse_kl_tokens,
+    single_step_kl_tokens,
+)
 from proxykd_jax.losses.preference import (
     PREFERENCE_LOSSES,
     REFERENCE_LOSSES,
@@ -38,6 +51,13 @@ from proxykd_jax.losses.reduction import (
     reduce_tokens,
     weigh_examples,
 )
+from proxykd_jax.losses.sampled_labels import (
+    LABEL_VALUES,
+    DrawnLabels,
+    draw_labels,
+    drawn_label_loss,
+    drawn_label_tokens,
+)
 from proxykd_jax.losses.topk import (
     TAILS,
     topk_kl,
@@ -50,10 +70,12 @@ from proxykd_jax.losses.weights import alignment_weights, length_correlation, no
 
 __all__ = [
     "BATCH_REDUCTIONS",
+    "LABEL_VALUES",
     "PREFERENCE_LOSSES",
     "REFERENCE_LOSSES",
     "TAILS",
     "TOKEN_REDUCTIONS",
+    "DrawnLabels",
     "Term",
     "alignment_objective",
     "alignment_weights",
@@ -61,21 +83,37 @@ __all__ = [
     "batch_mean",
     "batch_terms",
     "count_tokens",
+    "discriminator_loss",
     "distill_objective",
     "dpo_loss",
+    "draw_labels",
+    "drawn_label_loss",
+    "drawn_label_tokens",
     "forward_kl",
     "forward_kl_tokens",
     "generalized_jsd",
     "generalized_jsd_tokens",
+    "group_advantages",
     "length_correlation",
+    "log_ratio_rewards",
+    "low_variance_kl_tokens",
+    "mixed_objective",
+    "mixture_logps",
+    "mixture_weights",
     "nll",
     "normalize_weights",
+    "policy_gradient_tokens",
     "preference_loss",
     "preference_metrics",
     "reduce_examples",
     "reduce_tokens",
     "reverse_kl",
     "reverse_kl_tokens",
+    "rewards_to_go",
+    "sampled_reverse_kl_tokens",
+    "single_step_kl_tokens",
+    "tempered_kl",
+    "tempered_kl_tokens",
     "token_logps",
     "topk_kl",
     "topk_kl_from_logps",
@@ -85,4 +123,5 @@ __all__ = [
     "total_variation_tokens",
     "weigh_examples",
     "weighted_kl",
+    "whiten",
 ]

@@ -5,13 +5,11 @@ with one value an example. In all of them the value is exact, +inf included wher
 infinite, and the gradient is finite: a zero probability counts as exp(-1e4) in the backward pass.
 """
 
-import math
-
 import chex
 import jax
 import jax.numpy as jnp
 
-from proxykd_jax.losses.numerics import blank_outside, finite_log
+from proxykd_jax.losses.numerics import blank_outside, finite_log, log_mixture
 from proxykd_jax.losses.reduction import reduce_tokens
 
 
@@ -76,8 +74,8 @@ def generalized_jsd_tokens(
     log_ratio = finite_log(teacher_logps) - finite_log(student_logps)
     # log(m/t) and log(m/s) through the log-ratio: with beta near an end m is almost one of the
     # two, and the difference of their log-probs would be rounding noise divided by beta.
-    teacher_part = jnp.exp(teacher_logps) * _log_mixture(1 - beta, -log_ratio)
-    student_part = jnp.exp(student_logps) * _log_mixture(beta, log_ratio)
+    teacher_part = jnp.exp(teacher_logps) * log_mixture(1 - beta, -log_ratio)
+    student_part = jnp.exp(student_logps) * log_mixture(beta, log_ratio)
     return -(beta * teacher_part + (1 - beta) * student_part).sum(axis=-1)
 
 
@@ -89,6 +87,36 @@ def total_variation_tokens(
     """Half the sum of |t - s| at each position, 0 to 1; arguments as in `forward_kl_tokens`."""
     teacher_logps, student_logps = _both_logps(teacher_logits_BLV, student_logits_BLV, mask_BL)
     return 0.5 * jnp.abs(jnp.exp(teacher_logps) - jnp.exp(student_logps)).sum(axis=-1)
+
+
+def tempered_kl_tokens(
+    teacher_logits_BLV: chex.Array,
+    student_logits_BLV: chex.Array,
+    mask_BL: chex.Array | None = None,
+    *,
+    temperature: float,
+    rescale: bool = True,
+) -> jax.Array:
+    """T^2 KL(teacher^(1/T) || student^(1/T)) at each position: both softened by T.
+
+    A softened KL's gradient shrinks like 1 / T^2. The factor undoes that (Hinton, arXiv
+    1503.02531, section 2), so that the weight beside an NLL means the same at every T.
+
+    Args:
+        teacher_logits_BLV, student_logits_BLV, mask_BL: as in `forward_kl_tokens`.
+        temperature: T > 0. At 1 this is `forward_kl_tokens`.
+        rescale: False leaves the factor T^2 out, as Mentor-KD's repository does.
+
+    Raises:
+        ValueError: temperature is not positive.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; it must be above 0.")
+    kl_BL = forward_kl_tokens(
+        blank_outside(teacher_logits_BLV, mask_BL) / temperature,
+        blank_outside(student_logits_BLV, mask_BL) / temperature,
+    )
+    return temperature**2 * kl_BL if rescale else kl_BL
 
 
 def forward_kl(
@@ -126,6 +154,23 @@ def reverse_kl(
     """KL(student || teacher), one value an example; arguments as in `forward_kl`."""
     chex.assert_rank(student_logits_BLV, 3)
     kl_BL = reverse_kl_tokens(teacher_logits_BLV, student_logits_BLV, mask_BL)
+    return reduce_tokens(kl_BL, mask_BL, reduction=reduction)
+
+
+def tempered_kl(
+    teacher_logits_BLV: chex.Array,
+    student_logits_BLV: chex.Array,
+    mask_BL: chex.Array,
+    *,
+    temperature: float,
+    rescale: bool = True,
+    reduction: str = "mean",
+) -> jax.Array:
+    """Softened KL, one value an example; see `tempered_kl_tokens` and `forward_kl`."""
+    chex.assert_rank(student_logits_BLV, 3)
+    kl_BL = tempered_kl_tokens(
+        teacher_logits_BLV, student_logits_BLV, mask_BL, temperature=temperature, rescale=rescale
+    )
     return reduce_tokens(kl_BL, mask_BL, reduction=reduction)
 
 
@@ -172,13 +217,3 @@ def kl_terms(p_logps: jax.Array, q_logps: jax.Array) -> jax.Array:
     terms = p * (finite_log(p_logps) - finite_log(q_logps))
     infinite = jnp.where((p > 0) & jnp.isneginf(q_logps), jnp.inf, 0.0)
     return terms + jax.lax.stop_gradient(infinite)
-
-
-def _log_mixture(weight: float, x: jax.Array) -> jax.Array:
-    """log(1 - weight + weight e^x), 0 < weight < 1: exact for small weights, finite for all x."""
-    large = x > 20.0
-    small_x = jnp.where(large, 0.0, x)
-    large_x = jnp.where(large, x, 20.0)
-    near = jnp.log1p(weight * jnp.expm1(small_x))
-    far = large_x + math.log(weight) + jnp.log1p((1 - weight) / weight * jnp.exp(-large_x))
-    return jnp.where(large, far, near)

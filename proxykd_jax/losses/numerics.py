@@ -1,5 +1,7 @@
 """Arithmetic shared by the losses: float32, safe logarithms, look-ups along the vocabulary."""
 
+import math
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -40,6 +42,19 @@ def blank_outside(logits: chex.Array, mask: chex.Array | None) -> jax.Array:
         return logits
     chex.assert_shape(mask, logits.shape[:-1])
     return jnp.where(inside(mask)[..., None], logits, 0.0)
+
+
+def blank_tokens(values: chex.Array, mask: chex.Array | None) -> jax.Array:
+    """Float32 values, one a token, with zeros at masked positions.
+
+    Args:
+        values, mask: of one shape; no masking without a mask.
+    """
+    values = float32(values)
+    if mask is None:
+        return values
+    chex.assert_equal_shape([values, mask])
+    return jnp.where(inside(mask), values, 0.0)
 
 
 @jax.custom_jvp
@@ -89,3 +104,13 @@ def gather_vocab(values: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Arra
         mark = jax.vmap(mark)
     hit = mark(jnp.zeros(values.shape, bool), ids)
     return jnp.take_along_axis(values, ids, axis=-1), hit
+
+
+def log_mixture(weight: float, x: jax.Array) -> jax.Array:
+    """log(1 - weight + weight e^x), 0 < weight < 1: exact for small weights, finite for all x."""
+    large = x > 20.0
+    small_x = jnp.where(large, 0.0, x)
+    large_x = jnp.where(large, x, 20.0)
+    near = jnp.log1p(weight * jnp.expm1(small_x))
+    far = large_x + math.log(weight) + jnp.log1p((1 - weight) / weight * jnp.exp(-large_x))
+    return jnp.where(large, far, near)

@@ -1,4 +1,4 @@
-"""The two objectives: the proxy's (eq. 6) and the student's (eq. 11).
+"""Objectives: the proxy's (eq. 6), the student's (eq. 11), and weighted sums of other terms.
 
 They combine terms that are already sums with counts (`batch_terms`, `reduce_examples`), so one
 function serves a notebook with a single batch and a training step with micro-batches and packed
@@ -110,6 +110,41 @@ def distill_objective(
     if sample_weight is not None:
         metrics["sample_weight"] = _detached(sample_weight)
     return nll_part + kl_part, metrics
+
+
+def mixed_objective(
+    terms: Mapping[str, TermLike],
+    weights: Mapping[str, float],
+    *,
+    counts: Mapping[str, chex.Numeric] | None = None,
+) -> tuple[jax.Array, dict[str, Term]]:
+    """The sum of weight * mean over named terms, for objectives other than eqs. 6 and 11.
+
+    >>> loss, metrics = mixed_objective(
+    ...     {"policy_gradient": batch_terms(pg_BL, mask_BL, reduction="token_mean"),
+    ...      "single_step_kl": batch_terms(kl_BL, mask_BL, reduction="token_mean")},
+    ...     {"policy_gradient": 1.0, "single_step_kl": 1.0})
+
+    Args:
+        terms: (sum, count) of each.
+        weights: a factor for each mean, under the same names.
+        counts: divide by these instead of the terms' own counts, where a name is in it.
+
+    Returns:
+        The loss, and each term without gradient.
+
+    Raises:
+        ValueError: terms and weights do not have the same names, or a count has another one.
+    """
+    counts = counts or {}
+    if not terms or set(terms) != set(weights) or not set(counts) <= set(terms):
+        raise ValueError(
+            f"terms are {', '.join(terms) or 'none'}, weights {', '.join(weights) or 'none'}, "
+            f"counts {', '.join(counts) or 'none'}; every term has a weight and may have a count, "
+            "under its name."
+        )
+    parts = [weights[name] * _mean(term, counts.get(name)) for name, term in terms.items()]
+    return sum(parts[1:], parts[0]), {name: _detached(term) for name, term in terms.items()}
 
 
 def _mean(term: TermLike, count: chex.Numeric | None) -> jax.Array:

@@ -13,8 +13,12 @@ from proxykd_jax.losses import (
     forward_kl_tokens,
     generalized_jsd,
     generalized_jsd_tokens,
+    nll,
+    reduce_tokens,
     reverse_kl,
     reverse_kl_tokens,
+    tempered_kl,
+    tempered_kl_tokens,
     total_variation,
     total_variation_tokens,
 )
@@ -26,6 +30,11 @@ A_MASK = np.array([[1, 1, 0]])
 CASES = {
     "forward_kl": (forward_kl, forward_kl_tokens, reference.kl),
     "reverse_kl": (reverse_kl, reverse_kl_tokens, lambda t, s: reference.kl(s, t)),
+    "tempered_kl": (
+        functools.partial(tempered_kl, temperature=2.0),
+        functools.partial(tempered_kl_tokens, temperature=2.0),
+        lambda t, s: 4 * reference.kl(t / 2, s / 2),
+    ),
     "total_variation": (total_variation, total_variation_tokens, reference.total_variation),
 }
 for _beta in (0, 0.1, 0.5, 0.9, 1):
@@ -71,8 +80,6 @@ def test_fixture_a():
     ):
         check(generalized_jsd_tokens(A_P, A_Q, beta=beta)[0, 0], first)
         check(generalized_jsd(A_P, A_Q, A_MASK, beta=beta), [mean])
-    # Temperature 2 and its square, which a caller applies to logits and to the value.
-    check(4 * forward_kl(A_P / 2, A_Q / 2, A_MASK), [0.103432817], atol=4e-7)
 
 
 def test_fixture_a_gradients():
@@ -217,8 +224,94 @@ def test_shapes_are_checked():
             function(A_P[0], A_Q[0], A_MASK[0])
 
 
+def test_cross_entropy_and_kl_have_one_gradient():
+    """Authors' code of forward-KL distillation mixes in the cross-entropy: the KL plus H(p)."""
+    labels = np.array([[0, 2, 1]])
+    p = np.exp(reference.log_softmax(A_P))
+
+    def cross_entropy(q):
+        return reduce_tokens(-(p * jax.nn.log_softmax(q)).sum(-1), A_MASK)[0]
+
+    def mix(soft):
+        return lambda q: 0.5 * nll(q, labels, A_MASK)[0] + 0.5 * soft(q)
+
+    q = jnp.float32(A_Q)
+    kl_mix, kl_grad = jax.value_and_grad(mix(lambda q: forward_kl(A_P, q, A_MASK)[0]))(q)
+    ce_mix, ce_grad = jax.value_and_grad(mix(cross_entropy))(q)
+    np.testing.assert_allclose(ce_mix, 1.168639881, rtol=1e-6)
+    np.testing.assert_allclose(ce_mix - kl_mix, 0.5 * 0.965503935, rtol=1e-5)
+    np.testing.assert_allclose(ce_grad, kl_grad, atol=1e-7)
+    assert (np.asarray(kl_grad)[0, 2] == 0).all()
+
+
 def test_black_box_distillation_is_not_touched_by_the_scorer():
-    """Mixing in the forward KL gives the cross-entropy mix of other implementations plus H(p)."""
-    entropy = 0.965503935
-    kl = float(forward_kl(A_P, A_Q, A_MASK)[0])
-    np.testing.assert_allclose(0.5 * 1.271132237 + 0.5 * (kl + entropy), 1.168639881, atol=2e-7)
+    """The NLL has no scorer; the KL's gradient depends on it."""
+    noise = np.random.default_rng(7).normal(size=A_P.shape)
+    slope = jax.grad(lambda q, p: forward_kl(p, q, A_MASK)[0])
+    assert np.abs(slope(jnp.float32(A_Q), A_P) - slope(jnp.float32(A_Q), noise)).max() > 0.01
+
+
+def test_tempered_kl_on_fixture_a():
+    """TAKD at T = 2, and Mentor-KD's mix of 0.7 NLL, with and without the factor T^2."""
+    likelihood = 1.271132237
+    np.testing.assert_allclose(nll(A_Q, np.array([[0, 2, 1]]), A_MASK), [likelihood], rtol=1e-6)
+    soft = tempered_kl(A_P, A_Q, A_MASK, temperature=2.0)[0]
+    np.testing.assert_allclose(soft, 0.103432817, rtol=2e-6)
+    np.testing.assert_allclose(0.5 * likelihood + 0.5 * soft, 0.687282527, rtol=1e-6)
+    np.testing.assert_allclose(0.7 * likelihood + 0.3 * soft, 0.920822411, rtol=1e-6)
+    bare = tempered_kl(A_P, A_Q, A_MASK, temperature=2.0, rescale=False)[0]
+    np.testing.assert_allclose(bare, 0.025858204, rtol=2e-6)
+    np.testing.assert_allclose(0.7 * likelihood + 0.3 * bare, 0.897550027, rtol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1, 3.0])
+def test_tempered_kl_matches_reference(temperature):
+    teacher, student, mask = batch(8)
+    positions = temperature**2 * reference.over_positions(
+        reference.kl, teacher / temperature, student / temperature
+    )
+    tokens = tempered_kl_tokens(teacher, student, temperature=temperature)
+    np.testing.assert_allclose(tokens, positions, rtol=2e-5, atol=1e-6)
+    if temperature == 1:
+        np.testing.assert_array_equal(tokens, forward_kl_tokens(teacher, student))
+    for reduction in ("mean", "sum"):
+        got = jax.jit(functools.partial(tempered_kl, temperature=temperature, reduction=reduction))(
+            teacher, student, mask
+        )
+        expected = reference.per_example(positions, mask, reduction)
+        np.testing.assert_allclose(got, expected, rtol=2e-5)
+
+
+def test_the_gradient_of_the_tempered_kl_keeps_its_size():
+    """Towards (centred teacher - centred student) / V; without T^2 it would vanish."""
+    teacher, student, _ = batch(9)
+    teacher, student = jnp.float32(teacher), jnp.float32(student)
+
+    def slope(temperature, **options):
+        return jax.grad(
+            lambda s: tempered_kl_tokens(teacher, s, temperature=temperature, **options).sum()
+        )(student)
+
+    def centre(x):
+        return x - x.mean(-1, keepdims=True)
+
+    limit = (centre(student) - centre(teacher)) / student.shape[-1]
+    # The softmax's own rounding is multiplied by T.
+    np.testing.assert_allclose(slope(1e3), limit, atol=5e-3)
+    assert np.abs(slope(1e3, rescale=False)).max() < 1e-5
+    with pytest.raises(ValueError, match="temperature is 0"):
+        tempered_kl(A_P, A_Q, A_MASK, temperature=0)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_jsd_is_finite_where_either_side_underflows(beta):
+    """Disjoint models are H(beta) apart; the KL of the same logits is 1000 nats and more."""
+    entropy = -beta * np.log(beta) - (1 - beta) * np.log(1 - beta)
+    for size in (1e3, 4e3):
+        logits = jnp.array([size, 0.0, -size]), jnp.array([-size, 0.0, size])
+        value, grads = jax.value_and_grad(
+            lambda t, s: generalized_jsd_tokens(t, s, beta=beta), argnums=(0, 1)
+        )(*logits)
+        np.testing.assert_allclose(value, entropy, rtol=1e-5)
+        assert all(np.isfinite(grad).all() for grad in grads)
+        assert forward_kl_tokens(*logits) >= size

@@ -13,6 +13,7 @@ from proxykd_jax.losses import (
     batch_terms,
     distill_objective,
     dpo_loss,
+    mixed_objective,
     preference_metrics,
     reduce_examples,
     token_logps,
@@ -62,6 +63,31 @@ def test_distill_objective():
     # No teacher's answer in the batch: soft labels alone, nothing is NaN.
     loss, metrics = distill_objective((0.0, 0.0), kl, alpha=10.0)
     assert loss == 5 and batch_mean(metrics["nll"]) == 0
+
+
+def test_mixed_objective():
+    terms = {"policy_gradient": NLL, "single_step_kl": PREFERENCE, "anchor": (0.0, 0.0)}
+    weights = {"policy_gradient": 1.0, "single_step_kl": 2.0, "anchor": 3.0}
+    loss, metrics = mixed_objective(terms, weights)
+    assert loss == 1.5 + 2 * 0.25 + 0
+    assert {name: float(batch_mean(term)) for name, term in metrics.items()} == {
+        "policy_gradient": 1.5, "single_step_kl": 0.25, "anchor": 0.0,
+    }  # fmt: skip
+    # The counts of a whole batch make a micro-batch's share.
+    loss, metrics = mixed_objective(terms, weights, counts={"policy_gradient": 12.0})
+    assert loss == 0.5 + 2 * 0.25 and batch_mean(metrics["policy_gradient"]) == 1.5
+    # With two terms it is the student's objective.
+    pair = {"nll": NLL, "kl": PREFERENCE}
+    distilled, _ = distill_objective(NLL, PREFERENCE, alpha=10.0, nll_weight=0.5)
+    assert mixed_objective(pair, {"nll": 0.5, "kl": 10.0})[0] == distilled
+    slopes = jax.grad(lambda x: mixed_objective({"nll": (x, 4.0)}, {"nll": 2.0})[0])(6.0)
+    assert slopes == 0.5
+    assert jax.grad(lambda x: mixed_objective({"a": (x, 4.0)}, {"a": 2.0})[1]["a"].total)(6.0) == 0
+    for wrong in (({}, {}), (pair, {"nll": 1.0}), (pair, {"nll": 1.0, "kl": 1.0, "other": 1.0})):
+        with pytest.raises(ValueError, match="under its name"):
+            mixed_objective(*wrong)
+    with pytest.raises(ValueError, match="counts other"):
+        mixed_objective(pair, {"nll": 1.0, "kl": 1.0}, counts={"other": 1.0})
 
 
 def test_metrics_carry_no_gradient():

@@ -304,6 +304,29 @@ def test_rejected_answers_from_another_model_than_the_reference(beta, optimum):
     np.testing.assert_allclose(run_round(START, TEACHER, base, beta), optimum, atol=2e-5)
 
 
+def test_the_teacher_itself_is_not_a_fixed_point_where_the_rejected_come_from_a_base_model():
+    """Warmed up to perfection, reference included, one round ends at teacher^2 / base."""
+    base = np.array([0.2, 0.3, 0.5])
+    beyond = TEACHER**2 / base
+    np.testing.assert_allclose(
+        run_round(TEACHER, TEACHER, base, 1.0), beyond / beyond.sum(), atol=2e-5
+    )
+    np.testing.assert_allclose(run_round(TEACHER, TEACHER, TEACHER, 1.0), TEACHER, atol=2e-5)
+
+
+def test_gradient_descent_gets_to_the_same_optimum_from_ln_2():
+    base = np.array([0.2, 0.3, 0.5])
+    start = jnp.log(jnp.float32(START))
+    arrays = (start, jnp.float32(TEACHER), jnp.float32(base), jnp.float32(2.0))
+    np.testing.assert_allclose(expected_loss(start, *arrays), math.log(2), rtol=1e-6)
+    descend = jax.jit(
+        lambda x: jax.lax.fori_loop(0, 500, lambda _, x: x - jax.grad(expected_loss)(x, *arrays), x)
+    )
+    np.testing.assert_allclose(
+        jax.nn.softmax(descend(start)), [0.614755911, 0.266197118, 0.119046970], atol=2e-5
+    )
+
+
 @pytest.mark.parametrize("beta", [0.4, 0.5, 0.75, 1.0, 2.0])
 def test_each_round_multiplies_the_log_ratio_error(beta):
     """By 1 - 1/beta: below beta = 1/2 rounds diverge, at 1/2 they oscillate, at 1 they land."""

@@ -1,0 +1,219 @@
+"""Soft labels drawn at random from the scorer (RS-KD, arXiv 2503.16870).
+
+At each position N ids are drawn with replacement from p, and their counts kept. The target
+t = counts / N has mean p, so the forward KL's gradient q - t has the mean q - p of the full
+vocabulary, which no top-k has. That holds for forward KL alone: reverse KL and JSD are not linear
+in t.
+"""
+
+import math
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from proxykd_jax.losses.divergence import kl_terms
+from proxykd_jax.losses.numerics import blank_outside, float32, inside
+from proxykd_jax.losses.reduction import reduce_tokens
+from proxykd_jax.losses.topk import topk_logps
+
+LABEL_VALUES = ("cross_entropy", "kl")
+
+
+class DrawnLabels(NamedTuple):
+    """Distinct ids first, most frequent first; the slots that are left have count 0 and id 0."""
+
+    ids_BLK: jax.Array  # int32, K = the number of draws
+    counts_BLK: jax.Array  # int32, adding up to the number of draws; 0 outside the mask
+    weights_BLK: jax.Array  # float32, p over the proposal; 1 for draws from p itself
+
+
+def draw_labels(
+    scorer_logits_BLV: chex.Array,
+    key: chex.PRNGKey,
+    *,
+    num_draws: int,
+    row_ids_B: chex.Array,
+    positions_BL: chex.Array | None = None,
+    mask_BL: chex.Array | None = None,
+    proposal_power: float = 1.0,
+) -> DrawnLabels:
+    """Draws ids with replacement at each position, from p or from p^tau / sum p^tau.
+
+    A draw depends on the key, its row's id, its position and p there, and on nothing else: not on
+    the batch, its padding, or what was drawn before a restart.
+
+    An id is drawn in two steps, a block of sqrt(V) entries and an entry in it, each by adding
+    Gumbel noise. One step would need V random numbers a draw; the inverse of a float32 cumulative
+    sum would miss ids of probability below 1e-7.
+
+    Args:
+        scorer_logits_BLV: any float type; log-probs will do.
+        key: a threefry key, JAX's default (of others, `rbg` draws otherwise in other batches).
+        num_draws: N; the paper's is about 50.
+        row_ids_B: unsigned 32-bit integers that tell rows apart, such as part of their digests.
+        positions_BL: a token's place in its row; 0, 1, ... without it.
+        mask_BL: where given, positions outside it get no counts.
+        proposal_power: tau > 0; 0.8 to 1.2 in the paper. Other than 1, `weights_BLK` are needed.
+
+    Returns:
+        `DrawnLabels`. Where the scorer's logits are NaN, so are the weights.
+
+    Raises:
+        ValueError: num_draws below 1, or proposal_power not positive.
+    """
+    if num_draws < 1:
+        raise ValueError(f"num_draws is {num_draws}; at least one id is drawn.")
+    if not proposal_power > 0:
+        raise ValueError(f"proposal_power is {proposal_power}; it must be above 0.")
+    logps_BLV = jax.nn.log_softmax(blank_outside(scorer_logits_BLV, mask_BL))
+    chex.assert_rank(logps_BLV, 3)
+    batch, length, _ = logps_BLV.shape
+    if positions_BL is None:
+        positions_BL = jnp.broadcast_to(jnp.arange(length), (batch, length))
+    chex.assert_shape(row_ids_B, (batch,))
+    chex.assert_shape(positions_BL, (batch, length))
+
+    def draw(logps_V: jax.Array, row_id: jax.Array, position: jax.Array) -> DrawnLabels:
+        position_key = jax.random.fold_in(jax.random.fold_in(key, row_id), position)
+        proposal_V = proposal_power * logps_V
+        ids_K, counts_K = _count(_draw_ids(proposal_V, position_key, num_draws))
+        if proposal_power == 1:
+            # Exactly 1, or NaN with the scorer.
+            weights_K = 1.0 + 0.0 * logps_V.max()
+        else:
+            log_normalizer = jax.nn.logsumexp(proposal_V)
+            weights_K = jnp.exp((1 - proposal_power) * logps_V[ids_K] + log_normalizer)
+        return DrawnLabels(ids_K, counts_K, jnp.where(counts_K > 0, weights_K, 1.0))
+
+    drawn = jax.vmap(jax.vmap(draw, in_axes=(0, None, 0)))(
+        logps_BLV, jnp.asarray(row_ids_B), jnp.asarray(positions_BL)
+    )
+    if mask_BL is None:
+        return drawn
+    inside_BL1 = inside(mask_BL)[..., None]
+    return DrawnLabels(
+        jnp.where(inside_BL1, drawn.ids_BLK, 0),
+        jnp.where(inside_BL1, drawn.counts_BLK, 0),
+        jnp.where(inside_BL1, drawn.weights_BLK, 1.0),
+    )
+
+
+def drawn_label_tokens(
+    student_logits_BLV: chex.Array,
+    ids_BLK: chex.Array,
+    counts_BLK: chex.Array,
+    mask_BL: chex.Array | None = None,
+    *,
+    num_draws: int,
+    weights_BLK: chex.Array | None = None,
+    value: str = "cross_entropy",
+) -> jax.Array:
+    """Forward KL with the drawn target t = counts / N * weights, at each position.
+
+    | `value`         | is                    | in expectation over draws               |
+    |-----------------|-----------------------|-----------------------------------------|
+    | `cross_entropy` | -sum t log q          | the cross-entropy with p                |
+    | `kl`            | sum t (log t - log q) | above the KL: t has less entropy than p |
+
+    Both have the gradient q sum t - t. A weighted target is not made to add up to 1, which would
+    bias it.
+
+    Args:
+        student_logits_BLV: any float type and any leading axes.
+        ids_BLK: the ids that were drawn, distinct where their count is not 0.
+        counts_BLK: how often. A slot of count 0 counts for nothing, whatever its id.
+        mask_BL: where given, positions outside it give 0.
+        num_draws: N, the sum of a position's counts.
+        weights_BLK: p over the proposal, where that was not p. Targets are constant here.
+        value: which of the two values.
+
+    Returns:
+        `[B, L]` float32 in nats.
+
+    Raises:
+        ValueError: unknown value, or num_draws below 1.
+    """
+    if value not in LABEL_VALUES:
+        raise ValueError(
+            f"value is {value!r}; drawn labels serve the forward KL alone, logged as one of "
+            f"{', '.join(LABEL_VALUES)}."
+        )
+    if num_draws < 1:
+        raise ValueError(f"num_draws is {num_draws}; at least one id was drawn.")
+    chex.assert_equal_shape([ids_BLK, counts_BLK])
+    counts_BLK = blank_outside(counts_BLK, mask_BL)
+    drawn_BLK = counts_BLK > 0
+    ids_BLK = jnp.where(drawn_BLK, ids_BLK, 0)
+    target_BLK = counts_BLK / num_draws
+    if weights_BLK is not None:
+        chex.assert_equal_shape([counts_BLK, weights_BLK])
+        target_BLK = target_BLK * jnp.where(drawn_BLK, float32(weights_BLK), 1.0)
+    target_BLK = jax.lax.stop_gradient(target_BLK)
+    student_BLK, _ = topk_logps(student_logits_BLV, ids_BLK, mask_BL)
+    log_target_BLK = jnp.log(target_BLK)
+    kl_BL = kl_terms(log_target_BLK, student_BLK).sum(axis=-1)
+    if value == "kl":
+        return kl_BL
+    return kl_BL - kl_terms(log_target_BLK, jnp.zeros_like(log_target_BLK)).sum(axis=-1)
+
+
+def drawn_label_loss(
+    student_logits_BLV: chex.Array,
+    ids_BLK: chex.Array,
+    counts_BLK: chex.Array,
+    mask_BL: chex.Array,
+    *,
+    num_draws: int,
+    weights_BLK: chex.Array | None = None,
+    value: str = "cross_entropy",
+    reduction: str = "mean",
+) -> jax.Array:
+    """`drawn_label_tokens`, one value an example.
+
+    Args:
+        mask_BL: response tokens; bool, integer or float.
+        reduction: `mean` or `sum` over an example's tokens.
+
+    Returns:
+        `[B]` float32 in nats; 0 for an empty mask.
+
+    Raises:
+        ValueError: unknown value or reduction, or num_draws below 1.
+    """
+    chex.assert_rank(student_logits_BLV, 3)
+    loss_BL = drawn_label_tokens(
+        student_logits_BLV,
+        ids_BLK,
+        counts_BLK,
+        mask_BL,
+        num_draws=num_draws,
+        weights_BLK=weights_BLK,
+        value=value,
+    )
+    return reduce_tokens(loss_BL, mask_BL, reduction=reduction)
+
+
+def _draw_ids(logps_V: jax.Array, key: chex.PRNGKey, num_draws: int) -> jax.Array:
+    """Ids drawn with replacement from unnormalised log-probs."""
+    width = math.isqrt(logps_V.size - 1) + 1
+    padding = -logps_V.size % width
+    blocks = jnp.pad(logps_V, (0, padding), constant_values=-jnp.inf).reshape(-1, width)
+    block_key, entry_key = jax.random.split(key)
+    block_N = jax.random.categorical(
+        block_key, jax.nn.logsumexp(blocks, axis=-1), shape=(num_draws,)
+    )
+    entry_N = jax.random.categorical(entry_key, blocks[block_N], axis=-1)
+    return block_N * width + entry_N
+
+
+def _count(ids_N: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Distinct ids and their counts, most frequent first, zeros in the slots that are left."""
+    ids_N = jnp.sort(ids_N)
+    begin_N = jnp.searchsorted(ids_N, ids_N, side="left")
+    end_N = jnp.searchsorted(ids_N, ids_N, side="right")
+    counts_N = jnp.where(begin_N == jnp.arange(ids_N.size), end_N - begin_N, 0).astype(jnp.int32)
+    order_N = jnp.argsort(-counts_N, stable=True)
+    counts_N = counts_N[order_N]
+    return jnp.where(counts_N > 0, ids_N[order_N], 0).astype(jnp.int32), counts_N
