@@ -23,9 +23,7 @@ from benchmarks.corpus_scale import make_tokenizer, write_rows
 FILES = 8
 PATHS: dict[str, dict | None] = {
     "local": None,
-    "Beam, 2 threads": {
-        "options": ["--direct_running_mode=multi_threading", "--direct_num_workers=2"]
-    },
+    "Beam, 1 worker": {},
     "Beam, 2 processes": {
         "options": ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
     },

@@ -31,11 +31,11 @@ from tests.data.test_prepare import (
 REASON = "Apache Beam is absent; it has an environment of its own (requirements-beam.txt)"
 beam = pytest.importorskip("apache_beam", reason=REASON)
 
-THREADS = {"options": ["--direct_running_mode=multi_threading", "--direct_num_workers=3"]}
+ONE_WORKER: dict = {}
 PROCESSES = {"options": ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]}
 
 
-def both(tmp_path, tokenizer, *, beam=THREADS, **corpus):
+def both(tmp_path, tokenizer, *, beam=ONE_WORKER, **corpus):
     """The results of the local path and of Beam; their folders are the same, file by file."""
     local = main(config_for(tmp_path, tokenizer, name="local", **corpus))
     spread = main(config_for(tmp_path, tokenizer, name="spread", beam=beam, **corpus))
@@ -129,15 +129,10 @@ def test_equal_rows_around_max_rows(tmp_path, llama_folder):
     both(tmp_path, llama_folder, rows=rows, deduplicate=False, max_rows=50, shard_rows=7)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 5])
-def test_any_number_of_workers(tmp_path, llama_folder, workers):
-    options = [f"--direct_num_workers={workers}"]
-    options += ["--direct_running_mode=multi_threading"] if workers > 1 else []
+def test_a_file_that_repeats_another(tmp_path, llama_folder):
     paths = [write(tmp_path / f"{n}.jsonl", pairs(50, seed=n % 3)) for n in range(4)]
     sources = [{"path": path} for path in paths]
-    local, _ = both(
-        tmp_path, llama_folder, sources=sources, shard_rows=10, beam={"options": options}
-    )
+    local, _ = both(tmp_path, llama_folder, sources=sources, shard_rows=10)
     assert drops(local, "sources.3") == {"repeats an earlier row": 50}
 
 
@@ -148,7 +143,7 @@ def test_few_buckets_and_many(tmp_path, llama_folder, monkeypatch):
     local = main(config_for(tmp_path, llama_folder, name="local", **corpus))
     for buckets in (1, 997):
         monkeypatch.setattr(make, "_FEWEST_BUCKETS", buckets)
-        config = config_for(tmp_path, llama_folder, name=f"b{buckets}", beam=THREADS, **corpus)
+        config = config_for(tmp_path, llama_folder, name=f"b{buckets}", beam=ONE_WORKER, **corpus)
         same_files(main(config).folder, local.folder)
 
 
@@ -163,7 +158,7 @@ def test_several_processes(tmp_path, llama_folder):
 def test_either_path_accepts_the_others_corpus(tmp_path, llama_folder):
     rows = pairs(60)
     local = config_for(tmp_path, llama_folder, rows, name="a")
-    spread = config_for(tmp_path, llama_folder, rows, name="a", beam=THREADS)
+    spread = config_for(tmp_path, llama_folder, rows, name="a", beam=ONE_WORKER)
     for first, second in ((local, spread), (spread, local)):
         result = main(first)
         stamps = {path: path.stat().st_mtime_ns for path in result.folder.rglob("*")}
@@ -185,7 +180,7 @@ def test_tfds_opens_it_and_beam_reads_it(tmp_path, llama_folder):
     """By shard; ``tfds.beam.ReadFromTFDS`` itself reads no ArrayRecord (TFDS 4.9.10)."""
     import tensorflow_datasets as tfds
 
-    result = main(config_for(tmp_path, llama_folder, pairs(90), shard_rows=10, beam=THREADS))
+    result = main(config_for(tmp_path, llama_folder, pairs(90), shard_rows=10, beam=ONE_WORKER))
     folder = str(result.folder)
     align = tfds.builder_from_directory(folder).info.splits["align"]
     wanted = sorted(row.row_id for row in open_corpus(result.folder).split("align"))
@@ -209,7 +204,7 @@ def test_committed_shards_are_not_written_again(tmp_path, llama_folder, monkeypa
 
     corpus = many_sources(tmp_path)
     whole = main(config_for(tmp_path, llama_folder, name="whole", **corpus))
-    config = config_for(tmp_path, llama_folder, name="killed", beam=THREADS, **corpus)
+    config = config_for(tmp_path, llama_folder, name="killed", beam=ONE_WORKER, **corpus)
     real, committed = ShardWriter.commit, []
 
     def commit(shard):
@@ -234,7 +229,7 @@ def test_committed_shards_are_not_written_again(tmp_path, llama_folder, monkeypa
 def test_killed_while_shards_are_committed(tmp_path, llama_folder):
     corpus = many_sources(tmp_path)
     whole = main(config_for(tmp_path, llama_folder, name="whole", **corpus))
-    config = config_for(tmp_path, llama_folder, name="killed", beam=THREADS, **corpus)
+    config = config_for(tmp_path, llama_folder, name="killed", beam=ONE_WORKER, **corpus)
     yaml = write_config(tmp_path / "c.yaml", config)
     folder = tmp_path / "runs" / "killed" / "corpus"
     for replaces in (3, 90, 80):  # in a step before the shards, then among them
@@ -250,7 +245,7 @@ def test_killed_while_shards_are_committed(tmp_path, llama_folder):
 
 @pytest.mark.slow
 def test_a_stop_asked_for_ends_it(tmp_path, llama_folder):
-    config = config_for(tmp_path, llama_folder, pairs(20_000), beam=THREADS, shard_rows=500)
+    config = config_for(tmp_path, llama_folder, pairs(20_000), beam=ONE_WORKER, shard_rows=500)
     yaml = write_config(tmp_path / "c.yaml", config)
     command = [sys.executable, "-m", "proxykd_jax.prepare", "--config", yaml]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -265,10 +260,17 @@ def test_a_stop_asked_for_ends_it(tmp_path, llama_folder):
 # --- mistakes -------------------------------------------------------------------------------------
 
 
+def test_threads_that_lose_rows_are_refused(tmp_path, llama_folder):
+    options = ["--direct_running_mode=multi_threading", "--direct_num_workers=3"]
+    config = config_for(tmp_path, llama_folder, pairs(20), beam={"options": options})
+    with pytest.raises(UserError, match="multi_processing"):
+        main(config)
+
+
 def said(tmp_path, tokenizer, **corpus):
     """What the local path and Beam say of the same mistake."""
     sentences = []
-    for name, extra in (("local", {}), ("spread", {"beam": THREADS})):
+    for name, extra in (("local", {}), ("spread", {"beam": ONE_WORKER})):
         with pytest.raises(UserError) as caught:
             main(config_for(tmp_path, tokenizer, name=name, **corpus, **extra))
         sentences.append(str(caught.value))
@@ -306,7 +308,7 @@ def test_a_row_that_cannot_be_rendered(tmp_path, llama_folder):
     for number in (1, 3):
         path = tmp_path / f"{number}.jsonl"
         path.write_text(path.read_text().replace("forbidden", ""))
-    for name, extra in (("a", {}), ("b", {"beam": THREADS})):
+    for name, extra in (("a", {}), ("b", {"beam": ONE_WORKER})):
         main(config_for(tmp_path, llama_folder, name=name, shard_rows=10, **keys, **extra))
     same_files(tmp_path / "runs" / "b" / "corpus", tmp_path / "runs" / "a" / "corpus")
 
@@ -322,7 +324,7 @@ def test_rows_that_the_runner_loses_make_no_shard(tmp_path, llama_folder, monkey
     monkeypatch.setattr(beam_write, "encode_piece", losing)
     paths = [write(tmp_path / f"{n}.jsonl", pairs(50, seed=n)) for n in range(2)]
     keys = {"sources": [{"path": path} for path in paths], "shard_rows": 10}
-    config = config_for(tmp_path, llama_folder, beam=THREADS, **keys)
+    config = config_for(tmp_path, llama_folder, beam=ONE_WORKER, **keys)
     with pytest.raises(RuntimeError, match="that lack rows"):
         main(config)
     monkeypatch.setattr(beam_write, "encode_piece", real)

@@ -99,13 +99,21 @@ class Pipelines:
         return functools.partial(function, self._folder, *arguments)
 
     def _pipeline(self) -> Any:
-        from apache_beam.options.pipeline_options import PipelineOptions
+        from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions
 
         settings = self._settings
-        runner = _LOCAL_RUNNER if settings.runner == "DirectRunner" else settings.runner
+        local = settings.runner in ("DirectRunner", _LOCAL_RUNNER)
+        runner = _LOCAL_RUNNER if local else settings.runner
         try:
             options = PipelineOptions(list(settings.options))
             options.get_all_options()  # reads them; without it a run would end in its midst
+            mode = options.view_as(DirectOptions).direct_running_mode
+            if local and mode == "multi_threading":
+                raise UserError(
+                    "corpus.beam.options: several threads of Beam's local runner lose rows under "
+                    "load. Give --direct_running_mode=multi_processing, or neither it nor "
+                    "--direct_num_workers."
+                )
             return self._beam.Pipeline(runner=runner, options=options)
         except SystemExit as error:  # its parser has said why
             raise UserError(
