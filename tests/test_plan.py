@@ -201,6 +201,7 @@ def test_devices_are_described():
     assert topology_name(DEVICES["h100"], 16) == "1x2x8"
     assert topology_name(DEVICES["h100"], 2) == "1x1x2"
     assert topology_name(DEVICES["v5p"], 8) == "v5p:2x2x2"
+    assert topology_name(DEVICES["v5p"], 1) == "v5p:1x1x1"
     assert topology_name(DEVICES["v6e"], 8) == "v6e:2x4"
     with pytest.raises(ValueError, match="slices of"):
         topology_name(DEVICES["v5e"], 6)

@@ -111,7 +111,9 @@ def target_devices(device: Device, count: int) -> Sequence[Any]:
         return topologies.get_topology_desc(
             platform="cuda", topology_name="", target_config=gpu_target(device), topology=name
         ).devices
-    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    # The compiler takes a host to have four chips, which one chip cannot fill.
+    bounds = {"chips_per_host_bounds": (1, 1, 1)} if count == 1 else {}
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, **bounds).devices
 
 
 class Compiler:

@@ -128,7 +128,15 @@ def topology_name(device: Device, count: int) -> str:
             raise ValueError(f"{count} GPUs are not a whole number of machines of {each}.")
         return f"1x{count // each}x{each}"
     flat = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16"}
-    cubes = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8"}
+    cubes = {
+        1: "1x1x1",
+        4: "2x2x1",
+        8: "2x2x2",
+        16: "2x2x4",
+        32: "2x4x4",
+        64: "4x4x4",
+        128: "4x4x8",
+    }
     known = cubes if device.tpu == "v5p" else flat
     if count not in known:
         listed = ", ".join(map(str, known))
