@@ -186,12 +186,13 @@ def _place_quantized(leaf: StackedTensor, sharding: Sharding, method: Method) ->
     shapes = quantized_shapes(leaf.shape, method)
     parts: list[QuantizedKernel] = []
     for device, (layers, *inner) in _parts(leaf.shape, sharding):
-        made = []
-        for layer in range(*layers.indices(leaf.shape[0])):
+        # Anew for each device: on a CPU the array will be this very memory.
+        part = jax.tree.map(lambda x: np.empty(sharding.shard_shape(x.shape), x.dtype), shapes)
+        for place, layer in enumerate(range(*layers.indices(leaf.shape[0]))):
             kernel = jax.device_put(leaf.read((slice(layer, layer + 1), *inner)), device)
-            made.append(jax.device_get(quantize_kernel(kernel, method=method)))
-        whole = jax.tree.map(lambda *arrays: np.concatenate(arrays), *made)
-        parts.append(jax.block_until_ready(jax.device_put(whole, device)))
+            made = quantize_kernel(kernel, method=method)
+            part.codes[place], part.scales[place] = made.codes[0], made.scales[0]
+        parts.append(jax.block_until_ready(jax.device_put(part, device)))
     return jax.tree.map(
         lambda shape, *arrays: jax.make_array_from_single_device_arrays(
             shape.shape, sharding, list(arrays)
