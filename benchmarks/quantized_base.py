@@ -3,7 +3,7 @@
 The validation answers of a prepared run are read by the proxy as its folder has it and with its
 linear layers quantised. Printed: bytes a weight of those layers, teacher-token NLL and its paired
 difference with a standard error over rows, the share of tokens at which the two have the same
-first choice, KL(plain || quantised) a token.
+first choice, KL(plain || quantised) in nats a token.
 
     python -m benchmarks.quantized_base --config RUN.yaml [--set key=value ...] [--rows 64]
 """
@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass
 
 import jax
 import numpy as np
 
 from benchmarks.tail_gradients import answer_logits
-from proxykd_jax.config import load_config
+from proxykd_jax.config import Config, load_config
 from proxykd_jax.data.collate import TokenRow
 from proxykd_jax.data.corpus import open_corpus
 from proxykd_jax.errors import UserError
@@ -28,68 +29,93 @@ from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.training.model import Model, load_for_training
 
 
-def main() -> int:
-    """Prints a table in Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--rows", type=int, default=64)
-    options = parser.parse_args()
-    try:
-        config = load_config(options.config, options.set)
-        split = open_corpus(config.folder / "corpus").split("validation")
-        rows = split.read(range(min(options.rows, len(split))))
-        mesh = make_mesh(config.mesh)
-        models = {
-            name: load_for_training(
-                config.proxy.model_copy(update={"quantize": name}),
-                role="proxy",
-                seed=config.seed,
-                mesh=mesh,
-            )
-            for name in ("none", *METHODS)
-        }
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    tokens = np.array([len(row.tokens) - row.prompt_length for row in rows])
-    sums = {name: np.array([_compare(row, models, name) for row in rows]) for name in models}
-    print(f"{len(rows)} answers, {tokens.sum()} tokens\n")
-    print("| base | bytes a weight | NLL | more than plain | same first choice | KL |")
-    print("|---|---|---|---|---|---|")
-    for name, model in models.items():
-        nll, same, kl = sums[name].T
-        more, error = token_mean(nll - sums["none"][:, 0], tokens)
-        print(
-            f"| {name} ({config.proxy.dtype}) | {_bytes_a_weight(model):.2f} "
-            f"| {token_mean(nll, tokens)[0]:.4f} | {more:+.4f} ± {error or 0:.4f} "
-            f"| {token_mean(same, tokens)[0]:.4f} | {token_mean(kl, tokens)[0]:.4f} |"
-        )
-    return 0
+@dataclass(frozen=True)
+class Base:
+    """What was measured of one form of the base.
+
+    Attributes:
+      bytes_a_weight: of the linear layers.
+      tokens: ``[n]`` tokens of each answer.
+      nll, same, kl: ``[n]`` sums over an answer's tokens: nats, tokens of the same first choice as
+        the plain base's, nats.
+    """
+
+    bytes_a_weight: float
+    tokens: np.ndarray
+    nll: np.ndarray
+    same: np.ndarray
+    kl: np.ndarray
 
 
-def _compare(row: TokenRow, models: dict[str, Model], name: str) -> tuple[float, float, float]:
-    """Sums over an answer: NLL, tokens of the same first choice, KL."""
-    tokens, start = row.tokens, row.prompt_length
-    plain_LV, logits_LV = (answer_logits(models[m], tokens, start) for m in ("none", name))
+def compare(config: Config, rows: int) -> dict[str, Base]:
+    """The plain base (``none``) and each quantised one over the first so many validation rows.
+
+    Raises:
+      UserError: the run's corpus or the proxy is missing.
+    """
+    mesh = make_mesh(config.mesh)
+    split = open_corpus(config.folder / "corpus").split("validation")
+    found = split.read(range(min(rows, len(split))))
+    tokens = np.array([len(row.tokens) - row.prompt_length for row in found])
+    plain: list[np.ndarray] = []
+    bases = {}
+    for name in ("none", *METHODS):
+        section = config.proxy.model_copy(update={"quantize": name})
+        model = load_for_training(section, role="proxy", seed=config.seed, mesh=mesh)
+        logits = [answer_logits(model, row.tokens, row.prompt_length) for row in found]
+        plain = plain or logits
+        sums = zip(*map(_sums, found, plain, logits), strict=True)
+        bases[name] = Base(_bytes_a_weight(model), tokens, *map(np.array, sums))
+    return bases
+
+
+def _sums(row: TokenRow, plain_LV: np.ndarray, logits_LV: np.ndarray) -> tuple[float, float, float]:
+    """NLL, tokens of the same first choice, KL of an answer."""
     return (
-        -float(token_logps(logits_LV, tokens[start:]).sum()),
+        -float(token_logps(logits_LV, row.tokens[row.prompt_length :]).sum()),
         float((plain_LV.argmax(-1) == logits_LV.argmax(-1)).sum()),
         float(forward_kl_tokens(plain_LV, logits_LV).sum()),
     )
 
 
 def _bytes_a_weight(model: Model) -> float:
-    kernels = [
-        kernel
-        for kernel in jax.tree.leaves(
-            model.params["layers"], is_leaf=lambda x: isinstance(x, QuantizedKernel)
-        )
-        if len(kernel.shape) == 3
-    ]
+    leaves = jax.tree.leaves(
+        model.params["layers"], is_leaf=lambda x: isinstance(x, QuantizedKernel)
+    )
+    kernels = [leaf for leaf in leaves if len(leaf.shape) == 3]
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(kernels))
     return held / sum(int(np.prod(kernel.shape)) for kernel in kernels)
 
 
+def main(argv: list[str] | None = None) -> int:
+    """The command line: prints a table in Markdown and returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quantized_base",
+        description="Compare a run's proxy with itself in 8 and 4 bits.",
+    )
+    parser.add_argument("--config", required=True, help="YAML file of a prepared run")
+    parser.add_argument("--set", action="append", default=[], help="key=value over the file")
+    parser.add_argument("--rows", type=int, default=64, help="validation rows to look at")
+    arguments = parser.parse_args(argv)
+    try:
+        config = load_config(arguments.config, arguments.set)
+        bases = compare(config, arguments.rows)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    plain = bases["none"]
+    print(f"{len(plain.tokens)} answers, {plain.tokens.sum()} tokens\n")
+    print("| base | bytes a weight | NLL | more than plain | same first choice | KL |")
+    print("|---|---|---|---|---|---|")
+    for name, base in bases.items():
+        more, error = token_mean(base.nll - plain.nll, base.tokens)
+        nll, same, kl = (token_mean(x, base.tokens)[0] for x in (base.nll, base.same, base.kl))
+        print(
+            f"| {name} ({config.proxy.dtype}) | {base.bytes_a_weight:.2f} | {nll:.4f} "
+            f"| {more:+.4f} ± {error or 0:.4f} | {same:.4f} | {kl:.4f} |"
+        )
+    return 0
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())
