@@ -127,7 +127,7 @@ def load_model(
       ValueError: ``put`` with ``sharding`` or ``quantize``.
     """
     if put is not None and (sharding is not None or quantize is not None):
-        raise ValueError("Give put, or sharding and quantize.")
+        raise ValueError("Give put, or sharding and quantize, not both.")
     target = numpy_dtype(dtype)
     if target == np.float16:
         raise UserError("Models run in float32 or bfloat16; float16 is a type of files only.")
