@@ -10,18 +10,14 @@ first choice, KL(plain || quantised) in nats a token.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from dataclasses import dataclass
 
 import jax
 import numpy as np
 
-from benchmarks.tail_gradients import answer_logits
-from proxykd_jax.config import Config, load_config
+from benchmarks.on_a_run import answer_logits, run, validation_rows
+from proxykd_jax.config import Config
 from proxykd_jax.data.collate import TokenRow
-from proxykd_jax.data.corpus import open_corpus
-from proxykd_jax.errors import UserError
 from proxykd_jax.evaluation.measures import token_mean
 from proxykd_jax.losses import forward_kl_tokens, token_logps
 from proxykd_jax.models.quantized import METHODS, QuantizedKernel
@@ -54,15 +50,14 @@ def compare(config: Config, rows: int) -> dict[str, Base]:
       UserError: the run's corpus or the proxy is missing.
     """
     mesh = make_mesh(config.mesh)
-    split = open_corpus(config.folder / "corpus").split("validation")
-    found = split.read(range(min(rows, len(split))))
+    found = validation_rows(config, rows)
     tokens = np.array([len(row.tokens) - row.prompt_length for row in found])
     plain: list[np.ndarray] = []
     bases = {}
     for name in ("none", *METHODS):
         section = config.proxy.model_copy(update={"quantize": name})
         model = load_for_training(section, role="proxy", seed=config.seed, mesh=mesh)
-        logits = [answer_logits(model, row.tokens, row.prompt_length) for row in found]
+        logits = [answer_logits(model, row) for row in found]
         plain = plain or logits
         sums = zip(*map(_sums, found, plain, logits), strict=True)
         bases[name] = Base(_bytes_a_weight(model), tokens, *map(np.array, sums))
@@ -87,22 +82,8 @@ def _bytes_a_weight(model: Model) -> float:
     return held / sum(int(np.prod(kernel.shape)) for kernel in kernels)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line: prints a table in Markdown and returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.quantized_base",
-        description="Compare a run's proxy with itself in 8 and 4 bits.",
-    )
-    parser.add_argument("--config", required=True, help="YAML file of a prepared run")
-    parser.add_argument("--set", action="append", default=[], help="key=value over the file")
-    parser.add_argument("--rows", type=int, default=64, help="validation rows to look at")
-    arguments = parser.parse_args(argv)
-    try:
-        config = load_config(arguments.config, arguments.set)
-        bases = compare(config, arguments.rows)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def _show(config: Config, rows: int) -> None:
+    bases = compare(config, rows)
     plain = bases["none"]
     print(f"{len(plain.tokens)} answers, {plain.tokens.sum()} tokens\n")
     print("| base | bytes a weight | NLL | more than plain | same first choice | KL |")
@@ -114,7 +95,12 @@ def main(argv: list[str] | None = None) -> int:
             f"| {name} ({config.proxy.dtype}) | {base.bytes_a_weight:.2f} | {nll:.4f} "
             f"| {more:+.4f} ± {error or 0:.4f} | {same:.4f} | {kl:.4f} |"
         )
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: prints a table in Markdown and returns the exit code."""
+    description = "Compare a prepared run's proxy with itself in 8 and 4 bits."
+    return run("quantized_base", description, _show, argv)
 
 
 if __name__ == "__main__":

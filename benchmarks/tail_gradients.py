@@ -9,27 +9,22 @@ of the full KL, and the mean ratio of the two lengths.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from proxykd_jax.config import Config, load_config
-from proxykd_jax.data.corpus import open_corpus
-from proxykd_jax.errors import UserError
+from benchmarks.on_a_run import answer_logits, run, validation_rows
+from proxykd_jax.config import Config
 from proxykd_jax.generation.scoring import soft_labels_of_logits
 from proxykd_jax.losses import forward_kl_tokens, topk_kl_tokens
 from proxykd_jax.losses.topk import TAILS
-from proxykd_jax.models.decoder import forward
 from proxykd_jax.parallel.mesh import make_mesh
-from proxykd_jax.training.model import Model, load_for_training
+from proxykd_jax.training.model import load_for_training
 from proxykd_jax.training.restore import load_student
 
 TOP_KS = (1, 3, 10, 50)
-_forward = jax.jit(forward, static_argnames="config")
 # Positions whose gradients are taken at once.
 _POSITIONS = 1024
 
@@ -43,11 +38,9 @@ def compare(config: Config, rows: int) -> Iterator[tuple[int, str, float, float]
     mesh = make_mesh(config.mesh)
     proxy = load_for_training(config.proxy, role="proxy", seed=config.seed, mesh=mesh)
     student = load_student(config, mesh)
-    split = open_corpus(config.folder / "corpus").split("validation")
-    found = split.read(range(min(rows, len(split))))
+    found = validation_rows(config, rows)
     proxy_MV, student_MV = (
-        np.concatenate([answer_logits(model, row.tokens, row.prompt_length) for row in found])
-        for model in (proxy, student)
+        np.concatenate([answer_logits(model, row) for row in found]) for model in (proxy, student)
     )
     for top_k in (k for k in TOP_KS if k <= proxy_MV.shape[-1]):
         for tail in TAILS:
@@ -58,14 +51,6 @@ def compare(config: Config, rows: int) -> Iterator[tuple[int, str, float, float]
             ]
             cosine, ratio = np.concatenate(pieces, axis=1).mean(axis=1)
             yield top_k, tail, float(cosine), float(ratio)
-
-
-def answer_logits(model: Model, tokens: np.ndarray, prompt_length: int) -> np.ndarray:
-    """float32 [R, V] at the places that predict the answer; padded so that few shapes compile."""
-    padded = np.zeros((1, -(-len(tokens) // 64) * 64), np.int32)
-    padded[0, : len(tokens)] = tokens
-    logits = _forward(model.params, model.adapter, jnp.asarray(padded), config=model.config)
-    return np.asarray(logits[0, prompt_length - 1 : len(tokens) - 1])
 
 
 def _cosines(proxy_MV: np.ndarray, student_MV: np.ndarray, top_k: int, tail: str) -> np.ndarray:
@@ -87,24 +72,15 @@ def _cosines(proxy_MV: np.ndarray, student_MV: np.ndarray, top_k: int, tail: str
     return np.stack([cosine, lengths[1] / jnp.maximum(lengths[0], 1e-20)])
 
 
+def _show(config: Config, rows: int) -> None:
+    for top_k, tail, cosine, ratio in compare(config, rows):
+        print(f"top_k {top_k:3d}  {tail:18s} cosine {cosine:.3f}  length ratio {ratio:.2f}")
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.tail_gradients",
-        description="Compare top-k KL gradients with the full KL's on a run's models.",
-    )
-    parser.add_argument("--config", required=True, help="YAML file of a finished run")
-    parser.add_argument("--set", action="append", default=[], help="key=value over the file")
-    parser.add_argument("--rows", type=int, default=64, help="validation rows to look at")
-    arguments = parser.parse_args(argv)
-    try:
-        config = load_config(arguments.config, arguments.set)
-        for top_k, tail, cosine, ratio in compare(config, arguments.rows):
-            print(f"top_k {top_k:3d}  {tail:18s} cosine {cosine:.3f}  length ratio {ratio:.2f}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    description = "Compare top-k KL gradients with the full KL's on a finished run's models."
+    return run("tail_gradients", description, _show, argv)
 
 
 if __name__ == "__main__":

@@ -310,7 +310,6 @@ def _check_shapes(config: Config, role: str, model: ModelConfig, report: Report)
     """Traces a training step on shapes alone and prints what a device holds."""
     import jax
 
-    from proxykd_jax.models.params import abstract_params
     from proxykd_jax.parallel.sharding import bytes_per_device
     from proxykd_jax.training.objectives import NllObjective
     from proxykd_jax.training.programs import abstract_model, abstract_rows
@@ -320,8 +319,7 @@ def _check_shapes(config: Config, role: str, model: ModelConfig, report: Report)
     stage = config.align if role == "proxy" else config.distill
     abstract = abstract_model(model, section, stage)
     frozen, state = abstract.frozen, abstract.state
-    weights, trainable = abstract_params(model), state.trainable
-    held = (frozen, trainable)
+    held = (frozen, state.trainable)
     step = make_train_step(
         abstract.spec,
         NllObjective(stage.reduction),
@@ -344,12 +342,11 @@ def _check_shapes(config: Config, role: str, model: ModelConfig, report: Report)
             "trained weights and optimizer": bytes_per_device(state, axes),
         },
     )
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(weights))
     if parts is not None:
         listed = ", ".join(f"{name} {size / _GIB:.2f} GiB" for name, size in parts.items())
-        learnt = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainable))
+        learnt = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.trainable))
         report.say(
             role,
-            f"{count / 1e9:.2f}B parameters, {learnt / 1e6:.1f}M trained; a device holds {listed}, "
-            "and activations beside",
+            f"{model.num_params / 1e9:.2f}B parameters, {learnt / 1e6:.1f}M trained; a device "
+            f"holds {listed}, and activations beside",
         )

@@ -162,10 +162,9 @@ def cut_config(config: ModelConfig, num_layers: int) -> ModelConfig:
     return first_layers(config, {"layers": {}}, num_layers)[0]
 
 
-Parts = Iterator[tuple[jax.Device, tuple[slice, ...]]]
-
-
-def _parts(shape: tuple[int, ...], sharding: Sharding) -> Parts:
+def _parts(
+    shape: tuple[int, ...], sharding: Sharding
+) -> Iterator[tuple[jax.Device, tuple[slice, ...]]]:
     """Each device here with its part of an array."""
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         yield device, index if index is not None else tuple(slice(None) for _ in shape)

@@ -107,10 +107,13 @@ def load_for_training(section: ModelSection, *, role: str, seed: int, mesh: Mesh
     """
     folder = local_folder(model_origin(section))
     full = section.trainable == "full"
-    tree_shardings(abstract_params(read_config(folder), quantize=quantization(section)), mesh)
+    config = read_config(folder)
+    # An axis of the mesh that does not divide an array is a sentence before anything is read.
+    tree_shardings(abstract_params(config, quantize=quantization(section)), mesh)
     config, params = load_model(
         folder,
         dtype="float32" if full else section.dtype,
+        config=config,
         first_layers=section.init.first_layers if section.init else None,
         quantize=quantization(section),
         sharding=lambda path: sharding_of("/".join(path), mesh),
