@@ -1,8 +1,8 @@
 """The forward pass over whole rows: hidden states, logits, and the layer that both share.
 
 Precision: matrix products in the type of the embedding, which the activations have (float32 ones
-in full float32 on every backend), norms, softmax and rotation in float32, logits float32; the LoRA
-path is float32 and is added before the result is rounded once.
+in full float32 on every backend), norms, softmax and rotation in float32, logits float32; the
+factors of LoRA are float32, and their update is added in float32 (``lora_update``).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _linear(
         if dropout_key is not None:
             dropout_key = jax.random.fold_in(dropout_key, LORA_TARGETS.index(name))
         update = lora_update(x, adapter[name], lora, dropout_key)
-        out = (out.astype(jnp.float32) + update).astype(out.dtype)
+        out = (out.astype(jnp.float32) + update.astype(jnp.float32)).astype(out.dtype)
     return out
 
 

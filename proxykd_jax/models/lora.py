@@ -104,14 +104,86 @@ def lora_update(
     lora: LoraConfig,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """``scale * dropout(x) a b`` for one layer, in float32; x ``[..., D]`` -> ``[..., O]``.
+    """``scale * dropout(x) a b`` for one layer; x ``[..., D]`` -> ``[..., O]`` in x's type.
 
-    Dropout is off without a key.
+    The factors are float32 and count as such: beside a bfloat16 x they are cut into two bfloat16
+    halves (``_low_rank``). Dropout is off without a key.
     """
-    x = x.astype(jnp.float32)
+    scale = lora.scale
     if dropout_key is not None and lora.dropout > 0:
         keep = jax.random.bernoulli(dropout_key, 1 - lora.dropout, x.shape)
-        x = jnp.where(keep, x / (1 - lora.dropout), 0.0)
+        x = jnp.where(keep, x, 0)
+        scale /= 1 - lora.dropout
+    a_DR, b_RO = weights["a"].astype(jnp.float32), scale * weights["b"].astype(jnp.float32)
+    if x.dtype == jnp.bfloat16:
+        return _low_rank(x, a_DR, b_RO)
     highest = jax.lax.Precision.HIGHEST
-    inner = jnp.matmul(x, weights["a"].astype(jnp.float32), precision=highest)
-    return lora.scale * jnp.matmul(inner, weights["b"].astype(jnp.float32), precision=highest)
+    inner = jnp.matmul(x.astype(jnp.float32), a_DR, precision=highest)
+    return jnp.matmul(inner, b_RO, precision=highest).astype(x.dtype)
+
+
+# --- float32 factors beside bfloat16 activations --------------------------------------------------
+#
+# x in float32 would be written and read twice as wide, seven times a layer, and multiplied by the
+# slow units. Two bfloat16 halves of a factor hold 16 of its 24 digits, and products of bfloat16
+# numbers are summed in float32, so the update and its gradients are good to 2^-16; then the update
+# is rounded to bfloat16 once. On an H100 a LoRA step of 7B took 0.88 of the time (docs/log.md).
+
+
+@jax.custom_vjp
+def _low_rank(x: jax.Array, a_DR: jax.Array, b_RO: jax.Array) -> jax.Array:
+    return _low_rank_forward(x, a_DR, b_RO)[0]
+
+
+def _low_rank_forward(x: jax.Array, a_DR: jax.Array, b_RO: jax.Array) -> tuple[jax.Array, Any]:
+    last = x.ndim - 1
+    inner = _sum_halves(_dot(x, jnp.concatenate(_halves(a_DR), axis=1), (last,), (0,)), last)
+    update = _dot(_three(inner, last), _three_against(b_RO, 0), (last,), (0,), x.dtype)
+    return update, (x, a_DR, b_RO, inner)
+
+
+def _low_rank_backward(saved: Any, grad: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, a_DR, b_RO, inner = saved
+    last = x.ndim - 1
+    rows = tuple(range(last))
+    grad_inner = _sum_halves(
+        _dot(grad, jnp.concatenate(_halves(b_RO), axis=0), (last,), (1,)), last
+    )
+    grad_a = _sum_halves(_dot(x, jnp.concatenate(_halves(grad_inner), -1), rows, rows), 1)
+    grad_b = _sum_halves(_dot(jnp.concatenate(_halves(inner), -1), grad, rows, rows), 0)
+    grad_x = _dot(_three(grad_inner, last), _three_against(a_DR, 1), (last,), (1,), x.dtype)
+    return grad_x, grad_a, grad_b
+
+
+_low_rank.defvjp(_low_rank_forward, _low_rank_backward)
+
+
+def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x rounded to bfloat16, and what that left out. Not by a cast there and back, which XLA takes
+    out of programs for a GPU."""
+    high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
+
+
+def _three(x: jax.Array, axis: int) -> jax.Array:
+    """(high, low, high): multiplied by ``_three_against`` of the other, all but low x low."""
+    high, low = _halves(x)
+    return jnp.concatenate([high, low, high], axis)
+
+
+def _three_against(x: jax.Array, axis: int) -> jax.Array:
+    high, low = _halves(x)
+    return jnp.concatenate([high, high, low], axis)
+
+
+def _sum_halves(x: jax.Array, axis: int) -> jax.Array:
+    first, second = jnp.split(x, 2, axis)
+    return first + second
+
+
+def _dot(
+    a: jax.Array, b: jax.Array, axes_a: Any, axes_b: Any, dtype: Any = jnp.float32
+) -> jax.Array:
+    """The product over these axes, summed in float32."""
+    axes = ((axes_a, axes_b), ((), ()))
+    return jax.lax.dot_general(a, b, axes, preferred_element_type=dtype)

@@ -118,9 +118,10 @@ def quantize(kernel: jax.Array, *, method: Method) -> QuantizedKernel:
     blocks = kernel.astype(jnp.float32).reshape(*lead, size_in // block, block, size_out)
     largest = jnp.max(jnp.abs(blocks), axis=-2, keepdims=True)
     # Rounded up: rounded down, the largest weight of a block would lie beyond the last code.
-    near = largest.astype(jnp.bfloat16)
-    scales = jnp.where(near.astype(jnp.float32) < largest, jnp.nextafter(near, jnp.inf), near)
-    scales = scales.astype(jnp.bfloat16)
+    # Not by a cast to bfloat16 and back, which XLA takes out of programs for a GPU.
+    near = jax.lax.reduce_precision(largest, exponent_bits=8, mantissa_bits=7)
+    bits = jax.lax.bitcast_convert_type(near, jnp.uint32) + (near < largest) * np.uint32(1 << 16)
+    scales = jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
     values = blocks / jnp.where(scales == 0, 1, scales).astype(jnp.float32)
     if method == "int8":
         codes = jnp.round(values * _LARGEST_INT8).astype(jnp.int8)

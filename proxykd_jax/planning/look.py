@@ -158,8 +158,7 @@ class Planner:
         self._compile = Compiler(request.device, request.cache)
         self._lengths: Lengths = Lengths(request.prompt, request.answer)
         models = {
-            role: _architecture(getattr(request.config, role), role)
-            for role in ("proxy", "student")
+            role: architecture(getattr(request.config, role), role) for role in ("proxy", "student")
         }
         found = programs(request.config, models["proxy"], models["student"])
         names = [program.name for program in found]
@@ -256,7 +255,7 @@ def _exchanged(compiled: tuple[Compiled, ...], runs: tuple[float, ...]) -> float
     return total
 
 
-def _architecture(section: ModelSection, role: str) -> ModelConfig:
+def architecture(section: ModelSection, role: str) -> ModelConfig:
     """A model of the config, from its ``config.json``.
 
     Raises:

@@ -52,7 +52,7 @@ def test_merging_happens_in_float32(small_config, helpers):
 
 
 def test_float32_adapter_over_a_bfloat16_base(small_config, helpers):
-    """The update is not rounded to bfloat16 before it is added, and its gradient is float32."""
+    """The adapter counts as float32, and so does its gradient."""
     config, tokens_BL = small_config, helpers.tokens(0, 2, 12)
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), helpers.params(config))
     adapter = helpers.adapter(config)
@@ -67,6 +67,38 @@ def test_float32_adapter_over_a_bfloat16_base(small_config, helpers):
     exact = forward(wide, adapter, tokens_BL, config=config)
     near = forward(params, adapter, tokens_BL, config=config)
     assert np.sqrt(np.mean((exact - near) ** 2)) < 0.03
+
+
+def test_factors_beside_bfloat16_activations_count_as_float32():
+    """Update and gradients against float64: rounded factors would be off by 2e-3."""
+    draw = np.random.default_rng(0).normal
+    x, grad = (jnp.asarray(draw(size=(3, 40, n)), jnp.bfloat16) for n in (96, 64))
+    a, b = (
+        jnp.asarray(draw(size=(96, 8)), jnp.float32),
+        jnp.asarray(draw(size=(8, 64)), jnp.float32),
+    )
+    config = LoraConfig(8, 16.0)
+
+    def update(x, a, b):
+        return lora.lora_update(x, {"a": a, "b": b}, config)
+
+    found, transpose = jax.vjp(jax.jit(update), x, a, b)
+    assert found.dtype == jnp.bfloat16
+    x64, a64, b64, grad64 = (np.asarray(v, np.float64) for v in (x, a, b, grad))
+    inner = x64 @ a64
+    exact = (
+        2 * grad64 @ b64.T @ a64.T,
+        2 * np.einsum("bld,blr->dr", x64, grad64 @ b64.T),
+        2 * np.einsum("blr,blo->ro", inner, grad64),
+    )
+
+    def error(got, wanted):
+        return np.linalg.norm(np.asarray(got, np.float64) - wanted) / np.linalg.norm(wanted)
+
+    assert error(found, 2 * inner @ b64) < 2**-9  # the rounding of the result
+    gradients = transpose(grad)
+    assert error(gradients[0], exact[0]) < 2**-9
+    assert error(gradients[1], exact[1]) < 2e-5 and error(gradients[2], exact[2]) < 2e-5
 
 
 def test_dropout(small_config, helpers):
