@@ -179,7 +179,7 @@ def _show_steps(config: Config, sources: list[SourceConfig], report: Report) -> 
         each = math.ceil(math.ceil(rows["align"] / align.num_rounds) / align.batch_size)
         each *= align.epochs_per_round
         steps[f"{align.num_rounds} rounds of"] = min(each, align.round_max_steps or each)
-    seen = (*teacher_splits(config), *((FRESH,) if distill.alpha > 0 else ()))
+    seen = (*teacher_splits(config), *((FRESH,) if config.needs == "labels" else ()))
     total = math.ceil(sum(rows.get(name, 0) for name in seen) / distill.batch_size)
     total *= distill.epochs
     steps["student"] = min(total, distill.max_steps or total)

@@ -18,10 +18,10 @@ from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.parallel.sharding import check_rows, put_rows
 from proxykd_jax.training.answers import draw_answers
 from proxykd_jax.training.console import Console
-from proxykd_jax.training.distillation import FRESH, teacher_splits
+from proxykd_jax.training.distillation import FRESH, teacher_rows
 from proxykd_jax.training.metrics import MetricsLog
 from proxykd_jax.training.model import Model
-from proxykd_jax.training.restore import finished_step, load_aligned_proxy
+from proxykd_jax.training.restore import aligned_proxy_identity, load_aligned_proxy
 
 # Rounds count from 1, so answers to fresh prompts have random keys of their own.
 _FRESH_ROUND = 0
@@ -53,17 +53,11 @@ class Scoring:
         self.folder = config.folder / "soft_labels"
         self._config, self._corpus = config, corpus
         self._console = Console("score")
-        proxy_folder = config.folder / "proxy"
-        # The state that load_aligned_proxy takes: export.state says which.
-        self._proxy = {
-            "stage": stage_identity(proxy_folder),
-            "step": finished_step(proxy_folder, config.export.state),
-        }
+        self._proxy = aligned_proxy_identity(config)
 
-    def teacher_splits(self) -> dict[str, Rows]:
+    def teacher_rows(self) -> dict[str, Rows]:
         """The teacher's answers that the student will see."""
-        splits = {name: self._corpus.split(name) for name in teacher_splits(self._config)}
-        return {name: rows for name, rows in splits.items() if len(rows)}
+        return teacher_rows(self._config, self._corpus)
 
     def answer_fresh_prompts(self) -> dict[str, Rows]:
         """Lets the proxy answer the prompts that have no teacher's answer, at temperature 1.
