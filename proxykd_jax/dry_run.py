@@ -172,10 +172,11 @@ def _show_steps(config: Config, sources: list[SourceConfig], report: Report) -> 
         origin = f"from {count} rows, of at most {most} tokens, where none is dropped"
     align, distill = config.align, config.distill
     steps: dict[str, int] = {}
-    if align.alignment != "none":
+    used = config.needs != "nothing"
+    if used and align.alignment != "none":
         warm = math.ceil(rows["warmup"] / align.batch_size) * align.warmup_epochs
         steps["warm-up"] = min(warm, align.warmup_max_steps or warm)
-    if align.alignment.startswith("nll"):
+    if used and align.alignment.startswith("nll"):
         each = math.ceil(math.ceil(rows["align"] / align.num_rounds) / align.batch_size)
         each *= align.epochs_per_round
         steps[f"{align.num_rounds} rounds of"] = min(each, align.round_max_steps or each)

@@ -28,10 +28,14 @@ class StudentMethod(Protocol):
 
 def method_of(config: Config) -> StudentMethod:
     """The method that ``config.method`` names."""
-    from proxykd_jax.baselines import black_box_kd, proxy_kd
+    from proxykd_jax.baselines import black_box_kd, forward_kl, proxy_kd, takd
 
     match config.method.name:
         case "proxy_kd":
             return proxy_kd
         case "black_box_kd":
             return black_box_kd
+        case "forward_kl":
+            return forward_kl
+        case "takd":
+            return takd

@@ -32,6 +32,8 @@ class MethodSection(Section):
     """A method's knobs. A class of each method adds its name and its keys."""
 
     needs: ClassVar[Needs] = "labels"
+    # Whether the student's texts are answers of the proxy, drawn before it trains.
+    proxy_answers: ClassVar[bool] = False
 
     def defines(self) -> dict[str, Any]:
         """Values of the run's other keys that make it this method, nested as in the file."""
@@ -58,6 +60,7 @@ class ForwardKl(MethodSection):
     """White-box KD: a model's own answers to the prompts of D_s, and its distribution on them."""
 
     name: Literal["forward_kl"] = "forward_kl"
+    proxy_answers: ClassVar[bool] = True
     scorer: Scorer = Field("unaligned", description=_SCORER)
     kl_weight: NonNegativeFloat = Field(
         0.5, description="weight of the forward KL (LMOps minillm/finetune.py)"
@@ -104,6 +107,7 @@ class MentorKd(MethodSection):
     """Mentor-KD: a mentor, fine-tuned on the teacher's rationales, writes and scores more."""
 
     name: Literal["mentor_kd"] = "mentor_kd"
+    proxy_answers: ClassVar[bool] = True
     lam: Share = Field(0.3, description="weight of the KL; the NLL has 1 - lam")
     temperature: PositiveFloat = Field(2.0, description="T of both softmaxes")
     rescale: bool = Field(
@@ -239,7 +243,7 @@ class Gad(MethodSection):
 
 
 # Those that ``distill`` can run.
-Method = Annotated[ProxyKd | BlackBoxKd, Field(discriminator="name")]
+Method = Annotated[ProxyKd | BlackBoxKd | ForwardKl | Takd, Field(discriminator="name")]
 
 
 def _scored_by(scorer: Scorer) -> dict[str, Any]:

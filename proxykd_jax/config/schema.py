@@ -563,14 +563,23 @@ class Config(Section):
     @property
     def needs(self) -> Needs:
         """What the student learns from beside the teacher's texts: what must be made first."""
-        if self.method.needs == "labels" and self.distill.alpha == 0:
-            return "nothing"
-        return self.method.needs
+        is_black_box_kd = self.method.name == "proxy_kd" and self.distill.alpha == 0
+        return "nothing" if is_black_box_kd else self.method.needs
 
     @model_validator(mode="after")
     def _names(self) -> Config:
         if self.name in {".", ".."}:
             raise ValueError("name must not be '.' or '..'")
+        return self
+
+    @model_validator(mode="after")
+    def _scorer_is_aligned(self) -> Config:
+        wants = getattr(self.method, "scorer", None) == "aligned"
+        if wants and self.align.alignment == "none":
+            raise ValueError(
+                "method.scorer is aligned, but align.alignment is none: choose how far the proxy "
+                "is aligned, or scorer: unaligned"
+            )
         return self
 
     @model_validator(mode="after")

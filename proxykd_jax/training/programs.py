@@ -171,26 +171,14 @@ def programs(config: Config, proxy: ModelConfig, student: ModelConfig) -> list[P
       config: of the run.
       proxy, student: architectures, with ``lora`` set where an adapter is trained.
     """
-    align, distill = config.align, config.distill
+    distill = config.distill
     length = default_buckets(config.corpus.max_length)[-1]
     found = []
-    teacher = abstract_model(proxy, config.proxy, align)
-    pairs = align.uses_pairs
-    if align.alignment != "none":
-        nll = NllObjective(align.reduction, align.nll_weight)
-        found.append(_training(config, "warmup", teacher, align, nll, _rows_of(align, length)))
-    if pairs:
-        found.append(_sampling(config, teacher))
-        if align.preference.loss in REFERENCE_LOSSES:
-            found.append(_reference(config, teacher, length))
-    if align.alignment in ("nll", "nll_preference"):
-        objective: Objective = AlignObjective.of(align) if pairs else nll
-        batch = (lambda rows: _pairs(rows, length)) if pairs else _rows_of(align, length)
-        found.append(
-            _training(config, "round", teacher, align, objective, batch, answers=2 if pairs else 1)
-        )
+    if config.needs != "nothing":
+        teacher = abstract_model(proxy, config.proxy, config.align)
+        found += _of_the_proxy(config, teacher, length)
     pupil = abstract_model(student, config.student, distill)
-    if distill.alpha > 0:
+    if config.needs == "labels":
         found.append(_scoring(config, teacher, length))
         eq_11 = DistillObjective.of(distill, config.score.temperature)
         labels = _labels_of(distill, length, config.score.top_k)
@@ -199,6 +187,27 @@ def programs(config: Config, proxy: ModelConfig, student: ModelConfig) -> list[P
         eq_7 = NllObjective(distill.reduction, distill.nll_weight)
         rows = _rows_of(distill, length)
         found.append(_training(config, "distill", pupil, distill, eq_7, rows))
+    return found
+
+
+def _of_the_proxy(config: Config, teacher: AbstractModel, length: int) -> list[Program]:
+    """What ``align`` starts, and the answers that the method lets the proxy give."""
+    align = config.align
+    found = []
+    pairs = align.uses_pairs
+    if align.alignment != "none":
+        nll = NllObjective(align.reduction, align.nll_weight)
+        found.append(_training(config, "warmup", teacher, align, nll, _rows_of(align, length)))
+    if pairs or config.method.proxy_answers:
+        found.append(_sampling(config, teacher))
+    if pairs and align.preference.loss in REFERENCE_LOSSES:
+        found.append(_reference(config, teacher, length))
+    if align.alignment in ("nll", "nll_preference"):
+        objective: Objective = AlignObjective.of(align) if pairs else nll
+        batch = (lambda rows: _pairs(rows, length)) if pairs else _rows_of(align, length)
+        found.append(
+            _training(config, "round", teacher, align, objective, batch, answers=2 if pairs else 1)
+        )
     return found
 
 
