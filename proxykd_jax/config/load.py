@@ -87,8 +87,10 @@ def _build(data: Any, problems: list[str], overrides: Sequence[str], origin: str
         problems += _contradictions(method.defines(), data, method.name)
     preset = data.get("preset")
     if isinstance(preset, str) and preset in PRESETS:
-        defined = method.defines() if method is not None else {}
-        data = _merge(_merge(PRESETS[preset], defined), data)
+        below = PRESETS[preset]
+        if method is not None:
+            below = _merge(_merge(below, method.suggests()), method.defines())
+        data = _merge(below, data)
     problems += _expand_paths(data)
     try:
         # Strict JSON mode: "32" is no integer and true is no number, but lists are tuples.

@@ -1,8 +1,8 @@
 """The methods that a student can be trained by: Proxy-KD, and those that the paper compares.
 
 A method's section holds its own knobs. What it means for the ordinary keys of a run, its
-``defines()`` says: these values lie between the preset's and the file's, and a file that
-contradicts them is refused. Definitions, sources of the defaults and readings of the papers:
+``defines()`` says: a file that contradicts these values is refused. ``suggests()`` are values in
+place of the preset's. Definitions, sources of the defaults and readings of the papers:
 docs/methods.md.
 """
 
@@ -37,6 +37,10 @@ class MethodSection(Section):
 
     def defines(self) -> dict[str, Any]:
         """Values of the run's other keys that make it this method, nested as in the file."""
+        return {}
+
+    def suggests(self) -> dict[str, Any]:
+        """Values in place of the preset's, which a file may change."""
         return {}
 
 
@@ -95,12 +99,14 @@ class Takd(MethodSection):
     )
 
     def defines(self) -> dict[str, Any]:
-        finetuned = {"alignment": "nll", "num_rounds": 1}
         return {
-            "align": finetuned if self.assistant == "finetuned" else {"alignment": "none"},
+            "align": {"alignment": "nll" if self.assistant == "finetuned" else "none"},
             "score": {"temperature": self.temperature},
             "distill": _mixed(self.lam),
         }
+
+    def suggests(self) -> dict[str, Any]:
+        return {"align": {"num_rounds": 1}}
 
 
 class MentorKd(MethodSection):
@@ -124,10 +130,13 @@ class MentorKd(MethodSection):
 
     def defines(self) -> dict[str, Any]:
         return {
-            "align": {"alignment": "nll", "num_rounds": 1},
+            "align": {"alignment": "nll"},
             "score": {"temperature": self.temperature},
             "distill": _mixed(self.lam),
         }
+
+    def suggests(self) -> dict[str, Any]:
+        return {"align": {"num_rounds": 1}}
 
 
 class Soda(MethodSection):
@@ -145,9 +154,13 @@ class Soda(MethodSection):
     warmup_max_steps: PositiveInt | None = Field(
         None, description="at most so many steps of that NLL"
     )
+    nll_weight: NonNegativeFloat = Field(
+        0.0, description="weight of an NLL of the teacher's texts beside DPO (authors': not known)"
+    )
 
     def defines(self) -> dict[str, Any]:
-        return {"distill": {"alpha": 0.0}}
+        # The student answers here: a server would serve the proxy.
+        return {"distill": {"alpha": 0.0}, "align": {"sampling": {"server": None}}}
 
 
 class RandomLabels(MethodSection):
@@ -243,7 +256,7 @@ class Gad(MethodSection):
 
 
 # Those that ``distill`` can run.
-Method = Annotated[ProxyKd | BlackBoxKd | ForwardKl | Takd, Field(discriminator="name")]
+Method = Annotated[ProxyKd | BlackBoxKd | ForwardKl | Takd | Soda, Field(discriminator="name")]
 
 
 def _scored_by(scorer: Scorer) -> dict[str, Any]:

@@ -15,7 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from proxykd_jax.config import Config, ModelSection, TrainingSection, Work
+from proxykd_jax.config import (
+    Config,
+    ModelSection,
+    PreferenceConfig,
+    TrainingSection,
+    Work,
+)
 from proxykd_jax.data.order import default_buckets, packed_segments
 from proxykd_jax.generation.decode import (
     DrawSettings,
@@ -187,6 +193,18 @@ def programs(config: Config, proxy: ModelConfig, student: ModelConfig) -> list[P
         eq_7 = NllObjective(distill.reduction, distill.nll_weight)
         rows = _rows_of(distill, length)
         found.append(_training(config, "distill", pupil, distill, eq_7, rows))
+    if config.method.name == "soda":
+        dpo = AlignObjective(
+            PreferenceConfig(beta=config.method.beta),
+            distill.reduction,
+            config.method.nll_weight,
+            1.0,
+        )
+        found.insert(0, _sampling(config, pupil))
+        pairs = _training(
+            config, "prefer", pupil, distill, dpo, lambda rows: _pairs(rows, length), answers=2
+        )
+        found.append(pairs)
     return found
 
 

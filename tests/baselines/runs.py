@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from proxykd_jax import distill
 from proxykd_jax.artifacts import MANIFEST, read_json
 from proxykd_jax.config import Config
 from proxykd_jax.data.collate import TokenRow
+from proxykd_jax.errors import Stopped
 from proxykd_jax.parallel.mesh import make_mesh
+from proxykd_jax.training import loop
 from proxykd_jax.training.restore import load_student
-from tests.tiny_run import changed, copy_run, files_of, log_lines, recipe, unfinish, whole_logps
+from tests.tiny_run import changed, files_of, log_lines, recipe, whole_logps
 
 NO_FRESH: dict[str, Any] = {"corpus": {"fresh_prompts": []}}
 # All rows in one batch, one step: the first loss is that of the untrained student on all of them.
@@ -33,30 +36,41 @@ def first_step(config: Config) -> dict[str, Any]:
     return next(line for line in log_lines(config, "distill") if "loss" in line)
 
 
-def student_files(config: Config) -> dict[str, Any]:
-    """What ``distill`` left behind, byte by byte."""
-    found = {}
-    for name in ("student", "export"):
-        files = files_of(config.folder / name)
-        found |= {f"{name}/{path}": content for path, content in files.items()}
-    return found
-
-
-def check_resumed_run_equals_unbroken(config: Config, runs: Path, step: int) -> None:
-    """A finished run, taken back to a checkpoint in a copy, goes on to the same bytes."""
+def check_stopped_run_equals_unbroken(
+    config: Config, runs: Path, patch: pytest.MonkeyPatch, at: int
+) -> None:
+    """A run that is stopped after ``at`` steps of training and started again, models and samples
+    and log, is one that was never stopped."""
     distill.main(config)
-    copy = copy_run(config, runs)
-    unfinish(copy, "student", step)
-    (copy.folder / "export" / "student.json").unlink()
-    assert read_json(copy.folder / "student" / MANIFEST)["status"] == "running"
-    distill.main(copy)
-    assert student_files(copy) == student_files(config)
-    timed = ("time/step_s", "time")
-    lines = [
-        [{k: v for k, v in line.items() if k not in timed} for line in log_lines(c, "distill")]
-        for c in (copy, config)
-    ]
-    assert lines[0] == lines[1]
+    stopped = changed(config, {"runs_dir": str(runs)})
+    calls = iter(range(at))
+    with patch.context() as patched:
+        patched.setattr(loop, "stop_wanted", lambda: next(calls, None) is None)
+        while True:
+            try:
+                distill.main(stopped)
+                break
+            except Stopped:
+                calls = iter(range(1_000_000))
+    manifests = [read_json(c.folder / "student" / MANIFEST) for c in (stopped, config)]
+    for name in ("content", "best_step", "best_nll", "last_step", "results", "counts"):
+        assert manifests[0][name] == manifests[1][name], name
+    for name in ("samples", "soft_labels"):
+        assert arrays_of(stopped.folder / name) == arrays_of(config.folder / name)
+    assert _timeless(stopped) == _timeless(config)
+
+
+def _timeless(config: Config) -> list[dict[str, Any]]:
+    timed = {"time", "time/step_s"}
+    lines = log_lines(config, "distill")
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
+
+
+def arrays_of(folder: Path) -> dict[str, Any]:
+    """What lies below a folder, without manifests: they name what a stage was made from."""
+    if not folder.exists():
+        return {}
+    return {path: data for path, data in files_of(folder).items() if not path.endswith(MANIFEST)}
 
 
 def untrained_student(config: Config) -> Any:
@@ -93,17 +107,3 @@ def mean_kl(p: Sequence[np.ndarray], q: Sequence[np.ndarray], temperature: float
         p_RV, q_RV = tempered(p_RV, temperature), tempered(q_RV, temperature)
         kls.append((np.exp(p_RV) * (p_RV - q_RV)).sum(-1).mean())
     return float(np.mean(kls))
-
-
-__all__ = [
-    "ONE_STEP",
-    "answer_logps",
-    "changed",
-    "check_resumed_run_equals_unbroken",
-    "first_step",
-    "mean_kl",
-    "mean_nll",
-    "method_recipe",
-    "student_files",
-    "untrained_student",
-]

@@ -15,7 +15,7 @@ from proxykd_jax.errors import UserError
 from tests.baselines.runs import (
     ONE_STEP,
     answer_logps,
-    check_resumed_run_equals_unbroken,
+    check_stopped_run_equals_unbroken,
     first_step,
     mean_nll,
     method_recipe,
@@ -57,9 +57,9 @@ def test_a_proxy_of_noise_changes_no_byte_of_the_student(tiny_files: Path, tmp_p
     assert exported[0] == exported[1]
 
 
-def test_a_resumed_run_equals_an_unbroken_one(tiny_files: Path, tmp_path: Path):
+def test_a_stopped_run_equals_an_unbroken_one(tiny_files, tmp_path, monkeypatch):
     config = method_recipe(tiny_files, tmp_path / "whole", "black_box_kd")
-    check_resumed_run_equals_unbroken(config, tmp_path / "resumed", 4)
+    check_stopped_run_equals_unbroken(config, tmp_path / "stopped", monkeypatch, 4)
 
 
 def test_a_weight_of_the_kl_contradicts_it(tiny_files: Path, tmp_path: Path):

@@ -24,7 +24,7 @@ from proxykd_jax.training.restore import load_aligned_proxy
 from tests.baselines.runs import (
     ONE_STEP,
     answer_logps,
-    check_resumed_run_equals_unbroken,
+    check_stopped_run_equals_unbroken,
     first_step,
     mean_kl,
     mean_nll,
@@ -90,9 +90,9 @@ def test_the_teachers_answers_are_not_looked_at(tiny_files: Path, tmp_path: Path
     assert {path.split("/")[0] for path in labels} == {"manifest.json", "scorer"}
 
 
-def test_a_resumed_run_equals_an_unbroken_one(tiny_files: Path, tmp_path: Path):
+def test_a_stopped_run_equals_an_unbroken_one(tiny_files, tmp_path, monkeypatch):
     config = method_recipe(tiny_files, tmp_path / "whole", "forward_kl")
-    check_resumed_run_equals_unbroken(config, tmp_path / "resumed", 4)
+    check_stopped_run_equals_unbroken(config, tmp_path / "stopped", monkeypatch, 4)
 
 
 def test_answers_that_are_there_are_not_drawn_again(tiny_files: Path, tmp_path: Path):
