@@ -28,7 +28,7 @@ class StudentMethod(Protocol):
 
 def method_of(config: Config) -> StudentMethod:
     """The method that ``config.method`` names."""
-    from proxykd_jax.baselines import black_box_kd, forward_kl, proxy_kd, soda, takd
+    from proxykd_jax.baselines import black_box_kd, forward_kl, mentor_kd, proxy_kd, soda, takd
 
     match config.method.name:
         case "proxy_kd":
@@ -39,5 +39,7 @@ def method_of(config: Config) -> StudentMethod:
             return forward_kl
         case "takd":
             return takd
+        case "mentor_kd":
+            return mentor_kd
         case "soda":
             return soda

@@ -256,7 +256,9 @@ class Gad(MethodSection):
 
 
 # Those that ``distill`` can run.
-Method = Annotated[ProxyKd | BlackBoxKd | ForwardKl | Takd | Soda, Field(discriminator="name")]
+Method = Annotated[
+    ProxyKd | BlackBoxKd | ForwardKl | Takd | MentorKd | Soda, Field(discriminator="name")
+]
 
 
 def _scored_by(scorer: Scorer) -> dict[str, Any]:

@@ -6,6 +6,7 @@ differ from it in their rows, weights or labels alone share it (``proxykd_jax.ba
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +78,10 @@ class Lesson:
     collate: Callable[[Any], Any]
     figures: Mapping[str, float]
 
+    def with_figures(self, figures: Mapping[str, float]) -> Lesson:
+        """The same with more to report."""
+        return dataclasses.replace(self, figures={**self.figures, **figures})
+
 
 def text_lesson(config: Config, splits: Mapping[str, Rows]) -> Lesson:
     """The NLL of texts alone."""
@@ -91,6 +96,7 @@ def label_lesson(
     labels: SoftLabelStore,
     *,
     nll_splits: Collection[str],
+    rescale: bool = True,
 ) -> Lesson:
     """NLL + alpha x weighted KL (eq. 11).
 
@@ -99,6 +105,7 @@ def label_lesson(
       splits: rows by name, scored under these names.
       labels: their soft labels.
       nll_splits: whose answers are learnt as texts too; the others have the KL alone, of weight 1.
+      rescale: the KL at temperature T is scaled by T^2.
     """
     rows, weights = Joined(splits), _weights(config, splits, labels, nll_splits)
     collate = distill_collate(
@@ -107,7 +114,7 @@ def label_lesson(
         {name: found.sample_weight for name, found in weights.items()},
         nll_splits,
     )
-    objective = DistillObjective.of(config.distill, labels.temperature)
+    objective = DistillObjective.of(config.distill, labels.temperature, rescale=rescale)
     return Lesson(rows, objective, collate, _weight_figures(weights))
 
 

@@ -163,13 +163,15 @@ class DistillObjective:
     tail: str
     reduction: str
     temperature: float = 1.0
+    rescale: bool = True
 
     @staticmethod
-    def of(config: DistillConfig, temperature: float) -> DistillObjective:
+    def of(config: DistillConfig, temperature: float, *, rescale: bool = True) -> DistillObjective:
         """``temperature``: the soft labels'. Away from 1 the KL is scaled by its square, so that
-        its gradient keeps its size (Hinton et al., 2015); the paper has none."""
+        its gradient keeps its size (Hinton et al., 2015), unless ``rescale`` is False; the paper
+        has none."""
         return DistillObjective(
-            config.alpha, config.nll_weight, config.tail, config.reduction, temperature
+            config.alpha, config.nll_weight, config.tail, config.reduction, temperature, rescale
         )
 
     def counts(self, batch: DistillBatch) -> Counts:
@@ -197,7 +199,7 @@ class DistillObjective:
             temperature=self.temperature,
             dropout_key=dropout_key,
         )
-        kl_BL = self.temperature**2 * topk_kl_from_logps(
+        kl_BL = (self.temperature**2 if self.rescale else 1.0) * topk_kl_from_logps(
             topk_BLK,
             batch.topk_logps_BLK,
             tail=self.tail,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
-from proxykd_jax.artifacts import complete_stage, open_stage, stage_identity
+from proxykd_jax.artifacts import complete_stage, digest_value, open_stage, stage_identity
 from proxykd_jax.config import Config
 from proxykd_jax.data.collate import Rows
 from proxykd_jax.data.corpus import TokenCorpus, TokenSplit
@@ -36,7 +37,7 @@ class Scoring:
 
     Attributes:
       folder: of the store of soft labels.
-      corpus: as given.
+      config, corpus: as given.
 
     Raises:
       UserError: batches that the mesh cannot split, or more log-probs than tokens.
@@ -53,14 +54,14 @@ class Scoring:
                 f"{corpus.vocab_size} tokens. Choose at most as many."
             )
         self.folder = config.folder / "soft_labels"
-        self._config, self.corpus = config, corpus
+        self.config, self.corpus = config, corpus
         self._console = Console("score")
         self._answered: dict[str, SampleStore] = {}
         self._proxy = aligned_proxy_identity(config)
 
     def teacher_rows(self) -> dict[str, Rows]:
         """The teacher's answers that the student will see."""
-        return teacher_rows(self._config, self.corpus)
+        return teacher_rows(self.config, self.corpus)
 
     def answer_fresh_prompts(self) -> dict[str, Rows]:
         """Lets the proxy answer the prompts that have no teacher's answer, at temperature 1."""
@@ -69,7 +70,13 @@ class Scoring:
         return {FRESH: answered} if answered else {}
 
     def answer(
-        self, name: str, prompts: TokenSplit, *, draw: int, temperature: float = 1.0
+        self,
+        name: str,
+        prompts: TokenSplit,
+        *,
+        draw: int,
+        temperature: float = 1.0,
+        rows: Sequence[int] | None = None,
     ) -> AnsweredSplit:
         """Lets the proxy answer each prompt once, or goes on with it, in ``samples/<name>``.
 
@@ -82,24 +89,26 @@ class Scoring:
           draw: another one gives the same prompt another answer. Rounds of alignment count from 1
             on other rows.
           temperature: of sampling.
+          rows: of the split whose prompts are asked (default: all).
         """
-        sampling = self._config.align.sampling
-        store = SampleStore(self._config.folder / "samples" / name)
+        sampling = self.config.align.sampling
+        store = SampleStore(self.config.folder / "samples" / name)
         settings = {
             "round": draw,
-            "seed": self._config.seed,
+            "seed": self.config.seed,
             "temperature": temperature,
             "top_p": 1.0,
             "max_new_tokens": sampling.max_new_tokens,
             "rows_per_part": sampling.rows_per_part,
             "server": sampling.decisive["server"],
+            **({} if rows is None else {"rows": digest_value(list(map(int, rows)))}),
         }
         if not store.begin(settings, {"corpus": self.corpus.identity, "proxy": self._proxy}):
             draw_answers(
                 store,
                 prompts,
-                range(len(prompts)),
-                self._config,
+                range(len(prompts)) if rows is None else rows,
+                self.config,
                 self._model.config,
                 *self._weights,
                 corpus=self.corpus,
@@ -120,7 +129,7 @@ class Scoring:
         Raises:
           UserError: it was made with other settings or by another proxy.
         """
-        score = self._config.score
+        score = self.config.score
         settings = {
             "top_k": score.top_k,
             "temperature": score.temperature,
@@ -141,7 +150,7 @@ class Scoring:
 
     def score(self, name: str, rows: Rows) -> None:
         """Makes the parts of a split that are not there yet."""
-        score, model = self._config.score, self._model
+        score, model = self.config.score, self._model
         score_split(
             rows,
             SoftLabelWriter(
@@ -176,7 +185,7 @@ class Scoring:
         log.resume("score", 0)
         log.write(stage="score", step=0, values=line)
         for name in figures.keys() & {"distill"}:
-            kind = self._config.distill.weights.loglik
+            kind = self.config.distill.weights.loglik
             found = figures[name]
             self._console.say(
                 f"mu {found[f'{kind}/loglik_mean']:.4g}, gamma {found[f'{kind}/loglik_std']:.4g} "
@@ -192,7 +201,7 @@ class Scoring:
     @functools.cached_property
     def _model(self) -> Model:
         """Loaded only where something is left to be computed."""
-        return load_aligned_proxy(self._config, self._mesh)
+        return load_aligned_proxy(self.config, self._mesh)
 
     @functools.cached_property
     def _weights(self) -> tuple[Any, Any]:
