@@ -14,7 +14,7 @@ authors train the mentor on correct texts alone; here it learns from all of D_w 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -51,7 +51,7 @@ def to_score(scoring: Scoring) -> dict[str, Rows]:
                 temperature=method.sample_temperature,
                 rows=asked,
             )
-    kept, counts = _kept(_texts(config, corpus), golds, load_tokenizer(corpus.tokenizer_path))
+    kept, counts = _kept(corpus, _texts(config, corpus), golds)
     if golds is not None:
         listed = ", ".join(f"{name} {number}" for name, number in sorted(counts.items()))
         print(f"mentor_kd: texts by final answer: {listed}", flush=True)
@@ -62,7 +62,7 @@ def train(run: StudentRun) -> None:
     """NLL and KL on what was scored, every example alike."""
     config, corpus, method = run.config, run.corpus, _method(run.config)
     golds = _golds(config, corpus)
-    kept, counts = _kept(_texts(config, corpus), golds, load_tokenizer(corpus.tokenizer_path))
+    kept, counts = _kept(corpus, _texts(config, corpus), golds)
     lesson = label_lesson(
         config, kept, run.stored_labels, nll_splits=tuple(kept), rescale=method.rescale
     )
@@ -115,20 +115,21 @@ def _texts(config: Config, corpus: TokenCorpus) -> dict[str, Rows]:
 
 
 def _kept(
-    texts: Mapping[str, Rows], golds: Golds | None, tokenizer: Tokenizer
+    corpus: TokenCorpus, texts: Mapping[str, Rows], golds: Golds | None
 ) -> tuple[dict[str, Rows], dict[str, int]]:
     """The texts to learn from by split, and how many there were: ``<split>/<verdict>``.
 
     Raises:
       UserError: none is left.
     """
+    tokenizer = load_tokenizer(corpus.tokenizer_path)
     kept: dict[str, Rows] = {}
     counts: Counter[str] = Counter()
     for name, rows in texts.items():
         if golds is None:
             kept[name], counts[f"{name}/unfiltered"] = rows, len(rows)
             continue
-        verdicts = _verdicts(rows, golds, tokenizer)
+        verdicts = _verdicts(rows, golds, tokenizer, corpus.end_token_ids)
         counts.update(f"{name}/{verdict}" for verdict in verdicts)
         places = np.flatnonzero(np.array(verdicts, object) == CORRECT).astype(np.int32)
         kept[name] = Selection(rows, places)
@@ -142,12 +143,16 @@ def _kept(
     return kept, dict(counts)
 
 
-def _verdicts(rows: Rows, golds: Golds, tokenizer: Tokenizer) -> list[str]:
+def _verdicts(
+    rows: Rows, golds: Golds, tokenizer: Tokenizer, end_token_ids: Sequence[int]
+) -> list[str]:
+    """A truncated text has no final answer, so it is wrong."""
     found = []
     for start in range(0, len(rows), _AT_ONCE):
         for row in rows.read(range(start, min(start + _AT_ONCE, len(rows)))):
             known = golds.get(prompt_key(row.prompt), [])
-            text = tokenizer.decode(row.answer, skip_special=True)
-            right = any(is_correct(text, gold) for gold in known)
+            text = tokenizer.decode(row.answer[:-1], skip_special=True)
+            finished = int(row.answer[-1]) in end_token_ids
+            right = finished and any(is_correct(text, gold) for gold in known)
             found.append(CORRECT if right else WRONG if known else NO_GOLD)
     return found
