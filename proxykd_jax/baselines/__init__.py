@@ -28,7 +28,15 @@ class StudentMethod(Protocol):
 
 def method_of(config: Config) -> StudentMethod:
     """The method that ``config.method`` names."""
-    from proxykd_jax.baselines import black_box_kd, forward_kl, mentor_kd, proxy_kd, soda, takd
+    from proxykd_jax.baselines import (
+        black_box_kd,
+        forward_kl,
+        mentor_kd,
+        proxy_kd,
+        random_labels,
+        soda,
+        takd,
+    )
 
     match config.method.name:
         case "proxy_kd":
@@ -41,5 +49,7 @@ def method_of(config: Config) -> StudentMethod:
             return takd
         case "mentor_kd":
             return mentor_kd
+        case "random_labels":
+            return random_labels
         case "soda":
             return soda

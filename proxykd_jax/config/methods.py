@@ -176,6 +176,10 @@ class RandomLabels(MethodSection):
     def defines(self) -> dict[str, Any]:
         return {"score": {"temperature": 1.0}}
 
+    def suggests(self) -> dict[str, Any]:
+        # The ordinary store is left with the answers' likelihoods, for eq. 9.
+        return {"score": {"top_k": 1}}
+
 
 class MiniLlm(MethodSection):
     """MiniLLM: the reverse KL of whole answers by policy gradient, the scorer at hand."""
@@ -257,7 +261,8 @@ class Gad(MethodSection):
 
 # Those that ``distill`` can run.
 Method = Annotated[
-    ProxyKd | BlackBoxKd | ForwardKl | Takd | MentorKd | Soda, Field(discriminator="name")
+    ProxyKd | BlackBoxKd | ForwardKl | Takd | MentorKd | Soda | RandomLabels,
+    Field(discriminator="name"),
 ]
 
 

@@ -573,6 +573,12 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _labels_are_used(self) -> Config:
+        if self.method.name == "random_labels" and self.distill.alpha == 0:
+            raise ValueError("random_labels with distill.alpha 0 is method: black_box_kd")
+        return self
+
+    @model_validator(mode="after")
     def _scorer_is_aligned(self) -> Config:
         wants = getattr(self.method, "scorer", None) == "aligned"
         if wants and self.align.alignment == "none":

@@ -7,6 +7,7 @@ differ from it in their rows, weights or labels alone share it (``proxykd_jax.ba
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from proxykd_jax.generation.answered import AnsweredSplit
 from proxykd_jax.generation.samples import SampleStore
 from proxykd_jax.training.batches import (
     Joined,
+    ReadLabels,
     check_any_rows,
     count_steps,
     distill_collate,
@@ -83,6 +85,19 @@ class Lesson:
         return dataclasses.replace(self, figures={**self.figures, **figures})
 
 
+@dataclass(frozen=True)
+class DrawnTargets:
+    """Targets drawn at random: their log is where a soft label has log-probs.
+
+    Attributes:
+      read: what reads them, by split.
+      slots: ids a position.
+    """
+
+    read: Mapping[str, ReadLabels]
+    slots: int
+
+
 def text_lesson(config: Config, splits: Mapping[str, Rows]) -> Lesson:
     """The NLL of texts alone."""
     rows = Joined(splits)
@@ -97,6 +112,7 @@ def label_lesson(
     *,
     nll_splits: Collection[str],
     rescale: bool = True,
+    drawn: DrawnTargets | None = None,
 ) -> Lesson:
     """NLL + alpha x weighted KL (eq. 11).
 
@@ -106,15 +122,16 @@ def label_lesson(
       labels: their soft labels.
       nll_splits: whose answers are learnt as texts too; the others have the KL alone, of weight 1.
       rescale: the KL at temperature T is scaled by T^2.
+      drawn: targets that take the place of the stored distribution.
     """
     rows, weights = Joined(splits), _weights(config, splits, labels, nll_splits)
-    collate = distill_collate(
-        rows,
-        labels,
-        {name: found.sample_weight for name, found in weights.items()},
-        nll_splits,
+    stored = {name: functools.partial(labels.read, name) for name in splits}
+    read, top_k = (stored, labels.top_k) if drawn is None else (drawn.read, drawn.slots)
+    sample_weights = {name: found.sample_weight for name, found in weights.items()}
+    collate = distill_collate(rows, read, sample_weights, nll_splits, top_k=top_k)
+    objective = DistillObjective.of(
+        config.distill, labels.temperature, rescale=rescale, drawn=drawn is not None
     )
-    objective = DistillObjective.of(config.distill, labels.temperature, rescale=rescale)
     return Lesson(rows, objective, collate, _weight_figures(weights))
 
 

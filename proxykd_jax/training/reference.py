@@ -87,7 +87,7 @@ def check_first_dpo_loss(loss: float, spec: ModelSpec) -> None:
     if not abs(loss - LN_2) < 1e-3:
         raise RuntimeError(
             f"the first DPO loss is {loss:.6f}, not ln 2 = {LN_2:.6f}: the stored reference "
-            "log-probs are not those of the model that the training of the pairs began with"
+            "log-probs are not those of the model that training began with"
         )
 
 

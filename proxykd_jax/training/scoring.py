@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from proxykd_jax.artifacts import complete_stage, digest_value, open_stage, stage_identity
@@ -14,7 +14,7 @@ from proxykd_jax.data.soft_labels import SoftLabelStore, SoftLabelWriter, weight
 from proxykd_jax.errors import UserError
 from proxykd_jax.generation.answered import AnsweredSplit
 from proxykd_jax.generation.samples import SampleStore
-from proxykd_jax.generation.score_rows import score_split
+from proxykd_jax.generation.score_rows import Positions, RowScorer, score_split
 from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.parallel.sharding import check_rows, put_rows
 from proxykd_jax.training.answers import draw_answers
@@ -103,13 +103,13 @@ class Scoring:
             "server": sampling.decisive["server"],
             **({} if rows is None else {"rows": digest_value(list(map(int, rows)))}),
         }
-        if not store.begin(settings, {"corpus": self.corpus.identity, "proxy": self._proxy}):
+        if not store.begin(settings, self.made_from):
             draw_answers(
                 store,
                 prompts,
                 range(len(prompts)) if rows is None else rows,
                 self.config,
-                self._model.config,
+                self.model.config,
                 *self._weights,
                 corpus=self.corpus,
                 mesh=self._sample_mesh,
@@ -150,7 +150,7 @@ class Scoring:
 
     def score(self, name: str, rows: Rows) -> None:
         """Makes the parts of a split that are not there yet."""
-        score, model = self.config.score, self._model
+        score, model = self.config.score, self.model
         score_split(
             rows,
             SoftLabelWriter(
@@ -198,15 +198,31 @@ class Scoring:
 
     # --- pieces -----------------------------------------------------------------------------------
 
+    @property
+    def made_from(self) -> dict[str, Any]:
+        """What is known the proxy and the corpus by."""
+        return {"corpus": self.corpus.identity, "proxy": self._proxy}
+
+    def scorer(self, label: Callable[[Any, Positions], Any]) -> RowScorer:
+        """Rows through the proxy, and ``label(params, positions)`` of what comes out."""
+        return RowScorer(
+            *self._weights,
+            self.model.config,
+            functools.partial(label, self._weights[0]),
+            self.config.score.batch_size,
+            self.corpus.max_length,
+            lambda batch: put_rows(batch, self._mesh),
+        )
+
     @functools.cached_property
-    def _model(self) -> Model:
+    def model(self) -> Model:
         """Loaded only where something is left to be computed."""
         return load_aligned_proxy(self.config, self._mesh)
 
     @functools.cached_property
     def _weights(self) -> tuple[Any, Any]:
         """(params, adapter), bound once: with trainable: full, binding casts all weights."""
-        return self._model.params, self._model.adapter
+        return self.model.params, self.model.adapter
 
     def _report(self, what: str, done: int, total: int) -> None:
         self._console.say(f"{what}: {done}/{total} parts")
