@@ -81,7 +81,7 @@ def _build(data: Any, problems: list[str], overrides: Sequence[str], origin: str
     data = _named_method(data)
     for override in overrides:
         problems += _apply_override(data, override)
-    data = _named_method(data)
+        data = _named_method(data)
     method = _checked_method(data)
     if method is not None:
         problems += _contradictions(method.defines(), data, method.name)
