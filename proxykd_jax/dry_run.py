@@ -49,7 +49,7 @@ def dry_run(config: Config) -> list[str]:
     _check_mesh(config, report)
     models = {role: _check_model(config, role, tokenizer, report) for role in ("proxy", "student")}
     for role, found in models.items():
-        if found is not None:
+        if found is not None and (role == "student" or config.needs != "nothing"):
             _check_shapes(config, role, found, report)
     proxy, student = models["proxy"], models["student"]
     if proxy and student and proxy.vocab_size != student.vocab_size and tokenizer is None:
@@ -181,7 +181,13 @@ def _show_steps(config: Config, sources: list[SourceConfig], report: Report) -> 
         each *= align.epochs_per_round
         steps[f"{align.num_rounds} rounds of"] = min(each, align.round_max_steps or each)
     seen = (*teacher_splits(config), *((FRESH,) if config.needs == "labels" else ()))
-    total = math.ceil(sum(rows.get(name, 0) for name in seen) / distill.batch_size)
+    texts = sum(rows.get(name, 0) for name in seen)
+    if config.method.name == "mentor_kd":
+        texts *= 1 + config.method.num_rationales
+    total = math.ceil(texts / distill.batch_size)
+    if config.method.name == "soda":
+        warm = total * config.method.warmup_epochs
+        steps["student's warm-up"] = min(warm, config.method.warmup_max_steps or warm)
     total *= distill.epochs
     steps["student"] = min(total, distill.max_steps or total)
     listed = ", ".join(f"{name} {count}" for name, count in steps.items())

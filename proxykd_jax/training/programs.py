@@ -186,8 +186,12 @@ def programs(config: Config, proxy: ModelConfig, student: ModelConfig) -> list[P
     pupil = abstract_model(student, config.student, distill)
     if config.needs == "labels":
         found.append(_scoring(config, teacher, length))
-        eq_11 = DistillObjective.of(distill, config.score.temperature)
-        labels = _labels_of(distill, length, config.score.top_k)
+        method, ids = config.method, config.score.top_k
+        if method.name == "random_labels":
+            ids = min(method.draws, student.vocab_size)
+        drawn = method.name == "random_labels"
+        eq_11 = DistillObjective.of(distill, config.score.temperature, drawn=drawn)
+        labels = _labels_of(distill, length, ids)
         found.append(_training(config, "distill", pupil, distill, eq_11, labels))
     else:
         eq_7 = NllObjective(distill.reduction, distill.nll_weight)
@@ -200,7 +204,7 @@ def programs(config: Config, proxy: ModelConfig, student: ModelConfig) -> list[P
             config.method.nll_weight,
             1.0,
         )
-        found.insert(0, _sampling(config, pupil))
+        found.insert(0, _sampling(config, pupil, "distill"))
         pairs = _training(
             config, "prefer", pupil, distill, dpo, lambda rows: _pairs(rows, length), answers=2
         )
@@ -307,7 +311,7 @@ def _training(
     )
 
 
-def _sampling(config: Config, model: AbstractModel) -> Program:
+def _sampling(config: Config, model: AbstractModel, trained_as: Work = "align") -> Program:
     spec = model.spec
     longest = config.corpus.max_length
     sampling = config.align.sampling
@@ -340,7 +344,7 @@ def _sampling(config: Config, model: AbstractModel) -> Program:
     def resident(mesh: Mesh) -> int:
         """The optimizer's state; and the weights as training has them, if that is elsewhere."""
         axes = dict(mesh.shape)
-        trained = config.mesh.of("align").model_dump(include={"fsdp", "tensor"})
+        trained = config.mesh.of(trained_as).model_dump(include={"fsdp", "tensor"})
         held = bytes_per_device(model.state.opt_state, trained)
         if any(axes[name] != size for name, size in trained.items()):
             held += bytes_per_device((model.frozen, model.state.trainable), trained)
