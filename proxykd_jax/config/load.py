@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from proxykd_jax.config.methods import Method
+from proxykd_jax.config.methods import Method, contradictions, named_method
 from proxykd_jax.config.presets import PRESETS
 from proxykd_jax.config.schema import Config
 from proxykd_jax.errors import UserError
@@ -78,13 +78,13 @@ def dump_config(config: Config) -> str:
 def _build(data: Any, problems: list[str], overrides: Sequence[str], origin: str) -> Config:
     if not isinstance(data, dict):
         raise UserError(f"{origin}: a config is a mapping of keys to values.")
-    data = _named_method(data)
+    data = named_method(data)
     for override in overrides:
         problems += _apply_override(data, override)
-        data = _named_method(data)
+        data = named_method(data)
     method = _checked_method(data)
     if method is not None:
-        problems += _contradictions(method.defines(), data, method.name)
+        problems += contradictions(method.defines(), data, method.name)
     preset = data.get("preset")
     if isinstance(preset, str) and preset in PRESETS:
         below = PRESETS[preset]
@@ -106,12 +106,6 @@ def _build(data: Any, problems: list[str], overrides: Sequence[str], origin: str
 # --- the method -----------------------------------------------------------------------------------
 
 
-def _named_method(data: dict[str, Any]) -> dict[str, Any]:
-    """``method: takd`` is short for ``method: {name: takd}``."""
-    name = data.get("method")
-    return {**data, "method": {"name": name}} if isinstance(name, str) else data
-
-
 def _checked_method(data: dict[str, Any]) -> Method | None:
     """The method, where its section is valid; what is wrong with it the whole check says."""
     try:
@@ -120,26 +114,6 @@ def _checked_method(data: dict[str, Any]) -> Method | None:
         )
     except ValidationError:
         return None
-
-
-def _contradictions(
-    defined: dict[str, Any], data: dict[str, Any], method: str, place: str = ""
-) -> list[str]:
-    """Keys of the file that have another value than what makes the method."""
-    problems = []
-    for key, value in defined.items():
-        if key not in data:
-            continue
-        given, here = data[key], f"{place}{key}"
-        if isinstance(value, dict):
-            if isinstance(given, dict):
-                problems += _contradictions(value, given, method, f"{here}.")
-        elif given != value:
-            problems.append(
-                f"{here}: with this method.name, {method}, it is {json.dumps(value)} "
-                f"(got {json.dumps(given)}); leave it out, or change the method's own keys"
-            )
-    return problems
 
 
 # --- YAML -----------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ docs/methods.md.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -264,6 +265,32 @@ Method = Annotated[
     ProxyKd | BlackBoxKd | ForwardKl | Takd | MentorKd | Soda | RandomLabels,
     Field(discriminator="name"),
 ]
+
+
+def named_method(data: dict[str, Any]) -> dict[str, Any]:
+    """``method: takd`` is short for ``method: {name: takd}``."""
+    name = data.get("method")
+    return {**data, "method": {"name": name}} if isinstance(name, str) else data
+
+
+def contradictions(
+    defined: dict[str, Any], data: dict[str, Any], method: str, place: str = ""
+) -> list[str]:
+    """Keys of the file that have another value than what makes the method."""
+    problems = []
+    for key, value in defined.items():
+        if key not in data:
+            continue
+        given, here = data[key], f"{place}{key}"
+        if isinstance(value, dict):
+            if isinstance(given, dict):
+                problems += contradictions(value, given, method, f"{here}.")
+        elif given != value:
+            problems.append(
+                f"{here}: with this method.name, {method}, it is {json.dumps(value)} "
+                f"(got {json.dumps(given)}); leave it out, or change the method's own keys"
+            )
+    return problems
 
 
 def _scored_by(scorer: Scorer) -> dict[str, Any]:
