@@ -54,7 +54,7 @@ def to_score(scoring: Scoring) -> dict[str, Rows]:
     kept, counts = _kept(corpus, _texts(config, corpus), golds)
     if golds is not None:
         listed = ", ".join(f"{name} {number}" for name, number in sorted(counts.items()))
-        print(f"mentor_kd: texts by final answer: {listed}", flush=True)
+        scoring.console.say(f"texts by final answer: {listed}")
     return kept
 
 

@@ -32,6 +32,7 @@ from proxykd_jax.training.batches import (
     placed_batches,
     token_collate,
 )
+from proxykd_jax.training.console import Console
 from proxykd_jax.training.distillation import teacher_rows
 from proxykd_jax.training.loop import Trainer
 from proxykd_jax.training.model import model_identity
@@ -87,7 +88,7 @@ def sample_base_student(run: StudentRun, rows: Joined) -> SampleStore:
     }
     inputs = {"corpus": run.corpus.identity, "student": model_identity(config.student)}
     if not store.begin(settings, inputs):
-        student = run.student
+        student, say = run.student, Console("distill").say
         draw_answers(
             store,
             rows,
@@ -102,9 +103,7 @@ def sample_base_student(run: StudentRun, rows: Joined) -> SampleStore:
             temperature=method.temperature,
             top_p=1.0,
             against_teacher=True,
-            report=lambda done, total: print(
-                f"soda: the base student answered {done}/{total} parts", flush=True
-            ),
+            report=lambda done, total: say(f"untrained student answered {done}/{total} parts"),
         )
         store.complete()
     return store

@@ -38,6 +38,7 @@ class Scoring:
     Attributes:
       folder: of the store of soft labels.
       config, corpus: as given.
+      console: what a person sees.
 
     Raises:
       UserError: batches that the mesh cannot split, or more log-probs than tokens.
@@ -55,7 +56,7 @@ class Scoring:
             )
         self.folder = config.folder / "soft_labels"
         self.config, self.corpus = config, corpus
-        self._console = Console("score")
+        self.console = Console("score")
         self._answered: dict[str, SampleStore] = {}
         self._proxy = aligned_proxy_identity(config)
 
@@ -187,7 +188,7 @@ class Scoring:
         for name in figures.keys() & {"distill"}:
             kind = self.config.distill.weights.loglik
             found = figures[name]
-            self._console.say(
+            self.console.say(
                 f"mu {found[f'{kind}/loglik_mean']:.4g}, gamma {found[f'{kind}/loglik_std']:.4g} "
                 f"({kind}); correlation of the weights with length "
                 f"{found[f'{kind}/weight_length_correlation']:.2f}; top-{store.top_k} mass above "
@@ -225,7 +226,7 @@ class Scoring:
         return self.model.params, self.model.adapter
 
     def _report(self, what: str, done: int, total: int) -> None:
-        self._console.say(f"{what}: {done}/{total} parts")
+        self.console.say(f"{what}: {done}/{total} parts")
 
 
 def split_figures(store: SoftLabelStore, name: str) -> dict[str, float]:
