@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from proxykd_jax.cli import config_keys
 from proxykd_jax.config import Config
 from proxykd_jax.config.load import _section_classes
@@ -44,8 +46,15 @@ def page() -> str:
 
 
 def _about(section: str) -> str:
-    section_class = next(_section_classes(Config.model_fields[section].annotation))
-    return (section_class.__doc__ or "").splitlines()[0]
+    classes = list(_section_classes(Config.model_fields[section].annotation))
+    if len(classes) == 1:
+        return _first_line(classes[0])
+    about = [f"- `{c.model_fields['name'].default}`: {_first_line(c)}" for c in classes]
+    return "\n".join(["One of:", "", *about])
+
+
+def _first_line(section: type[BaseModel]) -> str:
+    return (section.__doc__ or "").splitlines()[0]
 
 
 def _shown(row: tuple[str, str, str, str]) -> tuple[str, str, str, str]:

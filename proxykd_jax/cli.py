@@ -189,7 +189,11 @@ def config_keys() -> Iterator[tuple[str, str, str, str]]:
 def _keys_of(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
     for name, field in section.model_fields.items():
         key = f"{prefix}{name}"
-        inner = next(_section_classes(field.annotation), None)
+        classes = list(_section_classes(field.annotation))
+        inner = classes[0] if classes else None
+        if len(classes) > 1:
+            yield from _keys_of_several(classes, key, field.description or "")
+            continue
         if inner is None:
             yield key, _kind(field.annotation), _default(key, field), field.description or ""
             continue
@@ -202,6 +206,18 @@ def _keys_of(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, 
                 (field.description or ""),
             )
         yield from _keys_of(inner, f"{key}[]." if is_list else f"{key}.")
+
+
+def _keys_of_several(
+    classes: list[type[BaseModel]], key: str, meaning: str
+) -> Iterator[tuple[str, str, str, str]]:
+    """The keys of a section that is one of several classes, told apart by ``name``."""
+    names = [section.model_fields["name"].default for section in classes]
+    yield f"{key}.name", "|".join(names), names[0], meaning
+    for name, section in zip(names, classes, strict=True):
+        for inner, kind, default, about in _keys_of(section, f"{key}."):
+            if inner != f"{key}.name":
+                yield f"{inner} ({name})", kind, default, about
 
 
 def _kind(annotation: Any) -> str:

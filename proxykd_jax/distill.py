@@ -1,9 +1,9 @@
-"""Distil the student (paper, 3.4): the teacher's answers, and the aligned proxy's distribution."""
+"""Distil the student by ``method``: Proxy-KD (paper, 3.4), or one that it is compared with."""
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from proxykd_jax.cli import run_command
 from proxykd_jax.config import Config
@@ -15,33 +15,38 @@ if TYPE_CHECKING:
 def main(config: Config) -> TrainedStage:
     """Distils the student, or goes on where a run was cut off; makes what it needs first.
 
-    With ``distill.alpha: 0`` the student is fine-tuned on the teacher's answers alone, and no
-    proxy is loaded.
+    The method says what it needs beside the teacher's answers (``config.needs``): nothing, soft
+    labels on disk, or the proxy itself; a proxy that is not needed is not loaded.
 
     Raises:
       UserError: a file is missing or does not fit, or the folder was made with other settings.
     """
-    from proxykd_jax import prepare, score
+    from proxykd_jax import align, prepare, score
     from proxykd_jax.artifacts import open_stage, stage_identity
+    from proxykd_jax.baselines import method_of
     from proxykd_jax.data.corpus import open_corpus
     from proxykd_jax.data.soft_labels import open_soft_labels
     from proxykd_jax.evaluation.measures import validation_figures
     from proxykd_jax.parallel.mesh import make_mesh
     from proxykd_jax.parallel.sharding import check_rows
-    from proxykd_jax.training.distillation import Distillation
     from proxykd_jax.training.exporting import export_student
     from proxykd_jax.training.metrics import open_metrics
     from proxykd_jax.training.model import check_tokenizers, load_for_training, model_identity
+    from proxykd_jax.training.restore import aligned_proxy_identity
     from proxykd_jax.training.stage import TrainedStage, training_settings
+    from proxykd_jax.training.student import StudentRun
 
     corpus = open_corpus(prepare.main(config).folder)
     check_tokenizers(config, corpus)
     folder = config.folder / "student"
-    inputs = {"corpus": corpus.identity, "student": model_identity(config.student)}
+    inputs: dict[str, Any] = {"corpus": corpus.identity, "student": model_identity(config.student)}
     labels = None
-    if config.distill.alpha > 0:
+    if config.needs == "labels":
         labels = open_soft_labels(score.main(config).folder)
         inputs["soft_labels"] = stage_identity(labels.folder)
+    elif config.needs == "proxy":
+        align.main(config)
+        inputs["proxy"] = aligned_proxy_identity(config)
     mesh = make_mesh(config.mesh.of("distill"))
     measure = validation_figures(config.evaluate.batch_size, mesh)
     if not open_stage(folder, "distill", training_settings(config, "distill", "student"), inputs):
@@ -50,10 +55,8 @@ def main(config: Config) -> TrainedStage:
         if labels is not None:
             labels.check(tokenizer=corpus.tokenizer_digest)
         log = open_metrics(config.folder, config.logging, config.model_dump(mode="json"))
-        run = Distillation(config, corpus, labels, student, mesh, log, measure)
-        run.look_at_untrained_student()
-        run.train()
-        run.finish()
+        run = StudentRun(config, corpus, labels, student, mesh, log, measure)
+        method_of(config).train(run)
         log.close()
     export_student(config, corpus, mesh, measure)
     return TrainedStage.read(folder)

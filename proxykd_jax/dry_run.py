@@ -49,7 +49,7 @@ def dry_run(config: Config) -> list[str]:
     _check_mesh(config, report)
     models = {role: _check_model(config, role, tokenizer, report) for role in ("proxy", "student")}
     for role, found in models.items():
-        if found is not None:
+        if found is not None and (role == "student" or config.needs != "nothing"):
             _check_shapes(config, role, found, report)
     proxy, student = models["proxy"], models["student"]
     if proxy and student and proxy.vocab_size != student.vocab_size and tokenizer is None:
@@ -172,15 +172,22 @@ def _show_steps(config: Config, sources: list[SourceConfig], report: Report) -> 
         origin = f"from {count} rows, of at most {most} tokens, where none is dropped"
     align, distill = config.align, config.distill
     steps: dict[str, int] = {}
-    if align.alignment != "none":
+    used = config.needs != "nothing"
+    if used and align.alignment != "none":
         warm = math.ceil(rows["warmup"] / align.batch_size) * align.warmup_epochs
         steps["warm-up"] = min(warm, align.warmup_max_steps or warm)
-    if align.alignment.startswith("nll"):
+    if used and align.alignment.startswith("nll"):
         each = math.ceil(math.ceil(rows["align"] / align.num_rounds) / align.batch_size)
         each *= align.epochs_per_round
         steps[f"{align.num_rounds} rounds of"] = min(each, align.round_max_steps or each)
-    seen = (*teacher_splits(config), *((FRESH,) if distill.alpha > 0 else ()))
-    total = math.ceil(sum(rows.get(name, 0) for name in seen) / distill.batch_size)
+    seen = (*teacher_splits(config), *((FRESH,) if config.needs == "labels" else ()))
+    texts = sum(rows.get(name, 0) for name in seen)
+    if config.method.name == "mentor_kd":
+        texts *= 1 + config.method.num_rationales
+    total = math.ceil(texts / distill.batch_size)
+    if config.method.name == "soda":
+        warm = total * config.method.warmup_epochs
+        steps["student's warm-up"] = min(warm, config.method.warmup_max_steps or warm)
     total *= distill.epochs
     steps["student"] = min(total, distill.max_steps or total)
     listed = ", ".join(f"{name} {count}" for name, count in steps.items())

@@ -143,7 +143,7 @@ def run_models(config: Config) -> dict[str, Candidate]:
     """The models of a run by name; trains them first where the run is not finished.
 
     They are the states that ``export.state`` chooses. A proxy is among them only where the run
-    uses one (``distill.alpha`` above 0), and more than once only where it was aligned.
+    uses one (``config.needs``), and more than once only where it was aligned.
     """
     from proxykd_jax import align, distill
     from proxykd_jax.artifacts import stage_identity
@@ -152,9 +152,9 @@ def run_models(config: Config) -> dict[str, Candidate]:
     distill.main(config)
     which = config.export.state
     candidates: dict[str, Candidate] = {}
-    if config.distill.alpha > 0:
+    if config.needs != "nothing":
         candidates["proxy_raw"] = _from_section(config, "proxy", config.proxy)
-    if config.distill.alpha > 0 and config.align.alignment != "none":
+    if config.needs != "nothing" and config.align.alignment != "none":
         aligned = align.main(config)
         stage = stage_identity(aligned.folder)
         steps = {result["phase"]: result["step"] for result in aligned.results}

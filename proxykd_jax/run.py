@@ -19,8 +19,9 @@ def main(config: Config) -> Path:
     from proxykd_jax.data.corpus import open_corpus
 
     corpus = open_corpus(prepare.main(config).folder)
-    if config.distill.alpha > 0:
+    if config.needs != "nothing":
         align.main(config)
+    if config.needs == "labels":
         score.main(config)
     distill.main(config)
     if len(corpus.split("validation")) or len(corpus.split("test")):

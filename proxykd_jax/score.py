@@ -44,6 +44,7 @@ def main(config: Config) -> ScoreResult:
         by another proxy.
     """
     from proxykd_jax import align, prepare
+    from proxykd_jax.baselines import method_of
     from proxykd_jax.data.corpus import open_corpus
     from proxykd_jax.data.soft_labels import open_soft_labels
     from proxykd_jax.training.metrics import open_metrics
@@ -52,7 +53,7 @@ def main(config: Config) -> ScoreResult:
     corpus = open_corpus(prepare.main(config).folder)
     align.main(config)
     run = Scoring(config, corpus)
-    splits = {**run.teacher_splits(), **run.answer_fresh_prompts()}
+    splits = method_of(config).to_score(run)
     if not run.begin(splits):
         for name, rows in splits.items():
             run.score(name, rows)

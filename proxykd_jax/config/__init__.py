@@ -1,6 +1,7 @@
 """The config of a run: schema, presets and loader. Imports pydantic and yaml alone."""
 
 from proxykd_jax.config.load import dump_config, load_config, make_config
+from proxykd_jax.config.methods import Method, Needs
 from proxykd_jax.config.schema import (
     AlignConfig,
     AxesConfig,
@@ -17,13 +18,13 @@ from proxykd_jax.config.schema import (
     PreferenceConfig,
     SamplingConfig,
     ScoreConfig,
-    Section,
     SourceConfig,
     StopConfig,
     TrainingSection,
     WeightConfig,
     Work,
 )
+from proxykd_jax.config.section import Section
 
 __all__ = [
     "AlignConfig",
@@ -36,7 +37,9 @@ __all__ = [
     "ExportConfig",
     "LoggingConfig",
     "MeshConfig",
+    "Method",
     "ModelSection",
+    "Needs",
     "OptimizerConfig",
     "PreferenceConfig",
     "SamplingConfig",

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from proxykd_jax.config.methods import Method, contradictions, named_method
 from proxykd_jax.config.presets import PRESETS
 from proxykd_jax.config.schema import Config
 from proxykd_jax.errors import UserError
@@ -77,11 +78,19 @@ def dump_config(config: Config) -> str:
 def _build(data: Any, problems: list[str], overrides: Sequence[str], origin: str) -> Config:
     if not isinstance(data, dict):
         raise UserError(f"{origin}: a config is a mapping of keys to values.")
+    data = named_method(data)
     for override in overrides:
         problems += _apply_override(data, override)
+        data = named_method(data)
+    method = _checked_method(data)
+    if method is not None:
+        problems += contradictions(method.defines(), data, method.name)
     preset = data.get("preset")
     if isinstance(preset, str) and preset in PRESETS:
-        data = _merge(PRESETS[preset], data)
+        below = PRESETS[preset]
+        if method is not None:
+            below = _merge(_merge(below, method.suggests()), method.defines())
+        data = _merge(below, data)
     problems += _expand_paths(data)
     try:
         # Strict JSON mode: "32" is no integer and true is no number, but lists are tuples.
@@ -92,6 +101,19 @@ def _build(data: Any, problems: list[str], overrides: Sequence[str], origin: str
         if not problems:
             return config
     raise UserError("\n".join(f"{origin}: {problem}" for problem in problems))
+
+
+# --- the method -----------------------------------------------------------------------------------
+
+
+def _checked_method(data: dict[str, Any]) -> Method | None:
+    """The method, where its section is valid; what is wrong with it the whole check says."""
+    try:
+        return TypeAdapter[Method](Method).validate_json(
+            json.dumps(data.get("method", {"name": "proxy_kd"})), strict=True
+        )
+    except ValidationError:
+        return None
 
 
 # --- YAML -----------------------------------------------------------------------------------------
@@ -251,8 +273,14 @@ def _explain(errors: list[ErrorDetails], *, unresolved_preset: bool) -> list[str
         from_preset = error["type"] == "missing" and _has_preset_value(location)
         if unresolved_preset and from_preset:
             continue  # the missing preset is reported itself
-        problems.append(f"{'.'.join(location) or 'config'}: {_reason(error, location)}")
+        shown = [part for i, part in enumerate(location) if not _is_tag(location, i)]
+        problems.append(f"{'.'.join(shown) or 'config'}: {_reason(error, location)}")
     return problems
+
+
+def _is_tag(location: list[str], place: int) -> bool:
+    """Whether a part of a location says which class of several the section is, and is no key."""
+    return place == 1 and location[0] == "method" and location[1] in _method_classes()
 
 
 def _has_preset_value(location: list[str]) -> bool:
@@ -274,8 +302,14 @@ def _reason(error: ErrorDetails, location: list[str]) -> str:
         field = section.model_fields.get(location[-1]) if section else None
         meaning = f": {field.description}" if field and field.description else ""
         return f"required{meaning}"
-    if kind == "literal_error":
-        allowed = str((error.get("ctx") or {}).get("expected", ""))
+    if kind == "union_tag_not_found":
+        return f"needs a name: one of {', '.join(_method_classes())}"
+    if kind in ("literal_error", "union_tag_invalid"):
+        context = error.get("ctx") or {}
+        allowed = str(context.get("expected") or context.get("expected_tags", ""))
+        if isinstance(got, dict):
+            got = got.get("name")
+            shown = f" (got {json.dumps(got, default=str)})"
         options = re.findall(r"'([^']+)'", allowed)
         close = difflib.get_close_matches(str(got), options, n=1, cutoff=0.5)
         hint = f"; did you mean '{close[0]}'?" if close else ""
@@ -320,8 +354,11 @@ def _all_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def _section(location: list[str]) -> type[BaseModel] | None:
     """The section class at a location, through optional values and lists."""
     section: type[BaseModel] = Config
-    for part in location:
+    for place, part in enumerate(location):
         if part.isdigit():
+            continue
+        if _is_tag(location, place):
+            section = _method_classes()[part]
             continue
         field = section.model_fields.get(part)
         found = field and next(_section_classes(field.annotation), None)
@@ -329,6 +366,11 @@ def _section(location: list[str]) -> type[BaseModel] | None:
             return None
         section = found
     return section
+
+
+def _method_classes() -> dict[str, type[BaseModel]]:
+    """The class of each method by its name."""
+    return {found.model_fields["name"].default: found for found in _section_classes(Method)}
 
 
 def _section_classes(annotation: Any) -> Iterator[type[BaseModel]]:

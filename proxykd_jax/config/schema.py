@@ -9,14 +9,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Probability = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+from proxykd_jax.config.methods import Method, Needs, ProxyKd
+from proxykd_jax.config.section import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    Section,
+    Share,
+)
+
 Reduction = Literal["example_mean", "token_mean", "sum"]
 Dtype = Literal["bfloat16", "float32"]
 LinearName = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -29,12 +34,6 @@ ALL_LINEAR: tuple[LinearName, ...] = (
     "up_proj",
     "down_proj",
 )
-
-
-class Section(BaseModel):
-    """A section of the config: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class SourceConfig(Section):
@@ -537,6 +536,11 @@ class Config(Section):
     )
     runs_dir: str = Field("runs", description="the run's folder is runs_dir/name")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="seed of everything drawn")
+    method: Method = Field(
+        ProxyKd(),
+        description="how the student is trained; a name alone stands for the method with its "
+        "defaults (docs/methods.md)",
+    )
     tokenizer: str | None = Field(
         None, description="folder of the tokenizer (default: the proxy's folder)"
     )
@@ -556,10 +560,32 @@ class Config(Section):
         """The run's folder."""
         return Path(self.runs_dir) / self.name
 
+    @property
+    def needs(self) -> Needs:
+        """What the student learns from beside the teacher's texts: what must be made first."""
+        is_black_box_kd = self.method.name == "proxy_kd" and self.distill.alpha == 0
+        return "nothing" if is_black_box_kd else self.method.needs
+
     @model_validator(mode="after")
     def _names(self) -> Config:
         if self.name in {".", ".."}:
             raise ValueError("name must not be '.' or '..'")
+        return self
+
+    @model_validator(mode="after")
+    def _labels_are_used(self) -> Config:
+        if self.method.name == "random_labels" and self.distill.alpha == 0:
+            raise ValueError("random_labels with distill.alpha 0 is method: black_box_kd")
+        return self
+
+    @model_validator(mode="after")
+    def _scorer_is_aligned(self) -> Config:
+        wants = getattr(self.method, "scorer", None) == "aligned"
+        if wants and self.align.alignment == "none":
+            raise ValueError(
+                "method.scorer is aligned, but align.alignment is none: choose how far the proxy "
+                "is aligned, or scorer: unaligned"
+            )
         return self
 
     @model_validator(mode="after")

@@ -92,6 +92,23 @@ def read_source(
         raise no_usable_row(source, own_drops)
 
 
+def read_records(source: SourceConfig) -> Iterator[tuple[str, Record, str]]:
+    """(format, record, origin) of every row of a source or item of a benchmark, as it stands.
+
+    Raises:
+      UserError: the source is missing, damaged or of another format.
+    """
+    for _, records in _parts(source):
+        name: str | None = None
+        for record, origin in records:
+            name = name or _format_of(record, origin, source)
+            if name in BENCHMARK_KEYS:
+                for example, place in benchmark_examples(name, record, origin):
+                    yield name, example, place
+            elif FORMATS[name].fits(record):
+                yield name, record, origin
+
+
 def _parts(source: SourceConfig) -> Iterator[tuple[str, Iterable[tuple[Record, str]]]]:
     """(name, records) of each file, or of the dataset. Each has one format."""
     if source.path is not None:

@@ -57,12 +57,18 @@ class SampledRow:
 
 
 class SampleStore:
-    """The answers of one round in ``folder``. Rows keep the order in which they were sampled."""
+    """The answers of one round in ``folder``. Rows keep the order in which they were sampled.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+      folder: of the answers.
+      references: of their reference log-probs, where those are of another model than the one
+        that answered (default: a folder beside the answers).
+    """
+
+    def __init__(self, folder: Path, references: Path | None = None) -> None:
         self.folder = Path(folder)
         self._parts = PartFolder(self.folder)
-        self._reference_parts = PartFolder(self.folder / "reference")
+        self._reference_parts = PartFolder(references or self.folder / "reference")
         self._open: list[Part] | None = None
 
     def begin(self, settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> bool:
@@ -120,6 +126,12 @@ class SampleStore:
             )
         arrays = dict(zip(_REFERENCES, (places, chosen, rejected), strict=True))
         self._reference_parts.commit(index, arrays)
+
+    @property
+    def num_references(self) -> int:
+        """Answers whose reference log-probs are there, or were found to have none."""
+        parts = [self._reference_parts.open(i) for i in self._reference_parts.complete()]
+        return sum(len(part.arrays["places"]) for part in parts)
 
     def references(self) -> tuple[np.ndarray, np.ndarray]:
         """(of the teacher's answers, of the proxy's), float32, in the store's order.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -61,13 +62,13 @@ def score_split(
     """
     num_parts = -(-len(rows) // rows_per_part)
     missing = writer.missing(num_parts)
-    scorer = _Scorer(
-        params, adapter, config, top_k, temperature, vocab_size, batch_size, max_length, put
-    )
+    options = {"top_k": top_k, "temperature": temperature, "vocab_size": vocab_size}
+    label = functools.partial(_top_k_labels, params, config, options)
+    scorer = RowScorer(params, adapter, config, label, batch_size, max_length, put)
     ends = frozenset(end_token_ids)
     written = num_parts - len(missing)
 
-    def finish(index: int, token_rows: list[TokenRow], pieces: list[_Piece]) -> None:
+    def finish(index: int, token_rows: list[TokenRow], pieces: list[Piece]) -> None:
         nonlocal written
         writer.commit(index, _assemble(token_rows, pieces, top_k, ends))
         written += 1
@@ -75,7 +76,7 @@ def score_split(
             report(written, num_parts)
         stop_if_wanted()
 
-    pending: tuple[int, list[TokenRow], list[_Piece]] | None = None
+    pending: tuple[int, list[TokenRow], list[Piece]] | None = None
     for index in missing:
         last = min((index + 1) * rows_per_part, len(rows))
         token_rows = rows.read(range(index * rows_per_part, last))
@@ -92,37 +93,67 @@ def positions_at_once(vocab_size: int) -> int:
     return min(max(_LOGITS_ALIVE // vocab_size, _FEWEST_POSITIONS), _MOST_POSITIONS)
 
 
+class Positions(NamedTuple):
+    """M positions of answers, whose number is always the same: the last ones may be padding.
+
+    Attributes:
+      hidden_MD: the proxy's hidden states, from which the label is predicted.
+      labels_M: int32, the tokens that follow.
+      row_words_M: uint32, the first four bytes of the row's id.
+      offsets_M: int32, the token's place in the answer.
+    """
+
+    hidden_MD: jax.Array
+    labels_M: np.ndarray
+    row_words_M: np.ndarray
+    offsets_M: np.ndarray
+
+
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """Labels still being computed, and which (row, token of the answer) they belong to."""
 
-    labels: TopKLabels
+    labels: Any
     rows: np.ndarray
     offsets: np.ndarray
 
+    def by_row(self) -> Iterator[tuple[int, slice, slice]]:
+        """(row, its tokens, their places among the labels): those of one row lie side by side."""
+        begins = np.flatnonzero(np.diff(self.rows, prepend=-1))
+        for begin, end in zip(begins, [*begins[1:], len(self.rows)], strict=True):
+            first = self.offsets[begin]
+            yield int(self.rows[begin]), slice(first, first + end - begin), slice(begin, end)
+
 
 @dataclass(frozen=True)
-class _Scorer:
+class RowScorer:
+    """Rows through the proxy, in batches of like length, and its hidden states through ``label``.
+
+    Attributes:
+      params, adapter, config: the proxy.
+      label: what is made of some positions, not waited for.
+      batch_size, max_length, put: as in ``score_split``.
+    """
+
     params: Any
     adapter: Any
     config: ModelConfig
-    top_k: int
-    temperature: float
-    vocab_size: int | None
+    label: Callable[[Positions], Any]
     batch_size: int
     max_length: int
     put: Callable[[TokenBatch], TokenBatch] | None
 
-    def dispatch(self, token_rows: list[TokenRow]) -> list[_Piece]:
+    def dispatch(self, token_rows: list[TokenRow]) -> list[Piece]:
         """Starts the computation of all rows, neighbours in length together."""
         lengths = np.array([len(row.tokens) - 1 for row in token_rows])
         buckets = default_buckets(self.max_length)
         size = positions_at_once(self.config.vocab_size)
-        pieces: list[_Piece] = []
+        pieces: list[Piece] = []
         for chosen, length in by_length(lengths, self.batch_size, buckets):
             batch = collate_rows([[token_rows[i]] for i in chosen], length, 1, self.batch_size)
             places = np.flatnonzero(batch.mask_BL).astype(np.int32)
             labels = np.asarray(batch.labels_BL).reshape(-1)
+            words = np.array([int(token_rows[i].row_id[:8], 16) for i in chosen], np.uint32)
             prompt_lengths = np.array([token_rows[i].prompt_length for i in chosen])
             hidden = hidden_rows(
                 self.params,
@@ -133,22 +164,24 @@ class _Scorer:
             for begin in range(0, len(places), size):
                 some = places[begin : begin + size]
                 padded = np.pad(some, (0, size - len(some)))
-                found = soft_labels_of_hidden(
-                    self.params,
-                    _take(hidden, padded),
-                    labels[padded],
-                    config=self.config,
-                    top_k=self.top_k,
-                    temperature=self.temperature,
-                    vocab_size=self.vocab_size,
-                )
-                row, position = some // length, some % length
-                pieces.append(_Piece(found, chosen[row], position - prompt_lengths[row] + 1))
+                row = padded // length
+                offsets = (padded % length - prompt_lengths[row] + 1).astype(np.int32)
+                positions = Positions(_take(hidden, padded), labels[padded], words[row], offsets)
+                found, count = self.label(positions), len(some)
+                pieces.append(Piece(found, chosen[row[:count]], offsets[:count]))
         return pieces
 
 
+def _top_k_labels(
+    params: Any, config: ModelConfig, options: dict[str, Any], positions: Positions
+) -> TopKLabels:
+    return soft_labels_of_hidden(
+        params, positions.hidden_MD, positions.labels_M, config=config, **options
+    )
+
+
 def _assemble(
-    token_rows: list[TokenRow], pieces: list[_Piece], top_k: int, ends: frozenset[int]
+    token_rows: list[TokenRow], pieces: list[Piece], top_k: int, ends: frozenset[int]
 ) -> list[SoftLabels]:
     """Waits for the labels and sorts them into rows."""
     out = []
@@ -166,13 +199,10 @@ def _assemble(
         )
     for piece in pieces:
         labels = fetch(piece.labels)
-        # Positions of one row lie side by side: rows begin where the row changes.
-        begins = np.flatnonzero(np.diff(piece.rows, prepend=-1))
-        for begin, end in zip(begins, [*begins[1:], len(piece.rows)], strict=True):
-            target = out[piece.rows[begin]]
-            place = slice(piece.offsets[begin], piece.offsets[begin] + end - begin)
-            target.ids[place] = labels.ids_K[begin:end]
-            target.logps[place] = labels.logps_K[begin:end]
-            target.gold_logps[place] = labels.gold_logps[begin:end]
-            target.tail_logps[place] = labels.tail_logps[begin:end]
+        for number, place, some in piece.by_row():
+            target = out[number]
+            target.ids[place] = labels.ids_K[some]
+            target.logps[place] = labels.logps_K[some]
+            target.gold_logps[place] = labels.gold_logps[some]
+            target.tail_logps[place] = labels.tail_logps[some]
     return out

@@ -55,6 +55,7 @@ from proxykd_jax.losses.sampled_labels import (
     LABEL_VALUES,
     DrawnLabels,
     draw_labels,
+    drawn_cross_entropy_tokens,
     drawn_label_loss,
     drawn_label_tokens,
 )
@@ -87,6 +88,7 @@ __all__ = [
     "distill_objective",
     "dpo_loss",
     "draw_labels",
+    "drawn_cross_entropy_tokens",
     "drawn_label_loss",
     "drawn_label_tokens",
     "forward_kl",

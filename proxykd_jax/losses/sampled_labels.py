@@ -159,6 +159,24 @@ def drawn_label_tokens(
     return kl_BL - kl_terms(log_target_BLK, jnp.zeros_like(log_target_BLK)).sum(axis=-1)
 
 
+def drawn_cross_entropy_tokens(
+    student_logps_BLK: chex.Array, log_targets_BLK: chex.Array
+) -> jax.Array:
+    """The `cross_entropy` of `drawn_label_tokens`, from log-probs at the ids that were drawn.
+
+    Args:
+        student_logps_BLK: log-probs of the full softmax at the ids; any leading axes.
+        log_targets_BLK: log of counts / N * weights; -inf for an empty slot. Constant here.
+
+    Returns:
+        `[B, L]` float32 in nats, -sum t log q.
+    """
+    chex.assert_equal_shape([student_logps_BLK, log_targets_BLK])
+    target_BLK = jax.lax.stop_gradient(jnp.exp(float32(log_targets_BLK)))
+    terms_BLK = jnp.where(target_BLK > 0, target_BLK * float32(student_logps_BLK), 0.0)
+    return -terms_BLK.sum(axis=-1)
+
+
 def drawn_label_loss(
     student_logits_BLV: chex.Array,
     ids_BLK: chex.Array,

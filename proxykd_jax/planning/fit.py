@@ -89,7 +89,7 @@ def _set_batch(data: dict[str, Any], stage: StagePlan, config: Config) -> None:
     elif stage.name == "score":
         data["score"]["batch_size"] = stage.batch
     else:
-        section = "distill" if stage.name == "distill" else "align"
+        section = "distill" if stage.work == "distill" else "align"
         whole = getattr(config, section).batch_size
         already = data[section]["microbatch_size"] or whole
         rows = math.gcd(whole, min(stage.batch, already))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -36,11 +35,10 @@ from proxykd_jax.training.metrics import MetricsLog
 from proxykd_jax.training.model import Model
 from proxykd_jax.training.objectives import AlignObjective, NllObjective, Objective
 from proxykd_jax.training.optimizer import make_optimizer
-from proxykd_jax.training.reference import store_references
+from proxykd_jax.training.reference import LN_2, check_first_dpo_loss, store_references
 from proxykd_jax.training.state import TrainState, Tree
 from proxykd_jax.training.steps import make_diagnosis, make_evaluation, make_train_step
 
-LN_2 = math.log(2)
 # Pairs of a round's slice that its rewards are measured on afterwards.
 _REWARD_PAIRS = 256
 
@@ -295,15 +293,8 @@ class Alignment:
 
     def _check_first_loss(self, metrics: dict[str, float]) -> None:
         """Policy and reference are the same model before a round's first step."""
-        dropout = self._model.config.lora is not None and self._model.config.lora.dropout > 0
-        first = metrics["preference"]
-        if self._align.preference.loss != "dpo" or dropout or first == 0.0:
-            return  # 0: no pair of this batch was usable
-        if not abs(first - LN_2) < 1e-3:
-            raise RuntimeError(
-                f"a round's first DPO loss is {first:.6f}, not ln 2 = {LN_2:.6f}: the stored "
-                "reference log-probs are not those of the model that the round began with"
-            )
+        if self._align.preference.loss == "dpo":
+            check_first_dpo_loss(metrics["preference"], self._model.spec)
 
     def _rewards(self, phase: str, rows: Rows, samples: SampleStore) -> dict[str, float]:
         """Margins and accuracy of the round's rewards after it, on some pairs of its slice."""

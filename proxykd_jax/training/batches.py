@@ -14,7 +14,7 @@ from proxykd_jax.artifacts import MANIFEST
 from proxykd_jax.data.collate import Rows, TokenRow, collate_rows
 from proxykd_jax.data.corpus import TokenCorpus
 from proxykd_jax.data.order import Batching, EpochPlan, PlannedBatch, default_buckets, plan_epoch
-from proxykd_jax.data.soft_labels import SoftLabels, SoftLabelStore
+from proxykd_jax.data.soft_labels import SoftLabels
 from proxykd_jax.data.stream import BatchStream
 from proxykd_jax.errors import UserError
 from proxykd_jax.generation.samples import KEPT, SampleStore
@@ -23,6 +23,8 @@ from proxykd_jax.parallel.sharding import put_rows
 from proxykd_jax.types import DistillBatch, PairBatch, TokenBatch
 
 Plan = Callable[[int], EpochPlan]
+# (row numbers, ids of the rows) -> soft labels of these rows of a split.
+ReadLabels = Callable[[list[int], list[str]], Sequence[SoftLabels]]
 
 
 @dataclass(frozen=True)
@@ -223,25 +225,27 @@ def pair_collate(rows: Rows, samples: SampleStore) -> Callable[[PlannedBatch], P
 
 def distill_collate(
     rows: Joined,
-    labels: SoftLabelStore,
+    labels: Mapping[str, ReadLabels],
     weights: Mapping[str, np.ndarray],
     teacher_splits: Collection[str],
+    *,
+    top_k: int,
 ) -> Callable[[PlannedBatch], DistillBatch]:
     """Batches of eq. 11.
 
     Args:
       rows: of all splits that the student sees.
-      labels: their soft labels.
+      labels: what reads their soft labels, by split.
       weights: float32 sample weights of each split.
       teacher_splits: splits whose answers are the teacher's; the others have no NLL.
+      top_k: ids a position in all of the labels.
     """
-    top_k = labels.top_k
     # Where nothing is stored stands some distribution, so that masked values stay finite.
     nothing = -np.log(np.float32(top_k + 1))
 
     def read(name: str, wanted: list[int]) -> list[tuple[TokenRow, SoftLabels, float]]:
         found = rows.split(name).read(wanted)
-        stored = labels.read(name, wanted, [row.row_id for row in found])
+        stored = labels[name](wanted, [row.row_id for row in found])
         return list(zip(found, stored, weights[name][wanted], strict=True))
 
     def collate(planned: PlannedBatch) -> DistillBatch:

@@ -10,7 +10,7 @@ from typing import Any
 from proxykd_jax.peers import is_first
 
 _LINE_EVERY_S = 10.0
-_SHOWN = ("loss", "nll", "preference", "weighted_kl", "reward_accuracy")
+_SHOWN = ("loss", "nll", "preference", "weighted_kl", "weighted_cross_entropy", "reward_accuracy")
 
 
 class Console:

@@ -1,22 +1,28 @@
-"""Distillation of the student (paper, 3.4): the pieces that ``distill.main`` puts in order."""
+"""Distillation of the student (paper, 3.4): NLL of texts, and a scorer's stored distribution.
+
+``fit`` is the whole training of a student on rows that are on disk. Proxy-KD and the methods that
+differ from it in their rows, weights or labels alone share it (``proxykd_jax.baselines``).
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 
 from proxykd_jax.config import Config
 from proxykd_jax.data.collate import Rows
 from proxykd_jax.data.corpus import TokenCorpus
-from proxykd_jax.data.soft_labels import SoftLabelStore, weights_of
+from proxykd_jax.data.soft_labels import SoftLabelStore, Weights, weights_of
 from proxykd_jax.generation.answered import AnsweredSplit
 from proxykd_jax.generation.samples import SampleStore
 from proxykd_jax.training.batches import (
     Joined,
+    ReadLabels,
     check_any_rows,
     count_steps,
     distill_collate,
@@ -25,12 +31,10 @@ from proxykd_jax.training.batches import (
     placed_batches,
     token_collate,
 )
-from proxykd_jax.training.loop import Measure, Trainer
-from proxykd_jax.training.metrics import MetricsLog
-from proxykd_jax.training.model import Model
 from proxykd_jax.training.objectives import DistillObjective, NllObjective, Objective
 from proxykd_jax.training.optimizer import make_optimizer
 from proxykd_jax.training.steps import make_diagnosis, make_train_step
+from proxykd_jax.training.student import StudentRun
 
 FRESH = "fresh"
 
@@ -40,140 +44,162 @@ def teacher_splits(config: Config) -> tuple[str, ...]:
     return ("distill",) if config.distill.data == "distill" else ("warmup", "align", "distill")
 
 
-class Distillation:
-    """One run of the stage. Phase 0 is the look at the untrained student, phase 1 the training.
+def teacher_rows(config: Config, corpus: TokenCorpus) -> dict[str, Rows]:
+    """The teacher's answers that the student learns from.
+
+    Raises:
+      UserError: there are none.
+    """
+    check_any_rows(corpus, teacher_splits(config))
+    found: dict[str, Rows] = {name: corpus.split(name) for name in teacher_splits(config)}
+    return {name: rows for name, rows in found.items() if len(rows)}
+
+
+def fresh_rows(config: Config, corpus: TokenCorpus) -> dict[str, Rows]:
+    """Fresh prompts with the proxy's answers, after ``score``; empty where there are none."""
+    if not len(corpus.split(FRESH)):
+        return {}
+    store = SampleStore(config.folder / "samples" / FRESH)
+    answered = AnsweredSplit(corpus.split(FRESH), store)
+    return {FRESH: answered} if len(answered) else {}
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a student is trained on, and by which loss.
+
+    Attributes:
+      rows: of all its splits.
+      objective: what is minimised.
+      collate: a planned batch of ``rows`` -> what the objective reads.
+      figures: reported before the training.
+    """
+
+    rows: Joined
+    objective: Objective
+    collate: Callable[[Any], Any]
+    figures: Mapping[str, float]
+
+    def with_figures(self, figures: Mapping[str, float]) -> Lesson:
+        """The same with more to report."""
+        return dataclasses.replace(self, figures={**self.figures, **figures})
+
+
+@dataclass(frozen=True)
+class DrawnTargets:
+    """Targets drawn at random: their log is where a soft label has log-probs.
+
+    Attributes:
+      read: what reads them, by split.
+      slots: ids a position.
+    """
+
+    read: Mapping[str, ReadLabels]
+    slots: int
+
+
+def text_lesson(config: Config, splits: Mapping[str, Rows]) -> Lesson:
+    """The NLL of texts alone."""
+    rows = Joined(splits)
+    objective = NllObjective(config.distill.reduction, config.distill.nll_weight)
+    return Lesson(rows, objective, token_collate(rows), {})
+
+
+def label_lesson(
+    config: Config,
+    splits: Mapping[str, Rows],
+    labels: SoftLabelStore,
+    *,
+    nll_splits: Collection[str],
+    rescale: bool = True,
+    drawn: DrawnTargets | None = None,
+) -> Lesson:
+    """NLL + alpha x weighted KL (eq. 11).
 
     Args:
       config: of the run.
-      corpus: from ``prepare``.
-      labels: from ``score``; None with ``alpha: 0``, which is plain fine-tuning on the teacher's
-        answers and touches no proxy.
-      model: the student, as loaded.
-      mesh: of devices.
-      log: metrics.jsonl.
-      measure: ``(model, rows, most) -> {"nll", "agreement"}`` on held-out rows.
-
-    Raises:
-      UserError: there are no rows to learn from.
+      splits: rows by name, scored under these names.
+      labels: their soft labels.
+      nll_splits: whose answers are learnt as texts too; the others have the KL alone, of weight 1.
+      rescale: the KL at temperature T is scaled by T^2.
+      drawn: targets that take the place of the stored distribution.
     """
+    rows, weights = Joined(splits), _weights(config, splits, labels, nll_splits)
+    stored = {name: functools.partial(labels.read, name) for name in splits}
+    read, top_k = (stored, labels.top_k) if drawn is None else (drawn.read, drawn.slots)
+    sample_weights = {name: found.sample_weight for name, found in weights.items()}
+    collate = distill_collate(rows, read, sample_weights, nll_splits, top_k=top_k)
+    objective = DistillObjective.of(
+        config.distill, labels.temperature, rescale=rescale, drawn=drawn is not None
+    )
+    return Lesson(rows, objective, collate, _weight_figures(weights))
 
-    def __init__(
-        self,
-        config: Config,
-        corpus: TokenCorpus,
-        labels: SoftLabelStore | None,
-        model: Model,
-        mesh: Mesh,
-        log: MetricsLog,
-        measure: Measure,
-    ) -> None:
-        self._config, self._distill = config, config.distill
-        self._corpus, self._labels, self._model, self._mesh = corpus, labels, model, mesh
-        self._folder = config.folder / "student"
-        check_any_rows(corpus, teacher_splits(config))
-        self._rows = Joined(self._splits)
-        self._plan = make_plan(
-            self._rows.lengths - 1,
-            seed=phase_seed(config.seed, "distill"),
-            batch_size=self._distill.batch_size,
-            batching=self._distill.batching,
-            max_length=corpus.max_length,
-        )
-        self._steps = count_steps(self._plan, self._distill.epochs, self._distill.max_steps)
-        self._optimizer = make_optimizer(self._distill.optimizer, self._steps)
-        validation = corpus.split("validation")
-        most = config.corpus.validation_max_rows
-        self._trainer = Trainer.open(
-            "distill",
-            self._folder,
-            model,
-            self._optimizer,
-            mesh=mesh,
-            log=log,
-            every=self._distill,
-            validate=(lambda state: measure(model.at(state.trainable), validation, most))
-            if len(validation)
+
+def fit(run: StudentRun, lesson: Lesson) -> None:
+    """Trains the student, or goes on where it was cut off, and marks the stage complete.
+
+    Phase 0 is the look at the untrained student, phase 1 the training.
+    """
+    config, distill = run.config, run.config.distill
+    plan = make_plan(
+        lesson.rows.lengths - 1,
+        seed=phase_seed(config.seed, "distill"),
+        batch_size=distill.batch_size,
+        batching=distill.batching,
+        max_length=run.corpus.max_length,
+    )
+    steps = count_steps(plan, distill.epochs, distill.max_steps)
+    optimizer = make_optimizer(distill.optimizer, steps)
+    trainer = run.open_trainer(optimizer)
+    progress = trainer.progress
+    if progress.phase == 0:
+        trainer.check_validation("untrained")
+        figures = {"rows": len(lesson.rows), "planned_steps": steps, **lesson.figures}
+        trainer.finish_phase("untrained", figures, keep=True)
+    if progress.phase == 1:
+        spec, options = run.student.spec, {"microbatches": distill.microbatches}
+        trainer.run_phase(
+            "train",
+            make_train_step(spec, lesson.objective, optimizer, seed=config.seed, **options),
+            placed_batches(
+                plan, lesson.collate, start=progress.phase_step, stop=steps, mesh=run.mesh
+            ),
+            steps,
+            diagnose=make_diagnosis(spec, lesson.objective, **options)
+            if lesson.objective.terms()
             else None,
         )
+        trainer.finish_phase("train", {}, keep=False)
+    trainer.finish(run.folder, {"rows": len(lesson.rows)})
 
-    def look_at_untrained_student(self) -> None:
-        """Figures before any training, and those of the weights."""
-        if self._trainer.progress.phase == 0:
-            self._trainer.check_validation("untrained")
-            self._trainer.finish_phase("untrained", self._data_figures(), keep=True)
 
-    def train(self) -> None:
-        """NLL + alpha x weighted KL (eq. 11), or NLL alone."""
-        if self._trainer.progress.phase > 1:
-            return
-        objective, collate = self._objective_and_collate()
-        step = make_train_step(
-            self._model.spec,
-            objective,
-            self._optimizer,
-            microbatches=self._distill.microbatches,
-            seed=self._config.seed,
+def _weights(
+    config: Config,
+    splits: Mapping[str, Rows],
+    labels: SoftLabelStore,
+    nll_splits: Collection[str],
+) -> dict[str, Weights]:
+    """Eq. 9 on each split by itself: the proxy was trained on D_p, so its likelihoods there are
+    of another kind. A fresh prompt's answer is the proxy's own: its weight is 1."""
+    weight = config.distill.weights
+    return {
+        name: weights_of(
+            labels.seq_logliks(name),
+            labels.lengths(name),
+            labels.finished(name),
+            loglik=weight.loglik,
+            normalize=weight.normalize,
+            enabled=weight.enabled and name in nll_splits,
         )
-        diagnosis = make_diagnosis(
-            self._model.spec, objective, microbatches=self._distill.microbatches
-        )
-        start = self._trainer.progress.phase_step
-        self._trainer.run_phase(
-            "train",
-            step,
-            placed_batches(self._plan, collate, start=start, stop=self._steps, mesh=self._mesh),
-            self._steps,
-            diagnose=diagnosis if objective.terms() else None,
-        )
-        self._trainer.finish_phase("train", {}, keep=False)
+        for name in splits
+    }
 
-    def finish(self) -> None:
-        """Marks the stage complete."""
-        self._trainer.finish(self._folder, {"rows": len(self._rows)})
 
-    @functools.cached_property
-    def _splits(self) -> dict[str, Rows]:
-        splits: dict[str, Rows] = {
-            name: self._corpus.split(name) for name in teacher_splits(self._config)
-        }
-        if self._labels is not None and len(self._corpus.split(FRESH)):
-            store = SampleStore(self._config.folder / "samples" / FRESH)
-            splits[FRESH] = AnsweredSplit(self._corpus.split(FRESH), store)
-        return {name: rows for name, rows in splits.items() if len(rows)}
-
-    @functools.cached_property
-    def _weights(self) -> dict[str, Any]:
-        """Eq. 9 on each split by itself: the proxy was trained on D_p, so its likelihoods there
-        are of another kind. A fresh prompt's answer is the proxy's own: its weight is 1."""
-        assert self._labels is not None
-        weight = self._distill.weights
-        return {
-            name: weights_of(
-                self._labels.seq_logliks(name),
-                self._labels.lengths(name),
-                self._labels.finished(name),
-                loglik=weight.loglik,
-                normalize=weight.normalize,
-                enabled=weight.enabled and name != FRESH,
-            )
-            for name in self._splits
-        }
-
-    def _objective_and_collate(self) -> tuple[Objective, Callable[[Any], Any]]:
-        if self._labels is None:
-            objective = NllObjective(self._distill.reduction, self._distill.nll_weight)
-            return objective, token_collate(self._rows)
-        weights = {name: found.sample_weight for name, found in self._weights.items()}
-        collate = distill_collate(self._rows, self._labels, weights, teacher_splits(self._config))
-        return DistillObjective.of(self._distill, self._labels.temperature), collate
-
-    def _data_figures(self) -> dict[str, float]:
-        figures: dict[str, float] = {"rows": len(self._rows), "planned_steps": self._steps}
-        if self._labels is None:
-            return figures
-        for name, found in self._weights.items():
-            figures[f"weights/{name}/mean"] = float(np.mean(found.sample_weight))
-            figures[f"weights/{name}/length_correlation"] = found.length_correlation
-            figures[f"weights/{name}/loglik_mean"] = found.loglik_mean
-            figures[f"weights/{name}/loglik_std"] = found.loglik_std
-        return figures
+def _weight_figures(weights: Mapping[str, Weights]) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    for name, found in weights.items():
+        figures[f"weights/{name}/mean"] = float(np.mean(found.sample_weight))
+        figures[f"weights/{name}/length_correlation"] = found.length_correlation
+        figures[f"weights/{name}/loglik_mean"] = found.loglik_mean
+        figures[f"weights/{name}/loglik_std"] = found.loglik_std
+    return figures

@@ -157,8 +157,9 @@ def check_tokenizers(config: Config, corpus: TokenCorpus) -> None:
     )
 
     ours = load_tokenizer(corpus.tokenizer_path)
-    # With alpha 0 no proxy is used, and the key may name one of another family.
-    sections = (config.proxy, config.student) if config.distill.alpha > 0 else (config.student,)
+    # Where no proxy is used the key may name one of another family.
+    used = config.needs != "nothing"
+    sections = (config.proxy, config.student) if used else (config.student,)
     for origin in dict.fromkeys(model_origin(section) for section in sections):
         folder = local_folder(origin)
         if origin != corpus.tokenizer_path and (folder / "tokenizer.json").is_file():

@@ -23,6 +23,7 @@ from proxykd_jax.losses import (
     batch_terms,
     count_tokens,
     distill_objective,
+    drawn_cross_entropy_tokens,
     preference_loss,
     preference_metrics,
     reduce_examples,
@@ -156,20 +157,35 @@ class AlignObjective:
 
 @dataclass(frozen=True)
 class DistillObjective:
-    """Eq. 11: NLL of the teacher's answers and alpha times the weighted KL from the proxy."""
+    """Eq. 11: NLL of the teacher's answers and alpha times the weighted KL from the proxy.
+
+    With ``drawn`` the batch's log-probs are the logs of drawn targets, and the KL is taken by its
+    cross-entropy: one gradient, and a value that is unbiased.
+    """
 
     alpha: float
     nll_weight: float
     tail: str
     reduction: str
     temperature: float = 1.0
+    rescale: bool = True
+    drawn: bool = False
 
     @staticmethod
-    def of(config: DistillConfig, temperature: float) -> DistillObjective:
+    def of(
+        config: DistillConfig, temperature: float, *, rescale: bool = True, drawn: bool = False
+    ) -> DistillObjective:
         """``temperature``: the soft labels'. Away from 1 the KL is scaled by its square, so that
-        its gradient keeps its size (Hinton et al., 2015); the paper has none."""
+        its gradient keeps its size (Hinton et al., 2015), unless ``rescale`` is False; the paper
+        has none."""
         return DistillObjective(
-            config.alpha, config.nll_weight, config.tail, config.reduction, temperature
+            config.alpha,
+            config.nll_weight,
+            config.tail,
+            config.reduction,
+            temperature,
+            rescale,
+            drawn,
         )
 
     def counts(self, batch: DistillBatch) -> Counts:
@@ -197,17 +213,22 @@ class DistillObjective:
             temperature=self.temperature,
             dropout_key=dropout_key,
         )
-        kl_BL = self.temperature**2 * topk_kl_from_logps(
-            topk_BLK,
-            batch.topk_logps_BLK,
-            tail=self.tail,
-            proxy_tail_logps_BL=batch.tail_logps_BL,
-            student_tail_logps_BL=tail_BL,
-        )
+        if self.drawn:
+            kl_BL = drawn_cross_entropy_tokens(topk_BLK, batch.topk_logps_BLK)
+        else:
+            kl_BL = topk_kl_from_logps(
+                topk_BLK,
+                batch.topk_logps_BLK,
+                tail=self.tail,
+                proxy_tail_logps_BL=batch.tail_logps_BL,
+                student_tail_logps_BL=tail_BL,
+            )
+        if self.rescale:
+            kl_BL = self.temperature**2 * kl_BL
         weighted = _terms(
             kl_BL, rows, rows.mask_BL, self.reduction, sample_weight_BS=batch.sample_weight_BS
         )
-        return distill_objective(
+        loss, metrics = distill_objective(
             _terms(-logps_BL, rows, _teacher_mask(batch), self.reduction),
             weighted,
             alpha=self.alpha,
@@ -217,6 +238,9 @@ class DistillObjective:
             kl=_terms(kl_BL, rows, rows.mask_BL, self.reduction),
             sample_weight=reduce_examples(batch.sample_weight_BS, rows.example_mask_BS),
         )
+        if self.drawn:
+            metrics = {name.replace("kl", "cross_entropy"): m for name, m in metrics.items()}
+        return loss, metrics
 
     def terms(self) -> dict[str, Objective]:
         return {

@@ -15,7 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from proxykd_jax.config import Config, ModelSection, TrainingSection, Work
+from proxykd_jax.config import (
+    Config,
+    ModelSection,
+    PreferenceConfig,
+    TrainingSection,
+    Work,
+)
 from proxykd_jax.data.order import default_buckets, packed_segments
 from proxykd_jax.generation.decode import (
     DrawSettings,
@@ -171,34 +177,59 @@ def programs(config: Config, proxy: ModelConfig, student: ModelConfig) -> list[P
       config: of the run.
       proxy, student: architectures, with ``lora`` set where an adapter is trained.
     """
-    align, distill = config.align, config.distill
+    distill = config.distill
     length = default_buckets(config.corpus.max_length)[-1]
     found = []
-    teacher = abstract_model(proxy, config.proxy, align)
+    if config.needs != "nothing":
+        teacher = abstract_model(proxy, config.proxy, config.align)
+        found += _of_the_proxy(config, teacher, length)
+    pupil = abstract_model(student, config.student, distill)
+    if config.needs == "labels":
+        found.append(_scoring(config, teacher, length))
+        method, ids = config.method, config.score.top_k
+        if method.name == "random_labels":
+            ids = min(method.draws, student.vocab_size)
+        drawn = method.name == "random_labels"
+        eq_11 = DistillObjective.of(distill, config.score.temperature, drawn=drawn)
+        labels = _labels_of(distill, length, ids)
+        found.append(_training(config, "distill", pupil, distill, eq_11, labels))
+    else:
+        eq_7 = NllObjective(distill.reduction, distill.nll_weight)
+        rows = _rows_of(distill, length)
+        found.append(_training(config, "distill", pupil, distill, eq_7, rows))
+    if config.method.name == "soda":
+        dpo = AlignObjective(
+            PreferenceConfig(beta=config.method.beta),
+            distill.reduction,
+            config.method.nll_weight,
+            1.0,
+        )
+        found.insert(0, _sampling(config, pupil, "distill"))
+        pairs = _training(
+            config, "prefer", pupil, distill, dpo, lambda rows: _pairs(rows, length), answers=2
+        )
+        found.append(pairs)
+    return found
+
+
+def _of_the_proxy(config: Config, teacher: AbstractModel, length: int) -> list[Program]:
+    """What ``align`` starts, and the answers that the method lets the proxy give."""
+    align = config.align
+    found = []
     pairs = align.uses_pairs
     if align.alignment != "none":
         nll = NllObjective(align.reduction, align.nll_weight)
         found.append(_training(config, "warmup", teacher, align, nll, _rows_of(align, length)))
-    if pairs:
+    if pairs or config.method.proxy_answers:
         found.append(_sampling(config, teacher))
-        if align.preference.loss in REFERENCE_LOSSES:
-            found.append(_reference(config, teacher, length))
+    if pairs and align.preference.loss in REFERENCE_LOSSES:
+        found.append(_reference(config, teacher, length))
     if align.alignment in ("nll", "nll_preference"):
         objective: Objective = AlignObjective.of(align) if pairs else nll
         batch = (lambda rows: _pairs(rows, length)) if pairs else _rows_of(align, length)
         found.append(
             _training(config, "round", teacher, align, objective, batch, answers=2 if pairs else 1)
         )
-    pupil = abstract_model(student, config.student, distill)
-    if distill.alpha > 0:
-        found.append(_scoring(config, teacher, length))
-        eq_11 = DistillObjective.of(distill, config.score.temperature)
-        labels = _labels_of(distill, length, config.score.top_k)
-        found.append(_training(config, "distill", pupil, distill, eq_11, labels))
-    else:
-        eq_7 = NllObjective(distill.reduction, distill.nll_weight)
-        rows = _rows_of(distill, length)
-        found.append(_training(config, "distill", pupil, distill, eq_7, rows))
     return found
 
 
@@ -280,7 +311,7 @@ def _training(
     )
 
 
-def _sampling(config: Config, model: AbstractModel) -> Program:
+def _sampling(config: Config, model: AbstractModel, trained_as: Work = "align") -> Program:
     spec = model.spec
     longest = config.corpus.max_length
     sampling = config.align.sampling
@@ -313,7 +344,7 @@ def _sampling(config: Config, model: AbstractModel) -> Program:
     def resident(mesh: Mesh) -> int:
         """The optimizer's state; and the weights as training has them, if that is elsewhere."""
         axes = dict(mesh.shape)
-        trained = config.mesh.of("align").model_dump(include={"fsdp", "tensor"})
+        trained = config.mesh.of(trained_as).model_dump(include={"fsdp", "tensor"})
         held = bytes_per_device(model.state.opt_state, trained)
         if any(axes[name] != size for name, size in trained.items()):
             held += bytes_per_device((model.frozen, model.state.trainable), trained)

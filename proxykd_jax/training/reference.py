@@ -8,6 +8,7 @@ sees the very batches of the round's first epoch, as the training step will.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -23,6 +24,8 @@ from proxykd_jax.training.logprobs import concatenate, response_logps
 from proxykd_jax.training.state import ModelSpec, Tree
 from proxykd_jax.training.steps import split_rows
 from proxykd_jax.types import PairBatch
+
+LN_2 = math.log(2)
 
 
 def store_references(
@@ -68,6 +71,24 @@ def store_references(
         store.append_references(index, places, chosen, rejected)
         report(index + 1, num_parts)
         stop_if_wanted()
+
+
+def check_first_dpo_loss(loss: float, spec: ModelSpec) -> None:
+    """Before the first step policy and reference are one model, so the loss is ln 2.
+
+    Under dropout they are not; 0 says that no pair of the batch was usable.
+
+    Raises:
+      RuntimeError: it is another number.
+    """
+    dropout = spec.config.lora is not None and spec.config.lora.dropout > 0
+    if dropout or loss == 0.0:
+        return
+    if not abs(loss - LN_2) < 1e-3:
+        raise RuntimeError(
+            f"the first DPO loss is {loss:.6f}, not ln 2 = {LN_2:.6f}: the stored reference "
+            "log-probs are not those of the model that training began with"
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "microbatches"))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jax.sharding import Mesh
 
-from proxykd_jax.artifacts import MANIFEST, read_json
+from proxykd_jax.artifacts import MANIFEST, read_json, stage_identity
 from proxykd_jax.config import Config, ModelSection, OptimizerConfig
 from proxykd_jax.errors import UserError
 from proxykd_jax.training.checkpoint import Checkpoints
@@ -76,6 +76,13 @@ def load_aligned_proxy(config: Config, mesh: Mesh, which: Which | int | None = N
         mesh=mesh,
         which=config.export.state if which is None else which,
     )
+
+
+def aligned_proxy_identity(config: Config) -> dict[str, Any]:
+    """What the state that ``load_aligned_proxy`` takes is known by."""
+    folder = config.folder / "proxy"
+    step = finished_step(folder, config.export.state)
+    return {"stage": stage_identity(folder), "step": step}
 
 
 def load_student(config: Config, mesh: Mesh, which: Which | int | None = None) -> Model:

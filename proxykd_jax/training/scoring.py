@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from proxykd_jax.artifacts import complete_stage, open_stage, stage_identity
+from proxykd_jax.artifacts import complete_stage, digest_value, open_stage, stage_identity
 from proxykd_jax.config import Config
 from proxykd_jax.data.collate import Rows
-from proxykd_jax.data.corpus import TokenCorpus
+from proxykd_jax.data.corpus import TokenCorpus, TokenSplit
 from proxykd_jax.data.soft_labels import SoftLabelStore, SoftLabelWriter, weights_of
 from proxykd_jax.errors import UserError
 from proxykd_jax.generation.answered import AnsweredSplit
 from proxykd_jax.generation.samples import SampleStore
-from proxykd_jax.generation.score_rows import score_split
+from proxykd_jax.generation.score_rows import Positions, RowScorer, score_split
 from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.parallel.sharding import check_rows, put_rows
 from proxykd_jax.training.answers import draw_answers
 from proxykd_jax.training.console import Console
-from proxykd_jax.training.distillation import FRESH, teacher_splits
+from proxykd_jax.training.distillation import FRESH, teacher_rows
 from proxykd_jax.training.metrics import MetricsLog
 from proxykd_jax.training.model import Model
-from proxykd_jax.training.restore import finished_step, load_aligned_proxy
+from proxykd_jax.training.restore import aligned_proxy_identity, load_aligned_proxy
 
-# Rounds count from 1, so answers to fresh prompts have random keys of their own.
-_FRESH_ROUND = 0
 # The paper's Fig. 4 counts positions whose top-k probability exceeds this.
 _LARGE_MASS = 0.95
 
@@ -35,6 +34,11 @@ class Scoring:
     Args:
       config: of the run.
       corpus: from ``prepare``.
+
+    Attributes:
+      folder: of the store of soft labels.
+      config, corpus: as given.
+      console: what a person sees.
 
     Raises:
       UserError: batches that the mesh cannot split, or more log-probs than tokens.
@@ -51,59 +55,74 @@ class Scoring:
                 f"{corpus.vocab_size} tokens. Choose at most as many."
             )
         self.folder = config.folder / "soft_labels"
-        self._config, self._corpus = config, corpus
-        self._console = Console("score")
-        proxy_folder = config.folder / "proxy"
-        # The state that load_aligned_proxy takes: export.state says which.
-        self._proxy = {
-            "stage": stage_identity(proxy_folder),
-            "step": finished_step(proxy_folder, config.export.state),
-        }
+        self.config, self.corpus = config, corpus
+        self.console = Console("score")
+        self._answered: dict[str, SampleStore] = {}
+        self._proxy = aligned_proxy_identity(config)
 
-    def teacher_splits(self) -> dict[str, Rows]:
+    def teacher_rows(self) -> dict[str, Rows]:
         """The teacher's answers that the student will see."""
-        splits = {name: self._corpus.split(name) for name in teacher_splits(self._config)}
-        return {name: rows for name, rows in splits.items() if len(rows)}
+        return teacher_rows(self.config, self.corpus)
 
     def answer_fresh_prompts(self) -> dict[str, Rows]:
-        """Lets the proxy answer the prompts that have no teacher's answer, at temperature 1.
+        """Lets the proxy answer the prompts that have no teacher's answer, at temperature 1."""
+        prompts = self.corpus.split(FRESH)
+        answered = self.answer(FRESH, prompts, draw=0) if len(prompts) else ()
+        return {FRESH: answered} if answered else {}
+
+    def answer(
+        self,
+        name: str,
+        prompts: TokenSplit,
+        *,
+        draw: int,
+        temperature: float = 1.0,
+        rows: Sequence[int] | None = None,
+    ) -> AnsweredSplit:
+        """Lets the proxy answer each prompt once, or goes on with it, in ``samples/<name>``.
 
         Empty answers (and those of a server that our tokens do not spell) are dropped and counted;
         truncated ones are kept, without an end token.
+
+        Args:
+          name: of the store, and of the split that is scored.
+          prompts: a split; answers that it has are not looked at.
+          draw: another one gives the same prompt another answer. Rounds of alignment count from 1
+            on other rows.
+          temperature: of sampling.
+          rows: of the split whose prompts are asked (default: all).
         """
-        prompts = self._corpus.split(FRESH)
-        if not len(prompts):
-            return {}
-        sampling = self._config.align.sampling
-        store = SampleStore(self._config.folder / "samples" / FRESH)
+        sampling = self.config.align.sampling
+        store = SampleStore(self.config.folder / "samples" / name)
         settings = {
-            "round": _FRESH_ROUND,
-            "seed": self._config.seed,
-            "temperature": 1.0,
+            "round": draw,
+            "seed": self.config.seed,
+            "temperature": temperature,
             "top_p": 1.0,
             "max_new_tokens": sampling.max_new_tokens,
             "rows_per_part": sampling.rows_per_part,
             "server": sampling.decisive["server"],
+            **({} if rows is None else {"rows": digest_value(list(map(int, rows)))}),
         }
-        if not store.begin(settings, {"corpus": self._corpus.identity, "proxy": self._proxy}):
+        if not store.begin(settings, self.made_from):
             draw_answers(
                 store,
                 prompts,
-                range(len(prompts)),
-                self._config,
-                self._model.config,
+                range(len(prompts)) if rows is None else rows,
+                self.config,
+                self.model.config,
                 *self._weights,
-                corpus=self._corpus,
+                corpus=self.corpus,
                 mesh=self._sample_mesh,
-                round_index=_FRESH_ROUND,
-                temperature=1.0,
+                round_index=draw,
+                temperature=temperature,
                 top_p=1.0,
                 against_teacher=False,
-                report=functools.partial(self._report, "answered fresh prompts"),
+                report=functools.partial(self._report, f"answered prompts ({name})"),
             )
             store.complete()
-        answered = AnsweredSplit(prompts, store)
-        return {FRESH: answered} if len(answered) else {}
+        self._answered[name] = store
+        return AnsweredSplit(prompts, store)
 
     def begin(self, splits: dict[str, Rows]) -> bool:
         """Opens or makes the store; whether it is complete.
@@ -111,44 +130,44 @@ class Scoring:
         Raises:
           UserError: it was made with other settings or by another proxy.
         """
-        score = self._config.score
+        score = self.config.score
         settings = {
             "top_k": score.top_k,
             "temperature": score.temperature,
             "store_dtype": score.store_dtype,
-            "vocab_size": self._corpus.vocab_size,
+            "vocab_size": self.corpus.vocab_size,
             "rows_per_part": score.rows_per_part,
             "splits": list(splits),
         }
         inputs = {
-            "corpus": self._corpus.identity,
+            "corpus": self.corpus.identity,
             "proxy": self._proxy,
-            "tokenizer": self._corpus.tokenizer_digest,
-            "template": self._corpus.manifest["inputs"]["template"],
+            "tokenizer": self.corpus.tokenizer_digest,
+            "template": self.corpus.manifest["inputs"]["template"],
         }
-        if FRESH in splits:
-            inputs["fresh"] = stage_identity(self._config.folder / "samples" / FRESH)
+        for name, store in self._answered.items():
+            inputs[name] = stage_identity(store.folder)
         return open_stage(self.folder, "score", settings, inputs)
 
     def score(self, name: str, rows: Rows) -> None:
         """Makes the parts of a split that are not there yet."""
-        score, model = self._config.score, self._model
+        score, model = self.config.score, self.model
         score_split(
             rows,
             SoftLabelWriter(
                 self.folder,
                 name,
-                vocab_size=self._corpus.vocab_size,
+                vocab_size=self.corpus.vocab_size,
                 top_k=score.top_k,
                 store_dtype=score.store_dtype,
             ),
             *self._weights,
             config=model.config,
-            end_token_ids=self._corpus.end_token_ids,
-            max_length=self._corpus.max_length,
+            end_token_ids=self.corpus.end_token_ids,
+            max_length=self.corpus.max_length,
             top_k=score.top_k,
             temperature=score.temperature,
-            vocab_size=self._corpus.vocab_size,
+            vocab_size=self.corpus.vocab_size,
             batch_size=score.batch_size,
             rows_per_part=score.rows_per_part,
             put=lambda batch: put_rows(batch, self._mesh),
@@ -159,17 +178,17 @@ class Scoring:
         """Takes the figures, logs them and marks the store complete."""
         store = SoftLabelStore.unfinished(self.folder)
         figures = {name: split_figures(store, name) for name in splits}
-        if len(self._corpus.split(FRESH)):
-            counts = SampleStore(self._config.folder / "samples" / FRESH).counts()
-            figures.setdefault(FRESH, {}).update({f"samples/{k}": v for k, v in counts.items()})
+        for name, answers in self._answered.items():
+            counts = {f"samples/{k}": v for k, v in answers.counts().items()}
+            figures.setdefault(name, {}).update(counts)
         line = {f"{name}/{k}": v for name, found in figures.items() for k, v in found.items()}
         # Logged before the manifest says complete, and once: a run killed between logs it again.
         log.resume("score", 0)
         log.write(stage="score", step=0, values=line)
         for name in figures.keys() & {"distill"}:
-            kind = self._config.distill.weights.loglik
+            kind = self.config.distill.weights.loglik
             found = figures[name]
-            self._console.say(
+            self.console.say(
                 f"mu {found[f'{kind}/loglik_mean']:.4g}, gamma {found[f'{kind}/loglik_std']:.4g} "
                 f"({kind}); correlation of the weights with length "
                 f"{found[f'{kind}/weight_length_correlation']:.2f}; top-{store.top_k} mass above "
@@ -180,18 +199,34 @@ class Scoring:
 
     # --- pieces -----------------------------------------------------------------------------------
 
+    @property
+    def made_from(self) -> dict[str, Any]:
+        """What is known the proxy and the corpus by."""
+        return {"corpus": self.corpus.identity, "proxy": self._proxy}
+
+    def scorer(self, label: Callable[[Any, Positions], Any]) -> RowScorer:
+        """Rows through the proxy, and ``label(params, positions)`` of what comes out."""
+        return RowScorer(
+            *self._weights,
+            self.model.config,
+            functools.partial(label, self._weights[0]),
+            self.config.score.batch_size,
+            self.corpus.max_length,
+            lambda batch: put_rows(batch, self._mesh),
+        )
+
     @functools.cached_property
-    def _model(self) -> Model:
+    def model(self) -> Model:
         """Loaded only where something is left to be computed."""
-        return load_aligned_proxy(self._config, self._mesh)
+        return load_aligned_proxy(self.config, self._mesh)
 
     @functools.cached_property
     def _weights(self) -> tuple[Any, Any]:
         """(params, adapter), bound once: with trainable: full, binding casts all weights."""
-        return self._model.params, self._model.adapter
+        return self.model.params, self.model.adapter
 
     def _report(self, what: str, done: int, total: int) -> None:
-        self._console.say(f"{what}: {done}/{total} parts")
+        self.console.say(f"{what}: {done}/{total} parts")
 
 
 def split_figures(store: SoftLabelStore, name: str) -> dict[str, float]:

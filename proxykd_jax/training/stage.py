@@ -47,7 +47,10 @@ def training_settings(
 ) -> dict[str, Any]:
     """The keys that decide what a stage makes of its model."""
     section, model = getattr(config, stage), getattr(config, role)
+    # Proxy-KD has no keys of its own, so the runs made before there were others stay valid.
+    other = stage == "distill" and config.method.name != "proxy_kd"
     return {
+        **({"method": config.method.model_dump(mode="json")} if other else {}),
         "seed": config.seed,
         role: model.model_dump(mode="json", exclude={"config", "remat"}),
         stage: section.model_dump(mode="json", exclude=_UNIMPORTANT),

@@ -322,7 +322,7 @@ def test_the_base_model_as_reference_is_refused(before_round_two, finished_run, 
             params, jax.tree.map(jnp.zeros_like, adapter), batch, **options
         ),
     )
-    with pytest.raises(RuntimeError, match="not those of the model that the round began with"):
+    with pytest.raises(RuntimeError, match="not those of the model that training began with"):
         align.main(before_round_two)
     assert still_unfinished(before_round_two, finished_run)
 

@@ -1,0 +1,55 @@
+"""The methods that a student can be trained by, one file each (the paper's Table 1).
+
+``distill.main`` asks ``method_of(config)`` what to run; ``score.main`` asks it what to score. A
+file is a method: two functions, ``to_score`` and ``train``. Its keys are in ``config/methods.py``,
+its losses in ``losses/``, and its loop is its own; steps, checkpoints and stores are shared.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from proxykd_jax.config import Config
+from proxykd_jax.data.collate import Rows
+from proxykd_jax.training.scoring import Scoring
+from proxykd_jax.training.student import StudentRun
+
+
+class StudentMethod(Protocol):
+    """What the files of this folder have."""
+
+    def to_score(self, scoring: Scoring) -> dict[str, Rows]:
+        """The rows that ``score`` stores soft labels of, by the name of their split; makes those
+        that the scorer has to write first. Called only where the method needs soft labels."""
+
+    def train(self, run: StudentRun) -> None:
+        """Trains the student, or goes on where it was cut off, and marks the stage complete."""
+
+
+def method_of(config: Config) -> StudentMethod:
+    """The method that ``config.method`` names."""
+    from proxykd_jax.baselines import (
+        black_box_kd,
+        forward_kl,
+        mentor_kd,
+        proxy_kd,
+        random_labels,
+        soda,
+        takd,
+    )
+
+    match config.method.name:
+        case "proxy_kd":
+            return proxy_kd
+        case "black_box_kd":
+            return black_box_kd
+        case "forward_kl":
+            return forward_kl
+        case "takd":
+            return takd
+        case "mentor_kd":
+            return mentor_kd
+        case "random_labels":
+            return random_labels
+        case "soda":
+            return soda

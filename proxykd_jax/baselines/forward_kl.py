@@ -1,0 +1,40 @@
+"""White-box KD with the forward KL (SeqKD + KL; the paper's Table 1, rows of a Llama-2-70B-chat
+teacher): the student learns a white-box model's own answers and its distribution on them.
+
+1. The scorer (the proxy as it is, or aligned) answers every prompt of D_s once, at temperature 1.
+2. Its soft labels on these answers are stored, as Proxy-KD stores them on the teacher's.
+3. The student minimises ``nll_weight`` NLL + ``kl_weight`` KL(scorer || student) on them.
+
+The teacher's answers of D_s are not looked at; those of D_w and D_p only where the scorer was
+aligned with them. ``kl_weight: 0`` is SeqKD.
+"""
+
+from __future__ import annotations
+
+from proxykd_jax.data.collate import Rows
+from proxykd_jax.errors import UserError
+from proxykd_jax.generation.answered import AnsweredSplit
+from proxykd_jax.generation.samples import SampleStore
+from proxykd_jax.training.distillation import fit, label_lesson
+from proxykd_jax.training.scoring import Scoring
+from proxykd_jax.training.student import StudentRun
+
+ANSWERS = "scorer"
+
+
+def to_score(scoring: Scoring) -> dict[str, Rows]:
+    """The scorer's own answers to the prompts of D_s."""
+    answered = scoring.answer(ANSWERS, scoring.corpus.split("distill"), draw=0)
+    if not len(answered):
+        raise UserError(
+            f"The scorer answered none of the prompts of {scoring.corpus.folder} (split distill), "
+            "so there is nothing to learn from it."
+        )
+    return {ANSWERS: answered}
+
+
+def train(run: StudentRun) -> None:
+    """NLL and KL on these answers, every example alike."""
+    store = SampleStore(run.config.folder / "samples" / ANSWERS)
+    rows: dict[str, Rows] = {ANSWERS: AnsweredSplit(run.corpus.split("distill"), store)}
+    fit(run, label_lesson(run.config, rows, run.stored_labels, nll_splits=(ANSWERS,)))

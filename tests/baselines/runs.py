@@ -1,0 +1,109 @@
+"""Tiny runs of the methods beside Proxy-KD, and what their tests compare."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from proxykd_jax import distill
+from proxykd_jax.artifacts import MANIFEST, read_json
+from proxykd_jax.config import Config
+from proxykd_jax.data.collate import TokenRow
+from proxykd_jax.errors import Stopped
+from proxykd_jax.parallel.mesh import make_mesh
+from proxykd_jax.training import loop
+from proxykd_jax.training.restore import load_student
+from tests.tiny_run import changed, files_of, log_lines, recipe, whole_logps
+
+NO_FRESH: dict[str, Any] = {"corpus": {"fresh_prompts": []}}
+# All rows in one batch, one step: the first loss is that of the untrained student on all of them.
+ONE_STEP: dict[str, Any] = {"distill": {"batch_size": 160, "max_steps": 1}}
+
+
+def method_recipe(files: Path, runs: Path, method: Any, *changes: Mapping[str, Any]) -> Config:
+    """The tiny recipe with another method, without fresh prompts and with less alignment."""
+    short = {"align": {"warmup_max_steps": 3, "round_max_steps": 3}}
+    return recipe(files, runs, NO_FRESH, short, {"method": method}, *changes)
+
+
+def first_step(config: Config) -> dict[str, Any]:
+    """The metrics of the student's first step; runs what is not there yet."""
+    distill.main(config)
+    return next(line for line in log_lines(config, "distill") if "loss" in line)
+
+
+def check_stopped_run_equals_unbroken(
+    config: Config, runs: Path, patch: pytest.MonkeyPatch, at: int
+) -> None:
+    """A run that is stopped after ``at`` steps of training and started again, models and samples
+    and log, is one that was never stopped."""
+    distill.main(config)
+    stopped = changed(config, {"runs_dir": str(runs)})
+    calls = iter(range(at))
+    with patch.context() as patched:
+        patched.setattr(loop, "stop_wanted", lambda: next(calls, None) is None)
+        while True:
+            try:
+                distill.main(stopped)
+                break
+            except Stopped:
+                calls = iter(range(1_000_000))
+    manifests = [read_json(c.folder / "student" / MANIFEST) for c in (stopped, config)]
+    for name in ("content", "best_step", "best_nll", "last_step", "results", "counts"):
+        assert manifests[0][name] == manifests[1][name], name
+    for name in ("samples", "soft_labels"):
+        assert arrays_of(stopped.folder / name) == arrays_of(config.folder / name)
+    assert _timeless(stopped) == _timeless(config)
+
+
+def _timeless(config: Config) -> list[dict[str, Any]]:
+    timed = {"time", "time/step_s"}
+    lines = log_lines(config, "distill")
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
+
+
+def arrays_of(folder: Path) -> dict[str, Any]:
+    """What lies below a folder, without manifests: they name what a stage was made from."""
+    if not folder.exists():
+        return {}
+    return {path: data for path, data in files_of(folder).items() if not path.endswith(MANIFEST)}
+
+
+def untrained_student(config: Config) -> Any:
+    """The student at step 0 of a finished run."""
+    return load_student(config, make_mesh(config.mesh), 0)
+
+
+def answer_logps(model: Any, rows: Sequence[TokenRow]) -> list[np.ndarray]:
+    """The whole softmax at each answer token of each row, in float64: ``[R, V]`` a row."""
+    logps = whole_logps(model, [row.tokens for row in rows])
+    return [logps[i, row.prompt_length - 1 : len(row.tokens) - 1] for i, row in enumerate(rows)]
+
+
+def tempered(logps_RV: np.ndarray, temperature: float) -> np.ndarray:
+    """log-softmax at another temperature."""
+    scaled = logps_RV / temperature
+    top = scaled.max(-1, keepdims=True)
+    return scaled - top - np.log(np.exp(scaled - top).sum(-1, keepdims=True))
+
+
+def mean_nll(logps: Sequence[np.ndarray], rows: Sequence[TokenRow]) -> float:
+    """Mean over examples of token means."""
+    return float(
+        np.mean(
+            [-q[np.arange(len(q)), row.answer].mean() for q, row in zip(logps, rows, strict=True)]
+        )
+    )
+
+
+def mean_kl(p: Sequence[np.ndarray], q: Sequence[np.ndarray], temperature: float = 1.0) -> float:
+    """KL(p || q) over the vocabulary at a temperature, mean over examples of token means."""
+    kls = []
+    for p_RV, q_RV in zip(p, q, strict=True):
+        p_RV, q_RV = tempered(p_RV, temperature), tempered(q_RV, temperature)
+        kls.append((np.exp(p_RV) * (p_RV - q_RV)).sum(-1).mean())
+    return float(np.mean(kls))
