@@ -17,6 +17,7 @@ from benchmarks.paper_tables.settings import Setting
 from benchmarks.paper_tables.training import Run, plan_rows, planned, stacked_rows
 from benchmarks.paper_tables.vectorise import over_seeds
 from proxykd_jax.data.order import permutation
+from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.training.batches import phase_seed
 from proxykd_jax.training.objectives import AlignObjective, NllObjective
 from proxykd_jax.training.reference import pair_logps
@@ -67,7 +68,8 @@ def align(setting: Setting, data: Sequence[Seed], seeds: Sequence[int], raw_S: A
     for index in range(config.num_rounds):
         rows = [_part(it, cut[index]) for it, cut in zip(data, slices, strict=True)]
         started = time.perf_counter()
-        pairs = make_pairs(spec, run.last, rows, seeds=seeds, salt=index + 1)
+        pairs = make_pairs(spec.config, run.last, rows, seeds=seeds, salt=index + 1)
+        pairs = with_references(spec, run.last, pairs)
         seconds["sample"].append(time.perf_counter() - started)
         started = time.perf_counter()
         pair_phase(
@@ -123,7 +125,7 @@ def _nll_phase(
 
 
 def make_pairs(
-    spec: ModelSpec, params_S: Any, rows_S: Sequence[Rows], *, seeds: Sequence[int], salt: int
+    model: ModelConfig, params_S: Any, rows_S: Sequence[Rows], *, seeds: Sequence[int], salt: int
 ) -> list[PairBatch]:
     """The teacher's answers beside the model's own, without reference log-probs.
 
@@ -131,7 +133,7 @@ def make_pairs(
     """
     prompts = [rows.prompts_NP for rows in rows_S]
     ids = [rows.ids for rows in rows_S]
-    drawn = models.answer(spec.config, params_S, prompts, ids, seeds=seeds, salt=salt)
+    drawn = models.answer(model, params_S, prompts, ids, seeds=seeds, salt=salt)
     pairs = []
     for rows, own in zip(rows_S, models.answered_rows(prompts, drawn), strict=True):
         usable = [
@@ -139,7 +141,7 @@ def make_pairs(
         ]
         zeros = np.zeros(len(usable) + 1, np.float32)
         pairs.append(PairBatch(rows.batch, own.batch, zeros, zeros, np.array([*usable, False])))
-    return with_references(spec, params_S, pairs)
+    return pairs
 
 
 def with_references(spec: ModelSpec, params_S: Any, pairs: Sequence[PairBatch]) -> list[PairBatch]:
@@ -171,6 +173,7 @@ def pair_phase(
     plans: Sequence[np.ndarray],
     *,
     every: int,
+    **options: Any,
 ) -> None:
     """A round on pairs."""
-    run.train(objective, planned(pairs, plans), len(plans[0]), every=every)
+    run.train(objective, planned(pairs, plans), len(plans[0]), every=every, **options)

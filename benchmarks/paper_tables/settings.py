@@ -39,7 +39,6 @@ class Sizes:
       steps_share: less than 1 pre-trains for fewer steps, for tests.
       overrides: of the product's config, as ``--set`` takes them.
       warmup_share: of a student's steps that SODA and GAD spend on their warm-up.
-      draws: ids that random-sampling soft labels keep of each place.
     """
 
     num_corpus: int = make.NUM_CORPUS
@@ -48,7 +47,6 @@ class Sizes:
     steps_share: float = 1.0
     overrides: tuple[str, ...] = ()
     warmup_share: float = 0.25
-    draws: int = 32
 
 
 # Epochs enough for every seed to take the same steps whatever its split's size, see recipes.py.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,6 +79,7 @@ class Run:
       validation: held-out rows, with that axis.
       best, best_nll: parameters with the lowest validation NLL so far, and it.
       snapshots: step -> parameters, where asked for.
+      seconds_a_step: of all seeds together, validation and compilation left out.
     """
 
     spec: ModelSpec
@@ -87,6 +89,7 @@ class Run:
     best: Any
     best_nll: np.ndarray
     snapshots: dict[int, Any] = field(default_factory=dict)
+    seconds_a_step: float = float("nan")
 
     @staticmethod
     def start(
@@ -131,18 +134,24 @@ class Run:
           constants: what it needs beside, with a leading axis of seeds.
           snapshot_every: keeps the parameters every so many steps.
         """
-        chunk = math.gcd(every, num_steps)
+        chunk = math.gcd(every, num_steps, snapshot_every or num_steps)
         step = _steps(self.spec, objective, self.optimizer, make_batch)
         if constants is None:
             constants = {}
+        seconds = []
         for done in range(chunk, num_steps + 1, chunk):
-            self.state, losses = step(constants, self.state, batches(done - chunk, done))
-            if not np.isfinite(np.asarray(losses)).all():
+            data = batches(done - chunk, done)
+            started = time.perf_counter()
+            self.state, losses = step(constants, self.state, data)
+            finite = np.isfinite(np.asarray(losses)).all()
+            seconds.append(time.perf_counter() - started)
+            if not finite:
                 raise FloatingPointError(f"the loss of a seed is not finite before step {done}")
             if done % every == 0 or done == num_steps:
                 self._validate()
             if snapshot_every is not None and done % snapshot_every == 0:
                 self.snapshots[done] = self.last
+        self.seconds_a_step = float(np.median(seconds)) / chunk
 
     def _validate(self) -> None:
         nll_S = np.asarray(_validation(self.spec)(self.last, self.validation))
@@ -198,10 +207,9 @@ def planned(pools: Sequence[Any], plans: Sequence[np.ndarray]) -> Callable[[int,
 def stacked_rows(batches: Sequence[TokenBatch]) -> TokenBatch:
     """Batches of all seeds, filled up with their last row, which is padding."""
     most = max(batch.tokens_BL.shape[0] for batch in batches)
-    filled = [
-        jax.tree.map(
-            lambda x, at=np.minimum(np.arange(most), batch.tokens_BL.shape[0] - 1): x[at], batch
-        )
-        for batch in batches
-    ]
-    return stack(filled)
+
+    def filled(batch: TokenBatch) -> TokenBatch:
+        places = np.minimum(np.arange(most), batch.tokens_BL.shape[0] - 1)
+        return jax.tree.map(lambda x: x[places], batch)
+
+    return stack([filled(batch) for batch in batches])
