@@ -200,7 +200,9 @@ def _part(material: Material, source: Source, alpha: float) -> list[Any]:
     ]
 
 
-def _distill_batch(setting: Setting, rows: Rows, labels: Labels, source: Source) -> DistillBatch:
+def _distill_batch(
+    setting: Setting, rows: Rows, labels: Labels, source: Source, alpha: float
+) -> DistillBatch:
     mask_NL = rows.batch.mask_BL
     weight = setting.config.distill.weights
     logliks = np.where(mask_NL, labels.gold_NL, 0).astype(np.float64).sum(axis=1)
