@@ -41,8 +41,8 @@ METHODS: dict[str, tuple[str, str]] = {
     "random_labels": ("Proxy-KD with drawn soft labels", BEYOND),
     SODA: ("SODA", BEYOND),
 }
-# Without a proxy the preset does not matter: the same students serve both.
-WITHOUT_PROXY = (BLACK_BOX, BLACK_BOX_ALL, SODA)
+# Neither Proxy-KD's choices nor a store of soft labels: the same students serve both presets.
+OF_NO_PRESET = (BLACK_BOX, BLACK_BOX_ALL, SODA, "minillm", "gkd", "on_policy", "on_policy_mix")
 # The weight of the KL beside an NLL of weight 1, where the paper gives no alpha.
 EQUAL = 1.0
 

@@ -23,6 +23,7 @@ from proxykd_jax.types import TokenBatch
 
 BEST, LAST = "best", "last"
 ACCURACY, KL, AGREEMENT, TEACHER_NLL = "accuracy", "kl", "agreement", "nll"
+EITHER_PRESET = "both"  # of records that no preset changes
 TOP_KS = (1, 2, 3, 5, 10, 20)
 MAIN_METRICS = (ACCURACY, KL, AGREEMENT, TEACHER_NLL)
 
@@ -32,7 +33,8 @@ class Record:
     """One line of ``tables.json``.
 
     Attributes:
-      regime, preset: of the study.
+      regime: of the study.
+      preset: of the study; ``both`` where none changes the number.
       method: a student's, ``proxy/<state>``, ``student`` (pre-trained) or ``teacher``.
       checkpoint: ``best`` on validation NLL, ``last``, or ``step_<n>``.
       seed: of everything.

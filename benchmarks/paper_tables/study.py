@@ -16,7 +16,16 @@ from benchmarks.paper_tables import methods as m
 from benchmarks.paper_tables import models
 from benchmarks.paper_tables import proxies as px
 from benchmarks.paper_tables import settings as s
-from benchmarks.paper_tables.metrics import ACCURACY, BEST, KL, LAST, Evaluator, Record, Recorder
+from benchmarks.paper_tables.metrics import (
+    ACCURACY,
+    BEST,
+    EITHER_PRESET,
+    KL,
+    LAST,
+    Evaluator,
+    Record,
+    Recorder,
+)
 from benchmarks.paper_tables.offline import Material
 from benchmarks.paper_tables.seeds import (
     AnalyticTeacher,
@@ -51,7 +60,16 @@ class Study:
         self.setting, self.seeds, self._log = setting, list(seeds), log
         self._started = time.perf_counter()
         if like is not None:
-            self.__dict__["_world"] = like._world
+            self._take_over(like)
+
+    def _take_over(self, like: Study) -> None:
+        """Fills the caches with all that the other models and preset leave as it is."""
+        shared = ["_world", "evaluator", "validation"]
+        if like.setting.student_model == self.setting.student_model:
+            shared.append("student_S")
+        if like.setting.proxy_model == self.setting.proxy_model:
+            shared.append("proxies")
+        self.__dict__.update({name: getattr(like, name) for name in shared})
 
     def say(self, text: str) -> None:
         """A line of progress."""
@@ -131,7 +149,7 @@ class Study:
 
     def proxy_records(self, name: str = "proxy") -> list[Record]:
         """Table 4, Figs. 4 and 5; the seconds of Table 3; the pre-trained student."""
-        record = Recorder(self.setting.regime, "both", self.seeds)
+        record = Recorder(self.setting.regime, EITHER_PRESET, self.seeds)
         setting, records = self.setting, []
         for state in px.STATES:
             for checkpoint, params in ((BEST, self.proxies.best), (LAST, self.proxies.last)):
@@ -151,7 +169,7 @@ class Study:
 
     def start_records(self) -> list[Record]:
         """The pre-trained student and the teacher."""
-        record = Recorder(self.setting.regime, "both", self.seeds)
+        record = Recorder(self.setting.regime, EITHER_PRESET, self.seeds)
         values = self.evaluator.measure(self.setting.student_model, self.student_S)
         records = [r for c in (BEST, LAST) for r in record("student", c, values)]
         teacher = {**self.evaluator.teacher(), ACCURACY: self.teacher_accuracy()}
@@ -181,10 +199,11 @@ class Study:
           curves: of these the accuracy along the way too (Figs. 6 and 7).
         """
         setting, records = self.setting, []
-        record = Recorder(setting.regime, setting.preset, self.seeds)
         methods = m.make_methods(setting)
         for name in names:
             # A multiple of the steps between validations: the compiled stretch stays the same.
+            preset = EITHER_PRESET if name in m.OF_NO_PRESET else setting.preset
+            record = Recorder(setting.regime, preset, self.seeds)
             every = 2 * setting.config.distill.stop.every if name in curves else None
             started = time.perf_counter()
             run = m.train(
