@@ -43,7 +43,6 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None, sizes: Any = None) -> int:
     """The command line; returns the exit code. ``sizes`` are for tests."""
     arguments = parser().parse_args(argv)
-    vectorise.use_devices(DEVICES)
     try:
         _run(arguments, sizes, list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
@@ -176,4 +175,5 @@ def _notes(sizes: Any, seeds: list[int], seconds: float) -> list[str]:
 
 
 if __name__ == "__main__":
+    vectorise.use_devices(DEVICES)
     raise SystemExit(main())
