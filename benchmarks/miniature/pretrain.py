@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -67,6 +68,46 @@ def public_rows(
     return rows, mask
 
 
+OverSeeds = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def _all_at_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    compiled: Callable[..., Any] = jax.jit(jax.vmap(function))
+    return compiled
+
+
+@functools.lru_cache(maxsize=8)
+def _training(
+    config: ModelConfig, num_steps: int, learning_rate: float, over_seeds: OverSeeds
+) -> tuple[optax.GradientTransformation, Callable[..., Any]]:
+    """The optimizer, and ``(state, rows_SZBT, mask_SZBL) -> (state, losses_SZ)``."""
+    last = round(num_steps * (1 - LAST_SHARE))
+    schedule = optax.join_schedules(
+        [
+            optax.constant_schedule(learning_rate),
+            optax.constant_schedule(LAST_FACTOR * learning_rate),
+        ],
+        [last],
+    )
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.98))
+
+    def loss_of(params: Any, rows_BT: jax.Array, mask_BL: jax.Array) -> jax.Array:
+        logits_BLV = forward(params, None, rows_BT[:, :-1], config=config)
+        nll_B = nll(logits_BLV, rows_BT[:, 1:], mask_BL, reduction="sum")
+        return nll_B.sum() / mask_BL.sum()
+
+    def train(state: Any, rows_ZBT: jax.Array, mask_ZBL: jax.Array) -> tuple[Any, jax.Array]:
+        def step(state: Any, batch: Any) -> tuple[Any, jax.Array]:
+            params, optimizer_state = state
+            loss, gradient = jax.value_and_grad(loss_of)(params, *batch)
+            updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
+            return (optax.apply_updates(params, updates), optimizer_state), loss
+
+        return jax.lax.scan(step, state, (rows_ZBT, mask_ZBL))
+
+    return optimizer, over_seeds(train)
+
+
 def pretrain(
     config: ModelConfig,
     world: w.World,
@@ -99,7 +140,7 @@ def pretrain_seeds(
     learning_rate: float,
     excluded: Sequence[np.ndarray],
     log: Callable[[str], Any] = lambda line: None,
-    over_seeds: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda f: jax.jit(jax.vmap(f)),
+    over_seeds: OverSeeds = _all_at_once,
 ) -> Any:
     """Parameters of every seed, with a leading axis S, after batches of fresh public text.
 
@@ -119,31 +160,7 @@ def pretrain_seeds(
     if num_steps % STEPS_A_CALL:
         raise ValueError(f"num_steps must be a multiple of {STEPS_A_CALL}, got {num_steps}")
     rngs = [np.random.Generator(np.random.PCG64([seed, 3])) for seed in seeds]
-    last = round(num_steps * (1 - LAST_SHARE))
-    schedule = optax.join_schedules(
-        [
-            optax.constant_schedule(learning_rate),
-            optax.constant_schedule(LAST_FACTOR * learning_rate),
-        ],
-        [last],
-    )
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.98))
-
-    def loss_of(params: Any, rows_BT: jax.Array, mask_BL: jax.Array) -> jax.Array:
-        logits_BLV = forward(params, None, rows_BT[:, :-1], config=config)
-        nll_B = nll(logits_BLV, rows_BT[:, 1:], mask_BL, reduction="sum")
-        return nll_B.sum() / mask_BL.sum()
-
-    def train(state: Any, rows_ZBT: jax.Array, mask_ZBL: jax.Array) -> tuple[Any, jax.Array]:
-        def step(state: Any, batch: Any) -> tuple[Any, jax.Array]:
-            params, optimizer_state = state
-            loss, gradient = jax.value_and_grad(loss_of)(params, *batch)
-            updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
-            return (optax.apply_updates(params, updates), optimizer_state), loss
-
-        return jax.lax.scan(step, state, (rows_ZBT, mask_ZBL))
-
-    train_S = over_seeds(train)
+    optimizer, train_S = _training(config, num_steps, learning_rate, over_seeds)
     firsts = [init_params(jax.random.key(seed), config) for seed in seeds]
     params_S = jax.tree.map(lambda *leaves: jnp.stack(leaves), *firsts)
     state_S = (params_S, jax.vmap(optimizer.init)(params_S))

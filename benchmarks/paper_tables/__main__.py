@@ -36,6 +36,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--first-seed", type=int, default=0, help="the first of them (default 0)")
     made.add_argument("--regime", choices=REGIMES, help="one alone (default: all)")
     made.add_argument("--preset", choices=PRESETS, help="one alone (default: both)")
+    made.add_argument(
+        "--sweeps", action="store_true", help="also alpha, top-k, tail, beta and rounds, one by one"
+    )
     made.add_argument("--methods", help="students to train, with commas between (default: all)")
     return made
 
@@ -71,7 +74,15 @@ def _run(arguments: argparse.Namespace, sizes: Any, argv: list[str]) -> None:
     names = _method_names(arguments.methods, quick)
     records: list[Record] = []
     for regime in regimes:
-        records += _regime(arguments.out, regime, list(presets), seeds, sizes, names, quick)
+        settings = {
+            "regime": regime,
+            "presets": list(presets),
+            "seeds": seeds,
+            "methods": names,
+            "quick": quick,
+            "sweeps": arguments.sweeps,
+        }
+        records += _regime(arguments.out, settings, sizes)
     cells = [(regime, preset) for regime in regimes for preset in presets]
     write_json(arguments.out / "tables.json", [record.to_json() for record in records])
     command = "python -m benchmarks.paper_tables " + " ".join(argv)
@@ -95,66 +106,53 @@ def _method_names(asked: str | None, quick: bool) -> list[str]:
     return list(dict.fromkeys([BLACK_BOX, *names]))
 
 
-def _regime(
-    out: Path,
-    regime: str,
-    presets: list[str],
-    seeds: list[int],
-    sizes: Any,
-    names: list[str],
-    quick: bool,
-) -> list[Any]:
+def _regime(out: Path, settings: dict[str, Any], sizes: Any) -> list[Any]:
     """All records of a regime: those on disk, or new ones, which are written there."""
     from benchmarks.paper_tables.metrics import Record
 
-    settings = {
-        "regime": regime,
-        "presets": presets,
-        "seeds": seeds,
-        "sizes": digest_value(repr(sizes)),
-        "methods": names,
-        "quick": quick,
-    }
-    path = out / "records" / f"{regime}.json"
+    path = out / "records" / f"{settings['regime']}.json"
+    identity = {**settings, "sizes": digest_value(repr(sizes))}
     if path.exists():
         found = read_json(path)
-        if found["settings"] != settings:
+        if found["settings"] != identity:
             raise UserError(
-                f"{path} is of {found['settings']}, not of {settings}. Choose another --out or "
+                f"{path} is of {found['settings']}, not of {identity}. Choose another --out or "
                 "remove it."
             )
         return [Record(**record) for record in found["records"]]
-    records = _measure(regime, presets, seeds, sizes, names, quick)
-    write_json(path, {"settings": settings, "records": [r.to_json() for r in records]})
+    records = _measure(settings, sizes)
+    write_json(path, {"settings": identity, "records": [r.to_json() for r in records]})
     return records
 
 
-def _measure(
-    regime: str, presets: list[str], seeds: list[int], sizes: Any, names: list[str], quick: bool
-) -> list[Any]:
+def _measure(settings: dict[str, Any], sizes: Any) -> list[Any]:
     from benchmarks.miniature import pretrain
     from benchmarks.paper_tables import methods as m
     from benchmarks.paper_tables import settings as s
+    from benchmarks.paper_tables import sweeps
     from benchmarks.paper_tables.study import CURVES, Study
 
     def log(line: str) -> None:
         print(line, flush=True)
 
-    study = Study(s.Setting(regime, presets[0], sizes), seeds, log)
+    regime, presets, names = (settings[key] for key in ("regime", "presets", "methods"))
+    quick = settings["quick"]
+    study = Study(s.Setting(regime, presets[0], sizes), settings["seeds"], log)
     records = study.start_records() + study.proxy_records()
     curves = () if quick else CURVES
     for preset in presets:
         first = preset == presets[0]
-        cell = study if first else study.with_models(preset)
+        cell = study if first else study.with_changes(preset=preset)
         wanted = names if first else [name for name in names if name not in m.OF_NO_PRESET]
         records += cell.student_records(wanted, curves=curves)
+    if settings["sweeps"]:
+        records += sweeps.records(study)
     if quick or regime != s.MAIN_REGIME:
         return records
     # Fig. 3's small proxy and Table 5's pair, in the main regime alone.
-    small = study.with_models(presets[0], proxy_model=s.SMALL_PROXY)
+    small = study.with_changes(proxy_model=s.SMALL_PROXY)
     records += small.proxy_records("small") + small.student_records([m.PROXY_KD], prefix="small/")
-    qwen = study.with_models(
-        presets[0],
+    qwen = study.with_changes(
         proxy_model=pretrain.PROXY.replace(**s.QWEN),
         student_model=pretrain.STUDENT.replace(**s.QWEN),
     )

@@ -12,7 +12,7 @@ import optax
 from benchmarks.miniature import make, pretrain
 from benchmarks.miniature import world as w
 from benchmarks.miniature.recipes import HEADLINE, recipes
-from proxykd_jax.config import Config, make_config
+from proxykd_jax.config import Config, OptimizerConfig, make_config
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.training.optimizer import make_optimizer
 from proxykd_jax.training.state import ModelSpec
@@ -91,15 +91,15 @@ class Setting:
         section = self.config.student
         return ModelSpec(self.student_model, "full", section.dtype, section.remat)
 
-    @functools.cached_property
+    @property
     def align_optimizer(self) -> optax.GradientTransformation:
-        """One object, so that what is compiled with it is compiled once."""
-        return make_optimizer(self.config.align.optimizer, 1)
+        """Of the proxy."""
+        return _optimizer(self.config.align.optimizer.model_dump_json())
 
-    @functools.cached_property
+    @property
     def distill_optimizer(self) -> optax.GradientTransformation:
-        """As ``align_optimizer``."""
-        return make_optimizer(self.config.distill.optimizer, 1)
+        """Of the student."""
+        return _optimizer(self.config.distill.optimizer.model_dump_json())
 
     @property
     def world_regime(self) -> str:
@@ -117,3 +117,9 @@ class Setting:
         """A share of the steps, whole calls."""
         calls = max(round(steps * self.sizes.steps_share / pretrain.STEPS_A_CALL), 1)
         return calls * pretrain.STEPS_A_CALL
+
+
+@functools.lru_cache(maxsize=8)
+def _optimizer(config_json: str) -> optax.GradientTransformation:
+    """One object for equal configs, so that what is compiled with it is compiled once."""
+    return make_optimizer(OptimizerConfig.model_validate_json(config_json), 1)

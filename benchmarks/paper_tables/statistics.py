@@ -195,7 +195,12 @@ def _claims() -> tuple[Claim, ...]:
             "black_box_kd_all",
             source=not_in_paper,
         ),
-        Claim("fresh prompts help Proxy-KD", "proxy_kd_fresh", "proxy_kd", source=not_in_paper),
+        Claim(
+            "Proxy-KD on D_s and fresh prompts > Proxy-KD",
+            "proxy_kd_fresh",
+            "proxy_kd",
+            source=not_in_paper,
+        ),
         Claim(
             "the teacher's true logits > Proxy-KD (the ceiling)",
             "teacher_logits",

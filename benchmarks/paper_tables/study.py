@@ -68,7 +68,9 @@ class Study:
         if like.setting.student_model == self.setting.student_model:
             shared.append("student_S")
         if like.setting.proxy_model == self.setting.proxy_model:
-            shared.append("proxies")
+            shared.append("raw_S")
+            if like.setting.config.align == self.setting.config.align:
+                shared.append("proxies")
         self.__dict__.update({name: getattr(like, name) for name in shared})
 
     def say(self, text: str) -> None:
@@ -134,11 +136,16 @@ class Study:
         return self.pretrained(self.setting.student_model, salt, steps, pretrain.STUDENT_RATE)
 
     @functools.cached_property
-    def proxies(self) -> px.Proxies:
-        """The proxy in its states."""
+    def raw_S(self) -> Any:
+        """The proxy as pre-trained."""
         model = self.setting.proxy_model
         salt = {pretrain.PROXY: 0, s.SMALL_PROXY: SMALL_SALT}.get(model, QWEN_SALT)
-        raw_S = self.pretrained(model, salt, pretrain.PROXY_STEPS, pretrain.PROXY_RATE)
+        return self.pretrained(model, salt, pretrain.PROXY_STEPS, pretrain.PROXY_RATE)
+
+    @functools.cached_property
+    def proxies(self) -> px.Proxies:
+        """The proxy in its states."""
+        raw_S = self.raw_S
         self.say("aligning the proxy")
         return px.align(self.setting, self.data, self.seeds, raw_S)
 
@@ -232,7 +239,7 @@ class Study:
             values[f"step_{step}"] = self.evaluator.measure(model, params, distance=False)
         return values
 
-    def with_models(self, preset: str, **changes: Any) -> Study:
-        """The same data with another proxy, student or preset."""
-        setting = dataclasses.replace(self.setting, preset=preset, **changes)
+    def with_changes(self, **changes: Any) -> Study:
+        """The same data with another proxy, student, preset or other sizes of the training."""
+        setting = dataclasses.replace(self.setting, **changes)
         return Study(setting, self.seeds, self._log, like=self)

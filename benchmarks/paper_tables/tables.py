@@ -63,6 +63,7 @@ def _section(results: Results) -> list[str]:
     for prefix, title in (
         ("small/", "Fig. 3: a proxy of the student's size"),
         ("qwen/", "Table 5: Qwen"),
+        ("sweep ", "Sweeps: one change each"),
     ):
         names = [name for name in results.methods() if name.startswith(prefix)]
         if names:
