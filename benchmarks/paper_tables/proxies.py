@@ -45,46 +45,19 @@ class Proxies:
 
 def align(setting: Setting, data: Sequence[Seed], seeds: Sequence[int], raw_S: Any) -> Proxies:
     """All states of the proxy: NLL and NLL with preference begin at the same warm-up."""
-    config, spec = setting.config.align, setting.proxy
+    stage = _Alignment(setting, data, seeds)
     validation = stacked_rows([seed.splits["validation"].batch for seed in data])
-    warm = Run.start(spec, setting.align_optimizer, raw_S, validation)
-    nll = NllObjective(config.reduction, config.nll_weight)
-    pools = [seed.splits["warmup"].batch for seed in data]
-    _nll_phase(warm, setting, nll, pools, seeds, "warmup", config.warmup_max_steps)
-    best, last = {RAW: raw_S, WARMUP: warm.best}, {RAW: raw_S, WARMUP: warm.last}
-    slices = [
-        _slices(setting, seed, len(it.splits["align"].rows))
-        for seed, it in zip(seeds, data, strict=True)
-    ]
-    seconds: dict[str, list[float]] = {"train_nll": [], "sample": [], "train_preference": []}
-    run = warm.copy()
-    for index in range(config.num_rounds):
-        started = time.perf_counter()
-        pools = [_part(it, cut[index]).batch for it, cut in zip(data, slices, strict=True)]
-        _nll_phase(run, setting, nll, pools, seeds, round_name(index), config.round_max_steps)
-        seconds["train_nll"].append(time.perf_counter() - started)
-    best[NLL], last[NLL] = run.best, run.last
-    run = warm.copy()
-    for index in range(config.num_rounds):
-        rows = [_part(it, cut[index]) for it, cut in zip(data, slices, strict=True)]
-        started = time.perf_counter()
-        pairs = make_pairs(spec.config, run.last, rows, seeds=seeds, salt=index + 1)
-        pairs = with_references(spec, run.last, pairs)
-        seconds["sample"].append(time.perf_counter() - started)
-        started = time.perf_counter()
-        pair_phase(
-            run,
-            AlignObjective.of(config),
-            pairs,
-            [
-                _plan(setting, len(r.rows), seed, round_name(index), config.round_max_steps)
-                for r, seed in zip(rows, seeds, strict=True)
-            ],
-            every=config.stop.every,
-        )
-        seconds["train_preference"].append(time.perf_counter() - started)
-    best[PREFERENCE], last[PREFERENCE] = run.best, run.last
-    return Proxies(best, last, seconds)
+    warm = Run.start(setting.proxy, setting.align_optimizer, raw_S, validation)
+    warmup_rows = [seed.splits["warmup"] for seed in data]
+    stage.train_nll(warm, warmup_rows, "warmup", setting.config.align.warmup_max_steps)
+    by_nll, by_preference = warm.copy(), warm.copy()
+    seconds = {**stage.nll_rounds(by_nll), **stage.preference_rounds(by_preference)}
+    runs = {WARMUP: warm, NLL: by_nll, PREFERENCE: by_preference}
+    return Proxies(
+        best={RAW: raw_S, **{state: run.best for state, run in runs.items()}},
+        last={RAW: raw_S, **{state: run.last for state, run in runs.items()}},
+        seconds=seconds,
+    )
 
 
 def round_name(index: int) -> str:
@@ -92,36 +65,65 @@ def round_name(index: int) -> str:
     return f"round_{index + 1:02d}"
 
 
-def _slices(setting: Setting, seed: int, count: int) -> list[np.ndarray]:
-    order = permutation(count, seed=phase_seed(seed, "slices"), epoch=0)
-    return np.array_split(order, setting.config.align.num_rounds)
+@dataclass(frozen=True)
+class _Alignment:
+    """``training.alignment.Alignment`` of all seeds."""
 
+    setting: Setting
+    data: Sequence[Seed]
+    seeds: Sequence[int]
 
-def _part(seed: Seed, places: np.ndarray) -> Rows:
-    rows = seed.splits["align"].rows
-    return Rows.of([rows[place] for place in places])
+    @functools.cached_property
+    def rounds(self) -> list[list[Rows]]:
+        """Every seed's rows of each round: D_p cut into disjoint slices."""
+        parts = []
+        for seed, its in zip(self.seeds, self.data, strict=True):
+            rows = its.splits["align"].rows
+            order = permutation(len(rows), seed=phase_seed(seed, "slices"), epoch=0)
+            cut = np.array_split(order, self.setting.config.align.num_rounds)
+            parts.append([Rows.of([rows[place] for place in places]) for places in cut])
+        return [list(rows_S) for rows_S in zip(*parts, strict=True)]
 
+    def train_nll(self, run: Run, rows_S: Sequence[Rows], phase: str, steps: int | None) -> None:
+        """NLL of the teacher's answers."""
+        config = self.setting.config.align
+        objective = NllObjective(config.reduction, config.nll_weight)
+        plans = self._plans(rows_S, phase, steps)
+        batches = planned([rows.batch for rows in rows_S], plans)
+        run.train(objective, batches, len(plans[0]), every=config.stop.every)
 
-def _plan(setting: Setting, count: int, seed: int, phase: str, steps: int | None) -> np.ndarray:
-    assert steps is not None
-    return plan_rows(count, setting.config.align, seed, f"align/{phase}", steps)
+    def nll_rounds(self, run: Run) -> dict[str, list[float]]:
+        """All rounds by NLL alone; seconds of each."""
+        seconds = []
+        for index, rows_S in enumerate(self.rounds):
+            started = time.perf_counter()
+            steps = self.setting.config.align.round_max_steps
+            self.train_nll(run, rows_S, round_name(index), steps)
+            seconds.append(time.perf_counter() - started)
+        return {"train_nll": seconds}
 
+    def preference_rounds(self, run: Run) -> dict[str, list[float]]:
+        """All rounds by NLL and preference; seconds of each one's sampling and training."""
+        config, spec = self.setting.config.align, self.setting.proxy
+        seconds: dict[str, list[float]] = {"sample": [], "train_preference": []}
+        for index, rows_S in enumerate(self.rounds):
+            started = time.perf_counter()
+            pairs = make_pairs(spec.config, run.last, rows_S, seeds=self.seeds, salt=index + 1)
+            pairs = with_references(spec, run.last, pairs)
+            sampled = time.perf_counter()
+            plans = self._plans(rows_S, round_name(index), config.round_max_steps)
+            pair_phase(run, AlignObjective.of(config), pairs, plans, every=config.stop.every)
+            seconds["sample"].append(sampled - started)
+            seconds["train_preference"].append(time.perf_counter() - sampled)
+        return seconds
 
-def _nll_phase(
-    run: Run,
-    setting: Setting,
-    objective: NllObjective,
-    pools: Sequence[Any],
-    seeds: Sequence[int],
-    phase: str,
-    steps: int | None,
-) -> None:
-    plans = [
-        _plan(setting, pool.tokens_BL.shape[0] - 1, seed, phase, steps)
-        for pool, seed in zip(pools, seeds, strict=True)
-    ]
-    every = setting.config.align.stop.every
-    run.train(objective, planned(pools, plans), len(plans[0]), every=every)
+    def _plans(self, rows_S: Sequence[Rows], phase: str, steps: int | None) -> list[np.ndarray]:
+        assert steps is not None
+        config = self.setting.config.align
+        return [
+            plan_rows(len(rows.rows), config, seed, f"align/{phase}", steps)
+            for rows, seed in zip(rows_S, self.seeds, strict=True)
+        ]
 
 
 def make_pairs(

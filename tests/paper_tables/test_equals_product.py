@@ -22,6 +22,8 @@ from proxykd_jax.models.hf_weights import load_model
 from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.training.restore import load_aligned_proxy, load_student
 
+pytestmark = pytest.mark.slow  # some 40 programs to compile
+
 SIZES = s.Sizes(
     num_corpus=300,
     num_test=24,
