@@ -59,8 +59,9 @@ def _students(plt: Any, results: Results) -> Any:
                 label=f"{checkpoint} checkpoint",
             )
         axis.axvline(0, color=BLACK, linewidth=1)
-        axis.set_title(f"{metric} minus that of black-box KD (bars: 3 paired s.e.)")
+        axis.set_title(f"{metric} minus black-box KD's")
     axes[0].set_yticks([-place for place in range(len(names))], [label_of(n) for n in names])
+    axes[0].set_xlabel("bars: three paired standard errors")
     axes[1].legend(frameon=False)
     return figure
 
