@@ -161,14 +161,14 @@ def _measure(settings: dict[str, Any], sizes: Any) -> list[Any]:
 
 
 def _notes(sizes: Any, seeds: list[int], seconds: float) -> list[str]:
+    from benchmarks.paper_tables import tables
+
     return [
         f"Seeds {seeds[0]} to {seeds[-1]}: each has its own world, data, split, initialisation and "
         f"pre-training. {sizes.num_corpus} prompts with one sampled answer of the teacher each, "
         f"{sizes.num_test} test prompts. {seconds:.0f} s in all (what lay on disk not counted).",
         "",
-        "Mean ± standard error over seeds; Δ are paired by seed, against black-box KD on D_s. "
-        "best: lowest validation NLL; last: final step. KL: exact KL(teacher || model), nats a "
-        "token, on the teacher's test answers. Accuracy: greedy answers to unseen prompts.",
+        tables.READING,
     ]
 
 

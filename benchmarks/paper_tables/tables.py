@@ -22,6 +22,11 @@ STATE_LABELS = {
     px.NLL: "+ L_NLL",
     px.PREFERENCE: "+ L_NLL + L_Pref",
 }
+READING = (
+    "Mean ± standard error over seeds; Δ are paired by seed, against black-box KD on D_s. best: "
+    "lowest validation NLL; last: final step. KL: exact KL(teacher || model), nats a token, on the "
+    "teacher's test answers. Accuracy: greedy answers to unseen prompts."
+)
 _COLUMNS = tuple((metric, checkpoint) for metric in (ACCURACY, KL) for checkpoint in CHECKPOINTS)
 
 

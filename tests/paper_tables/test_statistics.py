@@ -1,11 +1,12 @@
 """Estimates, verdicts and tables on synthetic records whose answers are known."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.paper_tables import tables
+from benchmarks.paper_tables import join, tables
 from benchmarks.paper_tables.metrics import ACCURACY, BEST, KL, LAST, Record
 from benchmarks.paper_tables.statistics import (
     CLAIMS,
@@ -19,6 +20,7 @@ from benchmarks.paper_tables.statistics import (
     verdict,
     verdicts,
 )
+from proxykd_jax.artifacts import write_json
 
 CLAIM = Claim("one > other", "one", "other")
 COMMON = np.array([0.1, 0.9, 0.4, 0.6])  # seeds differ far more than methods do
@@ -138,3 +140,22 @@ def test_tables_show_every_cell() -> None:
     assert {(claim.text, said) for claim, _, said in found} == {
         ("Proxy-KD > black-box KD on D_s", REVERSED)
     }
+
+
+def test_joined_runs_are_one(tmp_path: Path, capsys) -> None:
+    for name, seeds in (("a", (0, 1)), ("b", (2, 3))):
+        records = records_of("one", COMMON, COMMON, metric=KL)
+        records += records_of("one", COMMON, COMMON) + records_of(
+            "one", COMMON, COMMON, metric="agreement"
+        )
+        write_json(
+            tmp_path / name / "tables.json", [r.to_json() for r in records if r.seed in seeds]
+        )
+    folders = [tmp_path / "a", tmp_path / "b"]
+    found = join.join(folders, tmp_path / "both")
+    assert Results(found, "fmt", "paper").mean("one", BEST, KL) == estimate(COMMON)
+    assert "Seeds 0, 1, 2, 3 of 2 runs" in (tmp_path / "both" / "tables.md").read_text()
+    # A seed that two runs hold would count twice.
+    assert join.main([str(folders[0]), str(folders[0]), "--out", str(tmp_path / "twice")]) == 2
+    assert "both hold" in capsys.readouterr().err
+    assert not (tmp_path / "twice").exists()
