@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +35,9 @@ COLOURS = {
 }
 
 
-def draw_all(out: Path, measured: Mapping[str, Measured], logs: Mapping[str, Path]) -> list[Path]:
-    """Draws ``alignment``, ``students`` and ``losses`` into ``out``; returns the files."""
+@contextlib.contextmanager
+def plotting() -> Iterator[Any]:
+    """matplotlib's pyplot without a display, in the style of all plots."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -54,9 +56,15 @@ def draw_all(out: Path, measured: Mapping[str, Measured], logs: Mapping[str, Pat
         "svg.fonttype": "none",
         "figure.constrained_layout.use": True,
     }
+    with plt.rc_context(style):
+        yield plt
+
+
+def draw_all(out: Path, measured: Mapping[str, Measured], logs: Mapping[str, Path]) -> list[Path]:
+    """Draws ``alignment``, ``students`` and ``losses`` into ``out``; returns the files."""
     lines = {name: read_metrics(path) for name, path in logs.items()}
     written = []
-    with plt.rc_context(style):
+    with plotting() as plt:
         for name, figure in (
             ("alignment", _alignment(plt, measured, lines["proxy_kd"])),
             ("students", _students(plt, measured)),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,34 +68,19 @@ def public_rows(
     return rows, mask
 
 
-def pretrain(
-    config: ModelConfig,
-    world: w.World,
-    *,
-    seed: int,
-    num_steps: int,
-    learning_rate: float,
-    excluded: np.ndarray,
-    log: Callable[[str], Any] = lambda line: None,
-) -> dict[str, Any]:
-    """Parameters after ``num_steps`` batches of fresh public text.
+OverSeeds = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-    Args:
-      config: the model.
-      world: the public text.
-      seed: of initialisation and text.
-      num_steps: a multiple of 50, so that one program serves all calls.
-      learning_rate: peak rate of Adam; the last fifth of the steps runs at a fifth of it.
-      excluded: ``encode_prompts`` of prompts that must not occur.
-      log: told the mean loss now and then.
 
-    Raises:
-      ValueError: num_steps is no multiple of 50.
-    """
-    if num_steps % STEPS_A_CALL:
-        raise ValueError(f"num_steps must be a multiple of {STEPS_A_CALL}, got {num_steps}")
-    rng = np.random.Generator(np.random.PCG64([seed, 3]))
-    params = init_params(jax.random.key(seed), config)
+def _all_at_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    compiled: Callable[..., Any] = jax.jit(jax.vmap(function))
+    return compiled
+
+
+@functools.lru_cache(maxsize=8)
+def _training(
+    config: ModelConfig, num_steps: int, learning_rate: float, over_seeds: OverSeeds
+) -> tuple[optax.GradientTransformation, Callable[..., Any]]:
+    """The optimizer, and ``(state, rows_SZBT, mask_SZBL) -> (state, losses_SZ)``."""
     last = round(num_steps * (1 - LAST_SHARE))
     schedule = optax.join_schedules(
         [
@@ -110,7 +96,6 @@ def pretrain(
         nll_B = nll(logits_BLV, rows_BT[:, 1:], mask_BL, reduction="sum")
         return nll_B.sum() / mask_BL.sum()
 
-    @jax.jit
     def train(state: Any, rows_ZBT: jax.Array, mask_ZBL: jax.Array) -> tuple[Any, jax.Array]:
         def step(state: Any, batch: Any) -> tuple[Any, jax.Array]:
             params, optimizer_state = state
@@ -120,17 +105,78 @@ def pretrain(
 
         return jax.lax.scan(step, state, (rows_ZBT, mask_ZBL))
 
-    state = (params, optimizer.init(params))
+    return optimizer, over_seeds(train)
+
+
+def pretrain(
+    config: ModelConfig,
+    world: w.World,
+    *,
+    seed: int,
+    num_steps: int,
+    learning_rate: float,
+    excluded: np.ndarray,
+    log: Callable[[str], Any] = lambda line: None,
+) -> dict[str, Any]:
+    """Parameters after ``num_steps`` batches of fresh public text: ``pretrain_seeds`` of one."""
+    params_S: dict[str, Any] = pretrain_seeds(
+        config,
+        [world],
+        seeds=[seed],
+        num_steps=num_steps,
+        learning_rate=learning_rate,
+        excluded=[excluded],
+        log=log,
+    )
+    return jax.tree.map(lambda x: x[0], params_S)
+
+
+def pretrain_seeds(
+    config: ModelConfig,
+    worlds: Sequence[w.World],
+    *,
+    seeds: Sequence[int],
+    num_steps: int,
+    learning_rate: float,
+    excluded: Sequence[np.ndarray],
+    log: Callable[[str], Any] = lambda line: None,
+    over_seeds: OverSeeds = _all_at_once,
+) -> Any:
+    """Parameters of every seed, with a leading axis S, after batches of fresh public text.
+
+    Args:
+      config: the model.
+      worlds: the public text of each seed.
+      seeds: of initialisation and text.
+      num_steps: a multiple of 50, so that one program serves all calls.
+      learning_rate: peak rate of Adam; the last fifth of the steps runs at a fifth of it.
+      excluded: for each seed ``encode_prompts`` of prompts that must not occur.
+      log: told the mean loss now and then.
+      over_seeds: makes of a function of one seed a compiled one of all.
+
+    Raises:
+      ValueError: num_steps is no multiple of 50.
+    """
+    if num_steps % STEPS_A_CALL:
+        raise ValueError(f"num_steps must be a multiple of {STEPS_A_CALL}, got {num_steps}")
+    rngs = [np.random.Generator(np.random.PCG64([seed, 3])) for seed in seeds]
+    optimizer, train_S = _training(config, num_steps, learning_rate, over_seeds)
+    firsts = [init_params(jax.random.key(seed), config) for seed in seeds]
+    params_S = jax.tree.map(lambda *leaves: jnp.stack(leaves), *firsts)
+    state_S = (params_S, jax.vmap(optimizer.init)(params_S))
     for done in range(0, num_steps, STEPS_A_CALL):
-        rows, mask = public_rows(world, rng, STEPS_A_CALL * BATCH_SIZE, excluded)
-        batch = (rows, mask)
-        rows_ZBT, mask_ZBL = (
-            jnp.asarray(array.reshape(STEPS_A_CALL, BATCH_SIZE, -1)) for array in batch
+        drawn = [
+            public_rows(world, rng, STEPS_A_CALL * BATCH_SIZE, out)
+            for world, rng, out in zip(worlds, rngs, excluded, strict=True)
+        ]
+        rows_SZBT, mask_SZBL = (
+            np.stack(arrays).reshape(len(seeds), STEPS_A_CALL, BATCH_SIZE, -1)
+            for arrays in zip(*drawn, strict=True)
         )
-        state, losses = train(state, rows_ZBT, mask_ZBL)
+        state_S, losses_SZ = train_S(state_S, rows_SZBT, mask_SZBL)
         if (done // STEPS_A_CALL) % 7 == 6 or done + STEPS_A_CALL == num_steps:
-            log(f"step {done + STEPS_A_CALL}: loss {float(losses.mean()):.3f} nat a token")
-    return state[0]
+            log(f"step {done + STEPS_A_CALL}: loss {float(losses_SZ.mean()):.3f} nat a token")
+    return state_S[0]
 
 
 def write_tokenizer(folder: Path) -> None:

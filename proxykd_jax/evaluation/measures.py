@@ -285,35 +285,50 @@ def _add(sums: dict[str, np.ndarray], waiting: tuple[np.ndarray, Any, Any] | Non
     return count
 
 
+def place_figures(
+    config: ModelConfig,
+    params: Any,
+    adapter: Any,
+    batch: TokenBatch,
+    teacher_logps_BLV: Any | None = None,
+    *,
+    top_ks: Sequence[int] = (),
+) -> dict[str, jax.Array]:
+    """The figures at every place of a batch, ``{name: [B, L] or [B, L, J]}``; traceable.
+
+    ``nll``, ``agreement``, with ``top_ks`` (each at most the vocabulary) ``top_mass``, and with the
+    teacher's log-probs ``kl``.
+    """
+    hidden_BLD = batch_hidden_states(params, adapter, batch, config=config)
+    length = batch.tokens_BL.shape[1]
+    chunk = positions_within(_LOGITS_AT_ONCE, hidden_BLD, config.vocab_size)
+
+    def head(hidden: jax.Array, labels: jax.Array, *teacher: jax.Array) -> Any:
+        logps = jax.nn.log_softmax(unembed(params, hidden, config=config), axis=-1)
+        label_logps = jnp.take_along_axis(logps, labels[..., None], axis=-1)[..., 0]
+        figures = {"nll": -label_logps, "agreement": first_choice(logps, labels)}
+        if top_ks:
+            largest = jnp.exp(jax.lax.top_k(logps, max(top_ks))[0])
+            mass = jnp.cumsum(largest, axis=-1)
+            figures["top_mass"] = jnp.stack([mass[..., k - 1] > MASS for k in top_ks], axis=-1)
+        for teacher_logps in teacher:
+            # Where the teacher never says a token the term is 0, whatever the model says.
+            says = teacher_logps > -jnp.inf
+            gap = jnp.where(says, teacher_logps - logps, 0.0)
+            figures["kl"] = (jnp.exp(teacher_logps) * gap).sum(axis=-1)
+        return figures
+
+    teacher = () if teacher_logps_BLV is None else (teacher_logps_BLV,)
+    figures: dict[str, jax.Array] = map_positions(
+        head, hidden_BLD, batch.labels_BL, *teacher, chunk=min(chunk, length)
+    )
+    return figures
+
+
 @functools.lru_cache(maxsize=8)
 def _compiled(config: ModelConfig, top_ks: tuple[int, ...], mesh: Mesh | None) -> Any:
     """``(params, adapter, batch, teacher_logps_BLV | None) -> {name: [B, L] or [B, L, J]}``."""
-
-    def compute(
-        params: Any, adapter: Any, batch: TokenBatch, teacher_logps_BLV: Any
-    ) -> dict[str, jax.Array]:
-        hidden_BLD = batch_hidden_states(params, adapter, batch, config=config)
-        length = batch.tokens_BL.shape[1]
-        chunk = positions_within(_LOGITS_AT_ONCE, hidden_BLD, config.vocab_size)
-
-        def head(hidden: jax.Array, labels: jax.Array, *teacher: jax.Array) -> Any:
-            logps = jax.nn.log_softmax(unembed(params, hidden, config=config), axis=-1)
-            label_logps = jnp.take_along_axis(logps, labels[..., None], axis=-1)[..., 0]
-            figures = {"nll": -label_logps, "agreement": first_choice(logps, labels)}
-            if top_ks:
-                largest = jnp.exp(jax.lax.top_k(logps, max(top_ks))[0])
-                mass = jnp.cumsum(largest, axis=-1)
-                figures["top_mass"] = jnp.stack([mass[..., k - 1] > MASS for k in top_ks], axis=-1)
-            for teacher_logps in teacher:
-                # Where the teacher never says a token the term is 0, whatever the model says.
-                says = teacher_logps > -jnp.inf
-                gap = jnp.where(says, teacher_logps - logps, 0.0)
-                figures["kl"] = (jnp.exp(teacher_logps) * gap).sum(axis=-1)
-            return figures
-
-        teacher = () if teacher_logps_BLV is None else (teacher_logps_BLV,)
-        return map_positions(head, hidden_BLD, batch.labels_BL, *teacher, chunk=min(chunk, length))
-
+    compute = functools.partial(place_figures, config, top_ks=top_ks)
     if mesh is None:
         return jax.jit(compute)
     return jax.jit(compute, out_shardings=NamedSharding(mesh, PartitionSpec()))

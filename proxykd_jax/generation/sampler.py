@@ -214,11 +214,16 @@ def _prompt_batch(
     for row, prompt in enumerate(prompts):
         tokens_BL[row, length - len(prompt) :] = prompt
         valid_BL[row, length - len(prompt) :] = True
-        digest = hashlib.sha256(row_ids[row].encode()).digest()
-        words_BW[row] = np.frombuffer(digest[: 4 * _ROW_WORDS], "<u4")
+        words_BW[row] = row_words(row_ids[row])
         budgets_B[row] = budgets[row]
     valid_BL[len(prompts) :, -1] = True
     return PromptBatch(tokens_BL, valid_BL, words_BW, budgets_B), slots
+
+
+def row_words(row_id: str) -> np.ndarray:
+    """uint32 ``[W]``: a row's part of its random key."""
+    digest = hashlib.sha256(row_id.encode()).digest()
+    return np.frombuffer(digest[: 4 * _ROW_WORDS], "<u4")
 
 
 def _halvings(num_rows: int, multiple: int, needed: int) -> int:

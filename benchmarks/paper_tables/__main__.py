@@ -1,0 +1,177 @@
+"""The command line: which cells, in which order; records on disk cell by cell."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.paper_tables import vectorise
+from proxykd_jax.artifacts import digest_value, read_json, write_bytes, write_json
+from proxykd_jax.errors import UserError
+
+QUICK_SEEDS, FULL_SEEDS = 4, 8
+DEVICES = 2
+# Left out by --quick: each has a program of its own to compile.
+QUICK_WITHOUT = ("minillm", "on_policy", "on_policy_mix", "random_labels", "soda")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    from benchmarks.paper_tables.settings import PRESETS, REGIMES
+
+    made = argparse.ArgumentParser(
+        prog="python -m benchmarks.paper_tables",
+        description="The paper's tables in miniature: every method over many seeds, with the "
+        "teacher a black box to all of them and known to the evaluator.",
+    )
+    made.add_argument("--out", type=Path, required=True, help="folder for tables and figures")
+    made.add_argument(
+        "--quick", action="store_true", help=f"the main regime and preset, {QUICK_SEEDS} seeds"
+    )
+    made.add_argument("--seeds", type=int, help=f"how many (default {FULL_SEEDS})")
+    made.add_argument("--first-seed", type=int, default=0, help="the first of them (default 0)")
+    made.add_argument("--regime", choices=REGIMES, help="one alone (default: all)")
+    made.add_argument("--preset", choices=PRESETS, help="one alone (default: both)")
+    made.add_argument(
+        "--sweeps", action="store_true", help="also alpha, top-k, tail, beta and rounds, one by one"
+    )
+    made.add_argument("--methods", help="students to train, with commas between (default: all)")
+    return made
+
+
+def main(argv: Sequence[str] | None = None, sizes: Any = None) -> int:
+    """The command line; returns the exit code. ``sizes`` are for tests."""
+    arguments = parser().parse_args(argv)
+    try:
+        _run(arguments, sizes, list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(arguments: argparse.Namespace, sizes: Any, argv: list[str]) -> None:
+    from benchmarks.paper_tables import figures, tables
+    from benchmarks.paper_tables import settings as s
+    from benchmarks.paper_tables.metrics import Record
+    from benchmarks.paper_tables.statistics import Results
+
+    started = time.perf_counter()
+    sizes = s.Sizes() if sizes is None else sizes
+    count = arguments.seeds or (QUICK_SEEDS if arguments.quick else FULL_SEEDS)
+    if count < 1 or arguments.first_seed < 0:
+        raise UserError(
+            f"--seeds {count} --first-seed {arguments.first_seed}: at least one seed from 0 on."
+        )
+    seeds = list(range(arguments.first_seed, arguments.first_seed + count))
+    quick = arguments.quick
+    regimes = [arguments.regime] if arguments.regime else [s.MAIN_REGIME] if quick else s.REGIMES
+    presets = [arguments.preset] if arguments.preset else ["paper"] if quick else s.PRESETS
+    names = _method_names(arguments.methods, quick)
+    records: list[Record] = []
+    for regime in regimes:
+        settings = {
+            "regime": regime,
+            "presets": list(presets),
+            "seeds": seeds,
+            "methods": names,
+            "quick": quick,
+            "sweeps": arguments.sweeps,
+        }
+        records += _regime(arguments.out, settings, sizes)
+    cells = [(regime, preset) for regime in regimes for preset in presets]
+    write_json(arguments.out / "tables.json", [record.to_json() for record in records])
+    command = "python -m benchmarks.paper_tables " + " ".join(argv)
+    notes = _notes(sizes, seeds, time.perf_counter() - started)
+    text = tables.write_tables(records, cells, command=command, notes=notes)
+    write_bytes(arguments.out / "tables.md", text.encode())
+    for cell in cells:
+        figures.draw(arguments.out, Results(records, *cell))
+    print(text)
+
+
+def _method_names(asked: str | None, quick: bool) -> list[str]:
+    from benchmarks.paper_tables.methods import BLACK_BOX, METHODS
+
+    if asked is None:
+        return [name for name in METHODS if not (quick and name in QUICK_WITHOUT)]
+    names = asked.split(",")
+    for name in names:
+        if name not in METHODS:
+            raise UserError(f"--methods: {name!r} is none of {', '.join(METHODS)}.")
+    return list(dict.fromkeys([BLACK_BOX, *names]))
+
+
+def _regime(out: Path, settings: dict[str, Any], sizes: Any) -> list[Any]:
+    """All records of a regime: those on disk, or new ones, which are written there."""
+    from benchmarks.paper_tables.metrics import Record
+
+    path = out / "records" / f"{settings['regime']}.json"
+    identity = {**settings, "sizes": digest_value(repr(sizes))}
+    if path.exists():
+        found = read_json(path)
+        if found["settings"] != identity:
+            raise UserError(
+                f"{path} is of {found['settings']}, not of {identity}. Choose another --out or "
+                "remove it."
+            )
+        return [Record(**record) for record in found["records"]]
+    records = _measure(settings, sizes)
+    write_json(path, {"settings": identity, "records": [r.to_json() for r in records]})
+    return records
+
+
+def _measure(settings: dict[str, Any], sizes: Any) -> list[Any]:
+    from benchmarks.miniature import pretrain
+    from benchmarks.paper_tables import methods as m
+    from benchmarks.paper_tables import settings as s
+    from benchmarks.paper_tables import sweeps
+    from benchmarks.paper_tables.study import CURVES, Study
+
+    def log(line: str) -> None:
+        print(line, flush=True)
+
+    regime, presets, names = (settings[key] for key in ("regime", "presets", "methods"))
+    quick = settings["quick"]
+    study = Study(s.Setting(regime, presets[0], sizes), settings["seeds"], log)
+    records = study.start_records() + study.proxy_records()
+    curves = () if quick else CURVES
+    for preset in presets:
+        first = preset == presets[0]
+        cell = study if first else study.with_changes(preset=preset)
+        wanted = names if first else [name for name in names if name not in m.OF_NO_PRESET]
+        records += cell.student_records(wanted, curves=curves)
+    if settings["sweeps"]:
+        records += sweeps.records(study)
+    if quick or regime != s.MAIN_REGIME:
+        return records
+    # Fig. 3's small proxy and Table 5's pair, in the main regime alone.
+    small = study.with_changes(proxy_model=s.SMALL_PROXY)
+    records += small.proxy_records("small") + small.student_records([m.PROXY_KD], prefix="small/")
+    qwen = study.with_changes(
+        proxy_model=pretrain.PROXY.replace(**s.QWEN),
+        student_model=pretrain.STUDENT.replace(**s.QWEN),
+    )
+    records += qwen.proxy_records("qwen")
+    return records + qwen.student_records(CURVES, prefix="qwen/", curves=CURVES)
+
+
+def _notes(sizes: Any, seeds: list[int], seconds: float) -> list[str]:
+    from benchmarks.paper_tables import tables
+
+    return [
+        f"Seeds {seeds[0]} to {seeds[-1]}: each has its own world, data, split, initialisation and "
+        f"pre-training. {sizes.num_corpus} prompts with one sampled answer of the teacher each, "
+        f"{sizes.num_test} test prompts. {seconds:.0f} s in all (what lay on disk not counted).",
+        "",
+        tables.READING,
+    ]
+
+
+if __name__ == "__main__":
+    vectorise.use_devices(DEVICES)
+    raise SystemExit(main())

@@ -1,0 +1,113 @@
+"""Every student: what it learns from and how. All begin at one model and take equal steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.paper_tables import offline, on_policy
+from benchmarks.paper_tables import proxies as px
+from benchmarks.paper_tables.offline import ALL, DISTILL, FRESH, TRUTH, Material, Method, Source
+from benchmarks.paper_tables.on_policy import OnPolicyMethod
+from benchmarks.paper_tables.settings import Setting
+from benchmarks.paper_tables.training import Run
+from proxykd_jax.types import TokenBatch
+
+SODA = "soda"
+PROXY_KD, BLACK_BOX, BLACK_BOX_ALL = "proxy_kd", "black_box_kd", "black_box_kd_all"
+Any_Method = Method | OnPolicyMethod | str
+
+# name -> (label, group); the groups are those of the tables.
+BASELINES, ABLATIONS, CONTROLS, BEYOND = "Table 1", "Table 2", "controls", "beyond the paper"
+METHODS: dict[str, tuple[str, str]] = {
+    "fkl_unaligned": ("forward KL, unaligned proxy, its text", BASELINES),
+    "minillm": ("MiniLLM, unaligned proxy", BASELINES),
+    "gkd": ("GKD, unaligned proxy", BASELINES),
+    "fkl_aligned": ("forward KL, aligned proxy, its text", BASELINES),
+    BLACK_BOX: ("black-box KD on D_s (= without proxy)", BASELINES),
+    "takd_raw": ("TAKD, raw assistant", BASELINES),
+    "takd_finetuned": ("TAKD, fine-tuned assistant", BASELINES),
+    "mentor_kd": ("Mentor-KD", BASELINES),
+    PROXY_KD: ("Proxy-KD", BASELINES),
+    "without_alignment_raw": ("without alignment (raw proxy)", ABLATIONS),
+    "without_alignment_warmup": ("without alignment (warmed-up proxy)", ABLATIONS),
+    "without_preference": ("without the preference loss", ABLATIONS),
+    "without_weights": ("without weights", ABLATIONS),
+    BLACK_BOX_ALL: ("black-box KD on all of D", CONTROLS),
+    "teacher_logits": ("the teacher's true logits on D_s", CONTROLS),
+    "proxy_kd_all": ("Proxy-KD on all of D", BEYOND),
+    "proxy_kd_fresh": ("Proxy-KD + fresh prompts", BEYOND),
+    "on_policy": ("on-policy reverse KL, aligned proxy", BEYOND),
+    "on_policy_mix": ("on-policy and D_s by halves, aligned proxy", BEYOND),
+    "random_labels": ("Proxy-KD with drawn soft labels", BEYOND),
+    SODA: ("SODA", BEYOND),
+}
+# Neither Proxy-KD's choices nor a store of soft labels: the same students serve both presets.
+OF_NO_PRESET = (BLACK_BOX, BLACK_BOX_ALL, SODA, "minillm", "gkd", "on_policy", "on_policy_mix")
+# The weight of the KL beside an NLL of weight 1, where the paper gives no alpha.
+EQUAL = 1.0
+
+
+def make_methods(setting: Setting) -> dict[str, Any_Method]:
+    """All methods by name, with the preset's alpha and data for those that are Proxy-KD.
+
+    ``paper`` learns from D_s, ``recommended`` from all of D and the fresh prompts.
+    """
+    alpha = setting.config.distill.alpha
+    whole = setting.config.distill.data == "all"
+
+    def proxy_kd(state: str, splits: tuple[str, ...] = (DISTILL,), **options: Any) -> Method:
+        options = {"weighted": True, **options}
+        sources = tuple(Source(split, labels=state, **options) for split in splits)
+        return Method(sources, alpha)
+
+    def fresh(state: str) -> Source:
+        return Source(FRESH, writer=state, labels=state, nll=False)
+
+    def headline(state: str, **options: Any) -> Method:
+        if not whole:
+            return proxy_kd(state, **options)
+        method = proxy_kd(state, ALL, **options)
+        return Method((*method.sources, fresh(state)), alpha)
+
+    def own_text(state: str) -> Method:
+        """Forward KL alone on the proxy's own answers."""
+        return Method((Source(DISTILL, writer=state, labels=state, nll=False),), EQUAL)
+
+    aligned, sft = px.PREFERENCE, px.NLL
+    with_fresh = proxy_kd(aligned)
+    return {
+        "fkl_unaligned": own_text(px.RAW),
+        "minillm": OnPolicyMethod(px.RAW, "minillm"),
+        "gkd": OnPolicyMethod(px.RAW, 0.5, 0.5, Source(DISTILL, writer=px.RAW)),
+        "fkl_aligned": own_text(aligned),
+        BLACK_BOX: Method((Source(DISTILL),)),
+        "takd_raw": Method((Source(DISTILL, labels=px.RAW),), EQUAL),
+        "takd_finetuned": Method((Source(DISTILL, labels=sft),), EQUAL),
+        "mentor_kd": Method(
+            (Source(DISTILL, labels=sft), Source(DISTILL, writer=sft, labels=sft)), EQUAL
+        ),
+        PROXY_KD: headline(aligned),
+        "without_alignment_raw": headline(px.RAW),
+        "without_alignment_warmup": headline(px.WARMUP),
+        "without_preference": headline(sft),
+        "without_weights": headline(aligned, weighted=False),
+        BLACK_BOX_ALL: Method(tuple(Source(split) for split in ALL)),
+        "teacher_logits": Method((Source(DISTILL, labels=TRUTH),), alpha),
+        "proxy_kd_all": proxy_kd(aligned, ALL),
+        "proxy_kd_fresh": Method((*with_fresh.sources, fresh(aligned)), alpha),
+        "on_policy": OnPolicyMethod(aligned, 1.0),
+        "on_policy_mix": OnPolicyMethod(aligned, 0.5, 0.5, Source(DISTILL)),
+        "random_labels": proxy_kd(aligned, drawn=True),
+        SODA: SODA,
+    }
+
+
+def train(
+    material: Material, method: Any_Method, student_S: Any, validation: TokenBatch, **options: Any
+) -> Run:
+    """Trains the students of all seeds by a method of any kind."""
+    if isinstance(method, Method):
+        return offline.train(material, method, student_S, validation, **options)
+    if isinstance(method, OnPolicyMethod):
+        return on_policy.train(material, method, student_S, validation, **options)
+    return on_policy.train_soda(material, student_S, validation, **options)

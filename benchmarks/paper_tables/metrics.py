@@ -1,0 +1,135 @@
+"""What the evaluator, who knows the teacher, measures on the test prompts."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.miniature import world as w
+from benchmarks.paper_tables import models
+from benchmarks.paper_tables.offline import at_places, padded_answers
+from benchmarks.paper_tables.seeds import Seed
+from benchmarks.paper_tables.training import stacked_rows
+from benchmarks.paper_tables.vectorise import over_seeds
+from proxykd_jax.evaluation.measures import place_figures
+from proxykd_jax.models.config import ModelConfig
+from proxykd_jax.types import TokenBatch
+
+BEST, LAST = "best", "last"
+ACCURACY, KL, AGREEMENT, TEACHER_NLL = "accuracy", "kl", "agreement", "nll"
+EITHER_PRESET = "both"  # of records that no preset changes
+TOP_KS = (1, 2, 3, 5, 10, 20)
+MAIN_METRICS = (ACCURACY, KL, AGREEMENT, TEACHER_NLL)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of ``tables.json``.
+
+    Attributes:
+      regime: of the study.
+      preset: of the study; ``both`` where none changes the number.
+      method: a student's, ``proxy/<state>``, ``student`` (pre-trained) or ``teacher``.
+      checkpoint: ``best`` on validation NLL, ``last``, or ``step_<n>``.
+      seed: of everything.
+      metric: ``accuracy`` (greedy, on unseen prompts), ``kl`` (teacher || model, nats a token),
+        ``agreement`` (top-1, with the teacher's tokens), ``nll`` (of them), ``top_mass_<K>``,
+        ``length_correlation``, or seconds.
+      value: a number.
+    """
+
+    regime: str
+    preset: str
+    method: str
+    checkpoint: str
+    seed: int
+    metric: str
+    value: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As a line of the file."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Makes records of one regime and preset."""
+
+    regime: str
+    preset: str
+    seeds: Sequence[int]
+
+    def __call__(
+        self, method: str, checkpoint: str, values: dict[str, Iterable[float]]
+    ) -> list[Record]:
+        """Records of every seed's value of every metric."""
+        return [
+            Record(self.regime, self.preset, method, checkpoint, seed, metric, float(value))
+            for metric, per_seed in values.items()
+            for seed, value in zip(self.seeds, per_seed, strict=True)
+        ]
+
+
+class Evaluator:
+    """The test rows of all seeds with the teacher's distribution on them."""
+
+    def __init__(self, data: Sequence[Seed], seeds: Sequence[int]) -> None:
+        self._data, self._seeds = data, seeds
+        self._rows = stacked_rows([seed.test.batch for seed in data])
+        self._logps = np.stack(
+            [at_places(seed.teacher_logps_NTV, seed.test.batch.tokens_BL.shape) for seed in data]
+        )
+
+    def measure(
+        self, model: ModelConfig, params_S: Any, *, masses: bool = False, distance: bool = True
+    ) -> dict[str, np.ndarray]:
+        """Metric -> value of every seed.
+
+        Args:
+          model, params_S: what is measured.
+          masses: the shares of Fig. 4 too.
+          distance: KL, agreement and NLL; without, accuracy alone.
+        """
+        values: dict[str, np.ndarray] = {}
+        if distance:
+            found = _figures(model, TOP_KS if masses else ())(params_S, self._rows, self._logps)
+            values |= {name: np.asarray(x) for name, x in found.items()}
+        correct = models.greedy_correct(model, params_S, self._data, self._seeds)
+        return {ACCURACY: np.array([each.mean() for each in correct]), **values}
+
+    def teacher(self) -> dict[str, np.ndarray]:
+        """The teacher against its own text; its greedy accuracy where it is the world itself."""
+        values: dict[str, list[float]] = {AGREEMENT: [], TEACHER_NLL: [], KL: []}
+        for seed in self._data:
+            answers_NT = padded_answers(seed.test)
+            lengths = w.answer_lengths(answers_NT)
+            mask_NT = np.arange(w.MAX_ANSWER)[None, :] < lengths[:, None]
+            logps = seed.teacher_logps_NTV
+            said = np.take_along_axis(logps, answers_NT[..., None], axis=-1)[..., 0]
+            values[TEACHER_NLL].append(float(-said[mask_NT].mean()))
+            values[AGREEMENT].append(float((logps.argmax(-1) == answers_NT)[mask_NT].mean()))
+            values[KL].append(0.0)
+        return {name: np.array(each) for name, each in values.items()}
+
+
+@functools.lru_cache(maxsize=16)
+def _figures(model: ModelConfig, top_ks: tuple[int, ...]) -> Callable[..., Any]:
+    def figures(params: Any, rows: TokenBatch, logps_BLV: jax.Array) -> dict[str, jax.Array]:
+        found = place_figures(model, params, None, rows, logps_BLV, top_ks=top_ks)
+        tokens = rows.mask_BL.sum()
+        means = {
+            name: jnp.where(rows.mask_BL, found[name], 0).sum() / tokens
+            for name in (KL, AGREEMENT, TEACHER_NLL)
+        }
+        for index, top_k in enumerate(top_ks):
+            held_BL = found["top_mass"][..., index]
+            means[f"top_mass_{top_k}"] = jnp.where(rows.mask_BL, held_BL, False).sum() / tokens
+        return means
+
+    return over_seeds(figures)

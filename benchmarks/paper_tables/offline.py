@@ -1,0 +1,273 @@
+"""Students whose data lie ready before their training: eqs. 7 and 11 on rows of several sources.
+
+A method is a list of sources and the weights of its two terms; the objectives are the product's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.miniature import world as w
+from benchmarks.paper_tables import models
+from benchmarks.paper_tables.models import Labels
+from benchmarks.paper_tables.seeds import Rows, Seed
+from benchmarks.paper_tables.settings import Setting
+from benchmarks.paper_tables.training import Run, plan_rows, planned
+from proxykd_jax.data.sample_weights import weights_of
+from proxykd_jax.generation.sampler import row_words
+from proxykd_jax.generation.scoring import soft_labels_of_logits
+from proxykd_jax.losses import draw_labels
+from proxykd_jax.training.objectives import DistillObjective, NllObjective, Objective
+from proxykd_jax.types import DistillBatch, TokenBatch
+
+DISTILL, FRESH = "distill", "fresh"
+ALL = ("warmup", "align", "distill")
+TRUTH = "teacher"  # the teacher's own distribution as labels: the ceiling
+STUDENT_ROUND = 1000  # round index of answers that are drawn for students
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows that a student learns from.
+
+    Attributes:
+      prompts: a split of the corpus, or ``fresh``.
+      writer: ``teacher``, or the state of the proxy that answers.
+      labels: whose soft labels; None for none.
+      nll: whether the answers' own tokens count.
+      weighted: whether eq. 9 weighs the examples.
+      drawn: keep drawn ids in place of the most probable ones.
+    """
+
+    prompts: str
+    writer: str = TRUTH
+    labels: str | None = None
+    nll: bool = True
+    weighted: bool = False
+    drawn: bool = False
+
+
+@dataclass(frozen=True)
+class Method:
+    """Sources and the factor of the KL beside an NLL of weight 1; 0 has no soft labels at all."""
+
+    sources: tuple[Source, ...]
+    alpha: float = 0.0
+
+
+class Material:
+    """Answers and soft labels of all seeds, made when they are first asked for.
+
+    Args:
+      setting, data, seeds: of the study.
+      proxies: parameters by state of the proxy.
+      teacher: its text is in the splits; asked for its distribution by the ceiling alone.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        data: Sequence[Seed],
+        seeds: Sequence[int],
+        proxies: dict[str, Any],
+        teacher: Any,
+    ) -> None:
+        self.setting, self.data, self.seeds = setting, data, seeds
+        self.proxies, self.teacher = proxies, teacher
+        self._rows: dict[tuple[str, str], list[Rows]] = {}
+        self._labels: dict[tuple[str, str, str], list[Labels]] = {}
+
+    def rows(self, prompts: str, writer: str) -> list[Rows]:
+        """The answers of a writer to the prompts, of every seed."""
+        key = (prompts, writer)
+        if key not in self._rows:
+            if writer == TRUTH:
+                self._rows[key] = [seed.splits[prompts] for seed in self.data]
+            else:
+                self._rows[key] = self._answered(prompts, writer)
+        return self._rows[key]
+
+    def _answered(self, prompts: str, writer: str) -> list[Rows]:
+        if prompts == FRESH:
+            asked = [seed.fresh_NP for seed in self.data]
+            ids = [[str(row) for row in range(len(each))] for each in asked]
+        else:
+            asked = [seed.splits[prompts].prompts_NP for seed in self.data]
+            ids = [seed.splits[prompts].ids for seed in self.data]
+        drawn = models.answer(
+            self.setting.proxy_model,
+            self.proxies[writer],
+            asked,
+            ids,
+            seeds=self.seeds,
+            salt=STUDENT_ROUND,
+        )
+        return models.answered_rows(asked, drawn)
+
+    def labels(self, prompts: str, writer: str, scorer: str) -> list[Labels]:
+        """Soft labels of these answers by a state of the proxy, or by the teacher itself."""
+        key = (prompts, writer, scorer)
+        if key not in self._labels:
+            score = self.setting.config.score
+            rows = self.rows(prompts, writer)
+            if scorer == TRUTH:
+                self._labels[key] = self._true_labels(rows, score.top_k)
+            else:
+                self._labels[key] = models.score(
+                    self.setting.proxy_model,
+                    self.proxies[scorer],
+                    rows,
+                    top_k=score.top_k,
+                    temperature=score.temperature,
+                )
+        return self._labels[key]
+
+    def _true_labels(self, rows_S: list[Rows], top_k: int) -> list[Labels]:
+        answers = [padded_answers(rows) for rows in rows_S]
+        logps_S = self.teacher.logps([rows.prompts_NP for rows in rows_S], answers)
+        found = []
+        for rows, logps_NTV in zip(rows_S, logps_S, strict=True):
+            whole_NLV = at_places(logps_NTV, rows.batch.tokens_BL.shape)
+            labels = jax.device_get(
+                soft_labels_of_logits(
+                    jnp.asarray(whole_NLV), jnp.asarray(rows.batch.labels_BL), top_k=top_k
+                )
+            )
+            found.append(Labels(labels.ids_K, labels.logps_K, labels.gold_logps, labels.tail_logps))
+        return found
+
+    def drawn_labels(self, prompts: str, writer: str, scorer: str) -> list[Labels]:
+        """As many ids drawn from the distribution as others keep of its top, with their shares.
+
+        The shares add up to 1, so that nothing is in the tail and every choice of it is the same.
+        """
+        rows_S = self.rows(prompts, writer)
+        logps_S = models.distributions(self.setting.proxy_model, self.proxies[scorer], rows_S)
+        draws = self.setting.config.score.top_k
+        found = []
+        for i, (rows, logps_NLV) in enumerate(zip(rows_S, logps_S, strict=True)):
+            words = np.array([row_words(row_id)[0] for row_id in rows.ids])
+            key = jax.random.key(self.seeds[i])
+            drawn = draw_labels(jnp.asarray(logps_NLV), key, num_draws=draws, row_ids_B=words)
+            with np.errstate(divide="ignore"):
+                shares = np.log(np.asarray(drawn.counts_BLK, np.float32) / draws)
+            kept = self.labels(prompts, writer, scorer)[i]
+            ids, logps, tail = kept.ids_NLK.copy(), kept.logps_NLK.copy(), kept.tail_NL.copy()
+            ids[:-1], logps[:-1], tail[:-1] = drawn.ids_BLK, shares, -np.inf
+            found.append(Labels(ids, logps, kept.gold_NL, tail))
+        return found
+
+
+def padded_answers(rows: Rows) -> np.ndarray:
+    """``[N, T]`` answers filled up with end tokens."""
+    answers = np.full((len(rows.rows), w.MAX_ANSWER), w.END, np.int32)
+    for answer, row in zip(answers, rows.rows, strict=True):
+        answer[: len(row.answer)] = row.answer
+    return answers
+
+
+def at_places(logps_NTV: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """``[N, L, V]`` log-probs at a batch's places; where no answer is, all tokens are alike."""
+    num_tokens, vocabulary = logps_NTV.shape[1:]
+    whole = np.full((*shape, vocabulary), -np.log(vocabulary), np.float32)
+    whole[: len(logps_NTV), w.PROMPT_LENGTH - 1 : w.PROMPT_LENGTH - 1 + num_tokens] = logps_NTV
+    return whole
+
+
+def batches_of(material: Material, method: Method) -> list[TokenBatch] | list[DistillBatch]:
+    """Every seed's rows of a method, its row of padding last."""
+    parts = [_part(material, source, method.alpha) for source in method.sources]
+    return [_joined([part[i] for part in parts]) for i in range(len(material.seeds))]
+
+
+def _part(material: Material, source: Source, alpha: float) -> list[Any]:
+    rows_S = material.rows(source.prompts, source.writer)
+    if not alpha:
+        return [rows.batch for rows in rows_S]
+    assert source.labels is not None
+    labels_S = material.labels(source.prompts, source.writer, source.labels)
+    if source.drawn:
+        labels_S = material.drawn_labels(source.prompts, source.writer, source.labels)
+    return [
+        _distill_batch(material.setting, rows, labels, source, alpha)
+        for rows, labels in zip(rows_S, labels_S, strict=True)
+    ]
+
+
+def _distill_batch(
+    setting: Setting, rows: Rows, labels: Labels, source: Source, alpha: float
+) -> DistillBatch:
+    mask_NL = rows.batch.mask_BL
+    weight = setting.config.distill.weights
+    logliks = np.where(mask_NL, labels.gold_NL, 0).astype(np.float64).sum(axis=1)
+    found = weights_of(
+        logliks[:-1],
+        rows.lengths,
+        rows.finished,
+        loglik=weight.loglik,
+        normalize=weight.normalize,
+        enabled=weight.enabled and source.weighted,
+    )
+    column = (len(rows.rows) + 1, 1)
+    return DistillBatch(
+        rows=rows.batch,
+        topk_ids_BLK=labels.ids_NLK,
+        topk_logps_BLK=labels.logps_NLK,
+        tail_logps_BL=labels.tail_NL,
+        sample_weight_BS=np.append(alpha * found.sample_weight, 0).astype(np.float32)[:, None],
+        nll_mask_BS=np.full(column, source.nll),
+    )
+
+
+def _joined(batches: list[Any]) -> Any:
+    """One after another, the padding of the last at the end."""
+
+    def join(*leaves: np.ndarray) -> np.ndarray:
+        return np.concatenate([*(leaf[:-1] for leaf in leaves), leaves[-1][-1:]])
+
+    return jax.tree.map(join, *batches)
+
+
+def objective_of(setting: Setting, method: Method) -> Objective:
+    """Eq. 7 where alpha is 0, else eq. 11.
+
+    Alpha is a factor of the weights (``_distill_batch``), so that one program serves all methods.
+    """
+    distill = setting.config.distill
+    if not method.alpha:
+        return NllObjective(distill.reduction, distill.nll_weight)
+    temperature = setting.config.score.temperature
+    return DistillObjective(1.0, distill.nll_weight, distill.tail, distill.reduction, temperature)
+
+
+def train(
+    material: Material, method: Method, student_S: Any, validation: TokenBatch, **options: Any
+) -> Run:
+    """Trains the students of all seeds by a method."""
+    setting = material.setting
+    run = Run.start(setting.student, setting.distill_optimizer, student_S, validation)
+    pools = batches_of(material, method)
+    plans = [
+        plan_rows(
+            jax.tree.leaves(pool)[0].shape[0] - 1,
+            setting.config.distill,
+            seed,
+            "distill",
+            setting.student_steps,
+        )
+        for pool, seed in zip(pools, material.seeds, strict=True)
+    ]
+    run.train(
+        objective_of(setting, method),
+        planned(pools, plans),
+        setting.student_steps,
+        every=setting.config.distill.stop.every,
+        **options,
+    )
+    return run

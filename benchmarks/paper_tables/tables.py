@@ -1,0 +1,185 @@
+"""``tables.md``: what was measured, difference by difference, and what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from benchmarks.paper_tables import proxies as px
+from benchmarks.paper_tables.methods import (
+    ABLATIONS,
+    BASELINES,
+    BEYOND,
+    BLACK_BOX,
+    CONTROLS,
+    METHODS,
+)
+from benchmarks.paper_tables.metrics import ACCURACY, AGREEMENT, BEST, KL, LAST, Record
+from benchmarks.paper_tables.statistics import CHECKPOINTS, Results, verdicts
+
+STATE_LABELS = {
+    px.RAW: "unaligned",
+    px.WARMUP: "warm-up only",
+    px.NLL: "+ L_NLL",
+    px.PREFERENCE: "+ L_NLL + L_Pref",
+}
+READING = (
+    "Mean ± standard error over seeds; Δ are paired by seed, against black-box KD on D_s. best: "
+    "lowest validation NLL; last: final step. KL: exact KL(teacher || model), nats a token, on the "
+    "teacher's test answers. Accuracy: greedy answers to unseen prompts."
+)
+_COLUMNS = tuple((metric, checkpoint) for metric in (ACCURACY, KL) for checkpoint in CHECKPOINTS)
+
+
+def write_tables(
+    records: Sequence[Record],
+    cells: Iterable[tuple[str, str]],
+    *,
+    command: str,
+    notes: Sequence[str],
+) -> str:
+    """The whole file.
+
+    Args:
+      records: of all cells.
+      cells: (regime, preset), each a section.
+      command: that makes the numbers.
+      notes: lines of the head: sizes, seeds, time.
+    """
+    lines = ["# The paper's tables in miniature", "", f"    {command}", "", *notes, ""]
+    all_results = [Results(records, *cell) for cell in cells]
+    lines += _overview(all_results)
+    for results in all_results:
+        lines += ["", f"## Regime {results.regime}, preset {results.preset}", ""]
+        lines += _section(results)
+    return "\n".join(lines) + "\n"
+
+
+def _section(results: Results) -> list[str]:
+    lines = []
+    start = [name for name in ("teacher", "student") if results.has(name)]
+    lines += ["### Table 1: students", "", *_students(results, start, BASELINES)]
+    lines += ["", "### Controls, always beside it", "", *_students(results, [], CONTROLS)]
+    proxy = ["proxy_kd"] if results.has("proxy_kd") else []
+    lines += ["", "### Table 2: ablations", ""]
+    lines += _students(results, [*proxy, BLACK_BOX], ABLATIONS)
+    if any(METHODS[name][1] == BEYOND for name in results.methods() if name in METHODS):
+        lines += ["", "### Beyond the paper", "", *_students(results, [], BEYOND)]
+    lines += ["", "### Table 4 and Fig. 5: the proxy", "", *_proxies(results, "proxy")]
+    for prefix, title in (
+        ("small/", "Fig. 3: a proxy of the student's size"),
+        ("qwen/", "Table 5: Qwen"),
+        ("sweep ", "Sweeps: one change each"),
+    ):
+        names = [name for name in results.methods() if name.startswith(prefix)]
+        if names:
+            lines += ["", f"### {title}", "", *_rows(results, names, baseline=None)]
+    lines += _times(results)
+    lines += ["", "### Verdicts", "", *_verdicts(results)]
+    return lines
+
+
+def _students(results: Results, first: Sequence[str], group: str) -> list[str]:
+    names = [name for name, (_, its) in METHODS.items() if its == group and results.has(name)]
+    return _rows(results, [*first, *names], baseline=BLACK_BOX)
+
+
+def _rows(results: Results, names: Sequence[str], baseline: str | None) -> list[str]:
+    head = ["", *(f"{metric}, {checkpoint}" for metric, checkpoint in _COLUMNS), "agreement, best"]
+    paired = baseline is not None and results.has(baseline)
+    if paired:
+        head += [f"Δ{metric}, {checkpoint}" for metric, checkpoint in _COLUMNS]
+    rows = []
+    for name in names:
+        if not results.has(name):
+            continue
+        cells = [label_of(name)]
+        cells += [str(results.mean(name, checkpoint, metric)) for metric, checkpoint in _COLUMNS]
+        cells.append(str(results.mean(name, BEST, AGREEMENT)))
+        if paired and baseline is not None:
+            for metric, checkpoint in _COLUMNS:
+                found = results.difference(name, baseline, checkpoint, metric)
+                cells.append("" if name == baseline else found.signed())
+        rows.append(cells)
+    return markdown(head, rows)
+
+
+def label_of(name: str) -> str:
+    """A method's name for people."""
+    if name in METHODS:
+        return METHODS[name][0]
+    if "/" in name:
+        prefix, method = name.split("/", 1)
+        if method in METHODS:
+            return f"{prefix}: {METHODS[method][0]}"
+        return f"{prefix}, {STATE_LABELS.get(method, method)}"
+    return {"student": "student, pre-trained", "teacher": "teacher"}.get(name, name)
+
+
+def _proxies(results: Results, prefix: str) -> list[str]:
+    head = ["proxy", "KL, best", "KL, last", "ΔKL to + L_NLL, best", "ΔKL, last"]
+    head += ["accuracy, best", "agreement, best", "agreement, last"]
+    rows = []
+    for state, label in STATE_LABELS.items():
+        name, nll = f"{prefix}/{state}", f"{prefix}/{px.NLL}"
+        if not results.has(name):
+            continue
+        differences = [results.difference(name, nll, c, KL).signed() for c in CHECKPOINTS]
+        rows.append(
+            [
+                label,
+                *(str(results.mean(name, checkpoint, KL)) for checkpoint in CHECKPOINTS),
+                *(["", ""] if state == px.NLL else differences),
+                str(results.mean(name, BEST, ACCURACY)),
+                *(str(results.mean(name, checkpoint, AGREEMENT)) for checkpoint in CHECKPOINTS),
+            ]
+        )
+    return markdown(head, rows)
+
+
+def _times(results: Results) -> list[str]:
+    rows = []
+    for name in results.methods():
+        for metric in ("seconds_a_round", "seconds"):
+            if metric == "seconds_a_round" and LAST in results.checkpoints(name, metric):
+                rows.append([f"{name}, a round", f"{results.mean(name, LAST, metric).mean:.2f}"])
+            elif LAST in results.checkpoints(name, metric):
+                rows.append(
+                    [f"student, {label_of(name)}", f"{results.mean(name, LAST, metric).mean:.2f}"]
+                )
+    if not rows:
+        return []
+    note = "Wall-clock seconds a seed; of a round without the first, of a student all its steps."
+    return ["", "### Table 3: time", "", note, "", *markdown(["", "seconds"], rows)]
+
+
+def _verdicts(results: Results) -> list[str]:
+    rows = []
+    for claim, metric, found in verdicts(results):
+        differences = [
+            results.difference(claim.better, claim.worse, checkpoint, metric).signed()
+            for checkpoint in CHECKPOINTS
+        ]
+        rows.append([claim.text, claim.source, metric, *differences, found])
+    return markdown(["claim", "source", "metric", "Δ best", "Δ last", "verdict"], rows)
+
+
+def _overview(all_results: Sequence[Results]) -> list[str]:
+    """Every claim in every regime and preset, side by side."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    heads = []
+    for results in all_results:
+        head = f"{results.regime}, {results.preset}"
+        heads.append(head)
+        for claim, metric, said in verdicts(results):
+            found.setdefault((claim.text, metric), {})[head] = said
+    rows = [
+        [text, metric, *(said.get(head, "") for head in heads)]
+        for (text, metric), said in found.items()
+    ]
+    return ["## Verdicts, side by side", "", *markdown(["claim", "metric", *heads], rows)]
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table, a line a row."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]

@@ -1,0 +1,82 @@
+"""The command with a few rows and steps, and in its quick form."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.miniature import pretrain
+from benchmarks.paper_tables import __main__ as command
+from benchmarks.paper_tables.methods import METHODS
+from benchmarks.paper_tables.settings import Sizes
+
+FEW = Sizes(
+    num_corpus=160,
+    num_test=24,
+    num_fresh=30,
+    steps_share=0.002,
+    overrides=(
+        "align.warmup_max_steps=2",
+        "align.num_rounds=2",
+        "align.round_max_steps=2",
+        "align.stop.every=2",
+        "align.batch_size=16",
+        "distill.max_steps=2",
+        "distill.stop.every=2",
+        "distill.batch_size=16",
+    ),
+)
+
+
+def test_few_steps_to_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(pretrain, "STEPS_A_CALL", 2)
+    arguments = ["--quick", "--seeds", "2", "--methods", "proxy_kd", "--out", str(tmp_path)]
+    assert command.main(arguments, FEW) == 0
+    records = json.loads((tmp_path / "tables.json").read_text())
+    keys = {"regime", "preset", "method", "checkpoint", "seed", "metric", "value"}
+    assert all(set(record) == keys for record in records)
+    assert {record["seed"] for record in records} == {0, 1}
+    assert {"teacher", "student", "black_box_kd", "proxy_kd", "proxy/nll_preference"} <= {
+        record["method"] for record in records
+    }
+    assert all(np.isfinite(record["value"]) for record in records)
+    text = (tmp_path / "tables.md").read_text()
+    assert "Table 1" in text and "too few seeds" in text
+    assert capsys.readouterr().out.endswith(text + "\n")
+    assert (tmp_path / "fig_5_agreement_fmt_paper.svg").exists()
+
+    # Again: what lies on disk is taken, and gives the same.
+    monkeypatch.setattr(command, "_measure", None)
+    assert command.main(arguments, FEW) == 0
+    assert json.loads((tmp_path / "tables.json").read_text()) == records
+    assert command.main([*arguments, "--first-seed", "5"], FEW) == 2
+    assert "Choose another --out" in capsys.readouterr().err
+
+
+def test_unknown_method_is_refused(tmp_path: Path, capsys) -> None:
+    assert command.main(["--methods", "proxykd", "--out", str(tmp_path / "new")]) == 2
+    assert "'proxykd' is none of" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_quick_form(tmp_path: Path) -> None:
+    program = [sys.executable, "-m", "benchmarks.paper_tables", "--quick", "--out", str(tmp_path)]
+    subprocess.run(program, check=True)
+    records = json.loads((tmp_path / "tables.json").read_text())
+    values = {(r["method"], r["checkpoint"], r["metric"], r["seed"]): r["value"] for r in records}
+
+    def mean(method: str, metric: str, checkpoint: str = "best") -> float:
+        return float(np.mean([values[(method, checkpoint, metric, s)] for s in range(4)]))
+
+    measured = {method for method, *_ in values}
+    assert set(METHODS) - set(command.QUICK_WITHOUT) <= measured
+    # The effects that every seed of every run has shown; those of preference and weights have not.
+    assert mean("proxy/nll", "kl") < 0.7 * mean("proxy/raw", "kl")
+    assert mean("proxy/nll", "agreement") > mean("proxy/raw", "agreement")
+    assert mean("proxy_kd", "accuracy") > mean("black_box_kd", "accuracy")
+    assert mean("proxy_kd", "kl") < mean("without_alignment_raw", "kl")
+    assert mean("teacher", "kl") == 0.0
