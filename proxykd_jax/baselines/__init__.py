@@ -28,7 +28,7 @@ class StudentMethod(Protocol):
 
 def method_of(config: Config) -> StudentMethod:
     """The method that ``config.method`` names."""
-    from proxykd_jax.baselines import black_box_kd, forward_kl, proxy_kd, takd
+    from proxykd_jax.baselines import black_box_kd, forward_kl, gkd, proxy_kd, takd
 
     match config.method.name:
         case "proxy_kd":
@@ -39,3 +39,5 @@ def method_of(config: Config) -> StudentMethod:
             return forward_kl
         case "takd":
             return takd
+        case "gkd":
+            return gkd

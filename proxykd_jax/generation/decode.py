@@ -251,7 +251,7 @@ def _next_logits(
     *,
     config: ModelConfig,
     mixing: Mixing | None,
-    **places: jax.Array,
+    **places: Any,
 ) -> tuple[jax.Array, KVCache, KVCache | None]:
     """Logits of the token after the last one of each row, and the caches with the new tokens.
 
@@ -279,7 +279,7 @@ def decode_specs(state: DecodeState) -> DecodeState:
     """The PartitionSpec of every array of a state (or of its shapes)."""
     specs = jax.tree.map(lambda x: ROWS if x.ndim else PartitionSpec(), state)
 
-    def of_cache(specs: KVCache | None) -> KVCache | None:
+    def of_cache(specs: Any) -> Any:
         if specs is None:
             return None
         return dataclasses.replace(specs, k_NBGSC=CACHE, v_NBGSC=CACHE, positions_BS=ROWS)
@@ -344,10 +344,10 @@ def take_rows(state: DecodeState, rows_B: jax.Array) -> DecodeState:
             positions_BS=cache.positions_BS[rows_B],
         )
 
-    fields = state.__dataclass_fields__.keys() - {"step", *_CACHES}
-    taken = dataclasses.replace(
-        state,
-        **{name: of_cache(getattr(state, name)) for name in _CACHES},
-        **{name: getattr(state, name)[rows_B] for name in fields},
-    )
-    return _constrain(taken, like=state.token_B)
+    taken: dict[str, Any] = {
+        name: of_cache(getattr(state, name)) if name in _CACHES else getattr(state, name)[rows_B]
+        for name in state.__dataclass_fields__
+        if name != "step"
+    }
+    state = dataclasses.replace(state, **taken)
+    return _constrain(state, like=state.token_B)
