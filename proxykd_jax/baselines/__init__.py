@@ -28,7 +28,15 @@ class StudentMethod(Protocol):
 
 def method_of(config: Config) -> StudentMethod:
     """The method that ``config.method`` names."""
-    from proxykd_jax.baselines import black_box_kd, forward_kl, gkd, proxy_kd, takd
+    from proxykd_jax.baselines import (
+        black_box_kd,
+        forward_kl,
+        gkd,
+        minillm,
+        on_policy,
+        proxy_kd,
+        takd,
+    )
 
     match config.method.name:
         case "proxy_kd":
@@ -41,3 +49,7 @@ def method_of(config: Config) -> StudentMethod:
             return takd
         case "gkd":
             return gkd
+        case "on_policy":
+            return on_policy
+        case "minillm":
+            return minillm

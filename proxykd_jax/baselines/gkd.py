@@ -24,6 +24,7 @@ from proxykd_jax.baselines.rollouts import (
     read_places,
 )
 from proxykd_jax.baselines.scored import (
+    SCORER_TEXT,
     ScoredSpec,
     both_logits,
     frozen_of,
@@ -59,15 +60,17 @@ def train(run: StudentRun) -> None:
     """Warm-up, then GKD."""
     config, method = run.config, run.config.method
     assert isinstance(method, Gkd)
-    text: dict[str, dict[str, Rows]] = {"teacher": teacher_rows(config, run.corpus)}
-    if "scorer" in (method.warmup_text, method.fixed):
-        text["scorer"] = scorer_text(run)
-    rows = Joined(text[method.fixed])
+    # Without fixed answers only the prompts of these rows are looked at.
+    fixed = method.fixed if method.student_share < 1 else "teacher"
+    text = {"teacher": teacher_rows(config, run.corpus)}
+    if SCORER_TEXT in (fixed, method.warmup_text if method.warms_up else ""):
+        text[SCORER_TEXT] = scorer_text(run)
+    rows = Joined(text[fixed])
     plan, steps = prompt_plan(run, method, rows)
     optimizer = make_optimizer(config.distill.optimizer, steps)
     trainer = run.open_trainer(optimizer)
     look_at_untrained(run, trainer, {"rows": len(rows), "planned_steps": steps})
-    warm_up(run, method, trainer, text[method.warmup_text], optimizer)
+    warm_up(run, method, trainer, text.get(method.warmup_text, {}), optimizer)
     if trainer.progress.phase == 2:
         scorer, spec = load_scorer(run)
         trainer.frozen = frozen_of(run.student, scorer)
