@@ -31,6 +31,7 @@ def method_of(config: Config) -> StudentMethod:
     from proxykd_jax.baselines import (
         black_box_kd,
         forward_kl,
+        gad,
         gkd,
         minillm,
         on_policy,
@@ -53,3 +54,5 @@ def method_of(config: Config) -> StudentMethod:
             return on_policy
         case "minillm":
             return minillm
+        case "gad":
+            return gad

@@ -34,6 +34,8 @@ class MethodSection(Section):
     needs: ClassVar[Needs] = "labels"
     # Whether the student's texts are answers of the proxy, drawn before it trains.
     proxy_answers: ClassVar[bool] = False
+    # Whether a discriminator learns beside the student.
+    discriminates: ClassVar[bool] = False
 
     def defines(self) -> dict[str, Any]:
         """Values of the run's other keys that make it this method, nested as in the file."""
@@ -316,11 +318,11 @@ class Gad(OnlineSection):
 
     name: Literal["gad"] = "gad"
     needs: ClassVar[Needs] = "nothing"
+    discriminates: ClassVar[bool] = True
     samples_per_prompt: PositiveInt = Field(8, description="answers to a prompt")
     temperature: PositiveFloat = Field(
         0.8, description="of the student that answers and is trained"
     )
-    clip: PositiveFloat | None = Field(0.2, description="of the ratio; null: none")
     kl_weight: NonNegativeFloat = Field(0.001, description="of the KL to the warmed-up student")
     advantage_ddof: Literal[0, 1] = Field(1, description="std over n - 1 or over n answers")
     discriminator_learning_rate: PositiveFloat | None = Field(
