@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
-import numpy as np
 
 from proxykd_jax.baselines.online import look_at_untrained, prompt_plan, warm_up
 from proxykd_jax.baselines.rollouts import (
@@ -22,6 +21,7 @@ from proxykd_jax.baselines.rollouts import (
     answer_figures,
     given_answers,
     read_places,
+    student_answers,
 )
 from proxykd_jax.baselines.scored import (
     SCORER_TEXT,
@@ -40,7 +40,7 @@ from proxykd_jax.losses import (
     mixed_objective,
 )
 from proxykd_jax.parallel.sharding import put_rows
-from proxykd_jax.training.batches import Joined, Plan, phase_seed, planned_steps
+from proxykd_jax.training.batches import Joined, Plan, planned_steps
 from proxykd_jax.training.distillation import teacher_rows
 from proxykd_jax.training.loop import Trainer
 from proxykd_jax.training.objectives import Counts, Metrics, Objective
@@ -115,16 +115,6 @@ def _batches(
         yield put_rows(answer_batch(answers, run.corpus.max_length), run.mesh)
 
 
-def student_answers(seed: int, step: int, share: float) -> bool:
-    """Whether the student answers the batch of a step: u < share, u drawn for (seed, step).
-
-    0 means never and 1 always.
-    """
-    key = np.array([phase_seed(seed, "distill/who_answers"), step], np.uint64)
-    bits = np.random.Philox(key=key).random_raw()
-    return int(bits) >> 11 < share * 2.0**53
-
-
 @dataclass(frozen=True)
 class GkdObjective:
     """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; p is the scorer.
@@ -133,11 +123,13 @@ class GkdObjective:
       beta: on the scorer; 0 and 1 are the forward and the reverse KL.
       scorer_temperature: of p; the student's is 1.
       reduction: as in ``batch_terms``; the paper's is ``example_mean``.
+      weight: factor of the loss, not of the metric.
     """
 
     beta: float
     scorer_temperature: float
     reduction: str
+    weight: float = 1.0
 
     def counts(self, batch: AnswerBatch) -> Counts:
         return {"divergence": batch_count(batch.rows.mask_BL, reduction=self.reduction)}
@@ -161,7 +153,9 @@ class GkdObjective:
             params, rows, spec, divergence, rows.mask_BL, dropout_key=dropout_key
         )
         term = batch_terms(value_BL, rows.mask_BL, reduction=self.reduction)
-        loss, metrics = mixed_objective({"divergence": term}, {"divergence": 1.0}, counts=counts)
+        loss, metrics = mixed_objective(
+            {"divergence": term}, {"divergence": self.weight}, counts=counts
+        )
         return loss, {**metrics, **answer_figures(batch)}
 
     def terms(self) -> dict[str, Objective]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import optax
 
 from proxykd_jax.config import OptimizerConfig
-from proxykd_jax.config.methods import OnlineSection
+from proxykd_jax.config.methods import AnsweringSection, OnlineSection
 from proxykd_jax.data.collate import Rows
 from proxykd_jax.training.batches import (
     Plan,
@@ -28,7 +28,7 @@ from proxykd_jax.training.steps import make_train_step
 from proxykd_jax.training.student import StudentRun
 
 
-def prompt_plan(run: StudentRun, method: OnlineSection, prompts: Rows) -> tuple[Plan, int]:
+def prompt_plan(run: StudentRun, method: AnsweringSection, prompts: Rows) -> tuple[Plan, int]:
     """The prompts of each step, and the number of steps."""
     distill = run.config.distill
     plan = make_plan(

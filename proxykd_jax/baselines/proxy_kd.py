@@ -1,16 +1,22 @@
 """Proxy-KD (paper, eq. 11): NLL of the teacher's answers + alpha x weighted KL from the proxy.
 
-With ``distill.alpha: 0`` it is black-box KD. Fresh prompts, where the config names some, are
-answered and scored by the aligned proxy (beyond the paper).
+With ``distill.alpha: 0`` it is black-box KD. Beyond the paper: fresh prompts, where the config
+names some, are answered and scored by the aligned proxy; and with ``method.student_share`` some
+steps learn on the student's own answers (``mixing``).
 """
 
 from __future__ import annotations
 
+from proxykd_jax.baselines.mixing import mixed_course
+from proxykd_jax.config.methods import ProxyKd
 from proxykd_jax.data.collate import Rows
+from proxykd_jax.training.console import Console
 from proxykd_jax.training.distillation import (
+    FRESH,
     fit,
     fresh_rows,
     label_lesson,
+    stored_course,
     teacher_rows,
     teacher_splits,
     text_lesson,
@@ -26,10 +32,16 @@ def to_score(scoring: Scoring) -> dict[str, Rows]:
 
 def train(run: StudentRun) -> None:
     """Eq. 11 on D_s or all of D."""
-    config, corpus = run.config, run.corpus
+    config, corpus, method = run.config, run.corpus, run.config.method
+    assert isinstance(method, ProxyKd)
     rows = teacher_rows(config, corpus)
     if run.labels is None:
+        if len(corpus.split(FRESH)):
+            Console("distill").say(
+                "WARNING: with distill.alpha 0 nothing is learnt from corpus.fresh_prompts"
+            )
         fit(run, text_lesson(config, rows))
         return
     rows |= fresh_rows(config, corpus)
-    fit(run, label_lesson(config, rows, run.labels, nll_splits=teacher_splits(config)))
+    lesson = label_lesson(config, rows, run.labels, nll_splits=teacher_splits(config))
+    fit(run, lesson, mixed_course if method.student_share > 0 else stored_course)

@@ -16,7 +16,7 @@ import flax.struct
 import numpy as np
 from jax.sharding import Mesh
 
-from proxykd_jax.config.methods import OnlineSection
+from proxykd_jax.config.methods import AnsweringSection
 from proxykd_jax.data.collate import Rows, TokenRow, collate_rows
 from proxykd_jax.data.corpus import TokenCorpus
 from proxykd_jax.data.order import PlannedBatch, default_buckets
@@ -25,6 +25,7 @@ from proxykd_jax.generation.sampler import sample
 from proxykd_jax.losses import Term, count_tokens, reduce_examples
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.parallel.sharding import check_rows, put_rows
+from proxykd_jax.training.batches import phase_seed
 from proxykd_jax.training.objectives import Metrics
 from proxykd_jax.types import TokenBatch
 
@@ -80,7 +81,7 @@ class Answering:
     """
 
     model_config: ModelConfig
-    method: OnlineSection
+    method: AnsweringSection
     corpus: TokenCorpus
     mesh: Mesh
     seed: int
@@ -139,6 +140,16 @@ class Answering:
         return [
             None if row is None else next(found) for row in places for _ in range(self.per_prompt)
         ]
+
+
+def student_answers(seed: int, step: int, share: float) -> bool:
+    """Whether the student answers the batch of a step: u < share, u drawn for (seed, step).
+
+    0 means never and 1 always.
+    """
+    key = np.array([phase_seed(seed, "distill/who_answers"), step], np.uint64)
+    bits = np.random.Philox(key=key).random_raw()
+    return int(bits) >> 11 < share * 2.0**53
 
 
 def read_places(rows: Rows, planned: PlannedBatch) -> list[TokenRow | None]:

@@ -37,6 +37,8 @@ class MethodSection(Section):
     proxy_answers: ClassVar[bool] = False
     # Whether a discriminator learns beside the student.
     discriminates: ClassVar[bool] = False
+    # Whether the student learns from ``corpus.fresh_prompts``, where there are any.
+    uses_fresh_prompts: ClassVar[bool] = False
 
     def defines(self) -> dict[str, Any]:
         """Values of the run's other keys that make it this method, nested as in the file."""
@@ -51,10 +53,29 @@ class MethodSection(Section):
         return []
 
 
-class ProxyKd(MethodSection):
+class AnsweringSection(MethodSection):
+    """What the methods have in common whose student can answer while it trains."""
+
+    max_new_tokens: PositiveInt | None = Field(
+        None, description="length budget of a student's answer (default: what max_length leaves)"
+    )
+    sample_batch_size: PositiveInt = Field(32, description="answers decoded together")
+
+    def rows_a_step(self, batch_size: int) -> int:
+        """Prompts that a step takes."""
+        return batch_size
+
+
+class ProxyKd(AnsweringSection):
     """Proxy-KD (the paper): the teacher's texts, and the aligned proxy's distribution."""
 
     name: Literal["proxy_kd"] = "proxy_kd"
+    uses_fresh_prompts: ClassVar[bool] = True
+    student_share: Share = Field(
+        0.0,
+        description="share of steps that learn the proxy's distribution on answers of the student "
+        "itself (beyond the paper; above 0 the proxy is loaded beside it)",
+    )
 
 
 class BlackBoxKd(MethodSection):
@@ -188,17 +209,13 @@ class RandomLabels(MethodSection):
         return {"score": {"top_k": 1}}
 
 
-class OnlineSection(MethodSection):
+class OnlineSection(AnsweringSection):
     """What the methods have in common that train on the student's own answers as it gives them.
 
     They begin with a warm-up by NLL, whose optimizer is ``distill.optimizer`` with a state of its
     own. ``distill.max_steps`` counts the steps after it.
     """
 
-    max_new_tokens: PositiveInt | None = Field(
-        None, description="length budget of a student's answer (default: what max_length leaves)"
-    )
-    sample_batch_size: PositiveInt = Field(32, description="answers decoded together")
     warmup_epochs: NonNegativeInt = Field(
         1, description="passes of NLL before the method's own steps; 0: none"
     )
@@ -213,10 +230,6 @@ class OnlineSection(MethodSection):
     def warms_up(self) -> bool:
         """Whether there is a warm-up."""
         return self.warmup_epochs > 0 and self.warmup_max_steps != 0
-
-    def rows_a_step(self, batch_size: int) -> int:
-        """Prompts that a step takes."""
-        return batch_size
 
 
 class ScoredSection(OnlineSection):
@@ -267,6 +280,7 @@ class OnPolicy(ScoredSection):
     """On-policy distillation: the reverse KL to the proxy on the student's own answers."""
 
     name: Literal["on_policy"] = "on_policy"
+    uses_fresh_prompts: ClassVar[bool] = True
     scorer: Scorer = Field("aligned", description=_SCORER)
     form: Literal["full", "sampled"] = Field(
         "full", description="the KL over the vocabulary, or at the token drawn (authors')"

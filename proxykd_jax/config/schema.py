@@ -579,6 +579,33 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _fresh_prompts_are_used(self) -> Config:
+        if self.corpus.fresh_prompts and not self.method.uses_fresh_prompts:
+            raise ValueError(
+                f"corpus.fresh_prompts: method {self.method.name} would leave these prompts aside; "
+                "take them out, or choose proxy_kd or on_policy, which learn from them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _own_answers_are_learnt(self) -> Config:
+        share = getattr(self.method, "student_share", 0)
+        if self.method.name != "proxy_kd" or share == 0:
+            return self
+        if self.distill.alpha == 0:
+            raise ValueError(
+                f"method.student_share {share}: on the student's own answers there is alpha x KL "
+                "alone, and distill.alpha is 0; give it a weight, or leave student_share out"
+            )
+        if self.score.temperature != 1:
+            raise ValueError(
+                f"method.student_share {share}: on the student's own answers the KL is taken at "
+                f"temperature 1, and score.temperature is {self.score.temperature}; set it to 1, "
+                "or leave student_share out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _scorer_is_aligned(self) -> Config:
         wants = getattr(self.method, "scorer", None) == "aligned"
         if wants and self.align.alignment == "none":

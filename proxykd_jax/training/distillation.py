@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import optax
 
 from proxykd_jax.config import Config
 from proxykd_jax.data.collate import Rows
@@ -22,6 +23,7 @@ from proxykd_jax.generation.answered import AnsweredSplit
 from proxykd_jax.generation.samples import SampleStore
 from proxykd_jax.training.batches import (
     Joined,
+    Plan,
     ReadLabels,
     check_any_rows,
     count_steps,
@@ -31,9 +33,11 @@ from proxykd_jax.training.batches import (
     placed_batches,
     token_collate,
 )
+from proxykd_jax.training.loop import Trainer
 from proxykd_jax.training.objectives import DistillObjective, NllObjective, Objective
 from proxykd_jax.training.optimizer import make_optimizer
-from proxykd_jax.training.steps import make_diagnosis, make_train_step
+from proxykd_jax.training.state import Spec, TrainState, Tree
+from proxykd_jax.training.steps import Metrics, Step, make_diagnosis, make_train_step
 from proxykd_jax.training.student import StudentRun
 
 FRESH = "fresh"
@@ -135,7 +139,63 @@ def label_lesson(
     return Lesson(rows, objective, collate, _weight_figures(weights))
 
 
-def fit(run: StudentRun, lesson: Lesson) -> None:
+@dataclass(frozen=True)
+class Course:
+    """The steps that a student's training still has to take; as in ``Trainer.run_phase``.
+
+    Attributes:
+      step, diagnose: of one objective.
+      batches: that they take.
+      from_state: each batch is made from the state that it will train.
+    """
+
+    step: Step
+    diagnose: Callable[[TrainState, Tree, Any], Metrics] | None
+    batches: Iterator[Any]
+    from_state: bool = False
+
+    @staticmethod
+    def of(
+        config: Config,
+        spec: Spec,
+        objective: Objective,
+        optimizer: optax.GradientTransformation,
+        batches: Iterator[Any],
+        *,
+        from_state: bool = False,
+    ) -> Course:
+        """The course by which an objective is minimised."""
+        microbatches = config.distill.microbatches
+        step = make_train_step(
+            spec, objective, optimizer, microbatches=microbatches, seed=config.seed
+        )
+        diagnose = None
+        if objective.terms():
+            diagnose = make_diagnosis(spec, objective, microbatches=microbatches)
+        return Course(step, diagnose, batches, from_state)
+
+
+# (run, lesson, trainer, plan, steps, optimizer) -> what the steps from the trainer's on are.
+MakeCourse = Callable[
+    [StudentRun, Lesson, Trainer, Plan, int, optax.GradientTransformation], Course
+]
+
+
+def stored_course(
+    run: StudentRun,
+    lesson: Lesson,
+    trainer: Trainer,
+    plan: Plan,
+    steps: int,
+    optimizer: optax.GradientTransformation,
+) -> Course:
+    """All steps learn from what is on disk."""
+    start = trainer.progress.phase_step
+    batches = placed_batches(plan, lesson.collate, start=start, stop=steps, mesh=run.mesh)
+    return Course.of(run.config, run.student.spec, lesson.objective, optimizer, batches)
+
+
+def fit(run: StudentRun, lesson: Lesson, make_course: MakeCourse = stored_course) -> None:
     """Trains the student, or goes on where it was cut off, and marks the stage complete.
 
     Phase 0 is the look at the untrained student, phase 1 the training.
@@ -157,17 +217,14 @@ def fit(run: StudentRun, lesson: Lesson) -> None:
         figures = {"rows": len(lesson.rows), "planned_steps": steps, **lesson.figures}
         trainer.finish_phase("untrained", figures, keep=True)
     if progress.phase == 1:
-        spec, options = run.student.spec, {"microbatches": distill.microbatches}
+        course = make_course(run, lesson, trainer, plan, steps, optimizer)
         trainer.run_phase(
             "train",
-            make_train_step(spec, lesson.objective, optimizer, seed=config.seed, **options),
-            placed_batches(
-                plan, lesson.collate, start=progress.phase_step, stop=steps, mesh=run.mesh
-            ),
+            course.step,
+            course.batches,
             steps,
-            diagnose=make_diagnosis(spec, lesson.objective, **options)
-            if lesson.objective.terms()
-            else None,
+            diagnose=course.diagnose,
+            from_state=course.from_state,
         )
         trainer.finish_phase("train", {}, keep=False)
     trainer.finish(run.folder, {"rows": len(lesson.rows)})

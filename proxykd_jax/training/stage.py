@@ -47,10 +47,12 @@ def training_settings(
 ) -> dict[str, Any]:
     """The keys that decide what a stage makes of its model."""
     section, model = getattr(config, stage), getattr(config, role)
-    # Proxy-KD has no keys of its own, so the runs made before there were others stay valid.
-    other = stage == "distill" and config.method.name != "proxy_kd"
+    method = config.method
+    # Plain Proxy-KD reads no key of its own, so the runs made before there were any stay valid.
+    plain = method.name == "proxy_kd" and method.student_share == 0
+    other = stage == "distill" and not plain
     return {
-        **({"method": config.method.model_dump(mode="json")} if other else {}),
+        **({"method": method.model_dump(mode="json")} if other else {}),
         "seed": config.seed,
         role: model.model_dump(mode="json", exclude={"config", "remat"}),
         stage: section.model_dump(mode="json", exclude=_UNIMPORTANT),
