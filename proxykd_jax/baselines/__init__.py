@@ -31,7 +31,11 @@ def method_of(config: Config) -> StudentMethod:
     from proxykd_jax.baselines import (
         black_box_kd,
         forward_kl,
+        gad,
+        gkd,
         mentor_kd,
+        minillm,
+        on_policy,
         proxy_kd,
         random_labels,
         soda,
@@ -53,3 +57,11 @@ def method_of(config: Config) -> StudentMethod:
             return random_labels
         case "soda":
             return soda
+        case "gkd":
+            return gkd
+        case "on_policy":
+            return on_policy
+        case "minillm":
+            return minillm
+        case "gad":
+            return gad

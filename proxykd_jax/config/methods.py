@@ -13,36 +13,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from proxykd_jax.config.method_section import SCORER, MethodSection, Needs, Scorer, scored_by
+from proxykd_jax.config.online_methods import Gad, Gkd, MiniLlm, OnPolicy
 from proxykd_jax.config.section import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
-    Probability,
-    Section,
     Share,
 )
-
-# What a method takes beside the teacher's texts: nothing, the proxy's soft labels on disk, or the
-# proxy itself while the student trains.
-Needs = Literal["nothing", "labels", "proxy"]
-Scorer = Literal["unaligned", "aligned"]
-_SCORER = "the white-box model whose distribution is learnt: the proxy as it is, or aligned"
-
-
-class MethodSection(Section):
-    """A method's knobs. A class of each method adds its name and its keys."""
-
-    needs: ClassVar[Needs] = "labels"
-    # Whether the student's texts are answers of the proxy, drawn before it trains.
-    proxy_answers: ClassVar[bool] = False
-
-    def defines(self) -> dict[str, Any]:
-        """Values of the run's other keys that make it this method, nested as in the file."""
-        return {}
-
-    def suggests(self) -> dict[str, Any]:
-        """Values in place of the preset's, which a file may change."""
-        return {}
 
 
 class ProxyKd(MethodSection):
@@ -66,7 +44,7 @@ class ForwardKl(MethodSection):
 
     name: Literal["forward_kl"] = "forward_kl"
     proxy_answers: ClassVar[bool] = True
-    scorer: Scorer = Field("unaligned", description=_SCORER)
+    scorer: Scorer = Field("unaligned", description=SCORER)
     kl_weight: NonNegativeFloat = Field(
         0.5, description="weight of the forward KL (LMOps minillm/finetune.py)"
     )
@@ -76,7 +54,7 @@ class ForwardKl(MethodSection):
 
     def defines(self) -> dict[str, Any]:
         return {
-            **_scored_by(self.scorer),
+            **scored_by(self.scorer),
             "distill": {
                 "alpha": self.kl_weight,
                 "nll_weight": self.nll_weight,
@@ -182,87 +160,19 @@ class RandomLabels(MethodSection):
         return {"score": {"top_k": 1}}
 
 
-class MiniLlm(MethodSection):
-    """MiniLLM: the reverse KL of whole answers by policy gradient, the scorer at hand."""
-
-    name: Literal["minillm"] = "minillm"
-    needs: ClassVar[Needs] = "proxy"
-    scorer: Scorer = Field("unaligned", description=_SCORER)
-    teacher_mixing: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.2, description="a: tokens are drawn from a p + (1 - a) q"
-    )
-    clip: PositiveFloat = Field(0.2, description="eps of the clipped ratio")
-    rollouts: PositiveInt = Field(256, description="answers collected before an update")
-    inner_epochs: PositiveInt = Field(4, description="passes over them")
-    temperature: PositiveFloat = Field(1.0, description="temperature of sampling")
-    include_current: bool = Field(
-        False, description="the return counts a token's own reward too (authors' code)"
-    )
-    discount: Probability = Field(1.0, description="of later rewards (authors' code: 0.95)")
-    length_normalize: bool = Field(True, description="divide a return by its number of terms")
-    weight_single_step: bool = Field(
-        True, description="importance weights on the exact term too (authors' code: no)"
-    )
-    reward_scale: PositiveFloat = Field(1.0, description="of rewards (authors' code: 2)")
-    reward_clip: PositiveFloat | None = Field(
-        None, description="largest reward after scaling (authors' code: 100)"
-    )
-    whiten: Literal["none", "responses", "padding_too"] = Field(
-        "none", description="advantages less their mean, over their std (code: padding_too)"
-    )
-    anchor: Literal["none", "nll_on_scorer_text"] = Field(
-        "none", description="an NLL beside, in place of the paper's on plain text"
-    )
-    anchor_weight: NonNegativeFloat = Field(1.0, description="weight of that NLL")
-
-
-class Gkd(MethodSection):
-    """GKD: a generalised JSD to the scorer on the student's own answers and on fixed ones."""
-
-    name: Literal["gkd"] = "gkd"
-    needs: ClassVar[Needs] = "proxy"
-    scorer: Scorer = Field("unaligned", description=_SCORER)
-    beta: Share = Field(
-        1.0, description="of the JSD, on the scorer: 0 is the forward KL, 1 the reverse KL"
-    )
-    student_share: Share = Field(
-        1.0, description="lambda: share of batches that the student answers itself"
-    )
-    temperature: PositiveFloat = Field(1.0, description="temperature of the student's sampling")
-    scorer_temperature: PositiveFloat = Field(
-        1.0, description="temperature of the scorer's softmax"
-    )
-
-
-class OnPolicy(MethodSection):
-    """On-policy distillation: the reverse KL to the proxy on the student's own answers."""
-
-    name: Literal["on_policy"] = "on_policy"
-    needs: ClassVar[Needs] = "proxy"
-    scorer: Scorer = Field("aligned", description=_SCORER)
-    form: Literal["full", "sampled"] = Field(
-        "full", description="the KL over the vocabulary, or at the token drawn (authors')"
-    )
-    coef: PositiveFloat = Field(1.0, description="of the per-token reward")
-    samples_per_prompt: PositiveInt = Field(4, description="answers to a prompt")
-
-
-class Gad(MethodSection):
-    """GAD: a discriminator between teacher and student is the student's reward."""
-
-    name: Literal["gad"] = "gad"
-    needs: ClassVar[Needs] = "nothing"
-    samples_per_prompt: PositiveInt = Field(8, description="answers to a prompt")
-    temperature: PositiveFloat = Field(0.8, description="temperature of sampling")
-    clip: PositiveFloat = Field(0.2, description="of the ratio")
-    kl_weight: NonNegativeFloat = Field(0.001, description="of the KL to the warmed-up student")
-    advantage_ddof: Literal[0, 1] = Field(1, description="std over n - 1 or over n answers")
-    warmup_epochs: PositiveInt = Field(1, description="passes of NLL, the discriminator beside")
-
-
 # Those that ``distill`` can run.
 Method = Annotated[
-    ProxyKd | BlackBoxKd | ForwardKl | Takd | MentorKd | Soda | RandomLabels,
+    ProxyKd
+    | BlackBoxKd
+    | ForwardKl
+    | Takd
+    | MentorKd
+    | Soda
+    | RandomLabels
+    | Gkd
+    | OnPolicy
+    | MiniLlm
+    | Gad,
     Field(discriminator="name"),
 ]
 
@@ -291,10 +201,6 @@ def contradictions(
                 f"(got {json.dumps(given)}); leave it out, or change the method's own keys"
             )
     return problems
-
-
-def _scored_by(scorer: Scorer) -> dict[str, Any]:
-    return {"align": {"alignment": "none"}} if scorer == "unaligned" else {}
 
 
 def _mixed(lam: float) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from proxykd_jax.config.methods import Method, Needs, ProxyKd
+from proxykd_jax.config.method_section import Needs
+from proxykd_jax.config.methods import Method, ProxyKd
+from proxykd_jax.config.online_methods import MiniLlm
 from proxykd_jax.config.section import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -585,6 +587,15 @@ class Config(Section):
             raise ValueError(
                 "method.scorer is aligned, but align.alignment is none: choose how far the proxy "
                 "is aligned, or scorer: unaligned"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _whole_updates(self) -> Config:
+        method, rows = self.method, self.distill.batch_size
+        if isinstance(method, MiniLlm) and method.rollouts % rows:
+            raise ValueError(
+                f"method.rollouts {method.rollouts} must be a multiple of distill.batch_size {rows}"
             )
         return self
 

@@ -18,12 +18,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from proxykd_jax.losses import mixture_logps
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.llama import KVCache, forward_cached, init_cache, unembed
 from proxykd_jax.parallel.sharding import CACHE, ROWS, constrain
 
 # Fixed, so that a changed default of the random generator cannot change samples.
 _KEY_IMPLEMENTATION = "threefry2x32"
+# Fields of a state that are caches.
+_CACHES = ("cache", "other_cache")
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,26 @@ class DrawSettings:
     end_token_ids: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Mixing:
+    """Tokens are drawn from share x another model + (1 - share) x the first; static under jit.
+
+    Attributes:
+      config: the other model's shapes; it has the first one's token ids.
+      share: of its probabilities, 0 to 1.
+    """
+
+    config: ModelConfig
+    share: float
+
+
 @flax.struct.dataclass
 class DecodeState:
     """B rows in the middle of decoding. All have seen the same number of steps.
 
     Attributes:
       cache: keys and values of prompts and answers so far.
+      other_cache: those of the model that is mixed in; None without one.
       step: int32 scalar, tokens drawn so far by a row that is not done.
       token_B: int32, the last token drawn.
       done_B: bool, ended or at its budget.
@@ -62,6 +79,7 @@ class DecodeState:
     """
 
     cache: KVCache
+    other_cache: KVCache | None
     step: jax.Array
     token_B: jax.Array
     done_B: jax.Array
@@ -171,35 +189,45 @@ def _record(logits_BV: jax.Array, state: DecodeState, settings: DrawSettings) ->
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "slots", "settings"))
+@functools.partial(jax.jit, static_argnames=("config", "slots", "settings", "mixing"))
 def prefill(
     params: Any,
     adapter: Any,
     batch: PromptBatch,
     seed: jax.Array,
     round_index: jax.Array,
+    other: tuple[Any, Any] | None = None,
     *,
     config: ModelConfig,
     slots: int,
     settings: DrawSettings,
+    mixing: Mixing | None = None,
 ) -> DecodeState:
-    """Runs the prompts through the model and draws the first token of each row."""
-    num_rows, length = batch.tokens_BL.shape
-    cache_dtype = params["embed"]["embedding"].dtype
+    """Runs the prompts through the model and draws the first token of each row.
+
+    With ``mixing`` the other model's (params, adapter) are in ``other``.
+    """
+    num_rows = batch.tokens_BL.shape[0]
     positions_BL = jnp.cumsum(batch.valid_BL, axis=1, dtype=jnp.int32) - 1
-    hidden_BLD, cache = forward_cached(
-        params,
-        adapter,
+
+    def empty(params: Any, config: ModelConfig) -> KVCache:
+        return init_cache(config, num_rows, slots, params["embed"]["embedding"].dtype)
+
+    logits_BV, cache, other_cache = _next_logits(
+        (params, adapter),
+        other,
         batch.tokens_BL,
-        init_cache(config, num_rows, slots, cache_dtype),
+        empty(params, config),
+        None if mixing is None or other is None else empty(other[0], mixing.config),
         config=config,
+        mixing=mixing,
         positions_BL=positions_BL,
         valid_BL=batch.valid_BL,
     )
-    logits_BV = unembed(params, hidden_BLD[:, length - 1], config=config)
     zeros_B = jnp.zeros(num_rows, jnp.int32)
     state = DecodeState(
         cache=cache,
+        other_cache=other_cache,
         step=jnp.zeros((), jnp.int32),
         token_B=zeros_B,
         done_B=batch.budgets_B <= 0,
@@ -211,29 +239,72 @@ def prefill(
         budgets_B=batch.budgets_B,
         prompt_lengths_B=batch.valid_BL.sum(axis=1, dtype=jnp.int32),
     )
-    return _constrain(_record(logits_BV, state, settings), like=hidden_BLD)
+    return _constrain(_record(logits_BV, state, settings), like=logits_BV)
+
+
+def _next_logits(
+    weights: tuple[Any, Any],
+    other: tuple[Any, Any] | None,
+    tokens_BL: jax.Array,
+    cache: KVCache,
+    other_cache: KVCache | None,
+    *,
+    config: ModelConfig,
+    mixing: Mixing | None,
+    **places: Any,
+) -> tuple[jax.Array, KVCache, KVCache | None]:
+    """Logits of the token after the last one of each row, and the caches with the new tokens.
+
+    Of a mixture they are its log-probs.
+    """
+
+    def logits(
+        weights: tuple[Any, Any], cache: KVCache, config: ModelConfig
+    ) -> tuple[jax.Array, KVCache]:
+        hidden_BLD, cache = forward_cached(*weights, tokens_BL, cache, config=config, **places)
+        return unembed(weights[0], hidden_BLD[:, -1], config=config), cache
+
+    logits_BV, cache = logits(weights, cache, config)
+    if mixing is None or other is None or other_cache is None:
+        return logits_BV, cache, None
+    other_BV, other_cache = logits(other, other_cache, mixing.config)
+    # Rows of a vocabulary that only one of the two has stand for no token.
+    most = min(logits_BV.shape[-1], other_BV.shape[-1])
+    logps_BV, other_logps_BV = (jax.nn.log_softmax(x[:, :most]) for x in (logits_BV, other_BV))
+    mixed_BV = mixture_logps(other_logps_BV, logps_BV, scorer_share=mixing.share)
+    return mixed_BV, cache, other_cache
 
 
 def decode_specs(state: DecodeState) -> DecodeState:
     """The PartitionSpec of every array of a state (or of its shapes)."""
     specs = jax.tree.map(lambda x: ROWS if x.ndim else PartitionSpec(), state)
-    cache = dataclasses.replace(specs.cache, k_NBGSC=CACHE, v_NBGSC=CACHE, positions_BS=ROWS)
-    return dataclasses.replace(specs, cache=cache)
+
+    def of_cache(specs: Any) -> Any:
+        if specs is None:
+            return None
+        return dataclasses.replace(specs, k_NBGSC=CACHE, v_NBGSC=CACHE, positions_BS=ROWS)
+
+    caches = {name: of_cache(getattr(specs, name)) for name in _CACHES}
+    return dataclasses.replace(specs, **caches)
 
 
 def _constrain(state: DecodeState, like: jax.Array) -> DecodeState:
     return jax.tree.map(lambda x, spec: constrain(x, spec, like=like), state, decode_specs(state))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "settings"), donate_argnames=("state",))
+@functools.partial(
+    jax.jit, static_argnames=("config", "settings", "mixing"), donate_argnames=("state",)
+)
 def decode(
     params: Any,
     adapter: Any,
     state: DecodeState,
     few: jax.Array,
+    other: tuple[Any, Any] | None = None,
     *,
     config: ModelConfig,
     settings: DrawSettings,
+    mixing: Mixing | None = None,
 ) -> DecodeState:
     """Goes on until at most ``few`` rows (int32 scalar) are not done."""
 
@@ -242,17 +313,19 @@ def decode(
 
     def step(state: DecodeState) -> DecodeState:
         positions_B = state.prompt_lengths_B + state.step - 1
-        hidden_BLD, cache = forward_cached(
-            params,
-            adapter,
+        logits_BV, cache, other_cache = _next_logits(
+            (params, adapter),
+            other,
             state.token_B[:, None],
             state.cache,
+            state.other_cache,
             config=config,
+            mixing=mixing,
             positions_BL=positions_B[:, None],
             valid_BL=~state.done_B[:, None],
         )
-        logits_BV = unembed(params, hidden_BLD[:, 0], config=config)
-        return _record(logits_BV, dataclasses.replace(state, cache=cache), settings)
+        state = dataclasses.replace(state, cache=cache, other_cache=other_cache)
+        return _record(logits_BV, state, settings)
 
     return jax.lax.while_loop(go_on, step, state)
 
@@ -260,20 +333,21 @@ def decode(
 @jax.jit
 def take_rows(state: DecodeState, rows_B: jax.Array) -> DecodeState:
     """The state of some rows (int32 indices), in the order given."""
-    cache = state.cache
-    rest = {
-        name: getattr(state, name)[rows_B]
-        for name in state.__dataclass_fields__
-        if name not in ("cache", "step")
-    }
-    taken = dataclasses.replace(
-        state,
-        cache=dataclasses.replace(
+
+    def of_cache(cache: KVCache | None) -> KVCache | None:
+        if cache is None:
+            return None
+        return dataclasses.replace(
             cache,
             k_NBGSC=cache.k_NBGSC[:, rows_B],
             v_NBGSC=cache.v_NBGSC[:, rows_B],
             positions_BS=cache.positions_BS[rows_B],
-        ),
-        **rest,
-    )
-    return _constrain(taken, like=state.token_B)
+        )
+
+    taken: dict[str, Any] = {
+        name: of_cache(getattr(state, name)) if name in _CACHES else getattr(state, name)[rows_B]
+        for name in state.__dataclass_fields__
+        if name != "step"
+    }
+    state = dataclasses.replace(state, **taken)
+    return _constrain(state, like=state.token_B)

@@ -19,6 +19,7 @@ from proxykd_jax.errors import UserError
 from proxykd_jax.generation.decode import (
     DecodeState,
     DrawSettings,
+    Mixing,
     PromptBatch,
     decode,
     prefill,
@@ -83,6 +84,8 @@ def sample(
     vocab_size: int | None = None,
     put: Callable[[PromptBatch], PromptBatch] | None = None,
     rows_multiple: int = 1,
+    other: tuple[Any, Any] | None = None,
+    mixing: Mixing | None = None,
 ) -> list[Sample]:
     """Draws one answer for each prompt.
 
@@ -105,6 +108,8 @@ def sample(
       put: places a batch of prompts on devices; by default jax decides.
       rows_multiple: every batch has a multiple of so many rows (the ways in which the mesh splits
         them); ``batch_size`` must be one.
+      other, mixing: another model's (params, adapter), and how it is mixed in; both or neither.
+        Log-probs are then the mixture's.
 
     Returns:
       A sample a prompt, in the order given.
@@ -113,6 +118,8 @@ def sample(
       ValueError: lists of different lengths, an empty prompt, arguments out of range.
       UserError: the model gives log-probs that are not numbers.
     """
+    if (other is None) != (mixing is None):
+        raise ValueError("other and mixing are given together, or neither.")
     settings = _check(
         prompts,
         row_ids,
@@ -136,7 +143,7 @@ def sample(
             [int(max_new_tokens[i]) for i in rows],
             batch_size,
             rows_multiple,
-            config,
+            [config] if mixing is None else [config, mixing.config],
         )
         state = prefill(
             params,
@@ -144,13 +151,19 @@ def sample(
             batch if put is None else put(batch),
             np.uint32(seed),
             np.uint32(round_index),
+            other,
             config=config,
             slots=slots,
             settings=settings,
+            mixing=mixing,
         )
-        for row, answer in _decode_all(
-            params, adapter, state, rows, config, settings, rows_multiple
-        ):
+
+        def go_on(state: DecodeState, few: np.int32) -> DecodeState:
+            return decode(
+                params, adapter, state, few, other, config=config, settings=settings, mixing=mixing
+            )
+
+        for row, answer in _decode_all(go_on, state, rows, rows_multiple):
             samples[row] = answer
     return samples
 
@@ -196,17 +209,19 @@ def _prompt_batch(
     budgets: list[int],
     batch_size: int,
     rows_multiple: int,
-    config: ModelConfig,
+    configs: list[ModelConfig],
 ) -> tuple[PromptBatch, int]:
-    """The prompts on the shapes' ladder, and the slots that their cache needs."""
+    """The prompts on the shapes' ladder, and the slots that a cache of each model needs."""
     num_rows = _halvings(batch_size, rows_multiple, len(prompts))
     longest = max(len(prompt) for prompt in prompts)
     needed = longest + max(budgets)
     # The padding must not push a model beyond the positions it has.
-    length = min(prompt_bucket(longest), max(longest, config.max_positions - max(budgets)))
+    most = min(config.max_positions for config in configs)
+    length = min(prompt_bucket(longest), max(longest, most - max(budgets)))
     slots = slot_bucket(length + max(budgets))
-    if config.rope.kind == "dynamic":  # not defined beyond, not even for slots that stay empty
-        slots = min(slots, max(needed, config.max_positions))
+    for config in configs:
+        if config.rope.kind == "dynamic":  # not defined beyond, not even for slots that stay empty
+            slots = min(slots, max(needed, config.max_positions))
     tokens_BL = np.zeros((num_rows, length), np.int32)
     valid_BL = np.zeros((num_rows, length), bool)
     words_BW = np.zeros((num_rows, _ROW_WORDS), np.uint32)
@@ -236,12 +251,9 @@ def _halvings(num_rows: int, multiple: int, needed: int) -> int:
 
 
 def _decode_all(
-    params: Any,
-    adapter: Any,
+    go_on: Callable[[DecodeState, np.int32], DecodeState],
     state: DecodeState,
     rows: list[int],
-    config: ModelConfig,
-    settings: DrawSettings,
     rows_multiple: int,
 ) -> list[tuple[int, Sample]]:
     """Decodes a batch to its end, in ever smaller batches. Returns (row, sample) pairs."""
@@ -250,7 +262,7 @@ def _decode_all(
     while True:
         size = len(places)
         smaller = size // 2 if size // 2 >= _SMALLEST_BATCH else 0
-        state = decode(params, adapter, state, np.int32(smaller), config=config, settings=settings)
+        state = go_on(state, np.int32(smaller))
         done_B, finished_B, count_B = fetch((state.done_B, state.finished_B, state.count_B))
         most = int(count_B.max())
         tokens_BS, logps_BS = fetch((state.tokens_BS, state.logps_BS))

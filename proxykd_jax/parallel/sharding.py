@@ -25,6 +25,7 @@ _BACK = r"(o_proj|down_proj)"
 TABLE: tuple[tuple[str, P], ...] = (
     (r"embed/embedding$", P("tensor", "fsdp")),
     (r"lm_head/kernel$", P("fsdp", "tensor")),
+    (r"score_head/kernel$", P("fsdp")),
     # The codes and scales of a quantised kernel are cut like the kernel.
     (rf"{_WIDE}/kernel(/codes|/scales)?$", P(None, "fsdp", "tensor")),
     (rf"{_BACK}/kernel(/codes|/scales)?$", P(None, "tensor", "fsdp")),

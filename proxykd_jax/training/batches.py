@@ -174,6 +174,16 @@ def placed_batches(
         yield put_own_rows(batch, mesh, part) if part[1] > 1 else put_rows(batch, mesh)
 
 
+def planned_steps(plan: Plan, *, start: int, stop: int) -> Iterator[tuple[int, PlannedBatch]]:
+    """(step, planned batch) of the steps from ``start`` to ``stop``, whole on every process.
+
+    For batches that are made from the state that they will train.
+    """
+    stream = BatchStream(plan, lambda planned: planned)
+    for step in range(start, stop):
+        yield step, stream.planned(step)
+
+
 def token_collate(rows: Rows) -> Callable[[PlannedBatch], TokenBatch]:
     """Batches of NLL alone."""
 

@@ -17,7 +17,7 @@ from proxykd_jax.types import TokenBatch
 # float32 logits of this many elements (256 MiB) a device are kept whole; above, positions are
 # chunked.
 # Not tuned: chunking costs a second projection in the backward pass.
-_WHOLE_LOGITS = 1 << 26
+WHOLE_LOGITS = 1 << 26
 
 
 def label_logps(
@@ -48,7 +48,7 @@ def label_logps(
         params, adapter, batch, config=spec.config, remat=spec.remat, dropout_key=dropout_key
     )
     length = batch.tokens_BL.shape[1]
-    chunk = positions_within(_WHOLE_LOGITS, hidden_BLD, spec.config.vocab_size)
+    chunk = positions_within(WHOLE_LOGITS, hidden_BLD, spec.config.vocab_size)
 
     def head(hidden: jax.Array, labels: jax.Array, *ids: jax.Array) -> tuple[jax.Array, ...]:
         logits = unembed(params, hidden, config=spec.config)

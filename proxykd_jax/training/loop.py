@@ -214,16 +214,19 @@ class Trainer:
         *,
         diagnose: Callable[[TrainState, Tree, Any], Metrics] | None = None,
         check_first: Callable[[dict[str, float]], None] | None = None,
+        from_state: bool = False,
     ) -> None:
         """Takes the steps of a phase that are still to be taken; ``finish_phase`` must follow.
 
         Args:
           phase: its name in the log.
           step_fn: from ``make_train_step``.
-          batches: placed batches, from step ``progress.phase_step`` of the phase on.
+          batches: what ``step_fn`` takes, from step ``progress.phase_step`` of the phase on.
           num_steps: of the whole phase.
           diagnose: from ``make_diagnosis``.
           check_first: sees the metrics of the phase's first step, and raises if they are wrong.
+          from_state: each batch is made from ``state`` when it is asked for; a step's metrics are
+            then looked at before the next, so that a state that is not finite makes none.
 
         Raises:
           UserError: the loss or a gradient is not finite; nothing of that step was saved.
@@ -232,7 +235,7 @@ class Trainer:
         if self._stopped():
             return  # at the very checkpoint that was restored
         with saves_on_stop():
-            self._take_steps(phase, step_fn, batches, num_steps, diagnose, check_first)
+            self._take_steps(phase, step_fn, batches, num_steps, diagnose, check_first, from_state)
 
     def _take_steps(
         self,
@@ -242,6 +245,7 @@ class Trainer:
         num_steps: int,
         diagnose: Callable[[TrainState, Tree, Any], Metrics] | None,
         check_first: Callable[[dict[str, float]], None] | None,
+        from_state: bool,
     ) -> None:
         progress, every = self.progress, self.every
         waiting: tuple[int, int, Metrics, float] | None = None
@@ -265,6 +269,9 @@ class Trainer:
             started = now
             if progress.phase_step == 1 and check_first is not None:
                 check_first({name: float(value) for name, value in metrics.items()})
+            if from_state:
+                self._report(phase, num_steps, waiting)
+                waiting = None
             at_end = progress.phase_step == num_steps
             validates = (
                 self.validate is not None

@@ -52,14 +52,19 @@ class Model:
         return dataclasses.replace(self, trainable=trainable)
 
     @property
+    def weights(self) -> tuple[Tree, Tree | None]:
+        """(params, adapter) for a forward pass."""
+        return self.spec.bind(self.frozen, self.trainable)
+
+    @property
     def params(self) -> Tree:
         """Weights for a forward pass."""
-        return self.spec.bind(self.frozen, self.trainable)[0]
+        return self.weights[0]
 
     @property
     def adapter(self) -> Tree | None:
         """The adapter for a forward pass, if there is one."""
-        return self.spec.bind(self.frozen, self.trainable)[1]
+        return self.weights[1]
 
 
 def model_origin(section: ModelSection) -> str:

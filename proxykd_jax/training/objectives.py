@@ -50,10 +50,13 @@ class Objective(Hashable, Protocol):
         adapter: Tree | None,
         batch: Any,
         counts: Counts,
-        spec: ModelSpec,
+        spec: Any,
         dropout_key: jax.Array | None,
     ) -> tuple[jax.Array, Metrics]:
-        """This micro-batch's share of the loss, and sums with counts to be added up."""
+        """This micro-batch's share of the loss, and sums with counts to be added up.
+
+        ``params`` and ``adapter`` are what ``spec.bind`` gives: one model, or several.
+        """
 
     def terms(self) -> dict[str, Objective]:
         """Each term of the loss alone with its weight, for gradient norms."""

@@ -11,6 +11,7 @@ from proxykd_jax.artifacts import MANIFEST, read_json, stage_identity
 from proxykd_jax.config import Config, ModelSection, OptimizerConfig
 from proxykd_jax.errors import UserError
 from proxykd_jax.training.checkpoint import Checkpoints
+from proxykd_jax.training.discriminator import adversarial_optimizer, init_discriminator
 from proxykd_jax.training.model import Model, load_for_training
 from proxykd_jax.training.optimizer import make_optimizer
 from proxykd_jax.training.state import abstract_state
@@ -36,6 +37,7 @@ def load_finished(
     seed: int,
     mesh: Mesh,
     which: Which | int,
+    discriminates: bool = False,
 ) -> Model:
     """The model of a finished stage.
 
@@ -45,6 +47,7 @@ def load_finished(
       folder: the stage's folder.
       role, seed, mesh: as in ``load_for_training``.
       which: ``best``, ``last``, or the step of a checkpoint that was kept.
+      discriminates: a discriminator learnt beside the model.
 
     Raises:
       UserError: not finished, no such checkpoint, or damaged files.
@@ -59,10 +62,13 @@ def load_finished(
             f"{folder} keeps no checkpoint of step {step}; it has {checkpoints.steps()}."
         )
     # The learning rate's course does not change the structure of the optimizer's state.
-    target = abstract_state(model.trainable, make_optimizer(optimizer, 1), mesh)
-    state, _ = checkpoints.restore(step, target)
+    chain, trainable = make_optimizer(optimizer, 1), model.trainable
+    if discriminates:
+        chain = adversarial_optimizer(optimizer, 1, discriminator_learning_rate=None)
+        trainable = {"student": trainable, "discriminator": init_discriminator(model, mesh)}
+    state, _ = checkpoints.restore(step, abstract_state(trainable, chain, mesh))
     checkpoints.close()
-    return model.at(state.trainable)
+    return model.at(state.trainable["student"] if discriminates else state.trainable)
 
 
 def load_aligned_proxy(config: Config, mesh: Mesh, which: Which | int | None = None) -> Model:
@@ -95,4 +101,5 @@ def load_student(config: Config, mesh: Mesh, which: Which | int | None = None) -
         seed=config.seed,
         mesh=mesh,
         which=config.export.state if which is None else which,
+        discriminates=config.method.discriminates,
     )

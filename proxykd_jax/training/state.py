@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import flax.struct
 import jax
@@ -56,11 +58,33 @@ class ModelSpec:
         return jax.tree.map(lambda x: x.astype(self.dtype), trainable), None
 
 
+class Spec(Hashable, Protocol):
+    """The static half of what a step trains: a ``ModelSpec``, or several models together."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture of what learns."""
+        ...
+
+    def bind(self, frozen: Tree, trainable: Tree) -> tuple[Tree, Tree | None]:
+        """The first two arguments of an objective's ``share``."""
+        ...
+
+
 def init_state(trainable: Tree, optimizer: optax.GradientTransformation) -> TrainState:
     """Step 0."""
     return TrainState(
         step=jnp.zeros((), jnp.int32), trainable=trainable, opt_state=optimizer.init(trainable)
     )
+
+
+def with_fresh_optimizer(
+    state: TrainState, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """The same model before its first step by an optimizer."""
+    shapes = jax.eval_shape(optimizer.init, state.trainable)
+    make = jax.jit(optimizer.init, out_shardings=tree_shardings(shapes, mesh))
+    return dataclasses.replace(state, opt_state=make(state.trainable))
 
 
 def abstract_state(

@@ -12,7 +12,7 @@ import optax
 
 from proxykd_jax.losses import batch_mean
 from proxykd_jax.training.objectives import Objective
-from proxykd_jax.training.state import ModelSpec, TrainState, Tree
+from proxykd_jax.training.state import Spec, TrainState, Tree
 
 # A round takes the steps of the round before: what is compiled is a function of the arguments.
 _compiled_once = functools.lru_cache(maxsize=16)
@@ -23,7 +23,7 @@ Step = Callable[[TrainState, Tree, Any], tuple[TrainState, Metrics]]
 
 @_compiled_once
 def make_train_step(
-    spec: ModelSpec,
+    spec: Spec,
     objective: Objective,
     optimizer: optax.GradientTransformation,
     *,
@@ -33,7 +33,7 @@ def make_train_step(
     """A jitted ``step(state, frozen, batch) -> (state, metrics)``; the state is donated.
 
     Args:
-      spec: the model's static half.
+      spec: the static half of the model, or of the models that the objective reads.
       objective: what is minimised.
       optimizer: from ``make_optimizer``.
       microbatches: the batch's rows are cut into so many parts, computed one after another.
@@ -66,7 +66,7 @@ def make_train_step(
 
 @_compiled_once
 def make_diagnosis(
-    spec: ModelSpec, objective: Objective, *, microbatches: int
+    spec: Spec, objective: Objective, *, microbatches: int
 ) -> Callable[[TrainState, Tree, Any], Metrics]:
     """``diagnose(state, frozen, batch)``: the gradient norm of each weighted term, and ratios.
 
@@ -91,7 +91,7 @@ def make_diagnosis(
 
 @_compiled_once
 def make_evaluation(
-    spec: ModelSpec, objective: Objective
+    spec: Spec, objective: Objective
 ) -> Callable[[TrainState, Tree, Any], dict[str, Any]]:
     """``evaluate(state, frozen, batch)``: the objective's metrics as ``Term``s, nothing changed."""
 
@@ -110,7 +110,7 @@ def split_rows(batch: Any, microbatches: int) -> Any:
 
 
 def _gradients(
-    spec: ModelSpec,
+    spec: Spec,
     objective: Objective,
     trainable: Tree,
     frozen: Tree,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from proxykd_jax.errors import UserError
 from proxykd_jax.training.loop import Measure, Trainer
 from proxykd_jax.training.metrics import MetricsLog
 from proxykd_jax.training.model import Model
+from proxykd_jax.training.state import Tree
 
 
 @dataclass(frozen=True)
@@ -51,20 +53,32 @@ class StudentRun:
             raise UserError(f"method {self.config.method.name} needs soft labels; run score.")
         return self.labels
 
-    def open_trainer(self, optimizer: optax.GradientTransformation) -> Trainer:
-        """The stage's trainer, at its newest checkpoint or at its beginning."""
+    def open_trainer(
+        self, optimizer: optax.GradientTransformation, beside: Mapping[str, Tree] | None = None
+    ) -> Trainer:
+        """The stage's trainer, at its newest checkpoint or at its beginning.
+
+        Args:
+          optimizer: of the state.
+          beside: what else learns, by name; what learns is then ``{"student": ..., **beside}``.
+        """
+        model = self.student
+        if beside is not None:
+            model = model.at({"student": model.trainable, **beside})
+
+        def student_of(trainable: Tree) -> Model:
+            return self.student.at(trainable if beside is None else trainable["student"])
+
         validation, most = self.corpus.split("validation"), self.config.corpus.validation_max_rows
         return Trainer.open(
             "distill",
             self.folder,
-            self.student,
+            model,
             optimizer,
             mesh=self.mesh,
             log=self.log,
             every=self.config.distill,
-            validate=(
-                lambda state: self.measure(self.student.at(state.trainable), validation, most)
-            )
+            validate=(lambda state: self.measure(student_of(state.trainable), validation, most))
             if len(validation)
             else None,
         )

@@ -1,0 +1,168 @@
+"""GKD (arXiv 2306.13649): a divergence from the scorer on answers, the student's own or given ones.
+
+A step's batch is answered by the student with probability lambda (``student_share``), else it holds
+the fixed answers, the teacher's or the scorer's. On either the student minimises the generalised
+JSD to the scorer, mean over an answer's tokens, then over answers. The answers are constants: no
+gradient goes through sampling, which separates GKD from policy gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from proxykd_jax.baselines.online import look_at_untrained, prompt_plan, warm_up
+from proxykd_jax.baselines.rollouts import (
+    AnswerBatch,
+    Answering,
+    answer_batch,
+    answer_figures,
+    given_answers,
+    read_places,
+)
+from proxykd_jax.baselines.scored import (
+    SCORER_TEXT,
+    ScoredSpec,
+    both_logits,
+    frozen_of,
+    load_scorer,
+    scorer_text,
+)
+from proxykd_jax.config.online_methods import Gkd
+from proxykd_jax.data.collate import Rows
+from proxykd_jax.losses import (
+    batch_count,
+    batch_terms,
+    generalized_jsd_tokens,
+    mixed_objective,
+)
+from proxykd_jax.parallel.sharding import put_rows
+from proxykd_jax.training.batches import Joined, Plan, phase_seed, planned_steps
+from proxykd_jax.training.distillation import teacher_rows
+from proxykd_jax.training.loop import Trainer
+from proxykd_jax.training.objectives import Counts, Metrics, Objective
+from proxykd_jax.training.optimizer import make_optimizer
+from proxykd_jax.training.scoring import Scoring
+from proxykd_jax.training.state import Tree
+from proxykd_jax.training.steps import make_train_step
+from proxykd_jax.training.student import StudentRun
+
+
+def to_score(scoring: Scoring) -> dict[str, Rows]:
+    """Nothing is scored beforehand: the scorer is there while the student trains."""
+    return {}
+
+
+def train(run: StudentRun) -> None:
+    """Warm-up, then GKD."""
+    config, method = run.config, run.config.method
+    assert isinstance(method, Gkd)
+    # Without fixed answers only the prompts of these rows are looked at.
+    fixed = method.fixed if method.student_share < 1 else "teacher"
+    text = {"teacher": teacher_rows(config, run.corpus)}
+    if SCORER_TEXT in (fixed, method.warmup_text if method.warms_up else ""):
+        text[SCORER_TEXT] = scorer_text(run)
+    rows = Joined(text[fixed])
+    plan, steps = prompt_plan(run, method, rows)
+    optimizer = make_optimizer(config.distill.optimizer, steps)
+    trainer = run.open_trainer(optimizer)
+    look_at_untrained(run, trainer, {"rows": len(rows), "planned_steps": steps})
+    warm_up(run, method, trainer, text.get(method.warmup_text, {}), optimizer)
+    if trainer.progress.phase == 2:
+        scorer, spec = load_scorer(run)
+        trainer.frozen = frozen_of(run.student, scorer)
+        objective = GkdObjective(method.beta, method.scorer_temperature, config.distill.reduction)
+        trainer.run_phase(
+            "train",
+            make_train_step(
+                spec,
+                objective,
+                optimizer,
+                microbatches=config.distill.microbatches,
+                seed=config.seed,
+            ),
+            _batches(run, method, trainer, rows, plan, steps),
+            steps,
+            from_state=True,
+        )
+        trainer.finish_phase("train", {}, keep=False)
+    trainer.finish(run.folder, {"rows": len(rows)})
+
+
+def _batches(
+    run: StudentRun, method: Gkd, trainer: Trainer, rows: Rows, plan: Plan, steps: int
+) -> Iterator[AnswerBatch]:
+    """The steps' batches, answered by the student as it is when one is asked for, or given."""
+    answering = Answering(
+        run.student.config,
+        method,
+        run.corpus,
+        run.mesh,
+        run.config.seed,
+        method.temperature,
+    )
+    start = trainer.progress.phase_step
+    for step, planned in planned_steps(plan, start=start, stop=steps):
+        places = read_places(rows, planned)
+        if student_answers(run.config.seed, step, method.student_share):
+            student = run.student.at(trainer.state.trainable)
+            answers = answering.answer(student.weights, places, step)
+        else:
+            answers = given_answers(places, run.corpus.end_token_ids)
+        yield put_rows(answer_batch(answers, run.corpus.max_length), run.mesh)
+
+
+def student_answers(seed: int, step: int, share: float) -> bool:
+    """Whether the student answers the batch of a step: u < share, u drawn for (seed, step).
+
+    0 means never and 1 always.
+    """
+    key = np.array([phase_seed(seed, "distill/who_answers"), step], np.uint64)
+    bits = np.random.Philox(key=key).random_raw()
+    return int(bits) >> 11 < share * 2.0**53
+
+
+@dataclass(frozen=True)
+class GkdObjective:
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; p is the scorer.
+
+    Attributes:
+      beta: on the scorer; 0 and 1 are the forward and the reverse KL.
+      scorer_temperature: of p; the student's is 1.
+      reduction: as in ``batch_terms``; the paper's is ``example_mean``.
+    """
+
+    beta: float
+    scorer_temperature: float
+    reduction: str
+
+    def counts(self, batch: AnswerBatch) -> Counts:
+        return {"divergence": batch_count(batch.rows.mask_BL, reduction=self.reduction)}
+
+    def share(
+        self,
+        params: Tree,
+        adapter: Tree | None,
+        batch: AnswerBatch,
+        counts: Counts,
+        spec: ScoredSpec,
+        dropout_key: jax.Array | None,
+    ) -> tuple[jax.Array, Metrics]:
+        rows = batch.rows
+
+        def divergence(student: jax.Array, scorer: jax.Array, mask: jax.Array) -> jax.Array:
+            tempered = scorer / self.scorer_temperature
+            return generalized_jsd_tokens(tempered, student, mask, beta=self.beta)
+
+        value_BL = both_logits(
+            params, rows, spec, divergence, rows.mask_BL, dropout_key=dropout_key
+        )
+        term = batch_terms(value_BL, rows.mask_BL, reduction=self.reduction)
+        loss, metrics = mixed_objective({"divergence": term}, {"divergence": 1.0}, counts=counts)
+        return loss, {**metrics, **answer_figures(batch)}
+
+    def terms(self) -> dict[str, Objective]:
+        return {}

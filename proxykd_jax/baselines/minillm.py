@@ -1,0 +1,419 @@
+"""MiniLLM (arXiv 2306.08543): the reverse KL of whole answers, by policy gradient.
+
+A step draws ``rollouts`` answers, from a mixture of scorer and student, and notes what both thought
+of their tokens. Then it makes ``inner_epochs`` passes over them, an update for each
+``distill.batch_size``, and throws them away. The gradient of KL(q || p) over answers is taken
+apart: a token's own reward exactly, as KL(q_t || p_t) over the vocabulary, and what comes after it
+by a clipped policy gradient. Where paper and authors' code differ a key says which; the defaults
+are the paper's.
+
+A step is a whole rollout, so no checkpoint falls inside one: a run that was cut off draws its last
+rollout again, from the student that it began with, and goes on to the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import flax.struct
+import jax
+import numpy as np
+import optax
+
+from proxykd_jax.baselines.online import look_at_untrained, prompt_plan, warm_up
+from proxykd_jax.baselines.rollouts import (
+    AnswerBatch,
+    Answering,
+    answer_batch,
+    answer_figures,
+    read_places,
+)
+from proxykd_jax.baselines.scored import (
+    SCORER_TEXT,
+    ScoredSpec,
+    both_logits,
+    frozen_of,
+    load_scorer,
+    sampling_time_logps,
+    scorer_text,
+)
+from proxykd_jax.config.online_methods import MiniLlm
+from proxykd_jax.data.collate import Rows
+from proxykd_jax.data.order import permutation
+from proxykd_jax.generation.decode import Mixing
+from proxykd_jax.losses import (
+    Term,
+    batch_count,
+    batch_terms,
+    forward_kl_tokens,
+    log_ratio_rewards,
+    mixed_objective,
+    mixture_weights,
+    policy_gradient_tokens,
+    rewards_to_go,
+    single_step_kl_tokens,
+    token_logps,
+    whiten,
+)
+from proxykd_jax.parallel.processes import fetch
+from proxykd_jax.parallel.sharding import put_rows
+from proxykd_jax.training.batches import (
+    Joined,
+    Plan,
+    make_plan,
+    phase_seed,
+    planned_steps,
+    token_collate,
+)
+from proxykd_jax.training.distillation import teacher_rows
+from proxykd_jax.training.loop import Trainer
+from proxykd_jax.training.objectives import Counts, Metrics, Objective
+from proxykd_jax.training.optimizer import make_optimizer
+from proxykd_jax.training.scoring import Scoring
+from proxykd_jax.training.state import TrainState, Tree
+from proxykd_jax.training.steps import Step, make_train_step
+from proxykd_jax.training.student import StudentRun
+from proxykd_jax.types import TokenBatch
+
+AnchorBatch = Callable[[int], TokenBatch | None]
+
+
+def to_score(scoring: Scoring) -> dict[str, Rows]:
+    """Nothing is scored beforehand: the scorer is there while the student trains."""
+    return {}
+
+
+def train(run: StudentRun) -> None:
+    """Warm-up, then rollouts with their updates."""
+    config, method = run.config, run.config.method
+    assert isinstance(method, MiniLlm)
+    teacher = teacher_rows(config, run.corpus)
+    from_scorer = method.warms_up and method.warmup_text == SCORER_TEXT
+    anchored = method.anchor != "none"
+    written = scorer_text(run) if from_scorer or anchored else {}
+    prompts = Joined(teacher)
+    plan, steps = prompt_plan(run, method, prompts)
+    updates = method.updates_a_step(config.distill.batch_size)
+    optimizer = make_optimizer(config.distill.optimizer, steps * updates)
+    trainer = run.open_trainer(optimizer)
+    figures = {"rows": len(prompts), "planned_steps": steps, "updates_a_step": updates}
+    look_at_untrained(run, trainer, figures)
+    warm_up(run, method, trainer, written if from_scorer else teacher, optimizer)
+    if trainer.progress.phase == 2:
+        scorer, spec = load_scorer(run)
+        trainer.frozen = frozen_of(run.student, scorer)
+        mixing = None
+        if method.teacher_mixing > 0:
+            mixing = Mixing(scorer.config, method.teacher_mixing)
+        anchor = _anchor(run, written) if anchored else lambda update: None
+        trainer.run_phase(
+            "train",
+            _make_step(run, method, spec, optimizer, anchor),
+            _rollouts(run, method, trainer, prompts, plan, steps, mixing),
+            steps,
+            from_state=True,
+        )
+        trainer.finish_phase("train", {}, keep=False)
+    trainer.finish(run.folder, {"rows": len(prompts)})
+
+
+# --- a rollout ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The answers of a step, in NumPy.
+
+    Attributes:
+      step: of the phase.
+      answers: one a row.
+    """
+
+    step: int
+    answers: AnswerBatch
+
+
+def _rollouts(
+    run: StudentRun,
+    method: MiniLlm,
+    trainer: Trainer,
+    prompts: Rows,
+    plan: Plan,
+    steps: int,
+    mixing: Mixing | None,
+) -> Iterator[Rollout]:
+    """Answers of the mixture of the scorer and the student as it is when a rollout is asked for."""
+    answering = Answering(
+        run.student.config,
+        method,
+        run.corpus,
+        run.mesh,
+        run.config.seed,
+        temperature=1.0,
+        mixing=mixing,
+    )
+    other = None if mixing is None else trainer.frozen["scorer"]
+    start = trainer.progress.phase_step
+    for step, planned in planned_steps(plan, start=start, stop=steps):
+        student, places = run.student.at(trainer.state.trainable), read_places(prompts, planned)
+        answers = answering.answer(student.weights, places, step, other)
+        yield Rollout(step, answer_batch(answers, run.corpus.max_length))
+
+
+def _make_step(
+    run: StudentRun,
+    method: MiniLlm,
+    spec: ScoredSpec,
+    optimizer: optax.GradientTransformation,
+    anchor: AnchorBatch,
+) -> Step:
+    """``step(state, frozen, rollout)``: all updates on a rollout; metrics are their means."""
+    distill, size = run.config.distill, run.config.distill.batch_size
+    update = make_train_step(
+        spec,
+        MiniLlmObjective.of(method),
+        optimizer,
+        microbatches=distill.microbatches,
+        seed=run.config.seed,
+    )
+
+    def step(
+        state: TrainState, frozen: Tree, rollout: Rollout
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        drawn = rollout.answers
+        old_BL, scorer_BL = (np.zeros(drawn.rows.mask_BL.shape, np.float32) for _ in range(2))
+        for first in range(0, len(old_BL), size):
+            part = slice(first, first + size)
+            rows = put_rows(jax.tree.map(lambda x, part=part: x[part], drawn.rows), run.mesh)
+            found = fetch(sampling_time_logps(state.trainable, frozen, rows, spec=spec))
+            old_BL[part], scorer_BL[part] = found
+        all_metrics = []
+        for number, places in enumerate(
+            inner_batches(
+                drawn.rows.mask_BL.any(axis=1),
+                size,
+                epochs=method.inner_epochs,
+                seed=phase_seed(run.config.seed, f"distill/inner/{rollout.step}"),
+            )
+        ):
+            answers = take_answers(drawn, places)
+            batch = rollout_batch(
+                answers,
+                old_BL[places],
+                scorer_BL[places],
+                anchor(rollout.step * method.updates_a_step(size) + number),
+                method,
+            )
+            state, metrics = update(state, frozen, put_rows(batch, run.mesh))
+            all_metrics.append(metrics)
+        return state, jax.tree.map(lambda *found: sum(found) / len(found), *all_metrics)
+
+    return step
+
+
+def inner_batches(
+    there_R: np.ndarray, size: int, *, epochs: int, seed: int
+) -> Iterator[np.ndarray]:
+    """The rows of each update, ``size`` places: each answer once in every epoch, shuffled anew.
+
+    Args:
+      there_R: bool, the answers that have a token; others are in no update.
+      size: rows an update; -1 stands at the places that the answers do not fill.
+      epochs: passes.
+      seed: of their orders.
+    """
+    rows = np.flatnonzero(there_R)
+    for epoch in range(epochs):
+        order = rows[permutation(len(rows), seed=seed, epoch=epoch)]
+        for start in range(0, len(order), size):
+            places = order[start : start + size]
+            yield np.concatenate([places, np.full(size - len(places), -1)])
+
+
+def take_answers(answers: AnswerBatch, places: np.ndarray) -> AnswerBatch:
+    """Some of the answers; at a place of -1 a row without one."""
+    taken = jax.tree.map(lambda x: x[places], answers)
+    rows, there_B = taken.rows, places >= 0
+    rows = rows.replace(
+        mask_BL=rows.mask_BL & there_B[:, None],
+        example_mask_BS=rows.example_mask_BS & there_B[:, None],
+    )
+    return AnswerBatch(rows, taken.finished_B & there_B, taken.sampled_B & there_B)
+
+
+def _anchor(run: StudentRun, text: dict[str, Rows]) -> AnchorBatch:
+    """The batch of the scorer's text that goes with an update."""
+    rows = Joined(text)
+    distill = run.config.distill
+    plan = make_plan(
+        rows.lengths - 1,
+        seed=phase_seed(run.config.seed, "distill/anchor"),
+        batch_size=distill.batch_size,
+        batching="bucket" if distill.batching == "pack" else distill.batching,
+        max_length=run.corpus.max_length,
+    )
+    collate = token_collate(rows)
+
+    def batch(update: int) -> TokenBatch:
+        _, planned = next(planned_steps(plan, start=update, stop=update + 1))
+        return collate(planned)
+
+    return batch
+
+
+# --- an update ------------------------------------------------------------------------------------
+
+
+@flax.struct.dataclass
+class RolloutBatch:
+    """The answers of an update, with what was fixed when they were drawn.
+
+    Attributes:
+      answers: one a row.
+      old_logps_BL: float32, the student's log-probs of the tokens at sampling time.
+      advantages_BL: float32.
+      importance_weights_BL: float32, w_t = q / (a p + (1 - a) q) of the tokens.
+      anchor: rows of the scorer's text, where there is an anchor.
+    """
+
+    answers: AnswerBatch
+    old_logps_BL: Any
+    advantages_BL: Any
+    importance_weights_BL: Any
+    anchor: TokenBatch | None
+
+
+def rollout_batch(
+    answers: AnswerBatch,
+    old_logps_BL: np.ndarray,
+    scorer_logps_BL: np.ndarray,
+    anchor: TokenBatch | None,
+    method: MiniLlm,
+) -> RolloutBatch:
+    """Rewards, returns and weights of an update's answers, in NumPy.
+
+    Over the whole update, however many micro-batches it is computed in: the authors' code whitens
+    advantages over each micro-batch of all devices.
+    """
+    mask_BL = answers.rows.mask_BL
+    reward_BL = log_ratio_rewards(
+        scorer_logps_BL,
+        old_logps_BL,
+        mask_BL,
+        scale=method.reward_scale,
+        clip=method.reward_clip,
+    )
+    advantage_BL = rewards_to_go(
+        reward_BL,
+        mask_BL,
+        include_current=method.include_current,
+        discount=method.discount,
+        length_normalize=method.length_normalize,
+    )
+    if method.whiten != "none":
+        advantage_BL = whiten(advantage_BL, mask_BL, include_padding=method.whiten == "padding_too")
+    weight_BL = mixture_weights(
+        scorer_logps_BL, old_logps_BL, mask_BL, scorer_share=method.teacher_mixing
+    )
+    return RolloutBatch(
+        answers, old_logps_BL, np.asarray(advantage_BL), np.asarray(weight_BL), anchor
+    )
+
+
+@dataclass(frozen=True)
+class MiniLlmObjective:
+    """w_t KL(q_t || p_t) + max(-A rho, -A clip(rho)), token means, and the anchor.
+
+    There is no dropout, which would make the student another policy than the one that drew.
+
+    Attributes:
+      clip: eps, or None.
+      weight_single_step: whether w_t is on the exact term too.
+      anchor_weight: of the loss on the scorer's text; 0 without an anchor.
+      anchor_kl_share: share of it that is KL(p || q) instead of NLL.
+    """
+
+    clip: float | None
+    weight_single_step: bool
+    anchor_weight: float
+    anchor_kl_share: float
+
+    @staticmethod
+    def of(method: MiniLlm) -> MiniLlmObjective:
+        anchor_weight = 0.0 if method.anchor == "none" else method.anchor_weight
+        return MiniLlmObjective(
+            method.clip, method.weight_single_step, anchor_weight, method.anchor_kl_share
+        )
+
+    def counts(self, batch: RolloutBatch) -> Counts:
+        tokens = batch_count(batch.answers.rows.mask_BL, reduction="token_mean")
+        counts = {"single_step": tokens, "policy_gradient": tokens}
+        if batch.anchor is not None:
+            anchor = batch_count(batch.anchor.mask_BL, reduction="token_mean")
+            counts |= {"anchor_nll": anchor, "anchor_kl": anchor}
+        return counts
+
+    def share(
+        self,
+        params: Tree,
+        adapter: Tree | None,
+        batch: RolloutBatch,
+        counts: Counts,
+        spec: ScoredSpec,
+        dropout_key: jax.Array | None,
+    ) -> tuple[jax.Array, Metrics]:
+        rows = batch.answers.rows
+
+        def values(student: jax.Array, scorer: jax.Array, *arrays: jax.Array) -> Any:
+            labels, mask, weight = arrays
+            single = single_step_kl_tokens(
+                scorer,
+                student,
+                mask,
+                importance_weights_BL=weight if self.weight_single_step else None,
+            )
+            return single, token_logps(student, labels)
+
+        single_BL, logps_BL = both_logits(
+            params, rows, spec, values, rows.labels_BL, rows.mask_BL, batch.importance_weights_BL
+        )
+        gradient_BL = policy_gradient_tokens(
+            logps_BL,
+            batch.old_logps_BL,
+            batch.advantages_BL,
+            rows.mask_BL,
+            clip=self.clip,
+            importance_weights_BL=batch.importance_weights_BL,
+        )
+        terms = {
+            "single_step": _token_mean(single_BL, rows),
+            "policy_gradient": _token_mean(gradient_BL, rows),
+        }
+        weights = {"single_step": 1.0, "policy_gradient": 1.0}
+        if batch.anchor is not None:
+            terms |= self._anchor_terms(params, batch.anchor, spec)
+            weights["anchor_nll"] = self.anchor_weight * (1 - self.anchor_kl_share)
+            weights["anchor_kl"] = self.anchor_weight * self.anchor_kl_share
+        loss, metrics = mixed_objective(terms, weights, counts=counts)
+        advantage = _token_mean(batch.advantages_BL, rows)
+        return loss, {**metrics, "advantage": advantage, **answer_figures(batch.answers)}
+
+    def _anchor_terms(self, params: Tree, rows: TokenBatch, spec: ScoredSpec) -> Metrics:
+        def values(student: jax.Array, scorer: jax.Array, *arrays: jax.Array) -> Any:
+            labels, mask = arrays
+            return -token_logps(student, labels), forward_kl_tokens(scorer, student, mask)
+
+        nll_BL, kl_BL = both_logits(params, rows, spec, values, rows.labels_BL, rows.mask_BL)
+        return {
+            "anchor_nll": _token_mean(nll_BL, rows),
+            "anchor_kl": _token_mean(kl_BL, rows),
+        }
+
+    def terms(self) -> dict[str, Objective]:
+        return {}
+
+
+def _token_mean(values_BL: jax.Array, rows: TokenBatch) -> Term:
+    return batch_terms(values_BL, rows.mask_BL, reduction="token_mean")

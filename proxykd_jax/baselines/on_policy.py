@@ -1,0 +1,161 @@
+"""On-policy distillation (Thinking Machines 2025): the reverse KL to the aligned proxy on answers
+that the student gives as it trains.
+
+``form: full`` takes KL(q || p) over the vocabulary at each position, which is GKD with lambda 1 and
+beta 1; ``form: sampled`` takes the log-ratio of the token that was drawn as its advantage, as the
+authors do where only log-probs of tokens are at hand. Both have the same expected gradient; the
+first has less variance. Prompts alone are used, fresh ones too: after the warm-up no text of the
+teacher is looked at, and there is no NLL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import jax
+
+from proxykd_jax.baselines.online import look_at_untrained, prompt_plan, warm_up
+from proxykd_jax.baselines.rollouts import (
+    AnswerBatch,
+    Answering,
+    answer_batch,
+    answer_figures,
+    read_places,
+)
+from proxykd_jax.baselines.scored import (
+    SCORER_TEXT,
+    ScoredSpec,
+    both_logits,
+    frozen_of,
+    load_scorer,
+    scorer_text,
+)
+from proxykd_jax.config.online_methods import OnPolicy
+from proxykd_jax.data.collate import Rows
+from proxykd_jax.losses import (
+    batch_count,
+    batch_terms,
+    mixed_objective,
+    reverse_kl_tokens,
+    sampled_reverse_kl_tokens,
+    token_logps,
+)
+from proxykd_jax.parallel.sharding import put_rows
+from proxykd_jax.training.batches import Joined, Plan, planned_steps
+from proxykd_jax.training.distillation import FRESH, teacher_rows
+from proxykd_jax.training.loop import Trainer
+from proxykd_jax.training.objectives import Counts, Metrics, Objective
+from proxykd_jax.training.optimizer import make_optimizer
+from proxykd_jax.training.scoring import Scoring
+from proxykd_jax.training.state import Tree
+from proxykd_jax.training.steps import make_train_step
+from proxykd_jax.training.student import StudentRun
+
+
+def to_score(scoring: Scoring) -> dict[str, Rows]:
+    """Nothing is scored beforehand: the scorer is there while the student trains."""
+    return {}
+
+
+def train(run: StudentRun) -> None:
+    """Warm-up, then the student's own answers."""
+    config, method = run.config, run.config.method
+    assert isinstance(method, OnPolicy)
+    teacher, fresh = teacher_rows(config, run.corpus), run.corpus.split(FRESH)
+    from_scorer = method.warms_up and method.warmup_text == SCORER_TEXT
+    text = scorer_text(run) if from_scorer else teacher
+    prompts = Joined({**teacher, **({FRESH: fresh} if method.fresh_prompts and len(fresh) else {})})
+    plan, steps = prompt_plan(run, method, prompts)
+    optimizer = make_optimizer(config.distill.optimizer, steps)
+    trainer = run.open_trainer(optimizer)
+    look_at_untrained(run, trainer, {"rows": len(prompts), "planned_steps": steps})
+    warm_up(run, method, trainer, text, optimizer)
+    if trainer.progress.phase == 2:
+        scorer, spec = load_scorer(run)
+        trainer.frozen = frozen_of(run.student, scorer)
+        objective = OnPolicyObjective(method.form, method.coef, config.distill.reduction)
+        step = make_train_step(
+            spec,
+            objective,
+            optimizer,
+            microbatches=config.distill.microbatches,
+            seed=config.seed,
+        )
+        batches = _batches(run, method, trainer, prompts, plan, steps)
+        trainer.run_phase("train", step, batches, steps, from_state=True)
+        trainer.finish_phase("train", {}, keep=False)
+    trainer.finish(run.folder, {"rows": len(prompts)})
+
+
+def _batches(
+    run: StudentRun, method: OnPolicy, trainer: Trainer, prompts: Rows, plan: Plan, steps: int
+) -> Iterator[AnswerBatch]:
+    """The answers of the student as it is when a batch is asked for."""
+    answering = Answering(
+        run.student.config,
+        method,
+        run.corpus,
+        run.mesh,
+        run.config.seed,
+        temperature=1.0,
+        per_prompt=method.samples_per_prompt,
+    )
+    start = trainer.progress.phase_step
+    for step, planned in planned_steps(plan, start=start, stop=steps):
+        student = run.student.at(trainer.state.trainable)
+        answers = answering.answer(student.weights, read_places(prompts, planned), step)
+        yield put_rows(answer_batch(answers, run.corpus.max_length), run.mesh)
+
+
+@dataclass(frozen=True)
+class OnPolicyObjective:
+    """coef KL(q || p) on answers drawn from q, the student that is trained.
+
+    A batch is trained on once, so the student that drew it is the one that the step begins with:
+    its log-probs of sampling time are those of this forward pass, and there is no dropout, which
+    would make it another policy.
+
+    Attributes:
+      form: ``full`` or ``sampled``.
+      coef: factor of the KL.
+      reduction: as in ``batch_terms``.
+    """
+
+    form: str
+    coef: float
+    reduction: str
+
+    def counts(self, batch: AnswerBatch) -> Counts:
+        return {"objective": batch_count(batch.rows.mask_BL, reduction=self.reduction)}
+
+    def share(
+        self,
+        params: Tree,
+        adapter: Tree | None,
+        batch: AnswerBatch,
+        counts: Counts,
+        spec: ScoredSpec,
+        dropout_key: jax.Array | None,
+    ) -> tuple[jax.Array, Metrics]:
+        rows = batch.rows
+
+        def values(
+            student: jax.Array, scorer: jax.Array, labels: jax.Array, mask: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
+            kl = reverse_kl_tokens(scorer, student, mask)
+            if self.form == "full":
+                return self.coef * kl, kl
+            logps, scorer_logps = token_logps(student, labels), token_logps(scorer, labels)
+            drawn = jax.lax.stop_gradient(logps)
+            loss = sampled_reverse_kl_tokens(logps, drawn, scorer_logps, mask, coef=self.coef)
+            return loss, jax.lax.stop_gradient(kl)
+
+        value_BL, kl_BL = both_logits(params, rows, spec, values, rows.labels_BL, rows.mask_BL)
+        value = batch_terms(value_BL, rows.mask_BL, reduction=self.reduction)
+        kl = batch_terms(kl_BL, rows.mask_BL, reduction="token_mean")
+        loss, metrics = mixed_objective({"objective": value}, {"objective": 1.0}, counts=counts)
+        return loss, {**metrics, "reverse_kl": kl, **answer_figures(batch)}
+
+    def terms(self) -> dict[str, Objective]:
+        return {}

@@ -1,0 +1,187 @@
+"""Answers that the student gives while it trains, as batches.
+
+What is drawn at a step is a function of (seed, step, row, answer's number) and of the student at
+that step. A resumed run, another order of rows and another number of processes draw the same.
+Prompts are padded on the left while answers are drawn, rows on the right when they are trained on.
+An answer that was cut short has no end token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import flax.struct
+import numpy as np
+from jax.sharding import Mesh
+
+from proxykd_jax.config.online_methods import OnlineSection
+from proxykd_jax.data.collate import Rows, TokenRow, collate_rows
+from proxykd_jax.data.corpus import TokenCorpus
+from proxykd_jax.data.order import PlannedBatch, default_buckets
+from proxykd_jax.generation.decode import Mixing
+from proxykd_jax.generation.sampler import sample
+from proxykd_jax.losses import Term, count_tokens, reduce_examples
+from proxykd_jax.models.config import ModelConfig
+from proxykd_jax.parallel.sharding import check_rows, put_rows
+from proxykd_jax.training.objectives import Metrics
+from proxykd_jax.types import TokenBatch
+
+# A step's rows, in the places of its batch; None where the data did not fill it.
+Places = Sequence[TokenRow | None]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prompt with an answer to it.
+
+    Attributes:
+      row: its tokens; ``row_id`` is that of the row that the prompt is from.
+      finished: it has an end token.
+      sampled: the student gave it.
+    """
+
+    row: TokenRow
+    finished: bool
+    sampled: bool
+
+
+@flax.struct.dataclass
+class AnswerBatch:
+    """Answers to be trained on, one a row.
+
+    Attributes:
+      rows: the tokens.
+      finished_B, sampled_B: bool, as in ``Answer``.
+    """
+
+    rows: TokenBatch
+    finished_B: Any
+    sampled_B: Any
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How the student answers.
+
+    Attributes:
+      model_config: the student's architecture.
+      method: the budget of an answer, and how many are decoded together.
+      corpus: says which tokens end an answer, how many ids there are and how long a row may be.
+      mesh: over which rows are split.
+      seed: of the run.
+      temperature: of sampling.
+      per_prompt: answers to a prompt.
+      mixing: another model that tokens are drawn from too.
+
+    Raises:
+      UserError: a batch cannot be split over the mesh.
+    """
+
+    model_config: ModelConfig
+    method: OnlineSection
+    corpus: TokenCorpus
+    mesh: Mesh
+    seed: int
+    temperature: float
+    per_prompt: int = 1
+    mixing: Mixing | None = None
+
+    def __post_init__(self) -> None:
+        check_rows(self.method.sample_batch_size, self.mesh, "method.sample_batch_size")
+
+    def answer(
+        self,
+        weights: tuple[Any, Any],
+        places: Places,
+        step: int,
+        other: tuple[Any, Any] | None = None,
+    ) -> list[Answer | None]:
+        """``per_prompt`` answers for each place, side by side.
+
+        Args:
+          weights: (params, adapter) of the student.
+          places: whose prompts are answered; what else the rows hold is not looked at.
+          step: of the phase; the same step draws the same.
+          other: (params, adapter) of the model that is mixed in.
+        """
+        asked = [row for row in places if row is not None for _ in range(self.per_prompt)]
+        numbers = [number for row in places if row is not None for number in range(self.per_prompt)]
+        budgets = [max(self.corpus.max_length - row.prompt_length, 0) for row in asked]
+        if self.method.max_new_tokens is not None:
+            budgets = [min(budget, self.method.max_new_tokens) for budget in budgets]
+        drawn = sample(
+            *weights,
+            [row.prompt for row in asked],
+            [f"{row.row_id}/student/{n}" for row, n in zip(asked, numbers, strict=True)],
+            config=self.model_config,
+            seed=self.seed,
+            round_index=step,
+            end_token_ids=self.corpus.end_token_ids,
+            max_new_tokens=budgets,
+            temperature=self.temperature,
+            batch_size=self.method.sample_batch_size,
+            vocab_size=self.corpus.vocab_size,
+            put=lambda batch: put_rows(batch, self.mesh),
+            rows_multiple=self.mesh.shape["data"] * self.mesh.shape["fsdp"],
+            other=other,
+            mixing=self.mixing,
+        )
+        found = iter(
+            Answer(
+                TokenRow(np.concatenate([row.prompt, s.tokens]), row.prompt_length, row.row_id),
+                s.finished,
+                True,
+            )
+            for row, s in zip(asked, drawn, strict=True)
+        )
+        return [
+            None if row is None else next(found) for row in places for _ in range(self.per_prompt)
+        ]
+
+
+def read_places(rows: Rows, planned: PlannedBatch) -> list[TokenRow | None]:
+    """The rows of a planned batch, one a place."""
+    found = iter(rows.read([row[0] for row in planned.rows if row]))
+    return [next(found) if row else None for row in planned.rows]
+
+
+def given_answers(places: Places, end_token_ids: Sequence[int]) -> list[Answer | None]:
+    """Rows with the answers that they have."""
+
+    def answer(row: TokenRow) -> Answer:
+        ends = len(row.answer) > 0 and int(row.answer[-1]) in end_token_ids
+        return Answer(row, ends, False)
+
+    return [None if row is None else answer(row) for row in places]
+
+
+def answer_batch(answers: Sequence[Answer | None], max_length: int, extra: int = 0) -> AnswerBatch:
+    """One answer a row, in NumPy; rows without one, and answers without a token, count nowhere.
+
+    Args:
+      answers: B of them.
+      max_length: tokens of the longest row that the corpus may hold.
+      extra: positions that every row has beyond those of its tokens.
+    """
+    rows = [None if answer is None else answer.row for answer in answers]
+    most = max((len(row.tokens) - 1 + extra for row in rows if row is not None), default=1)
+    buckets = default_buckets(max_length + extra)
+    length = int(buckets[np.searchsorted(buckets, most)])
+    return AnswerBatch(
+        rows=collate_rows([[] if row is None else [row] for row in rows], length, 1, len(rows)),
+        finished_B=np.array([a is not None and a.finished for a in answers], bool),
+        sampled_B=np.array([a is not None and a.sampled for a in answers], bool),
+    )
+
+
+def answer_figures(batch: AnswerBatch) -> Metrics:
+    """Tokens of the mean answer; shares of answers that ended, and that the student gave."""
+    tokens_B = count_tokens(batch.rows.mask_BL)
+    there_B = tokens_B > 0
+    return {
+        "answer_tokens": Term(tokens_B.sum(), there_B.sum(dtype=tokens_B.dtype)),
+        "finished": reduce_examples(batch.finished_B, there_B),
+        "student_share": reduce_examples(batch.sampled_B, there_B),
+    }

@@ -1,0 +1,149 @@
+"""A student in training beside a frozen scorer, whose whole distribution its losses read.
+
+Both compute on the same rows; their vocabularies are cut to the tokenizer's, which is what answers
+are drawn from. The scorer is an argument of a step, never its state.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from proxykd_jax.data.collate import Rows
+from proxykd_jax.errors import UserError
+from proxykd_jax.losses import token_logps
+from proxykd_jax.models.chunked import map_positions
+from proxykd_jax.models.config import ModelConfig
+from proxykd_jax.models.decoder import batch_hidden_states, unembed
+from proxykd_jax.parallel.sharding import positions_within
+from proxykd_jax.training.logprobs import WHOLE_LOGITS
+from proxykd_jax.training.model import Model
+from proxykd_jax.training.restore import load_aligned_proxy
+from proxykd_jax.training.scoring import Scoring
+from proxykd_jax.training.state import ModelSpec, Tree
+from proxykd_jax.training.student import StudentRun
+from proxykd_jax.types import TokenBatch
+
+# Name of the store of the scorer's answers to the prompts of D_s.
+SCORER_TEXT = "scorer"
+
+
+@dataclass(frozen=True)
+class ScoredSpec:
+    """The static half of a student with its scorer.
+
+    Attributes:
+      student, scorer: of each.
+      vocab_size: ids of the tokenizer; distributions are over these.
+    """
+
+    student: ModelSpec
+    scorer: ModelSpec
+    vocab_size: int
+
+    @property
+    def config(self) -> ModelConfig:
+        """The student's architecture."""
+        return self.student.config
+
+    def bind(self, frozen: Tree, trainable: Tree) -> tuple[Tree, None]:
+        """(params, adapter) of ``student`` and ``scorer``, from ``frozen_of``'s tree."""
+        return {
+            "student": self.student.bind(frozen["student"], trainable),
+            "scorer": frozen["scorer"],
+        }, None
+
+
+def load_scorer(run: StudentRun) -> tuple[Model, ScoredSpec]:
+    """The proxy as ``align`` left it, aligned or not, on the student's mesh."""
+    scorer = load_aligned_proxy(run.config, run.mesh)
+    return scorer, ScoredSpec(run.student.spec, scorer.spec, run.corpus.vocab_size)
+
+
+def frozen_of(student: Model, scorer: Model) -> Tree:
+    """What a step of a ``ScoredSpec`` takes as frozen."""
+    return {"student": student.frozen, "scorer": scorer.weights}
+
+
+def scorer_text(run: StudentRun) -> dict[str, Rows]:
+    """The scorer's answers to the prompts of D_s, drawn once at temperature 1 and stored.
+
+    Raises:
+      UserError: there are none.
+    """
+    answered = Scoring(run.config, run.corpus).answer(
+        SCORER_TEXT, run.corpus.split("distill"), draw=0
+    )
+    if not len(answered):
+        raise UserError(
+            f"The scorer answered none of the prompts of {run.corpus.folder} (split distill), so "
+            "there is no text of it to learn from."
+        )
+    return {SCORER_TEXT: answered}
+
+
+def both_logits(
+    models: Tree,
+    rows: TokenBatch,
+    spec: ScoredSpec,
+    function: Callable[..., Any],
+    *arrays_BL: Any,
+    dropout_key: jax.Array | None = None,
+) -> Any:
+    """``function(student_logits_BCV, scorer_logits_BCV, *arrays_BC)`` at all positions.
+
+    Positions are taken some at a time, so that the logits of all never live together. The scorer
+    has no gradient.
+
+    Args:
+      models: from ``spec.bind``.
+      rows: one example a row.
+      spec: static half.
+      function: gives a tree of arrays ``[B, C]``, position by position.
+      arrays_BL: cut as the positions are.
+      dropout_key: switches the student's LoRA dropout on.
+    """
+    (params, adapter), (scorer_params, scorer_adapter) = models["student"], models["scorer"]
+    own_BLD = batch_hidden_states(
+        params,
+        adapter,
+        rows,
+        config=spec.student.config,
+        remat=spec.student.remat,
+        dropout_key=dropout_key,
+    )
+    other_BLD = jax.lax.stop_gradient(
+        batch_hidden_states(scorer_params, scorer_adapter, rows, config=spec.scorer.config)
+    )
+
+    def head(own: jax.Array, other: jax.Array, *arrays: jax.Array) -> Any:
+        student_logits = unembed(params, own, config=spec.student.config)
+        scorer_logits = unembed(scorer_params, other, config=spec.scorer.config)
+        most = spec.vocab_size
+        return function(
+            student_logits[..., :most], jax.lax.stop_gradient(scorer_logits[..., :most]), *arrays
+        )
+
+    chunk = positions_within(WHOLE_LOGITS // 2, own_BLD, spec.vocab_size)
+    length = rows.tokens_BL.shape[1]
+    return map_positions(head, own_BLD, other_BLD, *arrays_BL, chunk=min(chunk, length))
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def sampling_time_logps(
+    trainable: Tree, frozen: Tree, rows: TokenBatch, *, spec: ScoredSpec
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probs of the rows' labels under student and scorer, float32 ``[B, L]`` each.
+
+    By the training step's forward pass, without dropout; outside ``mask_BL`` meaningless.
+    """
+
+    def logps(student: jax.Array, scorer: jax.Array, labels: jax.Array) -> tuple[jax.Array, ...]:
+        return token_logps(student, labels), token_logps(scorer, labels)
+
+    models, _ = spec.bind(frozen, trainable)
+    return both_logits(models, rows, spec, logps, rows.labels_BL)

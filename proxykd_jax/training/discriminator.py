@@ -1,0 +1,74 @@
+"""GAD's discriminator (arXiv 2511.10643): the initial student with a scalar head in place of its
+vocabulary, read at the last token of an answer. It learns beside the student, in one state.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from proxykd_jax.config import OptimizerConfig
+from proxykd_jax.models.decoder import batch_hidden_states
+from proxykd_jax.parallel.sharding import tree_shardings
+from proxykd_jax.training.model import Model
+from proxykd_jax.training.optimizer import make_optimizer
+from proxykd_jax.training.state import ModelSpec, Tree
+from proxykd_jax.types import TokenBatch
+
+
+def init_discriminator(student: Model, mesh: Mesh) -> Tree:
+    """What learns of the discriminator: ``body``, a copy of the student's, and ``score_head``.
+
+    The head begins at zero, so that all scores are equal and the first loss is ln 2.
+    """
+
+    def make(trainable: Tree) -> Tree:
+        body = {name: tree for name, tree in trainable.items() if name != "lm_head"}
+        kernel_D = jnp.zeros(student.config.model_dim, jnp.float32)
+        return {"body": jax.tree.map(jnp.copy, body), "score_head": {"kernel": kernel_D}}
+
+    shardings = tree_shardings(jax.eval_shape(make, student.trainable), mesh)
+    return jax.jit(make, out_shardings=shardings)(student.trainable)
+
+
+def scores(
+    frozen: Tree, discriminator: Tree, rows: TokenBatch, last_B: jax.Array, spec: ModelSpec
+) -> jax.Array:
+    """float32 ``scores_B``: the head on the hidden state at a position of each row.
+
+    Args:
+      frozen: weights that do not learn, the student's.
+      discriminator: what learns of it.
+      rows: one example a row, its last token among the inputs.
+      last_B: int32, where that token is read.
+      spec: the student's.
+    """
+    params, adapter = spec.bind(frozen, discriminator["body"])
+    hidden_BLD = batch_hidden_states(params, adapter, rows, config=spec.config, remat=spec.remat)
+    places_BL = jnp.arange(hidden_BLD.shape[1])[None, :] == last_B[:, None]
+    hidden_BD = jnp.where(places_BL[:, :, None], hidden_BLD.astype(jnp.float32), 0.0).sum(axis=1)
+    return hidden_BD @ discriminator["score_head"]["kernel"]
+
+
+def adversarial_optimizer(
+    student: OptimizerConfig, steps: int, *, discriminator_learning_rate: float | None
+) -> optax.GradientTransformation:
+    """One optimizer for each of the two, so that gradients are clipped apart.
+
+    Args:
+      student: of the student, and but for the learning rate of the discriminator.
+      steps: as in ``make_optimizer``.
+      discriminator_learning_rate: None for the student's.
+    """
+    changed: dict[str, Any] = {}
+    if discriminator_learning_rate is not None:
+        changed["learning_rate"] = discriminator_learning_rate
+    optimizers = {
+        "student": make_optimizer(student, steps),
+        "discriminator": make_optimizer(student.model_copy(update=changed), steps),
+    }
+    return optax.multi_transform(optimizers, {name: name for name in optimizers})
