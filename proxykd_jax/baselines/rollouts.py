@@ -16,7 +16,7 @@ import flax.struct
 import numpy as np
 from jax.sharding import Mesh
 
-from proxykd_jax.config.methods import AnsweringSection
+from proxykd_jax.config.method_section import AnsweringSection
 from proxykd_jax.data.collate import Rows, TokenRow, collate_rows
 from proxykd_jax.data.corpus import TokenCorpus
 from proxykd_jax.data.order import PlannedBatch, default_buckets
