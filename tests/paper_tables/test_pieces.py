@@ -17,9 +17,9 @@ from benchmarks.paper_tables.training import plan_rows, planned, stacked_rows
 from benchmarks.paper_tables.vectorise import over_seeds
 from proxykd_jax.baselines.gad import game_batch
 from proxykd_jax.baselines.gkd import GkdObjective
-from proxykd_jax.baselines.minillm import MiniLlmObjective
+from proxykd_jax.baselines.minillm import MiniLlmObjective, rollout_batch
 from proxykd_jax.baselines.on_policy import OnPolicyObjective
-from proxykd_jax.baselines.rollouts import given_answers
+from proxykd_jax.baselines.rollouts import AnswerBatch, given_answers
 from proxykd_jax.config.methods import MiniLlm
 from proxykd_jax.data.collate import collate_rows
 from proxykd_jax.models.params import init_params
@@ -110,6 +110,18 @@ def test_rollouts_divide_a_students_steps() -> None:
         assert steps % (epochs * count) == 0
 
 
+def test_rollout_batch_can_be_traced(rows: seeds.Rows) -> None:
+    there_B = rows.batch.mask_BL.any(axis=-1)
+    answers = AnswerBatch(rows.batch, there_B, there_B)
+    old_BL, scorer_BL = -np.random.default_rng(0).gamma(2.0, size=(2, *rows.batch.mask_BL.shape))
+    expected = rollout_batch(answers, old_BL, scorer_BL, None, MiniLlm())
+    traced = jax.jit(lambda *arrays: rollout_batch(*arrays, None, MiniLlm()))
+    found = traced(answers, old_BL, scorer_BL)
+    assert np.abs(expected.advantages_BL).max() > 0.1
+    for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_judged_answers_are_the_products_batch(rows: seeds.Rows) -> None:
     given = given_answers(rows.rows, (w.END,))
     expected = game_batch(given, given, s.ROW_LENGTH)
@@ -144,6 +156,7 @@ def models_of(first: int) -> object:
     return jax.vmap(lambda key: init_params(key, MODEL))(jax.random.split(jax.random.key(first)))
 
 
+@pytest.mark.slow  # a program of its own to compile
 def test_gads_discriminator_learns_at_every_step(material: offline.Material) -> None:
     student_S = models_of(0)
     validation = stacked_rows([rows.batch for rows in material.rows("distill", offline.TRUTH)])
