@@ -21,7 +21,7 @@ from benchmarks.paper_tables.training import MakeBatch, Run, plan_rows, planned
 from proxykd_jax.baselines.gad import GadObjective, GadSpec, GadWarmupObjective, GameBatch
 from proxykd_jax.baselines.rollouts import AnswerBatch
 from proxykd_jax.config import OptimizerConfig
-from proxykd_jax.config.methods import Gad
+from proxykd_jax.config.online_methods import Gad
 from proxykd_jax.generation.decode import DrawSettings
 from proxykd_jax.training.discriminator import adversarial_optimizer, discriminator_of
 from proxykd_jax.types import TokenBatch

@@ -10,7 +10,8 @@ from benchmarks.paper_tables.offline import ALL, DISTILL, FRESH, TRUTH, Material
 from benchmarks.paper_tables.on_policy import OnPolicyMethod
 from benchmarks.paper_tables.settings import Setting
 from benchmarks.paper_tables.training import Run
-from proxykd_jax.config.methods import Gkd, MentorKd, MiniLlm, OnPolicy
+from proxykd_jax.config.methods import MentorKd
+from proxykd_jax.config.online_methods import Gkd, MiniLlm, OnPolicy
 from proxykd_jax.types import TokenBatch
 
 SODA, GAD = "soda", "gad"

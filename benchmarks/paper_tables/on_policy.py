@@ -33,7 +33,7 @@ from proxykd_jax.baselines.on_policy import OnPolicyObjective
 from proxykd_jax.baselines.rollouts import AnswerBatch
 from proxykd_jax.baselines.scored import ScoredSpec, sampling_time_logps
 from proxykd_jax.config import PreferenceConfig
-from proxykd_jax.config.methods import Gkd, MiniLlm, OnPolicy
+from proxykd_jax.config.online_methods import Gkd, MiniLlm, OnPolicy
 from proxykd_jax.generation.decode import DrawSettings, Mixing, PromptBatch
 from proxykd_jax.training.batches import phase_seed
 from proxykd_jax.training.objectives import AlignObjective, NllObjective, Objective

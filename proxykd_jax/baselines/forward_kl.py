@@ -12,29 +12,20 @@ aligned with them. ``kl_weight: 0`` is SeqKD.
 from __future__ import annotations
 
 from proxykd_jax.data.collate import Rows
-from proxykd_jax.errors import UserError
 from proxykd_jax.generation.answered import AnsweredSplit
 from proxykd_jax.generation.samples import SampleStore
 from proxykd_jax.training.distillation import fit, label_lesson
-from proxykd_jax.training.scoring import Scoring
+from proxykd_jax.training.scoring import SCORER_TEXT, Scoring
 from proxykd_jax.training.student import StudentRun
-
-ANSWERS = "scorer"
 
 
 def to_score(scoring: Scoring) -> dict[str, Rows]:
     """The scorer's own answers to the prompts of D_s."""
-    answered = scoring.answer(ANSWERS, scoring.corpus.split("distill"), draw=0)
-    if not len(answered):
-        raise UserError(
-            f"The scorer answered none of the prompts of {scoring.corpus.folder} (split distill), "
-            "so there is nothing to learn from it."
-        )
-    return {ANSWERS: answered}
+    return scoring.answer_distill_prompts()
 
 
 def train(run: StudentRun) -> None:
     """NLL and KL on these answers, every example alike."""
-    store = SampleStore(run.config.folder / "samples" / ANSWERS)
-    rows: dict[str, Rows] = {ANSWERS: AnsweredSplit(run.corpus.split("distill"), store)}
-    fit(run, label_lesson(run.config, rows, run.stored_labels, nll_splits=(ANSWERS,)))
+    store = SampleStore(run.config.folder / "samples" / SCORER_TEXT)
+    rows: dict[str, Rows] = {SCORER_TEXT: AnsweredSplit(run.corpus.split("distill"), store)}
+    fit(run, label_lesson(run.config, rows, run.stored_labels, nll_splits=(SCORER_TEXT,)))

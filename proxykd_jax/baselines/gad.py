@@ -34,7 +34,7 @@ from proxykd_jax.baselines.rollouts import (
     given_answers,
     read_places,
 )
-from proxykd_jax.config.methods import Gad
+from proxykd_jax.config.online_methods import Gad
 from proxykd_jax.data.collate import Rows
 from proxykd_jax.losses import (
     Term,

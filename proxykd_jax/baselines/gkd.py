@@ -24,14 +24,13 @@ from proxykd_jax.baselines.rollouts import (
     read_places,
 )
 from proxykd_jax.baselines.scored import (
-    SCORER_TEXT,
     ScoredSpec,
     both_logits,
     frozen_of,
     load_scorer,
     scorer_text,
 )
-from proxykd_jax.config.methods import Gkd
+from proxykd_jax.config.online_methods import Gkd
 from proxykd_jax.data.collate import Rows
 from proxykd_jax.losses import (
     batch_count,
@@ -45,7 +44,7 @@ from proxykd_jax.training.distillation import teacher_rows
 from proxykd_jax.training.loop import Trainer
 from proxykd_jax.training.objectives import Counts, Metrics, Objective
 from proxykd_jax.training.optimizer import make_optimizer
-from proxykd_jax.training.scoring import Scoring
+from proxykd_jax.training.scoring import SCORER_TEXT, Scoring
 from proxykd_jax.training.state import Tree
 from proxykd_jax.training.steps import make_train_step
 from proxykd_jax.training.student import StudentRun

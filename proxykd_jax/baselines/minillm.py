@@ -31,7 +31,6 @@ from proxykd_jax.baselines.rollouts import (
     read_places,
 )
 from proxykd_jax.baselines.scored import (
-    SCORER_TEXT,
     ScoredSpec,
     both_logits,
     frozen_of,
@@ -39,7 +38,7 @@ from proxykd_jax.baselines.scored import (
     sampling_time_logps,
     scorer_text,
 )
-from proxykd_jax.config.methods import MiniLlm
+from proxykd_jax.config.online_methods import MiniLlm
 from proxykd_jax.data.collate import Rows
 from proxykd_jax.data.order import permutation
 from proxykd_jax.generation.decode import Mixing
@@ -71,7 +70,7 @@ from proxykd_jax.training.distillation import teacher_rows
 from proxykd_jax.training.loop import Trainer
 from proxykd_jax.training.objectives import Counts, Metrics, Objective
 from proxykd_jax.training.optimizer import make_optimizer
-from proxykd_jax.training.scoring import Scoring
+from proxykd_jax.training.scoring import SCORER_TEXT, Scoring
 from proxykd_jax.training.state import TrainState, Tree
 from proxykd_jax.training.steps import Step, make_train_step
 from proxykd_jax.training.student import StudentRun

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import optax
 
 from proxykd_jax.config import OptimizerConfig
-from proxykd_jax.config.methods import OnlineSection
+from proxykd_jax.config.online_methods import OnlineSection
 from proxykd_jax.data.collate import Rows
 from proxykd_jax.training.batches import (
     Plan,

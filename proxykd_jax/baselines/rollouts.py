@@ -16,7 +16,7 @@ import flax.struct
 import numpy as np
 from jax.sharding import Mesh
 
-from proxykd_jax.config.methods import OnlineSection
+from proxykd_jax.config.online_methods import OnlineSection
 from proxykd_jax.data.collate import Rows, TokenRow, collate_rows
 from proxykd_jax.data.corpus import TokenCorpus
 from proxykd_jax.data.order import PlannedBatch, default_buckets

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 
 from proxykd_jax.data.collate import Rows
-from proxykd_jax.errors import UserError
 from proxykd_jax.losses import token_logps
 from proxykd_jax.models.chunked import map_positions
 from proxykd_jax.models.config import ModelConfig
@@ -27,9 +26,6 @@ from proxykd_jax.training.scoring import Scoring
 from proxykd_jax.training.state import ModelSpec, Tree
 from proxykd_jax.training.student import StudentRun
 from proxykd_jax.types import TokenBatch
-
-# Name of the store of the scorer's answers to the prompts of D_s.
-SCORER_TEXT = "scorer"
 
 
 @dataclass(frozen=True)
@@ -75,15 +71,7 @@ def scorer_text(run: StudentRun) -> dict[str, Rows]:
     Raises:
       UserError: there are none.
     """
-    answered = Scoring(run.config, run.corpus).answer(
-        SCORER_TEXT, run.corpus.split("distill"), draw=0
-    )
-    if not len(answered):
-        raise UserError(
-            f"The scorer answered none of the prompts of {run.corpus.folder} (split distill), so "
-            "there is no text of it to learn from."
-        )
-    return {SCORER_TEXT: answered}
+    return Scoring(run.config, run.corpus).answer_distill_prompts()
 
 
 def both_logits(

@@ -1,7 +1,8 @@
 """The config of a run: schema, presets and loader. Imports pydantic and yaml alone."""
 
 from proxykd_jax.config.load import dump_config, load_config, make_config
-from proxykd_jax.config.methods import Method, Needs
+from proxykd_jax.config.method_section import Needs
+from proxykd_jax.config.methods import Method
 from proxykd_jax.config.schema import (
     AlignConfig,
     AxesConfig,

@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from proxykd_jax.config.methods import Method, MiniLlm, Needs, ProxyKd
+from proxykd_jax.config.method_section import Needs
+from proxykd_jax.config.methods import Method, ProxyKd
+from proxykd_jax.config.online_methods import MiniLlm
 from proxykd_jax.config.section import (
     NonNegativeFloat,
     NonNegativeInt,

@@ -24,6 +24,8 @@ from proxykd_jax.training.metrics import MetricsLog
 from proxykd_jax.training.model import Model
 from proxykd_jax.training.restore import aligned_proxy_identity, load_aligned_proxy
 
+# Name of the store of the scorer's answers to the prompts of D_s.
+SCORER_TEXT = "scorer"
 # The paper's Fig. 4 counts positions whose top-k probability exceeds this.
 _LARGE_MASS = 0.95
 
@@ -69,6 +71,20 @@ class Scoring:
         prompts = self.corpus.split(FRESH)
         answered = self.answer(FRESH, prompts, draw=0) if len(prompts) else ()
         return {FRESH: answered} if answered else {}
+
+    def answer_distill_prompts(self) -> dict[str, Rows]:
+        """Lets the scorer answer the prompts of D_s once, at temperature 1.
+
+        Raises:
+          UserError: it answered none.
+        """
+        answered = self.answer(SCORER_TEXT, self.corpus.split("distill"), draw=0)
+        if not len(answered):
+            raise UserError(
+                f"The scorer answered none of the prompts of {self.corpus.folder} (split distill), "
+                "so there is no text of it to learn from."
+            )
+        return {SCORER_TEXT: answered}
 
     def answer(
         self,

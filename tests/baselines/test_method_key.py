@@ -83,7 +83,9 @@ def test_what_defines_a_method_cannot_be_contradicted(name: str):
         return found
 
     for key, value in leaves(config_of(section).method.defines()):
-        other = {"none": "warmup", "nll": "none", "distill": "all"}.get(value, value)
+        others = {"none": "warmup", "nll": "none", "distill": "all"}
+        others |= dict.fromkeys(("example_mean", "token_mean"), "sum")
+        other = others.get(value, value)
         if isinstance(value, bool):
             other = not value
         elif isinstance(value, float):

@@ -19,6 +19,10 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
     "name, expected",
     [
         ("black_box_kd", ["distill"]),
+        ("gkd", ["distill"]),
+        ("on_policy", ["warmup", "sample", "reference", "round", "distill"]),
+        ("minillm", ["distill"]),
+        ("gad", ["distill"]),
         ("soda", ["sample", "distill", "prefer"]),
         ("forward_kl", ["sample", "score", "distill"]),
         ("takd", ["warmup", "round", "score", "distill"]),

@@ -36,6 +36,51 @@ def assert_same(first, second):
         np.testing.assert_allclose(a.logps, b.logps, atol=1e-5)
 
 
+def test_a_mixture_is_drawn_from_token_by_token():
+    """Two models with caches of their own: joint distribution of two tokens, and log-probs."""
+    first, second = tiny_model(vocab_size=12), tiny_model(vocab_size=12, num_layers=1)
+    prompt, number, share = np.array([4, 7, 1], np.int32), 6000, 0.4
+
+    def mixed(tokens):
+        p, q = np.exp(full_logps(second, tokens)[-1]), np.exp(full_logps(first, tokens)[-1])
+        return share * p + (1 - share) * q
+
+    samples = run(
+        first, [prompt] * number, [str(i) for i in range(number)], [2] * number,
+        end_token_ids=[], batch_size=512, other=second[1:], mixing=decode.Mixing(second[0], share),
+    )  # fmt: skip
+    joint = np.stack([mixed(prompt)[a] * mixed([*prompt, a]) for a in range(12)]).ravel()
+    assert joint.sum() == pytest.approx(1)
+    counts = np.bincount([12 * int(s.tokens[0]) + int(s.tokens[1]) for s in samples], minlength=144)
+    common = joint * number >= 5
+    observed = np.append(counts[common], counts[~common].sum())
+    expected = np.append(joint[common], joint[~common].sum()) * number
+    assert stats.chisquare(observed, expected).pvalue > 1e-4
+    for s in samples[:5]:
+        logps = [
+            np.log(mixed(prompt)[s.tokens[0]]),
+            np.log(mixed([*prompt, s.tokens[0]])[s.tokens[1]]),
+        ]
+        np.testing.assert_allclose(s.logps, logps, atol=1e-4)
+    # The test can fail: the same counts do not fit either model alone.
+    for model in (first, second):
+        one = np.exp(full_logps(model, prompt)[-1])
+        seen = np.bincount([int(s.tokens[0]) for s in samples], minlength=12)
+        assert stats.chisquare(seen, one / one.sum() * number).pvalue < 1e-4
+    with pytest.raises(ValueError, match="together"):
+        run(first, [prompt], ["a"], [2], other=second[1:])
+
+
+def test_a_mixture_ends_rows_and_shrinks_batches_like_one_model():
+    model = tiny_model()
+    prompts, row_ids = some_prompts(40)
+    budgets = [1 + i % 9 for i in range(40)]
+    alone = run(model, prompts, row_ids, budgets, batch_size=32)
+    config, params, adapter = model
+    itself = {"other": (params, adapter), "mixing": decode.Mixing(config, 0.3)}
+    assert_same(run(model, prompts, row_ids, budgets, batch_size=32, **itself), alone)
+
+
 def test_draws_follow_the_softmax():
     """First and second tokens of many rows against the exact joint distribution."""
     model = tiny_model(vocab_size=12)

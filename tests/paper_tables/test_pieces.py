@@ -20,7 +20,7 @@ from proxykd_jax.baselines.gkd import GkdObjective
 from proxykd_jax.baselines.minillm import MiniLlmObjective, rollout_batch
 from proxykd_jax.baselines.on_policy import OnPolicyObjective
 from proxykd_jax.baselines.rollouts import AnswerBatch, given_answers
-from proxykd_jax.config.methods import MiniLlm
+from proxykd_jax.config.online_methods import MiniLlm
 from proxykd_jax.data.collate import collate_rows
 from proxykd_jax.models.params import init_params
 from proxykd_jax.training.batches import make_plan, phase_seed

@@ -1,0 +1,179 @@
+"""The methods whose student answers while it trains; see ``methods.py``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from proxykd_jax.config.method_section import SCORER, MethodSection, Needs, Scorer, scored_by
+from proxykd_jax.config.section import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Share,
+)
+
+
+class OnlineSection(MethodSection):
+    """What the methods have in common that train on the student's own answers as it gives them.
+
+    They begin with a warm-up by NLL, whose optimizer is ``distill.optimizer`` with a state of its
+    own. ``distill.max_steps`` counts the steps after it.
+    """
+
+    max_new_tokens: PositiveInt | None = Field(
+        None, description="length budget of a student's answer (default: what max_length leaves)"
+    )
+    sample_batch_size: PositiveInt = Field(32, description="answers decoded together")
+    warmup_epochs: NonNegativeInt = Field(
+        1, description="passes of NLL before the method's own steps; 0: none"
+    )
+    warmup_max_steps: NonNegativeInt | None = Field(
+        None, description="at most so many steps of that NLL; 0: none"
+    )
+    warmup_learning_rate: PositiveFloat | None = Field(
+        None, description="of that NLL (default: distill.optimizer's)"
+    )
+
+    @property
+    def warms_up(self) -> bool:
+        """Whether there is a warm-up."""
+        return self.warmup_epochs > 0 and self.warmup_max_steps != 0
+
+    def rows_a_step(self, batch_size: int) -> int:
+        """Prompts that a step takes."""
+        return batch_size
+
+
+class ScoredSection(OnlineSection):
+    """Those whose scorer sees the student's answers while it trains."""
+
+    needs: ClassVar[Needs] = "proxy"
+    warmup_text: Literal["teacher", "scorer"] = Field(
+        "teacher", description="whose answers the warm-up learns"
+    )
+
+
+class Gkd(ScoredSection):
+    """GKD: a generalised JSD to the scorer on the student's own answers and on fixed ones."""
+
+    name: Literal["gkd"] = "gkd"
+    scorer: Scorer = Field("unaligned", description=SCORER)
+    student_share: Share = Field(
+        1.0, description="lambda: share of batches that the student answers itself"
+    )
+    beta: Share = Field(
+        1.0, description="of the JSD, on the scorer: 0 is the forward KL, 1 the reverse KL"
+    )
+    fixed: Literal["teacher", "scorer"] = Field(
+        "teacher", description="whose answers the other batches hold"
+    )
+    temperature: PositiveFloat = Field(1.0, description="temperature of the student's sampling")
+    scorer_temperature: PositiveFloat = Field(
+        1.0, description="temperature of the scorer's softmax"
+    )
+
+    def defines(self) -> dict[str, Any]:
+        return {
+            **scored_by(self.scorer),
+            "distill": {"alpha": 0.0, "reduction": "example_mean"},
+        }
+
+    def warnings(self) -> list[str]:
+        if 0 < self.beta < 0.05 or 0.95 < self.beta < 1:
+            return [
+                f"method.beta is {self.beta}: so near an end the JSD is that end's KL times "
+                f"{min(self.beta, 1 - self.beta):.2g}, and steps shrink with it. 0 and 1 mean the "
+                "KLs themselves."
+            ]
+        return []
+
+
+class OnPolicy(ScoredSection):
+    """On-policy distillation: the reverse KL to the proxy on the student's own answers."""
+
+    name: Literal["on_policy"] = "on_policy"
+    scorer: Scorer = Field("aligned", description=SCORER)
+    form: Literal["full", "sampled"] = Field(
+        "full", description="the KL over the vocabulary, or at the token drawn (authors')"
+    )
+    coef: PositiveFloat = Field(1.0, description="of the KL (authors': of the per-token reward)")
+    samples_per_prompt: PositiveInt = Field(4, description="answers to a prompt")
+    fresh_prompts: bool = Field(
+        True, description="corpus.fresh_prompts too, beside the prompts of the teacher's rows"
+    )
+
+    def defines(self) -> dict[str, Any]:
+        return {**scored_by(self.scorer), "distill": {"alpha": 0.0}}
+
+
+class MiniLlm(ScoredSection):
+    """MiniLLM: the reverse KL of whole answers by policy gradient, the scorer at hand."""
+
+    name: Literal["minillm"] = "minillm"
+    scorer: Scorer = Field("unaligned", description=SCORER)
+    teacher_mixing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.2, description="a: tokens are drawn from a p + (1 - a) q"
+    )
+    clip: PositiveFloat | None = Field(0.2, description="eps of the clipped ratio; null: none")
+    rollouts: PositiveInt = Field(
+        256, description="answers drawn a step; distill.batch_size of them make an update"
+    )
+    inner_epochs: PositiveInt = Field(4, description="passes of updates over a step's answers")
+    include_current: bool = Field(
+        False, description="the return counts a token's own reward too (authors' code)"
+    )
+    discount: Share = Field(1.0, description="of later rewards (authors' code: 0.95)")
+    length_normalize: bool = Field(True, description="divide a return by its number of terms")
+    weight_single_step: bool = Field(
+        True, description="importance weights on the exact term too (authors' code: no)"
+    )
+    reward_scale: PositiveFloat = Field(1.0, description="of rewards (authors' code: 2)")
+    reward_clip: PositiveFloat | None = Field(
+        None, description="largest reward after scaling (authors' code: 100)"
+    )
+    whiten: Literal["none", "responses", "padding_too"] = Field(
+        "none", description="advantages less their mean, over their std (code: padding_too)"
+    )
+    anchor: Literal["none", "nll_on_scorer_text"] = Field(
+        "none", description="an NLL beside, in place of the paper's on plain text"
+    )
+    anchor_weight: PositiveFloat = Field(1.0, description="weight of that NLL")
+    anchor_kl_share: Share = Field(
+        0.0, description="share of it that is the KL from the scorer instead (authors' code: 0.5)"
+    )
+
+    def defines(self) -> dict[str, Any]:
+        return {
+            **scored_by(self.scorer),
+            "distill": {"alpha": 0.0, "reduction": "token_mean"},
+        }
+
+    def rows_a_step(self, batch_size: int) -> int:
+        return self.rollouts
+
+    def updates_a_step(self, batch_size: int) -> int:
+        """Updates on a step's answers."""
+        return self.inner_epochs * (self.rollouts // batch_size)
+
+
+class Gad(OnlineSection):
+    """GAD: a discriminator between teacher and student is the student's reward."""
+
+    name: Literal["gad"] = "gad"
+    needs: ClassVar[Needs] = "nothing"
+    discriminates: ClassVar[bool] = True
+    samples_per_prompt: PositiveInt = Field(8, description="answers to a prompt")
+    temperature: PositiveFloat = Field(
+        0.8, description="of the student that answers and is trained"
+    )
+    kl_weight: NonNegativeFloat = Field(0.001, description="of the KL to the warmed-up student")
+    advantage_ddof: Literal[0, 1] = Field(1, description="std over n - 1 or over n answers")
+    discriminator_learning_rate: PositiveFloat | None = Field(
+        None, description="of the discriminator (default: the student's)"
+    )
+
+    def defines(self) -> dict[str, Any]:
+        return {"distill": {"alpha": 0.0, "reduction": "token_mean"}}
