@@ -16,7 +16,7 @@ from proxykd_jax.errors import UserError
 QUICK_SEEDS, FULL_SEEDS = 4, 8
 DEVICES = 2
 # Left out by --quick: each has a program of its own to compile.
-QUICK_WITHOUT = ("minillm", "on_policy", "on_policy_mix", "random_labels", "soda")
+QUICK_WITHOUT = ("minillm", "on_policy", "on_policy_mix", "random_labels", "soda", "gad")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.paper_tables import offline, on_policy
+from benchmarks.paper_tables import adversarial, offline, on_policy
 from benchmarks.paper_tables import proxies as px
 from benchmarks.paper_tables.offline import ALL, DISTILL, FRESH, TRUTH, Material, Method, Source
 from benchmarks.paper_tables.on_policy import OnPolicyMethod
 from benchmarks.paper_tables.settings import Setting
 from benchmarks.paper_tables.training import Run
+from proxykd_jax.config.methods import MentorKd
+from proxykd_jax.config.online_methods import Gkd, MiniLlm, OnPolicy
 from proxykd_jax.types import TokenBatch
 
-SODA = "soda"
+SODA, GAD = "soda", "gad"
 PROXY_KD, BLACK_BOX, BLACK_BOX_ALL = "proxy_kd", "black_box_kd", "black_box_kd_all"
 Any_Method = Method | OnPolicyMethod | str
 
@@ -40,9 +42,13 @@ METHODS: dict[str, tuple[str, str]] = {
     "on_policy_mix": ("on-policy and D_s by halves, aligned proxy", BEYOND),
     "random_labels": ("Proxy-KD with drawn soft labels", BEYOND),
     SODA: ("SODA", BEYOND),
+    GAD: ("GAD", BEYOND),
 }
 # Neither Proxy-KD's choices nor a store of soft labels: the same students serve both presets.
-OF_NO_PRESET = (BLACK_BOX, BLACK_BOX_ALL, SODA, "minillm", "gkd", "on_policy", "on_policy_mix")
+OF_NO_PRESET = (
+    *(BLACK_BOX, BLACK_BOX_ALL, SODA, GAD),
+    *("minillm", "gkd", "on_policy", "on_policy_mix"),
+)
 # The weight of the KL beside an NLL of weight 1, where the paper gives no alpha.
 EQUAL = 1.0
 
@@ -73,18 +79,22 @@ def make_methods(setting: Setting) -> dict[str, Any_Method]:
         """Forward KL alone on the proxy's own answers."""
         return Method((Source(DISTILL, writer=state, labels=state, nll=False),), EQUAL)
 
-    aligned, sft = px.PREFERENCE, px.NLL
+    aligned, sft, mentor = px.PREFERENCE, px.NLL, MentorKd()
     with_fresh = proxy_kd(aligned)
     return {
         "fkl_unaligned": own_text(px.RAW),
-        "minillm": OnPolicyMethod(px.RAW, "minillm"),
-        "gkd": OnPolicyMethod(px.RAW, 0.5, 0.5, Source(DISTILL, writer=px.RAW)),
+        "minillm": OnPolicyMethod(px.RAW, MiniLlm()),
+        "gkd": OnPolicyMethod(
+            px.RAW, Gkd(beta=0.5, student_share=0.5), Source(DISTILL, writer=px.RAW)
+        ),
         "fkl_aligned": own_text(aligned),
         BLACK_BOX: Method((Source(DISTILL),)),
         "takd_raw": Method((Source(DISTILL, labels=px.RAW),), EQUAL),
         "takd_finetuned": Method((Source(DISTILL, labels=sft),), EQUAL),
         "mentor_kd": Method(
-            (Source(DISTILL, labels=sft), Source(DISTILL, writer=sft, labels=sft)), EQUAL
+            (Source(DISTILL, labels=sft), Source(DISTILL, writer=sft, labels=sft)),
+            mentor.lam / (1 - mentor.lam),
+            mentor.temperature,
         ),
         PROXY_KD: headline(aligned),
         "without_alignment_raw": headline(px.RAW),
@@ -95,10 +105,11 @@ def make_methods(setting: Setting) -> dict[str, Any_Method]:
         "teacher_logits": Method((Source(DISTILL, labels=TRUTH),), alpha),
         "proxy_kd_all": proxy_kd(aligned, ALL),
         "proxy_kd_fresh": Method((*with_fresh.sources, fresh(aligned)), alpha),
-        "on_policy": OnPolicyMethod(aligned, 1.0),
-        "on_policy_mix": OnPolicyMethod(aligned, 0.5, 0.5, Source(DISTILL)),
+        "on_policy": OnPolicyMethod(aligned, OnPolicy(samples_per_prompt=1)),
+        "on_policy_mix": OnPolicyMethod(aligned, Gkd(beta=0.5, student_share=0.5), Source(DISTILL)),
         "random_labels": proxy_kd(aligned, drawn=True),
         SODA: SODA,
+        GAD: GAD,
     }
 
 
@@ -110,4 +121,6 @@ def train(
         return offline.train(material, method, student_S, validation, **options)
     if isinstance(method, OnPolicyMethod):
         return on_policy.train(material, method, student_S, validation, **options)
+    if method == GAD:
+        return adversarial.train(material, student_S, validation, **options)
     return on_policy.train_soda(material, student_S, validation, **options)

@@ -55,10 +55,17 @@ class Source:
 
 @dataclass(frozen=True)
 class Method:
-    """Sources and the factor of the KL beside an NLL of weight 1; 0 has no soft labels at all."""
+    """What a student learns from.
+
+    Attributes:
+      sources: of rows.
+      alpha: factor of the KL beside an NLL of weight 1; 0 has no soft labels at all.
+      temperature: of both softmaxes, None for the config's; then the KL is not rescaled.
+    """
 
     sources: tuple[Source, ...]
     alpha: float = 0.0
+    temperature: float | None = None
 
 
 class Material:
@@ -81,7 +88,7 @@ class Material:
         self.setting, self.data, self.seeds = setting, data, seeds
         self.proxies, self.teacher = proxies, teacher
         self._rows: dict[tuple[str, str], list[Rows]] = {}
-        self._labels: dict[tuple[str, str, str], list[Labels]] = {}
+        self._labels: dict[tuple[str, str, str, float], list[Labels]] = {}
 
     def rows(self, prompts: str, writer: str) -> list[Rows]:
         """The answers of a writer to the prompts, of every seed."""
@@ -110,11 +117,14 @@ class Material:
         )
         return models.answered_rows(asked, drawn)
 
-    def labels(self, prompts: str, writer: str, scorer: str) -> list[Labels]:
+    def labels(
+        self, prompts: str, writer: str, scorer: str, temperature: float | None = None
+    ) -> list[Labels]:
         """Soft labels of these answers by a state of the proxy, or by the teacher itself."""
-        key = (prompts, writer, scorer)
+        score = self.setting.config.score
+        temperature = score.temperature if temperature is None else temperature
+        key = (prompts, writer, scorer, temperature)
         if key not in self._labels:
-            score = self.setting.config.score
             rows = self.rows(prompts, writer)
             if scorer == TRUTH:
                 self._labels[key] = self._true_labels(rows, score.top_k)
@@ -124,7 +134,7 @@ class Material:
                     self.proxies[scorer],
                     rows,
                     top_k=score.top_k,
-                    temperature=score.temperature,
+                    temperature=temperature,
                 )
         return self._labels[key]
 
@@ -182,16 +192,16 @@ def at_places(logps_NTV: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 def batches_of(material: Material, method: Method) -> list[TokenBatch] | list[DistillBatch]:
     """Every seed's rows of a method, its row of padding last."""
-    parts = [_part(material, source, method.alpha) for source in method.sources]
+    parts = [_part(material, source, method) for source in method.sources]
     return [_joined([part[i] for part in parts]) for i in range(len(material.seeds))]
 
 
-def _part(material: Material, source: Source, alpha: float) -> list[Any]:
-    rows_S = material.rows(source.prompts, source.writer)
+def _part(material: Material, source: Source, method: Method) -> list[Any]:
+    rows_S, alpha = material.rows(source.prompts, source.writer), method.alpha
     if not alpha:
         return [rows.batch for rows in rows_S]
     assert source.labels is not None
-    labels_S = material.labels(source.prompts, source.writer, source.labels)
+    labels_S = material.labels(source.prompts, source.writer, source.labels, method.temperature)
     if source.drawn:
         labels_S = material.drawn_labels(source.prompts, source.writer, source.labels)
     return [
@@ -242,8 +252,16 @@ def objective_of(setting: Setting, method: Method) -> Objective:
     distill = setting.config.distill
     if not method.alpha:
         return NllObjective(distill.reduction, distill.nll_weight)
-    temperature = setting.config.score.temperature
-    return DistillObjective(1.0, distill.nll_weight, distill.tail, distill.reduction, temperature)
+    fixed = method.temperature
+    temperature = setting.config.score.temperature if fixed is None else fixed
+    return DistillObjective(
+        1.0,
+        distill.nll_weight,
+        distill.tail,
+        distill.reduction,
+        temperature,
+        rescale=fixed is None,
+    )
 
 
 def train(

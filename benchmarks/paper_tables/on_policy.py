@@ -1,16 +1,15 @@
 """Students that learn from their own samples, and SODA, whose samples are the base student's.
 
-The scorer (the proxy) sees every sample. A batch may hold rows that are not the student's beside
-those that are: GKD's lambda is a share of each batch's rows here, not of the batches.
+The objectives, and the batches that they take, are the product's; here all seeds answer at once.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,123 +17,29 @@ import numpy as np
 from benchmarks.miniature import world as w
 from benchmarks.paper_tables import models
 from benchmarks.paper_tables import proxies as px
-from benchmarks.paper_tables.models import draw_answers, logits_of
+from benchmarks.paper_tables.models import draw_answers
 from benchmarks.paper_tables.offline import TRUTH, Material, Method, Source
 from benchmarks.paper_tables.offline import batches_of as offline_batches
+from benchmarks.paper_tables.settings import Setting
 from benchmarks.paper_tables.training import MakeBatch, Run, plan_rows, planned
-from proxykd_jax.config import PreferenceConfig
-from proxykd_jax.generation.decode import DrawSettings, PromptBatch
-from proxykd_jax.losses import (
-    Term,
-    batch_count,
-    batch_terms,
-    generalized_jsd_tokens,
-    log_ratio_rewards,
-    mixed_objective,
-    policy_gradient_tokens,
-    rewards_to_go,
-    single_step_kl_tokens,
-    token_logps,
+from proxykd_jax.baselines.gkd import GkdObjective
+from proxykd_jax.baselines.minillm import (
+    MiniLlmObjective,
+    inner_batches,
+    rollout_batch,
+    take_answers,
 )
-from proxykd_jax.models.config import ModelConfig
-from proxykd_jax.training.logprobs import concatenate
+from proxykd_jax.baselines.on_policy import OnPolicyObjective
+from proxykd_jax.baselines.rollouts import AnswerBatch, student_answers
+from proxykd_jax.baselines.scored import ScoredSpec, sampling_time_logps
+from proxykd_jax.config import PreferenceConfig
+from proxykd_jax.config.online_methods import Gkd, MiniLlm, OnPolicy
+from proxykd_jax.generation.decode import DrawSettings, Mixing, PromptBatch
+from proxykd_jax.training.batches import phase_seed
 from proxykd_jax.training.objectives import AlignObjective, NllObjective, Objective
-from proxykd_jax.training.state import ModelSpec, Tree
 from proxykd_jax.types import TokenBatch
 
 SODA_BETA = 0.1  # its paper's is not known
-MINILLM_CLIP = 0.2
-
-
-@flax.struct.dataclass
-class ScoredRows:
-    """Rows with the scorer's distribution at every place.
-
-    Attributes:
-      rows: the tokens.
-      scorer_logits_BLV: float32.
-    """
-
-    rows: TokenBatch
-    scorer_logits_BLV: Any
-
-
-@dataclass(frozen=True)
-class DivergenceObjective:
-    """GKD's divergence between scorer and student; beta 1 is the reverse KL, 0 the forward."""
-
-    beta: float
-    reduction: str
-
-    def counts(self, batch: ScoredRows) -> dict[str, jax.Array]:
-        return {"divergence": batch_count(batch.rows.mask_BL, reduction=self.reduction)}
-
-    def share(
-        self,
-        params: Tree,
-        adapter: Tree | None,
-        batch: ScoredRows,
-        counts: dict[str, jax.Array],
-        spec: ModelSpec,
-        dropout_key: jax.Array | None,
-    ) -> tuple[jax.Array, dict[str, Term]]:
-        mask_BL = batch.rows.mask_BL
-        logits_BLV = logits_of(spec.config, params, batch.rows)
-        values_BL = generalized_jsd_tokens(
-            batch.scorer_logits_BLV, logits_BLV, mask_BL, beta=self.beta
-        )
-        terms = {"divergence": batch_terms(values_BL, mask_BL, reduction=self.reduction)}
-        return mixed_objective(terms, {"divergence": 1.0}, counts=counts)
-
-    def terms(self) -> dict[str, Objective]:
-        return {}
-
-
-@dataclass(frozen=True)
-class MiniLlmObjective:
-    """MiniLLM without teacher-mixed sampling and with one epoch on each batch of samples.
-
-    The exact gradient of each token's own reward, and the policy gradient of those after it.
-    """
-
-    clip: float
-    reduction: str
-
-    def counts(self, batch: ScoredRows) -> dict[str, jax.Array]:
-        count = batch_count(batch.rows.mask_BL, reduction=self.reduction)
-        return {"single_step": count, "long": count}
-
-    def share(
-        self,
-        params: Tree,
-        adapter: Tree | None,
-        batch: ScoredRows,
-        counts: dict[str, jax.Array],
-        spec: ModelSpec,
-        dropout_key: jax.Array | None,
-    ) -> tuple[jax.Array, dict[str, Term]]:
-        rows, scorer_BLV = batch.rows, batch.scorer_logits_BLV
-        logits_BLV = logits_of(spec.config, params, rows)
-        logps_BL = token_logps(logits_BLV, rows.labels_BL)
-        # The samples are of this very student.
-        old_BL = jax.lax.stop_gradient(logps_BL)
-        scorer_BL = token_logps(scorer_BLV, rows.labels_BL)
-        rewards_BL = log_ratio_rewards(scorer_BL, old_BL, rows.mask_BL)
-        returns_BL = rewards_to_go(rewards_BL, rows.mask_BL, include_current=False)
-        values = {
-            "single_step": single_step_kl_tokens(scorer_BLV, logits_BLV, rows.mask_BL),
-            "long": policy_gradient_tokens(
-                logps_BL, old_BL, returns_BL, rows.mask_BL, clip=self.clip
-            ),
-        }
-        terms = {
-            name: batch_terms(values_BL, rows.mask_BL, reduction=self.reduction)
-            for name, values_BL in values.items()
-        }
-        return mixed_objective(terms, dict.fromkeys(terms, 1.0), counts=counts)
-
-    def terms(self) -> dict[str, Objective]:
-        return {}
 
 
 def rows_of_samples(prompts_BP: jax.Array, answers_BT: jax.Array, count_B: jax.Array) -> TokenBatch:
@@ -153,20 +58,63 @@ def rows_of_samples(prompts_BP: jax.Array, answers_BT: jax.Array, count_B: jax.A
     )
 
 
-@functools.lru_cache(maxsize=8)
-def sampled_batch(student: ModelConfig, proxy: ModelConfig) -> MakeBatch:
-    """A step's batch: the student's samples of this step, other rows, and the scorer's view."""
+def sampled_answers(
+    constants: Any,
+    params: Any,
+    prompts: PromptBatch,
+    round_index: jax.Array,
+    spec: ScoredSpec,
+    mixing: Mixing | None = None,
+) -> AnswerBatch:
+    """The student's answers as it is now, or those of a mixture with the scorer."""
     settings = DrawSettings(1.0, 1.0, w.VOCAB_SIZE, (w.END,))
+    other = None if mixing is None else constants["frozen"]["scorer"]
+    state = draw_answers(
+        params,
+        prompts,
+        constants["seed"],
+        round_index,
+        spec.config,
+        settings,
+        w.MAX_ANSWER,
+        other,
+        mixing,
+    )
+    answers_BT = state.tokens_BS[:, : w.MAX_ANSWER]
+    rows = rows_of_samples(prompts.tokens_BL, answers_BT, state.count_B)
+    return jax.lax.stop_gradient(AnswerBatch(rows, state.finished_B, state.count_B > 0))
 
-    def make(constants: Any, params: Any, data: Any, step: jax.Array) -> ScoredRows:
-        prompts, others = data
-        state = draw_answers(
-            params, prompts, constants["seed"], step, student, settings, w.MAX_ANSWER
+
+@functools.lru_cache(maxsize=8)
+def answered_batch(spec: ScoredSpec) -> MakeBatch:
+    """A step's batch: of the student's answers, or of given ones where it does not answer."""
+
+    def make(constants: Any, params: Any, data: Any, step: jax.Array) -> AnswerBatch:
+        prompts, given, own = data
+        drawn = sampled_answers(constants, params, prompts, step, spec)
+        return jax.tree.map(lambda a, b: jnp.where(own, a, b), drawn, given)
+
+    return make
+
+
+@functools.lru_cache(maxsize=8)
+def rollout_batches(spec: ScoredSpec, updates: int) -> MakeBatch:
+    """The batches of all updates on a rollout, whose answers scorer and student draw together."""
+    method = MiniLlm()
+    mixing = Mixing(spec.scorer.config, method.teacher_mixing)
+
+    def make(constants: Any, params: Any, data: Any, step: jax.Array) -> Any:
+        prompts, places_UB = data
+        answers = sampled_answers(constants, params, prompts, step // updates, spec, mixing)
+        old_RL, scorer_RL = sampling_time_logps(
+            params, constants["frozen"], answers.rows, spec=spec
         )
-        answers_BT = state.tokens_BS[:, : w.MAX_ANSWER]
-        rows = rows_of_samples(prompts.tokens_BL, answers_BT, state.count_B)
-        rows = jax.lax.stop_gradient(concatenate(rows, others))
-        return ScoredRows(rows, logits_of(proxy, constants["scorer"], rows))
+
+        def batch(places: jax.Array) -> Any:
+            taken = take_answers(answers, places)
+            return rollout_batch(taken, old_RL[places], scorer_RL[places], None, method)
+
+        return batch(places_UB) if updates == 1 else jax.vmap(batch)(places_UB)
 
     return make
 
@@ -177,15 +125,22 @@ class OnPolicyMethod:
 
     Attributes:
       scorer: state of the proxy that sees them.
-      objective: ``minillm``, or GKD's beta.
-      share: of a batch's rows that are the student's own samples.
-      others: where the rest comes from.
+      section: the product's method.
+      fixed: the other answers of GKD.
     """
 
     scorer: str
-    objective: str | float
-    share: float = 1.0
-    others: Source | None = None
+    section: Gkd | OnPolicy | MiniLlm
+    fixed: Source | None = None
+
+
+def objective_of(section: Gkd | OnPolicy | MiniLlm, reduction: str) -> Objective:
+    """The product's; ``reduction`` is for the method that has none of its own."""
+    if isinstance(section, MiniLlm):
+        return MiniLlmObjective.of(section)
+    if isinstance(section, Gkd):
+        return GkdObjective(section.beta, section.scorer_temperature, "example_mean")
+    return OnPolicyObjective(section.form, section.coef, reduction)
 
 
 def train(
@@ -196,40 +151,103 @@ def train(
     **options: Any,
 ) -> Run:
     """Trains the students of all seeds on prompts of D_s."""
-    setting, distill = material.setting, material.setting.config.distill
-    objective: Objective
-    if method.objective == "minillm":
-        objective = MiniLlmObjective(MINILLM_CLIP, distill.reduction)
-    else:
-        objective = DivergenceObjective(float(method.objective), distill.reduction)
+    setting, section = material.setting, method.section
+    steps, every = setting.student_steps, setting.config.distill.stop.every
+    spec = ScoredSpec(setting.student, setting.proxy, w.VOCAB_SIZE)
     run = Run.start(setting.student, setting.distill_optimizer, student_S, validation)
-    own = round(distill.batch_size * method.share)
-    prompts, others = [], []
-    fixed = method.others or Source("distill")
-    for seed, rows, batch in zip(
-        material.seeds,
-        material.rows("distill", TRUTH),
-        offline_batches(material, Method((fixed,))),
-        strict=True,
-    ):
-        plan = plan_rows(len(rows.rows), distill, seed, "distill", setting.student_steps)
-        asked = models.prompt_batch(rows.prompts_NP, rows.ids, w.MAX_ANSWER)
-        prompts.append((_with_padding(asked), plan[:, :own]))
-        others.append((batch, plan[:, own:]))
-    own_batches, other_batches = (planned(*zip(*part, strict=True)) for part in (prompts, others))
+    updates = 1
+    if isinstance(section, MiniLlm):
+        epochs, count = rollout_sizes(setting, section)
+        updates = epochs * count
+        batches = _rollouts(material, epochs, count)
+        make_batch = rollout_batches(spec, updates)
+    else:
+        batches = _answered(material, method)
+        make_batch = answered_batch(spec)
     run.train(
-        objective,
-        lambda start, stop: (own_batches(start, stop), other_batches(start, stop)),
-        setting.student_steps,
-        every=distill.stop.every,
-        make_batch=sampled_batch(setting.student_model, setting.proxy_model),
+        objective_of(section, setting.config.distill.reduction),
+        batches,
+        steps // updates,
+        every=max(every // updates, 1),
+        make_batch=make_batch,
         constants={
             "seed": np.asarray(material.seeds, np.uint32),
-            "scorer": material.proxies[method.scorer],
+            "frozen": {"student": {}, "scorer": (material.proxies[method.scorer], None)},
         },
+        step_spec=spec,
+        updates=updates,
         **options,
     )
     return run
+
+
+def _answered(material: Material, method: OnPolicyMethod) -> Any:
+    """Data of ``answered_batch``: prompts, the same prompts' fixed answers, who answers."""
+    setting, section = material.setting, method.section
+    steps = setting.student_steps
+    share = section.student_share if isinstance(section, Gkd) else 1.0
+    pools, plans, owns = [], [], []
+    for seed, rows, given in zip(
+        material.seeds,
+        material.rows("distill", TRUTH),
+        offline_batches(material, Method((method.fixed or Source("distill"),))),
+        strict=True,
+    ):
+        assert isinstance(given, TokenBatch)
+        there_B = given.mask_BL.any(axis=-1)
+        ends_B = (given.mask_BL & (given.labels_BL == w.END)).any(axis=-1)
+        fixed = AnswerBatch(given, ends_B, np.zeros_like(there_B))
+        pools.append((padded_prompts(rows), fixed))
+        plans.append(plan_rows(len(rows.rows), setting.config.distill, seed, "distill", steps))
+        owns.append(np.array([student_answers(seed, step, share) for step in range(steps)]))
+    both = planned(pools, plans)
+    return lambda start, stop: (*both(start, stop), np.stack(owns)[:, start:stop])
+
+
+def rollout_sizes(setting: Setting, section: MiniLlm) -> tuple[int, int]:
+    """(inner epochs, batches of a rollout): the method's, or fewer that divide the steps."""
+    steps = setting.student_steps
+    epochs = math.gcd(section.inner_epochs, steps)
+    most = max(section.rollouts // setting.config.distill.batch_size, 1)
+    counts = range(1, most + 1)
+    return epochs, max(count for count in counts if steps % (epochs * count) == 0)
+
+
+def _rollouts(material: Material, epochs: int, count: int) -> Any:
+    """Data of ``rollout_batches``: the prompts of a rollout and the places of each update."""
+    setting = material.setting
+    steps, size = setting.student_steps, setting.config.distill.batch_size
+    num = steps // (epochs * count)
+    pools, plans, places = [], [], []
+    for seed, rows in zip(material.seeds, material.rows("distill", TRUTH), strict=True):
+        plan = plan_rows(len(rows.rows), setting.config.distill, seed, "distill", 2 * steps)
+        # Without the padding at an epoch's end, so that every update is of a whole batch.
+        plans.append(np.resize(plan[plan >= 0], (num, count * size)))
+        pools.append(padded_prompts(rows))
+        there_R = np.ones(count * size, bool)
+        places.append(
+            [
+                list(
+                    inner_batches(
+                        there_R,
+                        size,
+                        epochs=epochs,
+                        seed=phase_seed(seed, f"distill/inner/{rollout}"),
+                    )
+                )
+                for rollout in range(num)
+            ]
+        )
+    prompts, places_SZUB = planned(pools, plans), np.asarray(places)
+    if epochs * count == 1:
+        places_SZUB = places_SZUB[:, :, 0]
+    return lambda start, stop: (prompts(start, stop), places_SZUB[:, start:stop])
+
+
+def padded_prompts(rows: Any, number: int = 0) -> PromptBatch:
+    """All prompts and a row at the end that draws nothing; ``number`` is the answer's."""
+    ids = [f"{row_id}/student/{number}" for row_id in rows.ids]
+    return _with_padding(models.prompt_batch(rows.prompts_NP, ids, w.MAX_ANSWER))
 
 
 def _with_padding(batch: PromptBatch) -> PromptBatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import time
@@ -19,7 +20,7 @@ from proxykd_jax.config import TrainingSection
 from proxykd_jax.evaluation.measures import place_figures
 from proxykd_jax.training.batches import make_plan, phase_seed
 from proxykd_jax.training.objectives import Objective
-from proxykd_jax.training.state import ModelSpec, TrainState, init_state
+from proxykd_jax.training.state import ModelSpec, Spec, TrainState, init_state
 from proxykd_jax.training.steps import make_train_step
 from proxykd_jax.types import TokenBatch
 
@@ -34,10 +35,11 @@ def as_it_is(constants: Any, params: Any, batch: Any, step: jax.Array) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def _steps(
-    spec: ModelSpec,
+    spec: Spec,
     objective: Objective,
     optimizer: optax.GradientTransformation,
     make_batch: MakeBatch,
+    updates: int,
 ) -> Callable[..., Any]:
     """``(constants, state, data_Z) -> (state, losses_Z)``: as many steps as there are batches."""
     step = make_train_step(spec, objective, optimizer, microbatches=1, seed=0)
@@ -45,7 +47,10 @@ def _steps(
     def run(constants: Any, state: TrainState, data_Z: Any) -> tuple[TrainState, jax.Array]:
         def one(state: TrainState, data: Any) -> tuple[TrainState, jax.Array]:
             batch = make_batch(constants, state.trainable, data, state.step)
-            state, metrics = step(state, {}, batch)
+            return update(state, batch) if updates == 1 else jax.lax.scan(update, state, batch)
+
+        def update(state: TrainState, batch: Any) -> tuple[TrainState, jax.Array]:
+            state, metrics = step(state, constants.get("frozen", {}), batch)
             return state, metrics["loss"]
 
         return jax.lax.scan(one, state, data_Z)
@@ -80,6 +85,7 @@ class Run:
       best, best_nll: parameters with the lowest validation NLL so far, and it.
       snapshots: step -> parameters, where asked for.
       seconds_a_step: of all seeds together, validation and compilation left out.
+      has_beside: the trainable part is a dictionary, of which ``student`` is the model.
     """
 
     spec: ModelSpec
@@ -90,6 +96,7 @@ class Run:
     best_nll: np.ndarray
     snapshots: dict[int, Any] = field(default_factory=dict)
     seconds_a_step: float = float("nan")
+    has_beside: bool = False
 
     @staticmethod
     def start(
@@ -97,20 +104,33 @@ class Run:
         optimizer: optax.GradientTransformation,
         params_S: Any,
         validation: TokenBatch,
+        beside: dict[str, Any] | None = None,
     ) -> Run:
-        """Step 0, whose parameters are the best so far."""
-        state = jax.vmap(lambda params: init_state(params, optimizer))(params_S)
+        """Step 0, whose parameters are the best so far.
+
+        Args:
+          spec, optimizer, params_S, validation: see the attributes.
+          beside: what else learns, by name, as the optimizer knows it.
+        """
+        trainable = params_S if beside is None else {"student": params_S, **beside}
+        state = jax.vmap(lambda tree: init_state(tree, optimizer))(trainable)
         nll_S = np.asarray(_validation(spec)(params_S, validation))
-        return Run(spec, optimizer, state, validation, params_S, nll_S)
+        has_beside = beside is not None
+        return Run(spec, optimizer, state, validation, params_S, nll_S, has_beside=has_beside)
 
     @property
     def last(self) -> Any:
         """Parameters after the last step."""
-        return self.state.trainable
+        return self.state.trainable["student"] if self.has_beside else self.state.trainable
+
+    def renew_optimizer(self) -> None:
+        """The next phase begins with an optimizer of its own."""
+        fresh = jax.vmap(self.optimizer.init)(self.state.trainable)
+        self.state = dataclasses.replace(self.state, opt_state=fresh)
 
     def copy(self) -> Run:
         """Another run from here on; arrays are never changed in place."""
-        return Run(self.spec, self.optimizer, self.state, self.validation, self.best, self.best_nll)
+        return dataclasses.replace(self, snapshots={})
 
     def train(
         self,
@@ -122,6 +142,8 @@ class Run:
         make_batch: MakeBatch = as_it_is,
         constants: Any = None,
         snapshot_every: int | None = None,
+        step_spec: Spec | None = None,
+        updates: int = 1,
     ) -> None:
         """Takes the steps of a phase; validates every so many and at the end.
 
@@ -131,11 +153,13 @@ class Run:
           num_steps: of the phase.
           every: steps between validations.
           make_batch: makes the objective's batch of a step's data.
-          constants: what it needs beside, with a leading axis of seeds.
+          constants: what it needs beside, with a leading axis of seeds; ``frozen`` is the step's.
           snapshot_every: keeps the parameters every so many steps.
+          step_spec: of all the models that the objective reads, where there are several.
+          updates: that one step's data are for; ``make_batch`` then gives as many batches.
         """
         chunk = math.gcd(every, num_steps, snapshot_every or num_steps)
-        step = _steps(self.spec, objective, self.optimizer, make_batch)
+        step = _steps(step_spec or self.spec, objective, self.optimizer, make_batch, updates)
         if constants is None:
             constants = {}
         seconds = []
@@ -151,7 +175,7 @@ class Run:
                 self._validate()
             if snapshot_every is not None and done % snapshot_every == 0:
                 self.snapshots[done] = self.last
-        self.seconds_a_step = float(np.median(seconds)) / chunk
+        self.seconds_a_step = float(np.median(seconds)) / (chunk * updates)
 
     def _validate(self) -> None:
         nll_S = np.asarray(_validation(self.spec)(self.last, self.validation))

@@ -205,7 +205,8 @@ def _make_step(
                 anchor(rollout.step * method.updates_a_step(size) + number),
                 method,
             )
-            state, metrics = update(state, frozen, put_rows(batch, run.mesh))
+            batch = put_rows(jax.tree.map(np.asarray, batch), run.mesh)
+            state, metrics = update(state, frozen, batch)
             all_metrics.append(metrics)
         return state, jax.tree.map(lambda *found: sum(found) / len(found), *all_metrics)
 
@@ -231,7 +232,7 @@ def inner_batches(
             yield np.concatenate([places, np.full(size - len(places), -1)])
 
 
-def take_answers(answers: AnswerBatch, places: np.ndarray) -> AnswerBatch:
+def take_answers(answers: AnswerBatch, places: Any) -> AnswerBatch:
     """Some of the answers; at a place of -1 a row without one."""
     taken = jax.tree.map(lambda x: x[places], answers)
     rows, there_B = taken.rows, places >= 0
@@ -286,12 +287,12 @@ class RolloutBatch:
 
 def rollout_batch(
     answers: AnswerBatch,
-    old_logps_BL: np.ndarray,
-    scorer_logps_BL: np.ndarray,
+    old_logps_BL: Any,
+    scorer_logps_BL: Any,
     anchor: TokenBatch | None,
     method: MiniLlm,
 ) -> RolloutBatch:
-    """Rewards, returns and weights of an update's answers, in NumPy.
+    """Rewards, returns and weights of an update's answers, traceable.
 
     Over the whole update, however many micro-batches it is computed in: the authors' code whitens
     advantages over each micro-batch of all devices.
@@ -316,9 +317,7 @@ def rollout_batch(
     weight_BL = mixture_weights(
         scorer_logps_BL, old_logps_BL, mask_BL, scorer_share=method.teacher_mixing
     )
-    return RolloutBatch(
-        answers, old_logps_BL, np.asarray(advantage_BL), np.asarray(weight_BL), anchor
-    )
+    return RolloutBatch(answers, old_logps_BL, advantage_BL, weight_BL, anchor)
 
 
 @dataclass(frozen=True)

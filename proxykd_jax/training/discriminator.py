@@ -21,18 +21,23 @@ from proxykd_jax.types import TokenBatch
 
 
 def init_discriminator(student: Model, mesh: Mesh) -> Tree:
+    """``discriminator_of`` a student, on its mesh."""
+
+    def make(trainable: Tree) -> Tree:
+        return discriminator_of(trainable, student.config.model_dim)
+
+    shardings = tree_shardings(jax.eval_shape(make, student.trainable), mesh)
+    return jax.jit(make, out_shardings=shardings)(student.trainable)
+
+
+def discriminator_of(trainable: Tree, model_dim: int) -> Tree:
     """What learns of the discriminator: ``body``, a copy of the student's, and ``score_head``.
 
     The head begins at zero, so that all scores are equal and the first loss is ln 2.
     """
-
-    def make(trainable: Tree) -> Tree:
-        body = {name: tree for name, tree in trainable.items() if name != "lm_head"}
-        kernel_D = jnp.zeros(student.config.model_dim, jnp.float32)
-        return {"body": jax.tree.map(jnp.copy, body), "score_head": {"kernel": kernel_D}}
-
-    shardings = tree_shardings(jax.eval_shape(make, student.trainable), mesh)
-    return jax.jit(make, out_shardings=shardings)(student.trainable)
+    body = {name: tree for name, tree in trainable.items() if name != "lm_head"}
+    kernel_D = jnp.zeros(model_dim, jnp.float32)
+    return {"body": jax.tree.map(jnp.copy, body), "score_head": {"kernel": kernel_D}}
 
 
 def scores(

@@ -8,8 +8,8 @@ import pytest
 
 from proxykd_jax import distill
 from proxykd_jax.baselines import gkd
-from proxykd_jax.baselines.gkd import GkdObjective, student_answers
-from proxykd_jax.baselines.rollouts import Answering
+from proxykd_jax.baselines.gkd import GkdObjective
+from proxykd_jax.baselines.rollouts import Answering, student_answers
 from proxykd_jax.config.online_methods import Gkd
 from tests.baselines.online import (
     IN_THE_MIDDLE,

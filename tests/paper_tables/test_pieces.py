@@ -1,6 +1,6 @@
 """Rows, plans, labels and objectives of the study against what they stand for."""
 
-import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,19 +9,23 @@ import pytest
 
 from benchmarks.miniature import pretrain
 from benchmarks.miniature import world as w
+from benchmarks.paper_tables import adversarial, offline, on_policy, seeds
 from benchmarks.paper_tables import methods as m
-from benchmarks.paper_tables import offline, on_policy, seeds
+from benchmarks.paper_tables import proxies as px
 from benchmarks.paper_tables import settings as s
-from benchmarks.paper_tables.models import logits_of
-from benchmarks.paper_tables.training import plan_rows, planned
+from benchmarks.paper_tables.training import plan_rows, planned, stacked_rows
 from benchmarks.paper_tables.vectorise import over_seeds
+from proxykd_jax.baselines.gad import game_batch
+from proxykd_jax.baselines.gkd import GkdObjective
+from proxykd_jax.baselines.minillm import MiniLlmObjective, rollout_batch
+from proxykd_jax.baselines.on_policy import OnPolicyObjective
+from proxykd_jax.baselines.rollouts import AnswerBatch, given_answers
+from proxykd_jax.config.online_methods import MiniLlm
 from proxykd_jax.data.collate import collate_rows
 from proxykd_jax.models.params import init_params
 from proxykd_jax.training.batches import make_plan, phase_seed
-from proxykd_jax.training.state import ModelSpec
 
 MODEL = pretrain.model_config(16, 24, 1)
-SPEC = ModelSpec(MODEL, "full", "float32", "none")
 
 
 @pytest.fixture(scope="module")
@@ -84,44 +88,87 @@ def test_true_labels_are_the_teachers(rows: seeds.Rows) -> None:
     np.testing.assert_allclose(np.exp(whole).sum(axis=-1), 1, rtol=1e-5)
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-def test_divergence_has_no_gradient_at_the_scorer(rows: seeds.Rows, beta: float) -> None:
-    params = init_params(jax.random.key(0), MODEL)
-    other = init_params(jax.random.key(1), MODEL)
-    objective = on_policy.DivergenceObjective(beta, "example_mean")
-
-    def loss(params: object, scorer: object) -> jax.Array:
-        batch = on_policy.ScoredRows(rows.batch, logits_of(MODEL, scorer, rows.batch))
-        return objective.share(params, None, batch, objective.counts(batch), SPEC, None)[0]
-
-    value, gradient = jax.jit(jax.value_and_grad(loss))(params, params)
-    assert abs(value) < 1e-6
-    assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradient)) < 1e-6
-    assert loss(params, other) > 1e-3
+def test_objectives_are_the_products() -> None:
+    methods = m.make_methods(s.Setting("fmt", "paper"))
+    expected = {
+        "minillm": MiniLlmObjective(0.2, True, 0.0, 0.0),
+        "gkd": GkdObjective(0.5, 1.0, "example_mean"),
+        "on_policy": OnPolicyObjective("full", 1.0, "token_mean"),
+        "on_policy_mix": GkdObjective(0.5, 1.0, "example_mean"),
+    }
+    for name, objective in expected.items():
+        assert on_policy.objective_of(methods[name].section, "token_mean") == objective
+    mentor = offline.objective_of(s.Setting("fmt", "paper"), methods["mentor_kd"])
+    assert (mentor.temperature, mentor.rescale) == (2.0, False)
 
 
-def test_minillm_counts_a_tokens_own_reward_once(rows: seeds.Rows) -> None:
-    """At the last token nothing follows: there the loss is the exact reverse KL alone."""
-    params, other = (init_params(jax.random.key(k), MODEL) for k in (0, 1))
-    mask_BL = rows.batch.mask_BL
-    last_BL = mask_BL & ~np.pad(mask_BL[:, 1:], ((0, 0), (0, 1)))
-    batch = on_policy.ScoredRows(
-        dataclasses.replace(rows.batch, mask_BL=last_BL), logits_of(MODEL, other, rows.batch)
+def test_rollouts_divide_a_students_steps() -> None:
+    assert on_policy.rollout_sizes(s.Setting("fmt", "paper"), MiniLlm()) == (4, 4)
+    for steps in (1, 2, 6, 12, 20):
+        sizes = s.Sizes(overrides=(f"distill.max_steps={steps}",))
+        epochs, count = on_policy.rollout_sizes(s.Setting("fmt", "paper", sizes), MiniLlm())
+        assert steps % (epochs * count) == 0
+
+
+def test_rollout_batch_can_be_traced(rows: seeds.Rows) -> None:
+    there_B = rows.batch.mask_BL.any(axis=-1)
+    answers = AnswerBatch(rows.batch, there_B, there_B)
+    old_BL, scorer_BL = -np.random.default_rng(0).gamma(2.0, size=(2, *rows.batch.mask_BL.shape))
+    expected = rollout_batch(answers, old_BL, scorer_BL, None, MiniLlm())
+    traced = jax.jit(lambda *arrays: rollout_batch(*arrays, None, MiniLlm()))
+    found = traced(answers, old_BL, scorer_BL)
+    assert np.abs(expected.advantages_BL).max() > 0.1
+    for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_judged_answers_are_the_products_batch(rows: seeds.Rows) -> None:
+    given = given_answers(rows.rows, (w.END,))
+    expected = game_batch(given, given, s.ROW_LENGTH)
+    found, last = adversarial.judged_answers(
+        *map(jnp.asarray, (rows.prompts_NP, offline.padded_answers(rows))),
+        *map(jnp.asarray, (rows.lengths, rows.finished)),
     )
-    minillm = on_policy.MiniLlmObjective(0.2, "token_mean")
-    reverse = on_policy.DivergenceObjective(1.0, "token_mean")
+    length = expected.teacher.rows.tokens_BL.shape[1]
+    np.testing.assert_array_equal(last, expected.teacher_last_P)
+    np.testing.assert_array_equal(found.finished_B, expected.teacher.finished_B)
+    for name in ("tokens_BL", "labels_BL", "mask_BL"):
+        mine, theirs = getattr(found.rows, name), getattr(expected.teacher.rows, name)
+        common = min(length, mine.shape[1])
+        np.testing.assert_array_equal(mine[:, :common], theirs[:, :common])
+        assert not mine[:, common:].any() and not theirs[:, common:].any()
 
-    def gradient_of(objective: object) -> object:
-        def loss(params: object) -> jax.Array:
-            return objective.share(params, None, batch, objective.counts(batch), SPEC, None)[0]
 
-        return jax.jit(jax.grad(loss))(params)
-
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
-        gradient_of(minillm),
-        gradient_of(reverse),
+@pytest.fixture(scope="module")
+def material(rows: seeds.Rows) -> offline.Material:
+    """Two seeds of a tiny student and a proxy that is another model of its shape."""
+    sizes = s.Sizes(
+        overrides=("distill.max_steps=4", "distill.stop.every=1", "distill.batch_size=4")
     )
+    setting = s.Setting("fmt", "paper", sizes, MODEL, MODEL)
+    worlds = w.make_worlds(3, "fmt")
+    data = [seeds.Seed(worlds, {"distill": rows}, rows, rows.prompts_NP, np.zeros(0))] * 2
+    return offline.Material(setting, data, [0, 1], {px.RAW: models_of(2)}, None)
+
+
+def models_of(first: int) -> object:
+    """One model a seed."""
+    return jax.vmap(lambda key: init_params(key, MODEL))(jax.random.split(jax.random.key(first)))
+
+
+@pytest.mark.slow  # a program of its own to compile
+def test_gads_discriminator_learns_at_every_step(material: offline.Material) -> None:
+    student_S = models_of(0)
+    validation = stacked_rows([rows.batch for rows in material.rows("distill", offline.TRUTH)])
+    run = adversarial.start(material, student_S, validation)
+    heads = [run.state.trainable["discriminator"]["score_head"]["kernel"]]
+    for _ in range(2):
+        adversarial.warm_up(run, material, 1)
+        heads.append(run.state.trainable["discriminator"]["score_head"]["kernel"])
+    for before, after in itertools.pairwise(heads):
+        assert (np.abs(np.asarray(after - before)).max(axis=-1) > 0).all()
+    # What is measured is the student, not the pair.
+    assert jax.tree.structure(run.last) == jax.tree.structure(student_S)
 
 
 def test_presets_differ_in_proxy_kd_alone() -> None:
