@@ -66,7 +66,7 @@ from proxykd_jax.training.discriminator import (
     scores,
 )
 from proxykd_jax.training.distillation import teacher_rows
-from proxykd_jax.training.logprobs import WHOLE_LOGITS, concatenate
+from proxykd_jax.training.logprobs import WHOLE_LOGITS
 from proxykd_jax.training.loop import Trainer
 from proxykd_jax.training.objectives import Counts, Metrics, Objective
 from proxykd_jax.training.scoring import Scoring
@@ -263,18 +263,26 @@ def _batches(
 def game_batch(
     teacher: list[Answer | None], samples: list[Answer | None], max_length: int
 ) -> GameBatch:
-    """P answers of the teacher and P x G of the student, in rows of one length, in NumPy."""
+    """P answers of the teacher and P x G of the student, in NumPy; rows of each as long as it
+    needs."""
     num, group = len(teacher), len(samples) // len(teacher)
-    answers = [*teacher, *samples]
-    both = answer_batch(answers, max_length, extra=1)
+    first, first_last_P = _with_last_tokens(teacher, max_length)
+    rest, rest_last_B = _with_last_tokens(samples, max_length)
+    rest = jax.tree.map(lambda x: x.reshape(num, group, *x.shape[1:]), rest)
+    return GameBatch(first, first_last_P, rest, rest_last_B.reshape(num, group))
+
+
+def _with_last_tokens(
+    answers: list[Answer | None], max_length: int
+) -> tuple[AnswerBatch, np.ndarray]:
+    """A batch whose inputs hold each row's last token too, and where."""
+    batch = answer_batch(answers, max_length, extra=1)
     last_B = np.zeros(len(answers), np.int32)
     for b, answer in enumerate(answers):
         if answer is not None:
             last_B[b] = len(answer.row.tokens) - 1
-            both.rows.tokens_BL[b, last_B[b]] = answer.row.tokens[-1]
-    first = jax.tree.map(lambda x: x[:num], both)
-    rest = jax.tree.map(lambda x: x[num:].reshape(num, group, *x.shape[1:]), both)
-    return GameBatch(first, last_B[:num], rest, last_B[num:].reshape(num, group))
+            batch.rows.tokens_BL[b, last_B[b]] = answer.row.tokens[-1]
+    return batch, last_B
 
 
 # --- losses ---------------------------------------------------------------------------------------
@@ -376,16 +384,13 @@ class GadObjective:
 
 def _judge(params: Tree, batch: GameBatch, spec: GadSpec) -> tuple[Term, jax.Array, Metrics]:
     """The discriminator's loss over all pairs, its scores of the samples, and figures."""
-    samples = _flat(batch.samples).rows
-    score_B = scores(
-        params["base"],
-        params["discriminator"],
-        concatenate(batch.teacher.rows, samples),
-        jnp.concatenate([batch.teacher_last_P, batch.sample_last_PG.reshape(-1)]),
-        spec.student,
-    )
-    num = batch.teacher_last_P.shape[0]
-    teacher_P, sample_PG = score_B[:num], score_B[num:].reshape(batch.sample_last_PG.shape)
+
+    def score(rows: TokenBatch, last_B: jax.Array) -> jax.Array:
+        return scores(params["base"], params["discriminator"], rows, last_B, spec.student)
+
+    teacher_P = score(batch.teacher.rows, batch.teacher_last_P)
+    last_PG = batch.sample_last_PG
+    sample_PG = score(_flat(batch.samples).rows, last_PG.reshape(-1)).reshape(last_PG.shape)
     pairs_PG = _pairs(batch)
     loss = reduce_examples(discriminator_loss(teacher_P, sample_PG, pairs_PG), pairs_PG)
     gap_PG = jax.lax.stop_gradient(teacher_P[:, None] - sample_PG)

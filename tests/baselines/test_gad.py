@@ -175,11 +175,16 @@ def test_a_constant_of_a_prompt_changes_nothing(monkeypatch):
     objective = GadObjective(0.0, 1, 0.8, "token_mean")
     plain = loss_of(objective, spec, frozen, batch)(trainable)
     shift_P = np.array([3.0, -2.0, 0.5, 9.0], np.float32)
-    shift_B = np.concatenate([shift_P, np.repeat(shift_P, GROUP)])
-    monkeypatch.setattr(gad, "scores", lambda *given: scores(*given) + shift_B)
+
+    def shifted_by(of_samples):
+        return lambda *given: (
+            scores(*given) + (shift_P if given[3].shape == (4,) else np.repeat(of_samples, GROUP))
+        )
+
+    monkeypatch.setattr(gad, "scores", shifted_by(shift_P))
     shifted = loss_of(objective, spec, frozen, batch)(trainable)
     np.testing.assert_allclose(shifted, plain, rtol=1e-4)
-    monkeypatch.setattr(gad, "scores", lambda *given: scores(*given) + np.arange(16.0, dtype="f"))
+    monkeypatch.setattr(gad, "scores", shifted_by(shift_P + 1))
     assert abs(loss_of(objective, spec, frozen, batch)(trainable) - plain) > 0.1
 
 
