@@ -330,7 +330,7 @@ def _says(cell: str, value: Any) -> bool:
 
 
 def test_the_documentation_lists_both_presets_with_a_reason():
-    """Each key with its two values; each deviation with a measurement, or that there is none yet."""
+    """Each key with its two values; each deviation with a measurement, or that there is none."""
     text = (REPOSITORY / "docs" / "method.md").read_text(encoding="utf-8")
     table = text.partition("## The presets")[2].partition("\n## ")[0]
     rows = [line.strip("|").split(" | ") for line in table.splitlines() if line.startswith("| ")]

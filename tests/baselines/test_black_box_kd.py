@@ -57,6 +57,7 @@ def test_a_proxy_of_noise_changes_no_byte_of_the_student(tiny_files: Path, tmp_p
     assert exported[0] == exported[1]
 
 
+@pytest.mark.slow  # the loop that resumes is Proxy-KD's, which the quick tests stop
 def test_a_stopped_run_equals_an_unbroken_one(tiny_files, tmp_path, monkeypatch):
     config = method_recipe(tiny_files, tmp_path / "whole", "black_box_kd")
     check_stopped_run_equals_unbroken(config, tmp_path / "stopped", monkeypatch, 4)

@@ -90,6 +90,7 @@ def test_the_teachers_answers_are_not_looked_at(tiny_files: Path, tmp_path: Path
     assert {path.split("/")[0] for path in labels} == {"manifest.json", "scorer"}
 
 
+@pytest.mark.slow  # the loop that resumes is Proxy-KD's, which the quick tests stop
 def test_a_stopped_run_equals_an_unbroken_one(tiny_files, tmp_path, monkeypatch):
     config = method_recipe(tiny_files, tmp_path / "whole", "forward_kl")
     check_stopped_run_equals_unbroken(config, tmp_path / "stopped", monkeypatch, 4)

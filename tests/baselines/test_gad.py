@@ -213,7 +213,7 @@ def test_a_new_discriminator_is_the_student_with_a_head_of_zeros(lora):
         np.testing.assert_allclose(loss, nll + np.log(2), rtol=1e-4)
 
 
-@pytest.mark.parametrize("trainable", ["full", "lora"])
+@pytest.mark.parametrize("trainable", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_a_run_keeps_student_and_discriminator_and_resumes_bitwise(tiny_files, tmp_path, trainable):
     method = {"name": "gad", "samples_per_prompt": 3, "discriminator_learning_rate": 5e-3, **ONLINE}
     student = {"student": {"trainable": trainable, "lora": {"rank": 2}}}

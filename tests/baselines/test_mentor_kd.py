@@ -200,6 +200,7 @@ def test_without_a_filter_every_text_is_learnt(files, tmp_path):
     assert store.num_rows("distill_rationales_01") == int((drawn.drops == 0).sum())
 
 
+@pytest.mark.slow  # the loop that resumes is Proxy-KD's, which the quick tests stop
 def test_a_stopped_run_equals_an_unbroken_one(files, tmp_path, monkeypatch):
     config = method_recipe(files, tmp_path / "whole", {**MENTOR, "num_rationales": 1})
     check_stopped_run_equals_unbroken(config, tmp_path / "stopped", monkeypatch, 4)

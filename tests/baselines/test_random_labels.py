@@ -157,6 +157,7 @@ def test_a_killed_drawing_goes_on_to_the_same_bytes(finished: Config, tmp_path, 
     assert 0 < len(some) < len(whole)
 
 
+@pytest.mark.slow  # the loop that resumes is Proxy-KD's, which the quick tests stop
 def test_a_stopped_run_equals_an_unbroken_one(tiny_files, tmp_path, monkeypatch):
     config = drawing(tiny_files, tmp_path / "whole", {"draws": 8})
     check_stopped_run_equals_unbroken(config, tmp_path / "stopped", monkeypatch, 4)

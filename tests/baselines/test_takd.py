@@ -60,6 +60,7 @@ def test_the_assistant_never_samples_and_prefers_nothing(tiny_files, tmp_path, m
     assert not [line for line in log_lines(config, "align") if "preference" in line]
 
 
+@pytest.mark.slow  # the loop that resumes is Proxy-KD's, which the quick tests stop
 def test_a_stopped_run_equals_an_unbroken_one(tiny_files, tmp_path, monkeypatch):
     method = {"name": "takd", "temperature": 2.0}
     config = method_recipe(tiny_files, tmp_path / "whole", method)

@@ -31,6 +31,7 @@ FEW = Sizes(
 )
 
 
+@pytest.mark.slow  # a minute of compiling
 def test_few_steps_to_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(pretrain, "STEPS_A_CALL", 2)
     arguments = ["--quick", "--seeds", "2", "--methods", "proxy_kd", "--out", str(tmp_path)]
