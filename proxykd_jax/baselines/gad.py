@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from proxykd_jax.baselines.online import end_warmup, look_at_untrained, prompt_plan
+from proxykd_jax.baselines.online import end_warmup, prompt_plan, warmup_rate
 from proxykd_jax.baselines.rollouts import (
     Answer,
     AnswerBatch,
@@ -34,6 +34,7 @@ from proxykd_jax.baselines.rollouts import (
     given_answers,
     read_places,
 )
+from proxykd_jax.config import OptimizerConfig
 from proxykd_jax.config.online_methods import Gad
 from proxykd_jax.data.collate import Rows
 from proxykd_jax.losses import (
@@ -56,8 +57,6 @@ from proxykd_jax.training.batches import (
     Joined,
     Plan,
     count_steps,
-    make_plan,
-    phase_seed,
     planned_steps,
 )
 from proxykd_jax.training.discriminator import (
@@ -65,13 +64,12 @@ from proxykd_jax.training.discriminator import (
     init_discriminator,
     scores,
 )
-from proxykd_jax.training.distillation import teacher_rows
+from proxykd_jax.training.distillation import Course, teacher_rows
 from proxykd_jax.training.logprobs import WHOLE_LOGITS
 from proxykd_jax.training.loop import Trainer
 from proxykd_jax.training.objectives import Counts, Metrics, Objective
 from proxykd_jax.training.scoring import Scoring
 from proxykd_jax.training.state import ModelSpec, Tree, abstract_state
-from proxykd_jax.training.steps import Step, make_train_step
 from proxykd_jax.training.student import StudentRun
 from proxykd_jax.types import TokenBatch
 
@@ -87,10 +85,10 @@ def train(run: StudentRun) -> None:
     assert isinstance(method, Gad)
     rows = Joined(teacher_rows(config, run.corpus))
     plan, steps = prompt_plan(run, method, rows)
-    optimizer = _optimizer(run, method, steps, None)
+    optimizer = _optimizer(run, method, config.distill.optimizer, steps)
     beside = {"discriminator": init_discriminator(run.student, run.mesh)}
     trainer = run.open_trainer(optimizer, beside)
-    look_at_untrained(run, trainer, {"rows": len(rows), "planned_steps": steps})
+    run.look_at_untrained(trainer, {"rows": len(rows), "planned_steps": steps})
     if trainer.progress.phase == 1:
         _warm_up(run, method, trainer, rows, optimizer)
     if trainer.progress.phase == 2:
@@ -101,13 +99,8 @@ def train(run: StudentRun) -> None:
             method.temperature,
             config.distill.reduction,
         )
-        trainer.run_phase(
-            "train",
-            _step_of(run, objective, optimizer),
-            _batches(run, method, trainer, rows, plan, steps),
-            steps,
-            from_state=True,
-        )
+        batches = _batches(run, method, trainer, rows, plan, steps)
+        _course(run, objective, optimizer, batches).take(trainer, "train", steps)
         trainer.finish_phase("train", {}, keep=False)
     trainer.finish(run.folder, {"rows": len(rows)})
 
@@ -121,27 +114,14 @@ def _warm_up(
 ) -> None:
     """Phase 1; its checkpoint holds the student that the game's KL is to."""
     if method.warms_up:
-        distill = run.config.distill
-        plan = make_plan(
-            rows.prompt_lengths - 1,
-            seed=phase_seed(run.config.seed, "distill/warmup"),
-            batch_size=distill.batch_size,
-            batching="bucket" if distill.batching == "pack" else distill.batching,
-            max_length=run.corpus.max_length,
-        )
+        plan = run.plan(rows.prompt_lengths - 1, "distill/warmup", packs=False)
         steps = count_steps(plan, method.warmup_epochs, method.warmup_max_steps)
         trainer.frozen = _frozen(run, None)
-        trainer.run_phase(
-            "warmup",
-            _step_of(
-                run,
-                GadWarmupObjective(distill.reduction),
-                _optimizer(run, method, steps, method.warmup_learning_rate),
-            ),
-            _batches(run, method, trainer, rows, plan, steps),
-            steps,
-            from_state=True,
-        )
+        objective = GadWarmupObjective(run.config.distill.reduction)
+        rate = warmup_rate(run.config.distill.optimizer, method)
+        batches = _batches(run, method, trainer, rows, plan, steps)
+        course = _course(run, objective, _optimizer(run, method, rate, steps), batches)
+        course.take(trainer, "warmup", steps)
     end_warmup(run, trainer, optimizer)
 
 
@@ -155,28 +135,21 @@ def _warmed_up_student(
 
 
 def _optimizer(
-    run: StudentRun, method: Gad, steps: int, learning_rate: float | None
+    run: StudentRun, method: Gad, config: OptimizerConfig, steps: int
 ) -> optax.GradientTransformation:
-    config = run.config.distill.optimizer
-    return adversarial_optimizer(
-        config
-        if learning_rate is None
-        else config.model_copy(update={"learning_rate": learning_rate}),
-        max(steps, 1),
-        discriminator_learning_rate=method.discriminator_learning_rate or config.learning_rate,
-    )
+    """``config`` is the student's; the discriminator's rate is its own in both phases."""
+    own_rate = method.discriminator_learning_rate or run.config.distill.optimizer.learning_rate
+    return adversarial_optimizer(config, max(steps, 1), discriminator_learning_rate=own_rate)
 
 
-def _step_of(
-    run: StudentRun, objective: Objective, optimizer: optax.GradientTransformation
-) -> Step:
-    return make_train_step(
-        GadSpec(run.student.spec, run.corpus.vocab_size),
-        objective,
-        optimizer,
-        microbatches=run.config.distill.microbatches,
-        seed=run.config.seed,
-    )
+def _course(
+    run: StudentRun,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    batches: Iterator[GameBatch],
+) -> Course:
+    spec = GadSpec(run.student.spec, run.corpus.vocab_size)
+    return Course.of(run.config, spec, objective, optimizer, batches, from_state=True)
 
 
 def _frozen(run: StudentRun, reference: Tree | None) -> Tree:
@@ -238,15 +211,7 @@ def _batches(
     run: StudentRun, method: Gad, trainer: Trainer, rows: Rows, plan: Plan, steps: int
 ) -> Iterator[GameBatch]:
     """The teacher's rows, and the answers of the student as it is when a batch is asked for."""
-    answering = Answering(
-        run.student.config,
-        method,
-        run.corpus,
-        run.mesh,
-        run.config.seed,
-        method.temperature,
-        method.samples_per_prompt,
-    )
+    answering = Answering.of(run, method, method.temperature, method.samples_per_prompt)
     # The two phases draw by keys of their own.
     offset = 0 if trainer.progress.phase == 1 else 1 << 30
     start = trainer.progress.phase_step

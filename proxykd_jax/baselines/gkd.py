@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import jax
 
-from proxykd_jax.baselines.online import look_at_untrained, prompt_plan, warm_up
+from proxykd_jax.baselines.online import prompt_plan, warm_up
 from proxykd_jax.baselines.rollouts import (
     AnswerBatch,
     Answering,
@@ -40,13 +40,12 @@ from proxykd_jax.losses import (
 )
 from proxykd_jax.parallel.sharding import put_rows
 from proxykd_jax.training.batches import Joined, Plan, planned_steps
-from proxykd_jax.training.distillation import teacher_rows
+from proxykd_jax.training.distillation import Course, teacher_rows
 from proxykd_jax.training.loop import Trainer
 from proxykd_jax.training.objectives import Counts, Metrics, Objective
 from proxykd_jax.training.optimizer import make_optimizer
 from proxykd_jax.training.scoring import SCORER_TEXT, Scoring
 from proxykd_jax.training.state import Tree
-from proxykd_jax.training.steps import make_train_step
 from proxykd_jax.training.student import StudentRun
 
 
@@ -68,25 +67,15 @@ def train(run: StudentRun) -> None:
     plan, steps = prompt_plan(run, method, rows)
     optimizer = make_optimizer(config.distill.optimizer, steps)
     trainer = run.open_trainer(optimizer)
-    look_at_untrained(run, trainer, {"rows": len(rows), "planned_steps": steps})
+    run.look_at_untrained(trainer, {"rows": len(rows), "planned_steps": steps})
     warm_up(run, method, trainer, text.get(method.warmup_text, {}), optimizer)
     if trainer.progress.phase == 2:
         scorer, spec = load_scorer(run)
         trainer.frozen = frozen_of(run.student, scorer)
         objective = GkdObjective(method.beta, method.scorer_temperature, config.distill.reduction)
-        trainer.run_phase(
-            "train",
-            make_train_step(
-                spec,
-                objective,
-                optimizer,
-                microbatches=config.distill.microbatches,
-                seed=config.seed,
-            ),
-            _batches(run, method, trainer, rows, plan, steps),
-            steps,
-            from_state=True,
-        )
+        batches = _batches(run, method, trainer, rows, plan, steps)
+        course = Course.of(config, spec, objective, optimizer, batches, from_state=True)
+        course.take(trainer, "train", steps)
         trainer.finish_phase("train", {}, keep=False)
     trainer.finish(run.folder, {"rows": len(rows)})
 
@@ -95,14 +84,7 @@ def _batches(
     run: StudentRun, method: Gkd, trainer: Trainer, rows: Rows, plan: Plan, steps: int
 ) -> Iterator[AnswerBatch]:
     """The steps' batches, answered by the student as it is when one is asked for, or given."""
-    answering = Answering(
-        run.student.config,
-        method,
-        run.corpus,
-        run.mesh,
-        run.config.seed,
-        method.temperature,
-    )
+    answering = Answering.of(run, method, method.temperature)
     start = trainer.progress.phase_step
     for step, planned in planned_steps(plan, start=start, stop=steps):
         places = read_places(rows, planned)

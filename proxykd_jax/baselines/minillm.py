@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import optax
 
-from proxykd_jax.baselines.online import look_at_untrained, prompt_plan, warm_up
+from proxykd_jax.baselines.online import prompt_plan, warm_up
 from proxykd_jax.baselines.rollouts import (
     AnswerBatch,
     Answering,
@@ -41,6 +41,7 @@ from proxykd_jax.baselines.scored import (
 from proxykd_jax.config.online_methods import MiniLlm
 from proxykd_jax.data.collate import Rows
 from proxykd_jax.data.order import permutation
+from proxykd_jax.data.stream import BatchStream
 from proxykd_jax.generation.decode import Mixing
 from proxykd_jax.losses import (
     Term,
@@ -61,7 +62,6 @@ from proxykd_jax.parallel.sharding import put_rows
 from proxykd_jax.training.batches import (
     Joined,
     Plan,
-    make_plan,
     phase_seed,
     planned_steps,
     token_collate,
@@ -98,7 +98,7 @@ def train(run: StudentRun) -> None:
     optimizer = make_optimizer(config.distill.optimizer, steps * updates)
     trainer = run.open_trainer(optimizer)
     figures = {"rows": len(prompts), "planned_steps": steps, "updates_a_step": updates}
-    look_at_untrained(run, trainer, figures)
+    run.look_at_untrained(trainer, figures)
     warm_up(run, method, trainer, written if from_scorer else teacher, optimizer)
     if trainer.progress.phase == 2:
         scorer, spec = load_scorer(run)
@@ -144,15 +144,7 @@ def _rollouts(
     mixing: Mixing | None,
 ) -> Iterator[Rollout]:
     """Answers of the mixture of the scorer and the student as it is when a rollout is asked for."""
-    answering = Answering(
-        run.student.config,
-        method,
-        run.corpus,
-        run.mesh,
-        run.config.seed,
-        temperature=1.0,
-        mixing=mixing,
-    )
+    answering = Answering.of(run, method, 1.0, mixing=mixing)
     other = None if mixing is None else trainer.frozen["scorer"]
     start = trainer.progress.phase_step
     for step, planned in planned_steps(plan, start=start, stop=steps):
@@ -246,19 +238,11 @@ def take_answers(answers: AnswerBatch, places: Any) -> AnswerBatch:
 def _anchor(run: StudentRun, text: dict[str, Rows]) -> AnchorBatch:
     """The batch of the scorer's text that goes with an update."""
     rows = Joined(text)
-    distill = run.config.distill
-    plan = make_plan(
-        rows.lengths - 1,
-        seed=phase_seed(run.config.seed, "distill/anchor"),
-        batch_size=distill.batch_size,
-        batching="bucket" if distill.batching == "pack" else distill.batching,
-        max_length=run.corpus.max_length,
-    )
-    collate = token_collate(rows)
+    plan = run.plan(rows.lengths - 1, "distill/anchor", packs=False)
+    collate, stream = token_collate(rows), BatchStream(plan, lambda planned: planned)
 
     def batch(update: int) -> TokenBatch:
-        _, planned = next(planned_steps(plan, start=update, stop=update + 1))
-        return collate(planned)
+        return collate(stream.planned(update))
 
     return batch
 

@@ -81,7 +81,7 @@ def _batches(
     """
     config, method, mesh = run.config, run.config.method, run.mesh
     assert isinstance(method, ProxyKd)
-    answering = Answering(run.student.config, method, run.corpus, mesh, config.seed, 1.0)
+    answering = Answering.of(run, method, temperature=1.0)
     packed = config.distill.batching == "pack"
     asked = BatchStream(prompt_plan(run, method, lesson.rows)[0] if packed else plan, lambda x: x)
     start = trainer.progress.phase_step

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import jax
 
-from proxykd_jax.baselines.online import look_at_untrained, prompt_plan, warm_up
+from proxykd_jax.baselines.online import prompt_plan, warm_up
 from proxykd_jax.baselines.rollouts import (
     AnswerBatch,
     Answering,
@@ -42,13 +42,12 @@ from proxykd_jax.losses import (
 )
 from proxykd_jax.parallel.sharding import put_rows
 from proxykd_jax.training.batches import Joined, Plan, planned_steps
-from proxykd_jax.training.distillation import FRESH, teacher_rows
+from proxykd_jax.training.distillation import FRESH, Course, teacher_rows
 from proxykd_jax.training.loop import Trainer
 from proxykd_jax.training.objectives import Counts, Metrics, Objective
 from proxykd_jax.training.optimizer import make_optimizer
 from proxykd_jax.training.scoring import SCORER_TEXT, Scoring
 from proxykd_jax.training.state import Tree
-from proxykd_jax.training.steps import make_train_step
 from proxykd_jax.training.student import StudentRun
 
 
@@ -68,21 +67,15 @@ def train(run: StudentRun) -> None:
     plan, steps = prompt_plan(run, method, prompts)
     optimizer = make_optimizer(config.distill.optimizer, steps)
     trainer = run.open_trainer(optimizer)
-    look_at_untrained(run, trainer, {"rows": len(prompts), "planned_steps": steps})
+    run.look_at_untrained(trainer, {"rows": len(prompts), "planned_steps": steps})
     warm_up(run, method, trainer, text, optimizer)
     if trainer.progress.phase == 2:
         scorer, spec = load_scorer(run)
         trainer.frozen = frozen_of(run.student, scorer)
         objective = OnPolicyObjective(method.form, method.coef, config.distill.reduction)
-        step = make_train_step(
-            spec,
-            objective,
-            optimizer,
-            microbatches=config.distill.microbatches,
-            seed=config.seed,
-        )
         batches = _batches(run, method, trainer, prompts, plan, steps)
-        trainer.run_phase("train", step, batches, steps, from_state=True)
+        course = Course.of(config, spec, objective, optimizer, batches, from_state=True)
+        course.take(trainer, "train", steps)
         trainer.finish_phase("train", {}, keep=False)
     trainer.finish(run.folder, {"rows": len(prompts)})
 
@@ -91,15 +84,7 @@ def _batches(
     run: StudentRun, method: OnPolicy, trainer: Trainer, prompts: Rows, plan: Plan, steps: int
 ) -> Iterator[AnswerBatch]:
     """The answers of the student as it is when a batch is asked for."""
-    answering = Answering(
-        run.student.config,
-        method,
-        run.corpus,
-        run.mesh,
-        run.config.seed,
-        temperature=1.0,
-        per_prompt=method.samples_per_prompt,
-    )
+    answering = Answering.of(run, method, 1.0, method.samples_per_prompt)
     start = trainer.progress.phase_step
     for step, planned in planned_steps(plan, start=start, stop=steps):
         student = run.student.at(trainer.state.trainable)

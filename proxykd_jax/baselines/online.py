@@ -17,47 +17,30 @@ from proxykd_jax.data.collate import Rows
 from proxykd_jax.training.batches import (
     Plan,
     count_steps,
-    make_plan,
-    phase_seed,
-    placed_batches,
 )
-from proxykd_jax.training.distillation import text_lesson
+from proxykd_jax.training.distillation import stored_course, text_lesson
 from proxykd_jax.training.loop import Trainer
 from proxykd_jax.training.optimizer import make_optimizer
 from proxykd_jax.training.state import with_fresh_optimizer
-from proxykd_jax.training.steps import make_train_step
 from proxykd_jax.training.student import StudentRun
 
 
 def prompt_plan(run: StudentRun, method: AnsweringSection, prompts: Rows) -> tuple[Plan, int]:
     """The prompts of each step, and the number of steps."""
     distill = run.config.distill
-    plan = make_plan(
+    plan = run.plan(
         prompts.prompt_lengths - 1,
-        seed=phase_seed(run.config.seed, "distill"),
+        "distill",
         batch_size=method.rows_a_step(distill.batch_size),
-        batching="bucket" if distill.batching == "pack" else distill.batching,
-        max_length=run.corpus.max_length,
+        packs=False,
     )
     return plan, count_steps(plan, distill.epochs, distill.max_steps)
 
 
-def warmup_optimizer(
-    config: OptimizerConfig, method: OnlineSection, steps: int
-) -> optax.GradientTransformation:
-    """``distill.optimizer`` for so many steps of warm-up."""
+def warmup_rate(config: OptimizerConfig, method: OnlineSection) -> OptimizerConfig:
+    """``distill.optimizer`` with the learning rate of the warm-up."""
     rate = method.warmup_learning_rate
-    changed = {} if rate is None else {"learning_rate": rate}
-    return make_optimizer(config.model_copy(update=changed), max(steps, 1))
-
-
-def look_at_untrained(run: StudentRun, trainer: Trainer, figures: Mapping[str, float]) -> None:
-    """Phase 0: a validation before any training; also the checkpoint of step 0."""
-    for warning in run.config.method.warnings():
-        trainer.console.say(f"WARNING: {warning}")
-    if trainer.progress.phase == 0:
-        trainer.check_validation("untrained")
-        trainer.finish_phase("untrained", dict(figures), keep=True)
+    return config if rate is None else config.model_copy(update={"learning_rate": rate})
 
 
 def warm_up(
@@ -77,30 +60,12 @@ def warm_up(
     """
     if trainer.progress.phase != 1:
         return
-    config, distill = run.config, run.config.distill
     if method.warms_up:
-        lesson = text_lesson(config, text)
-        plan = make_plan(
-            lesson.rows.lengths - 1,
-            seed=phase_seed(config.seed, "distill/warmup"),
-            batch_size=distill.batch_size,
-            batching=distill.batching,
-            max_length=run.corpus.max_length,
-        )
+        lesson = text_lesson(run.config, text)
+        plan = run.plan(lesson.rows.lengths - 1, "distill/warmup")
         steps = count_steps(plan, method.warmup_epochs, method.warmup_max_steps)
-        start = trainer.progress.phase_step
-        trainer.run_phase(
-            "warmup",
-            make_train_step(
-                run.student.spec,
-                lesson.objective,
-                warmup_optimizer(distill.optimizer, method, steps),
-                microbatches=distill.microbatches,
-                seed=config.seed,
-            ),
-            placed_batches(plan, lesson.collate, start=start, stop=steps, mesh=run.mesh),
-            steps,
-        )
+        warming = make_optimizer(warmup_rate(run.config.distill.optimizer, method), max(steps, 1))
+        stored_course(run, lesson, trainer, plan, steps, warming).take(trainer, "warmup", steps)
     end_warmup(run, trainer, optimizer)
 
 

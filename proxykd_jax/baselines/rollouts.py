@@ -27,6 +27,7 @@ from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.parallel.sharding import check_rows, put_rows
 from proxykd_jax.training.batches import phase_seed
 from proxykd_jax.training.objectives import Metrics
+from proxykd_jax.training.student import StudentRun
 from proxykd_jax.types import TokenBatch
 
 # A step's rows, in the places of its batch; None where the data did not fill it.
@@ -88,6 +89,26 @@ class Answering:
     temperature: float
     per_prompt: int = 1
     mixing: Mixing | None = None
+
+    @staticmethod
+    def of(
+        run: StudentRun,
+        method: AnsweringSection,
+        temperature: float,
+        per_prompt: int = 1,
+        mixing: Mixing | None = None,
+    ) -> Answering:
+        """How the student of a run answers."""
+        return Answering(
+            run.student.config,
+            method,
+            run.corpus,
+            run.mesh,
+            run.config.seed,
+            temperature,
+            per_prompt,
+            mixing,
+        )
 
     def __post_init__(self) -> None:
         check_rows(self.method.sample_batch_size, self.mesh, "method.sample_batch_size")

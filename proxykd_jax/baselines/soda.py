@@ -25,10 +25,8 @@ from proxykd_jax.training.batches import (
     Joined,
     Plan,
     count_steps,
-    make_plan,
     pair_collate,
     pair_positions,
-    phase_seed,
     placed_batches,
     token_collate,
 )
@@ -127,11 +125,8 @@ class _Soda:
             nll_weight=method.nll_weight,
             preference_weight=1.0,
         )
-        self._texts = self._plan("warmup", rows.lengths - 1, self._distill.batching)
-        batching = self._distill.batching
-        self._pairs = self._plan(
-            "dpo", pair_positions(rows, samples), "bucket" if batching == "pack" else batching
-        )
+        self._texts = run.plan(rows.lengths - 1, "soda/warmup")
+        self._pairs = run.plan(pair_positions(rows, samples), "soda/dpo", packs=False)
         self._warmup_steps = count_steps(self._texts, method.warmup_epochs, method.warmup_max_steps)
         self._dpo_steps = count_steps(self._pairs, self._distill.epochs, self._distill.max_steps)
         self._optimizer = make_optimizer(
@@ -141,16 +136,13 @@ class _Soda:
 
     def look_at_untrained_student(self) -> None:
         """Its figures, and what became of y-hat."""
-        if self._trainer.progress.phase > 0:
-            return
-        self._trainer.check_validation("untrained")
         counts = {f"samples/{name}": value for name, value in self._samples.counts().items()}
         figures = {
             "rows": len(self._rows),
             "planned_steps": self._warmup_steps + self._dpo_steps,
             **counts,
         }
-        self._trainer.finish_phase("untrained", figures, keep=True)
+        self._run.look_at_untrained(self._trainer, figures)
 
     def warm_up(self) -> None:
         """NLL of the teacher's answers: from q_0 to q_w."""
@@ -204,15 +196,6 @@ class _Soda:
         self._trainer.finish(self._run.folder, {"rows": len(self._rows)})
 
     # --- pieces -----------------------------------------------------------------------------------
-
-    def _plan(self, phase: str, positions: Any, batching: Any) -> Plan:
-        return make_plan(
-            positions,
-            seed=phase_seed(self._run.config.seed, f"soda/{phase}"),
-            batch_size=self._distill.batch_size,
-            batching=batching,
-            max_length=self._run.corpus.max_length,
-        )
 
     def _train(
         self, phase: str, objective: Objective, plan: Plan, collate: Any, steps: int

@@ -28,8 +28,6 @@ from proxykd_jax.training.batches import (
     check_any_rows,
     count_steps,
     distill_collate,
-    make_plan,
-    phase_seed,
     placed_batches,
     token_collate,
 )
@@ -174,6 +172,17 @@ class Course:
             diagnose = make_diagnosis(spec, objective, microbatches=microbatches)
         return Course(step, diagnose, batches, from_state)
 
+    def take(self, trainer: Trainer, phase: str, steps: int) -> None:
+        """Takes the steps of a phase; ``finish_phase`` must follow."""
+        trainer.run_phase(
+            phase,
+            self.step,
+            self.batches,
+            steps,
+            diagnose=self.diagnose,
+            from_state=self.from_state,
+        )
+
 
 # (run, lesson, trainer, plan, steps, optimizer) -> what the steps from the trainer's on are.
 MakeCourse = Callable[
@@ -200,32 +209,15 @@ def fit(run: StudentRun, lesson: Lesson, make_course: MakeCourse = stored_course
 
     Phase 0 is the look at the untrained student, phase 1 the training.
     """
-    config, distill = run.config, run.config.distill
-    plan = make_plan(
-        lesson.rows.lengths - 1,
-        seed=phase_seed(config.seed, "distill"),
-        batch_size=distill.batch_size,
-        batching=distill.batching,
-        max_length=run.corpus.max_length,
-    )
+    distill = run.config.distill
+    plan = run.plan(lesson.rows.lengths - 1, "distill")
     steps = count_steps(plan, distill.epochs, distill.max_steps)
     optimizer = make_optimizer(distill.optimizer, steps)
     trainer = run.open_trainer(optimizer)
-    progress = trainer.progress
-    if progress.phase == 0:
-        trainer.check_validation("untrained")
-        figures = {"rows": len(lesson.rows), "planned_steps": steps, **lesson.figures}
-        trainer.finish_phase("untrained", figures, keep=True)
-    if progress.phase == 1:
-        course = make_course(run, lesson, trainer, plan, steps, optimizer)
-        trainer.run_phase(
-            "train",
-            course.step,
-            course.batches,
-            steps,
-            diagnose=course.diagnose,
-            from_state=course.from_state,
-        )
+    figures = {"rows": len(lesson.rows), "planned_steps": steps, **lesson.figures}
+    run.look_at_untrained(trainer, figures)
+    if trainer.progress.phase == 1:
+        make_course(run, lesson, trainer, plan, steps, optimizer).take(trainer, "train", steps)
         trainer.finish_phase("train", {}, keep=False)
     trainer.finish(run.folder, {"rows": len(lesson.rows)})
 

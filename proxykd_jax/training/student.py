@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -13,6 +14,7 @@ from proxykd_jax.config import Config
 from proxykd_jax.data.corpus import TokenCorpus
 from proxykd_jax.data.soft_labels import SoftLabelStore
 from proxykd_jax.errors import UserError
+from proxykd_jax.training.batches import Plan, make_plan, phase_seed
 from proxykd_jax.training.loop import Measure, Trainer
 from proxykd_jax.training.metrics import MetricsLog
 from proxykd_jax.training.model import Model
@@ -52,6 +54,39 @@ class StudentRun:
         if self.labels is None:
             raise UserError(f"method {self.config.method.name} needs soft labels; run score.")
         return self.labels
+
+    def plan(
+        self,
+        positions: np.ndarray,
+        phase: str,
+        *,
+        batch_size: int | None = None,
+        packs: bool = True,
+    ) -> Plan:
+        """The batches of a phase.
+
+        Args:
+          positions: of each row.
+          phase: names the seed of the order.
+          batch_size: rows a batch (default: ``distill.batch_size``).
+          packs: whether rows can be packed together; else ``batching: pack`` groups by length.
+        """
+        distill = self.config.distill
+        return make_plan(
+            positions,
+            seed=phase_seed(self.config.seed, phase),
+            batch_size=batch_size or distill.batch_size,
+            batching="bucket" if distill.batching == "pack" and not packs else distill.batching,
+            max_length=self.corpus.max_length,
+        )
+
+    def look_at_untrained(self, trainer: Trainer, figures: Mapping[str, float]) -> None:
+        """Phase 0: a validation before any training; also the checkpoint of step 0."""
+        for warning in self.config.method.warnings():
+            trainer.console.say(f"WARNING: {warning}")
+        if trainer.progress.phase == 0:
+            trainer.check_validation("untrained")
+            trainer.finish_phase("untrained", dict(figures), keep=True)
 
     def open_trainer(
         self, optimizer: optax.GradientTransformation, beside: Mapping[str, Tree] | None = None
