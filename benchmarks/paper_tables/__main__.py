@@ -16,7 +16,9 @@ from proxykd_jax.errors import UserError
 QUICK_SEEDS, FULL_SEEDS = 4, 8
 DEVICES = 2
 # Left out by --quick: each has a program of its own to compile.
-QUICK_WITHOUT = ("minillm", "on_policy", "on_policy_mix", "random_labels", "soda", "gad")
+QUICK_WITHOUT = (
+    *("minillm", "on_policy", "on_policy_mix", "proxy_kd_mix", "random_labels", "soda", "gad"),
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,7 +39,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--regime", choices=REGIMES, help="one alone (default: all)")
     made.add_argument("--preset", choices=PRESETS, help="one alone (default: both)")
     made.add_argument(
-        "--sweeps", action="store_true", help="also alpha, top-k, tail, beta and rounds, one by one"
+        "--sweeps",
+        action="store_true",
+        help="also one change at a time: alpha, weights, tails, corpus, rounds, beta, losses ..",
     )
     made.add_argument("--methods", help="students to train, with commas between (default: all)")
     return made
@@ -145,8 +149,8 @@ def _measure(settings: dict[str, Any], sizes: Any) -> list[Any]:
         cell = study if first else study.with_changes(preset=preset)
         wanted = names if first else [name for name in names if name not in m.OF_NO_PRESET]
         records += cell.student_records(wanted, curves=curves)
-    if settings["sweeps"]:
-        records += sweeps.records(study)
+        if settings["sweeps"]:
+            records += sweeps.records(cell)
     if quick or regime != s.MAIN_REGIME:
         return records
     # Fig. 3's small proxy and Table 5's pair, in the main regime alone.

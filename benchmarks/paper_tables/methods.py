@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-from benchmarks.paper_tables import adversarial, offline, on_policy
+from benchmarks.paper_tables import adversarial, mixing, offline, on_policy
 from benchmarks.paper_tables import proxies as px
 from benchmarks.paper_tables.offline import ALL, DISTILL, FRESH, TRUTH, Material, Method, Source
 from benchmarks.paper_tables.on_policy import OnPolicyMethod
@@ -38,6 +39,7 @@ METHODS: dict[str, tuple[str, str]] = {
     "teacher_logits": ("the teacher's true logits on D_s", CONTROLS),
     "proxy_kd_all": ("Proxy-KD on all of D", BEYOND),
     "proxy_kd_fresh": ("Proxy-KD + fresh prompts", BEYOND),
+    "proxy_kd_mix": ("Proxy-KD + half of the steps on own answers", BEYOND),
     "on_policy": ("on-policy reverse KL, aligned proxy", BEYOND),
     "on_policy_mix": ("on-policy and D_s by halves, aligned proxy", BEYOND),
     "random_labels": ("Proxy-KD with drawn soft labels", BEYOND),
@@ -105,6 +107,7 @@ def make_methods(setting: Setting) -> dict[str, Any_Method]:
         "teacher_logits": Method((Source(DISTILL, labels=TRUTH),), alpha),
         "proxy_kd_all": proxy_kd(aligned, ALL),
         "proxy_kd_fresh": Method((*with_fresh.sources, fresh(aligned)), alpha),
+        "proxy_kd_mix": dataclasses.replace(headline(aligned), student_share=0.5),
         "on_policy": OnPolicyMethod(aligned, OnPolicy(samples_per_prompt=1)),
         "on_policy_mix": OnPolicyMethod(aligned, Gkd(beta=0.5, student_share=0.5), Source(DISTILL)),
         "random_labels": proxy_kd(aligned, drawn=True),
@@ -117,6 +120,8 @@ def train(
     material: Material, method: Any_Method, student_S: Any, validation: TokenBatch, **options: Any
 ) -> Run:
     """Trains the students of all seeds by a method of any kind."""
+    if isinstance(method, Method) and method.student_share:
+        return mixing.train(material, method, student_S, validation, **options)
     if isinstance(method, Method):
         return offline.train(material, method, student_S, validation, **options)
     if isinstance(method, OnPolicyMethod):

@@ -61,11 +61,13 @@ class Method:
       sources: of rows.
       alpha: factor of the KL beside an NLL of weight 1; 0 has no soft labels at all.
       temperature: of both softmaxes, None for the config's; then the KL is not rescaled.
+      student_share: of the steps, those on the student's own answers (``mixing``).
     """
 
     sources: tuple[Source, ...]
     alpha: float = 0.0
     temperature: float | None = None
+    student_share: float = 0.0
 
 
 class Material:
@@ -193,7 +195,7 @@ def at_places(logps_NTV: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 def batches_of(material: Material, method: Method) -> list[TokenBatch] | list[DistillBatch]:
     """Every seed's rows of a method, its row of padding last."""
     parts = [_part(material, source, method) for source in method.sources]
-    return [_joined([part[i] for part in parts]) for i in range(len(material.seeds))]
+    return [joined([part[i] for part in parts]) for i in range(len(material.seeds))]
 
 
 def _part(material: Material, source: Source, method: Method) -> list[Any]:
@@ -235,7 +237,7 @@ def _distill_batch(
     )
 
 
-def _joined(batches: list[Any]) -> Any:
+def joined(batches: list[Any]) -> Any:
     """One after another, the padding of the last at the end."""
 
     def join(*leaves: np.ndarray) -> np.ndarray:

@@ -48,6 +48,11 @@ class Sizes:
     overrides: tuple[str, ...] = ()
     warmup_share: float = 0.25
 
+    @property
+    def prompts(self) -> tuple[int, int, int]:
+        """Test, corpus, fresh."""
+        return self.num_test, self.num_corpus, self.num_fresh
+
 
 # Epochs enough for every seed to take the same steps whatever its split's size, see recipes.py.
 ENOUGH = ("align.warmup_epochs=1000", "align.epochs_per_round=1000", "distill.epochs=1000")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +40,23 @@ class Estimate:
     def signed(self) -> str:
         """With a plus where positive."""
         return ("+" if self.mean >= 0 else "") + str(self)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Where the mean lies with a confidence of 95 %, by Student's t; None for one seed."""
+        if self.error is None:
+            return None
+        from scipy.stats import t
+
+        half = float(t.ppf(0.975, self.n - 1)) * self.error
+        return self.mean - half, self.mean + half
+
+    def with_interval(self) -> str:
+        """``signed`` and the interval."""
+        if self.interval is None:
+            return self.signed()
+        low, high = self.interval
+        return f"{self.signed()} [{low:+.3f}, {high:+.3f}]"
 
 
 def estimate(values: np.ndarray) -> Estimate:
@@ -90,10 +107,21 @@ class Results:
         Raises:
           ValueError: the two were not measured on the same seeds.
         """
-        one, other = (self.values(name, checkpoint, metric) for name in (first, second))
-        if set(one) != set(other):
-            raise ValueError(f"{first} and {second} were not measured on the same seeds")
-        return estimate(np.array([one[seed] - other[seed] for seed in one]))
+        return difference_between((self, first), (self, second), checkpoint, metric)
+
+
+def difference_between(
+    first: tuple[Results, str], second: tuple[Results, str], checkpoint: str, metric: str
+) -> Estimate:
+    """A method minus another, which may be of other results, paired by seed.
+
+    Raises:
+      ValueError: the two were not measured on the same seeds.
+    """
+    one, other = (its.values(name, checkpoint, metric) for its, name in (first, second))
+    if set(one) != set(other):
+        raise ValueError(f"{first[1]} and {second[1]} were not measured on the same seeds")
+    return estimate(np.array([one[seed] - other[seed] for seed in one]))
 
 
 @dataclass(frozen=True)
@@ -119,10 +147,15 @@ def verdict(results: Results, claim: Claim, metric: str) -> str:
     claimed direction at the best and at the last checkpoint, ``reversed`` where it does so in the
     other direction at both, else ``within noise``; of fewer than three seeds ``too few seeds``.
     """
+    found = [results.difference(claim.better, claim.worse, c, metric) for c in CHECKPOINTS]
+    return verdict_of(found, metric)
+
+
+def verdict_of(differences: Sequence[Estimate], metric: str) -> str:
+    """``verdict`` on differences, better minus worse, one a checkpoint rule."""
     sign = 1.0 if HIGHER_IS_BETTER[metric] else -1.0
     sides = []
-    for checkpoint in CHECKPOINTS:
-        found = results.difference(claim.better, claim.worse, checkpoint, metric)
+    for found in differences:
         if found.n < FEWEST_SEEDS or found.error is None:
             return TOO_FEW
         beyond = abs(found.mean) > MANY_ERRORS * found.error
@@ -198,6 +231,28 @@ def _claims() -> tuple[Claim, ...]:
         Claim(
             "Proxy-KD on D_s and fresh prompts > Proxy-KD",
             "proxy_kd_fresh",
+            "proxy_kd",
+            source=not_in_paper,
+        ),
+        Claim(
+            "half of the steps on own answers > Proxy-KD",
+            "proxy_kd_mix",
+            "proxy_kd",
+            source=not_in_paper,
+        ),
+        *(
+            Claim(f"{label} > black-box KD on D_s", name, "black_box_kd", source=not_in_paper)
+            for name, label in {"soda": "SODA", "gad": "GAD"}.items()
+        ),
+        Claim(
+            "on-policy reverse KL from the aligned proxy > Proxy-KD",
+            "on_policy",
+            "proxy_kd",
+            source=not_in_paper,
+        ),
+        Claim(
+            "drawn soft labels > the most probable ones",
+            "random_labels",
             "proxy_kd",
             source=not_in_paper,
         ),

@@ -63,14 +63,25 @@ class Study:
             self._take_over(like)
 
     def _take_over(self, like: Study) -> None:
-        """Fills the caches with all that the other models and preset leave as it is."""
-        shared = ["_world", "evaluator", "validation"]
-        if like.setting.student_model == self.setting.student_model:
+        """Fills the caches with all that the other models, sizes and preset leave as it is.
+
+        Pre-training and evaluation know the test prompts alone, which are the first of the pool.
+        """
+        mine, theirs = self.setting, like.setting
+        same_corpus = mine.sizes.prompts == theirs.sizes.prompts
+        same_corpus = same_corpus and mine.config.corpus == theirs.config.corpus
+        shared = ["evaluator"]
+        if theirs.student_model == mine.student_model:
             shared.append("student_S")
-        if like.setting.proxy_model == self.setting.proxy_model:
+        if theirs.proxy_model == mine.proxy_model:
             shared.append("raw_S")
-            if like.setting.config.align == self.setting.config.align:
+        if same_corpus:
+            shared += ["_world", "validation"]
+            if "raw_S" in shared and theirs.config.align == mine.config.align:
                 shared.append("proxies")
+        else:
+            # Remade with the teacher that there is.
+            self.__dict__["_world"] = self._world_of(lambda worlds: like.teacher)
         self.__dict__.update({name: getattr(like, name) for name in shared})
 
     def say(self, text: str) -> None:
@@ -79,28 +90,35 @@ class Study:
 
     @functools.cached_property
     def _world(self) -> tuple[list[Seed], Teacher]:
-        setting, seeds = self.setting, self.seeds
+        return self._world_of(self._new_teacher)
+
+    def _world_of(
+        self, teacher_of: Callable[[list[w.Worlds]], Teacher]
+    ) -> tuple[list[Seed], Teacher]:
         made: list[Teacher] = []
 
-        def teacher_of(worlds: list[w.Worlds]) -> Teacher:
-            if setting.regime == s.NEURAL:
-                self.say("pre-training the teacher")
-                params_S = pretrain.pretrain_seeds(
-                    s.NEURAL_TEACHER,
-                    [world.teacher for world in worlds],
-                    seeds=[2 * seed + NEURAL_SALT for seed in seeds],
-                    num_steps=setting.pretrain_steps(s.NEURAL_STEPS),
-                    learning_rate=s.NEURAL_RATE,
-                    excluded=[np.zeros(0, np.int64)] * len(seeds),
-                    over_seeds=over_seeds,
-                )
-                made.append(models.NeuralTeacher(params_S, seeds))
-            else:
-                made.append(AnalyticTeacher([world.teacher for world in worlds], seeds))
+        def kept(worlds: list[w.Worlds]) -> Teacher:
+            made.append(teacher_of(worlds))
             return made[0]
 
-        data = make_seeds(setting, seeds, teacher_of)
-        return data, made[0]
+        return make_seeds(self.setting, self.seeds, kept), made[0]
+
+    def _new_teacher(self, worlds: list[w.Worlds]) -> Teacher:
+        setting, seeds = self.setting, self.seeds
+        teachers = [world.teacher for world in worlds]
+        if setting.regime != s.NEURAL:
+            return AnalyticTeacher(teachers, seeds)
+        self.say("pre-training the teacher")
+        params_S = pretrain.pretrain_seeds(
+            s.NEURAL_TEACHER,
+            teachers,
+            seeds=[2 * seed + NEURAL_SALT for seed in seeds],
+            num_steps=setting.pretrain_steps(s.NEURAL_STEPS),
+            learning_rate=s.NEURAL_RATE,
+            excluded=[np.zeros(0, np.int64)] * len(seeds),
+            over_seeds=over_seeds,
+        )
+        return models.NeuralTeacher(params_S, seeds)
 
     @property
     def data(self) -> list[Seed]:
@@ -154,11 +172,11 @@ class Study:
         """Answers and soft labels of the best proxies."""
         return Material(self.setting, self.data, self.seeds, self.proxies.best, self.teacher)
 
-    def proxy_records(self, name: str = "proxy") -> list[Record]:
-        """Table 4, Figs. 4 and 5; the seconds of Table 3; the pre-trained student."""
+    def proxy_records(self, name: str = "proxy", states: Sequence[str] = px.STATES) -> list[Record]:
+        """Table 4, Figs. 4 and 5 for these states of the proxy; the seconds of Table 3."""
         record = Recorder(self.setting.regime, EITHER_PRESET, self.seeds)
         setting, records = self.setting, []
-        for state in px.STATES:
+        for state in states:
             for checkpoint, params in ((BEST, self.proxies.best), (LAST, self.proxies.last)):
                 values = self.evaluator.measure(setting.proxy_model, params[state], masses=True)
                 records += record(f"{name}/{state}", checkpoint, values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 from benchmarks.paper_tables import proxies as px
@@ -10,11 +11,19 @@ from benchmarks.paper_tables.methods import (
     BASELINES,
     BEYOND,
     BLACK_BOX,
+    BLACK_BOX_ALL,
     CONTROLS,
     METHODS,
+    PROXY_KD,
 )
 from benchmarks.paper_tables.metrics import ACCURACY, AGREEMENT, BEST, KL, LAST, Record
-from benchmarks.paper_tables.statistics import CHECKPOINTS, Results, verdicts
+from benchmarks.paper_tables.statistics import (
+    CHECKPOINTS,
+    Results,
+    difference_between,
+    verdict_of,
+    verdicts,
+)
 
 STATE_LABELS = {
     px.RAW: "unaligned",
@@ -24,9 +33,11 @@ STATE_LABELS = {
 }
 READING = (
     "Mean ± standard error over seeds; Δ are paired by seed, against black-box KD on D_s. best: "
-    "lowest validation NLL; last: final step. KL: exact KL(teacher || model), nats a token, on the "
-    "teacher's test answers. Accuracy: greedy answers to unseen prompts."
+    "lowest validation NLL; last: final step; in brackets intervals of 95 %. KL: exact "
+    "KL(teacher || model), nats a token, on the teacher's test answers. Accuracy: greedy answers "
+    "to unseen prompts."
 )
+SWEEP = "sweep "
 _COLUMNS = tuple((metric, checkpoint) for metric in (ACCURACY, KL) for checkpoint in CHECKPOINTS)
 
 
@@ -48,6 +59,7 @@ def write_tables(
     lines = ["# The paper's tables in miniature", "", f"    {command}", "", *notes, ""]
     all_results = [Results(records, *cell) for cell in cells]
     lines += _overview(all_results)
+    lines += _presets(all_results)
     for results in all_results:
         lines += ["", f"## Regime {results.regime}, preset {results.preset}", ""]
         lines += _section(results)
@@ -68,11 +80,11 @@ def _section(results: Results) -> list[str]:
     for prefix, title in (
         ("small/", "Fig. 3: a proxy of the student's size"),
         ("qwen/", "Table 5: Qwen"),
-        ("sweep ", "Sweeps: one change each"),
     ):
         names = [name for name in results.methods() if name.startswith(prefix)]
         if names:
             lines += ["", f"### {title}", "", *_rows(results, names, baseline=None)]
+    lines += _sweeps(results)
     lines += _times(results)
     lines += ["", "### Verdicts", "", *_verdicts(results)]
     return lines
@@ -136,6 +148,32 @@ def _proxies(results: Results, prefix: str) -> list[str]:
     return markdown(head, rows)
 
 
+def _sweeps(results: Results) -> list[str]:
+    """Each changed student or proxy with its differences from the same without the change."""
+    rows = []
+    for name in results.methods():
+        if not name.startswith(SWEEP) or not results.has(name):
+            continue
+        changed = name.split("/", 1)[1]
+        base = changed if changed in METHODS else f"proxy/{changed}"
+        rows.append(
+            [
+                label_of(name),
+                *(str(results.mean(name, c, metric)) for metric, c in _COLUMNS),
+                *(
+                    results.difference(name, base, c, metric).with_interval()
+                    for metric, c in _COLUMNS
+                ),
+            ]
+        )
+    if not rows:
+        return []
+    plain, paired = (f"{metric}, {checkpoint}" for metric, checkpoint in _COLUMNS), _COLUMNS
+    head = ["", *plain, *(f"Δ{metric}, {checkpoint}" for metric, checkpoint in paired)]
+    note = "Δ are paired by seed, against the same without the change, with intervals of 95 %."
+    return ["", "### Sweeps: one change each", "", note, "", *markdown(head, rows)]
+
+
 def _times(results: Results) -> list[str]:
     rows = []
     for name in results.methods():
@@ -156,7 +194,7 @@ def _verdicts(results: Results) -> list[str]:
     rows = []
     for claim, metric, found in verdicts(results):
         differences = [
-            results.difference(claim.better, claim.worse, checkpoint, metric).signed()
+            results.difference(claim.better, claim.worse, checkpoint, metric).with_interval()
             for checkpoint in CHECKPOINTS
         ]
         rows.append([claim.text, claim.source, metric, *differences, found])
@@ -177,6 +215,38 @@ def _overview(all_results: Sequence[Results]) -> list[str]:
         for (text, metric), said in found.items()
     ]
     return ["## Verdicts, side by side", "", *markdown(["claim", "metric", *heads], rows)]
+
+
+def _presets(all_results: Sequence[Results]) -> list[str]:
+    """The students of the recommended preset against the paper's, regime by regime."""
+    by_cell = {(results.regime, results.preset): results for results in all_results}
+    rows = []
+    for (regime, preset), paper in by_cell.items():
+        recommended = by_cell.get((regime, "recommended"))
+        if preset != "paper" or recommended is None:
+            continue
+        for better, worse, metric in itertools.product(
+            (PROXY_KD, "proxy_kd_mix"), (PROXY_KD, BLACK_BOX, BLACK_BOX_ALL), (ACCURACY, KL)
+        ):
+            if not (recommended.has(better) and paper.has(worse)):
+                continue
+            found = [
+                difference_between((recommended, better), (paper, worse), checkpoint, metric)
+                for checkpoint in CHECKPOINTS
+            ]
+            rows.append(
+                [
+                    regime,
+                    f"recommended {label_of(better)} > {label_of(worse)}",
+                    metric,
+                    *(each.with_interval() for each in found),
+                    verdict_of(found, metric),
+                ]
+            )
+    if not rows:
+        return []
+    head = ["regime", "claim", "metric", "Δ best", "Δ last", "verdict"]
+    return ["", "## The recommended preset against the paper's", "", *markdown(head, rows)]
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -1,0 +1,122 @@
+"""Proxy-KD whose student also learns on its own answers: ``baselines.mixing`` of all seeds.
+
+Which kind a step is differs between seeds, so every step computes both kinds and keeps one.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.miniature import world as w
+from benchmarks.paper_tables import offline
+from benchmarks.paper_tables.on_policy import padded_prompts, sampled_answers
+from benchmarks.paper_tables.training import MakeBatch, Run, plan_rows, planned
+from proxykd_jax.baselines.gkd import GkdObjective
+from proxykd_jax.baselines.rollouts import AnswerBatch, student_answers
+from proxykd_jax.baselines.scored import ScoredSpec
+from proxykd_jax.training.objectives import Counts, Metrics, Objective
+from proxykd_jax.types import DistillBatch, TokenBatch
+
+
+@flax.struct.dataclass
+class EitherBatch:
+    """A step's rows with their labels, the student's answers to their prompts, and which counts."""
+
+    stored: DistillBatch
+    own: AnswerBatch
+    is_own: Any
+
+
+@dataclass(frozen=True)
+class EitherObjective:
+    """The loss of one kind of step; ``baselines.mixing.MixedObjective`` where that is data."""
+
+    stored: Objective
+    own: GkdObjective
+
+    def counts(self, batch: EitherBatch) -> dict[str, Counts]:
+        return {"stored": self.stored.counts(batch.stored), "own": self.own.counts(batch.own)}
+
+    def share(
+        self,
+        params: Any,
+        adapter: Any,
+        batch: EitherBatch,
+        counts: dict[str, Counts],
+        spec: ScoredSpec,
+        dropout_key: jax.Array | None,
+    ) -> tuple[jax.Array, Metrics]:
+        own, _ = self.own.share(params, adapter, batch.own, counts["own"], spec, dropout_key)
+        stored, _ = self.stored.share(
+            *params["student"], batch.stored, counts["stored"], spec.student, dropout_key
+        )
+        return jnp.where(batch.is_own, own, stored), {}
+
+    def terms(self) -> dict[str, Objective]:
+        return {}
+
+
+@functools.lru_cache(maxsize=8)
+def either_batch(spec: ScoredSpec) -> MakeBatch:
+    """Both kinds of a step's batch."""
+
+    def make(constants: Any, params: Any, data: Any, step: jax.Array) -> EitherBatch:
+        prompts, stored, is_own = data
+        return EitherBatch(stored, sampled_answers(constants, params, prompts, step, spec), is_own)
+
+    return make
+
+
+def train(
+    material: offline.Material,
+    method: offline.Method,
+    student_S: Any,
+    validation: TokenBatch,
+    **options: Any,
+) -> Run:
+    """Trains the students of all seeds; half of the steps are on their own answers.
+
+    The scorer is the proxy that made the labels of the method's first source.
+    """
+    setting, share = material.setting, method.student_share
+    steps, section = setting.student_steps, setting.config.distill
+    scorer = method.sources[0].labels
+    assert scorer is not None
+    spec = ScoredSpec(setting.student, setting.proxy, w.VOCAB_SIZE)
+    run = Run.start(setting.student, setting.distill_optimizer, student_S, validation)
+    stored = offline.batches_of(material, method)
+    asked = [
+        [padded_prompts(rows) for rows in material.rows(source.prompts, source.writer)]
+        for source in method.sources
+    ]
+    pools, plans, owns = [], [], []
+    for i, seed in enumerate(material.seeds):
+        pools.append((offline.joined([prompts[i] for prompts in asked]), stored[i]))
+        count = jax.tree.leaves(stored[i])[0].shape[0] - 1
+        plans.append(plan_rows(count, section, seed, "distill", steps))
+        owns.append([student_answers(seed, step, share) for step in range(steps)])
+    both, owns_SZ = planned(pools, plans), np.array(owns)
+    run.train(
+        EitherObjective(
+            offline.objective_of(setting, method),
+            GkdObjective(0.0, 1.0, section.reduction, method.alpha),
+        ),
+        lambda start, stop: (*both(start, stop), owns_SZ[:, start:stop]),
+        steps,
+        every=section.stop.every,
+        make_batch=either_batch(spec),
+        constants={
+            "seed": np.asarray(material.seeds, np.uint32),
+            "frozen": {"student": {}, "scorer": (material.proxies[scorer], None)},
+        },
+        step_spec=spec,
+        **options,
+    )
+    return run
