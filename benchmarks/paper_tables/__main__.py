@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,25 +111,28 @@ def _method_names(asked: str | None, quick: bool) -> list[str]:
 
 
 def _regime(out: Path, settings: dict[str, Any], sizes: Any) -> list[Any]:
-    """All records of a regime: those on disk, or new ones, which are written there."""
+    """All records of a regime, part by part: those on disk, or new ones, written there."""
     from benchmarks.paper_tables.metrics import Record
 
-    path = out / "records" / f"{settings['regime']}.json"
     identity = {**settings, "sizes": digest_value(repr(sizes))}
-    if path.exists():
+    records: list[Record] = []
+    for part, measure in _parts(settings, sizes):
+        path = out / "records" / f"{settings['regime']}-{part}.json"
+        if not path.exists():
+            measured = [record.to_json() for record in measure()]
+            write_json(path, {"settings": identity, "records": measured})
         found = read_json(path)
         if found["settings"] != identity:
             raise UserError(
                 f"{path} is of {found['settings']}, not of {identity}. Choose another --out or "
                 "remove it."
             )
-        return [Record(**record) for record in found["records"]]
-    records = _measure(settings, sizes)
-    write_json(path, {"settings": identity, "records": [r.to_json() for r in records]})
+        records += [Record(**record) for record in found["records"]]
     return records
 
 
-def _measure(settings: dict[str, Any], sizes: Any) -> list[Any]:
+def _parts(settings: dict[str, Any], sizes: Any) -> Iterator[tuple[str, Callable[[], list[Any]]]]:
+    """(name, what measures it): nothing is made before a part asks for it."""
     from benchmarks.miniature import pretrain
     from benchmarks.paper_tables import methods as m
     from benchmarks.paper_tables import settings as s
@@ -142,26 +145,39 @@ def _measure(settings: dict[str, Any], sizes: Any) -> list[Any]:
     regime, presets, names = (settings[key] for key in ("regime", "presets", "methods"))
     quick = settings["quick"]
     study = Study(s.Setting(regime, presets[0], sizes), settings["seeds"], log)
-    records = study.start_records() + study.proxy_records()
+    yield "proxies", lambda: study.start_records() + study.proxy_records()
     curves = () if quick else CURVES
     for preset in presets:
         first = preset == presets[0]
-        cell = study if first else study.with_changes(preset=preset)
         wanted = names if first else [name for name in names if name not in m.OF_NO_PRESET]
-        records += cell.student_records(wanted, curves=curves)
+
+        def cell(preset: str = preset) -> Study:
+            return study if preset == presets[0] else study.with_changes(preset=preset)
+
+        def students(cell: Any = cell, wanted: list[str] = wanted) -> list[Any]:
+            return cell().student_records(wanted, curves=curves)
+
+        yield preset, students
         if settings["sweeps"]:
-            records += sweeps.records(cell)
+            yield f"{preset}-sweeps", lambda cell=cell: sweeps.records(cell())
     if quick or regime != s.MAIN_REGIME:
-        return records
+        return
+
     # Fig. 3's small proxy and Table 5's pair, in the main regime alone.
-    small = study.with_changes(proxy_model=s.SMALL_PROXY)
-    records += small.proxy_records("small") + small.student_records([m.PROXY_KD], prefix="small/")
-    qwen = study.with_changes(
-        proxy_model=pretrain.PROXY.replace(**s.QWEN),
-        student_model=pretrain.STUDENT.replace(**s.QWEN),
-    )
-    records += qwen.proxy_records("qwen")
-    return records + qwen.student_records(CURVES, prefix="qwen/", curves=CURVES)
+    def small() -> list[Any]:
+        its = study.with_changes(proxy_model=s.SMALL_PROXY)
+        return its.proxy_records("small") + its.student_records([m.PROXY_KD], prefix="small/")
+
+    def qwen() -> list[Any]:
+        its = study.with_changes(
+            proxy_model=pretrain.PROXY.replace(**s.QWEN),
+            student_model=pretrain.STUDENT.replace(**s.QWEN),
+        )
+        students = its.student_records(CURVES, prefix="qwen/", curves=CURVES)
+        return its.proxy_records("qwen") + students
+
+    yield "small", small
+    yield "qwen", qwen
 
 
 def _notes(sizes: Any, seeds: list[int], seconds: float) -> list[str]:

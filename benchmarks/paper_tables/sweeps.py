@@ -65,7 +65,7 @@ STUDENT: dict[str, dict[str, Change]] = {
         "tail renormalised": _set("distill.tail=renormalize_proxy"),
         "top 3": _set("score.top_k=3"),
         "top 3, renormalised": _set("score.top_k=3", "distill.tail=renormalize_proxy"),
-        "80 % of D for alignment": _set("corpus.shares=[0.1, 0.8, 0.1]"),
+        "80 % of D for alignment": _set("corpus.shares={warmup: 0.1, align: 0.8, distill: 0.1}"),
         "1,600 steps": Change(("distill.max_steps=1600",), {}, (*BUDGET, "proxy_kd_mix")),
         "1,600 steps, 5,000 fresh prompts": Change(
             ("distill.max_steps=1600",), {"num_fresh": 5000}, (m.PROXY_KD, "proxy_kd_mix")

@@ -12,6 +12,7 @@ from benchmarks.miniature import pretrain
 from benchmarks.paper_tables import __main__ as command
 from benchmarks.paper_tables.methods import METHODS
 from benchmarks.paper_tables.settings import Sizes
+from benchmarks.paper_tables.study import Study
 
 FEW = Sizes(
     num_corpus=160,
@@ -50,7 +51,8 @@ def test_few_steps_to_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert (tmp_path / "fig_5_agreement_fmt_paper.svg").exists()
 
     # Again: what lies on disk is taken, and gives the same.
-    monkeypatch.setattr(command, "_measure", None)
+    monkeypatch.setattr(Study, "proxy_records", None)
+    monkeypatch.setattr(Study, "student_records", None)
     assert command.main(arguments, FEW) == 0
     assert json.loads((tmp_path / "tables.json").read_text()) == records
     assert command.main([*arguments, "--first-seed", "5"], FEW) == 2

@@ -1,5 +1,6 @@
 """One seed of the vectorised study against ``align`` and ``distill`` on the same files."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from benchmarks.paper_tables import settings as s
 from benchmarks.paper_tables.models import logits_of
 from benchmarks.paper_tables.study import Study
 from proxykd_jax import align, distill
+from proxykd_jax.baselines.rollouts import student_answers
 from proxykd_jax.config import Config, load_config
 from proxykd_jax.data.corpus import open_corpus
 from proxykd_jax.models.hf_weights import load_model
 from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.training.restore import load_aligned_proxy, load_student
+from tests.tiny_run import changed, copy_run
 
 pytestmark = pytest.mark.slow  # some 40 programs to compile
 
@@ -126,3 +129,22 @@ def test_student_is_that_of_distill(study: Study, run: Config, which: str) -> No
     np.testing.assert_allclose(mine, theirs, atol=ROUNDING, rtol=0)
     before = _logps(study, study.setting.student_model, _first(study.student_S))
     assert np.abs(mine - before).max() > 100 * ROUNDING
+
+
+def test_student_on_its_own_answers_is_that_of_distill(
+    study: Study, run: Config, tmp_path: Path
+) -> None:
+    method = m.make_methods(study.setting)["proxy_kd_mix"]
+    kinds = {student_answers(0, step, method.student_share) for step in range(6)}
+    assert kinds == {False, True}
+    mixed = changed(
+        copy_run(run, tmp_path),
+        {"method": {"name": "proxy_kd", "student_share": method.student_share}},
+    )
+    shutil.rmtree(mixed.folder / "student")
+    distill.main(mixed)
+    trained = m.train(study.material, method, study.student_S, study.validation)
+    model = load_student(mixed, make_mesh(mixed.mesh), which="last")
+    mine = _logps(study, study.setting.student_model, _first(trained.last))
+    theirs = _logps(study, study.setting.student_model, model.params)
+    np.testing.assert_allclose(mine, theirs, atol=ROUNDING, rtol=0)

@@ -1,5 +1,6 @@
 """Rows, plans, labels and objectives of the study against what they stand for."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 from benchmarks.miniature import pretrain
 from benchmarks.miniature import world as w
-from benchmarks.paper_tables import adversarial, offline, on_policy, seeds
+from benchmarks.paper_tables import adversarial, mixing, offline, on_policy, seeds, sweeps
 from benchmarks.paper_tables import methods as m
 from benchmarks.paper_tables import proxies as px
 from benchmarks.paper_tables import settings as s
@@ -100,6 +101,54 @@ def test_objectives_are_the_products() -> None:
         assert on_policy.objective_of(methods[name].section, "token_mean") == objective
     mentor = offline.objective_of(s.Setting("fmt", "paper"), methods["mentor_kd"])
     assert (mentor.temperature, mentor.rescale) == (2.0, False)
+
+
+@pytest.mark.parametrize("is_own", [False, True])
+def test_a_mixed_step_has_the_loss_of_its_kind(is_own: bool) -> None:
+    """With stand-ins of the two objectives: value and gradient are those of one alone."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Power:
+        exponent: int
+
+        def counts(self, batch: float) -> dict[str, float]:
+            return {"mine": batch}
+
+    @dataclasses.dataclass(frozen=True)
+    class Stored(Power):
+        def share(self, params, adapter, batch, counts, spec, key):
+            assert counts == {"mine": batch} and spec == "student's"  # not the other's
+            return params**self.exponent, {}
+
+    class Spec:
+        student = "student's"
+
+    @dataclasses.dataclass(frozen=True)
+    class Own(Power):
+        def share(self, params, adapter, batch, counts, spec, key):
+            assert counts == {"mine": batch} and isinstance(spec, Spec)
+            return params["student"][0] ** self.exponent, {}
+
+    objective = mixing.EitherObjective(Stored(2), Own(3))
+    batch = mixing.EitherBatch(1.0, 2.0, is_own)
+
+    def loss(x: jax.Array) -> jax.Array:
+        counts = objective.counts(batch)
+        return objective.share({"student": (x, None)}, None, batch, counts, Spec(), None)[0]
+
+    value, slope = jax.value_and_grad(loss)(5.0)
+    assert (float(value), float(slope)) == ((125.0, 75.0) if is_own else (25.0, 10.0))
+
+
+@pytest.mark.parametrize("preset", s.PRESETS)
+def test_sweeps_change_one_thing_each(preset: str) -> None:
+    base = s.Setting("fmt", preset)
+    changes = {**sweeps.STUDENT[preset], **sweeps.PROXY, "overtrained": sweeps.OVERTRAINED}
+    for change in changes.values():
+        sizes = dataclasses.replace(s.Sizes(), overrides=change.overrides, **change.sizes)
+        changed = s.Setting("fmt", preset, sizes)
+        assert changed.config != base.config or sizes.prompts != base.sizes.prompts
+        assert set(change.students) <= set(m.METHODS)
 
 
 def test_rollouts_divide_a_students_steps() -> None:

@@ -1,5 +1,6 @@
 """Estimates, verdicts and tables on synthetic records whose answers are known."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -57,6 +58,17 @@ def test_estimate_of_known_values() -> None:
     assert found.mean == 3.0
     assert found.error == pytest.approx(math.sqrt((4 + 1 + 0 + 9) / 3 / 4))
     assert estimate(np.array([2.0])).error is None
+
+
+def test_interval_is_students() -> None:
+    # 4 seeds: the 97.5 % point of t with 3 degrees of freedom.
+    found = estimate(np.array([1.0, 2.0, 3.0, 6.0]))
+    assert found.error is not None
+    np.testing.assert_allclose(
+        found.interval, (3 - 3.182446 * found.error, 3 + 3.182446 * found.error), rtol=1e-6
+    )
+    assert estimate(np.array([2.0])).interval is None
+    assert estimate(np.array([2.0])).with_interval() == "+2.000"
 
 
 def test_difference_is_paired() -> None:
@@ -140,6 +152,46 @@ def test_tables_show_every_cell() -> None:
     assert {(claim.text, said) for claim, _, said in found} == {
         ("Proxy-KD > black-box KD on D_s", REVERSED)
     }
+
+
+def section_of(text: str, title: str) -> list[str]:
+    lines = text.splitlines()
+    rest = lines[lines.index(title) + 1 :]
+    return list(itertools.takewhile(lambda line: not line.startswith("#"), rest))
+
+
+def whole(method: str, shift: np.ndarray, preset: str) -> list[Record]:
+    """Accuracy and agreement higher by ``shift``, KL and NLL lower."""
+    found = []
+    for metric in (ACCURACY, KL, "agreement", "nll"):
+        values = COMMON - shift if metric in (KL, "nll") else COMMON + shift
+        found += records_of(method, values, values, metric=metric, preset=preset)
+    return found
+
+
+def test_presets_are_compared_by_seed() -> None:
+    gain = SPREAD + 10 * SPREAD_ERROR
+    records = whole("proxy_kd", 0 * gain, "paper") + whole("proxy_kd", gain, "recommended")
+    cells = [("fmt", "paper"), ("fmt", "recommended")]
+    text = tables.write_tables(records, cells, command="", notes=[])
+    rows = section_of(text, "## The recommended preset against the paper's")
+    assert len(rows) == 6 and "recommended Proxy-KD > Proxy-KD" in rows[3]
+    # The seeds' own spread is far larger than the error of the paired difference.
+    assert estimate(gain).with_interval() in rows[3] and rows[3].endswith(f"{HOLDS} |")
+    assert rows[4].endswith(f"{HOLDS} |")
+    alone = tables.write_tables(records, cells[:1], command="", notes=[])
+    assert "recommended preset against" not in alone
+
+
+def test_sweeps_are_compared_with_the_same_method() -> None:
+    records = whole("proxy_kd", SPREAD, "paper") + whole("proxy/nll", 2 * SPREAD, "paper")
+    records += whole("sweep alpha 1/proxy_kd", SPREAD + 0.25, "paper")
+    records += whole("sweep beta 5/nll", 2 * SPREAD + 0.5, "paper")
+    text = tables.write_tables(records, [("fmt", "paper")], command="", notes=[])
+    rows = section_of(text, "### Sweeps: one change each")
+    changed = {row.split(" | ")[0].removeprefix("| "): row for row in rows}
+    assert "+0.250 ±0.000 [+0.250, +0.250]" in changed["sweep alpha 1: Proxy-KD"]
+    assert "-0.500 ±0.000 [-0.500, -0.500]" in changed["sweep beta 5, + L_NLL"]
 
 
 def test_joined_runs_are_one(tmp_path: Path, capsys) -> None:
