@@ -46,11 +46,12 @@ METHODS: dict[str, tuple[str, str]] = {
     SODA: ("SODA", BEYOND),
     GAD: ("GAD", BEYOND),
 }
-# Neither Proxy-KD's choices nor a store of soft labels: the same students serve both presets.
-OF_NO_PRESET = (
-    *(BLACK_BOX, BLACK_BOX_ALL, SODA, GAD),
-    *("minillm", "gkd", "on_policy", "on_policy_mix"),
+# Those that are not Proxy-KD have their own papers' values: the same students serve both presets.
+OF_PRESET = (
+    *(PROXY_KD, "without_alignment_raw", "without_alignment_warmup", "without_preference"),
+    *("without_weights", "proxy_kd_all", "proxy_kd_fresh", "proxy_kd_mix", "random_labels"),
 )
+OF_NO_PRESET = tuple(name for name in METHODS if name not in OF_PRESET)
 # The weight of the KL beside an NLL of weight 1, where the paper gives no alpha.
 EQUAL = 1.0
 
@@ -58,7 +59,8 @@ EQUAL = 1.0
 def make_methods(setting: Setting) -> dict[str, Any_Method]:
     """All methods by name, with the preset's alpha and data for those that are Proxy-KD.
 
-    ``paper`` learns from D_s, ``recommended`` from all of D and the fresh prompts.
+    ``paper`` learns from D_s, ``recommended`` from all of D and the fresh prompts. What the
+    others share with it (the tail of stored labels, the reduction) is the first preset's.
     """
     alpha = setting.config.distill.alpha
     whole = setting.config.distill.data == "all"

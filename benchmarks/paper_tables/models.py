@@ -19,6 +19,7 @@ from proxykd_jax.data.collate import TokenRow
 from proxykd_jax.generation.decode import DrawSettings, Mixing, PromptBatch, decode, prefill
 from proxykd_jax.generation.sampler import row_words
 from proxykd_jax.generation.scoring import topk_soft_labels
+from proxykd_jax.losses import draw_labels
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.decoder import batch_hidden_states, unembed
 from proxykd_jax.types import TokenBatch
@@ -190,6 +191,48 @@ def distributions(model: ModelConfig, params_S: Any, rows_S: Sequence[Rows]) -> 
         np.concatenate([piece[i] for piece in pieces])[: len(rows.rows)]
         for i, rows in enumerate(rows_S)
     ]
+
+
+@functools.lru_cache(maxsize=8)
+def _label_drawer(model: ModelConfig, num_draws: int) -> Callable[..., Any]:
+    def draw(params: Any, seed: jax.Array, batch: TokenBatch, words_B: jax.Array) -> Any:
+        drawn = draw_labels(
+            logits_of(model, params, batch),
+            jax.random.key(seed),
+            num_draws=num_draws,
+            row_ids_B=words_B,
+        )
+        return drawn.ids_BLK, jnp.log(drawn.counts_BLK / num_draws)
+
+    return over_seeds(draw)
+
+
+def drawn_labels(
+    model: ModelConfig,
+    params_S: Any,
+    rows_S: Sequence[Rows],
+    *,
+    seeds: Sequence[int],
+    num_draws: int,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(ids, log shares) ``[N + 1, L, num_draws]`` of ids drawn at all places of every seed's rows.
+
+    The last row is padding.
+    """
+    draw = _label_drawer(model, num_draws)
+    seeds_S = np.asarray(seeds, np.uint32)
+    asked = [
+        (rows.batch, np.array([*(row_words(row_id)[0] for row_id in rows.ids), 0], np.uint32))
+        for rows in rows_S
+    ]
+    pieces = [[np.asarray(x) for x in draw(params_S, seeds_S, *part)] for part in chunks(asked)]
+    found = []
+    for i, rows in enumerate(rows_S):
+        ids, shares = (
+            np.concatenate([piece[k][i] for piece in pieces])[: len(rows.rows) + 1] for k in (0, 1)
+        )
+        found.append((ids, shares))
+    return found
 
 
 def chunks(trees: list[Any]) -> Iterator[Any]:

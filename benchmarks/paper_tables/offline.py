@@ -20,9 +20,7 @@ from benchmarks.paper_tables.seeds import Rows, Seed
 from benchmarks.paper_tables.settings import Setting
 from benchmarks.paper_tables.training import Run, plan_rows, planned
 from proxykd_jax.data.sample_weights import weights_of
-from proxykd_jax.generation.sampler import row_words
 from proxykd_jax.generation.scoring import soft_labels_of_logits
-from proxykd_jax.losses import draw_labels
 from proxykd_jax.training.objectives import DistillObjective, NllObjective, Objective
 from proxykd_jax.types import DistillBatch, TokenBatch
 
@@ -159,21 +157,17 @@ class Material:
 
         The shares add up to 1, so that nothing is in the tail and every choice of it is the same.
         """
-        rows_S = self.rows(prompts, writer)
-        logps_S = models.distributions(self.setting.proxy_model, self.proxies[scorer], rows_S)
-        draws = self.setting.config.score.top_k
-        found = []
-        for i, (rows, logps_NLV) in enumerate(zip(rows_S, logps_S, strict=True)):
-            words = np.array([row_words(row_id)[0] for row_id in rows.ids])
-            key = jax.random.key(self.seeds[i])
-            drawn = draw_labels(jnp.asarray(logps_NLV), key, num_draws=draws, row_ids_B=words)
-            with np.errstate(divide="ignore"):
-                shares = np.log(np.asarray(drawn.counts_BLK, np.float32) / draws)
-            kept = self.labels(prompts, writer, scorer)[i]
-            ids, logps, tail = kept.ids_NLK.copy(), kept.logps_NLK.copy(), kept.tail_NL.copy()
-            ids[:-1], logps[:-1], tail[:-1] = drawn.ids_BLK, shares, -np.inf
-            found.append(Labels(ids, logps, kept.gold_NL, tail))
-        return found
+        drawn = models.drawn_labels(
+            self.setting.proxy_model,
+            self.proxies[scorer],
+            self.rows(prompts, writer),
+            seeds=self.seeds,
+            num_draws=self.setting.config.score.top_k,
+        )
+        return [
+            Labels(ids, logps, kept.gold_NL, np.full_like(kept.tail_NL, -np.inf))
+            for (ids, logps), kept in zip(drawn, self.labels(prompts, writer, scorer), strict=True)
+        ]
 
 
 def padded_answers(rows: Rows) -> np.ndarray:

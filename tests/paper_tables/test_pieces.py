@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.miniature import pretrain
 from benchmarks.miniature import world as w
-from benchmarks.paper_tables import adversarial, mixing, offline, on_policy, seeds, sweeps
+from benchmarks.paper_tables import adversarial, mixing, models, offline, on_policy, seeds, sweeps
 from benchmarks.paper_tables import methods as m
 from benchmarks.paper_tables import proxies as px
 from benchmarks.paper_tables import settings as s
@@ -23,6 +23,8 @@ from proxykd_jax.baselines.on_policy import OnPolicyObjective
 from proxykd_jax.baselines.rollouts import AnswerBatch, given_answers
 from proxykd_jax.config.online_methods import MiniLlm
 from proxykd_jax.data.collate import collate_rows
+from proxykd_jax.generation.sampler import row_words
+from proxykd_jax.losses import draw_labels
 from proxykd_jax.models.params import init_params
 from proxykd_jax.training.batches import make_plan, phase_seed
 
@@ -203,6 +205,19 @@ def material(rows: seeds.Rows) -> offline.Material:
 def models_of(first: int) -> object:
     """One model a seed."""
     return jax.vmap(lambda key: init_params(key, MODEL))(jax.random.split(jax.random.key(first)))
+
+
+def test_drawn_labels_are_those_of_each_seed(rows: seeds.Rows) -> None:
+    params_S = models_of(5)
+    found = models.drawn_labels(MODEL, params_S, [rows, rows], seeds=[0, 7], num_draws=4)
+    logits_S = models.distributions(MODEL, params_S, [rows, rows])
+    words = np.array([row_words(row_id)[0] for row_id in rows.ids])
+    for (ids, shares), logits, seed in zip(found, logits_S, (0, 7), strict=True):
+        expected = draw_labels(
+            jnp.asarray(logits), jax.random.key(seed), num_draws=4, row_ids_B=words
+        )
+        np.testing.assert_array_equal(ids[:-1], expected.ids_BLK)
+        np.testing.assert_allclose(np.exp(shares[:-1]) * 4, expected.counts_BLK, atol=1e-6)
 
 
 @pytest.mark.slow  # a program of its own to compile
