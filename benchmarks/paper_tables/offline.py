@@ -60,12 +60,14 @@ class Method:
       alpha: factor of the KL beside an NLL of weight 1; 0 has no soft labels at all.
       temperature: of both softmaxes, None for the config's; then the KL is not rescaled.
       student_share: of the steps, those on the student's own answers (``mixing``).
+      tail: of the stored labels, None for the config's.
     """
 
     sources: tuple[Source, ...]
     alpha: float = 0.0
     temperature: float | None = None
     student_share: float = 0.0
+    tail: str | None = None
 
 
 class Material:
@@ -253,7 +255,7 @@ def objective_of(setting: Setting, method: Method) -> Objective:
     return DistillObjective(
         1.0,
         distill.nll_weight,
-        distill.tail,
+        method.tail or distill.tail,
         distill.reduction,
         temperature,
         rescale=fixed is None,
