@@ -28,6 +28,7 @@ from proxykd_jax.types import TokenBatch
 
 _GAME = 1 << 30  # the two phases draw by keys of their own
 REDUCTION = "token_mean"  # of the method
+GROUP = Gad().samples_per_prompt
 
 
 def judged_answers(
@@ -128,25 +129,31 @@ def phase(
     reference: Any = None,
     **options: Any,
 ) -> None:
-    """Takes the steps of a phase; without a reference it is the warm-up."""
+    """Takes the steps of a phase; without a reference it is the warm-up.
+
+    A step has as many answers of the student as those of other methods: in the warm-up one to each
+    prompt of a batch, in the game a group to each of so many prompts fewer.
+    """
     setting, method = material.setting, Gad()
-    name = "distill/warmup" if reference is None else "distill"
+    name, group = ("distill/warmup", 1) if reference is None else ("distill", GROUP)
+    section = setting.config.distill
+    section = section.model_copy(update={"batch_size": max(section.batch_size // group, 1)})
     spec = GadSpec(setting.student, w.VOCAB_SIZE)
     pools, plans = [], []
     for seed, rows in zip(material.seeds, material.rows("distill", TRUTH), strict=True):
-        asked = [padded_prompts(rows, number) for number in range(method.samples_per_prompt)]
+        asked = [padded_prompts(rows, number) for number in range(group)]
         prompts = jax.tree.map(lambda *each: np.stack(each, axis=1), *asked)
         padding = np.zeros((1, w.MAX_ANSWER), np.int32)
         answers = np.concatenate([padded_answers(rows), padding])
         count, finished = np.append(rows.lengths, 0), np.append(rows.finished, False)
         pools.append((prompts, answers, count.astype(np.int32), finished))
-        plans.append(plan_rows(len(rows.rows), setting.config.distill, seed, name, steps))
+        plans.append(plan_rows(len(rows.rows), section, seed, name, steps))
     frozen: dict[str, Any] = {"base": {}, "reference": None if reference is None else reference}
     run.train(
         objective,
         planned(pools, plans),
         steps,
-        every=setting.config.distill.stop.every,
+        every=section.stop.every,
         make_batch=game(spec, method.temperature, offset),
         constants={"seed": np.asarray(material.seeds, np.uint32), "frozen": frozen},
         step_spec=spec,

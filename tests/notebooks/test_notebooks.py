@@ -24,7 +24,7 @@ def test_outputs_are_cleared(path):
 
 @pytest.mark.slow
 @every_notebook
-def test_runs(path, monkeypatch):
+def test_runs(path, monkeypatch, tmp_path):
     nbclient = pytest.importorskip("nbclient")
     nbformat = pytest.importorskip("nbformat")
     # The kernel is a process of its own: it must find this checkout and needs no screen.
@@ -33,7 +33,10 @@ def test_runs(path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(
-        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}
+        notebook,
+        timeout=600,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(tmp_path)}},
     )
     client.execute()
     ran = [cell for cell in notebook.cells if cell.cell_type == "code"]
