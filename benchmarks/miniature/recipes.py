@@ -84,6 +84,7 @@ def _headline(out: Path) -> dict[str, Any]:
             "warmup_max_steps": 25,
             "epochs_per_round": 12,
             "round_max_steps": 40,
+            "stop_rounds": False,
             "preference": {"beta": 1.0},
             "sampling": {"batch_size": 256, "rows_per_part": 1024},
             "batch_size": 64,

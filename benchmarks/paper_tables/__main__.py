@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -147,19 +148,19 @@ def _parts(settings: dict[str, Any], sizes: Any) -> Iterator[tuple[str, Callable
     study = Study(s.Setting(regime, presets[0], sizes), settings["seeds"], log)
     yield "proxies", lambda: study.start_records() + study.proxy_records()
     curves = () if quick else CURVES
-    for preset in presets:
+    cell = functools.cache(
+        lambda preset: study if preset == presets[0] else study.with_changes(preset=preset)
+    )
+
+    def students(preset: str) -> list[Any]:
         first = preset == presets[0]
-        wanted = names if first else [name for name in names if name not in m.OF_NO_PRESET]
+        wanted = [name for name in names if first or name in m.OF_PRESET]
+        return cell(preset).student_records(wanted, curves=curves)
 
-        def cell(preset: str = preset) -> Study:
-            return study if preset == presets[0] else study.with_changes(preset=preset)
-
-        def students(cell: Any = cell, wanted: list[str] = wanted) -> list[Any]:
-            return cell().student_records(wanted, curves=curves)
-
-        yield preset, students
+    for preset in presets:
+        yield preset, functools.partial(students, preset)
         if settings["sweeps"]:
-            yield f"{preset}-sweeps", lambda cell=cell: sweeps.records(cell())
+            yield f"{preset}-sweeps", lambda preset=preset: sweeps.records(cell(preset))
     if quick or regime != s.MAIN_REGIME:
         return
 

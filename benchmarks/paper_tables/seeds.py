@@ -14,7 +14,7 @@ from benchmarks.paper_tables import settings as s
 from benchmarks.paper_tables.vectorise import over_seeds
 from proxykd_jax.data.collate import TokenRow, collate_rows
 from proxykd_jax.data.corpus import row_id_of
-from proxykd_jax.data.split import effective_validation_fraction, split_name
+from proxykd_jax.data.split import split_name
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.types import TokenBatch
 
@@ -127,7 +127,7 @@ def make_seeds(
     setting: s.Setting, seeds: Sequence[int], teacher_of: Callable[[list[w.Worlds]], Teacher]
 ) -> list[Seed]:
     """The data of all seeds; prompts, answers and splits are those of ``miniature.make``."""
-    sizes, config = setting.sizes, setting.config
+    sizes = setting.sizes
     worlds = [w.make_worlds(seed, setting.world_regime) for seed in seeds]
     teacher = teacher_of(worlds)
     pools = [w.PromptPool(seed) for seed in seeds]
@@ -147,18 +147,13 @@ def make_seeds(
         corpus_answers = [a[sizes.num_test :] for a in answers]
     logps = teacher.logps(test, test_answers)
     made = []
-    held_out = effective_validation_fraction(
-        sizes.num_corpus,
-        validation_fraction=config.corpus.validation_fraction,
-        validation_rows=config.corpus.validation_rows,
-    )
     for i in range(len(seeds)):
         rows = token_rows(corpus[i], _cut(corpus_answers[i]))
         names = [
             split_name(
                 w.to_text(row.prompt),
-                shares=config.corpus.shares,
-                validation_fraction=held_out,
+                shares=setting.config.corpus.shares,
+                validation_fraction=setting.held_out,
             )
             for row in rows
         ]

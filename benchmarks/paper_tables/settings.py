@@ -13,6 +13,7 @@ from benchmarks.miniature import make, pretrain
 from benchmarks.miniature import world as w
 from benchmarks.miniature.recipes import HEADLINE, recipes
 from proxykd_jax.config import Config, OptimizerConfig, make_config
+from proxykd_jax.data.split import effective_validation_fraction
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.training.optimizer import make_optimizer
 from proxykd_jax.training.state import ModelSpec
@@ -95,6 +96,21 @@ class Setting:
         """The student's static half."""
         section = self.config.student
         return ModelSpec(self.student_model, "full", section.dtype, section.remat)
+
+    @property
+    def held_out(self) -> float:
+        """Share of the corpus that is for validation."""
+        corpus = self.config.corpus
+        return effective_validation_fraction(
+            self.sizes.num_corpus,
+            validation_fraction=corpus.validation_fraction,
+            validation_rows=corpus.validation_rows,
+        )
+
+    @property
+    def rows(self) -> tuple[Any, ...]:
+        """What decides prompts, answers and splits beside the regime and the seed."""
+        return self.sizes.prompts, self.config.corpus.shares, self.held_out
 
     @property
     def align_optimizer(self) -> optax.GradientTransformation:

@@ -68,14 +68,12 @@ class Study:
         Pre-training and evaluation know the test prompts alone, which are the first of the pool.
         """
         mine, theirs = self.setting, like.setting
-        same_corpus = mine.sizes.prompts == theirs.sizes.prompts
-        same_corpus = same_corpus and mine.config.corpus == theirs.config.corpus
         shared = ["evaluator"]
         if theirs.student_model == mine.student_model:
             shared.append("student_S")
         if theirs.proxy_model == mine.proxy_model:
             shared.append("raw_S")
-        if same_corpus:
+        if mine.rows == theirs.rows:
             shared += ["_world", "validation"]
             if "raw_S" in shared and theirs.config.align == mine.config.align:
                 shared.append("proxies")

@@ -246,6 +246,16 @@ def test_presets_differ_in_proxy_kd_alone() -> None:
     assert prompts == ["warmup", "align", "distill", "fresh"]
 
 
+def test_presets_share_corpus_and_proxies() -> None:
+    """What one preset has pre-trained and aligned is not made again for the other."""
+    paper, recommended = (s.Setting("fmt", preset) for preset in s.PRESETS)
+    assert paper.rows == recommended.rows
+    assert paper.config.align == recommended.config.align
+    other = s.Sizes(overrides=("corpus.shares={warmup: 0.1, align: 0.8, distill: 0.1}",))
+    assert s.Setting("fmt", "paper", other).rows != paper.rows
+    assert s.Setting("fmt", "paper", s.Sizes(num_fresh=5)).rows != paper.rows
+
+
 def test_no_method_but_the_ceiling_sees_the_teachers_distribution() -> None:
     for name, method in m.make_methods(s.Setting("fmt", "paper")).items():
         if isinstance(method, offline.Method):
