@@ -24,6 +24,7 @@ from proxykd_jax.types import TokenBatch
 BEST, LAST = "best", "last"
 ACCURACY, KL, AGREEMENT, TEACHER_NLL = "accuracy", "kl", "agreement", "nll"
 EITHER_PRESET = "both"  # of records that no preset changes
+SWEEP = "sweep "  # begins the names of what a sweep changed
 TOP_KS = (1, 2, 3, 5, 10, 20)
 MAIN_METRICS = (ACCURACY, KL, AGREEMENT, TEACHER_NLL)
 

@@ -22,6 +22,7 @@ from benchmarks.paper_tables.metrics import (
     EITHER_PRESET,
     KL,
     LAST,
+    SWEEP,
     Evaluator,
     Record,
     Recorder,
@@ -172,8 +173,10 @@ class Study:
 
     def proxy_records(self, name: str = "proxy", states: Sequence[str] = px.STATES) -> list[Record]:
         """Table 4, Figs. 4 and 5 for these states of the proxy; the seconds of Table 3."""
-        record = Recorder(self.setting.regime, EITHER_PRESET, self.seeds)
         setting, records = self.setting, []
+        # A sweep's belong to the preset whose section shows them.
+        preset = setting.preset if name.startswith(SWEEP) else EITHER_PRESET
+        record = Recorder(setting.regime, preset, self.seeds)
         for state in states:
             for checkpoint, params in ((BEST, self.proxies.best), (LAST, self.proxies.last)):
                 values = self.evaluator.measure(setting.proxy_model, params[state], masses=True)
@@ -225,7 +228,8 @@ class Study:
         methods = m.make_methods(setting)
         for name in names:
             # A multiple of the steps between validations: the compiled stretch stays the same.
-            preset = EITHER_PRESET if name in m.OF_NO_PRESET else setting.preset
+            serves_both = name in m.OF_NO_PRESET and not prefix.startswith(SWEEP)
+            preset = EITHER_PRESET if serves_both else setting.preset
             record = Recorder(setting.regime, preset, self.seeds)
             every = 2 * setting.config.distill.stop.every if name in curves else None
             started = time.perf_counter()

@@ -13,9 +13,8 @@ from typing import Any
 
 from benchmarks.paper_tables import methods as m
 from benchmarks.paper_tables import proxies as px
-from benchmarks.paper_tables.metrics import Record
+from benchmarks.paper_tables.metrics import SWEEP, Record
 from benchmarks.paper_tables.study import Study
-from benchmarks.paper_tables.tables import SWEEP
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from benchmarks.paper_tables.methods import (
     METHODS,
     PROXY_KD,
 )
-from benchmarks.paper_tables.metrics import ACCURACY, AGREEMENT, BEST, KL, LAST, Record
+from benchmarks.paper_tables.metrics import ACCURACY, AGREEMENT, BEST, KL, LAST, SWEEP, Record
 from benchmarks.paper_tables.statistics import (
     CHECKPOINTS,
     Results,
@@ -37,7 +37,6 @@ READING = (
     "KL(teacher || model), nats a token, on the teacher's test answers. Accuracy: greedy answers "
     "to unseen prompts."
 )
-SWEEP = "sweep "
 _COLUMNS = tuple((metric, checkpoint) for metric in (ACCURACY, KL) for checkpoint in CHECKPOINTS)
 
 
