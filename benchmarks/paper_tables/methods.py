@@ -73,14 +73,14 @@ def make_methods(setting: Setting) -> dict[str, Any_Method]:
         sources = tuple(Source(split, labels=state, **options) for split in splits)
         return Method(sources, alpha)
 
-    def fresh(state: str) -> Source:
-        return Source(FRESH, writer=state, labels=state, nll=False)
+    def fresh(state: str, drawn: bool = False) -> Source:
+        return Source(FRESH, writer=state, labels=state, nll=False, drawn=drawn)
 
     def headline(state: str, **options: Any) -> Method:
         if not whole:
             return proxy_kd(state, **options)
         method = proxy_kd(state, ALL, **options)
-        return Method((*method.sources, fresh(state)), alpha)
+        return Method((*method.sources, fresh(state, options.get("drawn", False))), alpha)
 
     def own_text(state: str) -> Method:
         """Forward KL alone on the proxy's own answers."""
@@ -120,7 +120,7 @@ def make_methods(setting: Setting) -> dict[str, Any_Method]:
         "proxy_kd_mix": dataclasses.replace(headline(aligned), student_share=0.5),
         "on_policy": OnPolicyMethod(aligned, OnPolicy(samples_per_prompt=1)),
         "on_policy_mix": OnPolicyMethod(aligned, Gkd(beta=0.5, student_share=0.5), Source(DISTILL)),
-        "random_labels": proxy_kd(aligned, drawn=True),
+        "random_labels": headline(aligned, drawn=True),
         SODA: SODA,
         GAD: GAD,
     }
