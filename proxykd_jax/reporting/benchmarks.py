@@ -1,0 +1,148 @@
+"""Accuracies on the six benchmarks, in the form of the paper's Tables 1, 2 and 5."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from proxykd_jax.artifacts import read_json
+from proxykd_jax.reporting.blocks import Block, Fold, Section, Table, Text, Value
+from proxykd_jax.reporting.curves import is_number
+from proxykd_jax.reporting.paper import (
+    BENCHMARKS,
+    TABLE_1,
+    TABLE_2,
+    TABLE_5,
+    PaperRow,
+    average,
+)
+from proxykd_jax.reporting.run_folder import RunFolder
+
+_NAMES = {name.lower(): name for name in BENCHMARKS} | {"commonsenseqa": "CSQA", "bbeh": "BBH"}
+_HEADER = ("method", "student", "teacher", *BENCHMARKS, "average")
+_MISPRINT = "†"
+
+
+@dataclass(frozen=True)
+class Score:
+    """A benchmark's accuracy, percent, with its standard error and questions where known."""
+
+    accuracy: float
+    error: float | None = None
+    questions: int | None = None
+
+
+def read_benchmarks(run: RunFolder) -> dict[str, dict[str, Score]]:
+    """Scores by model and benchmark; empty where there are none.
+
+    ``eval/benchmarks/<model>/summary.json`` holds, at its top or under ``benchmarks``, ``tasks`` or
+    ``results``, a benchmark's accuracy (a share of 1) by name: a number, or a section with
+    ``accuracy``, and perhaps ``standard_error`` and ``n``.
+    """
+    found: dict[str, dict[str, Score]] = {}
+    for path in sorted((run.folder / "eval" / "benchmarks").glob("*/summary.json")):
+        data = read_json(path)
+        for key in ("benchmarks", "tasks", "results"):
+            data = data.get(key, data)
+        scores = {_NAMES.get(name.lower(), name): _score(entry) for name, entry in data.items()}
+        known = {name: score for name, score in scores.items() if score is not None}
+        order = [n for n in BENCHMARKS if n in known] + sorted(set(known) - set(BENCHMARKS))
+        if order:
+            found[path.parent.name] = {name: known[name] for name in order}
+    return found
+
+
+def _score(entry: Any) -> Score | None:
+    if is_number(entry):
+        return Score(100 * float(entry)) if 0 <= entry <= 1 else None
+    if not isinstance(entry, dict) or not is_number(entry.get("accuracy")):
+        return None
+    error = next((entry[k] for k in ("standard_error", "accuracy_se", "se") if k in entry), None)
+    return Score(
+        100 * float(entry["accuracy"]),
+        100 * float(error) if is_number(error) else None,
+        entry.get("n"),
+    )
+
+
+def benchmarks(runs: Sequence[RunFolder]) -> Section:
+    """The runs' scores above the paper's."""
+    own = {run.label: read_benchmarks(run) for run in runs}
+    title = "Benchmarks"
+    paper = [
+        Fold("The paper's Table 1, all methods", [_paper_table("Table 1 of the paper", TABLE_1)]),
+        Fold("The paper's Table 2, ablations", [_paper_table("Table 2 of the paper", TABLE_2)]),
+        Fold(
+            "The paper's Table 5, Qwen",
+            [
+                _paper_table(
+                    "Table 5 of the paper", TABLE_5,
+                    "The text of the paper that these figures are from breaks off before the "
+                    "table's last rows.",
+                )
+            ],
+        ),
+    ]  # fmt: skip
+    if not any(own.values()):
+        missing = Text("No benchmarks were measured: eval/benchmarks is not there.", missing=True)
+        return Section(title, [missing, *paper])
+    rows: list[tuple[Value, ...]] = []
+    for run in runs:
+        for model, scores in own[run.label].items():
+            six = tuple(scores[n].accuracy if n in scores else None for n in BENCHMARKS)
+            name = model if len(runs) == 1 else f"{run.label}: {model}"
+            rows.append((name, None, None, *six, average(six)))
+    groups = {0: "measured here", len(rows): "paper, Proxy-KD and what it is compared with"}
+    compared = [row for row in TABLE_1 if row.method in ("GPT-4", "Black-Box KD", "Proxy-KD")]
+    table = Table(
+        "Accuracy, %",
+        _HEADER,
+        [*rows, *(_cells(row) for row in compared)],
+        _note(compared),
+        digits=2,
+        groups=groups,
+    )
+    blocks: list[Block] = [table]
+    further = _further(own, len(runs) > 1)
+    if further is not None:
+        blocks.append(further)
+    return Section(title, [*blocks, *paper])
+
+
+def _further(own: dict[str, dict[str, dict[str, Score]]], several: bool) -> Table | None:
+    """Standard errors and questions, and benchmarks that are none of the six."""
+    rows: list[tuple[Value, ...]] = [
+        (f"{label}: {model}" if several else model, task, s.accuracy, s.error, s.questions)
+        for label, models in own.items()
+        for model, scores in models.items()
+        for task, s in scores.items()
+    ]
+    if not any(row[3] is not None or row[4] is not None for row in rows):
+        return None
+    header = ("model", "benchmark", "accuracy, %", "±", "questions")
+    return Table("Each benchmark", header, rows, digits=2)
+
+
+def _paper_table(title: str, rows: Sequence[PaperRow], note: str = "") -> Table:
+    groups = {i: row.group for i, row in enumerate(rows) if not i or rows[i - 1].group != row.group}
+    note = f"{note} {_note(rows)}".strip()
+    return Table(title, _HEADER, [_cells(row) for row in rows], note, digits=2, groups=groups)
+
+
+def _cells(row: PaperRow) -> tuple[Value, ...]:
+    mark = f" {_MISPRINT}" if row.misprinted else ""
+    return (f"{row.method}{mark}", row.student, row.teacher, *row.scores,
+            row.average if row.printed is None else row.printed)  # fmt: skip
+
+
+def _note(rows: Sequence[PaperRow]) -> str:
+    wrong = [
+        f"{row.method}, {row.student}: printed {row.printed:.2f}, the six scores give "
+        f"{row.average:.2f}"
+        for row in rows
+        if row.misprinted
+    ]
+    if not wrong:
+        return ""
+    return f"{_MISPRINT} The average printed in the paper does not follow: {'; '.join(wrong)}."
