@@ -9,6 +9,7 @@ from proxykd_jax.reporting.blocks import (
     BarPlot,
     Block,
     LinePlot,
+    Plot,
     Plots,
     Section,
     Series,
@@ -139,7 +140,7 @@ def nearness(run: RunFolder) -> Section:
             Text("Not there: python -m proxykd_jax.evaluate measures the models.", missing=True)
         )
         return Section("How near to the teacher", blocks)
-    plots = [*_agreement(models), *_mass(models)]
+    plots: list[Plot] = [*_agreement(models), *_mass(models)]
     blocks += [Plots(plots), _measures(models)]
     differences = _differences(summary.get("differences", {}))
     if differences is not None:

@@ -58,10 +58,10 @@ def _score(entry: Any) -> Score | None:
         return Score(100 * float(entry)) if 0 <= entry <= 1 else None
     if not isinstance(entry, dict) or not is_number(entry.get("accuracy")):
         return None
-    error = next((entry[k] for k in ("standard_error", "accuracy_se", "se") if k in entry), None)
+    errors = [entry[k] for k in ("standard_error", "accuracy_se", "se") if is_number(entry.get(k))]
     return Score(
         100 * float(entry["accuracy"]),
-        100 * float(error) if is_number(error) else None,
+        100 * float(errors[0]) if errors else None,
         entry.get("n"),
     )
 

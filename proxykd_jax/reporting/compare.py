@@ -47,7 +47,7 @@ def settings(runs: Sequence[RunFolder]) -> Section:
         ", ".join(sorted({str(m.get("code_version")) for m in run.manifests.values()}))
         for run in runs
     ]
-    if len(set(versions)) > 1:
+    if len({version for version in versions if version}) > 1:
         rows.append(("code version", *versions))
     if not rows:
         return Section("Settings that differ", [Text("The runs have the same settings.")])

@@ -25,6 +25,8 @@ class PhaseTime:
       typical: the median step, without the first, which compiles.
       first: the first step.
       samples: a step takes; None where rows are packed and their number is not known.
+      drawing: seconds in which the proxy's answer to one prompt was drawn, with its reference
+        log-probs; None where nothing was drawn or it was not timed.
     """
 
     stage: str
@@ -34,13 +36,14 @@ class PhaseTime:
     typical: float
     first: float
     samples: float | None
+    drawing: float | None
 
     @property
     def hours_for_a_round(self) -> float | None:
-        """Hours for 40,000 samples at the typical step."""
+        """Hours for 40,000 samples at the typical step, the drawing of answers included."""
         if self.samples is None:
             return None
-        return SAMPLES_A_ROUND / self.samples * self.typical / 3600
+        return SAMPLES_A_ROUND * (self.typical / self.samples + (self.drawing or 0)) / 3600
 
 
 def phase_times(run: RunFolder) -> list[PhaseTime]:
@@ -55,10 +58,19 @@ def phase_times(run: RunFolder) -> list[PhaseTime]:
                 continue
             typical = statistics.median(seconds[1:] or seconds)
             samples = _samples_a_step(run, stage, lines, phase)
+            of_phase = [line for line in lines if line.get("phase") == phase]
             found.append(
-                PhaseTime(stage, phase, len(seconds), sum(seconds), typical, seconds[0], samples)
-            )
+                PhaseTime(
+                    stage, phase, len(seconds), sum(seconds), typical, seconds[0], samples,
+                    _drawing(of_phase),
+                )
+            )  # fmt: skip
     return found
+
+
+def _drawing(lines: Sequence[Line]) -> float | None:
+    rows, seconds = (points(lines, f"time/{name}")[1] for name in ("sampled_rows", "sampling_s"))
+    return seconds[-1] / rows[-1] if rows and seconds and rows[-1] else None
 
 
 def _samples_a_step(run: RunFolder, stage: str, lines: Sequence[Line], phase: str) -> float | None:
@@ -83,16 +95,17 @@ def cost(run: RunFolder) -> Section:
     if times:
         rows: list[tuple[Value, ...]] = [
             (t.stage, phase_name(t.phase), t.steps, t.seconds / 60, t.typical, t.first, t.samples,
-             None if t.samples is None else t.samples / t.typical)
+             None if t.samples is None else t.samples / t.typical, t.drawing)
             for t in times
         ]  # fmt: skip
         header = (
             *("stage", "phase", "steps", "minutes", "median step, s", "first step, s"),
-            *("samples a step", "samples a second"),
+            *("samples a step", "samples a second", "drawing an answer, s"),
         )
         note = (
-            "Training steps alone, as logged; the first of a phase compiles its program. "
-            "Validation, sampling and scoring are not in it."
+            "Training steps as logged; the first of a phase compiles its program. Drawing is the "
+            "proxy's answer to a prompt with its reference log-probs, programs compiled included. "
+            "Validation and scoring are not timed."
         )
         blocks += [Table("Training", header, rows, note), _as_table_3(run, times)]
     else:
@@ -105,7 +118,7 @@ def cost(run: RunFolder) -> Section:
 
 def _as_table_3(run: RunFolder, times: Sequence[PhaseTime]) -> Table:
     rows: list[tuple[Value, ...]] = []
-    kinds = {"SFT": [], "Pref": [], "Distill": []}  # type: dict[str, list[PhaseTime]]
+    kinds: dict[str, list[PhaseTime]] = {"SFT": [], "Pref": [], "Distill": []}
     for found in times:
         pairs = run.setting("align.alignment") == "nll_preference" and "round" in found.phase
         kind = "Distill" if found.stage == "distill" else ("Pref" if pairs else "SFT")
@@ -119,9 +132,10 @@ def _as_table_3(run: RunFolder, times: Sequence[PhaseTime]) -> Table:
     measured = len(rows)
     rows += list(TABLE_3)
     note = (
-        "From the median step of each phase, on the run's own devices, for models of its own size. "
-        "The paper's Pref holds the sampling of the proxy's answers, which is not in ours."
+        "From the median step of each phase, on the run's own devices, for models of its own size."
     )
+    if any(found.drawing is None for found in kinds["Pref"]):
+        note += " Sampling, which the paper's Pref holds, was not timed in all rounds of this run."
     return Table(
         f"Hours for {SAMPLES_A_ROUND:,} samples (Table 3)",
         ("model and method", "GPUs", "hours"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,18 +108,17 @@ def read_run(folder: Path, label: str | None = None) -> RunFolder:
     for stage in STAGES:
         path = folder / stage / MANIFEST
         if path.is_file():
-            found = _attempt(lambda path=path: dict(read_json(path)), problems, {})
+            found = _attempt(functools.partial(_read_manifest, path), problems, {})
             if found:
                 manifests[stage] = found
-    lines, damaged = [], 0
+    lines: list[Line] = []
+    damaged = 0
     if (folder / "metrics.jsonl").is_file():
         lines, damaged = read_metrics(folder / "metrics.jsonl")
     if damaged:
         problems.append(
-            f"{damaged} of the lines of metrics.jsonl could not be read (a killed run leaves one "
-            "half written) and is left out."
-            if damaged == 1
-            else f"{damaged} lines of metrics.jsonl could not be read and are left out."
+            f"Left out of metrics.jsonl, because they cannot be read: {damaged} of its lines (a "
+            "killed run leaves its last one half written)."
         )
     name = label or folder.resolve().name
     return RunFolder(folder, name, config, settings, text, manifests, lines, problems)
@@ -170,6 +170,10 @@ def _plain_yaml(text: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError("config.yaml is no YAML.") from error
     return dict(data or {})
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    return dict(read_json(path))
 
 
 def _attempt(read: Callable[[], Any], problems: list[str], otherwise: Any) -> Any:

@@ -182,7 +182,7 @@ def beside_the_proxy(run: RunFolder) -> Section:
                          for t in tasks])
             for n in named
         ]  # fmt: skip
-        blocks.append(Plots([BarPlot("Accuracy, %", tasks, bars)]))
+        blocks.append(Plots([BarPlot("Accuracy of student and proxy, %", tasks, bars)]))
     rows: list[tuple[Value, ...]] = []
     if "proxy_aligned" in models and "student" in models:
         for split in splits_of(models):
