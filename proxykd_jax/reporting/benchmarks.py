@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from proxykd_jax.artifacts import read_json
@@ -36,21 +37,32 @@ class Score:
 def read_benchmarks(run: RunFolder) -> dict[str, dict[str, Score]]:
     """Scores by model and benchmark; empty where there are none.
 
-    ``eval/benchmarks/<model>/summary.json`` holds, at its top or under ``benchmarks``, ``tasks`` or
-    ``results``, a benchmark's accuracy (a share of 1) by name: a number, or a section with
-    ``accuracy``, and perhaps ``standard_error`` and ``n``.
+    ``eval/benchmarks/summary.json`` holds them under ``models``, by name; a model may have a
+    ``summary.json`` in a folder of its name instead. Answers in words count before compared
+    log-likelihoods. A benchmark's entry is its accuracy (a share of 1), or a section with
+    ``accuracy`` and perhaps ``se`` and ``n``.
     """
+    folder = run.folder / "eval" / "benchmarks"
+    models = dict(_read_summary(folder).get("models", {}))
+    for path in sorted(folder.glob("*/summary.json")):
+        models[path.parent.name] = read_json(path)
     found: dict[str, dict[str, Score]] = {}
-    for path in sorted((run.folder / "eval" / "benchmarks").glob("*/summary.json")):
-        data = read_json(path)
+    for model, data in models.items():
+        for key in ("generate", "loglikelihood", "raw"):
+            data = data.get(key, data)
         for key in ("benchmarks", "tasks", "results"):
             data = data.get(key, data)
         scores = {_NAMES.get(name.lower(), name): _score(entry) for name, entry in data.items()}
         known = {name: score for name, score in scores.items() if score is not None}
         order = [n for n in BENCHMARKS if n in known] + sorted(set(known) - set(BENCHMARKS))
         if order:
-            found[path.parent.name] = {name: known[name] for name in order}
+            found[model] = {name: known[name] for name in order}
     return found
+
+
+def _read_summary(folder: Path) -> dict[str, Any]:
+    path = folder / "summary.json"
+    return dict(read_json(path)) if path.is_file() else {}
 
 
 def _score(entry: Any) -> Score | None:
@@ -58,10 +70,10 @@ def _score(entry: Any) -> Score | None:
         return Score(100 * float(entry)) if 0 <= entry <= 1 else None
     if not isinstance(entry, dict) or not is_number(entry.get("accuracy")):
         return None
-    errors = [entry[k] for k in ("standard_error", "accuracy_se", "se") if is_number(entry.get(k))]
+    error = entry.get("se")
     return Score(
         100 * float(entry["accuracy"]),
-        100 * float(errors[0]) if errors else None,
+        100 * float(error) if error is not None and is_number(error) else None,
         entry.get("n"),
     )
 
@@ -85,7 +97,9 @@ def benchmarks(runs: Sequence[RunFolder]) -> Section:
         ),
     ]  # fmt: skip
     if not any(own.values()):
-        missing = Text("No benchmarks were measured: eval/benchmarks is not there.", missing=True)
+        missing = Text(
+            "No benchmarks were measured: eval/benchmarks/summary.json is not there.", missing=True
+        )
         return Section(title, [missing, *paper])
     rows: list[tuple[Value, ...]] = []
     for run in runs:
@@ -107,6 +121,7 @@ def benchmarks(runs: Sequence[RunFolder]) -> Section:
     further = _further(own, len(runs) > 1)
     if further is not None:
         blocks.append(further)
+    blocks += [table for run in runs if (table := _differences(run, len(runs) > 1)) is not None]
     return Section(title, [*blocks, *paper])
 
 
@@ -122,6 +137,25 @@ def _further(own: dict[str, dict[str, dict[str, Score]]], several: bool) -> Tabl
         return None
     header = ("model", "benchmark", "accuracy, %", "±", "questions")
     return Table("Each benchmark", header, rows, digits=2)
+
+
+def _differences(run: RunFolder, several: bool) -> Table | None:
+    """Between the models of a run, on the questions that both answered."""
+    rows: list[tuple[Value, ...]] = []
+    found = _read_summary(run.folder / "eval" / "benchmarks").get("differences", {})
+    for pair, entry in found.items():
+        tasks = {_NAMES.get(n.lower(), n): d for n, d in entry.get("tasks", {}).items()}
+        if "macro_average" in entry:
+            tasks["mean"] = entry["macro_average"]
+        for name, gap in tasks.items():
+            error = gap.get("se")
+            points, spread = 100 * gap["difference"], None if error is None else 100 * error
+            rows.append((pair.replace(" - ", " minus "), name, points, spread, gap.get("n")))
+    if not rows:
+        return None
+    title = "Differences on the same questions" + (f", {run.label}" if several else "")
+    header = ("models", "benchmark", "points", "±", "questions")
+    return Table(title, header, rows, "Paired by question.", digits=2)
 
 
 def _paper_table(title: str, rows: Sequence[PaperRow], note: str = "") -> Table:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from proxykd_jax.data.corpus import SPLITS
 from proxykd_jax.data.soft_labels import SoftLabelStore, open_soft_labels, weights_of
-from proxykd_jax.reporting.alignment import MODELS, chosen_state, splits_of
-from proxykd_jax.reporting.benchmarks import read_benchmarks
+from proxykd_jax.reporting.alignment import chosen_state, splits_of
+from proxykd_jax.reporting.benchmarks import Score, read_benchmarks
 from proxykd_jax.reporting.blocks import (
     BarPlot,
     Block,
@@ -31,7 +32,6 @@ from proxykd_jax.reporting.curves import (
     plot,
     points,
 )
-from proxykd_jax.reporting.paper import average
 from proxykd_jax.reporting.run_folder import RunFolder
 
 _BINS = 24
@@ -40,6 +40,9 @@ SHOWN = {
     *("validation/nll", "validation/agreement"),
 }
 _ONCE = ("weights/", "samples/")
+# Names by which evaluate may call the trained models, the likeliest first.
+_ALIGNED = ("proxy_aligned", "proxy", "proxy_best", "proxy_last", "proxy_exported")
+_TRAINED = ("student", "student_best", "student_last", "student_exported")
 
 
 def soft_labels(run: RunFolder) -> Section:
@@ -168,52 +171,49 @@ def other_series(run: RunFolder, stage: str, shown: set[str]) -> Fold | None:
 
 def beside_the_proxy(run: RunFolder) -> Section:
     """Student and proxy on the same rows and benchmarks (Fig. 3)."""
-    title = "Student beside proxy"
-    models = {n: f for n, f in run.summary.get("models", {}).items()
-              if n in ("proxy_raw", "proxy_aligned", "student_before", "student")}  # fmt: skip
-    blocks: list[Block] = []
+    title, blocks = "Student beside proxy", list[Block]()
     scores = read_benchmarks(run)
-    named = [name for name in ("proxy_raw", "proxy_aligned", "student_before", "student")
-             if name in scores]  # fmt: skip
-    if named:
-        tasks = list(dict.fromkeys(task for name in named for task in scores[name]))
-        bars = [
-            (MODELS[n], [(scores[n][t].accuracy, scores[n][t].error) if t in scores[n] else None
-                         for t in tasks])
-            for n in named
-        ]  # fmt: skip
+    if scores:
+        tasks = list(dict.fromkeys(task for found in scores.values() for task in found))
+        bars = [(name, [_bar(found.get(task)) for task in tasks]) for name, found in scores.items()]
         blocks.append(Plots([BarPlot("Accuracy of student and proxy, %", tasks, bars)]))
-    rows: list[tuple[Value, ...]] = []
-    if "proxy_aligned" in models and "student" in models:
-        for split in splits_of(models):
-            pair = [models[n].get(split, {}).get("agreement", {}).get("token_mean")
-                    for n in ("proxy_aligned", "student")]  # fmt: skip
-            if None not in pair:
-                rows.append(_gap(f"top-1 agreement, {split} rows", pair[0], pair[1]))
-    if "proxy_aligned" in scores and "student" in scores:
-        both = [task for task in scores["student"] if task in scores["proxy_aligned"]]
-        for task in both:
-            pair = [scores[n][task].accuracy for n in ("proxy_aligned", "student")]
-            rows.append(_gap(f"{task}, %", *pair))
-        means = [average(tuple(scores[n][t].accuracy for t in both))
-                 for n in ("proxy_aligned", "student")]  # fmt: skip
-        if len(both) > 1 and means[0] is not None and means[1] is not None:
-            rows.append(_gap(f"mean of {len(both)} benchmarks, %", means[0], means[1]))
-    if not rows and not blocks:
-        return Section(
-            title,
-            [Text("No figures of both an aligned proxy and a student are there.", missing=True)],
-        )
+    rows = [*_measured_gaps(run.summary.get("models", {})), *_benchmark_gaps(scores)]
     if rows:
-        blocks.append(
-            Table(
-                "Gap between aligned proxy and student",
-                ("measure", "proxy", "student", "gap", "gap / proxy"),
-                rows,
-                "The paper's Fig. 3 shows it by proxy; compare several runs for that.",
-            )
-        )
+        header = ("measure", "proxy", "student", "gap", "gap / proxy")
+        note = "The paper's Fig. 3 shows it by proxy; compare several runs for that."
+        blocks.append(Table("Gap between aligned proxy and student", header, rows, note))
+    if not blocks:
+        text = "No figures of both an aligned proxy and a student are there."
+        blocks.append(Text(text, missing=True))
     return Section(title, blocks)
+
+
+def _bar(score: Score | None) -> tuple[float, float | None] | None:
+    return None if score is None else (score.accuracy, score.error)
+
+
+def _measured_gaps(models: dict[str, Any]) -> Iterator[tuple[Value, ...]]:
+    if not {"proxy_aligned", "student"} <= set(models):
+        return
+    for split in splits_of({name: models[name] for name in ("proxy_aligned", "student")}):
+        proxy, student = (
+            models[name].get(split, {}).get("agreement", {}).get("token_mean")
+            for name in ("proxy_aligned", "student")
+        )
+        if proxy is not None and student is not None:
+            yield _gap(f"top-1 agreement, {split} rows", proxy, student)
+
+
+def _benchmark_gaps(scores: dict[str, dict[str, Score]]) -> Iterator[tuple[Value, ...]]:
+    proxy, student = (next((scores[name] for name in names if name in scores), {})
+                      for names in (_ALIGNED, _TRAINED))  # fmt: skip
+    both = [task for task in student if task in proxy]
+    for task in both:
+        yield _gap(f"{task}, %", proxy[task].accuracy, student[task].accuracy)
+    if len(both) > 1:
+        means = [sum(found[task].accuracy for task in both) / len(both)
+                 for found in (proxy, student)]  # fmt: skip
+        yield _gap(f"mean of {len(both)} benchmarks, %", *means)
 
 
 def _gap(name: str, proxy: float, student: float) -> tuple[Value, ...]:

@@ -247,17 +247,25 @@ def test_two_averages_of_the_paper_do_not_follow():
 
 
 def test_benchmarks_stand_above_the_papers(folder):
-    scores = {"AGIEval": 0.25, "ARC": 0.5, "BBH": 0.4, "CSQA": 0.6, "GSM8K": 0.3, "MMLU": 0.35}
-    write_json(
-        folder / "eval" / "benchmarks" / "student" / "summary.json",
-        {"benchmarks": {n: {"accuracy": a, "standard_error": 0.01, "n": 200}
-                        for n, a in scores.items()}},
-    )  # fmt: skip
-    write_json(folder / "eval" / "benchmarks" / "proxy_aligned" / "summary.json", {"arc": 0.75})
+    scores = {"agieval": 0.25, "arc": 0.5, "bbh": 0.4, "csqa": 0.6, "gsm8k": 0.3, "mmlu": 0.35}
+    tasks = {name: {"accuracy": a, "se": 0.01, "n": 200} for name, a in scores.items()}
+    arc = {"accuracy": 0.75, "se": None, "n": 1}
+    difference = {"tasks": {"arc": {"difference": -0.25, "se": 0.02, "n": 1}}}
+    summary = {
+        "models": {
+            "student": {"generate": {"tasks": tasks}, "loglikelihood": {"raw": {"tasks": {}}}},
+            "proxy": {"loglikelihood": {"raw": {"tasks": {"arc": arc}}}},
+        },
+        "differences": {"student - proxy": difference},
+    }
+    write_json(folder / "eval" / "benchmarks" / "summary.json", summary)
+    write_json(folder / "eval" / "benchmarks" / "other" / "summary.json", {"arc": 0.125})
     found = Page(render([read_run(folder)]))
     rows = {row[0]: row for row in found.csvs["accuracy.csv"][1:]}
     assert [float(cell) for cell in rows["student"][3:]] == [25, 50, 40, 60, 30, 35, 40]
-    assert rows["proxy_aligned"][4] == "75.0" and rows["proxy_aligned"][9] == ""
+    assert rows["proxy"][4] == "75.0" and rows["proxy"][9] == "" and rows["other"][4] == "12.5"
+    points = found.csvs["differences_on_the_same_questions.csv"][1]
+    assert points == ["student minus proxy", "ARC", "-25.0", "2.0", "1"]
     assert [r for r in rows if r.endswith("†")] == ["Proxy-KD †"]
     gap = {row[0]: row[1:] for row in found.csvs["gap_between_aligned_proxy_and_student.csv"][1:]}
     assert [float(cell) for cell in gap["ARC, %"]] == [75, 50, 25, pytest.approx(1 / 3)]
