@@ -106,7 +106,7 @@ def benchmarks(runs: Sequence[RunFolder]) -> Section:
         for model, scores in own[run.label].items():
             six = tuple(scores[n].accuracy if n in scores else None for n in BENCHMARKS)
             name = model if len(runs) == 1 else f"{run.label}: {model}"
-            rows.append((name, None, None, *six, average(six)))
+            rows.append((name, *_models(run, model), *six, average(six)))
     groups = {0: "measured here", len(rows): "paper, Proxy-KD and what it is compared with"}
     compared = [row for row in TABLE_1 if row.method in ("GPT-4", "Black-Box KD", "Proxy-KD")]
     table = Table(
@@ -121,8 +121,19 @@ def benchmarks(runs: Sequence[RunFolder]) -> Section:
     further = _further(own, len(runs) > 1)
     if further is not None:
         blocks.append(further)
-    blocks += [table for run in runs if (table := _differences(run, len(runs) > 1)) is not None]
+    differences = (_differences(run, len(runs) > 1) for run in runs)
+    blocks += [found for found in differences if found is not None]
     return Section(title, [*blocks, *paper])
+
+
+def _models(run: RunFolder, model: str) -> tuple[str | None, str | None]:
+    """What the measured model began as, and who taught it; None where that is not known."""
+    role = model.partition("_")[0]
+    if role not in ("student", "proxy"):
+        return None, None
+    origin = run.setting(f"{role}.path") or run.setting(f"{role}.init.path")
+    teachers = dict.fromkeys(str(s.get("teacher")) for s in run.setting("corpus.sources") or [])
+    return (Path(origin).name if origin else None), ", ".join(teachers) or None
 
 
 def _further(own: dict[str, dict[str, dict[str, Score]]], several: bool) -> Table | None:

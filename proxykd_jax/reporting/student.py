@@ -166,7 +166,7 @@ def other_series(run: RunFolder, stage: str, shown: set[str]) -> Fold | None:
     ]
     if not found:
         return None
-    return Fold(f"All {len(found)} other figures that {stage} logged", [Plots(found)])
+    return Fold(f"Other figures that {stage} logged ({len(found)})", [Plots(found)])
 
 
 def beside_the_proxy(run: RunFolder) -> Section:

@@ -10,7 +10,7 @@ from proxykd_jax.data.corpus import SPLITS, TokenCorpus, TokenSplit, open_corpus
 from proxykd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from proxykd_jax.errors import UserError
 from proxykd_jax.generation.samples import DROP_REASONS, KEPT, SampledRow, SampleStore
-from proxykd_jax.reporting.blocks import Answers, Block, Fold, Section, Text
+from proxykd_jax.reporting.blocks import Answers, Block, Fold, Section, Text, shown
 from proxykd_jax.reporting.curves import phase_name
 from proxykd_jax.reporting.run_folder import UNREADABLE, RunFolder, told
 
@@ -116,7 +116,7 @@ def _answers(
         remarks.append(f"left out: {DROP_REASONS[sampled.drop].replace('_', ' ')}")
     likely = ["", ""]
     if any(reference):
-        likely = [f", log-likelihood before the round {value:.1f}" for value in reference]
+        likely = [f", log-likelihood before the round {shown(value, 1)}" for value in reference]
     said = [("prompt", _text(row.prompt, tokenizer), f"{row.prompt_length} tokens")]
     answer = row.tokens[row.prompt_length :]
     if len(answer):
