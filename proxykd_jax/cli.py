@@ -121,8 +121,14 @@ def _as_one_of_several(launch: Launch, work: Callable[[], int]) -> int:
     return code
 
 
-def base_parser(command: str, summary: str) -> argparse.ArgumentParser:
-    """A parser of what every command takes; its help lists every key of the config."""
+def base_parser(command: str, summary: str, *, required: bool = True) -> argparse.ArgumentParser:
+    """A parser of what every command takes; its help lists every key of the config.
+
+    Args:
+      command: its name.
+      summary: one sentence for ``--help``.
+      required: whether a run can be named by its config alone.
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m proxykd_jax.{command}",
         description=summary,
@@ -130,7 +136,7 @@ def base_parser(command: str, summary: str) -> argparse.ArgumentParser:
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
+    parser.add_argument("--config", required=required, metavar="FILE", help="YAML file of the run")
     parser.add_argument(
         "--set",
         action="append",

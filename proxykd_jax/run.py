@@ -7,10 +7,12 @@ from pathlib import Path
 
 from proxykd_jax.cli import run_command
 from proxykd_jax.config import Config
+from proxykd_jax.errors import Stopped
+from proxykd_jax.peers import on_first
 
 
 def main(config: Config) -> Path:
-    """Runs what is not done yet: prepare, align, score, distill, export and evaluate.
+    """Runs what is not done yet: prepare, align, score, distill, export, evaluate and report.
 
     Returns:
       The run's folder.
@@ -28,7 +30,20 @@ def main(config: Config) -> Path:
         evaluate.main(config)
     else:
         print("run: no validation or test rows, so nothing is evaluated", flush=True)
+    on_first(lambda: _report(config))
     return config.folder
+
+
+def _report(config: Config) -> None:
+    """The page of the run. Whatever goes wrong with it, the run itself is done."""
+    from proxykd_jax import report
+
+    try:
+        print(f"run: {report.main(config)}", flush=True)
+    except Stopped:
+        raise
+    except Exception as error:
+        print(f"run: no report ({error}); python -m proxykd_jax.report tries again", flush=True)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ LAYERS = {
     "losses": 1,
     **dict.fromkeys(("models", "parallel"), 2),
     **dict.fromkeys(("data", "training", "generation"), 3),
-    **dict.fromkeys(("evaluation", "baselines"), 4),
+    **dict.fromkeys(("evaluation", "baselines", "reporting"), 4),
 }
 STAGES = (
     *("collect", "prepare", "align", "score", "distill", "evaluate", "export", "report"),
@@ -34,7 +34,10 @@ STAGES = (
 )
 # The command line itself: above every room, beside the stages that it runs.
 LAYERS |= dict.fromkeys((*STAGES, "cli", "dry_run", "planning"), 5)
-DELIVERED = ("prepare", "align", "score", "distill", "evaluate", "export", "plan", "run")
+DELIVERED = (
+    *("prepare", "align", "score", "distill", "evaluate", "export", "report"),
+    *("plan", "run"),
+)
 
 ARRAYS = {"jax", "numpy", "optax", "chex", "flax", "ml_dtypes"}
 # What the modules of a layer may import from outside when they are imported themselves.
@@ -50,6 +53,7 @@ AT_IMPORT = {
     **dict.fromkeys(("data", "training", "generation"), ARRAYS | {"safetensors", "xxhash"}),
     "evaluation": ARRAYS,
     "baselines": ARRAYS,
+    "reporting": ARRAYS,
     "cli": {"pydantic", "pydantic_core"},
 }
 # Imported inside functions only, whatever the room: each costs a second and more.

@@ -149,3 +149,20 @@ def test_a_stage_takes_what_is_there(finished_run, tmp_path, monkeypatch):
     score.main(config)
     export.main(config)
     assert files_of(config.folder, times=True) == before
+
+
+def test_a_run_ends_with_its_report_and_never_fails_for_it(
+    finished_run, tmp_path, monkeypatch, capsys
+):
+    config = copy_run(finished_run, tmp_path / "runs")
+    page = config.folder / "report.html"
+    assert page.is_file()
+    page.unlink()
+
+    def broken(runs):
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr("proxykd_jax.reporting.page.render", broken)
+    assert command(run.main, config, tmp_path) == 0
+    assert "run: no report (no such thing)" in capsys.readouterr().out
+    assert not page.exists()

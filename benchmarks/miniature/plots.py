@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from proxykd_jax.training.metrics import read_metrics
 
 if TYPE_CHECKING:
     from benchmarks.miniature.report import Measured
@@ -62,7 +63,7 @@ def plotting() -> Iterator[Any]:
 
 def draw_all(out: Path, measured: Mapping[str, Measured], logs: Mapping[str, Path]) -> list[Path]:
     """Draws ``alignment``, ``students`` and ``losses`` into ``out``; returns the files."""
-    lines = {name: read_metrics(path) for name, path in logs.items()}
+    lines = {name: read_metrics(path)[0] for name, path in logs.items()}
     written = []
     with plotting() as plt:
         for name, figure in (
@@ -76,12 +77,6 @@ def draw_all(out: Path, measured: Mapping[str, Measured], logs: Mapping[str, Pat
                 written.append(path)
             plt.close(figure)
     return written
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl."""
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
 
 
 def series(

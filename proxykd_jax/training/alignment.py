@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -74,6 +75,7 @@ class Alignment:
         self._corpus, self._model, self._mesh, self._measure = corpus, model, mesh, measure
         self._folder = config.folder / "proxy"
         self._sample_mesh = make_mesh(config.mesh.of("sample"))
+        self._sampling_times: dict[str, float] = {}
         if self._align.uses_pairs:
             batch_size = self._align.sampling.batch_size
             check_rows(batch_size, self._sample_mesh, "align.sampling.batch_size")
@@ -123,13 +125,21 @@ class Alignment:
         # The proxy that answers is a function of these, whatever became of its folder since.
         alignment = read_json(self._folder / MANIFEST)
         inputs = {"alignment": digest_value({k: alignment[k] for k in ("settings", "inputs")})}
+        self._sampling_times = {}
         if store.begin(settings, inputs):
             return store
         model = self._model.at(self._trainer.state.trainable)
         params, adapter = model.params, model.adapter
+        started, there = time.perf_counter(), len(store)
         self._draw_answers(store, round_index, params, adapter)
         if self._align.preference.loss in REFERENCE_LOSSES:
             self._compute_references(store, round_index, params, adapter)
+        # Of the answers that this process has drawn: none, where a killed one had drawn all.
+        seconds = time.perf_counter() - started
+        self._sampling_times = {
+            "time/sampling_s": seconds,
+            "time/sampled_rows": len(store) - there,
+        }
         store.complete()
         return store
 
@@ -156,7 +166,9 @@ class Alignment:
         )
         rewards = self._rewards(phase, rows, samples)
         counts = {f"samples/{name}": value for name, value in samples.counts().items()}
-        self._trainer.finish_phase(phase, {**rewards, **counts, **self._watched()}, keep=True)
+        self._trainer.finish_phase(
+            phase, {**rewards, **counts, **self._watched()}, keep=True, times=self._sampling_times
+        )
 
     def converged(self, round_index: int) -> bool:
         """Whether the round brought no new best, where that ends the alignment."""

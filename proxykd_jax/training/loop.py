@@ -184,17 +184,25 @@ class Trainer:
             progress.best_nll, progress.best_step = nll, progress.step
         return new_best
 
-    def finish_phase(self, phase: str, figures: dict[str, Any], *, keep: bool) -> None:
+    def finish_phase(
+        self,
+        phase: str,
+        figures: dict[str, Any],
+        *,
+        keep: bool,
+        times: Mapping[str, float] | None = None,
+    ) -> None:
         """Ends a phase: its last line in the log, and the checkpoint that the next one starts from.
 
         Args:
           phase: its name.
           figures: what it reports.
           keep: whether its checkpoint stays for good.
+          times: ``time/...`` of this process's work, for the log alone: a resumed run has others.
         """
         progress = self.progress
         if figures:
-            self.log.write(self.stage, progress.step, figures, phase=phase)
+            self.log.write(self.stage, progress.step, {**figures, **(times or {})}, phase=phase)
         progress.results.append({"phase": phase, "step": progress.step, **figures})
         if keep:
             progress.kept.append(progress.step)

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from proxykd_jax.artifacts import write_bytes
 from proxykd_jax.config import LoggingConfig
+from proxykd_jax.errors import UserError
 from proxykd_jax.peers import is_first, on_first
 
 
@@ -115,6 +116,31 @@ def open_metrics(run: Path, config: LoggingConfig, settings: Mapping[str, Any]) 
         except Exception as error:
             print(f"{name} could not start ({error}); going on without it", file=sys.stderr)
     return MetricsLog(run / "metrics.jsonl", trackers)
+
+
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The events of a log, and how many lines hold none: a killed process leaves one half written.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}).") from error
+    events, damaged = [], 0
+    for line in text.split("\n"):
+        if not line:
+            continue
+        try:
+            event = json.loads(line)
+        except ValueError:
+            event = None
+        if isinstance(event, dict) and "stage" in event:
+            events.append(event)
+        else:
+            damaged += 1
+    return events, damaged
 
 
 class _TensorBoard:

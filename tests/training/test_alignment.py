@@ -189,6 +189,7 @@ def test_the_log_says_what_a_round_did(finished_run, corpus):
             f"samples/{k}": v for k, v in store.counts().items()
         }
         assert after["samples/finish_rate"] == pytest.approx(store.finished.mean())
+        assert after["time/sampled_rows"] == len(store) and after["time/sampling_s"] > 0
         for reason in ("empty", "equals_chosen"):
             assert after[f"samples/dropped_{reason}"] <= after["samples/rows"]
         # The rewards are those of the round's last state over its stored references (eq. 4).

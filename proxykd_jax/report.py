@@ -1,0 +1,95 @@
+"""Report: a run, or several compared, as one HTML file that opens from disk.
+
+    python -m proxykd_jax.report --run runs/my_run
+    python -m proxykd_jax.report --run runs/one runs/other --out compared.html
+
+It reads what the stages have stored and loads no model; what a run lacks is said in its place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from proxykd_jax.artifacts import write_bytes
+from proxykd_jax.cli import USER_ERROR, base_parser
+from proxykd_jax.config import Config, load_config
+from proxykd_jax.errors import UserError
+
+FILE = "report.html"
+
+
+def main(config: Config) -> Path:
+    """Writes ``<run>/report.html``; one that says the same already is left as it is.
+
+    Returns:
+      The file.
+
+    Raises:
+      UserError: there is no such run, or the file cannot be written.
+    """
+    from proxykd_jax.peers import on_first
+
+    return Path(on_first(lambda: str(write_report([config.folder], config.folder / FILE))))
+
+
+def write_report(runs: Sequence[Path], out: Path) -> Path:
+    """Writes the page of one run, or of several compared.
+
+    Raises:
+      UserError: a folder holds no run, one is named twice, or the file cannot be written.
+    """
+    from proxykd_jax.reporting.page import render
+    from proxykd_jax.reporting.run_folder import read_runs
+
+    if out.is_dir():
+        raise UserError(f"{out} is a folder; --out names a file, {out / FILE} for example.")
+    page = render(read_runs(runs)).encode()
+    try:
+        if not (out.is_file() and out.read_bytes() == page):
+            write_bytes(out, page)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}).") from error
+    return out
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    found = base_parser(
+        "report", "Show a run, or several compared, on one HTML page.", required=False
+    )
+    found.add_argument(
+        "--run", nargs="+", type=Path, metavar="DIR", help="folders of runs, instead of --config"
+    )
+    found.add_argument(
+        "--out", type=Path, metavar="FILE", help=f"the page (default for one run: DIR/{FILE})"
+    )
+    return found
+
+
+def command(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    given = parser()
+    arguments = given.parse_args(argv)
+    if (arguments.run is None) == (arguments.config is None):
+        given.error("name the runs by --run, or one by --config")
+    if arguments.set and arguments.config is None:
+        given.error("--set goes with --config")
+    # Weights are computed on a few numbers; a GPU belongs to the runs beside this command.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    try:
+        runs = arguments.run or [load_config(arguments.config, arguments.set).folder]
+        if arguments.out is None and len(runs) > 1:
+            raise UserError("several runs are compared on one page; name it by --out FILE.")
+        print(write_report(runs, arguments.out or runs[0] / FILE))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command())

@@ -1,0 +1,267 @@
+"""The proxy: its training, and how near it came to the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from proxykd_jax.reporting.blocks import (
+    BarPlot,
+    Block,
+    LinePlot,
+    Plot,
+    Plots,
+    Section,
+    Series,
+    Table,
+    Text,
+    Value,
+)
+from proxykd_jax.reporting.curves import (
+    held_out_kind,
+    last_of_phase,
+    phase_ends,
+    phase_name,
+    phases,
+    plot,
+)
+from proxykd_jax.reporting.paper import TABLE_4_STEPS
+from proxykd_jax.reporting.run_folder import Line, RunFolder
+
+# Figures of the log that the plots below show.
+SHOWN = {
+    *("nll", "loss", "preference", "reward_margin", "reward_chosen", "reward_rejected"),
+    *("reward_accuracy", "after/reward_margin", "after/reward_accuracy", "grad_norm"),
+    *(f"{kind}/{name}" for kind in ("validation", "held_out") for name in ("nll", "agreement")),
+}
+MODELS = {
+    "proxy_raw": "proxy, raw",
+    "proxy_warmup": "proxy, warmed up",
+    "proxy_aligned": "proxy, aligned",
+    "student_before": "student, before",
+    "student": "student",
+}
+PROXIES = ("proxy_raw", "proxy_warmup", "proxy_aligned")
+
+
+def training(run: RunFolder) -> Section:
+    """Losses, rewards and validation by step, and what each round did."""
+    title, lines = "Alignment of the proxy", run.of_stage("align")
+    absent = run.absent("proxy")
+    blocks: list[Block] = [] if absent is None else [Text(absent, missing=True)]
+    if not lines:
+        return Section(title, blocks)
+    kind, manifest = held_out_kind(lines), run.manifests.get("proxy", {})
+    best, last = manifest.get("best_step"), manifest.get("last_step")
+    if best is not None:
+        blocks.append(
+            Text(
+                f"The lowest validation NLL was found at step {best} of {last}. {chosen_state(run)}"
+            )
+        )
+    loss = run.setting("align.preference.loss") or "preference"
+    ends = phase_ends(lines)
+    ring = (f"{kind}/nll", best, "best")
+    rows_of = "validation rows" if kind == "validation" else "D_s, which the proxy never sees"
+    plots = [
+        plot(
+            lines, "NLL of the teacher's answers, nats",
+            [("training batch", "nll", False), (rows_of, f"{kind}/nll", True)],
+            best=ring, ends=ends,
+            note=f"Training: {run.setting('align.reduction') or 'reduced as configured'}; "
+            "held-out rows: mean over tokens.",
+        ),
+        plot(lines, f"Preference loss ({loss})", [("training batch", "preference", False)],
+             ends=ends, note="Each round starts at ln 2 = 0.693 where the loss is dpo."),
+        plot(
+            lines, "Reward margin of the teacher's answer over the proxy's",
+            [("training batch", "reward_margin", False),
+             ("after the round", "after/reward_margin", True)], ends=ends,
+        ),
+        plot(
+            lines, "Rewards",
+            [("teacher's answer", "reward_chosen", False),
+             ("proxy's answer", "reward_rejected", False)], ends=ends,
+        ),
+        plot(
+            lines, "Share of pairs in the right order",
+            [("training batch", "reward_accuracy", False),
+             ("after the round", "after/reward_accuracy", True)], ends=ends,
+        ),
+        plot(lines, f"Top-1 agreement with the teacher, {rows_of}",
+             [(rows_of, f"{kind}/agreement", True)], ends=ends),
+        plot(lines, "Norm of the gradient", [("before clipping", "grad_norm", False)], ends=ends),
+    ]  # fmt: skip
+    blocks.append(Plots([found for found in plots if found is not None]))
+    rounds = _rounds(lines)
+    if rounds is not None:
+        blocks.append(rounds)
+    return Section(title, blocks)
+
+
+def chosen_state(run: RunFolder) -> str:
+    """Which of the states later stages take."""
+    state = run.setting("export.state")
+    return "" if state is None else f"Later stages take the {state} state (export.state)."
+
+
+def _rounds(lines: Sequence[Line]) -> Table | None:
+    """What was sampled in each round, and the rewards after it."""
+    columns = (
+        ("prompts", "samples/rows"),
+        ("kept", "samples/kept"),
+        ("empty", "samples/dropped_empty"),
+        ("equal to the teacher's", "samples/dropped_equals_chosen"),
+        ("finished, share", "samples/finish_rate"),
+        ("tokens", "samples/tokens"),
+        ("margin after", "after/reward_margin"),
+        ("pairs in order after", "after/reward_accuracy"),
+    )
+    rows: list[tuple[Value, ...]] = []
+    for line in lines:
+        if "samples/rows" in line:
+            rows.append((phase_name(line["phase"]), *(line.get(name) for _, name in columns)))
+    if not rows:
+        return None
+    header = ("round", *(name for name, _ in columns))
+    return Table("The proxy's own answers, round by round", header, rows, digits=3)
+
+
+def nearness(run: RunFolder) -> Section:
+    """Agreement before and after (Fig. 5), NLL and its differences (Table 4), mass (Fig. 4)."""
+    blocks: list[Block] = []
+    found = _by_phase(run.of_stage("align"))
+    if found is not None:
+        blocks.append(found)
+    summary = run.summary
+    models = {name: summary["models"][name] for name in MODELS if name in summary.get("models", {})}
+    if not models:
+        blocks.append(
+            Text("Not there: python -m proxykd_jax.evaluate measures the models.", missing=True)
+        )
+        return Section("How near to the teacher", blocks)
+    plots: list[Plot] = [*_agreement(models), *_mass(models)]
+    blocks += [Plots(plots), _measures(models)]
+    differences = _differences(summary.get("differences", {}))
+    if differences is not None:
+        blocks.append(differences)
+    return Section("How near to the teacher", blocks)
+
+
+def _by_phase(lines: Sequence[Line]) -> Table | None:
+    kind = held_out_kind(lines)
+    rows: list[tuple[Value, ...]] = []
+    first: tuple[float | None, float | None] | None = None
+    for phase in phases(lines):
+        nll, agreement = (
+            last_of_phase(lines, phase, f"{kind}/{name}") for name in ("nll", "agreement")
+        )
+        if nll is None and agreement is None:
+            continue
+        first = first or (nll, agreement)
+        rows.append((phase_name(phase), agreement, _minus(agreement, first[1]), nll,
+                     _minus(nll, first[0])))  # fmt: skip
+    if not rows:
+        return None
+    return Table(
+        "After each phase of the alignment",
+        ("phase", "top-1 agreement", "change since raw", "teacher-token NLL", "change since raw"),
+        rows,
+        f"On {'validation rows' if kind == 'validation' else 'D_s'}, at the end of the phase "
+        "(Fig. 5 of the paper compares the first with the last).",
+        digits=4,
+    )
+
+
+def _minus(value: float | None, first: float | None) -> float | None:
+    return None if value is None or first is None else value - first
+
+
+def splits_of(models: dict[str, Any]) -> list[str]:
+    """Splits on which any of the models was measured."""
+    return list(dict.fromkeys(split for found in models.values() for split in found))
+
+
+def _agreement(models: dict[str, Any]) -> list[BarPlot]:
+    def bars(split: str, name: str) -> list[tuple[float, float | None] | None]:
+        return [
+            (found[split][name]["token_mean"], found[split][name].get("token_se"))
+            if name in found.get(split, {})
+            else None
+            for found in models.values()
+        ]
+
+    splits, names = splits_of(models), [MODELS[name] for name in models]
+    titles = {
+        "agreement": "Top-1 agreement with the teacher's tokens",
+        "nll": "Teacher-token NLL, nats",
+        "kl": "KL(teacher || model), nats a token",
+    }
+    note = "Lines are standard errors over rows."
+    return [
+        BarPlot(title, names, [(split, bars(split, name)) for split in splits], note)
+        for name, title in titles.items()
+        if any(name in found.get(split, {}) for found in models.values() for split in splits)
+    ]
+
+
+def _mass(models: dict[str, Any]) -> list[LinePlot]:
+    """Share of places whose K most probable tokens hold more than 0.95."""
+    plots = []
+    for split in splits_of(models):
+        series = []
+        for name, found in models.items():
+            mass = sorted((int(k), v) for k, v in found.get(split, {}).get("top_mass", {}).items())
+            if mass:
+                xs, ys = zip(*mass, strict=True)
+                series.append(Series(MODELS[name], [float(x) for x in xs], list(ys), points=True))
+        if series:
+            title = f"Places whose top K hold more than 0.95, {split} rows"
+            note = "Fig. 4 of the paper; it keeps K = 10."
+            plots.append(LinePlot(title, "K", series, note=note))
+    return plots
+
+
+def _measures(models: dict[str, Any]) -> Table:
+    splits = [(name, split, found) for name, of in models.items() for split, found in of.items()]
+    known = [m for m in ("agreement", "nll", "kl") if any(m in found for _, _, found in splits)]
+    rows: list[tuple[Value, ...]] = []
+    for name, split, figures in splits:
+        cells: list[Value] = [MODELS[name], split, figures.get("n"), figures.get("tokens")]
+        for measure in known:
+            value = figures.get(measure, {})
+            cells += [value.get("token_mean"), value.get("token_se")]
+        rows.append(tuple(cells))
+    called = {"agreement": "agreement", "nll": "NLL, nats", "kl": "KL, nats"}
+    header = ["model", "rows of", "rows", "tokens"]
+    for measure in known:
+        header += [called[measure], "±"]
+    note = "Means over tokens with standard errors over rows."
+    return Table("Held-out measures", header, rows, note, digits=4)
+
+
+def _differences(differences: dict[str, Any]) -> Table | None:
+    rows: list[tuple[Value, ...]] = []
+    for pair, found in differences.items():
+        first, _, second = pair.partition(" - ")
+        if first not in PROXIES or second not in PROXIES:
+            continue
+        for split, figures in found.items():
+            nll, agreement = figures.get("nll", {}), figures.get("agreement", {})
+            rows.append((
+                f"{MODELS[first]} minus {MODELS[second]}", split,
+                nll.get("token_mean"), nll.get("token_se"), TABLE_4_STEPS.get((first, second)),
+                agreement.get("token_mean"), agreement.get("token_se"),
+            ))  # fmt: skip
+    if not rows:
+        return None
+    return Table(
+        "Differences between proxies on the same rows",
+        ("models", "rows of", "NLL", "±", "paper: KL", "agreement", "±"),
+        rows,
+        "From the teacher's text alone only differences of KL(teacher || proxy) can be had: its "
+        "entropy cancels in the difference of two proxies' NLL. The paper's differences are those "
+        "of its Table 4 (1.53, 0.87 and 0.56), whose middle row is aligned by NLL alone, not only "
+        "warmed up.",
+        digits=4,
+    )
