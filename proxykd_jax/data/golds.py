@@ -34,7 +34,7 @@ _MARKS = re.compile(r"-->|####|answer\s*(?:is|:)", re.IGNORECASE)
 _NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?")
 _LABEL = re.compile(r"\(([A-Z0-9])\)|(?<!\w)([A-Z0-9])(?!\w)")
 _BRACKETED = re.compile(r"\(([A-Z0-9])\)")
-_LABEL_KEYS = ("answerKey", "label", "answer")
+_LABEL_KEYS = ("answerKey", "label", "answer", "gold")
 
 
 class Gold(NamedTuple):
@@ -95,18 +95,20 @@ def gold_of(name: str, record: Mapping[str, Any]) -> Gold | None:
     label = next((record[k] for k in _LABEL_KEYS if record.get(k) is not None), None)
     if name == "agieval" and not choices:
         return Gold(label.strip()) if isinstance(label, str) and label.strip() else None
-    labels = _labels(label, choices, by_place=name == "mmlu")
+    labels = _labels(label, choices, by_place=name == "mmlu" or "query" in record)
     return Gold(labels, choices) if labels else None
 
 
 def _labels(given: Any, choices: tuple[tuple[str, str], ...], *, by_place: bool) -> str:
     """The right labels in the order of the choices, "B" or "ACD"; "" where they are not known.
 
-    AGIEval writes them as "B", "ACD", "A C" or a list; re-dumps of MMLU as a place from 0.
+    AGIEval writes them as "B", "ACD", "A C" or a list; re-dumps as places from 0.
     """
     known = [label for label, _ in choices]
-    if by_place and str(given).isdigit() and not isinstance(given, bool):
-        return known[int(given)] if int(given) < len(known) else ""
+    places = given if isinstance(given, list) else [given]
+    if by_place and places and all(str(place).isdigit() for place in places):
+        places = sorted({int(place) for place in places})
+        return "".join(known[place] for place in places) if places[-1] < len(known) else ""
     said = [given] if str(given) in known else given
     parts = said if isinstance(said, list) else re.sub(r"[\s,;]", "", str(given or ""))
     labels = {str(part).strip() for part in parts}
