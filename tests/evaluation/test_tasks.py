@@ -133,7 +133,7 @@ def test_what_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="is not of arc"):
         read_items("arc", write(tmp_path, "g.jsonl", FORMS["gsm8k"][1]))
     hidden = {**FORMS["csqa"][1], "answerKey": ""}
-    with pytest.raises(UserError, match="1 of 1 questions .* no gold"):
+    with pytest.raises(UserError, match=r"1 of 1 questions .* no gold"):
         read_items("csqa", write(tmp_path, "test.jsonl", hidden))
 
 
