@@ -278,11 +278,11 @@ def command(config: Config, model: Sequence[str] = (), benchmarks: Sequence[str]
     run_benchmarks(config, model, benchmarks)
 
 
-_LISTS = {
+LISTS = {
     "model": "who answers the benchmarks, as in evaluate.benchmarks.models; nothing else is done",
     "benchmarks": "the benchmarks to answer, of those under evaluate.benchmarks; likewise",
 }
 
 if __name__ == "__main__":
     summary = "Measure proxy and student against the teacher's answers, and with benchmarks."
-    raise SystemExit(run_command("evaluate", command, summary, lists=_LISTS))
+    raise SystemExit(run_command("evaluate", command, summary, lists=LISTS))

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jax.sharding import Mesh
-
 from proxykd_jax.artifacts import digest_value, write_bytes, write_json
 from proxykd_jax.config import Config
 from proxykd_jax.config.schema import BenchmarksConfig
@@ -157,8 +155,6 @@ def _of_model(
     asks: Sequence[Ask],
 ) -> dict[str, list[Line]]:
     """The scored samples of one model by ``Ask.name``."""
-    mesh = make_mesh(config.mesh.of("evaluate"))
-    check_rows(settings.batch_size, mesh, "evaluate.benchmarks.batch_size")
     # Loaded for the first part that is missing, and then for all tasks.
     loaded: list[Speaker] = []
     scored = {}
@@ -169,7 +165,7 @@ def _of_model(
         collect_answers(
             folder / ask.name,
             len(ask.items),
-            functools.partial(_answering, config, settings, who, ask, mesh, loaded),
+            functools.partial(_answering, config, settings, who, ask, loaded),
             settings=_decisive(config, settings, who, ask),
             inputs={"model": who.identity},
             items_per_part=settings.items_per_part,
@@ -210,7 +206,6 @@ def _answering(
     settings: BenchmarksConfig,
     who: Who,
     ask: Ask,
-    mesh: Mesh,
     loaded: list[Speaker],
 ) -> Answering:
     budget = settings.max_new_tokens
@@ -219,6 +214,8 @@ def _answering(
     if isinstance(who, Collected):
         return looking_up(who, ask.items)
     if not loaded:
+        mesh = make_mesh(config.mesh.of("evaluate"))
+        check_rows(settings.batch_size, mesh, "evaluate.benchmarks.batch_size")
         loaded.append(speaker(config, who, mesh))
     if ask.mode == COMPARE:
         return comparing(loaded[0], ask.items, batch_size=settings.batch_size)
