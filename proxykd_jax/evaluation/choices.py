@@ -39,6 +39,7 @@ _CALLED_RIGHT = re.compile(
     r"(?:[.:,]?\s+[^.\n]{1,80}?)?|(?<!\w)([A-Z0-9]))\s+(?:is|are)\s+"
     r"(?:indeed\s+|therefore\s+|clearly\s+)?(?:the\s+)?(?:only\s+)?"
     r"(?:(?:most\s+)?(?:correct|right|best|appropriate|accurate|answer|true)|most\s+likely)\b"
+    r"|(?<!\w)([A-Z])\s*(?:选项|项)?\s*(?:正确|符合题意|说法正确)"
 )
 _OPTION = re.compile(r"(?i:\b(?:option|choice|answer|选项)\s*)[(\[]?([A-Z0-9])[)\]]?(?!\w)")
 _EXCLUDES = re.compile(
@@ -227,7 +228,7 @@ def _called_right(text: str, choices: Choices) -> str | None:
     for sentence in sentences(unwrapped(text))[::-1]:
         if _NEGATES.search(sentence):
             continue
-        said = [next(g for g in match.groups() if g) for match in _CALLED_RIGHT.finditer(sentence)]
+        said = [next(filter(None, match.groups())) for match in _CALLED_RIGHT.finditer(sentence)]
         labels = {label for label in (as_label(each, choices) for each in said) if label}
         if len(labels) == 1:
             return labels.pop()

@@ -38,7 +38,7 @@ def is_right(item: Item, extracted: str | None) -> bool:
     if item.kind == "maths":
         return same_value(extracted, item.gold)
     if item.kind == "words":
-        return extracted.split() == item.gold.lower().split()
+        return extracted == listed_words(item.gold, item.question)
     return extracted == item.gold
 
 

@@ -9,7 +9,6 @@ What a span holds (a number, a label, words) is for the modules of the kinds of 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import NamedTuple
 
 _ASCII: dict[int, int | str | None] = {
@@ -35,7 +34,8 @@ _SOFTLY = (
     r"just|definitely|most\s+likely|that|as\s+follows)\b)*[\s:,]*"
 )
 _CHOOSE = (
-    r"(?<!\w)(?:I|we)(?:\s+would|\s+will|'d|'ll)?\s+(?:choose|select|pick|go\s+with|opt\s+for)\s+"
+    r"(?<!\w)(?:I|we)(?:\s+would|\s+will|'d|'ll)?\s+"
+    r"(?:choose|select|pick|say|go\s+with|opt\s+for)\s+"
 )
 _CHINESE = (
     r"(?:正确)?(?:答案|选项)\s*(?:应该|应|就)?\s*(?:是|为|选|】|\])\s*[:]?\s*|答案\s*:\s*"
@@ -46,9 +46,17 @@ _HASHES = (
     r"(?=[^A-Za-z\s]|[A-Za-z](?:\W|$)|(?i:yes|no|true|false)\b)"
 )
 _STATED = re.compile(rf"{_SUBJECT}{_ABOUT}{_VERB}{_SOFTLY}|{_CHOOSE}|{_CHINESE}", re.IGNORECASE)
-_HEADED = re.compile(rf"(?:{_SUBJECT}|(?<!\w)ans\.?)\s*(?::|=|-+>?|→|–|—)\s*|-->\s*", re.IGNORECASE)
+_HEADED = re.compile(
+    rf"(?:{_SUBJECT}|(?<!\w)ans\.?)\s*(?::|=|-+>?|→|–|—)\s*|-->\s*"
+    r"|^\W*(?:choice|option|conclusion)\s*:\s*",
+    re.IGNORECASE,
+)
 _HASHED = re.compile(_HASHES, re.MULTILINE)
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
+# A text that repeats itself to the end of its budget holds thousands; the last ones count.
+_MOST_MARKS = 32
+# Characters of what follows a mark that are looked at.
+_LONGEST_REST = 4000
 _BOLD = re.compile(r"\*\*(.+?)\*\*", re.DOTALL)
 _WRAPPED = re.compile(
     r"\\(?:text(?:bf|it|rm|tt|sf)?|math(?:bf|rm|it|sf)|boldsymbol|bf)\s*\{([^{}]*)\}"
@@ -68,6 +76,7 @@ _REFUSES = re.compile(
 _SENTENCE_END = re.compile(
     r"(?<=[!?])\s+|(?<=\.)\s+(?=[^\sa-z])|(?<=[.!?][\"')*$])\s+(?=[A-Z])|\n+"
 )
+_MARKS = (_BOXED, _STATED, _HEADED, _HASHED)
 
 
 class Span(NamedTuple):
@@ -92,11 +101,9 @@ def cleaned(output: str) -> str:
     """
     text = output.translate(_ASCII)
     text = text.rpartition("</think>")[2].strip()
-    for following in _NEXT_QUESTION.finditer(text):
-        before = text[: following.start()]
-        if _positions(before):
-            return before.strip()
-    return text
+    ends = [match.end() for each in _MARKS for match in [each.search(text)] if match]
+    following = _NEXT_QUESTION.search(text, min(ends)) if ends else None
+    return text[: following.start()].strip() if following else text
 
 
 def marked_spans(text: str) -> list[Span]:
@@ -108,7 +115,7 @@ def marked_spans(text: str) -> list[Span]:
       text: of ``cleaned``.
     """
     spans = [Span(content, start, True) for start, content in boxed_contents(text)]
-    for start, end, headed in _positions(text):
+    for start, end, headed in _positions(text)[-_MOST_MARKS:]:
         rest = _rest_of_line(text, end)
         if rest and not (headed and _is_prose(rest)):
             spans.append(Span(rest, start, False))
@@ -121,7 +128,7 @@ def marked_spans(text: str) -> list[Span]:
 def boxed_contents(text: str) -> list[tuple[int, str]]:
     r"""(start, content) of every ``\boxed{content}``, braces matched; an unclosed one runs on."""
     found = []
-    for match in _BOXED.finditer(text):
+    for match in list(_BOXED.finditer(text))[-_MOST_MARKS:]:
         depth = 0
         for place in range(match.end(), len(text)):
             depth += {"{": 1, "}": -1}.get(text[place], 0)
@@ -185,14 +192,10 @@ def _positions(text: str) -> list[tuple[int, int, bool]]:
 
 def _rest_of_line(text: str, start: int) -> str:
     """The rest of the line; of the next line that says something, if this one says nothing."""
-    for line in _lines(text[start:]):
+    for line in text[start : start + _LONGEST_REST].split("\n"):
         if re.search(r"[\w()\[\]{}<>]", line.replace("\\[", "").replace("\\(", "")):
             return line.strip()
     return ""
-
-
-def _lines(text: str) -> Iterator[str]:
-    yield from text.split("\n")
 
 
 def _is_prose(rest: str) -> bool:

@@ -38,6 +38,10 @@ _ADJUNCT = re.compile(
     r"approximately|next|first|last|other|all|another|a\s+total\s+of)\s+)*[$€£]?$",
     re.IGNORECASE,
 )
+_STANDS_ALONE = re.compile(r"[^\w(]*")
+_OPERATOR = re.compile(r"\s*(?:[-+*/×÷^=]|x\s*\d|times\b|plus\b|minus\b|divided\b)")
+# Longer ones are no answers, and Python refuses to read much longer ones.
+_ENDLESS = re.compile(r"\d{200,}")
 # What follows concludes from what stands before.
 _CLAUSE = re.compile(
     r"[,;]\s+(?:and\s+)?(?:so|thus|therefore|hence|which\s+means|meaning)\b", re.IGNORECASE
@@ -92,6 +96,7 @@ def as_fraction(canonical_number: str) -> Fraction:
 
 
 def _readable(text: str) -> str:
+    text = _ENDLESS.sub(" ", text)
     text = _CALCULATION.sub(lambda m: m[2] or m[1].rpartition("=")[2], text)
     text = text.replace("{,}", ",").replace("\\!", "").replace("\\,", "").replace(",\\", ",")
     text = text.replace("\\$", "$").replace("\\%", "%")
@@ -102,9 +107,13 @@ def _readable(text: str) -> str:
 
 
 def _of_span(text: str, *, boxed: bool) -> str | None:
-    """The number of a marked span: after its last "=", its first."""
+    """The number of a marked span: the one it begins with; else after its last "=" the first."""
     if not boxed:
         text = sentences(text)[0] if sentences(text) else ""
+        leading = _NUMBER.search(text)
+        alone = leading and _STANDS_ALONE.fullmatch(text[: leading.start()])
+        if leading and alone and not _OPERATOR.match(text, leading.end()):
+            return _written(leading)
     _, equals, after = text.rpartition("=")
     for part in (after, text) if equals else (text,):
         found = _NUMBER.search(part)

@@ -237,6 +237,31 @@ def test_who_is_named(tmp_path: Path, benchmarks: dict[str, str]):
     assert named_candidate(config, f"{url}#org/gpt-4")[0] == "org_gpt-4"
 
 
+def test_states_of_a_run(tmp_path: Path, benchmarks: dict[str, str]):
+    """best, last and phases are steps of the stage's manifest; none is taken for another."""
+    config = config_of(tmp_path, benchmarks)
+    results = [
+        {"phase": name, "step": n} for n, name in ((0, "raw"), (2, "warmup"), (5, "round_01"))
+    ]
+    for role in ("student", "proxy"):
+        manifest = {"status": "complete", "best_step": 5, "last_step": 8, "results": results}
+        (config.folder / role).mkdir(parents=True)
+        (config.folder / role / "manifest.json").write_text(json.dumps(manifest))
+    steps = {}
+    for text in ("student", "student:last", "proxy", "proxy:last", "proxy:warmup", "proxy:round_1"):
+        name, who = named_candidate(config, text)
+        assert isinstance(who, Candidate)
+        steps[name] = who.identity["step"]
+    assert steps == {
+        "student": 5, "student_last": 8, "proxy": 5, "proxy_last": 8, "proxy_warmup": 2,
+        "proxy_round_1": 5,
+    }  # fmt: skip
+    with pytest.raises(UserError, match="no phase round_2; it has raw, warmup, round_01"):
+        named_candidate(config, "proxy:round_2")
+    with pytest.raises(UserError, match=r"no config.json"):
+        named_candidate(config, "student:exported")
+
+
 def test_prompts_ask_for_a_form_that_is_read():
     """Every kind's prompt names its last line; answers to other versions do not compare."""
     choices = (("A", "ice"), ("B", "fog"))

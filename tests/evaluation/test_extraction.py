@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -102,6 +103,14 @@ def test_numbers_however_they_are_written_and_announced(number: str, phrase: str
         ("The answer is that he needs 7 bags for 20 people.", "7"),
         ("The correct answer would be 12 hours.", "12"),
         ("The answer is twelve.", "12"),
+        ("The answer is 10, since 3 + 2 = 5 and 5 * 2 = 10.", "10"),
+        ("The answer is 12, because 4 + 5 = 9.", "12"),
+        ("The answer is 3 + 2 = 5.", "5"),
+        ("The answer is (3 + 2) = 5 apples.", "5"),
+        ("Final Answer: The final answer is $18$. I hope it is correct.", "18"),
+        ("Answer: 18 dollars\n\nExplanation: 16 - 7 = 9, and 9 * 2 = 18.", "18"),
+        ("A: 18", "18"),
+        ("9" * 5000, None),
         ("On day 3 it is 4.\n\n### Step 5\nSo it is 8.", "8"),
         ("#### 1. Count the eggs\nThere are 16.\n#### 2. Subtract\n16 - 7 = 9", "9"),
         (
@@ -233,6 +242,10 @@ def test_the_text_of_a_choice_where_no_label_is_named(phrase: str, label: str, t
         ("What do you think he does?", None),
         ("", None),
         ("The city and the street are both fine.", None),
+        ("I'd say B.", "B"),
+        ("Choice: C", "C"),
+        ("The correct answer is not (A) but something else.", None),
+        ("综上，C正确。", "C"),
         ("F", None),
         ("(F) moon", None),
     ],
@@ -439,6 +452,15 @@ def test_any_text_is_read():
     for item, text in itertools.product(items, texts):
         found = extract(item, text)
         assert found is None or isinstance(found, str)
+
+
+def test_long_texts_are_read_at_once():
+    items = (GSM8K, CSQA, MATHS, bbh("Input: (", ")"), bbh("List: b a", "a b"), bbh("?", "yes"))
+    pieces = ("answer ", "( ", "= ", "**", "\\boxed{", "1 ", "A, ", "the answer is ", "is A or ")
+    begun = time.process_time()
+    for item, piece in itertools.product(items, pieces):
+        extract(item, piece * 500)
+    assert time.process_time() - begun < 20
 
 
 @real_files
