@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -29,17 +29,21 @@ TRY_AGAIN = 75
 
 def run_command(
     stage: str,
-    main: Callable[[Config], Any],
+    main: Callable[..., Any],
     summary: str,
     argv: Sequence[str] | None = None,
+    *,
+    lists: Mapping[str, str] | None = None,
 ) -> int:
     """Runs one stage from the command line.
 
     Args:
       stage: its name, ``align`` for example.
-      main: the stage's function.
+      main: the stage's function, called with the config and a tuple for each of ``lists``.
       summary: one sentence for ``--help``.
       argv: arguments (default: the process's).
+      lists: further options by name, with their help; each may be repeated, or hold several values
+        with commas between them.
 
     Returns:
       The exit code: 0, 2 after a mistake of the user's, 130 after an interrupt, 75 where the same
@@ -47,7 +51,13 @@ def run_command(
       processes has gone.
     """
     parser = argument_parser(stage, summary)
+    for name, meaning in (lists or {}).items():
+        parser.add_argument(f"--{name}", action="append", default=[], help=meaning)
     arguments = parser.parse_args(argv)
+    given = {
+        name: tuple(part for value in getattr(arguments, name) for part in value.split(",") if part)
+        for name in lists or {}
+    }
     # Of a GPU's memory, what plans count with; XLA would take 75 %. Read when jax first starts.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     if arguments.strict and not arguments.dry_run:
@@ -60,7 +70,7 @@ def run_command(
 
             unchecked = dry_run(config)
             return USER_ERROR if unchecked and arguments.strict else 0
-        main(config)
+        main(config, **given)
         return 0
 
     try:

@@ -6,13 +6,16 @@ For each of the proxy (raw, warmed up, aligned) and the student (before and afte
 has: teacher-token NLL, top-1 agreement and top-K mass on the validation and test rows, and exact
 KL(teacher || model) on the test rows where the teacher is a known process. ``<run>/eval`` holds a
 file of sums by row for each model, so that a model is not measured twice, and ``summary.json``.
+
+With ``evaluate.benchmarks`` the models that it names answer benchmarks too (``--model`` and
+``--benchmarks``: these alone); see ``evaluation/benchmark.py``.
 """
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +27,7 @@ from proxykd_jax.errors import UserError
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from proxykd_jax.evaluation.candidates import Candidate
     from proxykd_jax.evaluation.measures import RowMeasures
     from proxykd_jax.evaluation.teacher import TeacherLogps
     from proxykd_jax.training.model import Model
@@ -52,19 +56,6 @@ class EvaluateResult:
     summary: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A model that can be measured.
-
-    Attributes:
-      identity: what it is; a model of the same identity is not measured again.
-      load: puts it on the mesh.
-    """
-
-    identity: dict[str, Any]
-    load: Callable[[Mesh], Model]
-
-
 def main(config: Config, models: Mapping[str, ModelSection] | None = None) -> EvaluateResult:
     """Measures models; those already measured as they are now are not measured again.
 
@@ -79,6 +70,7 @@ def main(config: Config, models: Mapping[str, ModelSection] | None = None) -> Ev
     from proxykd_jax import prepare
     from proxykd_jax.artifacts import digest_file, write_json
     from proxykd_jax.data.corpus import open_corpus
+    from proxykd_jax.evaluation.candidates import from_section
     from proxykd_jax.evaluation.measures import TOP_KS, paired_differences
     from proxykd_jax.evaluation.teacher import TEACHER_FILE, TeacherLogps
     from proxykd_jax.parallel.mesh import make_mesh
@@ -88,7 +80,7 @@ def main(config: Config, models: Mapping[str, ModelSection] | None = None) -> Ev
     if models is None:
         candidates = run_models(config)
     else:
-        candidates = {name: _from_section(config, name, at) for name, at in models.items()}
+        candidates = {name: from_section(config, name, at) for name, at in models.items()}
     corpus = open_corpus(prepare.main(config).folder)
     splits = {part: rows for part in SPLITS if len(rows := corpus.split(part))}
     if not splits:
@@ -136,6 +128,10 @@ def main(config: Config, models: Mapping[str, ModelSection] | None = None) -> Ev
         },
     }
     write_json(folder / "summary.json", summary)
+    if config.evaluate.benchmarks is not None and models is None:
+        from proxykd_jax.evaluation.benchmark import run_benchmarks
+
+        run_benchmarks(config)
     return EvaluateResult(folder, summary)
 
 
@@ -147,13 +143,14 @@ def run_models(config: Config) -> dict[str, Candidate]:
     """
     from proxykd_jax import align, distill
     from proxykd_jax.artifacts import stage_identity
+    from proxykd_jax.evaluation.candidates import Candidate, from_section
     from proxykd_jax.training.restore import finished_step, load_aligned_proxy, load_student
 
     distill.main(config)
     which = config.export.state
     candidates: dict[str, Candidate] = {}
     if config.needs != "nothing":
-        candidates["proxy_raw"] = _from_section(config, "proxy", config.proxy)
+        candidates["proxy_raw"] = from_section(config, "proxy", config.proxy)
     if config.needs != "nothing" and config.align.alignment != "none":
         aligned = align.main(config)
         stage = stage_identity(aligned.folder)
@@ -167,26 +164,13 @@ def run_models(config: Config) -> dict[str, Candidate]:
             {"stage": stage, "step": finished_step(aligned.folder, which)},
             lambda mesh: load_aligned_proxy(config, mesh),
         )
-    candidates["student_before"] = _from_section(config, "student", config.student)
+    candidates["student_before"] = from_section(config, "student", config.student)
     student_folder = config.folder / "student"
     candidates["student"] = Candidate(
         {"stage": stage_identity(student_folder), "step": finished_step(student_folder, which)},
         lambda mesh: load_student(config, mesh),
     )
     return candidates
-
-
-def _from_section(config: Config, role: str, section: ModelSection) -> Candidate:
-    from proxykd_jax.training.model import load_for_training, model_identity
-
-    identity = {
-        "model": model_identity(section),
-        "first_layers": section.init.first_layers if section.init else None,
-        "dtype": section.dtype,
-    }
-    return Candidate(
-        identity, lambda mesh: load_for_training(section, role=role, seed=config.seed, mesh=mesh)
-    )
 
 
 def _measure(
@@ -275,7 +259,30 @@ def _line(summary: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def command(config: Config, model: Sequence[str] = (), benchmarks: Sequence[str] = ()) -> None:
+    """What the command does: the measures and, where the config names some, the benchmarks.
+
+    Args:
+      config: the run.
+      model: who answers the benchmarks; given, nothing else is measured.
+      benchmarks: which of them; likewise.
+
+    Raises:
+      UserError: as ``main``, or a model or a benchmark cannot be used.
+    """
+    if not model and not benchmarks:
+        main(config)
+        return
+    from proxykd_jax.evaluation.benchmark import run_benchmarks
+
+    run_benchmarks(config, model, benchmarks)
+
+
+LISTS = {
+    "model": "who answers the benchmarks, as in evaluate.benchmarks.models; nothing else is done",
+    "benchmarks": "the benchmarks to answer, of those under evaluate.benchmarks; likewise",
+}
+
 if __name__ == "__main__":
-    raise SystemExit(
-        run_command("evaluate", main, "Measure proxy and student against the teacher's answers.")
-    )
+    summary = "Measure proxy and student against the teacher's answers, and with benchmarks."
+    raise SystemExit(run_command("evaluate", command, summary, lists=LISTS))

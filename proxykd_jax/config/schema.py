@@ -462,8 +462,71 @@ class DistillConfig(TrainingSection):
     max_steps: PositiveInt | None = Field(None, description="at most so many steps")
 
 
+class EndpointConfig(Section):
+    """How an OpenAI-compatible server is asked that ``evaluate`` names as a model."""
+
+    concurrency: PositiveInt = Field(16, description="requests under way at once")
+    timeout_s: PositiveFloat = Field(600.0, description="seconds to wait for one reply")
+    retries: NonNegativeInt = Field(
+        5, description="times a request is sent again after a time-out or a failure that may pass"
+    )
+    api_key_env: str | None = Field(
+        None, description="environment variable that holds the server's API key"
+    )
+
+
+class BenchmarksConfig(Section):
+    """Benchmarks whose questions models answer, and how."""
+
+    agieval: str | None = Field(None, description="files of AGIEval: file, folder or glob")
+    arc: str | None = Field(None, description="files of ARC-Challenge")
+    bbh: str | None = Field(None, description="files of BIG-Bench Hard, one a sub-task")
+    csqa: str | None = Field(None, description="files of CommonsenseQA")
+    gsm8k: str | None = Field(None, description="files of GSM8K")
+    mmlu: str | None = Field(None, description="files of MMLU, one a subject")
+    models: tuple[str, ...] = Field(
+        ("student",),
+        description="who answers: student, proxy, either with :best, :last or :exported, "
+        "student:before, proxy:raw, proxy:warmup, proxy:round_N, a model's folder, "
+        "http://host:port#model, or a .jsonl of collected outputs; NAME=WHAT names one",
+    )
+    mode: Literal["generate", "loglikelihood", "both"] = Field(
+        "generate",
+        description="answers are generated and read, or choices are compared by the log-likelihood "
+        "of their texts",
+    )
+    limit: PositiveInt | None = Field(None, description="of each sub-task at most so many items")
+    max_new_tokens: PositiveInt = Field(1024, description="length budget of an answer")
+    batch_size: PositiveInt = Field(32, description="items answered together")
+    items_per_part: PositiveInt = Field(
+        64, description="items written together; a restarted run loses at most one part"
+    )
+    endpoint: EndpointConfig = Field(EndpointConfig(), description="how a server is asked")
+
+    @model_validator(mode="after")
+    def _some_task(self) -> BenchmarksConfig:
+        if not self.paths:
+            raise ValueError("name the files of at least one benchmark")
+        if not self.models:
+            raise ValueError("models names at least one")
+        return self
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """Where the files of each benchmark are that is named."""
+        named = {
+            "agieval": self.agieval,
+            "arc": self.arc,
+            "bbh": self.bbh,
+            "csqa": self.csqa,
+            "gsm8k": self.gsm8k,
+            "mmlu": self.mmlu,
+        }
+        return {task: path for task, path in named.items() if path is not None}
+
+
 class EvaluateConfig(Section):
-    """What is measured on held-out rows."""
+    """What is measured on held-out rows, and with benchmarks."""
 
     batch_size: PositiveInt = Field(32, description="rows computed together")
     max_rows: PositiveInt | None = Field(None, description="at most so many rows")
@@ -472,6 +535,7 @@ class EvaluateConfig(Section):
         description="folder of the teacher's true distribution on the test rows, where the "
         "teacher is a known process: exact KL is measured",
     )
+    benchmarks: BenchmarksConfig | None = Field(None, description="benchmarks to answer")
 
 
 class ExportConfig(Section):

@@ -26,7 +26,7 @@ BENCHMARK_KEYS = {
     "arc": "question {stem, choices} or question and choices {text, label}",
     "csqa": "question {stem, question_concept, choices} or question, question_concept, choices",
     "mmlu": "CSV of question, four choices, answer, or question and choices [..]",
-    "agieval": "passage, question, options, label",
+    "agieval": "passage, question, options, label, or query, choices [..] and gold [..]",
     "bbh": "examples [{input, target}]",
     "mt_bench": "question_id, turns [..]",
 }
@@ -65,6 +65,8 @@ def benchmark_format(record: Record) -> str | None:
         return "bbh"
     if "question_id" in record and isinstance(record.get("turns"), list):
         return "mt_bench"
+    if {"query", "choices", "gold"} <= record.keys():
+        return "agieval"
     if not isinstance(question, str):
         return None
     if "options" in record and "label" in record:
@@ -103,6 +105,9 @@ def benchmark_item(name: str, record: Record) -> Question:
             checked_text(question, "empty prompt"),
             _choices(_LETTERS, record.get("choices")),
         )
+    if name == "agieval" and "query" in record:
+        text = checked_text(record.get("query"), "empty prompt")
+        return Question(text, _agieval_choices(record.get("choices")))
     if name == "agieval":
         text = checked_text(question, "empty prompt")
         passage = record.get("passage")

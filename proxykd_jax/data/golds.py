@@ -34,10 +34,11 @@ _MARKS = re.compile(r"-->|####|answer\s*(?:is|:)", re.IGNORECASE)
 _NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?")
 _LABEL = re.compile(r"\(([A-Z0-9])\)|(?<!\w)([A-Z0-9])(?!\w)")
 _BRACKETED = re.compile(r"\(([A-Z0-9])\)")
+_LABEL_KEYS = ("answerKey", "label", "answer", "gold")
 
 
 class Gold(NamedTuple):
-    """The correct answer to a question: a text, or the label of one of its choices."""
+    """The correct answer to a question: a text, or the labels of its right choices, "B", "ACD"."""
 
     text: str
     choices: tuple[tuple[str, str], ...] = ()
@@ -91,11 +92,27 @@ def gold_of(name: str, record: Mapping[str, Any]) -> Gold | None:
         choices = benchmark_item(name, record).choices
     except RowProblem:
         return None
-    label = next((record[k] for k in ("answerKey", "label", "answer") if k in record), None)
-    if isinstance(label, int) and not isinstance(label, bool) and name == "mmlu":
-        label = choices[label][0] if 0 <= label < len(choices) else None
-    known = isinstance(label, str) and any(label == each for each, _ in choices)
-    return Gold(str(label), choices) if known else None
+    label = next((record[k] for k in _LABEL_KEYS if record.get(k) is not None), None)
+    if name == "agieval" and not choices:
+        return Gold(label.strip()) if isinstance(label, str) and label.strip() else None
+    labels = _labels(label, choices, by_place=name == "mmlu" or "query" in record)
+    return Gold(labels, choices) if labels else None
+
+
+def _labels(given: Any, choices: tuple[tuple[str, str], ...], *, by_place: bool) -> str:
+    """The right labels in the order of the choices, "B" or "ACD"; "" where they are not known.
+
+    AGIEval writes them as "B", "ACD", "A C" or a list; re-dumps as places from 0.
+    """
+    known = [label for label, _ in choices]
+    places = given if isinstance(given, list) else [given]
+    if by_place and places and all(str(place).isdigit() for place in places):
+        places = sorted({int(place) for place in places})
+        return "".join(known[place] for place in places) if places[-1] < len(known) else ""
+    said = [given] if str(given) in known else given
+    parts = said if isinstance(said, list) else re.sub(r"[\s,;]", "", str(given or ""))
+    labels = {str(part).strip() for part in parts}
+    return "".join(sorted(labels, key=known.index)) if labels <= set(known) else ""
 
 
 def is_correct(answer: str, gold: Gold) -> bool:

@@ -56,6 +56,118 @@ class StoppedError(Exception):
     """Another request failed for good, so this one is given up."""
 
 
+class Connection:
+    """A server's address and how patiently it is asked. Requests may come from many threads.
+
+    Args:
+      url: without /v1.
+      retries: times a request is sent again after a failure that may pass.
+      timeout_s: seconds to wait for one reply.
+      api_key_env: environment variable of the key, if there is one.
+      where: the key of the config that names the server, for messages.
+
+    Raises:
+      UserError: the environment variable of the key is not set.
+    """
+
+    def __init__(
+        self, url: str, *, retries: int, timeout_s: float, api_key_env: str | None, where: str
+    ) -> None:
+        self.url = url.rstrip("/")
+        self._retries, self._timeout_s, self._where = retries, timeout_s, where
+        self._opener = urllib.request.build_opener(_NoRedirects)
+        self._stopped = threading.Event()
+        self._key = os.environ.get(api_key_env or "", "")
+        if api_key_env and not self._key:
+            raise UserError(
+                f"{where}.api_key_env: the environment variable {api_key_env} is not set; export "
+                "the server's key in it."
+            )
+
+    def stop(self) -> None:
+        """Lets requests in other threads end at their next failure instead of trying again."""
+        self._stopped.set()
+
+    def chat(self, body: dict[str, Any]) -> Completion:
+        """One reply to a conversation.
+
+        Raises:
+          UserError, StoppedError: as ``send``.
+        """
+        reply: Completion = self.send("POST", "/v1/chat/completions", body, read=_read_chat)
+        return reply
+
+    def send(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        *,
+        read: Callable[[bytes], _T] | None = None,
+        retries: int | None = None,
+        timeout_s: float | None = None,
+    ) -> Any:
+        """One request, repeated while its failure may pass.
+
+        Args:
+          method, path, body: what is sent; the body as JSON.
+          read: turns the reply's bytes into what is returned; ValueError counts as a failure.
+          retries, timeout_s: instead of the connection's own.
+
+        Raises:
+          UserError: the server refuses, or gives no usable reply (UnansweredError).
+          StoppedError: ``stop`` was called.
+        """
+        headers = {"Content-Type": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        data = None if body is None else json.dumps(body).encode()
+        tries = 1 + (self._retries if retries is None else retries)
+        trouble, wait_s = "", 0.0
+        for attempt in range(tries):
+            if attempt and self._stopped.wait(wait_s):
+                raise StoppedError
+            wait_s = min(_FIRST_WAIT_S * 2**attempt, _LONGEST_WAIT_S) * random.uniform(0.75, 1.25)
+            request = urllib.request.Request(self.url + path, data, headers, method=method)
+            try:
+                with self._opener.open(request, timeout=timeout_s or self._timeout_s) as reply:
+                    content = reply.read()
+                return read(content) if read else content
+            except urllib.error.HTTPError as error:
+                trouble = f"status {error.code}, {self._said(error)}"
+                if error.code not in _MAY_PASS:
+                    raise UserError(
+                        f"{self._where}: {self.url} refused {method} {path}: {trouble}."
+                    ) from None
+                with contextlib.suppress(ValueError):  # absent, or a date
+                    asked_s = float(error.headers.get("Retry-After", ""))
+                    wait_s = min(max(wait_s, asked_s), _LONGEST_WAIT_S)
+            except TimeoutError:
+                trouble = f"no reply within {timeout_s or self._timeout_s:g} s"
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                reason = getattr(error, "reason", None) or error
+                trouble = self._clean(str(reason) or type(reason).__name__)
+        times = "once" if tries == 1 else f"{tries} times"
+        raise UnansweredError(
+            f"{self._where}: {self.url} was asked {times} and gave no usable answer to "
+            f"{method} {path} ({trouble}); see that the server runs there, then run the same "
+            "command again: it goes on where it was."
+        )
+
+    def _said(self, error: urllib.error.HTTPError) -> str:
+        try:
+            return self._clean(error.read().decode("utf-8", "replace")) or "without a word"
+        except (OSError, http.client.HTTPException):
+            return "without a word"
+
+    def _clean(self, text: str) -> str:
+        """One short line, without the key, which some servers repeat."""
+        if self._key:
+            text = text.replace(self._key, "***")
+        text = " ".join(text.split()).rstrip(".")
+        return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 3] + "..."
+
+
 class ServerClient:
     """One server, for one run. Requests may come from many threads.
 
@@ -70,15 +182,14 @@ class ServerClient:
     def __init__(self, server: SamplingServer, base: str) -> None:
         self.server = server
         self.base = server.model or base
-        self._url = server.url.rstrip("/")
-        self._opener = urllib.request.build_opener(_NoRedirects)
-        self._stopped = threading.Event()
-        self._key = os.environ.get(server.api_key_env or "", "")
-        if server.api_key_env and not self._key:
-            raise UserError(
-                f"align.sampling.server.api_key_env: the environment variable {server.api_key_env} "
-                "is not set; export the server's key in it."
-            )
+        self._connection = Connection(
+            server.url,
+            retries=server.retries,
+            timeout_s=server.timeout_s,
+            api_key_env=server.api_key_env,
+            where="align.sampling.server",
+        )
+        self._url, self._send = self._connection.url, self._connection.send
 
     def check(self, *, retries: int | None = None, timeout_s: float | None = None) -> None:
         """Looks whether the server answers and, where it has a base model for good, has ours.
@@ -137,75 +248,12 @@ class ServerClient:
         return reply
 
     def stop(self) -> None:
-        """Lets requests in other threads end at their next failure instead of trying again."""
-        self._stopped.set()
-
-    # --- pieces -----------------------------------------------------------------------------------
+        """As ``Connection.stop``."""
+        self._connection.stop()
 
     def _lora_path(self, action: str) -> str:
         prefix = "/v1" if self.server.api == "vllm" else ""
         return f"{prefix}/{action}_lora_adapter"
-
-    def _send(
-        self,
-        method: str,
-        path: str,
-        body: dict[str, Any] | None = None,
-        *,
-        read: Callable[[bytes], _T] | None = None,
-        retries: int | None = None,
-        timeout_s: float | None = None,
-    ) -> Any:
-        headers = {"Content-Type": "application/json"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        data = None if body is None else json.dumps(body).encode()
-        tries = 1 + (self.server.retries if retries is None else retries)
-        trouble, wait_s = "", 0.0
-        for attempt in range(tries):
-            if attempt and self._stopped.wait(wait_s):
-                raise StoppedError
-            wait_s = min(_FIRST_WAIT_S * 2**attempt, _LONGEST_WAIT_S) * random.uniform(0.75, 1.25)
-            request = urllib.request.Request(self._url + path, data, headers, method=method)
-            try:
-                with self._opener.open(
-                    request, timeout=timeout_s or self.server.timeout_s
-                ) as reply:
-                    content = reply.read()
-                return read(content) if read else content
-            except urllib.error.HTTPError as error:
-                trouble = f"status {error.code}, {self._said(error)}"
-                if error.code not in _MAY_PASS:
-                    raise UserError(
-                        f"align.sampling.server: {self._url} refused {method} {path}: {trouble}."
-                    ) from None
-                with contextlib.suppress(ValueError):  # absent, or a date
-                    asked_s = float(error.headers.get("Retry-After", ""))
-                    wait_s = min(max(wait_s, asked_s), _LONGEST_WAIT_S)
-            except TimeoutError:
-                trouble = f"no reply within {timeout_s or self.server.timeout_s:g} s"
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                reason = getattr(error, "reason", None) or error
-                trouble = self._clean(str(reason) or type(reason).__name__)
-        times = "once" if tries == 1 else f"{tries} times"
-        raise UnansweredError(
-            f"align.sampling.server: {self._url} was asked {times} and gave no usable answer to "
-            f"{method} {path} ({trouble}); see that the server runs there, then run the same "
-            "command again: it goes on where it was."
-        )
-
-    def _said(self, error: urllib.error.HTTPError) -> str:
-        try:
-            return self._clean(error.read().decode("utf-8", "replace")) or "without a word"
-        except (OSError, http.client.HTTPException):
-            return "without a word"
-
-    def _clean(self, text: str) -> str:
-        """One short line, without the key, which some servers repeat."""
-        if self._key:
-            text = text.replace(self._key, "***")
-        text = " ".join(text.split()).rstrip(".")
-        return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 3] + "..."
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -221,6 +269,18 @@ def _read_models(content: bytes) -> list[str]:
         return [str(card["id"]) for card in json.loads(content)["data"]]
     except (KeyError, TypeError) as error:
         raise ValueError("its list of models is no list") from error
+
+
+def _read_chat(content: bytes) -> Completion:
+    """The one choice in a reply of ``/v1/chat/completions``; ValueError where there is none."""
+    try:
+        (choice,) = json.loads(content)["choices"]
+        text, reason = choice["message"]["content"], choice.get("finish_reason")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError("its reply is no chat completion with one choice") from error
+    if text is not None and not isinstance(text, str):
+        raise ValueError("its reply has no text")
+    return Completion(text or "", reason == "stop", None, None, None)
 
 
 def _read_completion(content: bytes) -> tuple[Completion, str | None]:

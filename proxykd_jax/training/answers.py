@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from jax.sharding import Mesh
@@ -82,12 +82,26 @@ def draw_answers(
         )
 
 
+class Vocabulary(Protocol):
+    """What a sampler must know of the tokens: a ``TokenCorpus`` says it."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids from here on are never drawn."""
+        ...
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        ...
+
+
 def make_draw(
     config: ModelConfig,
     params: Any,
     adapter: Any,
     *,
-    corpus: TokenCorpus,
+    corpus: Vocabulary,
     mesh: Mesh,
     seed: int,
     round_index: int,

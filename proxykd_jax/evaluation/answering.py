@@ -1,0 +1,286 @@
+"""How items are answered: by a model's greedy generation, by a server, or from a file.
+
+Each way gives ``Answering``: places of items to lines of (id, prompt_hash, output, finished), or,
+for log-likelihoods, (id, prompt_hash, logliks, bytes).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from proxykd_jax.config import Config
+from proxykd_jax.config.schema import EndpointConfig
+from proxykd_jax.data.collate import TokenRow
+from proxykd_jax.data.json_files import read_json_records
+from proxykd_jax.data.records import Message, TextRow
+from proxykd_jax.data.template import Renderer
+from proxykd_jax.data.tokenizer import check_embedding_rows, load_tokenizer
+from proxykd_jax.errors import UserError
+from proxykd_jax.evaluation.candidates import Candidate, Collected, Server
+from proxykd_jax.evaluation.measures import measure
+from proxykd_jax.evaluation.outputs import Answering, Line
+from proxykd_jax.evaluation.prompts import prompt_hash, prompt_of, question_alone
+from proxykd_jax.evaluation.tasks import Item
+from proxykd_jax.generation.server import Connection
+from proxykd_jax.peers import on_first
+from proxykd_jax.training.answers import make_draw
+from proxykd_jax.training.model import Model
+
+# A prompt's answer must have room for a few tokens, or nothing was asked.
+_FEWEST_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model on the mesh with the tokenizer and template that speak to it."""
+
+    model: Model
+    renderer: Renderer
+    mesh: Mesh
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that may be drawn."""
+        return self.renderer.tokenizer.vocab_size
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        return self.renderer.end_token_ids
+
+
+def speaker(config: Config, candidate: Candidate, mesh: Mesh) -> Speaker:
+    """Loads a model to be asked as the corpus asks.
+
+    Raises:
+      UserError: files are missing or do not fit.
+    """
+    renderer = renderer_of(config, candidate)
+    model = candidate.load(mesh)
+    check_embedding_rows(renderer.tokenizer, model.config.vocab_size, str(model.folder))
+    return Speaker(model, renderer, mesh)
+
+
+def renderer_of(config: Config, candidate: Candidate) -> Renderer:
+    """The run's template with the run's tokenizer, or with the model's own where it has another.
+
+    The corpus's end tokens belong to the run's tokenizer; with another one its EOS ends an answer.
+    """
+    tokenizer, ends = load_tokenizer(config), config.corpus.end_tokens
+    if candidate.tokenizer is not None:
+        own = load_tokenizer(candidate.tokenizer)
+        if own.vocabulary != tokenizer.vocabulary:
+            ends = None
+        tokenizer = own
+    return Renderer(tokenizer, config.corpus.template, ends)
+
+
+def generating(
+    speaker: Speaker, items: Sequence[Item], *, seed: int, max_new_tokens: int, batch_size: int
+) -> Answering:
+    """Greedy answers by the sampler here, rows split over the mesh.
+
+    Where a prompt leaves no room in the model's context, the output is empty and unfinished.
+    """
+    model, tokenizer = speaker.model, speaker.renderer.tokenizer
+    draw = make_draw(
+        model.config,
+        model.params,
+        model.adapter,
+        corpus=speaker,
+        mesh=speaker.mesh,
+        seed=seed,
+        round_index=0,
+        batch_size=batch_size,
+        temperature=0.0,
+    )
+
+    def answer(places: Sequence[int]) -> list[Line]:
+        asked = [prompt_of(items[place]) for place in places]
+        prompts = _prompt_tokens(speaker.renderer, asked)
+        room = [model.config.max_positions - len(prompt) for prompt in prompts]
+        budgets = [min(max_new_tokens, left) if left >= _FEWEST_TOKENS else 0 for left in room]
+        names = [f"{items[place].task}/{items[place].id}" for place in places]
+        lines = []
+        for place, prompt, found in zip(places, asked, draw(prompts, names, budgets), strict=True):
+            tokens = found.tokens[:-1] if found.finished else found.tokens
+            output = tokenizer.decode(tokens, skip_special=True)
+            lines.append(_line(items[place], prompt, output, found.finished))
+        return lines
+
+    return answer
+
+
+def comparing(speaker: Speaker, items: Sequence[Item], *, batch_size: int) -> Answering:
+    """Log-likelihoods of the choices' texts as answers to the question alone."""
+    model = speaker.model
+
+    def answer(places: Sequence[int]) -> list[Line]:
+        rows, owners = [], []
+        for place in places:
+            question = question_alone(items[place])
+            rows += [_conversation(question, text) for _, text in items[place].choices]
+            owners += [place] * len(items[place].choices)
+        encoded = [
+            TokenRow(found.tokens, found.prompt_length, "")
+            for found in speaker.renderer.encode_batch(rows)
+        ]
+        kept = [len(row.tokens) <= model.config.max_positions for row in encoded]
+        logliks = np.full(len(encoded), np.nan)
+        fitting = [row for row, fits in zip(encoded, kept, strict=True) if fits]
+        if fitting:
+            found = measure(
+                model.config,
+                model.params,
+                model.adapter,
+                _Rows(fitting),
+                batch_size=batch_size,
+                top_ks=(1,),
+                mesh=speaker.mesh,
+            )
+            logliks[np.array(kept)] = -found.nll
+        return [_compared(items[place], owners, logliks, place) for place in places]
+
+    return answer
+
+
+def asking(
+    server: Server, endpoint: EndpointConfig, items: Sequence[Item], *, max_new_tokens: int
+) -> Answering:
+    """Answers of an OpenAI-compatible server, greedy, several requests at once."""
+    connection = Connection(
+        server.url,
+        retries=endpoint.retries,
+        timeout_s=endpoint.timeout_s,
+        api_key_env=endpoint.api_key_env,
+        where="evaluate.benchmarks.endpoint",
+    )
+
+    def ask(place: int) -> Line:
+        prompt = prompt_of(items[place])
+        reply = connection.chat(
+            {
+                "model": server.model,
+                "messages": [{"role": "user", "content": prompt}],
+                "max_tokens": max_new_tokens,
+                "temperature": 0,
+            }
+        )
+        return _line(items[place], prompt, reply.text, reply.finished)
+
+    def ask_all(places: Sequence[int]) -> list[Line]:
+        pool = ThreadPoolExecutor(endpoint.concurrency)
+        try:
+            return list(pool.map(ask, places))
+        except BaseException:
+            connection.stop()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    return lambda places: on_first(functools.partial(ask_all, places))
+
+
+def looking_up(collected: Collected, items: Sequence[Item]) -> Answering:
+    """Outputs from a file: ``{output}`` with ``prompt_hash``, or ``id`` and, where ids of several
+    tasks meet, ``task``.
+
+    Raises:
+      UserError: a line is no such object, or an item has no output.
+    """
+    by_hash: dict[str, Line] = {}
+    by_id: dict[tuple[str | None, str], Line] = {}
+    for record, origin in read_json_records(collected.path):
+        if not isinstance(record.get("output"), str) or not ({"id", "prompt_hash"} & set(record)):
+            raise UserError(
+                f"{origin} needs output (text) and id or prompt_hash; it has the keys "
+                f"{', '.join(record)}."
+            )
+        if "prompt_hash" in record:
+            by_hash[str(record["prompt_hash"])] = dict(record)
+        if "id" in record:
+            by_id[record.get("task"), str(record["id"])] = dict(record)
+
+    def find(item: Item, hashed: str) -> Line | None:
+        if hashed in by_hash:
+            return by_hash[hashed]
+        return by_id.get((item.task, item.id)) or by_id.get((None, item.id))
+
+    prompts = [prompt_of(item) for item in items]
+    found = [find(item, prompt_hash(p)) for item, p in zip(items, prompts, strict=True)]
+    absent = [item.id for item, line in zip(items, found, strict=True) if line is None]
+    if absent:
+        raise UserError(
+            f"{collected.path} has no output for {len(absent)} of {len(items)} items of "
+            f"{items[0].task}, the first with the id {absent[0]}."
+        )
+
+    def answer(places: Sequence[int]) -> list[Line]:
+        lines = []
+        for place in places:
+            line = found[place] or {}
+            finished = bool(line.get("finished", True))
+            lines.append(_line(items[place], prompts[place], line["output"], finished))
+        return lines
+
+    return answer
+
+
+class _Rows:
+    """Rows in memory, as a split of the corpus is read."""
+
+    def __init__(self, rows: Sequence[TokenRow]) -> None:
+        self._rows = rows
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(row.tokens) for row in self._rows], np.int32)
+
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        return np.array([row.prompt_length for row in self._rows], np.int32)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, indices: Sequence[int]) -> list[TokenRow]:
+        return [self._rows[index] for index in indices]
+
+
+def _line(item: Item, prompt: str, output: str, finished: bool) -> Line:
+    return {
+        "id": item.id,
+        "prompt_hash": prompt_hash(prompt),
+        "output": output,
+        "finished": bool(finished),
+    }
+
+
+def _compared(item: Item, owners: Sequence[int], logliks: np.ndarray, place: int) -> Line:
+    own = [float(value) for owner, value in zip(owners, logliks, strict=True) if owner == place]
+    known = bool(np.isfinite(own).all())
+    return {
+        "id": item.id,
+        "prompt_hash": prompt_hash(question_alone(item)),
+        "logliks": own if known else None,
+        "bytes": [len(text.encode()) for _, text in item.choices],
+    }
+
+
+def _prompt_tokens(renderer: Renderer, prompts: Sequence[str]) -> list[np.ndarray]:
+    rows = [_conversation(prompt, None) for prompt in prompts]
+    return [found.tokens for found in renderer.encode_batch(rows, prompts_only=True)]
+
+
+def _conversation(question: str, answer: str | None) -> TextRow:
+    messages: list[Any] = [Message("user", question)]
+    if answer is not None:
+        messages.append(Message("assistant", answer))
+    return TextRow(tuple(messages), None, "evaluate.benchmarks")

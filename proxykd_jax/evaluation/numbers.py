@@ -1,0 +1,168 @@
+r"""Numbers in a model's text: ``$1,234.50``, ``-3``, ``\frac{1}{2}``, ``2 + 3 = 5``, ``50%``."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from proxykd_jax.evaluation.final_answer import (
+    bold_spans,
+    closing_sentences,
+    marked_spans,
+    sentences,
+    without_emphasis,
+)
+
+_NUMBER = re.compile(
+    r"""
+    (?<![\w.])
+    (?P<sign>-\s?(?=[$€£¥]?\s?[\d.])|)
+    (?:[$€£¥]\s?)?
+    (?P<minus>-|)
+    (?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))
+    (?P<part>\.\d+|)
+    (?:\s*/\s*(?P<below>\d+)(?![\d/]))?
+    (?P<ordinal>(?:st|nd|rd|th)\b|)(?!\d)
+    (?:\s*(?P<scale>thousand|million|billion)\b)?
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+_SCALES = {"thousand": 1000, "million": 10**6, "billion": 10**9}
+# Calculator annotations: the result after them is kept, or the one inside where none follows.
+_CALCULATION = re.compile(r"<<([^<>]*)>>(\s*[$€£]?[\d,.]*\d)?")
+_FRACTION = re.compile(r"\\[dtc]?frac\s*\{?\s*(-?[\d.,]+)\s*\}?\s*\{?\s*([\d.,]+)\s*\}?")
+# "in 5 days", "for the 3 of them": a number that says when, for whom or out of what.
+_ADJUNCT = re.compile(
+    r"\b(?:in|after|for|within|over|at|every|per|during|from|out\s+of|of\s+the|of\s+(?:his|her|"
+    r"their|its|these|those)|each)\s+(?:(?:the|his|her|their|its|these|those|only|just|about|"
+    r"approximately|next|first|last|other|all|another|a\s+total\s+of)\s+)*[$€£]?$",
+    re.IGNORECASE,
+)
+_STANDS_ALONE = re.compile(r"[^\w(]*")
+_OPERATOR = re.compile(r"\s*(?:[-+*/×÷^=]|x\s*\d|times\b|plus\b|minus\b|divided\b)")
+# Longer ones are no answers, and Python refuses to read much longer ones.
+_ENDLESS = re.compile(r"\d{200,}")
+# What follows concludes from what stands before.
+_CLAUSE = re.compile(
+    r"[,;]\s+(?:and\s+)?(?:so|thus|therefore|hence|which\s+means|meaning)\b", re.IGNORECASE
+)
+_UP_TO_TWENTY = (
+    "zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|"
+    "fifteen|sixteen|seventeen|eighteen|nineteen|twenty"
+)
+_WORDS = {word: value for value, word in enumerate(_UP_TO_TWENTY.split("|"))}
+_WORD = re.compile(rf"\b({_UP_TO_TWENTY})\b", re.IGNORECASE)
+
+
+def number_in(output: str) -> str | None:
+    """The number that a text gives as its final answer, canonical; None if it gives none.
+
+    The number that the last mark points at; without a mark the one in bold in the last paragraph;
+    else that of the last sentence that has one: what follows its "=", or its last number, those
+    apart that say when or for how many ("in 1 week").
+    """
+    text = _readable(output)
+    for span in marked_spans(without_emphasis(text)):
+        found = _of_span(span.text, boxed=span.boxed)
+        if found is not None:
+            return found
+    for part in bold_spans(text):
+        found = _of_span(part, boxed=True)
+        if found is not None:
+            return found
+    text = without_emphasis(text)
+    closing = closing_sentences(text)
+    if not closing:
+        return None
+    for sentence in closing + sentences(text)[::-1]:
+        found = _concluded(sentence)
+        if found is not None:
+            return found
+    return None
+
+
+def canonical(text: str) -> str | None:
+    """The canonical form of a text that is one number: "$1,050.00" is "1050"; None if it is none.
+
+    Integers and finite decimals are written out, other fractions as "1/3".
+    """
+    found = list(_NUMBER.finditer(_readable(text)))
+    return _written(found[0]) if len(found) == 1 else None
+
+
+def as_fraction(canonical_number: str) -> Fraction:
+    """The value of a canonical number."""
+    return Fraction(canonical_number)
+
+
+def _readable(text: str) -> str:
+    text = _ENDLESS.sub(" ", text)
+    text = _CALCULATION.sub(lambda m: m[2] or m[1].rpartition("=")[2], text)
+    text = text.replace("{,}", ",").replace("\\!", "").replace("\\,", "").replace(",\\", ",")
+    text = text.replace("\\$", "$").replace("\\%", "%")
+    text = _FRACTION.sub(r"\1/\2", text)
+    # What is left of LaTeX separates, so that "\text{ab}5" and "$-3$" are read.
+    text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*\{", " {", text)
+    return re.sub(r"\$(?=\D)(?![-.]\d|\s?\d)", " ", text)
+
+
+def _of_span(text: str, *, boxed: bool) -> str | None:
+    """The number of a marked span: the one it begins with; else after its last "=" the first."""
+    if not boxed:
+        text = sentences(text)[0] if sentences(text) else ""
+        leading = _NUMBER.search(text)
+        alone = leading and _STANDS_ALONE.fullmatch(text[: leading.start()])
+        if leading and alone and not _OPERATOR.match(text, leading.end()):
+            return _written(leading)
+    _, equals, after = text.rpartition("=")
+    for part in (after, text) if equals else (text,):
+        found = _NUMBER.search(part)
+        if found is not None:
+            return _written(found)
+    word = _WORD.search(text)
+    return None if word is None else str(_WORDS[word[1].lower()])
+
+
+def _concluded(sentence: str) -> str | None:
+    for clause in _CLAUSE.split(sentence)[::-1]:
+        _, equals, after = clause.rpartition("=")
+        if equals and (found := _NUMBER.search(after)) is not None:
+            return _written(found)
+        # "the 3rd day" says which; only a mark can make "18th" an answer.
+        numbers = [each for each in _NUMBER.finditer(clause) if not each["ordinal"]]
+        main = [each for each in numbers if not _ADJUNCT.search(clause[: each.start()])]
+        chosen = main or numbers
+        if chosen:
+            return _written(chosen[-1])
+    return None
+
+
+def _written(match: re.Match[str]) -> str:
+    value = Fraction((match["whole"].replace(",", "") or "0") + match["part"])
+    below = match["below"]
+    if below and int(below):
+        value /= int(below)
+    value *= _SCALES.get((match["scale"] or "").lower(), 1)
+    before = match.string[: match.start()].rstrip()
+    binary = bool(before) and (before[-1].isdigit() or before[-1] in ")}%")
+    if match["minus"] or (match["sign"] and not binary):
+        value = -value
+    return _text(value)
+
+
+def _text(value: Fraction) -> str:
+    if value.denominator == 1:
+        return str(value.numerator)
+    below = value.denominator
+    while below % 2 == 0:
+        below //= 2
+    while below % 5 == 0:
+        below //= 5
+    if below != 1:
+        return f"{value.numerator}/{value.denominator}"
+    digits = 0
+    while (value * 10**digits).denominator != 1:
+        digits += 1
+    sign = "-" if value < 0 else ""
+    whole, part = divmod(abs(int(value * 10**digits)), 10**digits)
+    return f"{sign}{whole}.{part:0{digits}d}"

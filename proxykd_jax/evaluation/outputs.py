@@ -1,0 +1,102 @@
+"""What a model answered, on disk part by part, so that a restarted run asks for the rest alone.
+
+``part_00000.jsonl`` holds one line an item: its id, the hash of its prompt and what came back. It
+is written whole or not at all. Answers are kept as they came: what they score is computed anew.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from proxykd_jax.artifacts import complete_stage, open_stage, remove_leftovers, write_bytes
+from proxykd_jax.errors import UserError
+from proxykd_jax.peers import on_first, say, stop_if_wanted
+
+Line = dict[str, Any]
+# (places of items) -> a line an item, in this order; the same on every process.
+Answering = Callable[[Sequence[int]], list[Line]]
+
+
+def collect_answers(
+    folder: Path,
+    count: int,
+    answer: Callable[[], Answering],
+    *,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    items_per_part: int,
+    label: str,
+) -> None:
+    """Makes the parts of a folder that are not there yet; does nothing if all are.
+
+    Args:
+      folder: of the parts.
+      count: how many items there are.
+      answer: loads who answers; called only where a part is missing.
+      settings, inputs: what decides the answers, as in ``open_stage``.
+      items_per_part: a killed run loses at most so many.
+      label: for progress.
+
+    Raises:
+      UserError: the folder was made with other settings or by another model.
+    """
+    if open_stage(folder, "benchmark", settings, inputs):
+        return
+    parts = -(-count // items_per_part)
+    missing = on_first(functools.partial(_missing, folder, parts))
+    answering = answer() if missing else None
+    for index in missing:
+        assert answering is not None
+        places = range(index * items_per_part, min(count, (index + 1) * items_per_part))
+        lines = answering(places)
+        write_bytes(_part(folder, index), lines_to_bytes(lines))
+        say(f"evaluate: {label}: {places.stop} of {count} items")
+        stop_if_wanted()
+    complete_stage(folder, counts={"items": count})
+
+
+def read_answers(folder: Path) -> list[Line]:
+    """The lines of all parts, in order.
+
+    Raises:
+      UserError: a part is damaged.
+    """
+    lines: list[Line] = []
+    for path in sorted(folder.glob("part_*.jsonl")):
+        lines += _read(path)
+    return lines
+
+
+def lines_to_bytes(lines: Sequence[Mapping[str, Any]]) -> bytes:
+    """JSON Lines, keys as they stand."""
+    # What a server sends may hold halves of surrogate pairs, which UTF-8 has not.
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+
+
+def _part(folder: Path, index: int) -> Path:
+    return folder / f"part_{index:05d}.jsonl"
+
+
+def _missing(folder: Path, parts: int) -> list[int]:
+    remove_leftovers(folder)
+    missing = []
+    for index in range(parts):
+        path = _part(folder, index)
+        if path.exists():
+            _read(path)
+        else:
+            missing.append(index)
+    return missing
+
+
+def _read(path: Path) -> list[Line]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({error}); remove it and run again: its items are asked again."
+        ) from error

@@ -1,0 +1,182 @@
+"""The six benchmarks: their items with gold answers, read from official files and re-dumps."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from proxykd_jax.data.benchmarks import (
+    BENCHMARK_KEYS,
+    benchmark_examples,
+    benchmark_format,
+    benchmark_item,
+    item_id,
+)
+from proxykd_jax.data.files import list_files, read_file
+from proxykd_jax.data.golds import gold_of
+from proxykd_jax.data.normalise import normalised_words
+from proxykd_jax.data.records import RowProblem
+from proxykd_jax.errors import UserError
+from proxykd_jax.evaluation.numbers import canonical
+from proxykd_jax.evaluation.words import pair_of
+
+TASKS = ("agieval", "arc", "bbh", "csqa", "gsm8k", "mmlu")
+Kind = Literal["number", "choice", "maths", "true", "yes", "valid", "brackets", "words"]
+
+_OPTION = re.compile(r"^\(([A-Z])\)[ \t]*(.*)$", re.MULTILINE)
+# "abstract_algebra_test.csv" is of the subject abstract_algebra.
+_PART = re.compile(r"[_-](?:test|dev|val|validation|train|rand_split)$")
+_MOST_PROBLEMS = 0.1
+
+
+class Item(NamedTuple):
+    """One question of a benchmark with what is right.
+
+    Attributes:
+      task: one of ``TASKS``.
+      subtask: the subject or sub-task, "" for a benchmark that has none.
+      id: its own, or its file and line; unique within its task.
+      question: with its passage and, where it brings them in its text, its choices.
+      choices: (label, text), none for an open question.
+      gold: the right labels ("B", "ACD"), a canonical number, a word, LaTeX, brackets or words.
+      kind: what an answer is.
+      several: items of this sub-task may have several right choices.
+    """
+
+    task: str
+    subtask: str
+    id: str
+    question: str
+    choices: tuple[tuple[str, str], ...]
+    gold: str
+    kind: Kind
+    several: bool = False
+
+
+def read_items(task: str, path: str, limit: int | None = None) -> list[Item]:
+    """The items of a benchmark's files, in the files' order.
+
+    Args:
+      task: one of ``TASKS``.
+      path: file, folder or glob; official form or re-dump.
+      limit: of each sub-task at most so many.
+
+    Raises:
+      UserError: nothing is there, or a file is damaged, of another benchmark or without golds.
+    """
+    items: list[Item] = []
+    for file in list_files(path):
+        found = list(_items_of(task, file, limit))
+        several = {item.subtask for item in found if item.kind == "choice" and len(item.gold) > 1}
+        items += [item._replace(several=item.subtask in several) for item in found]
+    return _numbered(items)
+
+
+def item_of(task: str, record: Mapping[str, Any], subtask: str, identity: str) -> Item | None:
+    """The item of a record; None where it has no gold.
+
+    Raises:
+      RowProblem: the record is damaged.
+    """
+    question, choices = benchmark_item(task, record)
+    gold = gold_of(task, record)
+    if gold is None:
+        return None
+    text = gold.text
+    if task == "bbh":
+        text = str(record["target"]).strip()
+        choices = _options(question)
+        if choices:
+            text = _label_of(text, choices)
+    kind = _kind(task, text, choices)
+    if kind == "number":
+        text = canonical(text) or text
+    elif kind in ("true", "yes", "valid"):
+        text = text.lower()
+    return Item(task, subtask, identity, question, choices, text, kind)
+
+
+def _items_of(task: str, file: Path, limit: int | None) -> Iterator[Item]:
+    counts: dict[str, int] = {}
+    seen = without = 0
+    problem = ""
+    for record, origin in read_file(file):
+        if not seen and benchmark_format(record) != task:
+            raise UserError(
+                f"evaluate.benchmarks: {origin} is not of {task}, whose form is "
+                f"{BENCHMARK_KEYS[task]}; it has the keys {', '.join(map(str, record))}."
+            )
+        for example, place in benchmark_examples(task, record, origin):
+            seen += 1
+            subtask = _subtask(task, file, example)
+            if limit is not None and counts.get(subtask, 0) >= limit:
+                continue
+            try:
+                own = example.get("id")
+                identity = str(own) if isinstance(own, str | int) else item_id(place)
+                item = item_of(task, example, subtask, identity)
+            except RowProblem as found:
+                item, problem = None, f" ({place}: {found})"
+            if item is None:
+                without += 1
+                continue
+            counts[subtask] = counts.get(subtask, 0) + 1
+            yield item
+    if without > _MOST_PROBLEMS * seen:
+        raise UserError(
+            f"evaluate.benchmarks: {without} of {seen} questions of {file} have no gold answer or "
+            f"are damaged{problem}. Name the part of {task} whose answers are public."
+        )
+
+
+def _subtask(task: str, file: Path, record: Mapping[str, Any]) -> str:
+    if task in ("arc", "csqa", "gsm8k"):
+        return ""
+    for key in ("subject", "subtask", "task"):
+        if isinstance(record.get(key), str):
+            return str(record[key])
+    return _PART.sub("", file.name.split(".")[0])
+
+
+def _numbered(items: list[Item]) -> list[Item]:
+    """Items whose ids are unique within their task: repeated ones get the sub-task and a number."""
+    seen: dict[str, int] = {}
+    unique = []
+    for item in items:
+        count = seen[item.id] = seen.get(item.id, 0) + 1
+        unique.append(item if count == 1 else item._replace(id=f"{item.id}~{count}"))
+    return unique
+
+
+def _options(question: str) -> tuple[tuple[str, str], ...]:
+    """The lettered choices that a BBH question lists below "Options:"."""
+    _, mark, listed = question.rpartition("Options:")
+    return tuple((label, text.strip()) for label, text in _OPTION.findall(listed)) if mark else ()
+
+
+def _label_of(target: str, choices: tuple[tuple[str, str], ...]) -> str:
+    """The label of a target: "(B)", or, of the few that have no letter, the choice it repeats."""
+    bare = target.strip("() ")
+    if any(bare == label for label, _ in choices):
+        return bare
+    words = normalised_words(target)
+    equal = [label for label, text in choices if normalised_words(text) == words]
+    return equal[0] if equal else target
+
+
+def _kind(task: str, gold: str, choices: tuple[tuple[str, str], ...]) -> Kind:
+    if choices:
+        return "choice"
+    if task == "agieval":
+        return "maths"
+    if task == "gsm8k":
+        return "number"
+    pair = pair_of(gold)
+    if pair is not None:
+        kinds: dict[str, Kind] = {"true": "true", "yes": "yes", "valid": "valid"}
+        return kinds[pair[0]]
+    if re.fullmatch(r"[()\[\]{}<>\s]+", gold):
+        return "brackets"
+    return "number" if re.fullmatch(r"[-+]?[\d,]+(?:\.\d+)?", gold) else "words"
