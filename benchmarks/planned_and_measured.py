@@ -45,7 +45,8 @@ def measure(config: Config, stage: str, steps: int) -> dict[str, Any]:
 
     from proxykd_jax.parallel.mesh import make_mesh
     from proxykd_jax.planning.look import architecture
-    from proxykd_jax.training.programs import Lengths, programs
+    from proxykd_jax.training.abstract import Lengths
+    from proxykd_jax.training.programs import programs
 
     models = {role: architecture(getattr(config, role), role) for role in ("proxy", "student")}
     found = {p.name: p for p in programs(config, models["proxy"], models["student"])}

@@ -21,8 +21,10 @@ if [[ $marker != slow ]]; then
   "$venv_python" -m ruff check . || failed+=("ruff check")
   "$venv_python" -m mypy || failed+=("mypy")
 fi
-# loadfile: a file's expensive fixtures (compiled steps, real models) are made once.
-"$venv_python" -m pytest -m "$marker" -n 2 --dist loadfile --durations 10 "$@" ||
+# loadfile: a file's expensive fixtures (compiled steps, real models) are made once. The order of the
+# files is that of tests/conftest.py.
+"$venv_python" -m pytest -m "$marker" -n 2 --dist loadfile --no-loadscope-reorder \
+  --durations 30 "$@" ||
   failed+=("pytest")
 if (($# == 0)); then # Beam's packages do not go together with those of this environment
   PROXYKD_VENV="$venv_folder-beam" bash launch/test_beam.sh "$marker" || failed+=("Beam's pytest")

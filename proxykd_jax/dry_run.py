@@ -50,7 +50,7 @@ def dry_run(config: Config) -> list[str]:
     models = {role: _check_model(config, role, tokenizer, report) for role in ("proxy", "student")}
     for role, found in models.items():
         if found is not None and (role == "student" or config.needs != "nothing"):
-            _check_shapes(config, role, found, report)
+            _check_shapes(config, role, found, report, models["proxy"])
     proxy, student = models["proxy"], models["student"]
     if proxy and student and proxy.vocab_size != student.vocab_size and tokenizer is None:
         report.problems.append(
@@ -313,13 +313,16 @@ def _check_mesh(config: Config, report: Report) -> None:
             )
 
 
-def _check_shapes(config: Config, role: str, model: ModelConfig, report: Report) -> None:
+def _check_shapes(
+    config: Config, role: str, model: ModelConfig, report: Report, proxy: ModelConfig | None
+) -> None:
     """Traces a training step on shapes alone and prints what a device holds."""
     import jax
 
+    from proxykd_jax.baselines.programs import beside_the_student
     from proxykd_jax.parallel.sharding import bytes_per_device
+    from proxykd_jax.training.abstract import abstract_model, abstract_rows
     from proxykd_jax.training.objectives import NllObjective
-    from proxykd_jax.training.programs import abstract_model, abstract_rows
     from proxykd_jax.training.steps import make_train_step
 
     section: ModelSection = getattr(config, role)
@@ -347,6 +350,7 @@ def _check_shapes(config: Config, role: str, model: ModelConfig, report: Report)
         lambda: {
             "frozen weights": bytes_per_device(frozen, axes),
             "trained weights and optimizer": bytes_per_device(state, axes),
+            **(beside_the_student(config, proxy, model, axes) if role == "student" else {}),
         },
     )
     if parts is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,14 +23,45 @@ os.environ.setdefault(
 )
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Nothing here uses Keras, which TensorFlow imports at once unless it is told of an older one: 1.7
+# of the 5.0 CPU-seconds of its import, in each of the many processes that tests start.
+os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# Files whose tests take minutes, the longest first. They are begun before all others, so that the
+# workers end at about the same time; xdist alone would begin those with many tests first, and end
+# with one worker that waits for the 36 kills of a single test.
+LONGEST_FIRST = (
+    "training/test_kills.py",
+    "parallel/test_several_processes.py",
+    "paper_tables/test_command.py",
+    "paper_tables/test_equals_product.py",
+    "parallel/test_eight_devices.py",
+    "miniature/test_demo.py",
+    "parallel/test_real_launchers.py",
+    "training/test_real_server.py",
+    "test_recipes.py",
+    "training/test_alignment.py",
+    "training/test_distillation.py",
+    "test_plan.py",
+    "training/test_exporting.py",
+    "baselines/test_gad.py",
+    "baselines/test_mixing.py",
+    "baselines/test_minillm.py",
+)
 
 
 def pytest_configure() -> None:
     import jax
 
     jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """``LONGEST_FIRST``; then, as xdist would have it, files with many tests before others."""
+    places = {REPOSITORY / "tests" / name: place for place, name in enumerate(LONGEST_FIRST)}
+    counts = Counter(item.path for item in items)
+    items.sort(key=lambda item: (places.get(item.path, len(places)), -counts[item.path]))
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +90,9 @@ def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests import tiny_run
 
     with _shared_folder(tmp_path_factory) as folder:
-        tiny_run.keep_compiled(folder / "compiled")
+        # The halves of a CI run hand each other's programs on; never those of another machine.
+        kept = os.environ.get("PROXYKD_TESTS_COMPILED")
+        tiny_run.keep_compiled(Path(kept) if kept else folder / "compiled")
         if not (folder / "files").exists():
             tiny_run.make_files(folder / "files")
     return folder / "files"

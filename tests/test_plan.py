@@ -41,7 +41,8 @@ PUBLISHED = {
 
 def plan(folder: Path, *arguments: str, compilers: bool = False) -> subprocess.CompletedProcess:
     environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
-    environment.pop("XLA_FLAGS", None)
+    if compilers:  # a device's compiler takes no flags of the CPU's
+        environment.pop("XLA_FLAGS", None)
     paths = [str(REPOSITORY), *([str(COMPILERS)] if compilers else [])]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     return subprocess.run(

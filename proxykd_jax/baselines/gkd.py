@@ -61,7 +61,7 @@ def train(run: StudentRun) -> None:
     # Without fixed answers only the prompts of these rows are looked at.
     fixed = method.fixed if method.student_share < 1 else "teacher"
     text = {"teacher": teacher_rows(config, run.corpus)}
-    if SCORER_TEXT in (fixed, method.warmup_text if method.warms_up else ""):
+    if method.reads_scorer_text:
         text[SCORER_TEXT] = scorer_text(run)
     rows = Joined(text[fixed])
     plan, steps = prompt_plan(run, method, rows)

@@ -91,7 +91,7 @@ def train(run: StudentRun) -> None:
     teacher = teacher_rows(config, run.corpus)
     from_scorer = method.warms_up and method.warmup_text == SCORER_TEXT
     anchored = method.anchor != "none"
-    written = scorer_text(run) if from_scorer or anchored else {}
+    written = scorer_text(run) if method.reads_scorer_text else {}
     prompts = Joined(teacher)
     plan, steps = prompt_plan(run, method, prompts)
     updates = method.updates_a_step(config.distill.batch_size)

@@ -46,7 +46,7 @@ from proxykd_jax.training.distillation import FRESH, Course, teacher_rows
 from proxykd_jax.training.loop import Trainer
 from proxykd_jax.training.objectives import Counts, Metrics, Objective
 from proxykd_jax.training.optimizer import make_optimizer
-from proxykd_jax.training.scoring import SCORER_TEXT, Scoring
+from proxykd_jax.training.scoring import Scoring
 from proxykd_jax.training.state import Tree
 from proxykd_jax.training.student import StudentRun
 
@@ -61,8 +61,7 @@ def train(run: StudentRun) -> None:
     config, method = run.config, run.config.method
     assert isinstance(method, OnPolicy)
     teacher, fresh = teacher_rows(config, run.corpus), run.corpus.split(FRESH)
-    from_scorer = method.warms_up and method.warmup_text == SCORER_TEXT
-    text = scorer_text(run) if from_scorer else teacher
+    text = scorer_text(run) if method.reads_scorer_text else teacher
     prompts = Joined({**teacher, **({FRESH: fresh} if method.fresh_prompts and len(fresh) else {})})
     plan, steps = prompt_plan(run, method, prompts)
     optimizer = make_optimizer(config.distill.optimizer, steps)

@@ -26,6 +26,11 @@ class MethodSection(Section):
     # Whether the student learns from ``corpus.fresh_prompts``, where there are any.
     uses_fresh_prompts: ClassVar[bool] = False
 
+    @property
+    def reads_scorer_text(self) -> bool:
+        """Whether answers of the scorer to the prompts of D_s are drawn once and stored."""
+        return False
+
     def defines(self) -> dict[str, Any]:
         """Values of the run's other keys that make it this method, nested as in the file."""
         return {}

@@ -47,6 +47,10 @@ class ScoredSection(OnlineSection):
         "teacher", description="whose answers the warm-up learns"
     )
 
+    @property
+    def reads_scorer_text(self) -> bool:
+        return self.warms_up and self.warmup_text == "scorer"
+
 
 class Gkd(ScoredSection):
     """GKD: a generalised JSD to the scorer on the student's own answers and on fixed ones."""
@@ -66,6 +70,10 @@ class Gkd(ScoredSection):
     scorer_temperature: PositiveFloat = Field(
         1.0, description="temperature of the scorer's softmax"
     )
+
+    @property
+    def reads_scorer_text(self) -> bool:
+        return super().reads_scorer_text or (self.student_share < 1 and self.fixed == "scorer")
 
     def defines(self) -> dict[str, Any]:
         return {
@@ -137,6 +145,10 @@ class MiniLlm(ScoredSection):
     anchor_kl_share: Share = Field(
         0.0, description="share of it that is the KL from the scorer instead (authors' code: 0.5)"
     )
+
+    @property
+    def reads_scorer_text(self) -> bool:
+        return super().reads_scorer_text or self.anchor != "none"
 
     def defines(self) -> dict[str, Any]:
         return {

@@ -11,7 +11,7 @@ from proxykd_jax.errors import UserError
 from proxykd_jax.planning.look import Planner, Request, StagePlan, mesh_name
 
 if TYPE_CHECKING:
-    from proxykd_jax.training.programs import Program
+    from proxykd_jax.training.abstract import Program
 
 
 def fit(request: Request, stages: list[StagePlan]) -> str:
@@ -79,6 +79,8 @@ def _fitting(planner: Planner, program: Program, axes: dict[str, int]) -> StageP
         stage = planner.look(program, axes, rows)
         if stage.fits:
             return stage
+        if program.whole:
+            return None
         rows //= 2
     return None
 
@@ -88,6 +90,8 @@ def _set_batch(data: dict[str, Any], stage: StagePlan, config: Config) -> None:
         data["align"]["sampling"]["batch_size"] = stage.batch
     elif stage.name == "score":
         data["score"]["batch_size"] = stage.batch
+    elif stage.name == "answer":
+        data["method"]["sample_batch_size"] = stage.batch
     else:
         section = "distill" if stage.work == "distill" else "align"
         whole = getattr(config, section).batch_size

@@ -14,7 +14,7 @@ from proxykd_jax.parallel.devices import Device
 
 if TYPE_CHECKING:
     from proxykd_jax.models.config import ModelConfig
-    from proxykd_jax.training.programs import Lengths, Program
+    from proxykd_jax.training.abstract import Lengths, Program
 
 # Of a GPU's memory, what the driver, cuDNN and the buffers of NCCL leave (the commands let XLA take
 # as much, see cli.py). A TPU's compiler knows its own limit.
@@ -148,7 +148,8 @@ class Planner:
     """
 
     def __init__(self, request: Request) -> None:
-        from proxykd_jax.training.programs import Lengths, programs
+        from proxykd_jax.baselines.programs import run_programs
+        from proxykd_jax.training.abstract import Lengths
 
         self.request = request
         try:
@@ -160,7 +161,7 @@ class Planner:
         models = {
             role: architecture(getattr(request.config, role), role) for role in ("proxy", "student")
         }
-        found = programs(request.config, models["proxy"], models["student"])
+        found = run_programs(request.config, models["proxy"], models["student"])
         names = [program.name for program in found]
         unknown = [name for name in request.stages if name not in names]
         if unknown:
@@ -199,7 +200,7 @@ class Planner:
         )
         peak = resident + max(found.peak_bytes for found in compiled)
         refused = any(found.refused for found in compiled)
-        batches = request.samples / rows
+        batches = request.samples * program.times / rows
         return StagePlan(
             program.name,
             program.work,

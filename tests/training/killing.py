@@ -70,7 +70,8 @@ class Runner:
 
     Args:
       command: the command, the same each time.
-      folder: of the hook, the output and Python's compiled modules; may be shared.
+      folder: of the hook, the output and, where they have no place yet, Python's compiled modules;
+        may be shared.
       cwd: where the command runs.
       environment: beside this process's.
     """
@@ -85,10 +86,10 @@ class Runner:
         self._environment = {
             **os.environ,
             "PYTHONPATH": str(folder),
-            "PYTHONPYCACHEPREFIX": str(folder / "modules"),
             "TF_ENABLE_ONEDNN_OPTS": "0",
             **environment,
         }
+        self._environment.setdefault("PYTHONPYCACHEPREFIX", str(folder / "modules"))
         self._environment.pop("PYTHONDONTWRITEBYTECODE", None)
 
     def finish(self) -> None:

@@ -1,0 +1,314 @@
+"""Models, batches and programs from shapes alone.
+
+Nothing is loaded: weights, states and batches are abstract arrays with the shardings that the
+table gives them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from proxykd_jax.config import Config, ModelSection, TrainingSection, Work
+from proxykd_jax.generation.decode import (
+    DrawSettings,
+    Mixing,
+    PromptBatch,
+    decode,
+    decode_specs,
+    prefill,
+)
+from proxykd_jax.generation.sampler import prompt_bucket, slot_bucket
+from proxykd_jax.models.config import ModelConfig
+from proxykd_jax.models.cost import answer_flops, cache_bytes
+from proxykd_jax.models.lora import abstract_adapter
+from proxykd_jax.models.params import abstract_params
+from proxykd_jax.models.quantized import QuantizedKernel
+from proxykd_jax.parallel.sharding import ROWS, bytes_per_device, fitting, tree_shardings
+from proxykd_jax.training.model import quantization
+from proxykd_jax.training.objectives import Objective
+from proxykd_jax.training.optimizer import make_optimizer
+from proxykd_jax.training.state import ModelSpec, Spec, Tree, init_state
+from proxykd_jax.training.steps import make_train_step
+from proxykd_jax.types import TokenBatch
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of the mean prompt and the mean answer; time is counted at these, memory at the
+    longest row."""
+
+    prompt: int
+    answer: int
+
+    @property
+    def row(self) -> int:
+        return self.prompt + self.answer
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run of a program takes.
+
+    Attributes:
+      flops: of all devices together.
+      bytes_moved: between a device and its memory: weights once a pass, what is read of the cache,
+        the state of the optimizer.
+    """
+
+    flops: float
+    bytes_moved: float
+
+
+@dataclass(frozen=True)
+class Program:
+    """A stage, or the part of one that has programs of its own.
+
+    Attributes:
+      name: of the stage or its part, see ``docs/scale.md``.
+      work: which of the config's meshes it runs on.
+      num_params: of its model.
+      rows: that it computes at once, as the config says.
+      lower: (mesh, rows) -> the lowered programs; the largest needs the memory.
+      held: mesh's axes -> bytes of weights and state among a device's arguments.
+      resident: mesh -> bytes that a device holds beside the program's arguments.
+      cost: (mesh's axes, rows, lengths) -> cost of so many rows.
+      runs: (rows, lengths) -> how often each of the lowered programs runs for so many rows.
+      times: its rows for each sample of the corpus.
+      whole: no key of the config makes its rows fewer.
+    """
+
+    name: str
+    work: Work
+    num_params: int
+    rows: int
+    lower: Callable[[Mesh, int], list[Any]]
+    held: Callable[[dict[str, int]], int]
+    resident: Callable[[Mesh], int]
+    cost: Callable[[dict[str, int], int, Lengths], Cost]
+    runs: Callable[[int, Lengths], tuple[float, ...]] = lambda rows, lengths: (1.0,)
+    times: float = 1.0
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class AbstractModel:
+    """A model of the config without its weights.
+
+    Attributes:
+      spec: the static half.
+      frozen, state: shapes of the weights that do not learn, and of the training state.
+      optimizer: that the state belongs to.
+    """
+
+    spec: ModelSpec
+    frozen: Tree
+    state: Any
+    optimizer: Any
+
+    @property
+    def weights(self) -> tuple[Tree, Tree | None]:
+        """Shapes of (params, adapter) in a forward pass."""
+        found: tuple[Tree, Tree | None] = jax.eval_shape(
+            self.spec.bind, self.frozen, self.state.trainable
+        )
+        return found
+
+    def weight_bytes(self, axes: dict[str, int]) -> int:
+        """What a device holds of them."""
+        return bytes_per_device(self.weights, axes)
+
+
+def abstract_model(
+    config: ModelConfig, section: ModelSection, stage: TrainingSection
+) -> AbstractModel:
+    """The proxy or the student as ``load_for_training`` would load it.
+
+    Args:
+      config: its architecture, with ``lora`` set where an adapter is trained.
+      section: ``config.proxy`` or ``config.student``.
+      stage: the section that trains it.
+    """
+    full = section.trainable == "full"
+    dtype = "float32" if full else section.dtype
+    weights = abstract_params(config, dtype, quantization(section))
+    frozen, trainable = ({}, weights) if full else (weights, abstract_adapter(config))
+    optimizer = make_optimizer(stage.optimizer, 1)
+    state = jax.eval_shape(lambda tree: init_state(tree, optimizer), trainable)
+    spec = ModelSpec(config, section.trainable, section.dtype, section.remat)
+    return AbstractModel(spec, frozen, state, optimizer)
+
+
+def abstract_rows(rows: int, length: int, num_segments: int = 1) -> TokenBatch:
+    """Shapes of a batch."""
+    ids, mask = (jax.ShapeDtypeStruct((rows, length), kind) for kind in (jnp.int32, jnp.bool_))
+    examples = jax.ShapeDtypeStruct((rows, num_segments), jnp.bool_)
+    return TokenBatch(ids, ids, mask, ids, ids, examples)
+
+
+# --- programs -------------------------------------------------------------------------------------
+
+
+def step_program(
+    config: Config,
+    name: str,
+    work: Work,
+    spec: Spec,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    state: Any,
+    frozen: Tree,
+    batch_of: Callable[[int], Any],
+    cost: Callable[[dict[str, int], int, Lengths], Cost],
+    times: float = 1.0,
+) -> Program:
+    """A training step.
+
+    Args:
+      config: of the run.
+      name, work, cost, times: see ``Program``.
+      spec, objective, optimizer: of ``make_train_step``.
+      state, frozen: shapes of the step's first two arguments.
+      batch_of: rows -> shapes of the third.
+    """
+    stage: TrainingSection = config.align if work == "align" else config.distill
+
+    def lower(mesh: Mesh, rows: int) -> list[Any]:
+        # With several micro-batches a step also holds the sum of their gradients.
+        parts = 1 if rows >= stage.batch_size else 2
+        step: Any = make_train_step(
+            spec, objective, optimizer, microbatches=parts, seed=config.seed
+        )
+        batch = place_rows(batch_of(rows * parts), mesh)
+        return [step.lower(place(state, mesh), place(frozen, mesh), batch)]
+
+    return Program(
+        name,
+        work,
+        spec.config.num_params,
+        stage.batch_size // stage.microbatches,
+        lower,
+        lambda axes: bytes_per_device((frozen, state), axes),
+        lambda mesh: 0,
+        cost,
+        times=times,
+    )
+
+
+def answering_program(
+    name: str,
+    work: Work,
+    model: AbstractModel,
+    rows: int,
+    *,
+    max_length: int,
+    max_new_tokens: int | None,
+    settings: DrawSettings,
+    resident: Callable[[Mesh], int],
+    other: AbstractModel | None = None,
+    mixing: Mixing | None = None,
+    times: float = 1.0,
+) -> Program:
+    """Prefill of a batch of prompts and the loop that decodes it.
+
+    Args:
+      name, work, rows, resident, times: see ``Program``.
+      model: that answers.
+      max_length: tokens of the longest row; its prompt is taken to be half of it.
+      max_new_tokens: the most of an answer, or None.
+      settings: of the draw.
+      other, mixing: a model that is mixed in, and how; both or neither.
+    """
+    spec = model.spec
+    # The most that a batch's cache can hold: a row of the greatest length, its prompt half of it.
+    prompt = prompt_bucket(max_length // 2)
+    budget = max_length - max_length // 2
+    if max_new_tokens is not None:
+        budget = min(budget, max_new_tokens)
+    slots = slot_bucket(prompt + budget)
+    models = [model, *([] if other is None else [other])]
+
+    def lower(mesh: Mesh, rows: int) -> list[Any]:
+        params, adapter = (place(tree, mesh) for tree in model.weights)
+        beside = () if other is None else (place(other.weights, mesh),)
+        ids, valid = (jax.ShapeDtypeStruct((rows, prompt), kind) for kind in (jnp.int32, jnp.bool_))
+        words = jax.ShapeDtypeStruct((rows, 4), jnp.uint32)
+        batch = PromptBatch(ids, valid, words, jax.ShapeDtypeStruct((rows,), jnp.int32))
+        scalar = jax.ShapeDtypeStruct((), jnp.uint32)
+        arguments = (params, adapter, place_rows(batch, mesh), scalar, scalar, *beside)
+        options: dict[str, Any] = {"config": spec.config, "settings": settings, "mixing": mixing}
+        first = prefill.lower(*arguments, slots=slots, **options)
+        state = jax.eval_shape(lambda *given: prefill(*given, slots=slots, **options), *arguments)
+        state = jax.tree.map(
+            lambda x, part: _shaped(x, NamedSharding(mesh, fitting(part, x.shape, mesh))),
+            state,
+            decode_specs(state),
+        )
+        few = jax.ShapeDtypeStruct((), jnp.int32)
+        return [first, decode.lower(params, adapter, state, few, *beside, **options)]
+
+    def cost(axes: dict[str, int], rows: int, lengths: Lengths) -> Cost:
+        a_device = rows // (axes["data"] * axes["fsdp"])
+        steps = lengths.answer
+        flops, moved = 0.0, 0.0
+        for found in models:
+            config, itemsize = found.spec.config, jnp.dtype(found.spec.dtype).itemsize
+            cache = cache_bytes(config, a_device, lengths.row, itemsize) / axes["tensor"]
+            flops += answer_flops(config, rows, lengths.prompt, lengths.answer)
+            moved += (1 + steps) * weights_read(found, axes) + steps * cache
+        return Cost(flops, moved)
+
+    return Program(
+        name,
+        work,
+        spec.config.num_params,
+        rows,
+        lower,
+        lambda axes: sum(found.weight_bytes(axes) for found in models),
+        resident,
+        cost,
+        lambda rows, lengths: (1.0, float(lengths.answer)),
+        times,
+    )
+
+
+# --- pieces ---------------------------------------------------------------------------------------
+
+
+def place(tree: Any, mesh: Mesh) -> Any:
+    """Shapes with the shardings that the table gives them.
+
+    Raises:
+      UserError: an axis of the mesh does not divide an array.
+    """
+    return jax.tree.map(_shaped, tree, tree_shardings(tree, mesh))
+
+
+def place_rows(batch: Any, mesh: Mesh) -> Any:
+    """Shapes of a batch, as ``put_rows`` would place it."""
+    sharding = NamedSharding(mesh, ROWS)
+    return jax.tree.map(lambda x: _shaped(x, sharding), batch)
+
+
+def _shaped(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def weights_read(model: AbstractModel, axes: dict[str, int]) -> float:
+    """Bytes of weights that a device moves in a pass: fsdp gathers them, tensor does not.
+
+    Quantised ones are read, written out in the type of the computation, and read again.
+    """
+    params, _ = model.weights
+    tensor = {"tensor": axes.get("tensor", 1)}
+    moved = bytes_per_device(params, tensor)
+    if isinstance(params["layers"]["mlp"]["up_proj"]["kernel"], QuantizedKernel):
+        plain = abstract_params(model.spec.config, model.spec.dtype)
+        moved += 2 * bytes_per_device({"layers": plain["layers"]}, tensor)
+    return moved
