@@ -275,7 +275,19 @@ class StopConfig(Section):
     )
 
 
-class SamplingServer(Section):
+class ConnectionSection(Section):
+    """How patiently a server is asked."""
+
+    timeout_s: PositiveFloat = Field(600.0, description="seconds to wait for one reply")
+    retries: NonNegativeInt = Field(
+        5, description="times a request is sent again after a time-out or a failure that may pass"
+    )
+    api_key_env: str | None = Field(
+        None, description="environment variable that holds the server's API key"
+    )
+
+
+class SamplingServer(ConnectionSection):
     """An OpenAI-compatible server that draws y-hat in place of the sampler here."""
 
     url: Annotated[str, Field(pattern=r"^https?://[^/?#@\s]+(/[^?#@\s]*)?$")] = Field(
@@ -298,13 +310,6 @@ class SamplingServer(Section):
         "ids (transformers takes text alone)",
     )
     concurrency: PositiveInt = Field(64, description="requests under way at once")
-    timeout_s: PositiveFloat = Field(600.0, description="seconds to wait for one reply")
-    retries: NonNegativeInt = Field(
-        5, description="times a request is sent again after a time-out or a failure that may pass"
-    )
-    api_key_env: str | None = Field(
-        None, description="environment variable that holds the server's API key"
-    )
 
     @model_validator(mode="after")
     def _able(self) -> SamplingServer:
@@ -462,17 +467,10 @@ class DistillConfig(TrainingSection):
     max_steps: PositiveInt | None = Field(None, description="at most so many steps")
 
 
-class EndpointConfig(Section):
+class EndpointConfig(ConnectionSection):
     """How an OpenAI-compatible server is asked that ``evaluate`` names as a model."""
 
     concurrency: PositiveInt = Field(16, description="requests under way at once")
-    timeout_s: PositiveFloat = Field(600.0, description="seconds to wait for one reply")
-    retries: NonNegativeInt = Field(
-        5, description="times a request is sent again after a time-out or a failure that may pass"
-    )
-    api_key_env: str | None = Field(
-        None, description="environment variable that holds the server's API key"
-    )
 
 
 class BenchmarksConfig(Section):

@@ -47,18 +47,10 @@ PROXIES = ("proxy_raw", "proxy_warmup", "proxy_aligned")
 def training(run: RunFolder) -> Section:
     """Losses, rewards and validation by step, and what each round did."""
     title, lines = "Alignment of the proxy", run.of_stage("align")
-    absent = run.absent("proxy")
-    blocks: list[Block] = [] if absent is None else [Text(absent, missing=True)]
+    best, blocks = opening(run, "proxy", lines)
     if not lines:
         return Section(title, blocks)
-    kind, manifest = held_out_kind(lines), run.manifests.get("proxy", {})
-    best, last = manifest.get("best_step"), manifest.get("last_step")
-    if best is not None:
-        blocks.append(
-            Text(
-                f"The lowest validation NLL was found at step {best} of {last}. {chosen_state(run)}"
-            )
-        )
+    kind = held_out_kind(lines)
     loss = run.setting("align.preference.loss") or "preference"
     ends = phase_ends(lines)
     ring = (f"{kind}/nll", best, "best")
@@ -99,10 +91,25 @@ def training(run: RunFolder) -> Section:
     return Section(title, blocks)
 
 
-def chosen_state(run: RunFolder) -> str:
-    """Which of the states later stages take."""
-    state = run.setting("export.state")
-    return "" if state is None else f"Later stages take the {state} state (export.state)."
+def opening(run: RunFolder, part: str, lines: Sequence[Line]) -> tuple[int | None, list[Block]]:
+    """The step of the lowest validation NLL, and what a training section begins with.
+
+    Args:
+      run: whose section it is.
+      part: ``proxy`` or ``student``.
+      lines: of its stage.
+    """
+    absent = run.absent(part)
+    blocks: list[Block] = [] if absent is None else [Text(absent, missing=True)]
+    manifest = run.manifests.get(part, {})
+    best, last = manifest.get("best_step"), manifest.get("last_step")
+    if lines and best is not None:
+        state = run.setting("export.state")
+        text = f"The lowest validation NLL was found at step {best} of {last}."
+        if state is not None:
+            text += f" Later stages take the {state} state (export.state)."
+        blocks.append(Text(text))
+    return best, blocks
 
 
 def _rounds(lines: Sequence[Line]) -> Table | None:

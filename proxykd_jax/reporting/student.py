@@ -9,7 +9,7 @@ import numpy as np
 
 from proxykd_jax.data.corpus import SPLITS
 from proxykd_jax.data.soft_labels import SoftLabelStore, open_soft_labels, weights_of
-from proxykd_jax.reporting.alignment import chosen_state, splits_of
+from proxykd_jax.reporting.alignment import opening, splits_of
 from proxykd_jax.reporting.benchmarks import Score, read_benchmarks
 from proxykd_jax.reporting.blocks import (
     BarPlot,
@@ -113,15 +113,10 @@ def _weights(store: SoftLabelStore, split: str, settings: dict[str, Any]) -> His
 def training(run: RunFolder) -> Section:
     """Losses by step and validation; the paper's Figs. 6 and 7 are its benchmark curves."""
     title, lines = "Distillation of the student", run.of_stage("distill")
-    absent = run.absent("student")
-    blocks: list[Block] = [] if absent is None else [Text(absent, missing=True)]
+    best, blocks = opening(run, "student", lines)
     if not lines:
         return Section(title, blocks)
-    kind, manifest = held_out_kind(lines), run.manifests.get("student", {})
-    best, last = manifest.get("best_step"), manifest.get("last_step")
-    if best is not None:
-        text = f"The lowest validation NLL was found at step {best} of {last}. "
-        blocks.append(Text(text + chosen_state(run)))
+    kind = held_out_kind(lines)
     ends = phase_ends(lines)
     ends = ends if len(ends) > 1 else []
     plots = [
