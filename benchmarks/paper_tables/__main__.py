@@ -18,7 +18,13 @@ QUICK_SEEDS, FULL_SEEDS = 4, 8
 DEVICES = 2
 # Left out by --quick: each has a program of its own to compile.
 QUICK_WITHOUT = (
-    *("minillm", "on_policy", "on_policy_mix", "proxy_kd_mix", "random_labels", "soda", "gad"),
+    "minillm",
+    "on_policy",
+    "on_policy_mix",
+    "proxy_kd_mix",
+    "random_labels",
+    "soda",
+    "gad",
 )
 
 

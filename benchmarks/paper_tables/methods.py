@@ -48,8 +48,15 @@ METHODS: dict[str, tuple[str, str]] = {
 }
 # Those that are not Proxy-KD have their own papers' values: the same students serve both presets.
 OF_PRESET = (
-    *(PROXY_KD, "without_alignment_raw", "without_alignment_warmup", "without_preference"),
-    *("without_weights", "teacher_logits", "proxy_kd_all", "proxy_kd_fresh", "proxy_kd_mix"),
+    PROXY_KD,
+    "without_alignment_raw",
+    "without_alignment_warmup",
+    "without_preference",
+    "without_weights",
+    "teacher_logits",
+    "proxy_kd_all",
+    "proxy_kd_fresh",
+    "proxy_kd_mix",
     "random_labels",
 )
 OF_NO_PRESET = tuple(name for name in METHODS if name not in OF_PRESET)

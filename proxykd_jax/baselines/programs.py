@@ -8,6 +8,7 @@ student's answers. The size of the tokenizer is not known: vocabularies are take
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -305,7 +306,7 @@ class _Game:
     method: Gad
     student: ModelConfig
 
-    @property
+    @functools.cached_property
     def pupil(self) -> AbstractModel:
         return abstract_model(self.student, self.config.student, self.config.distill)
 

@@ -7,6 +7,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from proxykd_jax.evaluation.measures import mean
+
 # The way of asking in which texts of choices are compared, and the score by length of it.
 COMPARED, BY_LENGTH = "loglikelihood", "score_by_length"
 # A scored sample, as it stands in a line of <task>.jsonl.
@@ -137,11 +141,5 @@ def described(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _mean(values: Sequence[float]) -> dict[str, Any]:
-    count = len(values)
-    mean = sum(values) / count
-    variance = sum((value - mean) ** 2 for value in values) / max(1, count - 1)
-    return {
-        "accuracy": mean,
-        "se": math.sqrt(variance / count) if count > 1 else None,
-        "n": count,
-    }
+    share, error = mean(np.array(values))
+    return {"accuracy": share, "se": error, "n": len(values)}
