@@ -1,6 +1,6 @@
 """Proxy-KD whose student also learns on its own answers: ``baselines.mixing`` of all seeds.
 
-Which kind a step is differs between seeds, so every step computes both kinds and keeps one.
+Which kind a step is differs between seeds, so it is data, and the other kind is not computed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.miniature import world as w
 from benchmarks.paper_tables import offline
-from benchmarks.paper_tables.on_policy import padded_prompts, sampled_answers
+from benchmarks.paper_tables.on_policy import answers_or, padded_prompts
 from benchmarks.paper_tables.training import MakeBatch, Run, plan_rows, planned
 from proxykd_jax.baselines.gkd import GkdObjective
 from proxykd_jax.baselines.rollouts import AnswerBatch, student_answers
@@ -53,11 +53,15 @@ class EitherObjective:
         spec: ScoredSpec,
         dropout_key: jax.Array | None,
     ) -> tuple[jax.Array, Metrics]:
-        own, _ = self.own.share(params, adapter, batch.own, counts["own"], spec, dropout_key)
-        stored, _ = self.stored.share(
-            *params["student"], batch.stored, counts["stored"], spec.student, dropout_key
-        )
-        return jnp.where(batch.is_own, own, stored), {}
+        def own() -> jax.Array:
+            return self.own.share(params, adapter, batch.own, counts["own"], spec, dropout_key)[0]
+
+        def stored() -> jax.Array:
+            student = params["student"]
+            rows, count = batch.stored, counts["stored"]
+            return self.stored.share(*student, rows, count, spec.student, dropout_key)[0]
+
+        return jax.lax.cond(batch.is_own, own, stored), {}
 
     def terms(self) -> dict[str, Objective]:
         return {}
@@ -65,11 +69,14 @@ class EitherObjective:
 
 @functools.lru_cache(maxsize=8)
 def either_batch(spec: ScoredSpec) -> MakeBatch:
-    """Both kinds of a step's batch."""
+    """A step's batch of the kind that counts; the other one's answers are empty."""
 
     def make(constants: Any, params: Any, data: Any, step: jax.Array) -> EitherBatch:
         prompts, stored, is_own = data
-        return EitherBatch(stored, sampled_answers(constants, params, prompts, step, spec), is_own)
+        nobody_B = jnp.zeros(stored.rows.tokens_BL.shape[0], bool)
+        nothing = AnswerBatch(stored.rows, nobody_B, nobody_B)
+        own = answers_or(nothing, is_own, constants, params, prompts, step, spec)
+        return EitherBatch(stored, own, is_own)
 
     return make
 

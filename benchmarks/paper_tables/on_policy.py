@@ -91,10 +91,15 @@ def answered_batch(spec: ScoredSpec) -> MakeBatch:
 
     def make(constants: Any, params: Any, data: Any, step: jax.Array) -> AnswerBatch:
         prompts, given, own = data
-        drawn = sampled_answers(constants, params, prompts, step, spec)
-        return jax.tree.map(lambda a, b: jnp.where(own, a, b), drawn, given)
+        return answers_or(given, own, constants, params, prompts, step, spec)
 
     return make
+
+
+def answers_or(given: AnswerBatch, own: jax.Array, *asked: Any) -> AnswerBatch:
+    """``sampled_answers(*asked)`` where the student answers, else what is given."""
+    answers: AnswerBatch = jax.lax.cond(own, lambda: sampled_answers(*asked), lambda: given)
+    return answers
 
 
 @functools.lru_cache(maxsize=8)

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 
 from benchmarks.paper_tables import proxies as px
+from benchmarks.paper_tables import side_by_side
+from benchmarks.paper_tables.labels import STATE_LABELS, label_of, markdown
 from benchmarks.paper_tables.methods import (
     ABLATIONS,
     BASELINES,
     BEYOND,
     BLACK_BOX,
-    BLACK_BOX_ALL,
     CONTROLS,
     METHODS,
-    PROXY_KD,
 )
 from benchmarks.paper_tables.metrics import ACCURACY, AGREEMENT, BEST, KL, LAST, SWEEP, Record
 from benchmarks.paper_tables.statistics import (
     CHECKPOINTS,
     Results,
-    difference_between,
-    verdict_of,
     verdicts,
 )
 
-STATE_LABELS = {
-    px.RAW: "unaligned",
-    px.WARMUP: "warm-up only",
-    px.NLL: "+ L_NLL",
-    px.PREFERENCE: "+ L_NLL + L_Pref",
-}
 READING = (
     "Mean ± standard error over seeds; Δ are paired by seed, against black-box KD on D_s. best: "
     "lowest validation NLL; last: final step; in brackets intervals of 95 %. KL: exact "
@@ -57,8 +48,7 @@ def write_tables(
     """
     lines = ["# The paper's tables in miniature", "", f"    {command}", "", *notes, ""]
     all_results = [Results(records, *cell) for cell in cells]
-    lines += _overview(all_results)
-    lines += _presets(all_results)
+    lines += side_by_side.sections(all_results)
     for results in all_results:
         lines += ["", f"## Regime {results.regime}, preset {results.preset}", ""]
         lines += _section(results)
@@ -112,18 +102,6 @@ def _rows(results: Results, names: Sequence[str], baseline: str | None) -> list[
                 cells.append("" if name == baseline else found.signed())
         rows.append(cells)
     return markdown(head, rows)
-
-
-def label_of(name: str) -> str:
-    """A method's name for people."""
-    if name in METHODS:
-        return METHODS[name][0]
-    if "/" in name:
-        prefix, method = name.split("/", 1)
-        if method in METHODS:
-            return f"{prefix}: {METHODS[method][0]}"
-        return f"{prefix}, {STATE_LABELS.get(method, method)}"
-    return {"student": "student, pre-trained", "teacher": "teacher"}.get(name, name)
 
 
 def _proxies(results: Results, prefix: str) -> list[str]:
@@ -198,57 +176,3 @@ def _verdicts(results: Results) -> list[str]:
         ]
         rows.append([claim.text, claim.source, metric, *differences, found])
     return markdown(["claim", "source", "metric", "Δ best", "Δ last", "verdict"], rows)
-
-
-def _overview(all_results: Sequence[Results]) -> list[str]:
-    """Every claim in every regime and preset, side by side."""
-    found: dict[tuple[str, str], dict[str, str]] = {}
-    heads = []
-    for results in all_results:
-        head = f"{results.regime}, {results.preset}"
-        heads.append(head)
-        for claim, metric, said in verdicts(results):
-            found.setdefault((claim.text, metric), {})[head] = said
-    rows = [
-        [text, metric, *(said.get(head, "") for head in heads)]
-        for (text, metric), said in found.items()
-    ]
-    return ["## Verdicts, side by side", "", *markdown(["claim", "metric", *heads], rows)]
-
-
-def _presets(all_results: Sequence[Results]) -> list[str]:
-    """The students of the recommended preset against the paper's, regime by regime."""
-    by_cell = {(results.regime, results.preset): results for results in all_results}
-    rows = []
-    for (regime, preset), paper in by_cell.items():
-        recommended = by_cell.get((regime, "recommended"))
-        if preset != "paper" or recommended is None:
-            continue
-        for better, worse, metric in itertools.product(
-            (PROXY_KD, "proxy_kd_mix"), (PROXY_KD, BLACK_BOX, BLACK_BOX_ALL), (ACCURACY, KL)
-        ):
-            if not (recommended.has(better) and paper.has(worse)):
-                continue
-            found = [
-                difference_between((recommended, better), (paper, worse), checkpoint, metric)
-                for checkpoint in CHECKPOINTS
-            ]
-            rows.append(
-                [
-                    regime,
-                    f"recommended {label_of(better)} > {label_of(worse)}",
-                    metric,
-                    *(each.with_interval() for each in found),
-                    verdict_of(found, metric),
-                ]
-            )
-    if not rows:
-        return []
-    head = ["regime", "claim", "metric", "Δ best", "Δ last", "verdict"]
-    return ["", "## The recommended preset against the paper's", "", *markdown(head, rows)]
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A table, a line a row."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]

@@ -20,8 +20,10 @@ def use_devices(count: int) -> None:
 def over_seeds(function: Callable[..., Any], *, num_shared: int = 0) -> Callable[..., Any]:
     """Compiles ``function`` for arguments with a leading axis of seeds.
 
-    The seeds are split over the largest number of devices that divides theirs; nothing is
-    communicated.
+    The seeds are split over the largest number of devices that divides theirs, and each device
+    takes its own one after another: nothing is communicated, a branch of one seed is not computed
+    for the others, and on a CPU a step is faster than one on all seeds at once (0.9 of the time
+    for the student, 0.77 for the proxy).
 
     Args:
       function: of one seed, traceable.
@@ -30,11 +32,15 @@ def over_seeds(function: Callable[..., Any], *, num_shared: int = 0) -> Callable
 
     def run(*args: Any) -> Any:
         num_seeds = jax.tree.leaves(args[num_shared:])[0].shape[0]
-        each = [None] * num_shared + [0] * (len(args) - num_shared)
-        specs = tuple(PartitionSpec() if axis is None else PartitionSpec(SEEDS) for axis in each)
-        mapped = jax.vmap(function, in_axes=tuple(each))
+        places = range(len(args))
+        specs = tuple(PartitionSpec() if i < num_shared else PartitionSpec(SEEDS) for i in places)
+
+        def one_after_another(*args: Any) -> Any:
+            shared, own = args[:num_shared], args[num_shared:]
+            return jax.lax.map(lambda each: function(*shared, *each), own)
+
         return jax.shard_map(
-            mapped,
+            one_after_another,
             mesh=_mesh(num_seeds),
             in_specs=specs,
             out_specs=PartitionSpec(SEEDS),

@@ -146,12 +146,31 @@ def test_tables_show_every_cell() -> None:
     assert "the command" in text
     line = next(li for li in text.splitlines() if li.startswith("| Proxy-KD > black-box KD on D_s"))
     # The regimes side by side, with the flattering one beside the other.
-    assert line.endswith(f"| {ACCURACY} | {HOLDS} | {REVERSED} |")
+    assert line.endswith(f"| {HOLDS} | {REVERSED} |")
+    students = section_of(text, "## Students side by side, preset paper")
+    row = next(li for li in students if li.startswith("| Proxy-KD |"))
+    both = [str(estimate(COMMON + gain)), str(estimate(COMMON - gain))]
+    assert row == f"| Proxy-KD | {both[0]} | {both[1]} | {both[1]} | {both[0]} |"
     assert f"{COMMON.mean():.3f} ±{estimate(COMMON).error:.3f}" in text
     found = verdicts(Results(records, "strong", "paper"))
     assert {(claim.text, said) for claim, _, said in found} == {
         ("Proxy-KD > black-box KD on D_s", REVERSED)
     }
+
+
+def test_metrics_and_checkpoints_that_disagree_are_both_said() -> None:
+    gain = SPREAD + 10 * SPREAD_ERROR
+    records = whole("black_box_kd", 0 * gain, "paper")
+    for metric in (ACCURACY, KL, "agreement", "nll"):
+        # More accurate and farther from the teacher; the last state is better by another 1.
+        best, last = COMMON + gain, COMMON + gain + 1
+        records += records_of("proxy_kd", best, last, metric=metric)
+    text = tables.write_tables(records, [("fmt", "paper")], command="", notes=[])
+    line = next(li for li in text.splitlines() if li.startswith("| Proxy-KD > black-box KD on D_s"))
+    assert line.endswith(f"| {HOLDS} / {REVERSED} |")
+    students = section_of(text, "## Students side by side, preset paper")
+    row = next(li for li in students if li.startswith("| Proxy-KD |"))
+    assert row.count(f"{estimate(COMMON + gain)} / {(COMMON + gain + 1).mean():.3f}") == 2
 
 
 def section_of(text: str, title: str) -> list[str]:
