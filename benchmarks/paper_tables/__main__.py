@@ -50,6 +50,13 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also one change at a time: alpha, weights, tails, corpus, rounds, beta, losses ..",
     )
+    made.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="one of these changes alone, by its name in the tables; may be repeated",
+    )
     made.add_argument("--methods", help="students to train, with commas between (default: all)")
     return made
 
@@ -83,6 +90,7 @@ def _run(arguments: argparse.Namespace, sizes: Any, argv: list[str]) -> None:
     regimes = [arguments.regime] if arguments.regime else [s.MAIN_REGIME] if quick else s.REGIMES
     presets = [arguments.preset] if arguments.preset else ["paper"] if quick else s.PRESETS
     names = _method_names(arguments.methods, quick)
+    changes = _change_names(arguments)
     records: list[Record] = []
     for regime in regimes:
         settings = {
@@ -91,7 +99,7 @@ def _run(arguments: argparse.Namespace, sizes: Any, argv: list[str]) -> None:
             "seeds": seeds,
             "methods": names,
             "quick": quick,
-            "sweeps": arguments.sweeps,
+            "sweeps": changes,
         }
         records += _regime(arguments.out, settings, sizes)
     cells = [(regime, preset) for regime in regimes for preset in presets]
@@ -115,6 +123,16 @@ def _method_names(asked: str | None, quick: bool) -> list[str]:
         if name not in METHODS:
             raise UserError(f"--methods: {name!r} is none of {', '.join(METHODS)}.")
     return list(dict.fromkeys([BLACK_BOX, *names]))
+
+
+def _change_names(arguments: argparse.Namespace) -> list[str]:
+    from benchmarks.paper_tables import sweeps
+
+    known = sweeps.all_names()
+    for name in arguments.sweep:
+        if name not in known:
+            raise UserError(f"--sweep: {name!r} is none of {'; '.join(known)}.")
+    return [name for name in known if arguments.sweeps or name in arguments.sweep]
 
 
 def _regime(out: Path, settings: dict[str, Any], sizes: Any) -> list[Any]:
@@ -166,7 +184,10 @@ def _parts(settings: dict[str, Any], sizes: Any) -> Iterator[tuple[str, Callable
     for preset in presets:
         yield preset, functools.partial(students, preset)
         if settings["sweeps"]:
-            yield f"{preset}-sweeps", lambda preset=preset: sweeps.records(cell(preset))
+            yield (
+                f"{preset}-sweeps",
+                lambda preset=preset: sweeps.records(cell(preset), settings["sweeps"]),
+            )
     if quick or regime != s.MAIN_REGIME:
         return
 

@@ -7,7 +7,7 @@ same method or state without the change.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,20 +25,27 @@ class Change:
       overrides: of the product's config, as ``--set`` takes them.
       sizes: fields of ``Sizes``.
       students: methods that are trained under it.
+      states: of the proxy, measured under it.
     """
 
     overrides: tuple[str, ...] = ()
     sizes: dict[str, Any] = field(default_factory=dict)
     students: tuple[str, ...] = (m.PROXY_KD,)
+    states: tuple[str, ...] = ()
 
 
 def _set(*overrides: str) -> Change:
     return Change(overrides)
 
 
+def _proxy(*overrides: str) -> Change:
+    """Of the alignment: the proxy is measured, and what it is worth to a student."""
+    return Change(overrides, states=(px.PREFERENCE,))
+
+
 BUDGET = (m.PROXY_KD, m.BLACK_BOX_ALL)
-# By preset: what its students learn with, one change of it at a time.
-STUDENT: dict[str, dict[str, Change]] = {
+# By preset and name, each beside the preset as it is.
+CHANGES: dict[str, dict[str, Change]] = {
     "paper": {
         "alpha 1": _set("distill.alpha=1"),
         "alpha 3": _set("distill.alpha=3"),
@@ -54,6 +61,22 @@ STUDENT: dict[str, dict[str, Change]] = {
         "rate 1e-3": _set("distill.optimizer.learning_rate=1e-3"),
         "corpus of 733": Change((), {"num_corpus": 733}, (m.BLACK_BOX, *BUDGET)),
         "corpus of 4,400": Change((), {"num_corpus": 4400}, (m.BLACK_BOX, *BUDGET)),
+        "beta 0.1": _proxy("align.preference.beta=0.1"),
+        "beta 5": _proxy("align.preference.beta=5"),
+        "1 round": _proxy("align.num_rounds=1", "align.round_max_steps=160"),
+        "16 rounds": _proxy(
+            "align.num_rounds=16", "align.round_max_steps=10", "align.stop.every=10"
+        ),
+        "IPO": _proxy("align.preference.loss=ipo", "align.preference.beta=0.5"),
+        "SimPO": _proxy("align.preference.loss=simpo", "align.preference.beta=2"),
+        "ORPO": _proxy("align.preference.loss=orpo", "align.preference.beta=0.1"),
+        "DPO alone": _proxy("align.nll_weight=0"),
+        # The last checkpoint is the point here: twelve rounds at a high rate, never stopped.
+        "overtrained": Change(
+            ("align.num_rounds=12", "align.optimizer.learning_rate=1e-3"),
+            students=(),
+            states=(px.NLL, px.PREFERENCE),
+        ),
     },
     "recommended": {
         "alpha 1": _set("distill.alpha=1"),
@@ -65,45 +88,35 @@ STUDENT: dict[str, dict[str, Change]] = {
         "top 3": _set("score.top_k=3"),
         "top 3, renormalised": _set("score.top_k=3", "distill.tail=renormalize_proxy"),
         "80 % of D for alignment": _set("corpus.shares={warmup: 0.1, align: 0.8, distill: 0.1}"),
+        "four times the alignment": Change(
+            ("align.round_max_steps=160",),
+            students=(m.PROXY_KD, "without_preference"),
+            states=(px.NLL, px.PREFERENCE),
+        ),
         "1,600 steps": Change(("distill.max_steps=1600",), {}, (*BUDGET, "proxy_kd_mix")),
         "1,600 steps, 5,000 fresh prompts": Change(
             ("distill.max_steps=1600",), {"num_fresh": 5000}, (m.PROXY_KD, "proxy_kd_mix")
         ),
     },
 }
-# Of the proxy; the students of the preset "paper" show what a change of it is worth to them.
-PROXY: dict[str, Change] = {
-    "beta 0.1": _set("align.preference.beta=0.1"),
-    "beta 5": _set("align.preference.beta=5"),
-    "1 round": _set("align.num_rounds=1", "align.round_max_steps=160"),
-    "16 rounds": _set("align.num_rounds=16", "align.round_max_steps=10", "align.stop.every=10"),
-    "IPO": _set("align.preference.loss=ipo", "align.preference.beta=0.5"),
-    "SimPO": _set("align.preference.loss=simpo", "align.preference.beta=2"),
-    "ORPO": _set("align.preference.loss=orpo", "align.preference.beta=0.1"),
-    "DPO alone": _set("align.nll_weight=0"),
-}
-# The last checkpoint is the point here: twelve rounds at a high rate, never stopped.
-OVERTRAINED = _set("align.num_rounds=12", "align.optimizer.learning_rate=1e-3")
 
 
-def records(study: Study) -> list[Record]:
-    """All changes that fit the study's preset."""
-    return [record for part in _parts(study) for record in part]
+def all_names() -> list[str]:
+    """Of all presets."""
+    return list(dict.fromkeys(name for changes in CHANGES.values() for name in changes))
 
 
-def _parts(study: Study) -> Iterator[list[Record]]:
-    preset = study.setting.preset
-    for name, change in STUDENT[preset].items():
+def records(study: Study, names: Sequence[str]) -> list[Record]:
+    """The named changes of the study's preset."""
+    found: list[Record] = []
+    for name, change in CHANGES[study.setting.preset].items():
+        if name not in names:
+            continue
         changed = _changed(study, change)
-        yield changed.student_records(change.students, prefix=f"{SWEEP}{name}/")
-    if preset != "paper":
-        return
-    for name, change in PROXY.items():
-        changed = _changed(study, change)
-        yield changed.proxy_records(SWEEP + name, states=(px.PREFERENCE,))
-        yield changed.student_records(change.students, prefix=f"{SWEEP}{name}/")
-    overtrained = _changed(study, OVERTRAINED)
-    yield overtrained.proxy_records(f"{SWEEP}overtrained", states=(px.NLL, px.PREFERENCE))
+        if change.states:
+            found += changed.proxy_records(SWEEP + name, states=change.states)
+        found += changed.student_records(change.students, prefix=f"{SWEEP}{name}/")
+    return found
 
 
 def _changed(study: Study, change: Change) -> Study:

@@ -66,6 +66,12 @@ def test_unknown_method_is_refused(tmp_path: Path, capsys) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_unknown_change_is_refused(tmp_path: Path, capsys) -> None:
+    assert command.main(["--sweep", "alpha 2", "--out", str(tmp_path / "new")]) == 2
+    assert "'alpha 2' is none of alpha 1; alpha 3" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.slow
 def test_quick_form(tmp_path: Path) -> None:
     program = [sys.executable, "-m", "benchmarks.paper_tables", "--quick", "--out", str(tmp_path)]

@@ -145,12 +145,12 @@ def test_a_mixed_step_has_the_loss_of_its_kind(is_own: bool) -> None:
 @pytest.mark.parametrize("preset", s.PRESETS)
 def test_sweeps_change_one_thing_each(preset: str) -> None:
     base = s.Setting("fmt", preset)
-    changes = {**sweeps.STUDENT[preset], **sweeps.PROXY, "overtrained": sweeps.OVERTRAINED}
-    for change in changes.values():
+    for change in sweeps.CHANGES[preset].values():
         sizes = dataclasses.replace(s.Sizes(), overrides=change.overrides, **change.sizes)
         changed = s.Setting("fmt", preset, sizes)
         assert changed.config != base.config or sizes.prompts != base.sizes.prompts
         assert set(change.students) <= set(m.METHODS)
+        assert change.students or change.states
 
 
 def test_rollouts_divide_a_students_steps() -> None:

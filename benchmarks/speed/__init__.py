@@ -1,0 +1,1 @@
+"""Speed and memory of the library beside PyTorch, google-tunix and bare matrix products."""

@@ -1,0 +1,104 @@
+"""The library's speed and memory beside its peers and the floor.
+
+    python -m benchmarks.speed --out runs/speed
+    python -m benchmarks.speed --quick --only sft_dense_15m,floor_15m --out runs/speed
+
+docs/speed.md tells what each case is, how the peers are installed, and what differs between them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.speed import report
+from benchmarks.speed.cases import OURS, TORCH, TUNIX, Case, all_cases
+from benchmarks.speed.coordinator import REPOSITORY, WorkerFailed
+from benchmarks.speed.run_case import Bench, run_case
+from benchmarks.speed.startup import run_startup
+from benchmarks.speed.waiting import faster_waiting
+from proxykd_jax.errors import UserError
+
+
+def chosen(cases: list[Case], only: str | None) -> list[Case]:
+    """The cases that ``--only`` names.
+
+    Raises:
+      UserError: there is no such case.
+    """
+    if only is None:
+        return cases
+    names = [name for name in only.split(",") if name]
+    unknown = sorted(set(names) - {case.name for case in cases})
+    if unknown or not names:
+        raise UserError(
+            f"--only: there is no case {', '.join(unknown) or repr(only)}. "
+            f"There are {', '.join(case.name for case in cases)}."
+        )
+    return [case for case in cases if case.name in names]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code: 1 if a bar is missed, 2 for a user's mistake."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed",
+        description="Speed and memory beside PyTorch, google-tunix and bare matrix products.",
+    )
+    parser.add_argument("--out", required=True, type=Path, help="folder for speed.json, speed.md")
+    parser.add_argument("--quick", action="store_true", help="small shapes, a few minutes")
+    parser.add_argument("--only", help="names of cases, with commas between")
+    parser.add_argument("--torch", default=str(REPOSITORY / ".venv-peers/bin/python"))
+    parser.add_argument("--tunix", default=str(REPOSITORY / ".venv-peers-jax/bin/python"))
+    arguments = parser.parse_args(argv)
+    bench = Bench(
+        work=arguments.out.resolve() / "work",
+        interpreters={OURS: sys.executable, TORCH: arguments.torch, TUNIX: arguments.tunix},
+    )
+    try:
+        if arguments.out.exists() and not arguments.out.is_dir():
+            raise UserError(f"--out {arguments.out} is a file; give a folder.")
+        # A name that no machine has is refused before anything starts.
+        known = {c.name: c for b in ("cpu", "gpu") for c in all_cases(b, arguments.quick)}
+        chosen(list(known.values()), arguments.only)
+        backend = bench.make_model({"shape": "tiny"})["backend"]
+        cases = chosen(all_cases(backend, arguments.quick), arguments.only)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except WorkerFailed as failure:
+        print(f"error: this library's own worker does not start: {failure}", file=sys.stderr)
+        return 2
+    machine = _machine(backend, arguments.quick)
+    if any(e.tool == TORCH for case in cases for e in case.entries) and backend == "cpu":
+        machine["OMP_WAIT_POLICY of PyTorch"] = faster_waiting(bench)
+    records: list[report.Record] = []
+    for case in cases:
+        started = time.perf_counter()
+        found = run_startup(bench, case) if case.name == "startup" else run_case(bench, case)
+        records += found
+        for record in found:
+            print(report.line(record), flush=True)
+        print(f"  {case.name}: {time.perf_counter() - started:.0f} s", flush=True)
+        report.write(arguments.out, records, machine)
+    return int(any(record["ok"] is False for record in records))
+
+
+def _machine(backend: str, quick: bool) -> dict[str, Any]:
+    return {
+        "date": datetime.date.today().isoformat(),
+        "backend": backend,
+        "cores": len(os.sched_getaffinity(0)),
+        "processor": platform.processor() or platform.machine(),
+        "load before": round(os.getloadavg()[0], 2),
+        "quick": quick,
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

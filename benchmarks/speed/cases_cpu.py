@@ -1,0 +1,293 @@
+"""The cases of two CPU cores, float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.speed.cases import (
+    OURS,
+    TORCH,
+    TUNIX,
+    Case,
+    Comparison,
+    Entry,
+    against_peers,
+    peers,
+)
+
+# (bar against PyTorch, bar against Tunix) for equal work on equal dense batches.
+_DENSE = {TORCH: 1.0, TUNIX: 1.2}
+_CORPUS = 1.8
+
+
+def cases(quick: bool) -> list[Case]:
+    """All of them, in the order in which they run."""
+    shapes = ("260k", "15m") if quick else ("260k", "15m", "100m")
+    found: list[Case] = []
+    for shape in shapes:
+        found += _dense(shape, quick)
+    found += _shared_prompt()
+    found += _own_ratios(quick)
+    found += _corpora(quick)
+    found += [_sampling(quick), _rounds(quick)]
+    found += _growth(quick)
+    return [*found, *_startup()]
+
+
+def _dense(shape: str, quick: bool) -> list[Case]:
+    """Equal rows of one length, half of it prompt."""
+    batch, length = {"260k": (16, 256), "15m": (8, 256), "100m": (4, 256)}[shape]
+    if quick:
+        batch, length = batch // 2, length // 2
+    rows = {"kind": "dense", "count": batch, "length": length, "prompt": length // 2}
+    task = {"shape": shape, "batch_size": batch}
+    repetitions = {"260k": 9, "15m": 7, "100m": 3}[shape]
+    found = []
+    for work, lora, tools in (
+        ("sft", False, (TORCH, TUNIX)),
+        ("dpo", True, (TORCH,)),
+        # Tunix has no NLL beside the preference.
+        ("dpo_plain", True, (TORCH, TUNIX) if not quick else (TUNIX,)),
+        ("distill", False, (TORCH, TUNIX)),
+        ("sft_lora", True, (TORCH, TUNIX)),
+    ):
+        if quick and work == "sft_lora":
+            continue
+        name = f"{work}_dense_{shape}"
+        compiled = not quick and shape != "100m"
+        found.append(
+            Case(
+                name=name,
+                entries=peers(work.removesuffix("_lora"), {**task, "lora": lora}, tools, compiled),
+                comparisons=against_peers(name, {tool: _DENSE[tool] for tool in tools}),
+                rows=rows,
+                repetitions=min(repetitions, 3) if quick else repetitions,
+                same=(OURS, *tools),
+            )
+        )
+    return found
+
+
+def _shared_prompt() -> list[Case]:
+    """DPO on pairs whose prompt is half of the row, computed once for both answers."""
+    name = "dpo_shared_prompt_15m"
+    return [
+        Case(
+            name=name,
+            entries=(),
+            comparisons=(Comparison(name, "shared", "unshared", bar=1.3),),
+            skip="the objectives do not share a pair's prompt yet",
+        )
+    ]
+
+
+def _own_ratios(quick: bool) -> list[Case]:
+    """What of ours costs how much more than another part of ours."""
+    batch, length = (4, 128) if quick else (8, 256)
+    half = {"kind": "dense", "count": batch, "length": length, "prompt": length // 2}
+    # Every token is an answer's: whether prompts are projected onto the vocabulary does not matter.
+    answers = {"kind": "dense", "count": batch, "length": length + 1, "prompt": 1}
+    task: dict[str, Any] = {"shape": "15m", "batch_size": batch}
+    turns = 3 if quick else 7
+    found = [
+        Case(
+            name="floor_15m",
+            entries=(
+                Entry("step", OURS, {"work": "sft", **task}),
+                Entry("products", OURS, {"work": "products", "length": length, **task}),
+            ),
+            comparisons=(Comparison("floor_15m", "step", "products", measure="cpu", bar=0.75),),
+            rows=answers,
+            repetitions=turns,
+        ),
+        Case(
+            name="distill_over_sft_15m",
+            entries=(
+                Entry("distill", OURS, {"work": "distill", **task}),
+                Entry("sft", OURS, {"work": "sft", **task}),
+            ),
+            comparisons=(
+                Comparison("distill_over_sft_15m", "distill", "sft", bar=1.1, lower_is_better=True),
+                Comparison(
+                    "memory_distill_over_sft_15m",
+                    "distill",
+                    "sft",
+                    measure="peak",
+                    bar=1.1,
+                    lower_is_better=True,
+                ),
+            ),
+            rows=half,
+            repetitions=turns,
+        ),
+    ]
+    for shape, bar in (("15m", 1.35),) if quick else (("15m", 1.35), ("100m", 1.15)):
+        name = f"score_over_forward_{shape}"
+        scored = {**task, "shape": shape}
+        found.append(
+            Case(
+                name=name,
+                entries=(
+                    Entry("score", OURS, {"work": "score", **scored}),
+                    Entry("forward", OURS, {"work": "forward", **scored}),
+                ),
+                comparisons=(Comparison(name, "score", "forward", bar=bar, lower_is_better=True),),
+                rows=half,
+                repetitions=turns,
+                same=("score", "forward"),
+            )
+        )
+    return found
+
+
+def _corpora(quick: bool) -> list[Case]:
+    """Real rows; every tool puts them together in its own way."""
+    alpaca = {"kind": "corpus", "corpus": "alpaca_eval", "count": 96, "max_length": 512}
+    stories = {"kind": "corpus", "corpus": "tinystories", "count": 512, "max_length": 512}
+    if quick:
+        stories = {**stories, "count": 64}
+    found = []
+    sets = (("260k", stories, 16, 5), ("15m", alpaca, 8, 3))
+    for shape, rows, batch, repetitions in sets[:1] if quick else sets:
+        for work, lora, tools in (
+            ("sft", False, (TORCH, TUNIX)),
+            ("dpo", True, (TORCH,)),
+            ("dpo_plain", True, (TUNIX,)),
+            ("distill", False, (TORCH, TUNIX)),
+        ):
+            name = f"{work}_corpus_{shape}"
+            task = {
+                "shape": shape,
+                "batch_size": batch,
+                "lora": lora,
+                "batchings": ["bucket", "pack"],
+                "dynamic": True,
+                "corpus": True,
+            }
+            found.append(
+                Case(
+                    name=name,
+                    entries=peers(work, task, tools, compiled=False),
+                    comparisons=against_peers(name, dict.fromkeys(tools, _CORPUS)),
+                    rows=rows,
+                    repetitions=2 if quick else repetitions,
+                    same=(OURS, *tools),
+                )
+            )
+    return found
+
+
+def _sampling(quick: bool) -> Case:
+    """Prompts and budgets of mixed lengths."""
+    rows = {"kind": "mixed", "count": 64, "prompts": (8, 128), "answers": (8, 128)}
+    sizes = [32, 64]
+    if quick:
+        rows, sizes = {**rows, "count": 32, "prompts": (8, 64), "answers": (8, 64)}, [32]
+    task = {"shape": "15m", "batch_sizes": sizes, "greedy_rows": 8, "greedy_tokens": 8}
+    return Case(
+        name="sampling_15m",
+        entries=peers("sample", task, (TORCH, TUNIX), compiled=False),
+        comparisons=against_peers("sampling_15m", {TORCH: 3.0, TUNIX: 2.0}),
+        rows=rows,
+        repetitions=2 if quick else 5,
+        same=(OURS, TORCH, TUNIX),
+    )
+
+
+def _rounds(quick: bool) -> Case:
+    """A preference round beside an SFT round on the same rows, LoRA, nothing computed twice."""
+    shape, corpus, batch = ("260k", "tinystories", 16) if quick else ("15m", "alpaca_eval", 8)
+    rows = {"kind": "corpus", "corpus": corpus, "count": 64, "max_length": 512}
+    task = {"shape": shape, "batch_size": batch, "lora": True, "sample_batch_size": 64}
+    name = "preference_round_over_sft_round"
+    return Case(
+        name=name,
+        entries=(
+            Entry("preference", OURS, {"work": "preference_round", **task}),
+            Entry("sft", OURS, {"work": "sft_round", **task}),
+        ),
+        comparisons=(
+            Comparison(name, "preference", "sft", bar=1.4, lower_is_better=True, times_floor=True),
+        ),
+        rows=rows,
+        repetitions=2 if quick else 4,
+    )
+
+
+def _growth(quick: bool) -> list[Case]:
+    """How an SFT step grows, one size at a time doubled; and the plan of an epoch."""
+    base = {"batch": 4, "length": 128, "vocab": 8000}
+    factors = (1, 2, 4) if quick else (1, 2, 4, 8)
+    found = []
+    for axis in base:
+        steps = []
+        for factor in factors:
+            size = {**base, axis: base[axis] * factor}
+            steps.append((str(size[axis]), size))
+        found.append(
+            Case(
+                name=f"growth_{axis}",
+                entries=tuple(
+                    Entry(
+                        label,
+                        OURS,
+                        {
+                            "work": "sft",
+                            "shape": "15m",
+                            "vocab": size["vocab"],
+                            "batch_size": size["batch"],
+                            "rows": {
+                                "kind": "dense",
+                                "count": size["batch"],
+                                "length": size["length"],
+                                "prompt": size["length"] // 2,
+                            },
+                        },
+                    )
+                    for label, size in steps
+                ),
+                comparisons=tuple(
+                    Comparison(f"growth_{axis}/{label}", label, steps[0][0], lower_is_better=True)
+                    for label, _ in steps[1:]
+                ),
+                repetitions=3,
+            )
+        )
+    counts = (1000, 10_000, 100_000) if quick else (1000, 10_000, 100_000, 1_000_000)
+    for batching in ("bucket", "pack"):
+        labels = [str(count) for count in counts]
+        found.append(
+            Case(
+                name=f"growth_corpus_{batching}",
+                entries=tuple(
+                    Entry(
+                        str(count),
+                        OURS,
+                        {"work": "plan", "count": count, "batching": batching, "shape": "tiny"},
+                    )
+                    for count in counts
+                ),
+                comparisons=tuple(
+                    Comparison(
+                        f"growth_corpus_{batching}/{label}", label, labels[0], lower_is_better=True
+                    )
+                    for label in labels[1:]
+                ),
+                repetitions=2,
+            )
+        )
+    return found
+
+
+def _startup() -> list[Case]:
+    """Not a program of a worker: see ``startup``."""
+    return [
+        Case(
+            name="startup",
+            entries=(),
+            comparisons=(
+                Comparison("startup/cold", "cold", "", bar=35.0, lower_is_better=True),
+                Comparison("startup/compiled", "compiled", "", bar=22.0, lower_is_better=True),
+            ),
+        )
+    ]

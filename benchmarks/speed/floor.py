@@ -1,0 +1,89 @@
+"""The floor: the matrix products of an SFT step alone, and the machine's peak."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.speed.ours_models import device_peak
+from benchmarks.speed.protocol import Program
+from benchmarks.speed.shapes import Shape, shape_of
+
+Product = tuple[str, tuple[int, ...], tuple[int, ...], int]
+
+
+def step_products(shape: Shape, batch: int, length: int) -> list[Product]:
+    """(einsum, left shape, right shape, how often) of a full fine-tuning step.
+
+    Each linear layer has its forward product, and two backward: towards the input and towards the
+    weights. Attention has scores and values forward, and two backward for each; they are whole
+    squares, because no product on a CPU leaves out the half that causality hides. The vocabulary
+    is projected at every position.
+    """
+    rows = batch * length
+    linear = [(size, shape.layers) for size in shape.linear().values()]
+    linear.append(((shape.dim, shape.vocab), 1))
+    found: list[Product] = []
+    for (size_in, size_out), count in linear:
+        found.append(("rd,do->ro", (rows, size_in), (size_in, size_out), count))
+        found.append(("ro,do->rd", (rows, size_out), (size_in, size_out), count))
+        found.append(("rd,ro->do", (rows, size_in), (rows, size_out), count))
+    heads, square = batch * shape.heads, (length, length)
+    long = (heads, length, shape.head_dim)
+    # q k^T forward, and grad_out v^T backward.
+    found.append(("hqc,hkc->hqk", long, long, 2 * shape.layers))
+    # scores v forward; towards q, k and v backward.
+    found.append(("hqk,hkc->hqc", (heads, *square), long, 2 * shape.layers))
+    found.append(("hqk,hqc->hkc", (heads, *square), long, 2 * shape.layers))
+    return found
+
+
+def products(task: dict[str, Any]) -> Program:
+    """All products of ``step_products``, one after another."""
+    shape = shape_of(task)
+    work = []
+    flops = 0.0
+    for index, (equation, left, right, count) in enumerate(
+        step_products(shape, task["batch_size"], task["length"])
+    ):
+        keys = jax.random.split(jax.random.key(index))
+        arrays = [
+            jax.random.normal(key, size, shape.dtype)
+            for key, size in zip(keys, (left, right), strict=True)
+        ]
+        call = jax.jit(lambda a, b, equation=equation: jnp.einsum(equation, a, b))
+        work.append((call, arrays, count))
+        contracted = set(equation.split("->")[0].replace(",", "")) - set(equation.split("->")[1])
+        sizes = dict(zip(equation.split(",")[0], left, strict=True))
+        sizes |= dict(zip(equation.split(",")[1].split("->")[0], right, strict=True))
+        total = 2.0 * count
+        for axis in set(equation.split("->")[1]) | contracted:
+            total *= sizes[axis]
+        flops += total
+
+    def run() -> None:
+        for call, (left, right), count in work:
+            for _ in range(count):
+                out = call(left, right)
+            out.block_until_ready()
+
+    run()
+    return Program(run=run, flops=flops, units=1.0, peak=device_peak())
+
+
+def peak(task: dict[str, Any]) -> Program:
+    """The fastest square product of a few sizes: FLOPs a second in ``extra``."""
+    dtype = task.get("dtype", "float32")
+    best = 0.0
+    for size in task["sizes"]:
+        left = jax.random.normal(jax.random.key(0), (size, size), dtype)
+        call = jax.jit(lambda a: a @ a)
+        call(left).block_until_ready()
+        for _ in range(5):
+            started = time.perf_counter()
+            call(left).block_until_ready()
+            best = max(best, 2.0 * size**3 / (time.perf_counter() - started))
+    return Program(run=lambda: None, extra={"peak_flops": best, "dtype": dtype})

@@ -1,0 +1,118 @@
+"""Scoring, a bare forward pass, and sampling by this library."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.speed.ours_models import device_peak, load, token_rows
+from benchmarks.speed.protocol import Program, best_of
+from benchmarks.speed.rows import TOP_K, Rows
+from proxykd_jax.generation.sampler import sample
+from proxykd_jax.generation.score_rows import Positions, RowScorer
+from proxykd_jax.generation.scoring import soft_labels_of_hidden
+from proxykd_jax.models.config import ModelConfig
+from proxykd_jax.models.decoder import unembed
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _gold(params: Any, hidden_MD: jax.Array, labels_M: jax.Array, *, config: ModelConfig) -> Any:
+    logits_MV = unembed(params, hidden_MD, config=config)
+    gold_M = jnp.take_along_axis(logits_MV, labels_M[:, None], axis=-1)[:, 0]
+    return gold_M - jax.nn.logsumexp(logits_MV, axis=-1)
+
+
+def _scorer(task: dict[str, Any], top_k: int) -> Program:
+    """All rows through ``RowScorer``, soft labels or the gold token's log-prob alone."""
+    config, params, adapter = load(task)
+    rows = Rows.load(task["rows"])
+
+    def label(positions: Positions) -> Any:
+        hidden, labels = positions.hidden_MD, positions.labels_M
+        if top_k == 0:
+            return _gold(params, hidden, labels, config=config)
+        return soft_labels_of_hidden(params, hidden, labels, config=config, top_k=top_k)
+
+    scorer = RowScorer(
+        params, adapter, config, label, task["batch_size"], int(rows.lengths.max()), None
+    )
+    examples = token_rows(rows)
+
+    def run() -> Any:
+        return jax.block_until_ready([piece.labels for piece in scorer.dispatch(examples)])
+
+    found = run()
+    total = 0.0
+    for piece, labels in zip(scorer.dispatch(examples), found, strict=True):
+        gold = labels if top_k == 0 else labels.gold_logps
+        total += float(np.asarray(gold)[: len(piece.offsets)].sum())
+    return Program(
+        run=run,
+        results={"gold_logps": total / rows.answer_tokens},
+        units=float(rows.answer_tokens),
+        peak=device_peak(),
+    )
+
+
+def scoring(task: dict[str, Any]) -> Program:
+    """Soft labels of every answer token, as the stage ``score`` makes them."""
+    return _scorer(task, TOP_K)
+
+
+def gold_forward(task: dict[str, Any]) -> Program:
+    """The same positions: hidden states, logits, log-softmax of the token that is there."""
+    return _scorer(task, 0)
+
+
+def sampling(task: dict[str, Any]) -> Program:
+    """An answer for each row's prompt, as many tokens as the row's answer has.
+
+    No token ends an answer, so every tool draws the same number of tokens.
+    """
+    config, params, adapter = load(task)
+    rows = Rows.load(task["rows"])
+    prompts = [row.prompt for row in token_rows(rows)]
+    budgets = (rows.lengths - rows.prompt_lengths).tolist()
+    names = [str(index) for index in range(len(rows))]
+    seeds = iter(range(1, 1 << 30))
+
+    def draw(batch_size: int, some: list[int], temperature: float) -> Any:
+        return sample(
+            params,
+            adapter,
+            prompts,
+            names,
+            config=config,
+            seed=next(seeds),
+            round_index=0,
+            end_token_ids=(),
+            max_new_tokens=some,
+            temperature=temperature,
+            batch_size=batch_size,
+        )
+
+    ways = {
+        f"batch_size={size}": functools.partial(draw, size, budgets, 1.0)
+        for size in task["batch_sizes"]
+    }
+    run, settings = best_of(ways)
+    # Of few rows, so that no two logits lie within rounding of each other.
+    compared = task["greedy_rows"]
+    some = [task["greedy_tokens"]] * compared + [0] * (len(rows) - compared)
+    greedy = draw(compared, some, 0.0)[:compared]
+    return Program(
+        run=run,
+        results=mean_ids(np.array([found.tokens for found in greedy])),
+        settings=settings,
+        units=float(sum(budgets)),
+        peak=device_peak(),
+    )
+
+
+def mean_ids(tokens_BL: np.ndarray) -> dict[str, float]:
+    """Greedy answers as numbers that can be compared: the mean id at each place."""
+    return {f"greedy_{place}": float(x) for place, x in enumerate(tokens_BL.mean(axis=0))}

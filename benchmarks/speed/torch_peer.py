@@ -1,0 +1,258 @@
+"""The worker of PyTorch: transformers, PEFT and TRL; ``python -m benchmarks.speed.torch_peer``.
+
+Settings that are tried, each timed and listed: TRL's fused head (what its trainers put on a model)
+or whole logits with its losses, both with and without ``torch.compile``. Attention is SDPA,
+the optimizer fused AdamW, and all cores work.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.speed.protocol import Program, best_of, serve
+from benchmarks.speed.rows import Rows
+from benchmarks.speed.shapes import shape_of
+from benchmarks.speed.torch_losses import LOSSES
+
+LEARNING_RATE = 1e-5
+IGNORED = -100
+
+Batch = dict[str, torch.Tensor]
+
+
+def device() -> torch.device:
+    """The accelerator if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load(task: dict[str, Any]) -> Any:
+    """The model of a task, with its adapter if it has one."""
+    from transformers import LlamaForCausalLM
+
+    folder = Path(task["folder"])
+    dtype = getattr(torch, shape_of(task).dtype)
+    model: Any = LlamaForCausalLM.from_pretrained(
+        folder / "model", dtype=dtype, attn_implementation="sdpa"
+    )
+    model = model.to(device())
+    model.config.use_cache = False
+    return model
+
+
+def with_adapter(model: Any, task: dict[str, Any]) -> Any:
+    """PEFT's model around a base; the base itself, all trainable, without an adapter."""
+    if not task.get("lora"):
+        return model
+    from peft import PeftModel
+
+    folder = Path(task["folder"]) / "adapter"
+    return PeftModel.from_pretrained(model, folder, is_trainable=True)
+
+
+def padded(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(int64 ids, mask), padded on the right to the longest row."""
+    longest = max(len(row) for row in rows)
+    ids_BL = np.zeros((len(rows), longest), np.int64)
+    mask_BL = np.zeros((len(rows), longest), np.int64)
+    for b, row in enumerate(rows):
+        ids_BL[b, : len(row)] = row
+        mask_BL[b, : len(row)] = 1
+    return ids_BL, mask_BL
+
+
+def collate(work: str, rows: Rows, places: list[int]) -> Batch:
+    """What TRL's collators make: the rows of a batch, those that are rejected after the chosen."""
+    some = [rows.tokens[i] for i in places]
+    prompts = [int(rows.prompt_lengths[i]) for i in places]
+    if work.startswith("dpo"):
+        some += [rows.rejected[i] for i in places]
+        prompts += prompts
+    ids_BL, mask_BL = padded(some)
+    labels_BL = np.where(mask_BL == 1, ids_BL, IGNORED)
+    for b, prompt in enumerate(prompts):
+        labels_BL[b, :prompt] = IGNORED
+    batch = {"input_ids": ids_BL, "attention_mask": mask_BL, "labels": labels_BL}
+    if work.startswith("dpo"):
+        batch["reference_chosen"] = rows.reference_chosen[places]
+        batch["reference_rejected"] = rows.reference_rejected[places]
+    if work == "distill":
+        # Labels of position t stand where token t is, as in `labels`.
+        size = (*ids_BL.shape, rows.topk_ids[0].shape[-1])
+        topk_ids, topk_logps = np.zeros(size, np.int64), np.full(size, -5.0, np.float32)
+        for b, (place, prompt) in enumerate(zip(places, prompts, strict=True)):
+            topk_ids[b, prompt : len(some[b])] = rows.topk_ids[place]
+            topk_logps[b, prompt : len(some[b])] = rows.topk_logps[place]
+        batch["topk_ids"], batch["topk_logps"] = topk_ids, topk_logps
+        batch["weights"] = rows.weights[places]
+    return {name: torch.from_numpy(array).to(device()) for name, array in batch.items()}
+
+
+def batches(work: str, rows: Rows, task: dict[str, Any]) -> list[list[int]]:
+    """Rows of each batch: the shuffled order, cut into pieces, as a data loader does it."""
+    order = np.random.default_rng(0).permutation(len(rows)).tolist()
+    size = task["batch_size"]
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+class Trainer:
+    """A model in training, in one setting."""
+
+    def __init__(self, task: dict[str, Any], head: str, compiled: bool) -> None:
+        self._work, self._loss = task["work"], LOSSES[task["work"]][head]
+        base = load(task)
+        if head == "fused":
+            from trl.trainer.utils import add_fused_lm_head
+
+            extra = ("entropy", "is_top1") if self._work == "sft" else ()
+            add_fused_lm_head(base, outputs=("log_probs", *extra))
+        self.model = with_adapter(base, task).train()
+        learnt = [p for p in self.model.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(learnt, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+        self._learnt = learnt
+        self._autocast = shape_of(task).dtype != "float32"
+        # Rows of one length compile for this length, others for any.
+        self._call = torch.compile(self.model, dynamic=task.get("dynamic")) if compiled else None
+
+    def gradients(self, batch: Batch) -> torch.Tensor:
+        """The loss, whose gradients are left in the parameters."""
+        self._optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device().type, torch.bfloat16, enabled=self._autocast):
+            loss = self._loss(self._call or self.model, batch)
+        loss.backward()
+        return loss
+
+    def step(self, batch: Batch) -> None:
+        """One step."""
+        self.gradients(batch)
+        self._optimizer.step()
+
+    def check(self, batch: Batch) -> dict[str, float]:
+        """Loss and gradient norm."""
+        loss = self.gradients(batch)
+        squares = [p.grad.float().square().sum() for p in self._learnt if p.grad is not None]
+        return {"loss": float(loss), "grad_norm": float(torch.stack(squares).sum().sqrt())}
+
+
+def training(task: dict[str, Any]) -> Program:
+    """An epoch of steps over the task's rows, in the fastest setting."""
+    work = task["work"]
+    rows = Rows.load(task["rows"])
+    planned = batches(work, rows, task)
+    results: dict[str, float] = {}
+    kept: dict[str, Trainer] = {}
+
+    def way(head: str, compiled: bool) -> Callable[[], None]:
+        def run() -> None:
+            name = f"{head} {compiled}"
+            if name not in kept:
+                kept[name] = Trainer(task, head, compiled)
+                found = kept[name].check(collate(work, rows, list(range(task["batch_size"]))))
+                _same(results.setdefault("loss", found["loss"]), found["loss"], name)
+                results.setdefault("grad_norm", found["grad_norm"])
+            for places in planned:
+                kept[name].step(collate(work, rows, places))
+            if device().type == "cuda":
+                torch.cuda.synchronize()
+
+        return run
+
+    modes = (False, True) if task.get("compile") else (False,)
+    ways = {
+        f"head={head}, torch.compile={'on' if compiled else 'off'}": way(head, compiled)
+        for head in LOSSES[work]
+        for compiled in modes
+    }
+    run, settings = best_of(ways)
+    if not task.get("compile"):
+        settings.append({"name": "torch.compile", "error": "not tried here"})
+    return Program(
+        run=run,
+        results=results,
+        settings=settings,
+        units=float(rows.answer_tokens),
+        peak=peak() if device().type == "cuda" else None,
+    )
+
+
+def _same(first: float, second: float, name: str) -> None:
+    if abs(first - second) > 1e-2 * abs(first):
+        raise RuntimeError(f"{name}: its loss is {second:.6f}, that of the first way {first:.6f}")
+
+
+def peak() -> Callable[[], int]:
+    """Most bytes that the tensors took since the last call."""
+
+    def read() -> int:
+        found = int(torch.cuda.max_memory_allocated())
+        torch.cuda.reset_peak_memory_stats()
+        return found
+
+    return read
+
+
+def sampling(task: dict[str, Any]) -> Program:
+    """Answers by ``generate``; a batch goes on to the longest of its answers."""
+    rows = Rows.load(task["rows"])
+    model = load(task).eval()
+    prompts = [row[:prompt] for row, prompt in zip(rows.tokens, rows.prompt_lengths, strict=True)]
+    budgets = (rows.lengths - rows.prompt_lengths).tolist()
+
+    def generate(places: list[int], most: int, draw: bool) -> torch.Tensor:
+        longest = max(len(prompts[i]) for i in places)
+        ids_BL = np.zeros((len(places), longest), np.int64)
+        mask_BL = np.zeros((len(places), longest), np.int64)
+        for b, i in enumerate(places):
+            ids_BL[b, longest - len(prompts[i]) :] = prompts[i]
+            mask_BL[b, longest - len(prompts[i]) :] = 1
+        options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if draw else {}
+        with torch.inference_mode():
+            out = model.generate(
+                input_ids=torch.from_numpy(ids_BL).to(device()),
+                attention_mask=torch.from_numpy(mask_BL).to(device()),
+                do_sample=draw,
+                max_new_tokens=most,
+                eos_token_id=None,
+                pad_token_id=0,
+                use_cache=True,
+                **options,
+            )
+        return out[:, longest:]
+
+    def draw_all(order: list[int], size: int) -> None:
+        for start in range(0, len(order), size):
+            places = order[start : start + size]
+            generate(places, max(budgets[i] for i in places), True)
+
+    given = list(range(len(rows)))
+    by_budget = sorted(given, key=lambda i: (budgets[i], len(prompts[i])))
+    ways: dict[str, Callable[[], object]] = {
+        f"{name}, batch_size={size}": functools.partial(draw_all, order, size)
+        for name, order in (("order as given", given), ("sorted by budget", by_budget))
+        for size in task["batch_sizes"]
+    }
+    run, settings = best_of(ways)
+    greedy = generate(given[: task["greedy_rows"]], task["greedy_tokens"], False).cpu().numpy().mean(axis=0)
+    return Program(
+        run=run,
+        results={f"greedy_{place}": float(value) for place, value in enumerate(greedy)},
+        settings=settings,
+        units=float(sum(budgets)),
+        peak=peak() if device().type == "cuda" else None,
+    )
+
+
+def prepare(task: dict[str, Any]) -> Program:
+    """The program of one task."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    return sampling(task) if task["work"] == "sample" else training(task)
+
+
+if __name__ == "__main__":
+    raise SystemExit(serve(prepare))
