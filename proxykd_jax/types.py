@@ -1,6 +1,7 @@
 """Batches that flow from the data to the training steps.
 
-Axes: B rows, L positions, S examples in a row (1 unless rows are packed), K stored log-probs.
+Axes: B rows, L positions, S examples in a row (1 unless rows are packed), A places of answers, K
+stored log-probs.
 Position t of every ``_BL`` array speaks of the same prediction: ``tokens_BL[:, t]`` is read,
 ``labels_BL[:, t]`` is the token after it, ``mask_BL[:, t]`` says whether that token is part of an
 answer.
@@ -28,6 +29,8 @@ class TokenBatch:
       positions_BL: int32 position within the example, from 0.
       example_mask_BS: bool, which of the S places of a row hold an example. A batch that the data
         do not fill has rows of padding, so that its shape stays the same.
+      places_BA: int32, the positions inside ``mask_BL``, in order, then L: the vocabulary is
+        projected at these alone. None projects it everywhere.
     """
 
     tokens_BL: Array
@@ -36,6 +39,7 @@ class TokenBatch:
     segment_ids_BL: Array
     positions_BL: Array
     example_mask_BS: Array
+    places_BA: Array | None = None
 
 
 @flax.struct.dataclass

@@ -16,6 +16,7 @@ from proxykd_jax.config.online_methods import OnlineSection
 from proxykd_jax.data.collate import Rows
 from proxykd_jax.training.batches import (
     Plan,
+    answer_positions,
     count_steps,
 )
 from proxykd_jax.training.distillation import stored_course, text_lesson
@@ -62,7 +63,8 @@ def warm_up(
         return
     if method.warms_up:
         lesson = text_lesson(run.config, text)
-        plan = run.plan(lesson.rows.lengths - 1, "distill/warmup")
+        answers = answer_positions(lesson.rows)
+        plan = run.plan(lesson.rows.lengths - 1, "distill/warmup", answers=answers)
         steps = count_steps(plan, method.warmup_epochs, method.warmup_max_steps)
         warming = make_optimizer(warmup_rate(run.config.distill.optimizer, method), max(steps, 1))
         stored_course(run, lesson, trainer, plan, steps, warming).take(trainer, "warmup", steps)

@@ -24,7 +24,9 @@ from proxykd_jax.training.answers import draw_answers
 from proxykd_jax.training.batches import (
     Joined,
     Plan,
+    answer_positions,
     count_steps,
+    pair_answers,
     pair_collate,
     pair_positions,
     placed_batches,
@@ -125,8 +127,9 @@ class _Soda:
             nll_weight=method.nll_weight,
             preference_weight=1.0,
         )
-        self._texts = run.plan(rows.lengths - 1, "soda/warmup")
-        self._pairs = run.plan(pair_positions(rows, samples), "soda/dpo", packs=False)
+        self._texts = run.plan(rows.lengths - 1, "soda/warmup", answers=answer_positions(rows))
+        pairs, answers = pair_positions(rows, samples), pair_answers(rows, samples)
+        self._pairs = run.plan(pairs, "soda/dpo", packs=False, answers=answers)
         self._warmup_steps = count_steps(self._texts, method.warmup_epochs, method.warmup_max_steps)
         self._dpo_steps = count_steps(self._pairs, self._distill.epochs, self._distill.max_steps)
         self._optimizer = make_optimizer(

@@ -57,7 +57,11 @@ class Rows(Protocol):
 
 
 def collate_rows(
-    rows: Sequence[Sequence[TokenRow]], length: int, num_segments: int, batch_size: int
+    rows: Sequence[Sequence[TokenRow]],
+    length: int,
+    num_segments: int,
+    batch_size: int,
+    answers: int | None = None,
 ) -> TokenBatch:
     """Puts examples into rows of one length.
 
@@ -67,6 +71,7 @@ def collate_rows(
       length: L.
       num_segments: S.
       batch_size: B.
+      answers: A, where the positions inside the mask shall be listed.
 
     Returns:
       A ``TokenBatch`` of NumPy arrays. Examples are numbered 1..S within their row and their
@@ -99,6 +104,14 @@ def collate_rows(
             positions_BL[b, begin:end] = np.arange(end - begin)
             example_mask_BS[b, s] = True
             begin = end
+    places_BA = None
+    if answers is not None:
+        places_BA = np.full((batch_size, answers), length, np.int32)
+        for b, inside_L in enumerate(mask_BL):
+            places = np.flatnonzero(inside_L)
+            if len(places) > answers:
+                raise ValueError(f"{len(places)} answer tokens do not fit {answers} places.")
+            places_BA[b, : len(places)] = places
     return TokenBatch(
         tokens_BL=tokens_BL,
         labels_BL=labels_BL,
@@ -106,4 +119,5 @@ def collate_rows(
         segment_ids_BL=segment_ids_BL,
         positions_BL=positions_BL,
         example_mask_BS=example_mask_BS,
+        places_BA=places_BA,
     )

@@ -21,6 +21,8 @@ Batching = Literal["pad", "bucket", "pack"]
 _WINDOW_BATCHES = 64
 _PACK_WINDOW_ROWS = 1024
 _MOST_SEGMENTS = 64
+# A is a multiple of an eighth of the row: each A is another program to compile.
+_ANSWER_STEPS = 8
 _ROWS, _BATCHES = 0, 1  # what a permutation is of: independent random streams
 
 
@@ -33,11 +35,13 @@ class PlannedBatch:
         always ``batch_size`` rows.
       length: positions a row.
       num_segments: S, the most examples a row may hold; the same in all batches of a plan.
+      answers: A, places a row for positions inside the mask; None where nobody counted them.
     """
 
     rows: tuple[tuple[int, ...], ...]
     length: int
     num_segments: int = 1
+    answers: int | None = None
 
 
 class EpochPlan(Sequence[PlannedBatch]):
@@ -57,13 +61,25 @@ class EpochPlan(Sequence[PlannedBatch]):
         *,
         batch_size: int,
         num_segments: int,
+        answers: np.ndarray | None = None,
     ) -> None:
+        self.batch_size = batch_size
+        self.num_segments = num_segments
         self._examples = examples
         self._row_starts = row_starts  # one more than there are rows
         self._batch_starts = batch_starts
         self._batch_lengths = batch_lengths
-        self.batch_size = batch_size
-        self.num_segments = num_segments
+        self._batch_answers = self._count(answers)
+
+    def _count(self, answers: np.ndarray | None) -> np.ndarray | None:
+        """A of every batch, of the answer tokens of every example."""
+        if answers is None:
+            return None
+        before = np.concatenate([[0], np.cumsum(np.asarray(answers, np.int64)[self._examples])])
+        of_row = np.diff(before[self._row_starts])
+        of_batch = [of_row[start : start + self.batch_size].max() for start in self._batch_starts]
+        steps = -(-self._batch_lengths // _ANSWER_STEPS)
+        return np.minimum(-(-np.array(of_batch) // steps) * steps, self._batch_lengths)
 
     def __len__(self) -> int:
         return len(self._batch_starts)
@@ -84,7 +100,10 @@ class EpochPlan(Sequence[PlannedBatch]):
             for r in range(first, last)
         ]
         rows += [()] * (self.batch_size - len(rows))
-        return PlannedBatch(tuple(rows), int(self._batch_lengths[index]), self.num_segments)
+        answers = None if self._batch_answers is None else int(self._batch_answers[index])
+        return PlannedBatch(
+            tuple(rows), int(self._batch_lengths[index]), self.num_segments, answers
+        )
 
     def __iter__(self) -> Iterator[PlannedBatch]:
         return (self[index] for index in range(len(self)))
@@ -150,6 +169,7 @@ def plan_epoch(
     batch_size: int,
     batching: Batching,
     buckets: Sequence[int],
+    answers: np.ndarray | None = None,
 ) -> EpochPlan:
     """Puts every example of a split into exactly one batch.
 
@@ -166,6 +186,8 @@ def plan_epoch(
       batch_size: rows a batch, over all processes.
       batching: the way.
       buckets: lengths that batches may have, ascending.
+      answers: integer[n], positions inside the mask of each example; where given, the batches say
+        how many places a row they take.
 
     Raises:
       ValueError: an example is longer than the largest bucket.
@@ -177,7 +199,8 @@ def plan_epoch(
         raise ValueError(f"An example has {longest} positions, the largest bucket {buckets[-1]}.")
     order = permutation(len(lengths), seed=seed, epoch=epoch, purpose=_ROWS)
     if batching == "pack":
-        return _plan_packed(order, lengths, seed, epoch, batch_size, int(bucket_array[-1]))
+        capacity = int(bucket_array[-1])
+        return _plan_packed(order, lengths, answers, seed, epoch, batch_size, capacity)
     starts = np.arange(0, len(order), batch_size)
     if batching == "bucket":
         window = np.arange(len(order)) // (_WINDOW_BATCHES * batch_size)
@@ -192,6 +215,7 @@ def plan_epoch(
         bucket_array[np.searchsorted(bucket_array, np.asarray(batch_lengths, np.int64))],
         batch_size=batch_size,
         num_segments=1,
+        answers=answers,
     )
 
 
@@ -207,7 +231,13 @@ def packed_segments(lengths: np.ndarray, capacity: int) -> int:
 
 
 def _plan_packed(
-    order: np.ndarray, lengths: np.ndarray, seed: int, epoch: int, batch_size: int, capacity: int
+    order: np.ndarray,
+    lengths: np.ndarray,
+    answers: np.ndarray | None,
+    seed: int,
+    epoch: int,
+    batch_size: int,
+    capacity: int,
 ) -> EpochPlan:
     num_segments = packed_segments(lengths, capacity)
     row_of = np.empty(len(order), np.int64)  # the packed row of each place in the order
@@ -232,6 +262,7 @@ def _plan_packed(
         np.full(len(starts), capacity, np.int64),
         batch_size=batch_size,
         num_segments=num_segments,
+        answers=answers,
     )
 
 

@@ -6,6 +6,7 @@ function of the step. tf.data runs collation in threads ahead of the training st
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -145,7 +146,7 @@ def process_rows(batch: PlannedBatch, process_index: int, process_count: int) ->
         )
     each = len(batch.rows) // process_count
     mine = batch.rows[process_index * each : (process_index + 1) * each]
-    return PlannedBatch(mine, batch.length, batch.num_segments)
+    return dataclasses.replace(batch, rows=mine)
 
 
 def import_tensorflow() -> Any:

@@ -29,14 +29,31 @@ def token_logps(
     logits_BLV = blank_outside(logits_BLV, mask_BL)
     labels_BL = jnp.asarray(labels_BL)
     chex.assert_shape(labels_BL, logits_BLV.shape[:-1])
-    # Relative to the greatest logit, as log-softmax does: keeps digits where logits are large.
-    logits_BLV = logits_BLV - jax.lax.stop_gradient(logits_BLV.max(axis=-1, keepdims=True))
-    iota_BLV = jax.lax.broadcasted_iota(jnp.int32, logits_BLV.shape, logits_BLV.ndim - 1)
-    is_label_BLV = iota_BLV == labels_BL[..., None]
-    label_logits_BL = jnp.where(is_label_BLV, logits_BLV, 0.0).sum(axis=-1)
-    logps_BL = label_logits_BL - jnp.log(jnp.exp(logits_BLV).sum(axis=-1))
     known_BL = (labels_BL >= 0) & (labels_BL < logits_BLV.shape[-1])
-    return jnp.where(known_BL, logps_BL, jnp.nan)
+    return jnp.where(known_BL, _label_logps(logits_BLV, labels_BL), jnp.nan)
+
+
+@jax.custom_jvp
+def _label_logps(logits_BLV: jax.Array, labels_BL: jax.Array) -> jax.Array:
+    # Relative to the greatest logit, as log-softmax does: keeps digits where logits are large.
+    highest_BL1 = logits_BLV.max(axis=-1, keepdims=True)
+    log_sum_BL = jnp.log(jnp.exp(logits_BLV - highest_BL1).sum(axis=-1))
+    label_BL1 = jnp.take_along_axis(logits_BLV, labels_BL[..., None], axis=-1, mode="clip")
+    return (label_BL1 - highest_BL1)[..., 0] - log_sum_BL
+
+
+@_label_logps.defjvp
+def _label_logps_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    """The gradient is one pass over the vocabulary, (is the label) - p, where taking the look-up
+    and the softmax apart makes arrays of its size for each."""
+    logits_BLV, labels_BL = primals
+    logps_BL = _label_logps(logits_BLV, labels_BL)
+    highest_BL1 = logits_BLV.max(axis=-1, keepdims=True)
+    exp_BLV = jnp.exp(logits_BLV - highest_BL1)
+    probs_BLV = exp_BLV / exp_BLV.sum(axis=-1, keepdims=True)
+    iota_BLV = jax.lax.broadcasted_iota(labels_BL.dtype, logits_BLV.shape, logits_BLV.ndim - 1)
+    slope_BLV = (iota_BLV == labels_BL[..., None]) - probs_BLV
+    return logps_BL, (slope_BLV * tangents[0]).sum(axis=-1)
 
 
 def nll(

@@ -14,17 +14,20 @@ from proxykd_jax.artifacts import MANIFEST, digest_value, read_json
 from proxykd_jax.config import Config
 from proxykd_jax.data.collate import Rows
 from proxykd_jax.data.corpus import TokenCorpus
-from proxykd_jax.data.order import permutation
+from proxykd_jax.data.order import Batching, permutation
 from proxykd_jax.generation.samples import SampleStore
 from proxykd_jax.losses import REFERENCE_LOSSES, batch_mean
 from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.parallel.sharding import check_rows, tree_shardings
 from proxykd_jax.training.answers import draw_answers
 from proxykd_jax.training.batches import (
+    Plan,
     Selection,
+    answer_positions,
     check_any_rows,
     count_steps,
     make_plan,
+    pair_answers,
     pair_collate,
     pair_positions,
     phase_seed,
@@ -152,7 +155,7 @@ class Alignment:
             self._train_nll(phase, rows, self._align.epochs_per_round, self._align.round_max_steps)
             self._trainer.finish_phase(phase, self._watched(), keep=True)
             return
-        plan = self._plan(phase, pair_positions(rows, samples))
+        plan = self._pair_plan(phase, rows, samples)
         steps = count_steps(plan, self._align.epochs_per_round, self._align.round_max_steps)
         collate = pair_collate(rows, samples)
         start = self._trainer.progress.phase_step
@@ -221,7 +224,7 @@ class Alignment:
         rows = self._round_rows(round_index)
         store_references(
             store,
-            self._plan(_round_name(round_index), pair_positions(rows, store)),
+            self._pair_plan(_round_name(round_index), rows, store),
             pair_collate(rows, store),
             self._model.spec,
             params,
@@ -267,14 +270,22 @@ class Alignment:
         figures = self._watch(self._trainer.state)
         return {f"held_out/{name}": value for name, value in figures.items()}
 
-    def _plan(self, phase: str, positions: np.ndarray, *, pairs: bool = True) -> Any:
-        batching = self._align.batching
+    def _pair_plan(self, phase: str, rows: Rows, samples: SampleStore) -> Plan:
+        batching = "bucket" if self._align.batching == "pack" else self._align.batching
+        return self._plan(
+            phase, pair_positions(rows, samples), pair_answers(rows, samples), batching
+        )
+
+    def _plan(
+        self, phase: str, positions: np.ndarray, answers: np.ndarray, batching: Batching
+    ) -> Plan:
         return make_plan(
             positions,
             seed=phase_seed(self._config.seed, f"align/{phase}"),
             batch_size=self._align.batch_size,
-            batching="bucket" if pairs and batching == "pack" else batching,
+            batching=batching,
             max_length=self._corpus.max_length,
+            answers=answers,
         )
 
     def _step_of(self, objective: Objective) -> Any:
@@ -292,7 +303,7 @@ class Alignment:
     def _train_nll(self, phase: str, rows: Rows, epochs: int, most: int | None) -> None:
         if not len(rows):
             return
-        plan = self._plan(phase, rows.lengths - 1, pairs=False)
+        plan = self._plan(phase, rows.lengths - 1, answer_positions(rows), self._align.batching)
         steps = count_steps(plan, epochs, most)
         start = self._trainer.progress.phase_step
         objective = NllObjective(self._align.reduction, self._align.nll_weight)
@@ -318,6 +329,7 @@ class Alignment:
             batch_size=self._align.batch_size,
             batching="bucket",
             max_length=self._corpus.max_length,
+            answers=pair_answers(rows, samples)[: len(few)],
         )
         collate = pair_collate(rows, samples)
         total: Any = None

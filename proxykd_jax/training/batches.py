@@ -126,7 +126,13 @@ def phase_seed(seed: int, phase: str) -> int:
 
 
 def make_plan(
-    positions: np.ndarray, *, seed: int, batch_size: int, batching: Batching, max_length: int
+    positions: np.ndarray,
+    *,
+    seed: int,
+    batch_size: int,
+    batching: Batching,
+    max_length: int,
+    answers: np.ndarray | None = None,
 ) -> Plan:
     """The batches of each epoch: a pure function of the epoch.
 
@@ -135,6 +141,7 @@ def make_plan(
       seed: from ``phase_seed``.
       batch_size, batching: as in the config.
       max_length: tokens of the longest row that the corpus may hold.
+      answers: positions of each example at which the vocabulary is projected (default: all).
     """
     buckets = default_buckets(max_length)
 
@@ -146,6 +153,7 @@ def make_plan(
             batch_size=batch_size,
             batching=batching,
             buckets=buckets,
+            answers=answers,
         )
 
     return plan
@@ -193,9 +201,19 @@ def token_collate(rows: Rows) -> Callable[[PlannedBatch], TokenBatch]:
     return collate
 
 
+def answer_positions(rows: Rows) -> np.ndarray:
+    """Positions inside the mask of each example: its answer's tokens."""
+    return rows.lengths - np.maximum(rows.prompt_lengths, 1)
+
+
 def pair_positions(rows: Rows, samples: SampleStore) -> np.ndarray:
     """Places that a pair takes: those of the longer of y and y-hat."""
     return np.maximum(rows.lengths, rows.prompt_lengths + samples.lengths) - 1
+
+
+def pair_answers(rows: Rows, samples: SampleStore) -> np.ndarray:
+    """Positions inside the mask of the longer of y and y-hat."""
+    return pair_positions(rows, samples) + 1 - np.maximum(rows.prompt_lengths, 1)
 
 
 def pair_collate(rows: Rows, samples: SampleStore) -> Callable[[PlannedBatch], PairBatch]:
@@ -301,4 +319,5 @@ def _read_rows(rows: Rows, planned: PlannedBatch) -> list[list[TokenRow]]:
 
 
 def _collate(rows: list[list[TokenRow]], planned: PlannedBatch) -> TokenBatch:
-    return collate_rows(rows, planned.length, planned.num_segments, len(planned.rows))
+    size = len(planned.rows)
+    return collate_rows(rows, planned.length, planned.num_segments, size, planned.answers)

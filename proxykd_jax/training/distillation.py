@@ -25,6 +25,7 @@ from proxykd_jax.training.batches import (
     Joined,
     Plan,
     ReadLabels,
+    answer_positions,
     check_any_rows,
     count_steps,
     distill_collate,
@@ -210,7 +211,8 @@ def fit(run: StudentRun, lesson: Lesson, make_course: MakeCourse = stored_course
     Phase 0 is the look at the untrained student, phase 1 the training.
     """
     distill = run.config.distill
-    plan = run.plan(lesson.rows.lengths - 1, "distill")
+    rows = lesson.rows
+    plan = run.plan(rows.lengths - 1, "distill", answers=answer_positions(rows))
     steps = count_steps(plan, distill.epochs, distill.max_steps)
     optimizer = make_optimizer(distill.optimizer, steps)
     trainer = run.open_trainer(optimizer)

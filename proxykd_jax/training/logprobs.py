@@ -47,17 +47,52 @@ def label_logps(
     hidden_BLD = batch_hidden_states(
         params, adapter, batch, config=spec.config, remat=spec.remat, dropout_key=dropout_key
     )
-    length = batch.tokens_BL.shape[1]
-    chunk = positions_within(WHOLE_LOGITS, hidden_BLD, spec.config.vocab_size)
+    arrays = (hidden_BLD, batch.labels_BL, *(() if topk_ids_BLK is None else (topk_ids_BLK,)))
+    length, places_BA = batch.tokens_BL.shape[1], batch.places_BA
+    if places_BA is None or places_BA.shape[1] == length:
+        out = _project(params, spec, temperature, *arrays)
+    else:
+        taken = (_take(x, places_BA) for x in arrays)
+        found = _project(params, spec, temperature, *taken)
+        out = tuple(_put(x, places_BA, length) for x in found)
+    return (out[0], None, None) if topk_ids_BLK is None else (out[0], out[1], out[2])
+
+
+def _project(
+    params: Tree, spec: ModelSpec, temperature: float, hidden_BAD: jax.Array, *arrays: Any
+) -> tuple[jax.Array, ...]:
+    """Log-probs at the hidden states' places, as ``label_logps`` returns them."""
+    chunk = positions_within(WHOLE_LOGITS, hidden_BAD, spec.config.vocab_size)
 
     def head(hidden: jax.Array, labels: jax.Array, *ids: jax.Array) -> tuple[jax.Array, ...]:
         logits = unembed(params, hidden, config=spec.config)
         found = topk_logps(logits / temperature, ids[0]) if ids else ()
         return (token_logps(logits, labels), *found)
 
-    ids = () if topk_ids_BLK is None else (topk_ids_BLK,)
-    out = map_positions(head, hidden_BLD, batch.labels_BL, *ids, chunk=min(chunk, length))
-    return out if ids else (out[0], None, None)
+    places = hidden_BAD.shape[1]
+    found: tuple[jax.Array, ...] = map_positions(
+        head, hidden_BAD, *arrays, chunk=min(chunk, places)
+    )
+    return found
+
+
+def _take(x_BL: Any, places_BA: Any) -> jax.Array:
+    """``[B, L, ...]`` to ``[B, A, ...]``; a place of L takes the last position."""
+
+    def take(x_L: jax.Array, places_A: jax.Array) -> jax.Array:
+        return jnp.take(x_L, places_A, axis=0, mode="clip")
+
+    return jax.vmap(take)(x_BL, places_BA)
+
+
+def _put(x_BA: jax.Array, places_BA: Any, length: int) -> jax.Array:
+    """``[B, A, ...]`` to ``[B, L, ...]``, zeros elsewhere; a place of L is dropped."""
+
+    def put(x_A: jax.Array, places_A: jax.Array) -> jax.Array:
+        zeros_L = jnp.zeros((length, *x_A.shape[1:]), x_A.dtype)
+        return zeros_L.at[places_A].set(x_A, mode="drop")
+
+    return jax.vmap(put)(x_BA, places_BA)
 
 
 def response_logps(

@@ -62,6 +62,7 @@ class StudentRun:
         *,
         batch_size: int | None = None,
         packs: bool = True,
+        answers: np.ndarray | None = None,
     ) -> Plan:
         """The batches of a phase.
 
@@ -70,6 +71,7 @@ class StudentRun:
           phase: names the seed of the order.
           batch_size: rows a batch (default: ``distill.batch_size``).
           packs: whether rows can be packed together; else ``batching: pack`` groups by length.
+          answers: see ``make_plan``.
         """
         distill = self.config.distill
         return make_plan(
@@ -78,6 +80,7 @@ class StudentRun:
             batch_size=batch_size or distill.batch_size,
             batching="bucket" if distill.batching == "pack" and not packs else distill.batching,
             max_length=self.corpus.max_length,
+            answers=answers,
         )
 
     def look_at_untrained(self, trainer: Trainer, figures: Mapping[str, float]) -> None:

@@ -53,6 +53,27 @@ def test_pure_function_of_seed_and_epoch(batching):
     assert list(plan(lengths, batching, seed=4)) != again[0]
 
 
+@pytest.mark.parametrize("batching", BATCHINGS)
+def test_answers_have_places_and_few_counts_occur(batching):
+    lengths = random_lengths(500)
+    answers = np.random.default_rng(1).integers(1, lengths + 1)
+    counted = plan_epoch(
+        lengths,
+        seed=3,
+        epoch=0,
+        batch_size=8,
+        batching=batching,
+        buckets=default_buckets(512),
+        answers=answers,
+    )
+    for batch, plain in zip(counted, plan(lengths, batching), strict=True):
+        assert (batch.rows, batch.length) == (plain.rows, plain.length) and plain.answers is None
+        most = max(sum(answers[i] for i in row) for row in batch.rows)
+        step = -(-batch.length // 8)
+        assert most <= batch.answers <= batch.length and batch.answers - most < step
+        assert batch.answers % step == 0 or batch.answers == batch.length
+
+
 def test_only_one_batch_is_not_full():
     for batching in ("pad", "bucket"):
         batches = plan(random_lengths(1001), batching)

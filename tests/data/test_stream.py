@@ -55,6 +55,14 @@ def test_mask_is_shifted_with_the_labels():
     assert not batch.mask_BL[1].any() and not batch.example_mask_BS[1].any()
 
 
+def test_places_are_those_inside_the_mask():
+    row = TokenRow(np.array([5, 6, 7, 8, 9], np.int32), 3, "")
+    batch = collate_rows([[row, row], [row]], 12, 2, 3, answers=5)
+    assert batch.places_BA.tolist() == [[2, 3, 6, 7, 12], [2, 3, 12, 12, 12], [12] * 5]
+    with pytest.raises(ValueError, match="4 answer tokens do not fit 3 places"):
+        collate_rows([[row, row]], 12, 2, 1, answers=3)
+
+
 @pytest.mark.parametrize("batching", ["pad", "bucket", "pack"])
 def test_batches_hold_exactly_the_rows(batching):
     """Examples are taken out of the arrays again, by their segments."""
