@@ -93,6 +93,7 @@ CHANGES: dict[str, dict[str, Change]] = {
             students=(m.PROXY_KD, "without_preference"),
             states=(px.NLL, px.PREFERENCE),
         ),
+        "no clipping": _proxy("align.optimizer.clip_norm=null", "distill.optimizer.clip_norm=null"),
         "1,600 steps": Change(("distill.max_steps=1600",), {}, (*BUDGET, "proxy_kd_mix")),
         "1,600 steps, 5,000 fresh prompts": Change(
             ("distill.max_steps=1600",), {"num_fresh": 5000}, (m.PROXY_KD, "proxy_kd_mix")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import os
 import platform
 import sys
@@ -42,6 +43,15 @@ def chosen(cases: list[Case], only: str | None) -> list[Case]:
             f"There are {', '.join(case.name for case in cases)}."
         )
     return [case for case in cases if case.name in names]
+
+
+def sources_digest() -> str:
+    """Of the library's files and the benchmark's own: what the figures belong to."""
+    digest = hashlib.sha256()
+    for folder in ("proxykd_jax", "benchmarks/speed"):
+        for path in sorted((REPOSITORY / folder).rglob("*.py")):
+            digest.update(str(path.relative_to(REPOSITORY)).encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -81,6 +91,13 @@ def main(argv: list[str] | None = None) -> int:
     for case in cases:
         started = time.perf_counter()
         found = run_startup(bench, case) if case.name == "startup" else run_case(bench, case)
+        if sources_digest() != machine["sources"]:
+            # Workers import when their case begins: some of its figures may be of other code.
+            machine["warning"] = f"the sources changed while {case.name} ran"
+            print(f"  warning: {machine['warning']}", flush=True)
+            machine["sources"] = sources_digest()
+            for record in found:
+                record |= {"ok": None, "reason": "the sources changed while it ran"}
         records += found
         for record in found:
             print(report.line(record), flush=True)
@@ -97,6 +114,7 @@ def _machine(backend: str, quick: bool) -> dict[str, Any]:
         "processor": platform.processor() or platform.machine(),
         "load before": round(os.getloadavg()[0], 2),
         "quick": quick,
+        "sources": sources_digest(),
     }
 
 

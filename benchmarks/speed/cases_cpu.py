@@ -14,6 +14,7 @@ from benchmarks.speed.cases import (
     against_peers,
     peers,
 )
+from benchmarks.speed.cases_growth import growth
 
 # (bar against PyTorch, bar against Tunix) for equal work on equal dense batches.
 _DENSE = {TORCH: 1.0, TUNIX: 1.2}
@@ -21,16 +22,15 @@ _CORPUS = 1.8
 
 
 def cases(quick: bool) -> list[Case]:
-    """All of them, in the order in which they run."""
-    shapes = ("260k", "15m") if quick else ("260k", "15m", "100m")
+    """All of them, in the order in which they run; ``quick`` leaves some out."""
     found: list[Case] = []
-    for shape in shapes:
+    for shape in ("15m",) if quick else ("260k", "15m", "100m"):
         found += _dense(shape, quick)
     found += _shared_prompt()
     found += _own_ratios(quick)
     found += _corpora(quick)
     found += [_sampling(quick), _rounds(quick)]
-    found += _growth(quick)
+    found += growth(quick)
     return [*found, *_startup()]
 
 
@@ -47,12 +47,14 @@ def _dense(shape: str, quick: bool) -> list[Case]:
         ("sft", False, (TORCH, TUNIX)),
         ("dpo", True, (TORCH,)),
         # Tunix has no NLL beside the preference.
-        ("dpo_plain", True, (TORCH, TUNIX) if not quick else (TUNIX,)),
+        ("dpo_plain", True, (TORCH, TUNIX)),
         ("distill", False, (TORCH, TUNIX)),
         ("sft_lora", True, (TORCH, TUNIX)),
     ):
-        if quick and work == "sft_lora":
+        if work in ("dpo_plain", "sft_lora") and (quick or shape != "15m"):
             continue
+        if shape == "100m":
+            tools = (TORCH,)
         name = f"{work}_dense_{shape}"
         compiled = not quick and shape != "100m"
         found.append(
@@ -142,10 +144,10 @@ def _own_ratios(quick: bool) -> list[Case]:
 
 def _corpora(quick: bool) -> list[Case]:
     """Real rows; every tool puts them together in its own way."""
-    alpaca = {"kind": "corpus", "corpus": "alpaca_eval", "count": 96, "max_length": 512}
-    stories = {"kind": "corpus", "corpus": "tinystories", "count": 512, "max_length": 512}
+    alpaca = {"kind": "corpus", "corpus": "alpaca_eval", "count": 64, "max_length": 512}
+    stories = {"kind": "corpus", "corpus": "tinystories", "count": 256, "max_length": 512}
     if quick:
-        stories = {**stories, "count": 64}
+        stories = {**stories, "count": 32, "max_length": 448}
     found = []
     sets = (("260k", stories, 16, 5), ("15m", alpaca, 8, 3))
     for shape, rows, batch, repetitions in sets[:1] if quick else sets:
@@ -155,6 +157,8 @@ def _corpora(quick: bool) -> list[Case]:
             ("dpo_plain", True, (TUNIX,)),
             ("distill", False, (TORCH, TUNIX)),
         ):
+            if (work.startswith("dpo") and shape == "260k") or (quick and work != "sft"):
+                continue
             name = f"{work}_corpus_{shape}"
             task = {
                 "shape": shape,
@@ -197,7 +201,8 @@ def _sampling(quick: bool) -> Case:
 def _rounds(quick: bool) -> Case:
     """A preference round beside an SFT round on the same rows, LoRA, nothing computed twice."""
     shape, corpus, batch = ("260k", "tinystories", 16) if quick else ("15m", "alpaca_eval", 8)
-    rows = {"kind": "corpus", "corpus": corpus, "count": 64, "max_length": 512}
+    count, longest = (32, 320) if quick else (64, 512)
+    rows = {"kind": "corpus", "corpus": corpus, "count": count, "max_length": longest}
     task = {"shape": shape, "batch_size": batch, "lora": True, "sample_batch_size": 64}
     name = "preference_round_over_sft_round"
     return Case(
@@ -212,71 +217,6 @@ def _rounds(quick: bool) -> Case:
         rows=rows,
         repetitions=2 if quick else 4,
     )
-
-
-def _growth(quick: bool) -> list[Case]:
-    """How an SFT step grows, one size at a time doubled; and the plan of an epoch."""
-    base = {"batch": 4, "length": 128, "vocab": 8000}
-    factors = (1, 2, 4) if quick else (1, 2, 4, 8)
-    found = []
-    for axis in base:
-        steps = []
-        for factor in factors:
-            size = {**base, axis: base[axis] * factor}
-            steps.append((str(size[axis]), size))
-        found.append(
-            Case(
-                name=f"growth_{axis}",
-                entries=tuple(
-                    Entry(
-                        label,
-                        OURS,
-                        {
-                            "work": "sft",
-                            "shape": "15m",
-                            "vocab": size["vocab"],
-                            "batch_size": size["batch"],
-                            "rows": {
-                                "kind": "dense",
-                                "count": size["batch"],
-                                "length": size["length"],
-                                "prompt": size["length"] // 2,
-                            },
-                        },
-                    )
-                    for label, size in steps
-                ),
-                comparisons=tuple(
-                    Comparison(f"growth_{axis}/{label}", label, steps[0][0], lower_is_better=True)
-                    for label, _ in steps[1:]
-                ),
-                repetitions=3,
-            )
-        )
-    counts = (1000, 10_000, 100_000) if quick else (1000, 10_000, 100_000, 1_000_000)
-    for batching in ("bucket", "pack"):
-        labels = [str(count) for count in counts]
-        found.append(
-            Case(
-                name=f"growth_corpus_{batching}",
-                entries=tuple(
-                    Entry(
-                        str(count),
-                        OURS,
-                        {"work": "plan", "count": count, "batching": batching, "shape": "tiny"},
-                    )
-                    for count in counts
-                ),
-                comparisons=tuple(
-                    Comparison(
-                        f"growth_corpus_{batching}/{label}", label, labels[0], lower_is_better=True
-                    )
-                    for label in labels[1:]
-                ),
-                repetitions=2,
-            )
-        )
-    return found
 
 
 def _startup() -> list[Case]:

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from benchmarks.speed.ours_models import device_peak
 from benchmarks.speed.protocol import Program
 from benchmarks.speed.shapes import Shape, shape_of
+from proxykd_jax.config import AxesConfig
+from proxykd_jax.parallel.mesh import make_mesh
 
 Product = tuple[str, tuple[int, ...], tuple[int, ...], int]
 
@@ -19,9 +21,8 @@ def step_products(shape: Shape, batch: int, length: int) -> list[Product]:
     """(einsum, left shape, right shape, how often) of a full fine-tuning step.
 
     Each linear layer has its forward product, and two backward: towards the input and towards the
-    weights. Attention has scores and values forward, and two backward for each; they are whole
-    squares, because no product on a CPU leaves out the half that causality hides. The vocabulary
-    is projected at every position.
+    weights. Attention has scores and values forward, and two backward for each, over blocks of
+    queries that see nothing behind their last one. The vocabulary is projected at every position.
     """
     rows = batch * length
     linear = [(size, shape.layers) for size in shape.linear().values()]
@@ -31,18 +32,28 @@ def step_products(shape: Shape, batch: int, length: int) -> list[Product]:
         found.append(("rd,do->ro", (rows, size_in), (size_in, size_out), count))
         found.append(("ro,do->rd", (rows, size_out), (size_in, size_out), count))
         found.append(("rd,ro->do", (rows, size_in), (rows, size_out), count))
-    heads, square = batch * shape.heads, (length, length)
-    long = (heads, length, shape.head_dim)
-    # q k^T forward, and grad_out v^T backward.
-    found.append(("hqc,hkc->hqk", long, long, 2 * shape.layers))
-    # scores v forward; towards q, k and v backward.
-    found.append(("hqk,hkc->hqc", (heads, *square), long, 2 * shape.layers))
-    found.append(("hqk,hqc->hkc", (heads, *square), long, 2 * shape.layers))
+    heads, width = batch * shape.heads, shape.head_dim
+    block = length // _query_blocks(length)
+    for seen in range(block, length + 1, block):
+        queries, keys = (heads, block, width), (heads, seen, width)
+        scores = (heads, block, seen)
+        # q k^T forward, and grad_out v^T backward.
+        found.append(("hqc,hkc->hqk", queries, keys, 2 * shape.layers))
+        # scores v forward; towards q, k and v backward.
+        found.append(("hqk,hkc->hqc", scores, keys, 2 * shape.layers))
+        found.append(("hqk,hqc->hkc", scores, queries, 2 * shape.layers))
     return found
+
+
+def _query_blocks(length: int) -> int:
+    """Blocks that the half hidden by causality is left out by: eight at most, of 64 queries at
+    least. More would leave out more, in smaller products."""
+    return next(n for n in (8, 4, 2, 1) if n == 1 or length % (64 * n) == 0)
 
 
 def products(task: dict[str, Any]) -> Program:
     """All products of ``step_products``, one after another."""
+    make_mesh(AxesConfig(), jax.devices()[:1])  # memory is kept as in the step
     shape = shape_of(task)
     work = []
     flops = 0.0

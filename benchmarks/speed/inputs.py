@@ -35,6 +35,8 @@ def make_rows(work: Path, task: dict[str, Any], wanted: dict[str, Any]) -> Path 
         found = corpus_rows(wanted["corpus"], wanted["count"], wanted["max_length"], vocab)
     if isinstance(found, str):
         return found
+    if len(found) < task.get("batch_size", 1):
+        return f"{wanted} gives {len(found)} rows, fewer than a batch of {task['batch_size']}."
     path.parent.mkdir(parents=True, exist_ok=True)
     found.save(path)
     return path

@@ -8,10 +8,9 @@ import jax
 import numpy as np
 
 from benchmarks.speed.ours_models import device_peak, token_rows
-from benchmarks.speed.ours_training import Trainer, collate_of, epoch
+from benchmarks.speed.ours_training import Trainer, examples_of
 from benchmarks.speed.protocol import Program
 from benchmarks.speed.rows import Rows
-from proxykd_jax.data.order import default_buckets
 from proxykd_jax.generation.sampler import sample
 from proxykd_jax.training.reference import pair_logps
 
@@ -36,12 +35,12 @@ def sft_round(task: dict[str, Any]) -> Program:
     """Every row once, NLL alone."""
     rows = Rows.load(task["rows"])
     trainer = Trainer(task)
-    collate, positions = collate_of("sft", rows)
-    planned = epoch(positions, task, "bucket", default_buckets(int(positions.max()) + 1))
+    examples = examples_of("sft", rows)
+    planned = examples.epoch(task["batch_size"], "bucket")
 
     def run() -> None:
         for batch in planned:
-            metrics = trainer.step("sft", collate(batch))
+            metrics = trainer.step("sft", examples.collate(batch))
         jax.block_until_ready((trainer.state, metrics))
 
     run()
@@ -49,7 +48,8 @@ def sft_round(task: dict[str, Any]) -> Program:
 
 
 def preference_round(task: dict[str, Any]) -> Program:
-    """Samples of the model as it stands, references of both answers, a step on every batch.
+    """Samples of the model as it stands, references of both answers, a step on every batch; so
+    many ``rounds`` (default: one) one after another.
 
     Answers have as many tokens as the teacher's: what is drawn differs from round to round, the
     shapes do not.
@@ -58,10 +58,9 @@ def preference_round(task: dict[str, Any]) -> Program:
     trainer = Trainer(task)
     chosen = token_rows(rows)
     budgets = (rows.lengths - rows.prompt_lengths).tolist()
-    buckets = default_buckets(int(rows.lengths.max()))
     numbers = iter(range(1, 1 << 30))
 
-    def run() -> None:
+    def one_round() -> None:
         drawn = sample(
             trainer.frozen,
             trainer.state.trainable,
@@ -78,13 +77,17 @@ def preference_round(task: dict[str, Any]) -> Program:
             np.concatenate([row.prompt, answer.tokens]).astype(np.int32)
             for row, answer in zip(chosen, drawn, strict=True)
         ]
-        found = _with_references(rows, rejected, trainer, task, buckets)
-        collate, positions = collate_of("dpo", found)
-        for batch in epoch(positions, task, "bucket", buckets):
-            metrics = trainer.step("dpo", collate(batch))
+        found = _with_references(rows, rejected, trainer, task)
+        examples = examples_of("dpo", found)
+        for batch in examples.epoch(task["batch_size"], "bucket"):
+            metrics = trainer.step("dpo", examples.collate(batch))
         jax.block_until_ready((trainer.state, metrics))
 
-    run()
+    def run() -> None:
+        for _ in range(task.get("rounds", 1)):
+            one_round()
+
+    one_round()
     extra = {"floor": floor_ratio(rows), "papers_ratio": PAPERS_RATIO}
     return Program(run=run, units=float(rows.answer_tokens), peak=device_peak(), extra=extra)
 
@@ -94,7 +97,6 @@ def _with_references(
     rejected: list[np.ndarray],
     trainer: Trainer,
     task: dict[str, Any],
-    buckets: tuple[int, ...],
 ) -> Rows:
     """The rows with the answers that were drawn, and log-probs of both in the model as it is."""
     found = Rows(
@@ -105,11 +107,11 @@ def _with_references(
             "reference_rejected": np.zeros(len(rows), np.float32),
         }
     )
-    collate, positions = collate_of("dpo", found)
+    examples = examples_of("dpo", found)
     params, adapter = trainer.spec.bind(trainer.frozen, trainer.state.trainable)
-    planned = epoch(positions, task, "bucket", buckets)
+    planned = examples.epoch(task["batch_size"], "bucket")
     pending = [
-        pair_logps(params, adapter, collate(batch), spec=trainer.spec, microbatches=1)
+        pair_logps(params, adapter, examples.collate(batch), spec=trainer.spec, microbatches=1)
         for batch in planned
     ]
     for batch, pair in zip(planned, pending, strict=True):

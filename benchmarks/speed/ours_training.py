@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -48,11 +49,52 @@ def objective_of(work: str) -> Any:
     )
 
 
-def collate_of(work: str, rows: Rows) -> tuple[Collate, np.ndarray]:
-    """(batches of this work, positions that each example takes)."""
+@dataclass(frozen=True)
+class Examples:
+    """What plans and batches of a work are made from.
+
+    Attributes:
+      collate: a planned batch to the arrays of a step.
+      positions: places that each example takes.
+      answers: of these, the ones whose label is a token of an answer.
+    """
+
+    collate: Collate
+    positions: np.ndarray
+    answers: np.ndarray
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Lengths that batches may have."""
+        return default_buckets(int(self.positions.max()) + 1)
+
+    def first(self, batch_size: int) -> PlannedBatch:
+        """The first so many rows: the batch that all tools' results are compared on."""
+        longest = int(self.positions[:batch_size].max())
+        length = next(bucket for bucket in self.buckets if bucket >= longest)
+        rows = tuple((index,) for index in range(batch_size))
+        return PlannedBatch(rows, length, answers=int(self.answers[:batch_size].max()))
+
+    def epoch(self, batch_size: int, batching: Any) -> list[PlannedBatch]:
+        """The batches of the first epoch."""
+        plan = plan_epoch(
+            self.positions,
+            seed=0,
+            epoch=0,
+            batch_size=batch_size,
+            batching=batching,
+            buckets=self.buckets,
+            answers=self.answers,
+        )
+        return list(plan)
+
+
+def examples_of(work: str, rows: Rows) -> Examples:
+    """The examples of a work."""
     chosen = token_rows(rows)
+    answers = rows.lengths - rows.prompt_lengths
     if work == "sft":
-        return token_collate(Memory(chosen)), rows.lengths - 1
+        return Examples(token_collate(Memory(chosen)), rows.lengths - 1, answers)
     if work == "distill":
         labels = [
             SoftLabels(
@@ -71,12 +113,12 @@ def collate_of(work: str, rows: Rows) -> tuple[Collate, np.ndarray]:
             ("distill",),
             top_k=TOP_K,
         )
-        return collate, rows.lengths - 1
+        return Examples(collate, rows.lengths - 1, answers)
     rejected = token_rows(rows, rejected=True)
 
     def pairs(planned: PlannedBatch) -> PairBatch:
         places = [row[0] if row else None for row in planned.rows]
-        size = (planned.length, planned.num_segments, len(planned.rows))
+        size = (planned.length, planned.num_segments, len(planned.rows), planned.answers)
 
         def numbers(values: np.ndarray) -> np.ndarray:
             return np.array([0.0 if p is None else values[p] for p in places], np.float32)
@@ -89,14 +131,8 @@ def collate_of(work: str, rows: Rows) -> tuple[Collate, np.ndarray]:
             pair_mask_B=np.array([p is not None for p in places]),
         )
 
-    return pairs, np.maximum(rows.lengths, rows.rejected_lengths) - 1
-
-
-def first_rows(batch_size: int, positions: np.ndarray, buckets: tuple[int, ...]) -> PlannedBatch:
-    """The first so many rows in their order: the batch that all tools' results are compared on."""
-    longest = int(positions[:batch_size].max())
-    length = next(bucket for bucket in buckets if bucket >= longest)
-    return PlannedBatch(tuple((index,) for index in range(batch_size)), length)
+    longer = np.maximum(rows.lengths, rows.rejected_lengths)
+    return Examples(pairs, longer - 1, longer - rows.prompt_lengths)
 
 
 class Trainer:
@@ -134,37 +170,21 @@ class Trainer:
         return metrics
 
 
-def epoch(
-    positions: np.ndarray, task: dict[str, Any], batching: Any, buckets: tuple[int, ...]
-) -> list[PlannedBatch]:
-    """The batches of the first epoch."""
-    plan = plan_epoch(
-        positions,
-        seed=0,
-        epoch=0,
-        batch_size=task["batch_size"],
-        batching=batching,
-        buckets=buckets,
-    )
-    return list(plan)
-
-
 def training(task: dict[str, Any]) -> Program:
     """An epoch of steps over the task's rows; ``batchings`` are tried and the fastest is taken."""
     work = task["work"]
     rows = Rows.load(task["rows"])
     trainer = Trainer(task)
-    collate, positions = collate_of(work, rows)
-    buckets = default_buckets(int(positions.max()) + 1)
-    checked = trainer.step(work, collate(first_rows(task["batch_size"], positions, buckets)))
+    examples = examples_of(work, rows)
+    checked = trainer.step(work, examples.collate(examples.first(task["batch_size"])))
     results = {name: float(checked[name]) for name in ("loss", "grad_norm")}
 
     def way(batching: str) -> Callable[[], None]:
-        planned = epoch(positions, task, batching, buckets)
+        planned = examples.epoch(task["batch_size"], batching)
 
         def run() -> None:
             for batch in planned:
-                metrics = trainer.step(work, collate(batch))
+                metrics = trainer.step(work, examples.collate(batch))
             jax.block_until_ready((trainer.state, metrics))
 
         return run

@@ -70,8 +70,7 @@ def record_of(comparison: Comparison, timed: Mapping[str, Timed]) -> Record:
     extra = ours.described.get("extra", {})
     if comparison.times_floor and comparison.bar is not None:
         record["bar"] = comparison.bar * extra["floor"]
-        record["floor"] = extra["floor"]
-    record |= {name: extra[name] for name in ("papers_ratio",) if name in extra}
+        record |= {name: extra[name] for name in ("floor", "papers_ratio")}
     record["ok"] = judge(record)
     if record["bar"] is None:
         record["reason"] = "no bar: a curve"

@@ -74,7 +74,10 @@ def _command(stage: str, runs: Path, environment: dict[str, str], log: Path) -> 
 
 
 def _to_first_step(folder: Path, environment: dict[str, str], log: Path) -> float:
-    """Seconds until metrics.jsonl has its first line; the run is then stopped."""
+    """Seconds until metrics.jsonl has the line of a training step; the run is then stopped.
+
+    Lines of validation, of which one comes before the first step, have no ``time/step_s``.
+    """
     runs = folder / "timed"
     shutil.rmtree(runs, ignore_errors=True)
     shutil.copytree(folder / "runs", runs)
@@ -89,7 +92,7 @@ def _to_first_step(folder: Path, environment: dict[str, str], log: Path) -> floa
             stderr=file,
         )
     try:
-        while not (metrics.exists() and metrics.stat().st_size):
+        while not (metrics.exists() and "time/step_s" in metrics.read_text()):
             if process.poll() is not None:
                 raise RuntimeError(f"align ended with code {process.returncode}; see {log}")
             if time.perf_counter() - started > _LONGEST:

@@ -118,13 +118,15 @@ class Trainer:
         self._learnt = learnt
         self._autocast = shape_of(task).dtype != "float32"
         # Rows of one length compile for this length, others for any.
-        self._call = torch.compile(self.model, dynamic=task.get("dynamic")) if compiled else None
+        self._call: Any = self.model
+        if compiled:
+            self._call = torch.compile(self.model, dynamic=task.get("dynamic"))
 
     def gradients(self, batch: Batch) -> torch.Tensor:
         """The loss, whose gradients are left in the parameters."""
         self._optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device().type, torch.bfloat16, enabled=self._autocast):
-            loss = self._loss(self._call or self.model, batch)
+            loss = self._loss(self._call, batch)
         loss.backward()
         return loss
 
@@ -150,7 +152,7 @@ def training(task: dict[str, Any]) -> Program:
 
     def way(head: str, compiled: bool) -> Callable[[], None]:
         def run() -> None:
-            name = f"{head} {compiled}"
+            name = _name(head, compiled)
             if name not in kept:
                 kept[name] = Trainer(task, head, compiled)
                 found = kept[name].check(collate(work, rows, list(range(task["batch_size"]))))
@@ -165,11 +167,12 @@ def training(task: dict[str, Any]) -> Program:
 
     modes = (False, True) if task.get("compile") else (False,)
     ways = {
-        f"head={head}, torch.compile={'on' if compiled else 'off'}": way(head, compiled)
-        for head in LOSSES[work]
-        for compiled in modes
+        _name(head, compiled): way(head, compiled) for head in LOSSES[work] for compiled in modes
     }
     run, settings = best_of(ways)
+    best = next(one["name"] for one in settings if one.get("chosen"))
+    for name in [name for name in kept if name != best]:
+        del kept[name]  # its memory is not the chosen way's
     if not task.get("compile"):
         settings.append({"name": "torch.compile", "error": "not tried here"})
     return Program(
@@ -179,6 +182,10 @@ def training(task: dict[str, Any]) -> Program:
         units=float(rows.answer_tokens),
         peak=peak() if device().type == "cuda" else None,
     )
+
+
+def _name(head: str, compiled: bool) -> str:
+    return f"head={head}, torch.compile={'on' if compiled else 'off'}"
 
 
 def _same(first: float, second: float, name: str) -> None:
@@ -238,7 +245,12 @@ def sampling(task: dict[str, Any]) -> Program:
         for size in task["batch_sizes"]
     }
     run, settings = best_of(ways)
-    greedy = generate(given[: task["greedy_rows"]], task["greedy_tokens"], False).cpu().numpy().mean(axis=0)
+    greedy = (
+        generate(given[: task["greedy_rows"]], task["greedy_tokens"], False)
+        .cpu()
+        .numpy()
+        .mean(axis=0)
+    )
     return Program(
         run=run,
         results={f"greedy_{place}": float(value) for place, value in enumerate(greedy)},

@@ -79,7 +79,9 @@ def sampling(model: Any, task: dict[str, Any]) -> Program:
     }
     run, settings = best_of(ways)
     places = task["greedy_tokens"]
-    greedy = np.array([tokens[:places] for tokens in generate(given[: task["greedy_rows"]], places, None).tokens])
+    greedy = np.array(
+        [tokens[:places] for tokens in generate(given[: task["greedy_rows"]], places, None).tokens]
+    )
     return Program(
         run=run,
         results={f"greedy_{i}": float(v) for i, v in enumerate(greedy.mean(axis=0))},

@@ -117,9 +117,8 @@ def test_a_batch_of_single_rows_needs_no_mask(small_config, helpers, sliding_lay
     positions = np.arange(24, dtype=np.int32)[None] * segments
     batch = TokenBatch(tokens_BL, tokens_BL, segments > 0, segments, positions, segments[:, :1] > 0)
     hidden = llama.batch_hidden_states(params, adapter, batch, config=config)
-    packed = TokenBatch(
-        *(getattr(batch, name) for name in batch.__dataclass_fields__ if name != "example_mask_BS"),
-        example_mask_BS=np.concatenate([batch.example_mask_BS, np.zeros((3, 1), bool)], 1),
+    packed = batch.replace(
+        example_mask_BS=np.concatenate([batch.example_mask_BS, np.zeros((3, 1), bool)], 1)
     )
     masked = llama.batch_hidden_states(params, adapter, packed, config=config)
     for row, length in enumerate(lengths):
