@@ -66,10 +66,11 @@ def test_blocks_of_queries_equal_one_block(window):
         np.testing.assert_allclose(one, other, atol=2e-5, rtol=1e-5)
 
 
-def test_a_causal_row_is_computed_in_blocks():
-    q, k, v = inputs(length=256, slots=256)
+@pytest.mark.parametrize("length, block", [(256, 64), (192, 64), (448, 64), (352, 88), (1024, 128)])
+def test_a_causal_row_is_computed_in_blocks(length, block):
+    q, k, v = inputs(length=length, slots=length)
     text = str(jax.make_jaxpr(lambda *x: attention(*x, causal=True))(q, k, v))
-    assert "64,256]" in text and "256,256]" not in text
+    assert f"{block},{length}]" in text and f"{length},{length}]" not in text
 
 
 def test_a_row_that_sees_nothing_is_finite_forwards_and_backwards():
