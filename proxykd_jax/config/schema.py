@@ -230,7 +230,8 @@ class ModelSection(Section):
     remat: Literal["none", "dots", "outputs", "full"] = Field(
         "none",
         description="less memory for more time; what the backward pass finds of a layer beside its "
-        "input: its matrix products, the outputs of its linear layers, of attention and MLP, or nothing",
+        "input: its matrix products, the outputs of its linear layers, of attention and MLP, or "
+        "nothing",
     )
 
     @model_validator(mode="after")
