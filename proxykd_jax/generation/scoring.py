@@ -62,18 +62,18 @@ def soft_labels_of_logits(
     # of the result are merged into it. Barriers keep them apart (19 against 2,500 ms for 512
     # positions over 32,000 tokens); one around both makes XLA abort where devices are several.
     values_K, ids_K = map(jax.lax.optimization_barrier, jax.lax.top_k(scores, top_k))
-    # A comparison and a sum keep a vocabulary that is spread over devices where it is.
-    ids_V = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    gold = jnp.sum(jnp.where(ids_V == labels[..., None], logits, 0.0), axis=-1)
+    gold = jnp.take_along_axis(logits, labels[..., None], axis=-1, mode="clip")[..., 0]
 
     highest = values_K[..., :1]
     if drawable < logits.shape[-1]:
         highest = jnp.maximum(highest, beyond.max(axis=-1, keepdims=True))
     lowest = values_K[..., -1:]
     head = jnp.exp((values_K - highest) / temperature).sum(axis=-1)
-    below = jnp.where(scores < lowest, jnp.exp((scores - highest) / temperature), 0.0)
+    # Faster on a CPU with the exponential last and places counted in float32 (exact up to 2^24):
+    # this function took 114 in place of 157 ms for 512 positions over 32,000 tokens.
+    below = jnp.exp(jnp.where(scores < lowest, (scores - highest) / temperature, -jnp.inf))
     # Of entries equal to the smallest kept one, top_k took some; the others are outside.
-    left_out = jnp.sum(scores >= lowest, axis=-1) - top_k
+    left_out = jnp.where(scores >= lowest, 1.0, 0.0).sum(axis=-1) - top_k
     tied = left_out * jnp.exp((lowest[..., 0] - highest[..., 0]) / temperature)
     tail = below.sum(axis=-1) + tied
     if drawable < logits.shape[-1]:

@@ -54,6 +54,7 @@ from proxykd_jax.losses.reduction import (
 from proxykd_jax.losses.sampled_labels import (
     LABEL_VALUES,
     DrawnLabels,
+    draw_ids,
     draw_labels,
     drawn_cross_entropy_tokens,
     drawn_label_loss,
@@ -87,6 +88,7 @@ __all__ = [
     "discriminator_loss",
     "distill_objective",
     "dpo_loss",
+    "draw_ids",
     "draw_labels",
     "drawn_cross_entropy_tokens",
     "drawn_label_loss",

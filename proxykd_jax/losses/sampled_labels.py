@@ -44,10 +44,6 @@ def draw_labels(
     A draw depends on the key, its row's id, its position and p there, and on nothing else: not on
     the batch, its padding, or what was drawn before a restart.
 
-    An id is drawn in two steps, a block of sqrt(V) entries and an entry in it, each by adding
-    Gumbel noise. One step would need V random numbers a draw; the inverse of a float32 cumulative
-    sum would miss ids of probability below 1e-7.
-
     Args:
         scorer_logits_BLV: any float type; log-probs will do.
         key: a threefry key, JAX's default (of others, `rbg` draws otherwise in other batches).
@@ -78,7 +74,7 @@ def draw_labels(
     def draw(logps_V: jax.Array, row_id: jax.Array, position: jax.Array) -> DrawnLabels:
         position_key = jax.random.fold_in(jax.random.fold_in(key, row_id), position)
         proposal_V = proposal_power * logps_V
-        ids_K, counts_K = _count(_draw_ids(proposal_V, position_key, num_draws))
+        ids_K, counts_K = _count(draw_ids(proposal_V, position_key, num_draws))
         if proposal_power == 1:
             # Exactly 1, or NaN with the scorer.
             weights_K = 1.0 + 0.0 * logps_V.max()
@@ -98,6 +94,32 @@ def draw_labels(
         jnp.where(inside_BL1, drawn.counts_BLK, 0),
         jnp.where(inside_BL1, drawn.weights_BLK, 1.0),
     )
+
+
+def draw_ids(logps_V: chex.Array, key: chex.PRNGKey, num_draws: int) -> jax.Array:
+    """Ids drawn with replacement from unnormalised log-probs.
+
+    An id is drawn in two steps, a block of sqrt(V) entries and an entry in it, each by adding
+    Gumbel noise. One step would need V random numbers a draw; the inverse of a float32 cumulative
+    sum would miss ids of probability below 1e-7.
+
+    Args:
+        logps_V: float32; an id at -inf is never drawn.
+        key: a threefry key.
+        num_draws: N.
+
+    Returns:
+        `[N]` int32.
+    """
+    width = math.isqrt(logps_V.size - 1) + 1
+    padding = -logps_V.size % width
+    blocks = jnp.pad(logps_V, (0, padding), constant_values=-jnp.inf).reshape(-1, width)
+    block_key, entry_key = jax.random.split(key)
+    block_N = jax.random.categorical(
+        block_key, jax.nn.logsumexp(blocks, axis=-1), shape=(num_draws,)
+    )
+    entry_N = jax.random.categorical(entry_key, blocks[block_N], axis=-1)
+    return block_N * width + entry_N
 
 
 def drawn_label_tokens(
@@ -211,19 +233,6 @@ def drawn_label_loss(
         value=value,
     )
     return reduce_tokens(loss_BL, mask_BL, reduction=reduction)
-
-
-def _draw_ids(logps_V: jax.Array, key: chex.PRNGKey, num_draws: int) -> jax.Array:
-    """Ids drawn with replacement from unnormalised log-probs."""
-    width = math.isqrt(logps_V.size - 1) + 1
-    padding = -logps_V.size % width
-    blocks = jnp.pad(logps_V, (0, padding), constant_values=-jnp.inf).reshape(-1, width)
-    block_key, entry_key = jax.random.split(key)
-    block_N = jax.random.categorical(
-        block_key, jax.nn.logsumexp(blocks, axis=-1), shape=(num_draws,)
-    )
-    entry_N = jax.random.categorical(entry_key, blocks[block_N], axis=-1)
-    return block_N * width + entry_N
 
 
 def _count(ids_N: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -11,22 +11,18 @@ from jax.sharding import Mesh
 
 from proxykd_jax.config import AxesConfig
 from proxykd_jax.errors import UserError
-from proxykd_jax.parallel.host_memory import keep_freed_memory
 
 AXES = ("data", "fsdp", "tensor")
 _AUTO = (jax.sharding.AxisType.Auto,) * len(AXES)
 
 
 def make_mesh(config: AxesConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Arranges the devices as the config says, neighbours on the inner axes. Where these are
-    CPUs, the process keeps freed memory from now on (``host_memory``).
+    """Arranges the devices as the config says, neighbours on the inner axes.
 
     Raises:
       UserError: the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    if all(device.platform == "cpu" for device in devices):
-        keep_freed_memory()
     # Without Auto the axes are explicit, and the embedding's gather is refused.
     return jax.make_mesh(axis_sizes(config, len(devices)), AXES, axis_types=_AUTO, devices=devices)
 
