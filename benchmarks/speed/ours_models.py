@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from benchmarks.speed.rows import Rows
 from benchmarks.speed.shapes import LORA_ALPHA, LORA_RANK, NORM_EPS, ROPE_THETA, Shape, shape_of
@@ -87,30 +86,6 @@ def token_rows(rows: Rows, *, rejected: bool = False) -> list[TokenRow]:
         TokenRow(row, int(prompt), f"{index:08x}")
         for index, (row, prompt) in enumerate(zip(tokens, rows.prompt_lengths, strict=True))
     ]
-
-
-class Memory:
-    """Rows in memory where the library reads rows of a corpus."""
-
-    def __init__(self, rows: Sequence[TokenRow]) -> None:
-        self._rows = list(rows)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """int32[n]."""
-        return np.array([len(row.tokens) for row in self._rows], np.int32)
-
-    @property
-    def prompt_lengths(self) -> np.ndarray:
-        """int32[n]."""
-        return np.array([row.prompt_length for row in self._rows], np.int32)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def read(self, indices: Sequence[int]) -> list[TokenRow]:
-        """Rows by number."""
-        return [self._rows[index] for index in indices]
 
 
 def device_peak() -> Callable[[], int] | None:

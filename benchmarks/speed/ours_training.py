@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.speed.ours_models import Memory, device_peak, load, token_rows
+from benchmarks.speed.ours_models import device_peak, load, token_rows
 from benchmarks.speed.protocol import Program, best_of
 from benchmarks.speed.rows import TOP_K, Rows
 from proxykd_jax.config import OptimizerConfig, PreferenceConfig
-from proxykd_jax.data.collate import collate_rows
+from proxykd_jax.data.collate import RowsInMemory, collate_rows
 from proxykd_jax.data.order import PlannedBatch, default_buckets, plan_epoch
 from proxykd_jax.data.soft_labels import SoftLabels
 from proxykd_jax.models.config import ModelConfig
@@ -94,7 +94,7 @@ def examples_of(work: str, rows: Rows) -> Examples:
     chosen = token_rows(rows)
     answers = rows.lengths - rows.prompt_lengths
     if work == "sft":
-        return Examples(token_collate(Memory(chosen)), rows.lengths - 1, answers)
+        return Examples(token_collate(RowsInMemory(chosen)), rows.lengths - 1, answers)
     if work == "distill":
         labels = [
             SoftLabels(
@@ -107,7 +107,7 @@ def examples_of(work: str, rows: Rows) -> Examples:
             for index, row in enumerate(chosen)
         ]
         collate = distill_collate(
-            Joined({"distill": Memory(chosen)}),
+            Joined({"distill": RowsInMemory(chosen)}),
             {"distill": lambda wanted, ids: [labels[index] for index in wanted]},
             {"distill": rows.weights},
             ("distill",),

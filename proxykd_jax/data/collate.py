@@ -56,6 +56,34 @@ class Rows(Protocol):
         ...
 
 
+class RowsInMemory:
+    """Rows that are at hand, read like those of a corpus.
+
+    Args:
+      rows: in their order.
+    """
+
+    def __init__(self, rows: Sequence[TokenRow]) -> None:
+        self._rows = list(rows)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int32[n]."""
+        return np.array([len(row.tokens) for row in self._rows], np.int32)
+
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """int32[n]."""
+        return np.array([row.prompt_length for row in self._rows], np.int32)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, indices: Sequence[int]) -> list[TokenRow]:
+        """Rows by number, in the order asked for."""
+        return [self._rows[index] for index in indices]
+
+
 def collate_rows(
     rows: Sequence[Sequence[TokenRow]],
     length: int,

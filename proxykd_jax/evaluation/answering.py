@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from proxykd_jax.config import Config
 from proxykd_jax.config.schema import EndpointConfig
-from proxykd_jax.data.collate import TokenRow
+from proxykd_jax.data.collate import RowsInMemory, TokenRow
 from proxykd_jax.data.json_files import read_json_records
 from proxykd_jax.data.records import Message, TextRow
 from proxykd_jax.data.template import Renderer
@@ -140,7 +140,7 @@ def comparing(speaker: Speaker, items: Sequence[Item], *, batch_size: int) -> An
                 model.config,
                 model.params,
                 model.adapter,
-                _Rows(fitting),
+                RowsInMemory(fitting),
                 batch_size=batch_size,
                 top_ks=(1,),
                 mesh=speaker.mesh,
@@ -231,27 +231,6 @@ def looking_up(collected: Collected, items: Sequence[Item]) -> Answering:
         return lines
 
     return answer
-
-
-class _Rows:
-    """Rows in memory, as a split of the corpus is read."""
-
-    def __init__(self, rows: Sequence[TokenRow]) -> None:
-        self._rows = rows
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.array([len(row.tokens) for row in self._rows], np.int32)
-
-    @property
-    def prompt_lengths(self) -> np.ndarray:
-        return np.array([row.prompt_length for row in self._rows], np.int32)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def read(self, indices: Sequence[int]) -> list[TokenRow]:
-        return [self._rows[index] for index in indices]
 
 
 def _line(item: Item, prompt: str, output: str, finished: bool) -> Line:
