@@ -21,8 +21,10 @@ Batching = Literal["pad", "bucket", "pack"]
 _WINDOW_BATCHES = 64
 _PACK_WINDOW_ROWS = 1024
 _MOST_SEGMENTS = 64
-# A is a multiple of an eighth of the row: each A is another program to compile.
-_ANSWER_STEPS = 8
+# A is a multiple of a quarter of the row, because each A is another program to compile: batches of
+# like length give 7 programs on 1,700 stories and 19 on 480 answers of GPT-4 (eighths 11 and 27,
+# whole rows 4 and 10), at 0.94 and 0.86 of the positions (0.89 and 0.80).
+_ANSWER_STEPS = 4
 _ROWS, _BATCHES = 0, 1  # what a permutation is of: independent random streams
 
 
