@@ -1,7 +1,9 @@
 """Batches from any global step on, collated and prefetched by tf.data.
 
 The order is a plan (``order.py``), so the stream has no state to save: the batch of a step is a
-function of the step. tf.data runs collation in threads ahead of the training step.
+function of the step. tf.data runs collation in threads ahead of the training step. Importing it
+takes seconds, which the first steps do not wait for: until it is there, a batch is collated when it
+is asked for.
 """
 
 from __future__ import annotations
@@ -95,7 +97,7 @@ class BatchStream:
         dtypes = [np.asarray(leaf).dtype for leaf in first_leaves]
         failure: list[BaseException] = []
 
-        def leaves_of(step: np.ndarray) -> list[np.ndarray]:
+        def leaves_of(step: Any) -> list[np.ndarray]:
             try:
                 leaves, found = jax.tree.flatten(self._collate(self.planned(int(step))))
                 if structure != found:
@@ -105,9 +107,18 @@ class BatchStream:
                 failure.append(error)
                 raise
 
+        # No daemon: a process that ended within an import of compiled code could crash.
+        importing = threading.Thread(target=import_tensorflow, name="import tensorflow")
+        importing.start()
+        step = self._start_step
+        while step < stop and importing.is_alive():
+            yield jax.tree.unflatten(structure, leaves_of(step))
+            step += 1
+        if step == stop:
+            return
         tf = import_tensorflow()
         dataset = (
-            tf.data.Dataset.range(self._start_step, stop)
+            tf.data.Dataset.range(step, stop)
             .map(
                 lambda step: tuple(tf.numpy_function(leaves_of, [step], dtypes)),
                 num_parallel_calls=_THREADS,

@@ -1,11 +1,13 @@
 """The stream: exact at any step, the same for any number of processes, its errors its own."""
 
+import threading
+
 import numpy as np
 import pytest
 
 from proxykd_jax.data.collate import TokenRow, collate_rows
 from proxykd_jax.data.order import default_buckets, plan_epoch
-from proxykd_jax.data.stream import BatchStream
+from proxykd_jax.data.stream import BatchStream, import_tensorflow
 from proxykd_jax.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -140,6 +142,28 @@ def test_iterating_again_begins_again_and_leaving_early_is_fine():
             equal(first, batch)
         if i == 20:
             break
+
+
+@pytest.mark.parametrize("there_at", [1, 7, 20])
+def test_batches_do_not_wait_for_tensorflow(monkeypatch, there_at):
+    """They come while it is imported, and are those that tf.data gives."""
+    there, waited = threading.Event(), []
+
+    def slow_import():
+        waited.append(there.wait(60))
+        return import_tensorflow()
+
+    monkeypatch.setattr("proxykd_jax.data.stream.import_tensorflow", slow_import)
+    found = []
+    for batch in BatchStream(plan_of("bucket"), collate, 3, 20):
+        found.append(batch)
+        if len(found) == there_at:
+            there.set()
+    there.set()
+    planned = [batch for epoch in range(3) for batch in plan_of("bucket")(epoch)]
+    for batch, expected in zip(found, planned[3:20], strict=True):
+        equal(batch, collate(expected))
+    assert all(waited)
 
 
 def test_batch_that_cannot_be_divided():
