@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from benchmarks.speed.ours_models import device_peak
 from benchmarks.speed.protocol import Program
 from benchmarks.speed.shapes import Shape, shape_of
-from proxykd_jax.config import AxesConfig
-from proxykd_jax.parallel.mesh import make_mesh
+from proxykd_jax.models.attention import query_blocks
 
 Product = tuple[str, tuple[int, ...], tuple[int, ...], int]
 
@@ -33,7 +32,7 @@ def step_products(shape: Shape, batch: int, length: int) -> list[Product]:
         found.append(("ro,do->rd", (rows, size_out), (size_in, size_out), count))
         found.append(("rd,ro->do", (rows, size_in), (rows, size_out), count))
     heads, width = batch * shape.heads, shape.head_dim
-    block = length // _query_blocks(length)
+    block = length // query_blocks(length)
     for seen in range(block, length + 1, block):
         queries, keys = (heads, block, width), (heads, seen, width)
         scores = (heads, block, seen)
@@ -45,15 +44,8 @@ def step_products(shape: Shape, batch: int, length: int) -> list[Product]:
     return found
 
 
-def _query_blocks(length: int) -> int:
-    """Blocks that the half hidden by causality is left out by: eight at most, of 64 queries at
-    least. More would leave out more, in smaller products."""
-    return next(n for n in (8, 4, 2, 1) if n == 1 or length % (64 * n) == 0)
-
-
 def products(task: dict[str, Any]) -> Program:
     """All products of ``step_products``, one after another."""
-    make_mesh(AxesConfig(), jax.devices()[:1])  # memory is kept as in the step
     shape = shape_of(task)
     work = []
     flops = 0.0

@@ -10,14 +10,12 @@ import jax
 
 from benchmarks.speed.rows import Rows
 from benchmarks.speed.shapes import LORA_ALPHA, LORA_RANK, NORM_EPS, ROPE_THETA, Shape, shape_of
-from proxykd_jax.config import AxesConfig
 from proxykd_jax.data.collate import TokenRow
 from proxykd_jax.models.config import LoraConfig, ModelConfig, RopeConfig
 from proxykd_jax.models.hf_weights import load_model, save_model
 from proxykd_jax.models.lora import init_adapter
 from proxykd_jax.models.params import init_params
 from proxykd_jax.models.peft import load_adapter, save_adapter
-from proxykd_jax.parallel.mesh import make_mesh
 
 
 def model_config(shape: Shape) -> ModelConfig:
@@ -68,8 +66,6 @@ def make(task: dict[str, Any]) -> dict[str, Any]:
 
 def load(task: dict[str, Any]) -> tuple[ModelConfig, Any, Any]:
     """(config, params, adapter or None) of a task."""
-    # As every stage does: it also sets how the process keeps memory.
-    make_mesh(AxesConfig(), jax.devices()[:1])
     shape = shape_of(task)
     folder = Path(task["folder"])
     config, params = load_model(folder / "model", dtype=shape.dtype)

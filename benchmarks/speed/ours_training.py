@@ -223,7 +223,7 @@ def planning(task: dict[str, Any]) -> Program:
             batching=task["batching"],
             buckets=default_buckets(512),
         )
-        for _ in plan[: 100 if len(plan) > 100 else len(plan)]:
+        for _ in plan[:100]:
             pass
 
     return Program(run=run, units=float(task["count"]))

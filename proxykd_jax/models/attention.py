@@ -81,7 +81,7 @@ def attention(
     if not causal:
         return _attend(q_BLGQC, k_BSGC, v_BSGC, mask_BLS).reshape(q_BLHC.shape)
     blocks = []
-    block = num_queries // _query_blocks(num_queries)
+    block = num_queries // query_blocks(num_queries)
     for first in range(0, num_queries, block):
         # No slot past the block's last query is seen, nor one before its first query's window.
         stop = first + block
@@ -100,7 +100,7 @@ def attention(
     return jnp.concatenate(blocks, axis=1).reshape(q_BLHC.shape)
 
 
-def _query_blocks(num_queries: int) -> int:
+def query_blocks(num_queries: int) -> int:
     """How many blocks the queries of a causal row are cut into.
 
     Eight at most (each is compiled), of 64 queries at least, all of one size. Blocks skip the half
