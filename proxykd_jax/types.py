@@ -29,6 +29,8 @@ class TokenBatch:
       positions_BL: int32 position within the example, from 0.
       example_mask_BS: bool, which of the S places of a row hold an example. A batch that the data
         do not fill has rows of padding, so that its shape stays the same.
+      prefix_B: int32, how many first positions of a row every example of it sees: the beginning
+        of a prompt that they share. None: each sees itself alone.
       places_BA: int32, the positions inside ``mask_BL``, in order, then L: the vocabulary is
         projected at these alone. None projects it everywhere.
     """
@@ -39,6 +41,7 @@ class TokenBatch:
     segment_ids_BL: Array
     positions_BL: Array
     example_mask_BS: Array
+    prefix_B: Array | None = None
     places_BA: Array | None = None
 
 
@@ -58,6 +61,40 @@ class PairBatch:
     reference_chosen_B: Array
     reference_rejected_B: Array
     pair_mask_B: Array
+
+
+@flax.struct.dataclass
+class SharedPairBatch:
+    """``PairBatch`` with both answers in one row, so that their prompt is computed once.
+
+    Attributes:
+      rows: S = 2: example 1 is the prompt with y; example 2 sees the prompt but for its last token,
+        of which it begins with a copy, and goes on with y-hat.
+      reference_chosen_B, reference_rejected_B, pair_mask_B: as in ``PairBatch``.
+    """
+
+    rows: TokenBatch
+    reference_chosen_B: Array
+    reference_rejected_B: Array
+    pair_mask_B: Array
+
+    @property
+    def chosen(self) -> TokenBatch:
+        """The rows with the tokens of y inside the mask."""
+        return self._of_example(1)
+
+    @property
+    def rejected(self) -> TokenBatch:
+        """The rows with the tokens of y-hat inside the mask."""
+        return self._of_example(2)
+
+    def _of_example(self, number: int) -> TokenBatch:
+        inside_BL = self.rows.mask_BL & (self.rows.segment_ids_BL == number)
+        rows: TokenBatch = self.rows.replace(mask_BL=inside_BL)  # type: ignore[attr-defined]
+        return rows
+
+
+Pairs: TypeAlias = PairBatch | SharedPairBatch
 
 
 @flax.struct.dataclass

@@ -26,7 +26,7 @@ def cases(quick: bool) -> list[Case]:
     found: list[Case] = []
     for shape in ("15m",) if quick else ("260k", "15m", "100m"):
         found += _dense(shape, quick)
-    found += _shared_prompt()
+    found += _shared_prompt(quick)
     found += _own_ratios(quick)
     found += _corpora(quick)
     found += [_sampling(quick), _rounds(quick)]
@@ -70,17 +70,33 @@ def _dense(shape: str, quick: bool) -> list[Case]:
     return found
 
 
-def _shared_prompt() -> list[Case]:
-    """DPO on pairs whose prompt is half of the row, computed once for both answers."""
-    name = "dpo_shared_prompt_15m"
-    return [
-        Case(
-            name=name,
-            entries=(),
-            comparisons=(Comparison(name, "shared", "unshared", bar=1.3),),
-            skip="the objectives do not share a pair's prompt yet",
-        )
-    ]
+def _shared_prompt(quick: bool) -> list[Case]:
+    """DPO on pairs whose prompt is half of the row that both answers share: computed once or twice.
+
+    The same with prompts as long as an answer, where arithmetic allows 4/3 without a vocabulary.
+    """
+    found = []
+    for shape, batch, turns in (("15m", 8, 7),) if quick else (("15m", 8, 7), ("100m", 4, 3)):
+        for of_row, length, prompt in (("half", 192, 128), ("third", 192, 96)):
+            name = f"dpo_shared_prompt_{of_row}_{shape}"
+            task = {"work": "dpo", "shape": shape, "batch_size": batch, "lora": True}
+            entries = {"shared": [True], "unshared": [False]}
+            found.append(
+                Case(
+                    name=name,
+                    entries=tuple(
+                        Entry(label, OURS, {"share_prompt": share, **task})
+                        for label, share in entries.items()
+                    ),
+                    comparisons=(
+                        Comparison(name, *entries, bar=1.3 if of_row == "half" else None),
+                    ),
+                    rows={"kind": "dense", "count": batch, "length": length, "prompt": prompt},
+                    repetitions=3 if quick else turns,
+                    same=tuple(entries),
+                )
+            )
+    return found
 
 
 def _own_ratios(quick: bool) -> list[Case]:

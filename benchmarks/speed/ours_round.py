@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import numpy as np
 
 from benchmarks.speed.ours_models import device_peak, token_rows
@@ -39,9 +38,7 @@ def sft_round(task: dict[str, Any]) -> Program:
     planned = examples.epoch(task["batch_size"], "bucket")
 
     def run() -> None:
-        for batch in planned:
-            metrics = trainer.step("sft", examples.collate(batch))
-        jax.block_until_ready((trainer.state, metrics))
+        trainer.epoch("sft", examples, planned)
 
     run()
     return Program(run=run, units=float(rows.answer_tokens), peak=device_peak())
@@ -79,9 +76,7 @@ def preference_round(task: dict[str, Any]) -> Program:
         ]
         found = _with_references(rows, rejected, trainer, task)
         examples = examples_of("dpo", found)
-        for batch in examples.epoch(task["batch_size"], "bucket"):
-            metrics = trainer.step("dpo", examples.collate(batch))
-        jax.block_until_ready((trainer.state, metrics))
+        trainer.epoch("dpo", examples, examples.epoch(task["batch_size"], "bucket"))
 
     def run() -> None:
         for _ in range(task.get("rounds", 1)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,17 +13,18 @@ from benchmarks.speed.ours_models import device_peak, load, token_rows
 from benchmarks.speed.protocol import Program, best_of
 from benchmarks.speed.rows import TOP_K, Rows
 from proxykd_jax.config import OptimizerConfig, PreferenceConfig
-from proxykd_jax.data.collate import RowsInMemory, collate_rows
+from proxykd_jax.data.collate import RowsInMemory
 from proxykd_jax.data.order import PlannedBatch, default_buckets, plan_epoch
 from proxykd_jax.data.soft_labels import SoftLabels
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.cost import step_flops
-from proxykd_jax.training.batches import Joined, distill_collate, token_collate
+from proxykd_jax.training.batches import Joined, answer_positions, distill_collate, token_collate
 from proxykd_jax.training.objectives import AlignObjective, DistillObjective, NllObjective
 from proxykd_jax.training.optimizer import make_optimizer
+from proxykd_jax.training.pairs import collate_pairs
 from proxykd_jax.training.state import ModelSpec, init_state
 from proxykd_jax.training.steps import make_train_step
-from proxykd_jax.types import PairBatch
+from proxykd_jax.types import Pairs
 
 BETA = 0.1
 ALPHA = 1.0
@@ -89,12 +90,13 @@ class Examples:
         return list(plan)
 
 
-def examples_of(work: str, rows: Rows) -> Examples:
-    """The examples of a work."""
+def examples_of(work: str, rows: Rows, *, share_prompt: bool = True) -> Examples:
+    """The examples of a work; those of DPO with or without a prompt in common."""
     chosen = token_rows(rows)
-    answers = rows.lengths - rows.prompt_lengths
+    teacher = RowsInMemory(chosen)
+    answers = answer_positions(teacher)
     if work == "sft":
-        return Examples(token_collate(RowsInMemory(chosen)), rows.lengths - 1, answers)
+        return Examples(token_collate(teacher), rows.lengths - 1, answers)
     if work == "distill":
         labels = [
             SoftLabels(
@@ -107,7 +109,7 @@ def examples_of(work: str, rows: Rows) -> Examples:
             for index, row in enumerate(chosen)
         ]
         collate = distill_collate(
-            Joined({"distill": RowsInMemory(chosen)}),
+            Joined({"distill": teacher}),
             {"distill": lambda wanted, ids: [labels[index] for index in wanted]},
             {"distill": rows.weights},
             ("distill",),
@@ -116,23 +118,24 @@ def examples_of(work: str, rows: Rows) -> Examples:
         return Examples(collate, rows.lengths - 1, answers)
     rejected = token_rows(rows, rejected=True)
 
-    def pairs(planned: PlannedBatch) -> PairBatch:
+    own_answers = answer_positions(RowsInMemory(rejected))
+
+    def pairs(planned: PlannedBatch) -> Pairs:
         places = [row[0] if row else None for row in planned.rows]
-        size = (planned.length, planned.num_segments, len(planned.rows), planned.answers)
-
-        def numbers(values: np.ndarray) -> np.ndarray:
-            return np.array([0.0 if p is None else values[p] for p in places], np.float32)
-
-        return PairBatch(
-            chosen=collate_rows([[] if p is None else [chosen[p]] for p in places], *size),
-            rejected=collate_rows([[] if p is None else [rejected[p]] for p in places], *size),
-            reference_chosen_B=numbers(rows.reference_chosen),
-            reference_rejected_B=numbers(rows.reference_rejected),
-            pair_mask_B=np.array([p is not None for p in places]),
+        reference_chosen_B, reference_rejected_B = (
+            np.array([0.0 if p is None else values[p] for p in places], np.float32)
+            for values in (rows.reference_chosen, rows.reference_rejected)
+        )
+        return collate_pairs(
+            [None if p is None else (chosen[p], rejected[p]) for p in places],
+            planned,
+            reference_chosen_B=reference_chosen_B,
+            reference_rejected_B=reference_rejected_B,
+            share_prompt=share_prompt,
         )
 
-    longer = np.maximum(rows.lengths, rows.rejected_lengths)
-    return Examples(pairs, longer - 1, longer - rows.prompt_lengths)
+    inside = answers + own_answers if share_prompt else np.maximum(answers, own_answers)
+    return Examples(pairs, rows.lengths - 1 - answers + inside, inside)
 
 
 class Trainer:
@@ -169,30 +172,37 @@ class Trainer:
         self.state, metrics = step(self.state, self.frozen, batch)
         return metrics
 
+    def epoch(self, work: str, examples: Examples, planned: Sequence[PlannedBatch]) -> None:
+        """A step on each batch, waited for at the end."""
+        for batch in planned:
+            metrics = self.step(work, examples.collate(batch))
+        jax.block_until_ready((self.state, metrics))
+
 
 def training(task: dict[str, Any]) -> Program:
-    """An epoch of steps over the task's rows; ``batchings`` are tried and the fastest is taken."""
+    """An epoch of steps over the task's rows; ``batchings``, and for pairs whether prompts are
+    shared, are tried and the fastest is taken."""
     work = task["work"]
     rows = Rows.load(task["rows"])
     trainer = Trainer(task)
-    examples = examples_of(work, rows)
+    pairs = work.startswith("dpo")
+    shared = task.get("share_prompt", [True, False]) if pairs else [True]
+    examples = examples_of(work, rows, share_prompt=shared[0])
     checked = trainer.step(work, examples.collate(examples.first(task["batch_size"])))
     results = {name: float(checked[name]) for name in ("loss", "grad_norm")}
 
-    def way(batching: str) -> Callable[[], None]:
+    def way(batching: str, share_prompt: bool) -> Callable[[], None]:
+        examples = examples_of(work, rows, share_prompt=share_prompt)
         planned = examples.epoch(task["batch_size"], batching)
+        return lambda: trainer.epoch(work, examples, planned)
 
-        def run() -> None:
-            for batch in planned:
-                metrics = trainer.step(work, examples.collate(batch))
-            jax.block_until_ready((trainer.state, metrics))
-
-        return run
-
-    batchings = task.get("batchings", ["pad"])
-    if work.startswith("dpo"):
-        batchings = [one for one in batchings if one != "pack"]  # pairs are never packed
-    run, settings = best_of({f"batching={one}": way(one) for one in batchings})
+    ways = {}
+    for one in task.get("batchings", ["pad"]):
+        if pairs and one != "pack":  # pairs are never packed
+            ways |= {f"batching={one}, share_prompt={both}": way(one, both) for both in shared}
+        elif not pairs:
+            ways[f"batching={one}"] = way(one, True)
+    run, settings = best_of(ways)
     return Program(
         run=run,
         results=results,

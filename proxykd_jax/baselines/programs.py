@@ -244,7 +244,7 @@ class _Scored:
         state = self.pupil.state
 
         def cost(axes: dict[str, int], rows: int, lengths: Lengths) -> Cost:
-            own = step_cost(self.pupil, axes, answers * rows, lengths, state=state)
+            own = step_cost(self.pupil, axes, answers * rows, lengths.row, state=state)
             seen = self._seen(axes, answers * rows, lengths)
             return Cost(own.flops + seen.flops, own.bytes_moved + seen.bytes_moved)
 
@@ -367,8 +367,8 @@ class _Game:
 
         def cost(axes: dict[str, int], rows: int, lengths: Lengths) -> Cost:
             model = pupil.spec.config
-            own = step_cost(pupil, axes, own_rows * rows, lengths, state=state)
-            seen = step_cost(pupil, axes, (1 + many) * rows, lengths, state={})
+            own = step_cost(pupil, axes, own_rows * rows, lengths.row, state=state)
+            seen = step_cost(pupil, axes, (1 + many) * rows, lengths.row, state={})
             passes = 3 if pupil.spec.trainable == "full" else 2
             no_head = passes * head_flops(model, (1 + many) * rows * lengths.row)
             flops = own.flops + seen.flops - no_head

@@ -26,9 +26,6 @@ from proxykd_jax.training.batches import (
     Plan,
     answer_positions,
     count_steps,
-    pair_answers,
-    pair_collate,
-    pair_positions,
     placed_batches,
     token_collate,
 )
@@ -38,6 +35,7 @@ from proxykd_jax.training.loop import Trainer
 from proxykd_jax.training.model import model_identity
 from proxykd_jax.training.objectives import AlignObjective, NllObjective, Objective
 from proxykd_jax.training.optimizer import make_optimizer
+from proxykd_jax.training.pairs import PairRows, shares_prompt
 from proxykd_jax.training.reference import check_first_dpo_loss, store_references
 from proxykd_jax.training.scoring import Scoring
 from proxykd_jax.training.steps import make_diagnosis, make_train_step
@@ -121,15 +119,23 @@ class _Soda:
         self._run, self._rows, self._samples = run, rows, samples
         self._distill, method = run.config.distill, _method(run)
         self._nll = NllObjective(self._distill.reduction)
+        preference = PreferenceConfig(loss="dpo", beta=method.beta)
+        self._share_prompt = shares_prompt(preference, run.student.config)
         self._dpo = AlignObjective(
-            PreferenceConfig(loss="dpo", beta=method.beta),
+            preference,
             self._distill.reduction,
             nll_weight=method.nll_weight,
             preference_weight=1.0,
         )
         self._texts = run.plan(rows.lengths - 1, "soda/warmup", answers=answer_positions(rows))
-        pairs, answers = pair_positions(rows, samples), pair_answers(rows, samples)
-        self._pairs = run.plan(pairs, "soda/dpo", packs=False, answers=answers)
+        pairs = self._pair_rows()
+        self._pairs = run.plan(
+            pairs.positions,
+            "soda/dpo",
+            packs=False,
+            answers=pairs.answers,
+            max_length=pairs.longest(run.corpus.max_length),
+        )
         self._warmup_steps = count_steps(self._texts, method.warmup_epochs, method.warmup_max_steps)
         self._dpo_steps = count_steps(self._pairs, self._distill.epochs, self._distill.max_steps)
         self._optimizer = make_optimizer(
@@ -165,7 +171,7 @@ class _Soda:
         store_references(
             self._samples,
             self._pairs,
-            pair_collate(self._rows, self._samples),
+            self._pair_rows().collate,
             model.spec,
             model.params,
             model.adapter,
@@ -189,10 +195,13 @@ class _Soda:
             "dpo",
             self._dpo,
             self._pairs,
-            pair_collate(self._rows, self._samples),
+            self._pair_rows().collate,
             self._dpo_steps,
         )
         self._trainer.finish_phase("dpo", {}, keep=False)
+
+    def _pair_rows(self) -> PairRows:
+        return PairRows(self._rows, self._samples, share_prompt=self._share_prompt)
 
     def finish(self) -> None:
         """Marks the stage complete."""

@@ -359,6 +359,9 @@ class PreferenceConfig(Section):
     length_normalize: bool = Field(
         False, description="DPO and IPO on token means instead of sums (the others always do)"
     )
+    share_prompt: bool = Field(
+        True, description="both answers of a pair in one row, their prompt computed once"
+    )
 
     @model_validator(mode="after")
     def _used(self) -> PreferenceConfig:

@@ -90,6 +90,8 @@ def collate_rows(
     num_segments: int,
     batch_size: int,
     answers: int | None = None,
+    *,
+    share_prompt: bool = False,
 ) -> TokenBatch:
     """Puts examples into rows of one length.
 
@@ -100,10 +102,12 @@ def collate_rows(
       num_segments: S.
       batch_size: B.
       answers: A, where the positions inside the mask shall be listed.
+      share_prompt: the examples of a row have the same prompt. Those after the first begin with
+        its last token (whose position they keep) and see what is before it in the first.
 
     Returns:
       A ``TokenBatch`` of NumPy arrays. Examples are numbered 1..S within their row and their
-      positions begin at 0; an example of T tokens takes T - 1 places.
+      positions begin at 0; an example of T tokens takes T - 1 places, but what it shares.
 
     Raises:
       ValueError: a row's examples do not fit.
@@ -116,21 +120,25 @@ def collate_rows(
     segment_ids_BL = np.zeros((batch_size, length), np.int32)
     positions_BL = np.zeros((batch_size, length), np.int32)
     example_mask_BS = np.zeros((batch_size, num_segments), np.bool_)
+    prefix_B = np.zeros(batch_size, np.int32)
     for b, examples in enumerate(rows):
         if len(examples) > num_segments:
             raise ValueError(f"{len(examples)} examples do not fit {num_segments} places of a row.")
         begin = 0
         for s, example in enumerate(examples):
-            end = begin + len(example.tokens) - 1
+            prompt = max(example.prompt_length - 1, 0)
+            skipped = prompt if share_prompt and s > 0 else 0
+            end = begin + len(example.tokens) - 1 - skipped
             if end > length:
                 raise ValueError(f"Examples of {end} positions do not fit a row of {length}.")
-            tokens_BL[b, begin:end] = example.tokens[:-1]
-            labels_BL[b, begin:end] = example.tokens[1:]
+            tokens_BL[b, begin:end] = example.tokens[skipped:-1]
+            labels_BL[b, begin:end] = example.tokens[skipped + 1 :]
             # Position t predicts token t + 1, so the first answer token is a label at P - 1.
-            mask_BL[b, begin + max(example.prompt_length - 1, 0) : end] = True
+            mask_BL[b, begin + prompt - skipped : end] = True
             segment_ids_BL[b, begin:end] = s + 1
-            positions_BL[b, begin:end] = np.arange(end - begin)
+            positions_BL[b, begin:end] = np.arange(skipped, skipped + end - begin)
             example_mask_BS[b, s] = True
+            prefix_B[b] = prompt
             begin = end
     places_BA = None
     if answers is not None:
@@ -147,5 +155,6 @@ def collate_rows(
         segment_ids_BL=segment_ids_BL,
         positions_BL=positions_BL,
         example_mask_BS=example_mask_BS,
+        prefix_B=prefix_B if share_prompt else None,
         places_BA=places_BA,
     )

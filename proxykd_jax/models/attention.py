@@ -136,10 +136,17 @@ def _attend(
     return (out_BLGQC / sum_BLGQ1).astype(v_BSGC.dtype)
 
 
-def segment_mask(segment_ids_BL: jax.Array) -> jax.Array:
-    """mask_BLS of packed or padded rows: the same positive segment id; 0 is padding."""
+def segment_mask(segment_ids_BL: jax.Array, prefix_B: jax.Array | None = None) -> jax.Array:
+    """mask_BLS of packed or padded rows: the same positive segment id; 0 is padding.
+
+    With ``prefix_B`` all segments of a row see so many of its first slots too.
+    """
     same = segment_ids_BL[:, :, None] == segment_ids_BL[:, None, :]
-    return same & (segment_ids_BL > 0)[:, None, :]
+    seen_BLS = same & (segment_ids_BL > 0)[:, None, :]
+    if prefix_B is None:
+        return seen_BLS
+    slots_S = jnp.arange(segment_ids_BL.shape[1])
+    return seen_BLS | (slots_S[None, None, :] < prefix_B[:, None, None])
 
 
 def window_mask(

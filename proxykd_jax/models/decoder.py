@@ -172,6 +172,7 @@ def hidden_states(
     config: ModelConfig,
     positions_BL: jax.Array | None = None,
     segment_ids_BL: jax.Array | None = None,
+    prefix_B: jax.Array | None = None,
     remat: str = "none",
     dropout_key: jax.Array | None = None,
     attention: Backend = "auto",
@@ -186,6 +187,7 @@ def hidden_states(
         rows give their own, starting at 0 in each segment.
       segment_ids_BL: 0 for padding; tokens of equal positive id see each other (earlier ones
         only, by index in the row). By default a row is one segment.
+      prefix_B: with segments, how many first tokens of a row all of its segments see.
       remat: a name of ``REMAT_POLICIES``.
       dropout_key: switches LoRA dropout on. Leave it out wherever log-probs are references.
       attention: ``auto``, ``xla`` or ``cudnn`` (GPU, bfloat16).
@@ -211,7 +213,7 @@ def hidden_states(
         positions_BL = jnp.arange(length, dtype=jnp.int32)[None, :]
     cos_sin = rotation(config, positions_BL)
 
-    full = None if segment_ids_BL is None else segment_mask(segment_ids_BL)
+    full = None if segment_ids_BL is None else segment_mask(segment_ids_BL, prefix_B)
     windowed, window = None, None
     if config.sliding_layers:
         assert config.sliding_window is not None  # ModelConfig checked it
@@ -264,6 +266,7 @@ def batch_hidden_states(
         config=config,
         positions_BL=batch.positions_BL if packed else None,
         segment_ids_BL=batch.segment_ids_BL if packed else None,
+        prefix_B=batch.prefix_B,
         **options,
     )
 

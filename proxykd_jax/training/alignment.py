@@ -27,9 +27,6 @@ from proxykd_jax.training.batches import (
     check_any_rows,
     count_steps,
     make_plan,
-    pair_answers,
-    pair_collate,
-    pair_positions,
     phase_seed,
     placed_batches,
     token_collate,
@@ -39,6 +36,7 @@ from proxykd_jax.training.metrics import MetricsLog
 from proxykd_jax.training.model import Model
 from proxykd_jax.training.objectives import AlignObjective, NllObjective, Objective
 from proxykd_jax.training.optimizer import make_optimizer
+from proxykd_jax.training.pairs import PairRows, shares_prompt
 from proxykd_jax.training.reference import LN_2, check_first_dpo_loss, store_references
 from proxykd_jax.training.state import TrainState, Tree
 from proxykd_jax.training.steps import make_diagnosis, make_evaluation, make_train_step
@@ -155,19 +153,19 @@ class Alignment:
             self._train_nll(phase, rows, self._align.epochs_per_round, self._align.round_max_steps)
             self._trainer.finish_phase(phase, self._watched(), keep=True)
             return
-        plan = self._pair_plan(phase, rows, samples)
+        pairs = self._pairs(rows, samples)
+        plan = self._pair_plan(phase, pairs)
         steps = count_steps(plan, self._align.epochs_per_round, self._align.round_max_steps)
-        collate = pair_collate(rows, samples)
         start = self._trainer.progress.phase_step
         self._trainer.run_phase(
             phase,
             self._step_of(self._pair_objective),
-            placed_batches(plan, collate, start=start, stop=steps, mesh=self._mesh),
+            placed_batches(plan, pairs.collate, start=start, stop=steps, mesh=self._mesh),
             steps,
             diagnose=self._diagnosis_of(self._pair_objective),
             check_first=self._check_first_loss,
         )
-        rewards = self._rewards(phase, rows, samples)
+        rewards = self._rewards(phase, pairs)
         counts = {f"samples/{name}": value for name, value in samples.counts().items()}
         self._trainer.finish_phase(
             phase, {**rewards, **counts, **self._watched()}, keep=True, times=self._sampling_times
@@ -221,11 +219,11 @@ class Alignment:
     def _compute_references(
         self, store: SampleStore, round_index: int, params: Tree, adapter: Tree | None
     ) -> None:
-        rows = self._round_rows(round_index)
+        pairs = self._pairs(self._round_rows(round_index), store)
         store_references(
             store,
-            self._pair_plan(_round_name(round_index), rows, store),
-            pair_collate(rows, store),
+            self._pair_plan(_round_name(round_index), pairs),
+            pairs.collate,
             self._model.spec,
             params,
             adapter,
@@ -270,21 +268,29 @@ class Alignment:
         figures = self._watch(self._trainer.state)
         return {f"held_out/{name}": value for name, value in figures.items()}
 
-    def _pair_plan(self, phase: str, rows: Rows, samples: SampleStore) -> Plan:
+    def _pairs(self, rows: Rows, samples: SampleStore) -> PairRows:
+        share_prompt = shares_prompt(self._align.preference, self._model.config)
+        return PairRows(rows, samples, share_prompt=share_prompt)
+
+    def _pair_plan(self, phase: str, pairs: PairRows) -> Plan:
         batching = "bucket" if self._align.batching == "pack" else self._align.batching
-        return self._plan(
-            phase, pair_positions(rows, samples), pair_answers(rows, samples), batching
-        )
+        longest = pairs.longest(self._corpus.max_length)
+        return self._plan(phase, pairs.positions, pairs.answers, batching, longest)
 
     def _plan(
-        self, phase: str, positions: np.ndarray, answers: np.ndarray, batching: Batching
+        self,
+        phase: str,
+        positions: np.ndarray,
+        answers: np.ndarray,
+        batching: Batching,
+        max_length: int,
     ) -> Plan:
         return make_plan(
             positions,
             seed=phase_seed(self._config.seed, f"align/{phase}"),
             batch_size=self._align.batch_size,
             batching=batching,
-            max_length=self._corpus.max_length,
+            max_length=max_length,
             answers=answers,
         )
 
@@ -303,7 +309,13 @@ class Alignment:
     def _train_nll(self, phase: str, rows: Rows, epochs: int, most: int | None) -> None:
         if not len(rows):
             return
-        plan = self._plan(phase, rows.lengths - 1, answer_positions(rows), self._align.batching)
+        plan = self._plan(
+            phase,
+            rows.lengths - 1,
+            answer_positions(rows),
+            self._align.batching,
+            self._corpus.max_length,
+        )
         steps = count_steps(plan, epochs, most)
         start = self._trainer.progress.phase_step
         objective = NllObjective(self._align.reduction, self._align.nll_weight)
@@ -319,21 +331,20 @@ class Alignment:
         if self._align.preference.loss == "dpo":
             check_first_dpo_loss(metrics["preference"], self._model.spec)
 
-    def _rewards(self, phase: str, rows: Rows, samples: SampleStore) -> dict[str, float]:
+    def _rewards(self, phase: str, pairs: PairRows) -> dict[str, float]:
         """Margins and accuracy of the round's rewards after it, on some pairs of its slice."""
         evaluate = make_evaluation(self._model.spec, self._pair_objective)
-        few = Selection(rows, np.arange(min(len(samples), _REWARD_PAIRS), dtype=np.int32))
         plan = make_plan(
-            pair_positions(rows, samples)[: len(few)],
+            pairs.positions[:_REWARD_PAIRS],
             seed=0,
             batch_size=self._align.batch_size,
             batching="bucket",
-            max_length=self._corpus.max_length,
-            answers=pair_answers(rows, samples)[: len(few)],
+            max_length=pairs.longest(self._corpus.max_length),
+            answers=pairs.answers[:_REWARD_PAIRS],
         )
-        collate = pair_collate(rows, samples)
         total: Any = None
-        for batch in placed_batches(plan, collate, start=0, stop=len(plan(0)), mesh=self._mesh):
+        batches = placed_batches(plan, pairs.collate, start=0, stop=len(plan(0)), mesh=self._mesh)
+        for batch in batches:
             terms = evaluate(self._trainer.state, self._trainer.frozen, batch)
             total = terms if total is None else jax.tree.map(lambda a, b: a + b, total, terms)
         figures = {name: float(batch_mean(term)) for name, term in total.items()}

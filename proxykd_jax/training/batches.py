@@ -17,10 +17,9 @@ from proxykd_jax.data.order import Batching, EpochPlan, PlannedBatch, default_bu
 from proxykd_jax.data.soft_labels import SoftLabels
 from proxykd_jax.data.stream import BatchStream
 from proxykd_jax.errors import UserError
-from proxykd_jax.generation.samples import KEPT, SampleStore
 from proxykd_jax.parallel.processes import own_part, put_own_rows
 from proxykd_jax.parallel.sharding import put_rows
-from proxykd_jax.types import DistillBatch, PairBatch, TokenBatch
+from proxykd_jax.types import DistillBatch, TokenBatch
 
 Plan = Callable[[int], EpochPlan]
 # (row numbers, ids of the rows) -> soft labels of these rows of a split.
@@ -204,51 +203,6 @@ def token_collate(rows: Rows) -> Callable[[PlannedBatch], TokenBatch]:
 def answer_positions(rows: Rows) -> np.ndarray:
     """Positions inside the mask of each example: its answer's tokens."""
     return rows.lengths - np.maximum(rows.prompt_lengths, 1)
-
-
-def pair_positions(rows: Rows, samples: SampleStore) -> np.ndarray:
-    """Places that a pair takes: those of the longer of y and y-hat."""
-    return np.maximum(rows.lengths, rows.prompt_lengths + samples.lengths) - 1
-
-
-def pair_answers(rows: Rows, samples: SampleStore) -> np.ndarray:
-    """Positions inside the mask of the longer of y and y-hat."""
-    return pair_positions(rows, samples) + 1 - np.maximum(rows.prompt_lengths, 1)
-
-
-def pair_collate(rows: Rows, samples: SampleStore) -> Callable[[PlannedBatch], PairBatch]:
-    """Batches of eq. 6: place i of ``samples`` holds the y-hat of place i of ``rows``.
-
-    The reference log-probs are those that the samples have by now.
-    """
-    reference_chosen, reference_rejected = samples.references()
-
-    def collate(planned: PlannedBatch) -> PairBatch:
-        chosen = _read_rows(rows, planned)
-        places = [row[0] if row else None for row in planned.rows]
-        found = iter(samples.read([place for place in places if place is not None]))
-        drawn = [None if place is None else next(found) for place in places]
-        rejected: list[list[TokenRow]] = []
-        for row, sample in zip(chosen, drawn, strict=True):
-            if sample is None or sample.drop != KEPT:
-                rejected.append([])
-                continue
-            if sample.row_id != row[0].row_id:
-                raise ValueError(f"the sample of row {row[0].row_id} is of row {sample.row_id}")
-            tokens = np.concatenate([row[0].prompt, sample.tokens])
-            rejected.append([TokenRow(tokens, row[0].prompt_length, sample.row_id)])
-        usable = [sample is not None and sample.drop == KEPT for sample in drawn]
-        chosen_logps = [0.0 if place is None else reference_chosen[place] for place in places]
-        rejected_logps = [0.0 if place is None else reference_rejected[place] for place in places]
-        return PairBatch(
-            chosen=_collate(chosen, planned),
-            rejected=_collate(rejected, planned),
-            reference_chosen_B=np.asarray(chosen_logps, np.float32),
-            reference_rejected_B=np.asarray(rejected_logps, np.float32),
-            pair_mask_B=np.asarray(usable, bool),
-        )
-
-    return collate
 
 
 def distill_collate(

@@ -12,7 +12,7 @@ from proxykd_jax.models.chunked import map_positions
 from proxykd_jax.models.decoder import batch_hidden_states, unembed
 from proxykd_jax.parallel.sharding import positions_within
 from proxykd_jax.training.state import ModelSpec, Tree
-from proxykd_jax.types import TokenBatch
+from proxykd_jax.types import Pairs, SharedPairBatch, TokenBatch
 
 # float32 logits of this many elements (256 MiB) a device are kept whole; above, positions are
 # chunked.
@@ -95,18 +95,28 @@ def _put(x_BA: jax.Array, places_BA: Any, length: int) -> jax.Array:
     return jax.vmap(put)(x_BA, places_BA)
 
 
-def response_logps(
+def pair_label_logps(
     params: Tree,
     adapter: Tree | None,
-    batch: TokenBatch,
+    batch: Pairs,
     spec: ModelSpec,
+    *,
     dropout_key: jax.Array | None = None,
-) -> jax.Array:
-    """``seq_loglik_B``: log pi(y|x) summed over the answer's tokens, one example a row."""
-    logps_BL, _, _ = label_logps(params, adapter, batch, spec, dropout_key=dropout_key)
-    return reduce_tokens(logps_BL, batch.mask_BL, reduction="sum")
+) -> tuple[jax.Array, jax.Array]:
+    """``label_logps`` of ``batch.chosen`` and of ``batch.rejected``, by one forward pass."""
+    if isinstance(batch, SharedPairBatch):
+        logps_BL, _, _ = label_logps(params, adapter, batch.rows, spec, dropout_key=dropout_key)
+        return logps_BL, logps_BL
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), batch.chosen, batch.rejected)
+    logps_BL, _, _ = label_logps(params, adapter, both, spec, dropout_key=dropout_key)
+    chosen_BL, rejected_BL = jnp.split(logps_BL, 2)
+    return chosen_BL, rejected_BL
 
 
-def concatenate(first: TokenBatch, second: TokenBatch) -> TokenBatch:
-    """Rows of both, so that one forward pass serves y and y-hat."""
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, second)
+def pair_sums(logps_BL: tuple[jax.Array, jax.Array], batch: Pairs) -> tuple[jax.Array, jax.Array]:
+    """``seq_loglik_B`` of y and of y-hat: log pi(y|x), of what ``pair_label_logps`` returns."""
+    chosen_BL, rejected_BL = logps_BL
+    return (
+        reduce_tokens(chosen_BL, batch.chosen.mask_BL, reduction="sum"),
+        reduce_tokens(rejected_BL, batch.rejected.mask_BL, reduction="sum"),
+    )

@@ -27,12 +27,11 @@ from proxykd_jax.losses import (
     preference_loss,
     preference_metrics,
     reduce_examples,
-    reduce_tokens,
     topk_kl_from_logps,
 )
-from proxykd_jax.training.logprobs import concatenate, label_logps
+from proxykd_jax.training.logprobs import label_logps, pair_label_logps, pair_sums
 from proxykd_jax.training.state import ModelSpec, Tree
-from proxykd_jax.types import DistillBatch, PairBatch, TokenBatch
+from proxykd_jax.types import DistillBatch, Pairs, TokenBatch
 
 Counts = dict[str, jax.Array]
 Metrics = dict[str, Term]
@@ -104,9 +103,10 @@ class AlignObjective:
             config.preference, config.reduction, config.nll_weight, config.preference_weight
         )
 
-    def counts(self, batch: PairBatch) -> Counts:
+    def counts(self, batch: Pairs) -> Counts:
+        chosen = batch.chosen
         return {
-            "nll": _count(batch.chosen, batch.chosen.mask_BL, self.reduction),
+            "nll": _count(chosen, chosen.mask_BL, self.reduction),
             "preference": jnp.sum(batch.pair_mask_B, dtype=jnp.float32),
         }
 
@@ -114,20 +114,16 @@ class AlignObjective:
         self,
         params: Tree,
         adapter: Tree | None,
-        batch: PairBatch,
+        batch: Pairs,
         counts: Counts,
         spec: ModelSpec,
         dropout_key: jax.Array | None,
     ) -> tuple[jax.Array, Metrics]:
-        rows = batch.chosen.tokens_BL.shape[0]
-        both = concatenate(batch.chosen, batch.rejected)
-        logps_BL, _, _ = label_logps(params, adapter, both, spec, dropout_key=dropout_key)
-        sums_B = reduce_tokens(logps_BL, both.mask_BL, reduction="sum")
-        tokens_B = count_tokens(both.mask_BL)
+        logps_BL = pair_label_logps(params, adapter, batch, spec, dropout_key=dropout_key)
+        chosen = batch.chosen
         referenced = self.preference.loss in REFERENCE_LOSSES
         four = (
-            sums_B[:rows],
-            sums_B[rows:],
+            *pair_sums(logps_BL, batch),
             batch.reference_chosen_B if referenced else None,
             batch.reference_rejected_B if referenced else None,
         )
@@ -135,13 +131,13 @@ class AlignObjective:
             "loss": self.preference.loss,
             "beta": self.preference.beta,
             "length_normalize": self.preference.length_normalize,
-            "chosen_tokens_B": tokens_B[:rows],
-            "rejected_tokens_B": tokens_B[rows:],
+            "chosen_tokens_B": count_tokens(chosen.mask_BL),
+            "rejected_tokens_B": count_tokens(batch.rejected.mask_BL),
         }
         loss_B = preference_loss(*four, margin=self.preference.margin, **options)
         pair_metrics = preference_metrics(*four, **options)
         return alignment_objective(
-            _terms(-logps_BL[:rows], batch.chosen, batch.chosen.mask_BL, self.reduction),
+            _terms(-logps_BL[0], chosen, chosen.mask_BL, self.reduction),
             reduce_examples(loss_B, batch.pair_mask_B),
             nll_weight=self.nll_weight,
             preference_weight=self.preference_weight,

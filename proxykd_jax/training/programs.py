@@ -43,8 +43,9 @@ from proxykd_jax.training.objectives import (
     NllObjective,
     Objective,
 )
+from proxykd_jax.training.pairs import shares_prompt
 from proxykd_jax.training.reference import pair_logps
-from proxykd_jax.types import DistillBatch, PairBatch, TokenBatch
+from proxykd_jax.types import DistillBatch, PairBatch, Pairs, SharedPairBatch, TokenBatch
 
 
 def programs(config: Config, proxy: ModelConfig, student: ModelConfig) -> list[Program]:
@@ -73,10 +74,7 @@ def programs(config: Config, proxy: ModelConfig, student: ModelConfig) -> list[P
             1.0,
         )
         found.insert(0, _sampling(config, pupil, "distill"))
-        pairs = _training(
-            config, "prefer", pupil, distill, dpo, lambda rows: _pairs(rows, length), answers=2
-        )
-        found.append(pairs)
+        found.append(_preference(config, "prefer", pupil, distill, dpo, length))
     return found
 
 
@@ -108,11 +106,13 @@ def _of_the_proxy(config: Config, teacher: AbstractModel, length: int) -> list[P
     if pairs and align.preference.loss in REFERENCE_LOSSES:
         found.append(_reference(config, teacher, length))
     if align.alignment in ("nll", "nll_preference"):
-        objective: Objective = AlignObjective.of(align) if pairs else nll
-        batch = (lambda rows: _pairs(rows, length)) if pairs else _rows_of(align, length)
-        found.append(
-            _training(config, "round", teacher, align, objective, batch, answers=2 if pairs else 1)
-        )
+        if pairs:
+            preference = _preference(
+                config, "round", teacher, align, AlignObjective.of(align), length
+            )
+            found.append(preference)
+        else:
+            found.append(_training(config, "round", teacher, align, nll, _rows_of(align, length)))
     return found
 
 
@@ -126,10 +126,19 @@ def _rows_of(stage: TrainingSection, length: int) -> Callable[[int], TokenBatch]
     return lambda rows: abstract_rows(rows, length, segments)
 
 
-def _pairs(rows: int, length: int) -> PairBatch:
+def _pairs(rows: int, length: int, share_prompt: bool) -> Pairs:
     logps = jax.ShapeDtypeStruct((rows,), jnp.float32)
-    batch = abstract_rows(rows, length)
-    return PairBatch(batch, batch, logps, logps, jax.ShapeDtypeStruct((rows,), jnp.bool_))
+    rest = (logps, logps, jax.ShapeDtypeStruct((rows,), jnp.bool_))
+    if not share_prompt:
+        return PairBatch(abstract_rows(rows, length), abstract_rows(rows, length), *rest)
+    prefix_B = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    both = abstract_rows(rows, 2 * length, num_segments=2).replace(prefix_B=prefix_B)  # type: ignore[attr-defined]
+    return SharedPairBatch(both, *rest)
+
+
+def _rows_of_pair(lengths: Lengths, shared: bool) -> tuple[int, int]:
+    """The rows of a pair, and the tokens of each."""
+    return (1, lengths.row + lengths.answer) if shared else (2, lengths.row)
 
 
 def _labels_of(stage: TrainingSection, length: int, top_k: int) -> Callable[[int], DistillBatch]:
@@ -155,12 +164,12 @@ def _labels_of(stage: TrainingSection, length: int, top_k: int) -> Callable[[int
 
 
 def step_cost(
-    model: AbstractModel, axes: dict[str, int], rows: int, lengths: Lengths, *, state: Any
+    model: AbstractModel, axes: dict[str, int], rows: int, length: int, *, state: Any
 ) -> Cost:
-    """Of a training step on so many rows, whose state has these shapes."""
+    """Of a training step on so many rows of so many tokens, whose state has these shapes."""
     spec = model.spec
     full = spec.trainable == "full"
-    flops = step_flops(spec.config, rows, lengths.row, full=full, remat=spec.remat)
+    flops = step_flops(spec.config, rows, length, full=full, remat=spec.remat)
     passes = 3 if spec.remat in ("full", "outputs") else 2
     moved = passes * weights_read(model, axes) + 3 * bytes_per_device(state, axes)
     return Cost(flops, moved)
@@ -174,10 +183,13 @@ def _training(
     objective: Objective,
     batch_of: Callable[[int], Any],
     *,
-    answers: int = 1,
+    rows_of: Callable[[Lengths], tuple[int, int]] = lambda lengths: (1, lengths.row),
 ) -> Program:
+    """A training step; ``rows_of`` gives the rows of an example and the tokens of each."""
+
     def cost(axes: dict[str, int], rows: int, lengths: Lengths) -> Cost:
-        return step_cost(model, axes, answers * rows, lengths, state=model.state)
+        number, length = rows_of(lengths)
+        return step_cost(model, axes, number * rows, length, state=model.state)
 
     return step_program(
         config,
@@ -190,6 +202,26 @@ def _training(
         model.frozen,
         batch_of,
         cost,
+    )
+
+
+def _preference(
+    config: Config,
+    name: str,
+    model: AbstractModel,
+    stage: TrainingSection,
+    objective: AlignObjective,
+    length: int,
+) -> Program:
+    shared = shares_prompt(objective.preference, model.spec.config)
+    return _training(
+        config,
+        name,
+        model,
+        stage,
+        objective,
+        lambda rows: _pairs(rows, length, shared),
+        rows_of=lambda lengths: _rows_of_pair(lengths, shared),
     )
 
 
@@ -220,14 +252,16 @@ def _sampling(config: Config, model: AbstractModel, trained_as: Work = "align") 
 
 def _reference(config: Config, model: AbstractModel, length: int) -> Program:
     align = config.align
+    shared = shares_prompt(align.preference, model.spec.config)
 
     def lower(mesh: Mesh, rows: int) -> list[Any]:
         params, adapter = (place(tree, mesh) for tree in model.weights)
-        batch = place_rows(_pairs(rows, length), mesh)
+        batch = place_rows(_pairs(rows, length, shared), mesh)
         return [pair_logps.lower(params, adapter, batch, spec=model.spec, microbatches=1)]
 
     def cost(axes: dict[str, int], rows: int, lengths: Lengths) -> Cost:
-        flops = 2 * forward_flops(model.spec.config, rows, lengths.row)
+        number, length = _rows_of_pair(lengths, shared)
+        flops = forward_flops(model.spec.config, number * rows, length)
         return Cost(flops, weights_read(model, axes))
 
     def resident(mesh: Mesh) -> int:

@@ -20,10 +20,10 @@ from proxykd_jax.generation.samples import SampleStore
 from proxykd_jax.parallel.processes import fetch
 from proxykd_jax.peers import stop_if_wanted
 from proxykd_jax.training.batches import Plan, placed_batches
-from proxykd_jax.training.logprobs import concatenate, response_logps
+from proxykd_jax.training.logprobs import pair_label_logps, pair_sums
 from proxykd_jax.training.state import ModelSpec, Tree
 from proxykd_jax.training.steps import split_rows
-from proxykd_jax.types import PairBatch
+from proxykd_jax.types import Pairs
 
 LN_2 = math.log(2)
 
@@ -31,7 +31,7 @@ LN_2 = math.log(2)
 def store_references(
     store: SampleStore,
     plan: Plan,
-    collate: Callable[[PlannedBatch], PairBatch],
+    collate: Callable[[PlannedBatch], Pairs],
     spec: ModelSpec,
     params: Tree,
     adapter: Tree | None,
@@ -93,17 +93,15 @@ def check_first_dpo_loss(loss: float, spec: ModelSpec) -> None:
 
 @functools.partial(jax.jit, static_argnames=("spec", "microbatches"))
 def pair_logps(
-    params: Tree, adapter: Tree | None, batch: PairBatch, *, spec: ModelSpec, microbatches: int
+    params: Tree, adapter: Tree | None, batch: Pairs, *, spec: ModelSpec, microbatches: int
 ) -> tuple[jax.Array, jax.Array]:
     """Summed log-probs of y and of y-hat, float32[B] each, by the training step's forward pass.
 
     Without dropout, and 0 for a row without an answer.
     """
 
-    def forward(part: PairBatch) -> tuple[jax.Array, jax.Array]:
-        sums = response_logps(params, adapter, concatenate(part.chosen, part.rejected), spec)
-        rows = part.chosen.tokens_BL.shape[0]
-        return sums[:rows], sums[rows:]
+    def forward(part: Pairs) -> tuple[jax.Array, jax.Array]:
+        return pair_sums(pair_label_logps(params, adapter, part, spec), part)
 
     if microbatches == 1:
         return forward(batch)

@@ -63,6 +63,7 @@ class StudentRun:
         batch_size: int | None = None,
         packs: bool = True,
         answers: np.ndarray | None = None,
+        max_length: int | None = None,
     ) -> Plan:
         """The batches of a phase.
 
@@ -72,6 +73,7 @@ class StudentRun:
           batch_size: rows a batch (default: ``distill.batch_size``).
           packs: whether rows can be packed together; else ``batching: pack`` groups by length.
           answers: see ``make_plan``.
+          max_length: tokens of the longest row (default: the corpus's).
         """
         distill = self.config.distill
         return make_plan(
@@ -79,7 +81,7 @@ class StudentRun:
             seed=phase_seed(self.config.seed, phase),
             batch_size=batch_size or distill.batch_size,
             batching="bucket" if distill.batching == "pack" and not packs else distill.batching,
-            max_length=self.corpus.max_length,
+            max_length=max_length or self.corpus.max_length,
             answers=answers,
         )
 
