@@ -1,6 +1,7 @@
 """Soft labels of a batch against float64 NumPy over the full vocabulary."""
 
 import hashlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,28 @@ def test_ties_at_the_edge_of_the_top_k_count_once():
         np.testing.assert_allclose(found.tail_logps, tail, atol=1e-6)
 
 
+@pytest.mark.parametrize("vocab_size", [None, 1999, 1500])
+def test_blocks_of_a_large_vocabulary(vocab_size):
+    """Whole numbers, so that equal entries lie in blocks that are looked at and in others; the last
+    block is not full."""
+    logits = np.random.default_rng(3).integers(-9, 9, (40, 2001)).astype(np.float32)
+    logits[:8, 37:90] = 9  # more equal ones than are taken
+    logits[8:12] = -1
+    logits[12:16, 3:] = -np.inf
+    logits[16, -3:] = 12
+    labels = np.arange(40) * 50
+    found = soft_labels_of_logits(
+        jnp.asarray(logits), jnp.asarray(labels), top_k=5, vocab_size=vocab_size
+    )
+    with np.errstate(divide="ignore"):
+        ids, logps, gold, tail = exact(logits, labels, 5, vocab_size=vocab_size)
+    some = [row for row in range(40) if row not in range(12, 16)]
+    np.testing.assert_array_equal(np.asarray(found.ids_K)[some], ids[some])
+    np.testing.assert_allclose(found.logps_K, logps, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found.gold_logps, gold, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found.tail_logps, tail, rtol=1e-5, atol=1e-5)
+
+
 def test_at_the_whole_vocabulary_nothing_lies_outside():
     rng = np.random.default_rng(1)
     logits = rng.normal(size=(50, 12)).astype(np.float32)
@@ -87,7 +110,7 @@ def test_the_vocabulary_is_not_sorted(options):
 
     arguments = jnp.zeros((8, 100)), jnp.zeros(8, jnp.int32)
     program = jax.jit(labels_of).lower(*arguments).compile().as_text()
-    assert " sort(" not in program
+    assert all(int(n) <= 10 for n in re.findall(r"(\d+)\]\S* sort\(", program))
     if jax.default_backend() == "cpu":
         assert "TopK" in program
 
