@@ -29,6 +29,8 @@ from proxykd_jax.types import Pairs
 BETA = 0.1
 ALPHA = 1.0
 LEARNING_RATE = 1e-5
+# An epoch is timed again and again; batches are made as for a run of so many steps.
+_STEPS = 1000
 
 Collate = Callable[[PlannedBatch], Any]
 
@@ -67,7 +69,7 @@ class Examples:
     @property
     def buckets(self) -> tuple[int, ...]:
         """Lengths that batches may have."""
-        return default_buckets(int(self.positions.max()) + 1)
+        return default_buckets(int(self.positions.max()) + 1, _STEPS)
 
     def first(self, batch_size: int) -> PlannedBatch:
         """The first so many rows: the batch that all tools' results are compared on."""

@@ -14,7 +14,7 @@ from proxykd_jax.artifacts import MANIFEST, digest_value, read_json
 from proxykd_jax.config import Config
 from proxykd_jax.data.collate import Rows
 from proxykd_jax.data.corpus import TokenCorpus
-from proxykd_jax.data.order import Batching, permutation
+from proxykd_jax.data.order import permutation
 from proxykd_jax.generation.samples import SampleStore
 from proxykd_jax.losses import REFERENCE_LOSSES, batch_mean
 from proxykd_jax.parallel.mesh import make_mesh
@@ -274,24 +274,23 @@ class Alignment:
 
     def _pair_plan(self, phase: str, pairs: PairRows) -> Plan:
         batching = "bucket" if self._align.batching == "pack" else self._align.batching
-        longest = pairs.longest(self._corpus.max_length)
-        return self._plan(phase, pairs.positions, pairs.answers, batching, longest)
+        return self._plan(
+            phase,
+            pairs.positions,
+            pairs.answers,
+            batching=batching,
+            max_length=pairs.longest(self._corpus.max_length),
+            epochs=self._align.epochs_per_round,
+            most=self._align.round_max_steps,
+        )
 
-    def _plan(
-        self,
-        phase: str,
-        positions: np.ndarray,
-        answers: np.ndarray,
-        batching: Batching,
-        max_length: int,
-    ) -> Plan:
+    def _plan(self, phase: str, positions: np.ndarray, answers: np.ndarray, **options: Any) -> Plan:
         return make_plan(
             positions,
             seed=phase_seed(self._config.seed, f"align/{phase}"),
             batch_size=self._align.batch_size,
-            batching=batching,
-            max_length=max_length,
             answers=answers,
+            **options,
         )
 
     def _step_of(self, objective: Objective) -> Any:
@@ -313,8 +312,10 @@ class Alignment:
             phase,
             rows.lengths - 1,
             answer_positions(rows),
-            self._align.batching,
-            self._corpus.max_length,
+            batching=self._align.batching,
+            max_length=self._corpus.max_length,
+            epochs=epochs,
+            most=most,
         )
         steps = count_steps(plan, epochs, most)
         start = self._trainer.progress.phase_step

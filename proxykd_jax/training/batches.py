@@ -132,6 +132,8 @@ def make_plan(
     batching: Batching,
     max_length: int,
     answers: np.ndarray | None = None,
+    epochs: int = 1,
+    most: int | None = None,
 ) -> Plan:
     """The batches of each epoch: a pure function of the epoch.
 
@@ -141,8 +143,10 @@ def make_plan(
       batch_size, batching: as in the config.
       max_length: tokens of the longest row that the corpus may hold.
       answers: positions of each example at which the vocabulary is projected (default: all).
+      epochs, most: as in ``count_steps``: with many steps, batches come in more lengths.
     """
-    buckets = default_buckets(max_length)
+    steps = -(-len(positions) // batch_size) * epochs
+    buckets = default_buckets(max_length, steps if most is None else min(steps, most))
 
     def plan(epoch: int) -> EpochPlan:
         return plan_epoch(

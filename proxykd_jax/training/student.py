@@ -83,6 +83,8 @@ class StudentRun:
             batching="bucket" if distill.batching == "pack" and not packs else distill.batching,
             max_length=max_length or self.corpus.max_length,
             answers=answers,
+            epochs=distill.epochs,
+            most=distill.max_steps,
         )
 
     def look_at_untrained(self, trainer: Trainer, figures: Mapping[str, float]) -> None:

@@ -120,6 +120,29 @@ def test_default_buckets():
     assert default_buckets(300) == (32, 48, 64, 96, 128, 192, 256, 320)
     assert default_buckets(12) == (16,)
     assert default_buckets(33) == (32,)
+
+
+@pytest.mark.parametrize("steps, step", [(512, 16), (511, 32), (256, 32), (255, 64), (128, 64)])
+def test_many_steps_have_closer_lengths(steps, step):
+    """Each length is compiled for 16 steps at the least."""
+    found = default_buckets(513, steps)
+    assert found == tuple(range(step, 513, step))
+    assert len(found) * 16 <= steps
+    assert default_buckets(513, 127) == default_buckets(513)
+
+
+def test_many_steps_leave_little_padding():
+    lengths = np.random.default_rng(0).integers(60, 512, 8_000)
+    plan = plan_epoch(
+        lengths,
+        seed=0,
+        epoch=0,
+        batch_size=16,
+        batching="bucket",
+        buckets=default_buckets(512, 500),
+    )
+    places = sum(batch.length * len(batch.rows) for batch in plan)
+    assert lengths.sum() > 0.95 * places
     for max_length in range(2, 700):
         buckets = default_buckets(max_length)
         assert list(buckets) == sorted(set(buckets))
