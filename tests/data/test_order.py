@@ -139,7 +139,7 @@ def test_many_steps_leave_little_padding():
         epoch=0,
         batch_size=16,
         batching="bucket",
-        buckets=default_buckets(512, 500),
+        buckets=default_buckets(512, 1_000),
     )
     places = sum(batch.length * len(batch.rows) for batch in plan)
     assert lengths.sum() > 0.95 * places
