@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None, sizes: Any = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, sizes: Any, argv: list[str]) -> None:
-    from benchmarks.paper_tables import figures, tables
+    from benchmarks.paper_tables import figures, sweeps, tables
     from benchmarks.paper_tables import settings as s
     from benchmarks.paper_tables.metrics import Record
     from benchmarks.paper_tables.statistics import Results
@@ -91,6 +92,8 @@ def _run(arguments: argparse.Namespace, sizes: Any, argv: list[str]) -> None:
     presets = [arguments.preset] if arguments.preset else ["paper"] if quick else s.PRESETS
     names = _method_names(arguments.methods, quick)
     changes = _change_names(arguments)
+    # A change is compared with the same student without it.
+    names = list(dict.fromkeys([*names, *sweeps.students(changes, presets)]))
     records: list[Record] = []
     for regime in regimes:
         settings = {
@@ -104,7 +107,7 @@ def _run(arguments: argparse.Namespace, sizes: Any, argv: list[str]) -> None:
         records += _regime(arguments.out, settings, sizes)
     cells = [(regime, preset) for regime in regimes for preset in presets]
     write_json(arguments.out / "tables.json", [record.to_json() for record in records])
-    command = "python -m benchmarks.paper_tables " + " ".join(argv)
+    command = shlex.join(["python", "-m", "benchmarks.paper_tables", *argv])
     notes = _notes(sizes, seeds, time.perf_counter() - started)
     text = tables.write_tables(records, cells, command=command, notes=notes)
     write_bytes(arguments.out / "tables.md", text.encode())

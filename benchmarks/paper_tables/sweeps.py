@@ -107,6 +107,14 @@ def all_names() -> list[str]:
     return list(dict.fromkeys(name for changes in CHANGES.values() for name in changes))
 
 
+def students(names: Sequence[str], presets: Sequence[str]) -> list[str]:
+    """Methods that the named changes train under these presets."""
+    changes = [
+        CHANGES[preset][name] for preset in presets for name in CHANGES[preset] if name in names
+    ]
+    return list(dict.fromkeys(student for change in changes for student in change.students))
+
+
 def records(study: Study, names: Sequence[str]) -> list[Record]:
     """The named changes of the study's preset."""
     found: list[Record] = []

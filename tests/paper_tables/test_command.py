@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.miniature import pretrain
 from benchmarks.paper_tables import __main__ as command
+from benchmarks.paper_tables import sweeps
 from benchmarks.paper_tables.methods import METHODS
 from benchmarks.paper_tables.settings import Sizes
 from benchmarks.paper_tables.study import Study
@@ -70,6 +71,16 @@ def test_unknown_change_is_refused(tmp_path: Path, capsys) -> None:
     assert command.main(["--sweep", "alpha 2", "--out", str(tmp_path / "new")]) == 2
     assert "'alpha 2' is none of alpha 1; alpha 3" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_students_that_a_change_trains_are_trained_without_it_too() -> None:
+    """Their difference is what the table of changes shows."""
+    assert sweeps.students(["four times the alignment", "alpha 1"], ["recommended"]) == [
+        "proxy_kd",
+        "without_preference",
+    ]
+    assert sweeps.students(["1,600 steps"], ["recommended"])[-1] == "proxy_kd_mix"
+    assert sweeps.students([], ["paper"]) == []
 
 
 @pytest.mark.slow
