@@ -138,9 +138,12 @@ def draw_tokens(
       the draw.
     """
     ids_BV = jax.lax.broadcasted_iota(jnp.int32, logits_BV.shape, 1)
-    scores_BV = jnp.where(ids_BV < settings.vocab_size, logits_BV, -jnp.inf)
+    scores_BV = logits_BV
+    if settings.vocab_size < logits_BV.shape[-1]:  # on a CPU a comparison costs more than a draw
+        scores_BV = jnp.where(ids_BV < settings.vocab_size, logits_BV, -jnp.inf)
     if settings.temperature > 0:
-        scores_BV = scores_BV / settings.temperature
+        if settings.temperature != 1:
+            scores_BV = scores_BV / settings.temperature
         if settings.top_p < 1:
             scores_BV = jnp.where(nucleus(scores_BV, settings.top_p), scores_BV, -jnp.inf)
         token_B = jax.vmap(lambda scores_V, key: draw_ids(scores_V, key, 1)[0])(scores_BV, keys_B)

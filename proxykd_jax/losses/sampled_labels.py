@@ -96,10 +96,20 @@ def draw_labels(
     )
 
 
+def _block_width(size: int) -> int:
+    """The divisor nearest to the root, or the root where none is within a factor of two.
+
+    Blocks that have to be filled up are copied, which takes as long as the draw.
+    """
+    root = math.isqrt(size - 1) + 1
+    divisors = [n for n in range(-(-root // 2), 2 * root) if size % n == 0]
+    return min(divisors, key=lambda n: max(n / root, root / n), default=root)
+
+
 def draw_ids(logps_V: chex.Array, key: chex.PRNGKey, num_draws: int) -> jax.Array:
     """Ids drawn with replacement from unnormalised log-probs.
 
-    An id is drawn in two steps, a block of sqrt(V) entries and an entry in it, each by adding
+    An id is drawn in two steps, a block of about sqrt(V) entries and an entry in it, each by adding
     Gumbel noise. One step would need V random numbers a draw; the inverse of a float32 cumulative
     sum would miss ids of probability below 1e-7.
 
@@ -111,7 +121,7 @@ def draw_ids(logps_V: chex.Array, key: chex.PRNGKey, num_draws: int) -> jax.Arra
     Returns:
         `[N]` int32.
     """
-    width = math.isqrt(logps_V.size - 1) + 1
+    width = _block_width(logps_V.size)
     padding = -logps_V.size % width
     blocks = jnp.pad(logps_V, (0, padding), constant_values=-jnp.inf).reshape(-1, width)
     block_key, entry_key = jax.random.split(key)
