@@ -62,6 +62,7 @@ from proxykd_jax.losses.sampled_labels import (
 )
 from proxykd_jax.losses.topk import (
     TAILS,
+    topk_and_label_logps,
     topk_kl,
     topk_kl_from_logps,
     topk_kl_tokens,
@@ -119,6 +120,7 @@ __all__ = [
     "tempered_kl",
     "tempered_kl_tokens",
     "token_logps",
+    "topk_and_label_logps",
     "topk_kl",
     "topk_kl_from_logps",
     "topk_kl_tokens",

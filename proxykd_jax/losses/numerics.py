@@ -106,6 +106,26 @@ def gather_vocab(values: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Arra
     return jnp.take_along_axis(values, ids, axis=-1), hit
 
 
+def scatter_vocab(
+    values: jax.Array, ids: jax.Array, updates: jax.Array, *, add: bool = True
+) -> jax.Array:
+    """The values with updates added, or put, at some ids of the vocabulary.
+
+    Args:
+      values: `[..., V]`.
+      ids, updates: `[..., K]`.
+      add: else put in place of what is there.
+    """
+
+    def change(row: jax.Array, row_ids: jax.Array, row_updates: jax.Array) -> jax.Array:
+        at = row.at[row_ids]
+        return at.add(row_updates) if add else at.set(row_updates)
+
+    for _ in range(ids.ndim - 1):  # as in `gather_vocab`
+        change = jax.vmap(change)
+    return change(values, ids, updates)
+
+
 def log_mixture(weight: float, x: jax.Array) -> jax.Array:
     """log(1 - weight + weight e^x), 0 < weight < 1: exact for small weights, finite for all x."""
     large = x > 20.0

@@ -99,9 +99,12 @@ def draw_labels(
 def _block_width(size: int) -> int:
     """The divisor nearest to the root, or the root where none is within a factor of two.
 
-    Blocks that have to be filled up are copied, which takes as long as the draw.
+    Blocks that have to be filled up are copied, which takes as long as the draw from a large
+    vocabulary; of a small one the root will do.
     """
     root = math.isqrt(size - 1) + 1
+    if size < 1024:
+        return root
     divisors = [n for n in range(-(-root // 2), 2 * root) if size % n == 0]
     return min(divisors, key=lambda n: max(n / root, root / n), default=root)
 

@@ -14,6 +14,8 @@ masses outside:
 All agree where K is the vocabulary's size.
 """
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,7 @@ from proxykd_jax.losses.numerics import (
     float32,
     gather_vocab,
     inside,
+    scatter_vocab,
 )
 from proxykd_jax.losses.reduction import reduce_tokens, weigh_examples
 
@@ -40,12 +43,14 @@ def topk_logps(
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probs of the full softmax at some ids, and the log of the mass outside them.
 
+    >>> topk_BLK, tail_BL = topk_logps(logits_BLV, ids_BLK)
+
     The tail is summed over the entries outside the ids. Taking it as 1 - sum would leave no
     digits for a confident model, and its gradient would be a difference of large numbers.
 
     Args:
         logits_BLV: any float type and any leading axes.
-        ids_BLK: integers (unsigned too), distinct at a position.
+        ids_BLK: integers (unsigned too). Those that occur twice count once.
         mask_BL: where given, positions outside it are computed from zeros.
 
     Returns:
@@ -53,16 +58,87 @@ def topk_logps(
         1.2e-38, which is also what an empty tail gives.
     """
     logits_BLV = blank_outside(logits_BLV, mask_BL)
+    nowhere_BL0 = jnp.zeros((*logits_BLV.shape[:-1], 0), jnp.int32)
+    found_BLK, _, tail_BL = _logps_at(logits_BLV, _checked(ids_BLK, logits_BLV), nowhere_BL0)
+    return found_BLK, tail_BL
+
+
+def topk_and_label_logps(
+    logits_BLV: chex.Array, ids_BLK: chex.Array, labels_BL: chex.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`topk_logps` and `token_logps` of the same logits, with one gradient over the vocabulary.
+
+    Args:
+        logits_BLV, ids_BLK: as in `topk_logps`.
+        labels_BL: as in `token_logps`, among the ids or not.
+
+    Returns:
+        `[B, L, K]` log-probs at the ids, `[B, L]` log tail mass, `[B, L]` log-probs of the labels.
+    """
+    logits_BLV = blank_outside(logits_BLV, None)
+    labels_BL = jnp.asarray(labels_BL)
+    chex.assert_shape(labels_BL, logits_BLV.shape[:-1])
+    known_BL = (labels_BL >= 0) & (labels_BL < logits_BLV.shape[-1])
+    label_BL1 = jnp.where(known_BL, labels_BL, 0).astype(jnp.int32)[..., None]
+    found_BLK, label_logps_BL1, tail_BL = _logps_at(
+        logits_BLV, _checked(ids_BLK, logits_BLV), label_BL1
+    )
+    return found_BLK, tail_BL, jnp.where(known_BL, label_logps_BL1[..., 0], jnp.nan)
+
+
+def _checked(ids_BLK: chex.Array, logits_BLV: jax.Array) -> jax.Array:
     ids_BLK = jnp.asarray(ids_BLK)
     chex.assert_equal_rank([logits_BLV, ids_BLK])
     chex.assert_equal_shape_prefix([logits_BLV, ids_BLK], logits_BLV.ndim - 1)
-    logits_BLV = logits_BLV - jax.lax.stop_gradient(logits_BLV.max(axis=-1, keepdims=True))
+    return ids_BLK.astype(jnp.int32)
+
+
+@jax.custom_vjp
+def _logps_at(
+    logits_BLV: jax.Array, ids_BLK: jax.Array, others_BLJ: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-probs at the ids and at the others, and the log of the mass outside the ids.
+
+    Two passes over the vocabulary forwards and one backwards. What JAX makes of the same sums by
+    itself keeps arrays of the vocabulary's size between them and takes a CPU half as long again.
+    """
+    return _logps_at_forward(logits_BLV, ids_BLK, others_BLJ)[0]
+
+
+def _logps_at_forward(logits_BLV: jax.Array, ids_BLK: jax.Array, others_BLJ: jax.Array) -> Any:
+    highest_BL1 = logits_BLV.max(axis=-1, keepdims=True)
     found_BLK, hit_BLV = gather_vocab(logits_BLV, ids_BLK)
-    exp_BLV = jnp.exp(logits_BLV)
-    normalizer_BL = jnp.log(exp_BLV.sum(axis=-1))
-    tail_BL = jnp.where(hit_BLV, 0.0, exp_BLV).sum(axis=-1)
-    tail_logps_BL = jnp.log(jnp.maximum(tail_BL, SMALLEST_MASS)) - normalizer_BL
-    return found_BLK - normalizer_BL[..., None], tail_logps_BL
+    others_logits_BLJ = jnp.take_along_axis(logits_BLV, others_BLJ, axis=-1)
+    # Times 0 or 1: on a CPU a sum of what a comparison selects takes three times as long.
+    tail_BL = (jnp.exp(logits_BLV - highest_BL1) * ~hit_BLV).sum(axis=-1)
+    times_BLK = (ids_BLK[..., :, None] == ids_BLK[..., None, :]).sum(axis=-1)
+    head_BL = (jnp.exp(found_BLK - highest_BL1) / times_BLK).sum(axis=-1)
+    # Relative to the greatest logit, as log-softmax is: keeps digits where logits are large.
+    log_sum_BL1 = jnp.log(head_BL + tail_BL)[..., None]
+    logps_BLK, others_logps_BLJ = (
+        logits - highest_BL1 - log_sum_BL1 for logits in (found_BLK, others_logits_BLJ)
+    )
+    tail_logps_BL = jnp.log(jnp.maximum(tail_BL, SMALLEST_MASS)) - log_sum_BL1[..., 0]
+    residuals = (logits_BLV, ids_BLK, others_BLJ, highest_BL1, log_sum_BL1)
+    return (logps_BLK, others_logps_BLJ, tail_logps_BL), (*residuals, logps_BLK, tail_logps_BL)
+
+
+def _logps_at_backward(residuals: Any, cotangents: Any) -> tuple[jax.Array, None, None]:
+    logits_BLV, ids_BLK, others_BLJ, highest_BL1, log_sum_BL1, found_BLK, tail_logps_BL = residuals
+    of_found_BLK, of_others_BLJ, of_tail_BL = cotangents
+    of_all_BL1 = (of_found_BLK.sum(axis=-1) + of_others_BLJ.sum(axis=-1) + of_tail_BL)[..., None]
+    logps_BLV = logits_BLV - highest_BL1 - log_sum_BL1
+    grads_BLV = (
+        jnp.exp(logps_BLV - tail_logps_BL[..., None]) * of_tail_BL[..., None]
+        - jnp.exp(logps_BLV) * of_all_BL1
+    )
+    # At the ids there is no part of the tail. Set before anything is added, in case one is twice.
+    grads_BLV = scatter_vocab(grads_BLV, ids_BLK, -jnp.exp(found_BLK) * of_all_BL1, add=False)
+    grads_BLV = scatter_vocab(grads_BLV, ids_BLK, of_found_BLK)
+    return scatter_vocab(grads_BLV, others_BLJ, of_others_BLJ), None, None
+
+
+_logps_at.defvjp(_logps_at_forward, _logps_at_backward)
 
 
 def topk_kl_from_logps(

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from proxykd_jax.losses import reduce_tokens, token_logps, topk_logps
+from proxykd_jax.losses import reduce_tokens, token_logps, topk_and_label_logps, topk_logps
 from proxykd_jax.models.chunked import map_positions
 from proxykd_jax.models.decoder import batch_hidden_states, unembed
 from proxykd_jax.parallel.sharding import positions_within
@@ -66,8 +66,12 @@ def _project(
 
     def head(hidden: jax.Array, labels: jax.Array, *ids: jax.Array) -> tuple[jax.Array, ...]:
         logits = unembed(params, hidden, config=spec.config)
-        found = topk_logps(logits / temperature, ids[0]) if ids else ()
-        return (token_logps(logits, labels), *found)
+        if not ids:
+            return (token_logps(logits, labels),)
+        if temperature == 1.0:
+            topk, tail, of_labels = topk_and_label_logps(logits, ids[0], labels)
+            return of_labels, topk, tail
+        return (token_logps(logits, labels), *topk_logps(logits / temperature, ids[0]))
 
     places = hidden_BAD.shape[1]
     found: tuple[jax.Array, ...] = map_positions(

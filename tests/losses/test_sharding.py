@@ -22,6 +22,8 @@ cases = {"token_logps": lambda x, labels, logps, ids: losses.token_logps(x, labe
 for tail in losses.TAILS:
     cases[tail] = lambda x, labels, logps, ids, tail=tail: losses.topk_kl_tokens(
         x, logps, ids, tail=tail).sum()
+cases["both"] = lambda x, labels, logps, ids: sum(
+    part.sum() for part in losses.topk_and_label_logps(x, ids, labels))
 cases["drawn"] = lambda x, labels, logps, ids: losses.drawn_label_tokens(
     x, ids, jnp.ones_like(ids), num_draws=3).sum()
 for name, case in cases.items():
@@ -48,4 +50,4 @@ def test_a_sharded_vocabulary_stays_sharded():
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment
     )
-    assert done.stdout.strip() == "ok 6", done.stderr
+    assert done.stdout.strip() == "ok 7", done.stderr

@@ -11,6 +11,7 @@ import reference
 from proxykd_jax.losses import (
     TAILS,
     forward_kl,
+    topk_and_label_logps,
     topk_kl,
     topk_kl_from_logps,
     topk_kl_tokens,
@@ -281,6 +282,63 @@ def test_topk_logps():
     expected = np.take_along_axis(reference.log_softmax(student), ids, -1)
     np.testing.assert_allclose(logps, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(tail, np.log(1 - np.exp(expected).sum(-1)), rtol=1e-4)
+
+
+def plain_logps(logits, ids, labels):
+    """The definitions, for JAX to differentiate: ids that occur twice count once."""
+    logps = jax.nn.log_softmax(logits)
+    numbers = jnp.arange(logits.shape[-1])[None, None, None, :]
+    outside = (ids[..., None] != numbers).all(axis=-2)
+    tail = jax.nn.logsumexp(jnp.where(outside, logps, -jnp.inf), axis=-1)
+    return (
+        jnp.take_along_axis(logps, ids, axis=-1),
+        tail,
+        jnp.take_along_axis(logps, labels[..., None], axis=-1)[..., 0],
+    )
+
+
+@pytest.mark.parametrize("scale", [0.5, 8.0])
+@pytest.mark.parametrize("twice", [False, True])
+def test_topk_and_label_logps_have_the_gradient_of_their_definitions(scale, twice):
+    """Labels among the ids and outside them, and where the tail is next to nothing."""
+    rng = np.random.default_rng(12)
+    logits = jnp.float32(scale * rng.normal(size=(3, 5, 19)))
+    ids = jnp.argsort(-logits, axis=-1)[..., :4].astype(jnp.int32)
+    if twice:
+        ids = ids.at[:, 1, 3].set(ids[:, 1, 0])
+    labels = jnp.where(jnp.arange(5)[None, :] < 2, ids[..., 2], jnp.argmin(logits, axis=-1))
+    cotangents = [
+        jnp.float32(rng.normal(size=shape)) for shape in (ids.shape, labels.shape, labels.shape)
+    ]
+    out, back = jax.vjp(lambda x: topk_and_label_logps(x, ids, labels), logits)
+    expected, of_plain = jax.vjp(lambda x: plain_logps(x, ids, labels), logits)
+    for found, value in zip(out, expected, strict=True):
+        np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-5)
+    grad, wanted = back(tuple(cotangents))[0], of_plain(tuple(cotangents))[0]
+    np.testing.assert_allclose(grad, wanted, rtol=1e-5, atol=2e-6)
+    # Each part alone.
+    alone, back = jax.vjp(lambda x: topk_logps(x, ids), logits)
+    np.testing.assert_array_equal(alone[0], out[0])
+    zeros = jnp.zeros_like(cotangents[2])
+    np.testing.assert_allclose(
+        back(tuple(cotangents[:2]))[0],
+        of_plain((*cotangents[:2], zeros))[0],
+        rtol=1e-5,
+        atol=2e-6,
+    )
+
+
+def test_a_label_outside_the_vocabulary_spoils_itself_alone():
+    logits = jnp.float32(np.random.default_rng(13).normal(size=(1, 3, 7)))
+    ids, labels = jnp.array([[[0, 1]] * 3]), jnp.array([[-1, 2, 7]])
+
+    def masked(logits):
+        _, tail, of_labels = topk_and_label_logps(logits, ids, labels)
+        assert np.isnan(of_labels[0, [0, 2]]).all() if not isinstance(tail, jax.core.Tracer) else 1
+        return tail.sum() + jnp.where(jnp.isnan(of_labels), 0.0, of_labels).sum()
+
+    masked(logits)
+    assert np.isfinite(jax.grad(masked)(logits)).all()
 
 
 def test_weight_zero_takes_an_infinite_example_out():
