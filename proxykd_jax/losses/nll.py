@@ -1,10 +1,12 @@
 """Negative log-likelihood of the teacher's tokens (eqs. 1, 3 and 7)."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
 
-from proxykd_jax.losses.numerics import blank_outside
+from proxykd_jax.losses.numerics import blank_outside, scatter_vocab
 from proxykd_jax.losses.reduction import reduce_tokens
 
 
@@ -33,27 +35,30 @@ def token_logps(
     return jnp.where(known_BL, _label_logps(logits_BLV, labels_BL), jnp.nan)
 
 
-@jax.custom_jvp
+@jax.custom_vjp
 def _label_logps(logits_BLV: jax.Array, labels_BL: jax.Array) -> jax.Array:
+    return _label_logps_forward(logits_BLV, labels_BL)[0]
+
+
+def _label_logps_forward(logits_BLV: jax.Array, labels_BL: jax.Array) -> tuple[jax.Array, Any]:
     # Relative to the greatest logit, as log-softmax does: keeps digits where logits are large.
     highest_BL1 = logits_BLV.max(axis=-1, keepdims=True)
-    log_sum_BL = jnp.log(jnp.exp(logits_BLV - highest_BL1).sum(axis=-1))
+    log_sum_BL1 = jnp.log(jnp.exp(logits_BLV - highest_BL1).sum(axis=-1, keepdims=True))
     label_BL1 = jnp.take_along_axis(logits_BLV, labels_BL[..., None], axis=-1, mode="clip")
-    return (label_BL1 - highest_BL1)[..., 0] - log_sum_BL
+    logps_BL = (label_BL1 - highest_BL1 - log_sum_BL1)[..., 0]
+    return logps_BL, (logits_BLV, labels_BL, highest_BL1, log_sum_BL1)
 
 
-@_label_logps.defjvp
-def _label_logps_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-    """The gradient is one pass over the vocabulary, (is the label) - p, where taking the look-up
-    and the softmax apart makes arrays of its size for each."""
-    logits_BLV, labels_BL = primals
-    logps_BL = _label_logps(logits_BLV, labels_BL)
-    highest_BL1 = logits_BLV.max(axis=-1, keepdims=True)
-    exp_BLV = jnp.exp(logits_BLV - highest_BL1)
-    probs_BLV = exp_BLV / exp_BLV.sum(axis=-1, keepdims=True)
-    iota_BLV = jax.lax.broadcasted_iota(labels_BL.dtype, logits_BLV.shape, logits_BLV.ndim - 1)
-    slope_BLV = (iota_BLV == labels_BL[..., None]) - probs_BLV
-    return logps_BL, (slope_BLV * tangents[0]).sum(axis=-1)
+def _label_logps_backward(residuals: Any, slope_BL: jax.Array) -> tuple[jax.Array, None]:
+    """One pass over the vocabulary, -p, and the label's place: taking the look-up and the softmax
+    apart makes arrays of the vocabulary's size for each."""
+    logits_BLV, labels_BL, highest_BL1, log_sum_BL1 = residuals
+    probs_BLV = jnp.exp(logits_BLV - highest_BL1 - log_sum_BL1)
+    slope_BL1 = slope_BL[..., None]
+    return scatter_vocab(-probs_BLV * slope_BL1, labels_BL[..., None], slope_BL1), None
+
+
+_label_logps.defvjp(_label_logps_forward, _label_logps_backward)
 
 
 def nll(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from proxykd_jax.models import decoder
-from proxykd_jax.models.attention import Backend, window_mask
+from proxykd_jax.models.attention import Backend, attention_of_last, window_mask
 from proxykd_jax.models.attention import attention as grouped_attention
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.lora import Adapter
@@ -103,18 +103,27 @@ def forward_cached(
         assert config.sliding_window is not None  # ModelConfig checked it
         windowed = full & window_mask(positions_BL, positions_BS, config.sliding_window)
 
+    # A loop over blocks, each a few kernels on a GPU: there, reading all slots at once is cheaper.
+    in_blocks = length == 1 and jax.default_backend() == "cpu"
+
     def body(carry: Any, xs: Any) -> tuple[Any, None]:
         # The whole cache is carried and one slice of it written: as scanned input and output it
         # would be copied once for every token.
         hidden_BLD, k_NBGSC, v_NBGSC = carry
         layer_index, flag, layer, updates = xs
         mask = decoder.layer_mask(full, windowed, flag, config)
+        assert mask is not None  # slots are not all filled
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
             start = (layer_index, zero, zero, cache.index, zero)
             k_1BGLC, v_1BGLC = (jnp.swapaxes(new, 1, 2)[None] for new in (k, v))
             keys = jax.lax.dynamic_update_slice(k_NBGSC, k_1BGLC.astype(k_NBGSC.dtype), start)
             values = jax.lax.dynamic_update_slice(v_NBGSC, v_1BGLC.astype(v_NBGSC.dtype), start)
+            if in_blocks:
+                out_BHC = attention_of_last(
+                    q[:, 0], keys, values, layer_index, mask[:, 0], cache.index + 1
+                )
+                return out_BHC[:, None], (keys, values)
             # The swap is folded into the products and moves nothing.
             k_BSGC, v_BSGC = (
                 jnp.swapaxes(
