@@ -21,7 +21,7 @@ from proxykd_jax.models.cost import step_flops
 from proxykd_jax.training.batches import Joined, answer_positions, distill_collate, token_collate
 from proxykd_jax.training.objectives import AlignObjective, DistillObjective, NllObjective
 from proxykd_jax.training.optimizer import make_optimizer
-from proxykd_jax.training.pairs import collate_pairs
+from proxykd_jax.training.pairs import collate_pairs, pair_answers
 from proxykd_jax.training.state import ModelSpec, init_state
 from proxykd_jax.training.steps import make_train_step
 from proxykd_jax.types import Pairs
@@ -120,23 +120,14 @@ def examples_of(work: str, rows: Rows, *, share_prompt: bool = True) -> Examples
         return Examples(collate, rows.lengths - 1, answers)
     rejected = token_rows(rows, rejected=True)
 
-    own_answers = answer_positions(RowsInMemory(rejected))
+    references = (rows.reference_chosen, rows.reference_rejected)
 
     def pairs(planned: PlannedBatch) -> Pairs:
-        places = [row[0] if row else None for row in planned.rows]
-        reference_chosen_B, reference_rejected_B = (
-            np.array([0.0 if p is None else values[p] for p in places], np.float32)
-            for values in (rows.reference_chosen, rows.reference_rejected)
-        )
-        return collate_pairs(
-            [None if p is None else (chosen[p], rejected[p]) for p in places],
-            planned,
-            reference_chosen_B=reference_chosen_B,
-            reference_rejected_B=reference_rejected_B,
-            share_prompt=share_prompt,
-        )
+        both = [(chosen[row[0]], rejected[row[0]]) for row in planned.rows if row]
+        return collate_pairs(both, planned, references, share_prompt=share_prompt)
 
-    inside = answers + own_answers if share_prompt else np.maximum(answers, own_answers)
+    own = answer_positions(RowsInMemory(rejected))
+    inside = pair_answers(answers, own, share_prompt=share_prompt)
     return Examples(pairs, rows.lengths - 1 - answers + inside, inside)
 
 

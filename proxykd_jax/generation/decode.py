@@ -142,8 +142,7 @@ def draw_tokens(
     if settings.vocab_size < logits_BV.shape[-1]:  # on a CPU a comparison costs more than a draw
         scores_BV = jnp.where(ids_BV < settings.vocab_size, logits_BV, -jnp.inf)
     if settings.temperature > 0:
-        if settings.temperature != 1:
-            scores_BV = scores_BV / settings.temperature
+        scores_BV = scores_BV / settings.temperature
         if settings.top_p < 1:
             scores_BV = jnp.where(nucleus(scores_BV, settings.top_p), scores_BV, -jnp.inf)
         token_B = jax.vmap(lambda scores_V, key: draw_ids(scores_V, key, 1)[0])(scores_BV, keys_B)

@@ -93,16 +93,9 @@ def gather_vocab(values: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Arra
     Returns:
         `[..., K]` values and `[..., V]` bools.
     """
-
-    def mark(row: jax.Array, row_ids: jax.Array) -> jax.Array:
-        return row.at[row_ids].set(True)
-
     ids = ids.astype(jnp.int32)
-    # vmap gives a scatter with batch axes. With explicit indices for all axes, which
-    # `put_along_axis` makes, a batch spread over devices would be collected on each.
-    for _ in range(ids.ndim - 1):
-        mark = jax.vmap(mark)
-    hit = mark(jnp.zeros(values.shape, bool), ids)
+    nowhere = jnp.zeros(values.shape, bool)
+    hit = scatter_vocab(nowhere, ids, jnp.ones(ids.shape, bool), add=False)
     return jnp.take_along_axis(values, ids, axis=-1), hit
 
 
@@ -121,7 +114,9 @@ def scatter_vocab(
         at = row.at[row_ids]
         return at.add(row_updates) if add else at.set(row_updates)
 
-    for _ in range(ids.ndim - 1):  # as in `gather_vocab`
+    # vmap gives a scatter with batch axes. With explicit indices for all axes, which
+    # `put_along_axis` makes, a batch spread over devices would be collected on each.
+    for _ in range(ids.ndim - 1):
         change = jax.vmap(change)
     return change(values, ids, updates)
 

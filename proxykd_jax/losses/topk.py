@@ -75,7 +75,7 @@ def topk_and_label_logps(
     Returns:
         `[B, L, K]` log-probs at the ids, `[B, L]` log tail mass, `[B, L]` log-probs of the labels.
     """
-    logits_BLV = blank_outside(logits_BLV, None)
+    logits_BLV = float32(logits_BLV)
     labels_BL = jnp.asarray(labels_BL)
     chex.assert_shape(labels_BL, logits_BLV.shape[:-1])
     known_BL = (labels_BL >= 0) & (labels_BL < logits_BLV.shape[-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from proxykd_jax.data.collate import Rows, TokenRow, collate_rows
 from proxykd_jax.data.order import PlannedBatch
 from proxykd_jax.generation.samples import KEPT, SampledRow, SampleStore
 from proxykd_jax.models.config import ModelConfig
+from proxykd_jax.training.batches import answer_positions
 from proxykd_jax.types import PairBatch, Pairs, SharedPairBatch
 
 
@@ -39,12 +41,11 @@ class PairRows:
     def __init__(self, rows: Rows, samples: SampleStore, *, share_prompt: bool) -> None:
         self._rows, self._samples, self._share_prompt = rows, samples, share_prompt
         self._references = samples.references()
-        before = np.maximum(rows.prompt_lengths, 1) - 1  # positions before the first of an answer
-        kept = samples.drops == KEPT
-        chosen = rows.lengths - 1 - before
-        rejected = np.where(kept, rows.prompt_lengths + samples.lengths - 1 - before, 0)
-        self.answers = chosen + rejected if share_prompt else np.maximum(chosen, rejected)
-        self.positions = before + self.answers
+        chosen = answer_positions(rows)
+        longer = samples.lengths - (rows.lengths - rows.prompt_lengths)  # y-hat than y
+        rejected = np.where(samples.drops == KEPT, chosen + longer, 0)
+        self.answers = pair_answers(chosen, rejected, share_prompt=share_prompt)
+        self.positions = rows.lengths - 1 - chosen + self.answers
 
     def longest(self, max_length: int) -> int:
         """Tokens that the longest row may stand for, in a corpus of rows of so many."""
@@ -52,52 +53,56 @@ class PairRows:
 
     def collate(self, planned: PlannedBatch) -> Pairs:
         """The arrays of a planned batch."""
-        places = [row[0] if row else None for row in planned.rows]
-        there = [place for place in places if place is not None]
-        found = zip(self._rows.read(there), self._samples.read(there), strict=True)
-        pairs = [None if place is None else _pair(*next(found)) for place in places]
-        reference_chosen_B, reference_rejected_B = (
-            np.array([0.0 if p is None else values[p] for p in places], np.float32)
-            for values in self._references
-        )
+        places = [row[0] for row in planned.rows if row]
+        found = zip(self._rows.read(places), self._samples.read(places), strict=True)
         return collate_pairs(
-            pairs,
+            [_pair(row, sample) for row, sample in found],
             planned,
-            reference_chosen_B=reference_chosen_B,
-            reference_rejected_B=reference_rejected_B,
+            self._references,
             share_prompt=self._share_prompt,
         )
 
 
+def pair_answers(chosen: np.ndarray, rejected: np.ndarray, *, share_prompt: bool) -> np.ndarray:
+    """integer[n], positions inside the mask of a pair's row, from those of its two answers."""
+    return chosen + rejected if share_prompt else np.maximum(chosen, rejected)
+
+
 def collate_pairs(
-    pairs: list[tuple[TokenRow, TokenRow | None] | None],
+    pairs: Sequence[tuple[TokenRow, TokenRow | None]],
     planned: PlannedBatch,
+    references: tuple[np.ndarray, np.ndarray],
     *,
-    reference_chosen_B: np.ndarray,
-    reference_rejected_B: np.ndarray,
     share_prompt: bool,
 ) -> Pairs:
     """Pairs as the arrays of a batch.
 
     Args:
-      pairs: of each row the prompt with y and the same prompt with y-hat, which is None where
-        none is usable; None is a row of padding.
-      planned: the batch's sizes.
-      reference_chosen_B, reference_rejected_B: float32 log-probs of both answers.
+      pairs: of each row that is no padding the prompt with y and the same prompt with y-hat, which
+        is None where none is usable.
+      planned: the batch.
+      references: float32[n] log-probs of y and of y-hat, by place.
       share_prompt: see ``PairRows``.
     """
-    chosen = [[] if pair is None else [pair[0]] for pair in pairs]
-    rejected = [[] if pair is None or pair[1] is None else [pair[1]] for pair in pairs]
+    given = iter(pairs)
+    both = [list(next(given)) if row else [None, None] for row in planned.rows]
+    chosen, rejected = ([[row] if row else [] for row in side] for side in zip(*both, strict=True))
+    places = [row[0] if row else None for row in planned.rows]
+    reference_chosen_B, reference_rejected_B = (
+        np.array([0.0 if place is None else of[place] for place in places], np.float32)
+        for of in references
+    )
     rest: dict[str, Any] = {
         "reference_chosen_B": reference_chosen_B,
         "reference_rejected_B": reference_rejected_B,
         "pair_mask_B": np.array([bool(row) for row in rejected]),
     }
+    count = len(planned.rows)
     if share_prompt:
-        both = [first + second for first, second in zip(chosen, rejected, strict=True)]
-        size = (planned.length, 2, len(pairs), planned.answers)
-        return SharedPairBatch(collate_rows(both, *size, share_prompt=True), **rest)
-    size = (planned.length, 1, len(pairs), planned.answers)
+        rows = [first + second for first, second in zip(chosen, rejected, strict=True)]
+        size = (planned.length, 2, count, planned.answers)
+        return SharedPairBatch(collate_rows(rows, *size, share_prompt=True), **rest)
+    size = (planned.length, 1, count, planned.answers)
     return PairBatch(collate_rows(chosen, *size), collate_rows(rejected, *size), **rest)
 
 

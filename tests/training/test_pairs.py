@@ -20,8 +20,8 @@ from proxykd_jax.training.reference import pair_logps
 from .conftest import VOCAB
 from .test_steps import _step
 
-# (prompt, y, y-hat or None): no prompt at all, one token, much longer than its answers, no y-hat.
 ROW_ID = "ab" * 32
+# (prompt, y, y-hat or None): no prompt at all, one token, much longer than its answers, no y-hat.
 SIZES = [(0, 5, 4), (1, 3, 7), (9, 2, 2), (6, 8, None), (4, 1, 9), (3, 6, 1)]
 
 
@@ -41,17 +41,14 @@ def made_pairs(rng: np.random.Generator) -> list[tuple[TokenRow, TokenRow | None
 def batches(answers: bool = True):
     """The same pairs with a row for each answer, and with shared prompts."""
     rng = np.random.default_rng(0)
-    pairs = [*made_pairs(rng), None, None]
-    references = {
-        f"reference_{name}_B": rng.normal(-15, 3, len(pairs)).astype(np.float32)
-        for name in ("chosen", "rejected")
-    }
-    rows = tuple((i,) for i in range(len(pairs)))
+    pairs = made_pairs(rng)
+    references = tuple(rng.normal(-15, 3, len(pairs)).astype(np.float32) for _ in range(2))
+    rows = (*((i,) for i in range(len(pairs))), (), ())
     single = PlannedBatch(rows, 16, answers=12 if answers else None)
     shared = PlannedBatch(rows, 24, answers=18 if answers else None)
     return (
-        collate_pairs(pairs, single, share_prompt=False, **references),
-        collate_pairs(pairs, shared, share_prompt=True, **references),
+        collate_pairs(pairs, single, references, share_prompt=False),
+        collate_pairs(pairs, shared, references, share_prompt=True),
     )
 
 
@@ -107,10 +104,9 @@ def test_an_answer_sees_its_prompt_and_itself(lora_model, window) -> None:
     np.testing.assert_allclose(before, logps(single), rtol=1e-5, atol=1e-5)
     assert (before[1] == 0).tolist() == [False, False, False, True, False, False, True, True]
     rows = shared.rows
-    for number, answer in ((1, rows.positions_BL >= rows.prefix_B[:, None] + 1), (2, True)):
-        here = (rows.segment_ids_BL == number) & answer
-        if number == 2:
-            here &= rows.positions_BL > rows.prefix_B[:, None]
+    for number in (1, 2):
+        of_answer = rows.positions_BL > rows.prefix_B[:, None]
+        here = (rows.segment_ids_BL == number) & of_answer
         changed = rows.replace(tokens_BL=np.where(here, 3 + rows.tokens_BL % 30, rows.tokens_BL))
         after = logps(shared.replace(rows=changed))
         np.testing.assert_array_equal(after[2 - number], before[2 - number])
