@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +21,15 @@ from jax.sharding import PartitionSpec
 
 from proxykd_jax.losses import draw_ids, mixture_logps
 from proxykd_jax.models.config import ModelConfig
-from proxykd_jax.models.llama import KVCache, forward_cached, init_cache, unembed
+from proxykd_jax.models.llama import KVCache, forward_cached, init_cache, layers_apart, unembed
 from proxykd_jax.parallel.sharding import CACHE, ROWS, constrain
 
 # Fixed, so that a changed default of the random generator cannot change samples.
 _KEY_IMPLEMENTATION = "threefry2x32"
 # Fields of a state that are caches.
 _CACHES = ("cache", "other_cache")
+# Those with a place for each slot of the caches.
+_BY_SLOT = ("tokens_BS", "logps_BS")
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,9 @@ class Mixing:
 @flax.struct.dataclass
 class DecodeState:
     """B rows in the middle of decoding. All have seen the same number of steps.
+
+    The caches have S slots, as many as are filled soon and not as many as the longest answer may
+    fill: decoding stops at the last one, and ``move_rows`` gives more.
 
     Attributes:
       cache: keys and values of prompts and answers so far.
@@ -190,7 +196,7 @@ def _record(logits_BV: jax.Array, state: DecodeState, settings: DrawSettings) ->
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "slots", "settings", "mixing"))
+@functools.partial(jax.jit, static_argnames=("config", "slots", "settings", "mixing", "apart"))
 def prefill(
     params: Any,
     adapter: Any,
@@ -203,10 +209,13 @@ def prefill(
     slots: int,
     settings: DrawSettings,
     mixing: Mixing | None = None,
+    apart: bool = False,
 ) -> DecodeState:
     """Runs the prompts through the model and draws the first token of each row.
 
-    With ``mixing`` the other model's (params, adapter) are in ``other``.
+    With ``mixing`` the other model's (params, adapter) are in ``other``. With ``apart`` each layer
+    of the caches has arrays of its own, and ``decode`` goes through the layers one by one instead
+    of scanning them: twice as fast on one CPU device, and as many times more to compile.
     """
     num_rows = batch.tokens_BL.shape[0]
     positions_BL = jnp.cumsum(batch.valid_BL, axis=1, dtype=jnp.int32) - 1
@@ -225,6 +234,9 @@ def prefill(
         positions_BL=positions_BL,
         valid_BL=batch.valid_BL,
     )
+    if apart:
+        cache = _of_cache(cache, layers_apart)
+        other_cache = None if other_cache is None else _of_cache(other_cache, layers_apart)
     zeros_B = jnp.zeros(num_rows, jnp.int32)
     state = DecodeState(
         cache=cache,
@@ -276,17 +288,25 @@ def _next_logits(
     return mixed_BV, cache, other_cache
 
 
+def _of_cache(cache: KVCache, change: Callable[[Any], Any]) -> KVCache:
+    """The cache with its keys and values changed."""
+    changed = (change(cache.k_NBGSC), change(cache.v_NBGSC))
+    return dataclasses.replace(cache, k_NBGSC=changed[0], v_NBGSC=changed[1])
+
+
 def decode_specs(state: DecodeState) -> DecodeState:
     """The PartitionSpec of every array of a state (or of its shapes)."""
     specs = jax.tree.map(lambda x: ROWS if x.ndim else PartitionSpec(), state)
 
-    def of_cache(specs: Any) -> Any:
-        if specs is None:
+    def of_cache(name: str) -> Any:
+        cache = getattr(state, name)
+        if cache is None:
             return None
-        return dataclasses.replace(specs, k_NBGSC=CACHE, v_NBGSC=CACHE, positions_BS=ROWS)
+        one = PartitionSpec(*CACHE[1:])
+        spec = (one,) * len(cache.k_NBGSC) if cache.is_apart else CACHE
+        return _of_cache(getattr(specs, name), lambda _: spec)
 
-    caches = {name: of_cache(getattr(specs, name)) for name in _CACHES}
-    return dataclasses.replace(specs, **caches)
+    return dataclasses.replace(specs, **{name: of_cache(name) for name in _CACHES})
 
 
 def _constrain(state: DecodeState, like: jax.Array) -> DecodeState:
@@ -307,15 +327,21 @@ def decode(
     settings: DrawSettings,
     mixing: Mixing | None = None,
 ) -> DecodeState:
-    """Goes on until at most ``few`` rows (int32 scalar) are not done."""
+    """Goes on until at most ``few`` rows (int32 scalar) are not done, or all slots are filled."""
+    num_slots = state.cache.positions_BS.shape[1]
+    weights = (params, adapter)
+    if state.cache.is_apart:
+        weights = _weights_apart(weights)
+        other = None if other is None else _weights_apart(other)
 
     def go_on(state: DecodeState) -> jax.Array:
-        return jnp.sum(~state.done_B, dtype=jnp.int32) > few
+        wanted = jnp.sum(~state.done_B, dtype=jnp.int32) > few
+        return wanted & (state.cache.index < num_slots)
 
     def step(state: DecodeState) -> DecodeState:
         positions_B = state.prompt_lengths_B + state.step - 1
         logits_BV, cache, other_cache = _next_logits(
-            (params, adapter),
+            weights,
             other,
             state.token_B[:, None],
             state.cache,
@@ -331,24 +357,40 @@ def decode(
     return jax.lax.while_loop(go_on, step, state)
 
 
-@jax.jit
-def take_rows(state: DecodeState, rows_B: jax.Array) -> DecodeState:
-    """The state of some rows (int32 indices), in the order given."""
+def _weights_apart(weights: tuple[Any, Any]) -> tuple[Any, Any]:
+    params, adapter = (
+        tree if tree is None else {**tree, "layers": layers_apart(tree["layers"])}
+        for tree in weights
+    )
+    return params, adapter
+
+
+@functools.partial(jax.jit, static_argnames="slots")
+def move_rows(state: DecodeState, rows_B: jax.Array, *, slots: int) -> DecodeState:
+    """The state of some rows (int32 indices), in the order given, with at least as many slots."""
+    more = slots - state.cache.positions_BS.shape[1]
+
+    def wider(array: jax.Array, axis: int, fill: int = 0) -> jax.Array:
+        widths = [(0, more if place == axis else 0) for place in range(array.ndim)]
+        return jnp.pad(array, widths, constant_values=fill)
 
     def of_cache(cache: KVCache | None) -> KVCache | None:
         if cache is None:
             return None
-        return dataclasses.replace(
-            cache,
-            k_NBGSC=cache.k_NBGSC[:, rows_B],
-            v_NBGSC=cache.v_NBGSC[:, rows_B],
-            positions_BS=cache.positions_BS[rows_B],
-        )
+        rows_axis = 0 if cache.is_apart else 1
 
-    taken: dict[str, Any] = {
-        name: of_cache(getattr(state, name)) if name in _CACHES else getattr(state, name)[rows_B]
-        for name in state.__dataclass_fields__
-        if name != "step"
-    }
-    state = dataclasses.replace(state, **taken)
+        def moved(array: jax.Array) -> jax.Array:
+            return wider(jnp.take(array, rows_B, axis=rows_axis, mode="clip"), rows_axis + 2)
+
+        cache = _of_cache(cache, lambda arrays: jax.tree.map(moved, arrays))
+        return dataclasses.replace(cache, positions_BS=wider(cache.positions_BS[rows_B], 1, -1))
+
+    def of_field(name: str) -> Any:
+        value = getattr(state, name)
+        if name in _CACHES:
+            return of_cache(value)
+        return wider(value[rows_B], 1) if name in _BY_SLOT else value[rows_B]
+
+    names = [name for name in state.__dataclass_fields__ if name != "step"]
+    state = dataclasses.replace(state, **{name: of_field(name) for name in names})
     return _constrain(state, like=state.token_B)

@@ -1,18 +1,23 @@
 """Batched sampling: answers for many prompts of mixed lengths.
 
 Prompts are sorted by length and decoded in batches. When half of a batch's rows are done, the
-others move to a batch of half the size, so that the cost follows the tokens really produced.
-Shapes come from a short ladder, so few programs are compiled: one prefill for each (rows, prompt
-length, slots) and one decoding loop for each (rows, slots) that occurs.
+others move to a batch of half the size; when the slots of its cache are filled, it gets more. So
+the cost follows the tokens really produced. Shapes come from a short ladder, so few programs are
+compiled: one prefill for each (rows, prompt length) and one decoding loop for each (rows, slots)
+that occurs. On a CPU a batch is dealt to its cores, and each decodes a part.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
 from proxykd_jax.errors import UserError
@@ -22,8 +27,8 @@ from proxykd_jax.generation.decode import (
     Mixing,
     PromptBatch,
     decode,
+    move_rows,
     prefill,
-    take_rows,
 )
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.parallel.processes import fetch
@@ -31,8 +36,13 @@ from proxykd_jax.parallel.processes import fetch
 # A batch is not made smaller than this: a step is then bound by reading the weights, and another
 # shape to compile would cost more than it saves.
 _SMALLEST_BATCH = 8
+# Nor is a batch dealt to more cores than leave each so many rows.
+_FEWEST_ROWS_OF_A_CORE = 16
 _SHORTEST_PROMPT = 16
 _FEWEST_SLOTS = 32
+# Slots to begin with, and how many are added at least: each size is compiled.
+_FIRST_SLOTS = 64
+_FEWEST_MORE = 32
 # Words of a row id's digest in its random key: 128 bits.
 _ROW_WORDS = 4
 
@@ -62,9 +72,21 @@ def prompt_bucket(length: int) -> int:
 
 def slot_bucket(slots: int) -> int:
     """The smallest of 32, 48, 64, 80, 96, 112, 128, 160, ... that holds ``slots``: four steps an
-    octave, since every step of decoding reads all slots."""
+    octave."""
     step = max(_SHORTEST_PROMPT, (1 << (slots - 1).bit_length()) // 8)
     return max(_FEWEST_SLOTS, -(-slots // step) * step)
+
+
+def next_slots(filled: int, most: int) -> int:
+    """Slots of a cache whose first ``filled`` are in use and that needs ``most`` at last.
+
+    64, 96, 128, 192, 256, 384, ...: two steps an octave, since every step of decoding reads all
+    slots and every size is compiled.
+    """
+    wanted = filled + _FEWEST_MORE
+    octave = 1 << (wanted - 1).bit_length()
+    size = octave * 3 // 4 if wanted <= octave * 3 // 4 else octave
+    return min(max(size, _FIRST_SLOTS), most)
 
 
 def sample(
@@ -135,37 +157,88 @@ def sample(
     samples = [Sample(np.zeros(0, np.int32), False, np.zeros(0, np.float32)) for _ in prompts]
     todo = [index for index in range(len(prompts)) if max_new_tokens[index] > 0]
     todo.sort(key=lambda i: (prompt_bucket(len(prompts[i])), max_new_tokens[i], len(prompts[i]), i))
-    for start in range(0, len(todo), batch_size):
-        rows = todo[start : start + batch_size]
-        batch, slots = _prompt_batch(
+    turns = threading.Lock()  # held while a program is compiled and begun, not while it runs
+
+    def answers(rows: list[int]) -> list[tuple[int, Sample]]:
+        batch, most_slots = _prompt_batch(
             [prompts[i] for i in rows],
             [row_ids[i] for i in rows],
             [int(max_new_tokens[i]) for i in rows],
-            batch_size,
-            rows_multiple,
+            row_counts,
             [config] if mixing is None else [config, mixing.config],
         )
-        state = prefill(
-            params,
-            adapter,
-            batch if put is None else put(batch),
-            np.uint32(seed),
-            np.uint32(round_index),
-            other,
-            config=config,
-            slots=slots,
-            settings=settings,
-            mixing=mixing,
-        )
-
-        def go_on(state: DecodeState, few: np.int32) -> DecodeState:
-            return decode(
-                params, adapter, state, few, other, config=config, settings=settings, mixing=mixing
+        with turns:
+            state = prefill(
+                params,
+                adapter,
+                batch if put is None else put(batch),
+                np.uint32(seed),
+                np.uint32(round_index),
+                other,
+                config=config,
+                slots=next_slots(batch.tokens_BL.shape[1], most_slots),
+                settings=settings,
+                mixing=mixing,
+                apart=one_cpu,
             )
 
-        for row, answer in _decode_all(go_on, state, rows, rows_multiple):
+        def go_on(state: DecodeState, few: np.int32) -> DecodeState:
+            more = {"config": config, "settings": settings, "mixing": mixing}
+            with turns:
+                return decode(params, adapter, state, few, other, **more)
+
+        def move(state: DecodeState, places: np.ndarray, slots: int) -> DecodeState:
+            with turns:
+                return move_rows(state, places, slots=slots)
+
+        return _decode_all(go_on, move, state, rows, row_counts, most_slots)
+
+    one_cpu = _is_one_cpu(params)
+    cores = _cores(batch_size) if one_cpu else 1
+    part_size = -(-batch_size // cores)
+    row_counts = _row_counts(part_size, rows_multiple, between=one_cpu)
+    parts = []
+    for start in range(0, len(todo), batch_size):
+        rows = todo[start : start + batch_size]
+        count = -(-len(rows) // part_size)
+        parts += [rows[first::count] for first in range(count)]  # short and long ones in each
+    for found in _side_by_side(answers, parts, cores):
+        for row, answer in found:
             samples[row] = answer
     return samples
+
+
+def _is_one_cpu(params: Any) -> bool:
+    devices = {
+        device
+        for array in jax.tree.leaves(params)
+        for device in (array.devices() if isinstance(array, jax.Array) else jax.local_devices())
+    }
+    return len(devices) == 1 and devices.pop().platform == "cpu"
+
+
+def _cores(batch_size: int) -> int:
+    """To how many cores a batch is dealt, where one CPU device computes.
+
+    With one query a row attention is two small products for each row and head, which XLA runs one
+    after another on one core; programs of two threads run on two (64 rows, 256 slots, 6 layers of
+    6 heads of 48: 18 ms on one core, 9 on two).
+    """
+    return max(1, min(len(os.sched_getaffinity(0)), batch_size // _FEWEST_ROWS_OF_A_CORE))
+
+
+def _side_by_side(
+    work: Callable[[list[int]], list[tuple[int, Sample]]], parts: list[list[int]], cores: int
+) -> Iterator[list[tuple[int, Sample]]]:
+    """``work`` of each part, in order, up to ``cores`` at a time; none is begun after an error."""
+    if cores == 1:
+        yield from map(work, parts)
+        return
+    pool = ThreadPoolExecutor(cores, thread_name_prefix="sampler")
+    try:
+        yield from pool.map(work, parts)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _check(
@@ -207,12 +280,11 @@ def _prompt_batch(
     prompts: list[np.ndarray],
     row_ids: list[str],
     budgets: list[int],
-    batch_size: int,
-    rows_multiple: int,
+    row_counts: list[int],
     configs: list[ModelConfig],
 ) -> tuple[PromptBatch, int]:
     """The prompts on the shapes' ladder, and the slots that a cache of each model needs."""
-    num_rows = _halvings(batch_size, rows_multiple, len(prompts))
+    num_rows = min(count for count in row_counts if count >= len(prompts))
     longest = max(len(prompt) for prompt in prompts)
     needed = longest + max(budgets)
     # The padding must not push a model beyond the positions it has.
@@ -241,29 +313,43 @@ def row_words(row_id: str) -> np.ndarray:
     return np.frombuffer(digest[: 4 * _ROW_WORDS], "<u4")
 
 
-def _halvings(num_rows: int, multiple: int, needed: int) -> int:
-    """Halves ``num_rows`` as often as it leaves room for ``needed`` rows and stays a multiple."""
-    while num_rows % 2 == 0 and (num_rows // 2) % multiple == 0:
-        if num_rows // 2 < max(needed, _SMALLEST_BATCH):
-            break
-        num_rows //= 2
-    return num_rows
+def _row_counts(batch_size: int, multiple: int, between: bool) -> list[int]:
+    """The numbers of rows that a batch goes through, the largest first.
+
+    Halves of ``batch_size``, and with ``between`` three quarters of each, down to eight rows and as
+    far as ``multiple`` divides them.
+    """
+    counts, half = [batch_size], batch_size
+    while half % 2 == 0:
+        between_counts = [half * 3 // 4] if between and half % 4 == 0 else []
+        half //= 2
+        counts += [*between_counts, half]
+    return [count for count in counts if count % multiple == 0 and count >= _SMALLEST_BATCH] or [
+        batch_size
+    ]
 
 
 def _decode_all(
     go_on: Callable[[DecodeState, np.int32], DecodeState],
+    move: Callable[[DecodeState, np.ndarray, int], DecodeState],
     state: DecodeState,
     rows: list[int],
-    rows_multiple: int,
+    row_counts: list[int],
+    most_slots: int,
 ) -> list[tuple[int, Sample]]:
-    """Decodes a batch to its end, in ever smaller batches. Returns (row, sample) pairs."""
+    """Decodes a batch to its end, in ever smaller batches with ever more slots.
+
+    Returns (row, sample) pairs.
+    """
     answers: list[tuple[int, Sample]] = []
     places: list[int | None] = [*rows, *[None] * (state.done_B.shape[0] - len(rows))]
     while True:
-        size = len(places)
-        smaller = size // 2 if size // 2 >= _SMALLEST_BATCH else 0
+        smaller = max((count for count in row_counts if count < len(places)), default=0)
+        slots = state.tokens_BS.shape[1]
         state = go_on(state, np.int32(smaller))
-        done_B, finished_B, count_B = fetch((state.done_B, state.finished_B, state.count_B))
+        done_B, finished_B, count_B, filled = fetch(
+            (state.done_B, state.finished_B, state.count_B, state.cache.index)
+        )
         most = int(count_B.max())
         tokens_BS, logps_BS = fetch((state.tokens_BS, state.logps_BS))
         if np.isnan(logps_BS[:, :most]).any():
@@ -280,12 +366,15 @@ def _decode_all(
                     logps_BS[place, :count].copy(),
                 )
                 answers.append((row, answer))
+                places[place] = None
         left = np.flatnonzero(~done_B)
         if not left.size:
             return answers
+        if filled == slots:
+            slots = next_slots(slots, most_slots)
         # A place without a row repeats one that is done, and stays so.
-        size = _halvings(len(places), rows_multiple, left.size)
+        size = min(count for count in row_counts if count >= left.size)
         idle = np.repeat(np.flatnonzero(done_B)[:1], size - left.size)
         chosen = np.concatenate([left, idle]).astype(np.int32)
         places = [places[place] for place in left] + [None] * len(idle)
-        state = take_rows(state, chosen)
+        state = move(state, chosen, slots)

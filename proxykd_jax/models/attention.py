@@ -111,65 +111,6 @@ def query_blocks(num_queries: int) -> int:
     return next(even, 1)
 
 
-def attention_of_last(
-    q_BHC: jax.Array,
-    k_NBGSC: jax.Array,
-    v_NBGSC: jax.Array,
-    layer: jax.Array,
-    mask_BS: jax.Array,
-    used: jax.Array,
-) -> jax.Array:
-    """One query a row against the first ``used`` slots of a layer's cache: ``out_BHC``.
-
-    The slots are read in blocks, and blocks that nothing was written to are not read: a token of 64
-    rows (15M parameters, 256 slots) takes a CPU 34 ms where a quarter of the slots is used and 70
-    where all are; ``attention`` with the mask takes 65 for any. Equal to it, but for rounding.
-
-    Args:
-      layer: int32 scalar, which of the N layers.
-      mask_BS: bool, which slots a row may see.
-      used: int32 scalar, slots from here on are seen by no row.
-    """
-    num_batch, _, head_dim = q_BHC.shape
-    num_groups, num_slots = k_NBGSC.shape[2:4]
-    block = next((n for n in (32, 16) if num_slots % n == 0), num_slots)
-    q_BGQC = q_BHC.reshape(num_batch, num_groups, -1, head_dim) * (head_dim**-0.5)
-    precision = dot_precision(q_BHC.dtype)
-    zero = jnp.zeros((), jnp.int32)
-
-    def read(stack_NBGSC: jax.Array, first: jax.Array) -> jax.Array:
-        shape = (1, num_batch, num_groups, block, head_dim)
-        part = jax.lax.dynamic_slice(stack_NBGSC, (layer, zero, zero, first, zero), shape)
-        return part[0].astype(q_BHC.dtype)
-
-    def add(index: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        highest_BGQ1, sum_BGQ1, out_BGQC = state
-        first = index * block
-        scores_BGQS = jnp.einsum(
-            "bgqc,bgsc->bgqs",
-            q_BGQC,
-            read(k_NBGSC, first),
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
-        seen_BS = jax.lax.dynamic_slice(mask_BS, (zero, first), (num_batch, block))
-        scores_BGQS = jnp.where(seen_BS[:, None, None], scores_BGQS, _MASKED)
-        new_BGQ1 = jnp.maximum(highest_BGQ1, scores_BGQS.max(axis=-1, keepdims=True))
-        kept_BGQ1 = jnp.exp(highest_BGQ1 - new_BGQ1)
-        exp_BGQS = jnp.exp(scores_BGQS - new_BGQ1)
-        values_BGSC = read(v_NBGSC, first)
-        more_BGQC = jnp.einsum(
-            "bgqs,bgsc->bgqc", exp_BGQS.astype(values_BGSC.dtype), values_BGSC, precision=precision
-        )
-        sum_BGQ1 = sum_BGQ1 * kept_BGQ1 + exp_BGQS.sum(axis=-1, keepdims=True)
-        return new_BGQ1, sum_BGQ1, out_BGQC * kept_BGQ1 + more_BGQC.astype(jnp.float32)
-
-    empty_BGQ1 = jnp.zeros((*q_BGQC.shape[:-1], 1), jnp.float32)
-    state = (empty_BGQ1 + _MASKED, empty_BGQ1, jnp.zeros(q_BGQC.shape, jnp.float32))
-    _, sum_BGQ1, out_BGQC = jax.lax.fori_loop(0, (used + block - 1) // block, add, state)
-    return (out_BGQC / sum_BGQ1).astype(v_NBGSC.dtype).reshape(q_BHC.shape)
-
-
 def _attend(
     q_BLGQC: jax.Array, k_BSGC: jax.Array, v_BSGC: jax.Array, mask_BLS: jax.Array | None
 ) -> jax.Array:

@@ -7,7 +7,7 @@ in ``params.py``, ``decoder.py`` (whole rows), ``cache.py`` (generation) and ``c
 vocabulary in pieces).
 """
 
-from proxykd_jax.models.cache import KVCache, forward_cached, init_cache
+from proxykd_jax.models.cache import KVCache, forward_cached, init_cache, layers_apart
 from proxykd_jax.models.chunked import map_positions, token_logps_from_hidden
 from proxykd_jax.models.decoder import (
     REMAT_POLICIES,
@@ -29,6 +29,7 @@ __all__ = [
     "hidden_states",
     "init_cache",
     "init_params",
+    "layers_apart",
     "map_positions",
     "param_shapes",
     "token_logps_from_hidden",

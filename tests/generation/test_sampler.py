@@ -1,5 +1,6 @@
 """The sampler: exact distribution, independence of everything but its keys, stops and budgets."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -12,8 +13,8 @@ import pytest
 from scipy import stats
 
 from proxykd_jax.errors import UserError
-from proxykd_jax.generation import decode
-from proxykd_jax.generation.sampler import prompt_bucket, sample, slot_bucket
+from proxykd_jax.generation import decode, sampler
+from proxykd_jax.generation.sampler import next_slots, prompt_bucket, sample, slot_bucket
 from tests.generation.tiny import full_logps, some_prompts, tiny_model
 
 END = 3
@@ -205,6 +206,62 @@ def test_batch_order_and_padding_change_nothing():
         np.testing.assert_array_equal(a.tokens, b.tokens[: len(a.tokens)])
 
 
+@pytest.mark.parametrize("one_cpu", [True, False])
+def test_long_answers_get_more_slots(monkeypatch, one_cpu):
+    """Through caches of 64, 96, 128, 192 slots, of layers apart and stacked, with rows that end
+    on the way."""
+    monkeypatch.setattr(sampler, "_is_one_cpu", lambda params: one_cpu)
+    model = tiny_model(max_positions=256)
+    prompts, row_ids = some_prompts(12)
+    budgets = [160, 3, 47, 48, 49, 80, 81, 112, 130, 159, 1, 160]
+    samples = run(model, prompts, row_ids, budgets, end_token_ids=[], batch_size=16)
+    for prompt, budget, s in zip(prompts, budgets, samples, strict=True):
+        assert len(s.tokens) == budget
+        exact = full_logps(model, [*prompt, *s.tokens])[len(prompt) - 1 : -1]
+        np.testing.assert_allclose(s.logps, exact[np.arange(budget), s.tokens], atol=5e-5)
+
+
+def test_cores_answer_parts_of_a_batch(monkeypatch):
+    """Two at a time draw what one draws; after an error no further part is begun."""
+    model = tiny_model()
+    prompts, row_ids = some_prompts(90)
+    budgets = [int(b) for b in np.random.default_rng(3).integers(1, 17, 90)]
+    counted = []
+
+    def count_parts(*arguments):
+        counted.append(len(arguments[0]))
+        if len(counted) == fails_at:
+            raise UserError("damaged")
+        return prompt_batch(*arguments)
+
+    prompt_batch = sampler._prompt_batch
+    monkeypatch.setattr(sampler, "_prompt_batch", count_parts)
+    found = {}
+    for cores, parts in (
+        (1, [32, 32, 26]),
+        (2, [16] * 4 + [13] * 2),
+        (3, [11, 11, 10] * 2 + [9, 9, 8]),
+    ):
+        counted, fails_at = [], 0
+        monkeypatch.setattr(sampler, "_cores", lambda batch_size, cores=cores: cores)
+        found[cores] = run(model, prompts, row_ids, budgets, batch_size=32)
+        assert sorted(counted, reverse=True) == sorted(parts, reverse=True)
+        assert_same(found[cores], found[1])
+    counted, fails_at = [], 2
+    with pytest.raises(UserError, match="damaged"):
+        run(model, prompts, row_ids, budgets, batch_size=32)
+    assert len(counted) < 8
+
+
+def test_a_batch_that_cannot_shrink_comes_to_its_end():
+    """As many ways as rows: 16 devices hold 16 rows, of which half are done."""
+    model = tiny_model()
+    prompts, row_ids = some_prompts(16)
+    budgets = [2] * 9 + [16] * 7
+    samples = run(model, prompts, row_ids, budgets, batch_size=16, rows_multiple=16)
+    assert_same(samples, run(model, prompts, row_ids, budgets))
+
+
 def test_keys_differ_by_seed_round_row_and_position():
     model = tiny_model()
     prompts, _ = some_prompts(1)
@@ -263,7 +320,7 @@ def test_few_programs_are_compiled():
         run(model, prompts, row_ids, [16] * 64, batch_size=32, seed=seed)
     first = decode.prefill._cache_size(), decode.decode._cache_size()
     assert first[0] - before[0] <= 2  # prompts of at most 16 and 32
-    assert first[1] - before[1] <= 6  # each in batches of 32, 16 and 8
+    assert first[1] - before[1] <= 10  # each in batches of 32, 24, 16, 12 and 8
     run(model, prompts, [f"again {i}" for i in row_ids], [16] * 64, batch_size=32, seed=9)
     assert (decode.prefill._cache_size(), decode.decode._cache_size()) == first
 
@@ -336,3 +393,20 @@ def test_buckets_hold_what_they_are_asked_for_without_much_waste():
         assert all(size >= n for n, size in enumerate(sizes, 1))
         assert all(size <= most * n for n, size in enumerate(sizes, 1) if n > 64)
         assert len(set(sizes)) <= 30
+
+
+def test_slots_grow_by_as_much_as_is_worth_a_program():
+    for most in (40, 100, 513, 2048):
+        sizes = [next_slots(16, most)]
+        while sizes[-1] < most:
+            sizes.append(next_slots(sizes[-1], most))
+        assert sizes[-1] == most and len(sizes) <= 11
+        assert all(b >= a + 32 or b == most for a, b in itertools.pairwise(sizes))
+        assert all(b <= 1.5 * a + 32 for a, b in itertools.pairwise(sizes))
+
+
+def test_row_counts_divide_and_shrink():
+    assert sampler._row_counts(64, 1, between=True) == [64, 48, 32, 24, 16, 12, 8]
+    assert sampler._row_counts(64, 1, between=False) == [64, 32, 16, 8]
+    assert sampler._row_counts(48, 16, between=True) == [48]
+    assert sampler._row_counts(5, 1, between=True) == [5]

@@ -46,7 +46,7 @@ def full_logps(model, tokens) -> np.ndarray:
     """float64 log-softmax ``[T, V]`` of the training forward over one row."""
     config, params, adapter = model
     # Padding on the right is never seen, and one length is compiled instead of many.
-    padded = np.zeros((1, 48), np.int32)
+    padded = np.zeros((1, -(-len(tokens) // 48) * 48), np.int32)
     padded[0, : len(tokens)] = tokens
     logits = _forward(params, adapter, padded, config=config)
     logits = np.asarray(logits[0, : len(tokens)], np.float64)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from proxykd_jax.models.attention import attention, attention_of_last, choose_backend
+from proxykd_jax.models.attention import attention, choose_backend
 
 
 def plain(q, k, v, mask):
@@ -83,32 +83,6 @@ def test_a_row_that_sees_nothing_is_finite_forwards_and_backwards():
 
     for gradient in jax.grad(total, (0, 1, 2))(q, k, v):
         assert np.isfinite(gradient).all()
-
-
-@pytest.mark.parametrize("slots", [32, 80, 96, 33])
-@pytest.mark.parametrize("used", [1, 31, 32])
-def test_the_last_query_reads_the_slots_that_are_used(slots, used):
-    """Blocks of 32, of 16, and one that no block divides; rows padded on the left; what lies in
-    unused slots, not even finite, does not matter."""
-    q, k, v = inputs(heads=6, groups=2, length=1, slots=slots)
-    mask = np.zeros((2, slots), bool)
-    mask[0, :used] = True
-    mask[1, used - 1 : used] = True
-    expected = plain(q, k, v, mask[:, None])
-    if slots % 16 == 0:
-        k, v = (x.at[:, -(-used // 32) * 32 :].set(jnp.nan) for x in (k, v))
-    k, v = (jnp.stack([jnp.zeros_like(x), x]).swapaxes(2, 3) for x in (k, v))
-    found = jax.jit(attention_of_last)(
-        q[:, 0], k, v, jnp.int32(1), jnp.asarray(mask), jnp.int32(used)
-    )
-    np.testing.assert_allclose(found, expected[:, 0], rtol=1e-5, atol=1e-6)
-
-
-def test_a_last_query_that_sees_nothing_is_finite():
-    q, k, v = inputs(length=1, slots=48)
-    k, v = (x.swapaxes(1, 2)[None] for x in (k, v))
-    found = attention_of_last(q[:, 0], k, v, jnp.int32(0), jnp.zeros((2, 48), bool), jnp.int32(40))
-    assert np.isfinite(found).all()
 
 
 def test_keys_are_not_repeated_in_memory():

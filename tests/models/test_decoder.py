@@ -143,9 +143,12 @@ def test_left_padding_equals_right_padding(small_config, helpers):
         close(padded[:, 4:] if order(0, 1) == (0, 1) else padded[:, :10], alone)
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("family", ["small", "plain"])
-def test_cached_equals_uncached(small_config, helpers, family):
-    """Left-padded prefill, then single tokens; a row that has ended is skipped with valid_BL."""
+def test_cached_equals_uncached(small_config, helpers, family, apart):
+    """Left-padded prefill, then single tokens; a row that has ended is skipped with valid_BL.
+
+    With layers stacked, and with each apart."""
     config = small_config
     if family == "plain":
         config = small_config.replace(sliding_layers=(), rope=RopeConfig(kind="linear", factor=2.0))
@@ -163,6 +166,13 @@ def test_cached_equals_uncached(small_config, helpers, family):
     )
     step = jax.jit(llama.forward_cached, static_argnames="config")
     cache = llama.init_cache(config, 3, 20, jnp.float32)
+    if apart:
+        cache = cache.replace(
+            k_NBGSC=llama.layers_apart(cache.k_NBGSC), v_NBGSC=llama.layers_apart(cache.v_NBGSC)
+        )
+        params, adapter = (
+            {**tree, "layers": llama.layers_apart(tree["layers"])} for tree in (params, adapter)
+        )
     outputs = []
     for start, stop in [(0, prefill), *((i, i + 1) for i in range(prefill, 15))]:
         part = slice(start, stop)
