@@ -1,10 +1,13 @@
 """Batched sampling: answers for many prompts of mixed lengths.
 
 Prompts are sorted by length and decoded in batches. When half of a batch's rows are done, the
-others move to a batch of half the size; when the slots of its cache are filled, it gets more. So
-the cost follows the tokens really produced. Shapes come from a short ladder, so few programs are
-compiled: one prefill for each (rows, prompt length) and one decoding loop for each (rows, slots)
-that occurs. On a CPU a batch is dealt to its cores, and each decodes a part.
+others move to a batch of half the size, so that the cost follows the tokens really produced.
+Shapes come from a short ladder, so few programs are compiled: one prefill for each (rows, prompt
+length, slots) and one decoding loop for each (rows, slots) that occurs.
+
+On a CPU a batch is dealt to its cores, and each decodes a part. Its cache begins small and gets
+more slots when they are filled, which copies it: on other devices that would need the memory of
+both.
 """
 
 from __future__ import annotations
@@ -176,7 +179,7 @@ def sample(
                 np.uint32(round_index),
                 other,
                 config=config,
-                slots=next_slots(batch.tokens_BL.shape[1], most_slots),
+                slots=next_slots(batch.tokens_BL.shape[1], most_slots) if one_cpu else most_slots,
                 settings=settings,
                 mixing=mixing,
                 apart=one_cpu,
