@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from benchmarks.speed import report
-from benchmarks.speed.cases import Case, Comparison
+from benchmarks.speed.cases import OURS, Case, Comparison
 from benchmarks.speed.coordinator import REPOSITORY
 from benchmarks.speed.rows import assets_folder
 from benchmarks.speed.run_case import Bench
@@ -31,7 +31,7 @@ def run_startup(bench: Bench, case: Case) -> list[report.Record]:
         return [report.skipped(one, reason) for one in case.comparisons]
     folder = bench.work / "startup"
     shutil.rmtree(folder, ignore_errors=True)
-    environment = {**os.environ, "PROXYKD_ASSETS": str(assets)}
+    environment = {**os.environ, **bench.environments.get(OURS, {}), "PROXYKD_ASSETS": str(assets)}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     compiled = {**environment, "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
     log = bench.work / "logs" / "startup.log"

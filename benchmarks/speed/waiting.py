@@ -26,9 +26,9 @@ def faster_waiting(bench: Bench) -> str:
     task = filled(bench.work, _TASK, _ROWS)
     if bench.missing(TORCH) or isinstance(task, str):
         return "not tried"
-    took = {}
+    took, others = {}, bench.environments.get(TORCH, {})
     for name, environment in _WAYS.items():
-        bench.environments[TORCH] = environment
+        bench.environments[TORCH] = {**others, **environment}
         with contextlib.closing(bench.start(TORCH, f"waiting-{name}")) as worker:
             try:
                 worker.ask({"do": "prepare", "task": task}, PREPARE_SECONDS)
@@ -38,6 +38,6 @@ def faster_waiting(bench: Bench) -> str:
             except WorkerFailed:
                 continue
     best = min(took, key=lambda name: took[name], default="as installed")
-    bench.environments[TORCH] = _WAYS[best]
+    bench.environments[TORCH] = {**others, **_WAYS[best]}
     told = ", ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in took.items())
     return f"{best} ({told})"

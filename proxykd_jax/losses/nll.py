@@ -53,7 +53,8 @@ def _label_logps_backward(residuals: Any, slope_BL: jax.Array) -> tuple[jax.Arra
     """One pass over the vocabulary, -p, and the label's place: taking the look-up and the softmax
     apart makes arrays of the vocabulary's size for each."""
     logits_BLV, labels_BL, highest_BL1, log_sum_BL1 = residuals
-    probs_BLV = jnp.exp(logits_BLV - highest_BL1 - log_sum_BL1)
+    # Not by the difference to the greatest logit once more: XLA would keep that for all entries.
+    probs_BLV = jnp.exp(logits_BLV - (highest_BL1 + log_sum_BL1))
     slope_BL1 = slope_BL[..., None]
     return scatter_vocab(-probs_BLV * slope_BL1, labels_BL[..., None], slope_BL1), None
 

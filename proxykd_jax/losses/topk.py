@@ -127,7 +127,8 @@ def _logps_at_backward(residuals: Any, cotangents: Any) -> tuple[jax.Array, None
     logits_BLV, ids_BLK, others_BLJ, highest_BL1, log_sum_BL1, found_BLK, tail_logps_BL = residuals
     of_found_BLK, of_others_BLJ, of_tail_BL = cotangents
     of_all_BL1 = (of_found_BLK.sum(axis=-1) + of_others_BLJ.sum(axis=-1) + of_tail_BL)[..., None]
-    logps_BLV = logits_BLV - highest_BL1 - log_sum_BL1
+    # Not by the difference to the greatest logit once more: XLA would keep that for all entries.
+    logps_BLV = logits_BLV - (highest_BL1 + log_sum_BL1)
     grads_BLV = (
         jnp.exp(logps_BLV - tail_logps_BL[..., None]) * of_tail_BL[..., None]
         - jnp.exp(logps_BLV) * of_all_BL1
