@@ -12,6 +12,7 @@ both.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import threading
@@ -46,6 +47,8 @@ _FEWEST_SLOTS = 32
 # Slots to begin with, and how many are added at least: each size is compiled.
 _FIRST_SLOTS = 64
 _FEWEST_MORE = 32
+# Models with more layers go through fewer sizes: 30 layers, one by one, take 7 s to compile.
+_FEW_LAYERS = 12
 # Words of a row id's digest in its random key: 128 bits.
 _ROW_WORDS = 4
 
@@ -80,15 +83,16 @@ def slot_bucket(slots: int) -> int:
     return max(_FEWEST_SLOTS, -(-slots // step) * step)
 
 
-def next_slots(filled: int, most: int) -> int:
+def next_slots(filled: int, most: int, between: bool) -> int:
     """Slots of a cache whose first ``filled`` are in use and that needs ``most`` at last.
 
-    64, 96, 128, 192, 256, 384, ...: two steps an octave, since every step of decoding reads all
-    slots and every size is compiled.
+    64, 128, 256, ...; with ``between`` 96, 192, ... too: every token reads all slots, and every
+    size is compiled.
     """
     wanted = filled + _FEWEST_MORE
-    octave = 1 << (wanted - 1).bit_length()
-    size = octave * 3 // 4 if wanted <= octave * 3 // 4 else octave
+    size = 1 << (wanted - 1).bit_length()
+    if between and wanted <= size * 3 // 4:
+        size = size * 3 // 4
     return min(max(size, _FIRST_SLOTS), most)
 
 
@@ -179,7 +183,7 @@ def sample(
                 np.uint32(round_index),
                 other,
                 config=config,
-                slots=next_slots(batch.tokens_BL.shape[1], most_slots) if one_cpu else most_slots,
+                slots=more_slots(batch.tokens_BL.shape[1], most_slots) if one_cpu else most_slots,
                 settings=settings,
                 mixing=mixing,
                 apart=one_cpu,
@@ -194,12 +198,16 @@ def sample(
             with turns:
                 return move_rows(state, places, slots=slots)
 
-        return _decode_all(go_on, move, state, rows, row_counts, most_slots)
+        return _decode_all(
+            go_on, move, state, rows, row_counts, lambda filled: more_slots(filled, most_slots)
+        )
 
     one_cpu = _is_one_cpu(params)
     cores = _cores(batch_size) if one_cpu else 1
     part_size = -(-batch_size // cores)
-    row_counts = _row_counts(part_size, rows_multiple, between=one_cpu)
+    between = one_cpu and config.num_layers <= _FEW_LAYERS
+    row_counts = _row_counts(part_size, rows_multiple, between)
+    more_slots = functools.partial(next_slots, between=between)
     parts = []
     for start in range(0, len(todo), batch_size):
         rows = todo[start : start + batch_size]
@@ -338,7 +346,7 @@ def _decode_all(
     state: DecodeState,
     rows: list[int],
     row_counts: list[int],
-    most_slots: int,
+    more_slots: Callable[[int], int],
 ) -> list[tuple[int, Sample]]:
     """Decodes a batch to its end, in ever smaller batches with ever more slots.
 
@@ -374,7 +382,7 @@ def _decode_all(
         if not left.size:
             return answers
         if filled == slots:
-            slots = next_slots(slots, most_slots)
+            slots = more_slots(slots)
         # A place without a row repeats one that is done, and stays so.
         size = min(count for count in row_counts if count >= left.size)
         idle = np.repeat(np.flatnonzero(done_B)[:1], size - left.size)

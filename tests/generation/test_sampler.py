@@ -395,14 +395,15 @@ def test_buckets_hold_what_they_are_asked_for_without_much_waste():
         assert len(set(sizes)) <= 30
 
 
-def test_slots_grow_by_as_much_as_is_worth_a_program():
+@pytest.mark.parametrize("between", [True, False])
+def test_slots_grow_by_as_much_as_is_worth_a_program(between):
     for most in (40, 100, 513, 2048):
-        sizes = [next_slots(16, most)]
+        sizes = [next_slots(16, most, between)]
         while sizes[-1] < most:
-            sizes.append(next_slots(sizes[-1], most))
-        assert sizes[-1] == most and len(sizes) <= 11
+            sizes.append(next_slots(sizes[-1], most, between))
+        assert sizes[-1] == most and len(sizes) <= (11 if between else 6)
         assert all(b >= a + 32 or b == most for a, b in itertools.pairwise(sizes))
-        assert all(b <= 1.5 * a + 32 for a, b in itertools.pairwise(sizes))
+        assert all(b <= (1.5 if between else 2) * a + 32 for a, b in itertools.pairwise(sizes))
 
 
 def test_row_counts_divide_and_shrink():
