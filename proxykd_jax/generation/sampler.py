@@ -203,7 +203,7 @@ def sample(
         )
 
     one_cpu = _is_one_cpu(params)
-    cores = _cores(batch_size) if one_cpu else 1
+    cores = _cores(batch_size) if one_cpu and rows_multiple == 1 else 1
     part_size = -(-batch_size // cores)
     between = one_cpu and config.num_layers <= _FEW_LAYERS
     row_counts = _row_counts(part_size, rows_multiple, between)
@@ -235,7 +235,9 @@ def _cores(batch_size: int) -> int:
     after another on one core; programs of two threads run on two (64 rows, 256 slots, 6 layers of
     6 heads of 48: 18 ms on one core, 9 on two).
     """
-    return max(1, min(len(os.sched_getaffinity(0)), batch_size // _FEWEST_ROWS_OF_A_CORE))
+    affinity = getattr(os, "sched_getaffinity", None)  # not everywhere
+    there = (os.cpu_count() or 1) if affinity is None else len(affinity(0))
+    return max(1, min(there, batch_size // _FEWEST_ROWS_OF_A_CORE))
 
 
 def _side_by_side(
