@@ -26,8 +26,11 @@ _MOST_SEGMENTS = 64
 # whole rows 4 and 10), at 0.94 and 0.86 of the positions (0.89 and 0.80).
 _ANSWER_STEPS = 4
 # A length takes about as long to compile as 10 to 30 steps, of which closer lengths spare a tenth.
-_CLOSE_LENGTHS = (16, 32, 64)
+# Fewer than 8 are no closer than the others; 32 leave 3 to 6 % of padding, and more would fill a
+# process with programs (``parallel/mappings.py``).
+_CLOSE_LENGTHS = (16, 32, 64, 128, 256)
 _STEPS_A_LENGTH = 16
+_FEWEST_LENGTHS, _MOST_LENGTHS = 8, 32
 _ROWS, _BATCHES = 0, 1  # what a permutation is of: independent random streams
 
 
@@ -120,8 +123,8 @@ def default_buckets(max_length: int, steps: int = 0) -> tuple[int, ...]:
     Steps of 1.5 and 1.33 keep padding under a third of a row and the number of compiled shapes
     logarithmic. Where no row needs 32 positions, the one length is the next multiple of 8.
 
-    With many ``steps`` multiples of 64, 32 or 16 take their place, the closest of which each is
-    still compiled for 16 steps or more.
+    With many ``steps`` multiples of 256, 128, 64, 32 or 16 take their place, 32 of them at most,
+    the closest of which each is still compiled for 16 steps or more.
 
     Args:
       max_length: tokens of the longest row; it has one position fewer.
@@ -130,7 +133,7 @@ def default_buckets(max_length: int, steps: int = 0) -> tuple[int, ...]:
     longest = max(max_length - 1, 1)
     for step in _CLOSE_LENGTHS:
         lengths = range(step, longest + step, step)
-        if steps >= _STEPS_A_LENGTH * len(lengths):
+        if _FEWEST_LENGTHS <= len(lengths) <= min(_MOST_LENGTHS, steps // _STEPS_A_LENGTH):
             return tuple(lengths)
     buckets = []
     size = 32

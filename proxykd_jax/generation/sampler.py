@@ -35,6 +35,7 @@ from proxykd_jax.generation.decode import (
     prefill,
 )
 from proxykd_jax.models.config import ModelConfig
+from proxykd_jax.parallel.mappings import make_room
 from proxykd_jax.parallel.processes import fetch
 
 # A batch is not made smaller than this: a step is then bound by reading the weights, and another
@@ -164,6 +165,7 @@ def sample(
     samples = [Sample(np.zeros(0, np.int32), False, np.zeros(0, np.float32)) for _ in prompts]
     todo = [index for index in range(len(prompts)) if max_new_tokens[index] > 0]
     todo.sort(key=lambda i: (prompt_bucket(len(prompts[i])), max_new_tokens[i], len(prompts[i]), i))
+    make_room()
     turns = threading.Lock()  # held while a program is compiled and begun, not while it runs
 
     def answers(rows: list[int]) -> list[tuple[int, Sample]]:

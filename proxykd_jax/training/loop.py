@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -23,6 +24,7 @@ from proxykd_jax.config import TrainingSection
 from proxykd_jax.data.collate import Rows
 from proxykd_jax.errors import Stopped, UserError
 from proxykd_jax.models.fingerprint import params_fingerprint
+from proxykd_jax.parallel.mappings import make_room
 from proxykd_jax.parallel.sharding import tree_shardings
 from proxykd_jax.peers import STOPPED, saves_on_stop, stop_wanted
 from proxykd_jax.training.checkpoint import Checkpoints
@@ -256,11 +258,16 @@ class Trainer:
         from_state: bool,
     ) -> None:
         progress, every = self.progress, self.every
+        seen: set[Any] = set()
         waiting: tuple[int, int, Metrics, float] | None = None
         started = time.perf_counter()
         for batch in batches:
             if progress.phase_step >= num_steps:
                 break
+            shapes = tuple(np.shape(leaf) for leaf in jax.tree.leaves(batch))
+            if shapes not in seen:  # a program is compiled for them
+                seen.add(shapes)
+                make_room()
             diagnosis = None
             if diagnose is not None and progress.phase_step % every.diagnose_every == 0:
                 diagnosis = diagnose(self.state, self.frozen, batch)

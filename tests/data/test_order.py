@@ -131,6 +131,11 @@ def test_many_steps_have_closer_lengths(steps, step):
     assert default_buckets(513, 127) == default_buckets(513)
 
 
+@pytest.mark.parametrize("max_length, step", [(512, 16), (1024, 32), (2048, 64), (4097, 128)])
+def test_however_many_steps_there_are_32_lengths_at_most(max_length, step):
+    assert default_buckets(max_length, 10**6) == tuple(range(step, 32 * step + 1, step))
+
+
 def test_many_steps_leave_little_padding():
     lengths = np.random.default_rng(0).integers(60, 512, 8_000)
     plan = plan_epoch(
