@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,11 +66,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs() -> Iterator[None]:
-    """A process may map 65,530 pieces of memory, and a compiled program keeps a dozen: the tests of
-    all files together come close, and XLA aborts where it gets no more."""
+    """A test process would come close to the mappings it may have (``parallel/mappings.py``)."""
+    import jax
+
     yield
-    if "jax" in sys.modules:
-        sys.modules["jax"].clear_caches()
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

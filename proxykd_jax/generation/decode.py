@@ -67,8 +67,8 @@ class Mixing:
 class DecodeState:
     """B rows in the middle of decoding. All have seen the same number of steps.
 
-    The caches have S slots, as many as are filled soon and not as many as the longest answer may
-    fill: decoding stops at the last one, and ``move_rows`` gives more.
+    The caches have S slots, which may be fewer than the longest answer needs: decoding stops at the
+    last one, and ``move_rows`` gives more.
 
     Attributes:
       cache: keys and values of prompts and answers so far.
@@ -290,8 +290,7 @@ def _next_logits(
 
 def _of_cache(cache: KVCache, change: Callable[[Any], Any]) -> KVCache:
     """The cache with its keys and values changed."""
-    changed = (change(cache.k_NBGSC), change(cache.v_NBGSC))
-    return dataclasses.replace(cache, k_NBGSC=changed[0], v_NBGSC=changed[1])
+    return dataclasses.replace(cache, k_NBGSC=change(cache.k_NBGSC), v_NBGSC=change(cache.v_NBGSC))
 
 
 def decode_specs(state: DecodeState) -> DecodeState:

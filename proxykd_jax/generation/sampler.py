@@ -5,9 +5,9 @@ others move to a batch of half the size, so that the cost follows the tokens rea
 Shapes come from a short ladder, so few programs are compiled: one prefill for each (rows, prompt
 length, slots) and one decoding loop for each (rows, slots) that occurs.
 
-On a CPU a batch is dealt to its cores, and each decodes a part. Its cache begins small and gets
-more slots when they are filled, which copies it: on other devices that would need the memory of
-both.
+On a CPU a batch is dealt to its cores, and each decodes a part, which shrinks by quarters. Its
+cache begins small and gets more slots when they are filled, which copies it: on other devices that
+would need the memory of both.
 """
 
 from __future__ import annotations
@@ -166,6 +166,12 @@ def sample(
     todo = [index for index in range(len(prompts)) if max_new_tokens[index] > 0]
     todo.sort(key=lambda i: (prompt_bucket(len(prompts[i])), max_new_tokens[i], len(prompts[i]), i))
     make_room()
+    one_cpu = _is_one_cpu(params)
+    cores = _cores(batch_size) if one_cpu and rows_multiple == 1 else 1
+    part_size = -(-batch_size // cores)
+    between = one_cpu and config.num_layers <= _FEW_LAYERS
+    row_counts = _row_counts(part_size, rows_multiple, between)
+    more_slots = functools.partial(next_slots, between=between)
     turns = threading.Lock()  # held while a program is compiled and begun, not while it runs
 
     def answers(rows: list[int]) -> list[tuple[int, Sample]]:
@@ -204,12 +210,6 @@ def sample(
             go_on, move, state, rows, row_counts, lambda filled: more_slots(filled, most_slots)
         )
 
-    one_cpu = _is_one_cpu(params)
-    cores = _cores(batch_size) if one_cpu and rows_multiple == 1 else 1
-    part_size = -(-batch_size // cores)
-    between = one_cpu and config.num_layers <= _FEW_LAYERS
-    row_counts = _row_counts(part_size, rows_multiple, between)
-    more_slots = functools.partial(next_slots, between=between)
     parts = []
     for start in range(0, len(todo), batch_size):
         rows = todo[start : start + batch_size]
