@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 Backend = Literal["auto", "xla", "cudnn"]
 
+# What a checkpoint must keep, by this name, so that the backward pass does not attend once more.
+RESULT = "attention_result"
+
+# Scores that are worked on together on a CPU: what the second-level caches of two cores hold.
+_CACHE_BYTES = 3 << 20
 # Finite, so that a row whose every slot is masked gives the mean of the values and not NaN.
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
@@ -80,24 +88,12 @@ def attention(
     q_BLGQC = q_BLHC.reshape(num_batch, num_queries, num_groups, -1, head_dim)
     if not causal:
         return _attend(q_BLGQC, k_BSGC, v_BSGC, mask_BLS).reshape(q_BLHC.shape)
-    blocks = []
-    block = num_queries // query_blocks(num_queries)
-    for first in range(0, num_queries, block):
-        # No slot past the block's last query is seen, nor one before its first query's window.
-        stop = first + block
-        start = 0 if window is None else max(first - window + 1, 0)
-        rows, slots = (
-            offset + jax.lax.broadcasted_iota(jnp.int32, (1, block, stop - start), axis)
-            for offset, axis in ((first, 1), (start, 2))
-        )
-        seen_BLS = rows >= slots
-        if window is not None:
-            seen_BLS &= rows - slots < window
-        if mask_BLS is not None:
-            seen_BLS &= mask_BLS[:, first:stop, start:stop]
-        keys, values = k_BSGC[:, start:stop], v_BSGC[:, start:stop]
-        blocks.append(_attend(q_BLGQC[:, first:stop], keys, values, seen_BLS))
-    return jnp.concatenate(blocks, axis=1).reshape(q_BLHC.shape)
+    # R: the queries and, for each, its heads of a group.
+    q_BGRC = q_BLGQC.transpose(0, 2, 1, 3, 4).reshape(num_batch, num_groups, -1, head_dim)
+    k_BGCS, v_BGCS = (x_BSGC.transpose(0, 2, 3, 1) for x_BSGC in (k_BSGC, v_BSGC))
+    out_BGRC = _attend_causally(q_BGRC, k_BGCS, v_BGCS, mask_BLS, window)
+    out_BGLQC = out_BGRC.reshape(num_batch, num_groups, num_queries, -1, head_dim)
+    return out_BGLQC.transpose(0, 2, 1, 3, 4).reshape(q_BLHC.shape)
 
 
 def query_blocks(num_queries: int) -> int:
@@ -114,26 +110,219 @@ def query_blocks(num_queries: int) -> int:
 def _attend(
     q_BLGQC: jax.Array, k_BSGC: jax.Array, v_BSGC: jax.Array, mask_BLS: jax.Array | None
 ) -> jax.Array:
-    """Softmax attention; divided by the normaliser at the end, where there is the least of it."""
+    """Softmax attention with keys and values as a cache has them; nothing of it is moved."""
     precision = dot_precision(q_BLGQC.dtype)
-    scores_BGQLS = jnp.einsum(
-        "blgqc,bsgc->bgqls",
+    scores_BGLQS = jnp.einsum(
+        "blgqc,bsgc->bglqs",
         q_BLGQC,
         k_BSGC,
         precision=precision,
         preferred_element_type=jnp.float32,
-    ) * (q_BLGQC.shape[-1] ** -0.5)
-    if mask_BLS is not None:
-        scores_BGQLS = jnp.where(mask_BLS[:, None, None], scores_BGQLS, _MASKED)
+    )
+    scores_BGLQS = _scaled(scores_BGLQS, q_BLGQC.shape[-1], mask_BLS)
     # The result does not depend on what is subtracted, so no gradient needs to pass here.
-    scores_BGQLS -= jax.lax.stop_gradient(scores_BGQLS.max(axis=-1, keepdims=True))
-    exp_BGQLS = jnp.exp(scores_BGQLS)
-    sum_BLGQ1 = exp_BGQLS.sum(axis=-1).transpose(0, 3, 1, 2)[..., None]
-    weights_BGQLS = exp_BGQLS.astype(v_BSGC.dtype)
+    scores_BGLQS -= jax.lax.stop_gradient(scores_BGLQS.max(axis=-1, keepdims=True))
+    exp_BGLQS = jnp.exp(scores_BGLQS)
+    sum_BLGQ1 = exp_BGLQS.sum(axis=-1, keepdims=True).swapaxes(1, 2)
+    weights_BGLQS = exp_BGLQS.astype(v_BSGC.dtype)
     # No float32 result is asked for: one query against a cache in bfloat16 then has no kernel on a
     # CPU, which is found out when it runs.
-    out_BLGQC = jnp.einsum("bgqls,bsgc->blgqc", weights_BGQLS, v_BSGC, precision=precision)
+    out_BLGQC = jnp.einsum("bglqs,bsgc->blgqc", weights_BGLQS, v_BSGC, precision=precision)
+    # Divided at the end, where there is the least of it.
     return (out_BLGQC / sum_BLGQ1).astype(v_BSGC.dtype)
+
+
+def _scaled(scores_BGLQS: jax.Array, head_dim: int, mask_BLS: jax.Array | None) -> jax.Array:
+    scores_BGLQS *= head_dim**-0.5
+    if mask_BLS is None:
+        return scores_BGLQS
+    return jnp.where(mask_BLS[:, None, :, None], scores_BGLQS, _MASKED)
+
+
+# --- a whole row, with its derivative -------------------------------------------------------------
+
+
+class _Block(NamedTuple):
+    """Queries from ``first`` up to ``stop``, which see slots from ``start`` up to ``stop``."""
+
+    first: int
+    stop: int
+    start: int
+
+
+def _blocks(num_queries: int, window: int | None) -> Iterator[_Block]:
+    size = num_queries // query_blocks(num_queries)
+    for first in range(0, num_queries, size):
+        # No slot past the block's last query is seen, nor one before its first query's window.
+        yield _Block(first, first + size, max(first - window + 1, 0) if window else 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend_causally(
+    q_BGRC: jax.Array,
+    k_BGCS: jax.Array,
+    v_BGCS: jax.Array,
+    mask_BLS: jax.Array | None,
+    window: int | None,
+) -> jax.Array:
+    """Causal attention of whole rows, block by block; ``out_BGRC`` in q's dtype.
+
+    R runs over the row's S queries and, for each, its heads of a group. With the slots last no
+    product moves an array of the scores' size, forwards or backwards: the gradients of keys and
+    values are products whose left side is the small one. Backwards the weights are computed again,
+    as flash attention does it (Dao et al., 2022): kept, they would be written once more into the
+    arrays of all layers.
+    """
+    return _attend_causally_forward(q_BGRC, k_BGCS, v_BGCS, mask_BLS, window)[0]
+
+
+def _attend_causally_forward(
+    q_BGRC: jax.Array,
+    k_BGCS: jax.Array,
+    v_BGCS: jax.Array,
+    mask_BLS: jax.Array | None,
+    window: int | None,
+) -> tuple[jax.Array, Any]:
+    forward = functools.partial(_forward_blocks, window=window)
+    out_BGRC, log_sum_BGR1 = _in_parts(forward, q_BGRC, k_BGCS, v_BGCS, mask_BLS)
+    out_BGRC = checkpoint_name(out_BGRC, RESULT)
+    log_sum_BGR1 = checkpoint_name(log_sum_BGR1, RESULT)
+    return out_BGRC, (q_BGRC, k_BGCS, v_BGCS, mask_BLS, out_BGRC, log_sum_BGR1)
+
+
+def _attend_causally_backward(
+    window: int | None, residuals: Any, grad_BGRC: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q_BGRC, k_BGCS, v_BGCS, mask_BLS, out_BGRC, log_sum_BGR1 = residuals
+    own_BGR1 = (grad_BGRC.astype(jnp.float32) * out_BGRC.astype(jnp.float32)).sum(-1, keepdims=True)
+    backward = functools.partial(_backward_blocks, window=window)
+    given = (q_BGRC, k_BGCS, v_BGCS, mask_BLS, grad_BGRC, own_BGR1, log_sum_BGR1)
+    return *_in_parts(backward, *given), None
+
+
+def _in_parts(compute: Callable[..., Any], q_BGRC: Any, k_BGCS: Any, *rest: Any) -> Any:
+    """A function of rows, so many rows at once as a CPU's cache holds scores of."""
+    num_batch, num_groups, num_rows = q_BGRC.shape[:3]
+    num_slots = k_BGCS.shape[-1]
+    row_bytes = 4 * num_groups * (num_rows // query_blocks(num_slots)) * num_slots
+    fitting = max(_CACHE_BYTES // row_bytes, 1)
+    at_once = next(n for n in range(num_batch, 0, -1) if num_batch % n == 0 and n <= fitting)
+    # Rows that are spread over devices stay where they are.
+    if at_once == num_batch or jax.default_backend() != "cpu" or jax.device_count() > 1:
+        return compute(q_BGRC, k_BGCS, *rest)
+
+    def parts(x: jax.Array) -> jax.Array:
+        x = jnp.broadcast_to(x, (num_batch, *x.shape[1:]))  # a mask may be of all rows
+        return x.reshape(-1, at_once, *x.shape[1:])
+
+    given = jax.tree.map(parts, (q_BGRC, k_BGCS, *rest))
+    found = jax.lax.map(lambda part: compute(*part), given)
+    return jax.tree.map(lambda x: x.reshape(num_batch, *x.shape[2:]), found)
+
+
+def _forward_blocks(
+    q_BGRC: jax.Array,
+    k_BGCS: jax.Array,
+    v_BGCS: jax.Array,
+    mask_BLS: jax.Array | None,
+    *,
+    window: int | None,
+) -> tuple[jax.Array, jax.Array]:
+    """(out_BGRC, log of the sum of exponentials ``[B, G, R, 1]``)."""
+    outs, log_sums = [], []
+    for block in _blocks(k_BGCS.shape[-1], window):
+        scores_BGRS = _block_scores(q_BGRC, k_BGCS, mask_BLS, window, block)
+        highest_BGR1 = scores_BGRS.max(axis=-1, keepdims=True)
+        exp_BGRS = jnp.exp(scores_BGRS - highest_BGR1)
+        sum_BGR1 = exp_BGRS.sum(axis=-1, keepdims=True)
+        values_BGCS = v_BGCS[..., block.start : block.stop]
+        out_BGRC = _product("bgrs,bgcs->bgrc", exp_BGRS.astype(v_BGCS.dtype), values_BGCS)
+        # Divided at the end, where there is the least of it.
+        outs.append((out_BGRC / sum_BGR1).astype(q_BGRC.dtype))
+        log_sums.append(highest_BGR1 + jnp.log(sum_BGR1))
+    return jnp.concatenate(outs, axis=2), jnp.concatenate(log_sums, axis=2)
+
+
+def _backward_blocks(
+    q_BGRC: jax.Array,
+    k_BGCS: jax.Array,
+    v_BGCS: jax.Array,
+    mask_BLS: jax.Array | None,
+    grad_BGRC: jax.Array,
+    own_BGR1: jax.Array,
+    log_sum_BGR1: jax.Array,
+    *,
+    window: int | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of q, k and v. With weights p and out = p v, that of a score is p (grad v - own)
+    with own = grad out."""
+    num_slots = k_BGCS.shape[-1]
+    scale = q_BGRC.shape[-1] ** -0.5  # of the scores; multiplied where there is less of it
+    of_queries, of_keys, of_values = [], [], []
+    for block in _blocks(num_slots, window):
+        seen = slice(block.start, block.stop)
+        queries_BGRC, grads_BGRC = (_rows(x, num_slots, block) for x in (q_BGRC, grad_BGRC))
+        scores_BGRS = _block_scores(q_BGRC, k_BGCS, mask_BLS, window, block)
+        weights_BGRS = jnp.exp(scores_BGRS - _rows(log_sum_BGR1, num_slots, block))
+        slope_BGRS = _product(
+            "bgrc,bgcs->bgrs", grads_BGRC, v_BGCS[..., seen], preferred_element_type=jnp.float32
+        )
+        slope_BGRS = weights_BGRS * (slope_BGRS - _rows(own_BGR1, num_slots, block))
+        slope_BGRS = slope_BGRS.astype(q_BGRC.dtype)
+        of_queries.append(_product("bgrs,bgcs->bgrc", slope_BGRS, k_BGCS[..., seen]) * scale)
+        outside = ((0, 0), (0, 0), (0, 0), (block.start, num_slots - block.stop))
+        for total, left, right in (
+            (of_keys, queries_BGRC * scale, slope_BGRS),
+            (of_values, grads_BGRC, weights_BGRS.astype(grad_BGRC.dtype)),
+        ):
+            total.append(jnp.pad(_product("bgrc,bgrs->bgcs", left, right), outside))
+    return jnp.concatenate(of_queries, axis=2), sum(of_keys), sum(of_values)
+
+
+_attend_causally.defvjp(_attend_causally_forward, _attend_causally_backward)
+
+
+def _block_scores(
+    q_BGRC: jax.Array,
+    k_BGCS: jax.Array,
+    mask_BLS: jax.Array | None,
+    window: int | None,
+    block: _Block,
+) -> jax.Array:
+    """float32 ``scores_BGRS`` of a block, scaled and masked."""
+    first, stop, start = block
+    queries, slots = (
+        offset + jax.lax.broadcasted_iota(jnp.int32, (1, stop - first, stop - start), axis)
+        for offset, axis in ((first, 1), (start, 2))
+    )
+    seen_BLS = queries >= slots
+    if window is not None:
+        seen_BLS &= queries - slots < window
+    if mask_BLS is not None:
+        seen_BLS &= mask_BLS[:, first:stop, start:stop]
+    scores_BGRS = _product(
+        "bgrc,bgcs->bgrs",
+        _rows(q_BGRC, k_BGCS.shape[-1], block),
+        k_BGCS[..., start:stop],
+        preferred_element_type=jnp.float32,
+    )
+    num_batch, num_groups, _, num_slots = scores_BGRS.shape
+    by_query = (num_batch, num_groups, stop - first, -1, num_slots)
+    masked = _scaled(scores_BGRS.reshape(by_query), q_BGRC.shape[-1], seen_BLS)
+    return masked.reshape(scores_BGRS.shape)
+
+
+def _rows(x_BGRC: jax.Array, num_queries: int, block: _Block) -> jax.Array:
+    """The rows of a block's queries."""
+    heads = x_BGRC.shape[2] // num_queries
+    return x_BGRC[:, :, block.first * heads : block.stop * heads]
+
+
+def _product(equation: str, left: jax.Array, right: jax.Array, **options: Any) -> jax.Array:
+    return jnp.einsum(equation, left, right, precision=dot_precision(right.dtype), **options)
+
+
+# --- masks ----------------------------------------------------------------------------------------
 
 
 def segment_mask(segment_ids_BL: jax.Array, prefix_B: jax.Array | None = None) -> jax.Array:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from proxykd_jax.models.attention import (
+    RESULT,
     Backend,
     dot_precision,
     segment_mask,
@@ -36,13 +37,15 @@ def _products(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name == "dot_general" or "dot_product_attention" in primitive.name
 
 
-# What the backward pass finds in memory, for each layer, beside the layer's input: every matrix
-# product and flash kernel's result, since what lies between is cheaper to compute again than to
+# What the backward pass finds in memory, for each layer, beside the layer's input: the results of
+# linear layers and of attention, since what lies between is cheaper to compute again than to
 # write and read (forwards and backwards 0.8 of the time on a CPU, with half of the temporaries);
 # nothing (one more forward pass); the outputs of the seven linear layers (attention is computed
 # again); the outputs of the attention block and of the MLP.
 REMAT_POLICIES: dict[str, Any] = {
-    "none": _products,
+    "none": jax.checkpoint_policies.save_from_both_policies(
+        _products, jax.checkpoint_policies.save_only_these_names(RESULT)
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "outputs": jax.checkpoint_policies.save_only_these_names("attention_out", "mlp_out"),

@@ -5,7 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from proxykd_jax.models import attention as attention_module
 from proxykd_jax.models.attention import attention, choose_backend
+from proxykd_jax.models.config import ModelConfig
+from proxykd_jax.models.decoder import hidden_states
+from proxykd_jax.models.params import init_params
 
 
 def plain(q, k, v, mask):
@@ -60,15 +64,94 @@ def test_blocks_of_queries_equal_one_block(window):
     options = {"mask_BLS": jnp.asarray(mask), "causal": True, "window": window}
     (_, out), gradients = run(q, k, v, **options)
     np.testing.assert_allclose(out, plain(q, k, v, seen), atol=1e-6)
-    # Not causal by name, so computed in one block.
+    # Not causal by name, so computed in one block, and differentiated by JAX.
     _, expected = run(q, k, v, mask_BLS=jnp.asarray(seen))
     for one, other in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("masks", [None, 1, 4])
+@pytest.mark.parametrize("at_once", [1, 2, 4])
+def test_rows_that_are_computed_after_each_other_equal_all_at_once(monkeypatch, at_once, masks):
+    rng = np.random.default_rng(0)
+    q, k, v, slope = (
+        jnp.asarray(rng.normal(size=(4, 128, heads, 8)), jnp.float32) for heads in (6, 2, 2, 6)
+    )
+    mask = None
+    if masks is not None:
+        mask = jnp.asarray((rng.random((masks, 128, 128)) < 0.5) | np.eye(128, dtype=bool))
+    monkeypatch.setattr(attention_module, "_CACHE_BYTES", 4 * 2 * 3 * 64 * 128 * at_once)
+
+    def run(x):
+        out, pull = jax.vjp(lambda *x: attention(*x, mask_BLS=mask, causal=True), *x)
+        return out, pull(slope)
+
+    text = str(jax.make_jaxpr(run)((q, k, v)))
+    assert ("scan" in text) == (at_once < 4)
+    seen = np.tril(np.ones((1, 128, 128), bool)) & (True if mask is None else np.asarray(mask))
+    out, gradients = run((q, k, v))
+    np.testing.assert_allclose(out, plain(q, k, v, seen), atol=1e-6)
+    whole = lambda *x: attention(*x, mask_BLS=jnp.asarray(seen))  # noqa: E731 (JAX's derivative)
+    for one, other in zip(gradients, jax.vjp(whole, q, k, v)[1](slope), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5, rtol=1e-5)
+
+
+def test_gradients_are_those_of_differences():
+    """float64 differences of the reference, for the derivative that is written out."""
+    q, k, v = inputs()
+    mask = np.tril(np.ones((1, 7, 7), bool))
+    slope = np.random.default_rng(5).normal(size=(2, 7, 6, 8))
+
+    def total(x):
+        return float((plain(*x, mask) * slope).sum())
+
+    gradients = jax.grad(
+        lambda *x: (attention(*x, causal=True) * slope.astype(np.float32)).sum(), (0, 1, 2)
+    )(q, k, v)
+    rng = np.random.default_rng(6)
+    arrays = [np.asarray(x, np.float64) for x in (q, k, v)]
+    for which, gradient in enumerate(gradients):
+        for _ in range(10):
+            place = tuple(rng.integers(size) for size in gradient.shape)
+            up, down = ([x.copy() for x in arrays] for _ in range(2))
+            up[which][place] += 1e-5
+            down[which][place] -= 1e-5
+            expected = (total(up) - total(down)) / 2e-5
+            np.testing.assert_allclose(gradient[place], expected, atol=2e-5)
+
+
+def test_a_checkpoint_keeps_no_scores():
+    """What every layer keeps is of the size of its inputs, whatever the length of a row."""
+    config = ModelConfig(
+        family="llama",
+        vocab_size=32,
+        model_dim=16,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=8,
+        ffn_dim=16,
+        max_positions=128,
+    )
+    params = init_params(jax.random.key(0), config)
+    tokens = jnp.zeros((1, 128), jnp.int32)
+
+    def total(params):
+        return hidden_states(params, None, tokens, config=config, remat="none").sum()
+
+    scans = [
+        equation
+        for equation in jax.make_jaxpr(jax.grad(total))(params).eqns
+        if equation.primitive.name == "scan"
+    ]
+    kept = [variable.aval.shape for variable in scans[0].outvars]
+    assert any(shape[0] == 2 for shape in kept)  # the layers' stacks
+    assert not [shape for shape in kept if shape[-1] == 128 and shape[-2] >= 64]
+
+
 @pytest.mark.parametrize("length, block", [(256, 64), (192, 64), (448, 64), (352, 88), (1024, 128)])
 def test_a_causal_row_is_computed_in_blocks(length, block):
-    q, k, v = inputs(length=length, slots=length)
+    q, k, v = inputs(groups=6, length=length, slots=length)
     text = str(jax.make_jaxpr(lambda *x: attention(*x, causal=True))(q, k, v))
     assert f"{block},{length}]" in text and f"{length},{length}]" not in text
 
