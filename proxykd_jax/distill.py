@@ -26,6 +26,7 @@ def main(config: Config) -> TrainedStage:
     from proxykd_jax.baselines import method_of
     from proxykd_jax.data.corpus import open_corpus
     from proxykd_jax.data.soft_labels import open_soft_labels
+    from proxykd_jax.evaluation.during import accuracy_while_training
     from proxykd_jax.evaluation.measures import validation_figures
     from proxykd_jax.parallel.mesh import make_mesh
     from proxykd_jax.parallel.sharding import check_rows
@@ -54,8 +55,9 @@ def main(config: Config) -> TrainedStage:
         student = load_for_training(config.student, role="student", seed=config.seed, mesh=mesh)
         if labels is not None:
             labels.check(tokenizer=corpus.tokenizer_digest)
+        periodic = accuracy_while_training(config, mesh)
         log = open_metrics(config.folder, config.logging, config.model_dump(mode="json"))
-        run = StudentRun(config, corpus, labels, student, mesh, log, measure)
+        run = StudentRun(config, corpus, labels, student, mesh, log, measure, periodic)
         method_of(config).train(run)
         log.close()
     export_student(config, corpus, mesh, measure)

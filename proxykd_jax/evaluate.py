@@ -2,10 +2,11 @@
 
     python -m proxykd_jax.evaluate --config run.yaml
 
-For each of the proxy (raw, warmed up, aligned) and the student (before and after) that the run
-has: teacher-token NLL, top-1 agreement and top-K mass on the validation and test rows, and exact
-KL(teacher || model) on the test rows where the teacher is a known process. ``<run>/eval`` holds a
-file of sums by row for each model, so that a model is not measured twice, and ``summary.json``.
+For each of the proxy (raw, warmed up, after each round, aligned) and the student (before and after)
+that the run has: teacher-token NLL, top-1 agreement, top-K mass and calibration on the validation
+and test rows, and exact KL(teacher || model) on the test rows where the teacher is a known process.
+``<run>/eval`` holds a file of sums by row for each model, so that a model is not measured twice,
+and ``summary.json``.
 
 With ``evaluate.benchmarks`` the models that it names answer benchmarks too (``--model`` and
 ``--benchmarks``: these alone); see ``evaluation/benchmark.py``.
@@ -70,6 +71,7 @@ def main(config: Config, models: Mapping[str, ModelSection] | None = None) -> Ev
     from proxykd_jax import prepare
     from proxykd_jax.artifacts import digest_file, write_json
     from proxykd_jax.data.corpus import open_corpus
+    from proxykd_jax.evaluation.calibration import NUM_BINS
     from proxykd_jax.evaluation.candidates import from_section
     from proxykd_jax.evaluation.measures import TOP_KS, paired_differences
     from proxykd_jax.evaluation.teacher import TEACHER_FILE, TeacherLogps
@@ -93,6 +95,7 @@ def main(config: Config, models: Mapping[str, ModelSection] | None = None) -> Ev
         "corpus": corpus.identity,
         "max_rows": config.evaluate.max_rows,
         "top_ks": list(TOP_KS),
+        "calibration_bins": NUM_BINS,
     }
     if config.evaluate.teacher_logps is not None:
         teacher_folder = Path(config.evaluate.teacher_logps)
@@ -154,16 +157,18 @@ def run_models(config: Config) -> dict[str, Candidate]:
     if config.needs != "nothing" and config.align.alignment != "none":
         aligned = align.main(config)
         stage = stage_identity(aligned.folder)
-        steps = {result["phase"]: result["step"] for result in aligned.results}
-        if "warmup" in steps:
-            candidates["proxy_warmup"] = Candidate(
-                {"stage": stage, "step": steps["warmup"]},
-                lambda mesh: load_aligned_proxy(config, mesh, steps["warmup"]),
-            )
-        candidates["proxy_aligned"] = Candidate(
-            {"stage": stage, "step": finished_step(aligned.folder, which)},
-            lambda mesh: load_aligned_proxy(config, mesh),
-        )
+
+        def state_at(step: int | None) -> Candidate:
+            load = functools.partial(load_aligned_proxy, config, which=step)
+            return Candidate({"stage": stage, "step": step}, load)
+
+        chosen = finished_step(aligned.folder, which)
+        for result in aligned.results:
+            phase, step = result["phase"], result["step"]
+            is_round = phase.startswith("round_") and config.evaluate.rounds and step != chosen
+            if phase == "warmup" or is_round:
+                candidates[f"proxy_{phase}"] = state_at(step)
+        candidates["proxy_aligned"] = state_at(chosen)
     candidates["student_before"] = from_section(config, "student", config.student)
     student_folder = config.folder / "student"
     candidates["student"] = Candidate(

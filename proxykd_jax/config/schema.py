@@ -477,6 +477,22 @@ class EndpointConfig(ConnectionSection):
     concurrency: PositiveInt = Field(16, description="requests under way at once")
 
 
+class DuringConfig(Section):
+    """Benchmarks that the student answers while it is trained (the paper's Figs. 6 and 7)."""
+
+    every: PositiveInt = Field(
+        description="optimizer steps between two looks; there is one before the first step and one "
+        "after the last as well"
+    )
+    tasks: tuple[str, ...] | None = Field(
+        None, description="which of the named benchmarks (default: all)"
+    )
+    items: PositiveInt = Field(
+        100, description="questions of each benchmark at most, drawn once by the seed"
+    )
+    max_new_tokens: PositiveInt = Field(256, description="length budget of an answer")
+
+
 class BenchmarksConfig(Section):
     """Benchmarks whose questions models answer, and how."""
 
@@ -504,6 +520,9 @@ class BenchmarksConfig(Section):
         64, description="items written together; a restarted run loses at most one part"
     )
     endpoint: EndpointConfig = Field(EndpointConfig(), description="how a server is asked")
+    during: DuringConfig | None = Field(
+        None, description="what the student answers while distill trains it"
+    )
 
     @model_validator(mode="after")
     def _some_task(self) -> BenchmarksConfig:
@@ -532,6 +551,9 @@ class EvaluateConfig(Section):
 
     batch_size: PositiveInt = Field(32, description="rows computed together")
     max_rows: PositiveInt | None = Field(None, description="at most so many rows")
+    rounds: bool = Field(
+        True, description="measure the proxy after each round, not only raw, warmed up and aligned"
+    )
     teacher_logps: str | None = Field(
         None,
         description="folder of the teacher's true distribution on the test rows, where the "

@@ -7,6 +7,8 @@
   equally probable tokens the one with the lowest id counts, as ``argmax`` and greedy decoding have
   it.
 - ``top_mass``: share of places whose K most probable tokens hold more than 0.95 (Fig. 4).
+- ``calibration``: how sure the model is of its first choice beside how often that is the teacher's
+  (``evaluation/calibration.py``).
 - ``kl``: exact KL(teacher || model), nats a token, where the teacher is a known process.
 
 Axes: n rows (examples), J values of K.
@@ -27,6 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from proxykd_jax.data.collate import Rows, collate_rows
 from proxykd_jax.data.order import by_length, default_buckets
 from proxykd_jax.errors import UserError
+from proxykd_jax.evaluation.calibration import NUM_BINS, binned, calibration
 from proxykd_jax.evaluation.teacher import TeacherLogps
 from proxykd_jax.models.chunked import map_positions
 from proxykd_jax.models.config import ModelConfig
@@ -50,6 +53,7 @@ class RowMeasures:
       nll: ``[n]`` nats.
       agreement: ``[n]`` tokens that are the model's first choice.
       top_mass: ``[n, J]`` places at which the K most probable tokens hold more than ``MASS``.
+      bins: ``[n, M, 3]`` tokens, confidence and agreement by bin of the confidence.
       kl: ``[n]`` nats, or None where the teacher's distribution is not known.
       top_ks: the J values of K.
     """
@@ -58,6 +62,7 @@ class RowMeasures:
     nll: np.ndarray
     agreement: np.ndarray
     top_mass: np.ndarray
+    bins: np.ndarray
     kl: np.ndarray | None
     top_ks: tuple[int, ...]
 
@@ -79,6 +84,7 @@ class RowMeasures:
             str(top_k): float(self.top_mass[:, j].sum()) / float(self.tokens.sum())
             for j, top_k in enumerate(self.top_ks)
         }
+        summary["calibration"] = calibration(self.bins)
         return summary
 
     def to_arrays(self) -> dict[str, np.ndarray]:
@@ -88,6 +94,7 @@ class RowMeasures:
             "nll": self.nll,
             "agreement": self.agreement,
             "top_mass": self.top_mass,
+            "bins": self.bins,
             "top_ks": np.array(self.top_ks, np.int64),
         }
         return arrays if self.kl is None else {**arrays, "kl": self.kl}
@@ -186,6 +193,7 @@ def measure(
         "nll": np.zeros(num),
         "agreement": np.zeros(num),
         "top_mass": np.zeros((num, len(top_ks))),
+        "bins": np.zeros((num, NUM_BINS, 3)),
         "kl": np.zeros(num),
     }
     waiting: tuple[np.ndarray, Any, Any] | None = None
@@ -278,8 +286,10 @@ def _add(sums: dict[str, np.ndarray], waiting: tuple[np.ndarray, Any, Any] | Non
     count = len(indices)
     mask = np.asarray(mask_BL)[:count]
     sums["tokens"][indices] = mask.sum(axis=1)
-    for name, values in jax.device_get(found).items():
-        values = np.asarray(values, np.float64)[:count]
+    figures = {name: np.asarray(values)[:count] for name, values in jax.device_get(found).items()}
+    sums["bins"][indices] = binned(figures.pop("confidence"), figures["agreement"], mask)
+    for name, figure in figures.items():
+        values = figure.astype(np.float64)
         kept = mask.reshape(mask.shape + (1,) * (values.ndim - 2))
         sums[name][indices] = np.where(kept, values, 0).sum(axis=1)
     return count
@@ -293,11 +303,12 @@ def place_figures(
     teacher_logps_BLV: Any | None = None,
     *,
     top_ks: Sequence[int] = (),
+    confidence: bool = False,
 ) -> dict[str, jax.Array]:
     """The figures at every place of a batch, ``{name: [B, L] or [B, L, J]}``; traceable.
 
-    ``nll``, ``agreement``, with ``top_ks`` (each at most the vocabulary) ``top_mass``, and with the
-    teacher's log-probs ``kl``.
+    ``nll``, ``agreement``, with ``top_ks`` (each at most the vocabulary) ``top_mass``, with
+    ``confidence`` the probability of the first choice, and with the teacher's log-probs ``kl``.
     """
     hidden_BLD = batch_hidden_states(params, adapter, batch, config=config)
     length = batch.tokens_BL.shape[1]
@@ -307,6 +318,8 @@ def place_figures(
         logps = jax.nn.log_softmax(unembed(params, hidden, config=config), axis=-1)
         label_logps = jnp.take_along_axis(logps, labels[..., None], axis=-1)[..., 0]
         figures = {"nll": -label_logps, "agreement": first_choice(logps, labels)}
+        if confidence:
+            figures["confidence"] = jnp.exp(logps.max(axis=-1))
         if top_ks:
             largest = jnp.exp(jax.lax.top_k(logps, max(top_ks))[0])
             mass = jnp.cumsum(largest, axis=-1)
@@ -328,7 +341,7 @@ def place_figures(
 @functools.lru_cache(maxsize=8)
 def _compiled(config: ModelConfig, top_ks: tuple[int, ...], mesh: Mesh | None) -> Any:
     """``(params, adapter, batch, teacher_logps_BLV | None) -> {name: [B, L] or [B, L, J]}``."""
-    compute = functools.partial(place_figures, config, top_ks=top_ks)
+    compute = functools.partial(place_figures, config, top_ks=top_ks, confidence=True)
     if mesh is None:
         return jax.jit(compute)
     return jax.jit(compute, out_shardings=NamedSharding(mesh, PartitionSpec()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from proxykd_jax.reporting.blocks import (
@@ -41,6 +41,8 @@ MODELS = {
     "student_before": "student, before",
     "student": "student",
 }
+# Values of K whose mass is shown by round: the paper keeps 10.
+_MASSES = (1, 10, 50)
 PROXIES = ("proxy_raw", "proxy_warmup", "proxy_aligned")
 
 
@@ -135,7 +137,7 @@ def _rounds(lines: Sequence[Line]) -> Table | None:
 
 
 def nearness(run: RunFolder) -> Section:
-    """Agreement before and after (Fig. 5), NLL and its differences (Table 4), mass (Fig. 4)."""
+    """Agreement (Fig. 5), NLL and its differences (Table 4), mass (Fig. 4), calibration."""
     blocks: list[Block] = []
     found = _by_phase(run.of_stage("align"))
     if found is not None:
@@ -147,8 +149,8 @@ def nearness(run: RunFolder) -> Section:
             Text("Not there: python -m proxykd_jax.evaluate measures the models.", missing=True)
         )
         return Section("How near to the teacher", blocks)
-    plots: list[Plot] = [*_agreement(models), *_mass(models)]
-    blocks += [Plots(plots), _measures(models)]
+    plots: list[Plot] = [*_agreement(models), *_mass(models), *_reliability(models)]
+    blocks += [Plots(plots), _measures(models), *_by_round(summary["models"])]
     differences = _differences(summary.get("differences", {}))
     if differences is not None:
         blocks.append(differences)
@@ -229,6 +231,61 @@ def _mass(models: dict[str, Any]) -> list[LinePlot]:
     return plots
 
 
+def _reliability(models: dict[str, Any]) -> list[LinePlot]:
+    """How often the first choice is the teacher's token, by how probable the model holds it."""
+    plots = []
+    for split in splits_of(models):
+        series = []
+        for name, found in models.items():
+            bins = found.get(split, {}).get("calibration", {}).get("bins", [])
+            if bins:
+                xs, ys = ([each[key] for each in bins] for key in ("confidence", "agreement"))
+                series.append(Series(MODELS[name], xs, ys, points=True))
+        if series:
+            series.append(Series("as sure as right", [0.0, 1.0], [0.0, 1.0]))
+            title = f"Agreement by confidence, {split} rows"
+            note = "Below the diagonal a model is surer than it is right."
+            plots.append(LinePlot(title, "probability of the first choice", series, note=note))
+    return plots
+
+
+def _by_round(models: dict[str, Any]) -> Iterator[Block]:
+    """Figs. 4 and 5 and calibration of the proxy after each round; nothing without rounds."""
+    rounds = {name: _round_number(name) for name in models}
+    states = [name for name, number in rounds.items() if number is not None]
+    states.sort(key=lambda name: rounds[name] or 0)
+    if not states:
+        return
+    states = [*(name for name in ("proxy_raw", "proxy_warmup") if name in models), *states]
+    states += ["proxy_aligned"] if "proxy_aligned" in models else []
+    rows: list[tuple[Value, ...]] = []
+    for split in splits_of({name: models[name] for name in states}):
+        for name in states:
+            found = models[name].get(split, {})
+            called = MODELS.get(name, f"proxy, round {rounds.get(name)}")
+            mass = found.get("top_mass", {})
+            rows.append((
+                called, split,
+                *(found.get(key, {}).get("token_mean") for key in ("agreement", "nll")),
+                *(found.get("calibration", {}).get(key) for key in ("confidence", "ece")),
+                *(mass.get(str(top_k)) for top_k in _MASSES),
+            ))  # fmt: skip
+    header = (
+        *("proxy", "rows of", "agreement", "NLL, nats", "confidence", "calibration error"),
+        *(f"top {top_k} > 0.95" for top_k in _MASSES),
+    )
+    note = (
+        "The last columns are the shares of places whose K most probable tokens hold more than "
+        "0.95 (Fig. 4); a round whose state is the aligned proxy has no line of its own."
+    )
+    yield Table("The proxy round by round", header, rows, note, digits=4)
+
+
+def _round_number(name: str) -> int | None:
+    head, _, number = name.rpartition("_")
+    return int(number) if head == "proxy_round" and number.isdigit() else None
+
+
 def _measures(models: dict[str, Any]) -> Table:
     splits = [(name, split, found) for name, of in models.items() for split, found in of.items()]
     known = [m for m in ("agreement", "nll", "kl") if any(m in found for _, _, found in splits)]
@@ -238,12 +295,18 @@ def _measures(models: dict[str, Any]) -> Table:
         for measure in known:
             value = figures.get(measure, {})
             cells += [value.get("token_mean"), value.get("token_se")]
+        found = figures.get("calibration", {})
+        cells += [found.get(key) for key in ("confidence", "ece", "ece_se")]
         rows.append(tuple(cells))
     called = {"agreement": "agreement", "nll": "NLL, nats", "kl": "KL, nats"}
     header = ["model", "rows of", "rows", "tokens"]
     for measure in known:
         header += [called[measure], "±"]
-    note = "Means over tokens with standard errors over rows."
+    header += ["confidence", "calibration error", "±"]
+    note = (
+        "Means over tokens with standard errors over rows. Confidence is the probability of the "
+        "first choice; the calibration error is its mean distance from agreement over 15 bins."
+    )
     return Table("Held-out measures", header, rows, note, digits=4)
 
 

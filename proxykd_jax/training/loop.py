@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +34,22 @@ from proxykd_jax.training.model import Model
 from proxykd_jax.training.state import TrainState, Tree, abstract_state, init_state
 from proxykd_jax.training.steps import Metrics, Step
 
+T = TypeVar("T", Model, TrainState)
 # (model, rows, most) -> {"nll", "agreement"} on the first ``most`` rows.
 Measure = Callable[[Model, Rows, int], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Periodic(Generic[T]):
+    """Figures that are logged every so many steps and after the last; they decide nothing.
+
+    Attributes:
+      every: steps of the stage.
+      figures: of a model or a state, by the names that the log has them under.
+    """
+
+    every: int
+    figures: Callable[[T], dict[str, float]]
 
 
 @dataclass
@@ -86,6 +100,7 @@ class Trainer:
       every: how often.
       validate: ``(state) -> {"nll": ..., ...}`` on the validation rows; None without such rows.
       console: what a person sees.
+      periodic: further figures; None for none.
     """
 
     stage: str
@@ -97,6 +112,7 @@ class Trainer:
     every: TrainingSection
     validate: Callable[[TrainState], dict[str, float]] | None
     console: Console
+    periodic: Periodic[TrainState] | None
 
     @classmethod
     def open(
@@ -110,6 +126,7 @@ class Trainer:
         log: MetricsLog,
         every: TrainingSection,
         validate: Callable[[TrainState], dict[str, float]] | None,
+        periodic: Periodic[TrainState] | None = None,
     ) -> Trainer:
         """A stage's trainer, at its newest checkpoint in ``folder`` or at its beginning.
 
@@ -126,7 +143,16 @@ class Trainer:
             console.say(f"going on from step {progress.step}")
         log.resume(stage, progress.metric_lines)
         trainer = cls(
-            stage, state, model.frozen, progress, checkpoints, log, every, validate, console
+            stage,
+            state,
+            model.frozen,
+            progress,
+            checkpoints,
+            log,
+            every,
+            validate,
+            console,
+            periodic,
         )
         # A kill may have come between the last checkpoint and the removal of those it replaced.
         trainer._prune()
@@ -185,6 +211,18 @@ class Trainer:
         if new_best:
             progress.best_nll, progress.best_step = nll, progress.step
         return new_best
+
+    def look(self, phase: str) -> None:
+        """Logs the periodic figures of this moment."""
+        if self.periodic is None:
+            return
+        started = time.perf_counter()
+        figures = self.periodic.figures(self.state)
+        seconds = time.perf_counter() - started
+        step = self.progress.step
+        self.log.write(self.stage, step, {**figures, "time/periodic_s": seconds}, phase=phase)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        self.console.say(f"{phase} step {step}: {shown}")
 
     def finish_phase(
         self,
@@ -293,13 +331,16 @@ class Trainer:
                 and every.stop.enabled
                 and progress.phase_step % every.stop.every == 0
             )
+            looks = self.periodic is not None and progress.step % self.periodic.every == 0
             stops = stop_wanted()
             saves = stops or progress.phase_step % every.checkpoint_every == 0
-            if at_end or not (validates or saves):
+            if at_end or not (validates or looks or saves):
                 continue
             self._report(phase, num_steps, waiting)
             waiting = None
             new_best = validates and self.check_validation(phase)
+            if looks or self._stopped():
+                self.look(phase)
             if saves or new_best or self._stopped():
                 self.save()
             if stops:
@@ -311,6 +352,7 @@ class Trainer:
         # Not saved here: the checkpoint of finish_phase is this step's, and a second look at the
         # same state would leave a second line.
         self.check_validation(phase)
+        self.look(phase)
 
     def _report(
         self, phase: str, num_steps: int, waiting: tuple[int, int, Metrics, float] | None

@@ -15,10 +15,10 @@ from proxykd_jax.data.corpus import TokenCorpus
 from proxykd_jax.data.soft_labels import SoftLabelStore
 from proxykd_jax.errors import UserError
 from proxykd_jax.training.batches import Plan, make_plan, phase_seed
-from proxykd_jax.training.loop import Measure, Trainer
+from proxykd_jax.training.loop import Measure, Periodic, Trainer
 from proxykd_jax.training.metrics import MetricsLog
 from proxykd_jax.training.model import Model
-from proxykd_jax.training.state import Tree
+from proxykd_jax.training.state import TrainState, Tree
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class StudentRun:
       mesh: of devices.
       log: metrics.jsonl.
       measure: ``(model, rows, most) -> {"nll", "agreement"}`` on held-out rows.
+      periodic: what else is looked at while the student is trained.
     """
 
     config: Config
@@ -42,6 +43,7 @@ class StudentRun:
     mesh: Mesh
     log: MetricsLog
     measure: Measure
+    periodic: Periodic[Model] | None = None
 
     @property
     def folder(self) -> Path:
@@ -88,11 +90,12 @@ class StudentRun:
         )
 
     def look_at_untrained(self, trainer: Trainer, figures: Mapping[str, float]) -> None:
-        """Phase 0: a validation before any training; also the checkpoint of step 0."""
+        """Phase 0: a look before any training; also the checkpoint of step 0."""
         for warning in self.config.method.warnings():
             trainer.console.say(f"WARNING: {warning}")
         if trainer.progress.phase == 0:
             trainer.check_validation("untrained")
+            trainer.look("untrained")
             trainer.finish_phase("untrained", dict(figures), keep=True)
 
     def open_trainer(
@@ -108,9 +111,14 @@ class StudentRun:
         if beside is not None:
             model = model.at({"student": model.trainable, **beside})
 
-        def student_of(trainable: Tree) -> Model:
-            return self.student.at(trainable if beside is None else trainable["student"])
+        def student_of(state: TrainState) -> Model:
+            learnt = state.trainable
+            return self.student.at(learnt if beside is None else learnt["student"])
 
+        periodic = None
+        if self.periodic is not None:
+            every, figures = self.periodic.every, self.periodic.figures
+            periodic = Periodic[TrainState](every, lambda state: figures(student_of(state)))
         validation, most = self.corpus.split("validation"), self.config.corpus.validation_max_rows
         return Trainer.open(
             "distill",
@@ -120,7 +128,8 @@ class StudentRun:
             mesh=self.mesh,
             log=self.log,
             every=self.config.distill,
-            validate=(lambda state: self.measure(student_of(state.trainable), validation, most))
+            validate=(lambda state: self.measure(student_of(state), validation, most))
             if len(validation)
             else None,
+            periodic=periodic,
         )

@@ -11,6 +11,7 @@ import pytest
 from proxykd_jax.data.collate import TokenRow
 from proxykd_jax.errors import UserError
 from proxykd_jax.evaluation import measures
+from proxykd_jax.evaluation.calibration import NUM_BINS
 from proxykd_jax.evaluation.measures import (
     first_choice,
     measure,
@@ -92,7 +93,7 @@ def write_teacher(folder: Path, split: Split, tables: list[np.ndarray]) -> Teach
 
 def reference(params, adapter, split: Split, tables=None) -> dict[str, np.ndarray]:
     """One row at a time, no padding, float64."""
-    found: dict[str, list] = {"nll": [], "agreement": [], "top_mass": [], "kl": []}
+    found: dict[str, list] = {"nll": [], "agreement": [], "top_mass": [], "bins": [], "kl": []}
     for index, row in enumerate(split.rows):
         logits = np.asarray(
             forward(params, adapter, row.tokens[None, :-1], config=CONFIG)[0], np.float64
@@ -105,6 +106,11 @@ def reference(params, adapter, split: Split, tables=None) -> dict[str, np.ndarra
         found["top_mass"].append(
             [(sorted_probs[:, :k].sum(axis=-1) > 0.95).sum() for k in (1, 4, 10)]
         )
+        bins = np.zeros((NUM_BINS, 3))
+        for place, token in enumerate(answer):
+            confidence, choice = sorted_probs[place, 0], logps[place].argmax()
+            bins[int(confidence * NUM_BINS)] += (1, confidence, choice == token)
+        found["bins"].append(bins)
         if tables is not None:
             probs = np.exp(tables[index])
             with np.errstate(invalid="ignore"):
@@ -135,6 +141,7 @@ def test_sums_equal_the_reference(
     np.testing.assert_allclose(got.nll, expected["nll"], atol=2e-5)
     np.testing.assert_array_equal(got.agreement, expected["agreement"])
     np.testing.assert_array_equal(got.top_mass, expected["top_mass"])
+    np.testing.assert_allclose(got.bins, expected["bins"], atol=2e-5)
     np.testing.assert_allclose(got.kl, expected["kl"], atol=2e-5)
 
 
@@ -229,7 +236,13 @@ def test_standard_error_of_a_token_mean_covers() -> None:
 def test_paired_differences_cancel_what_rows_share(params, split: Split) -> None:
     one = measure(CONFIG, params, None, split, batch_size=4)
     shifted = measures.RowMeasures(
-        one.tokens, one.nll + 0.25 * one.tokens, one.agreement, one.top_mass, None, one.top_ks
+        one.tokens,
+        one.nll + 0.25 * one.tokens,
+        one.agreement,
+        one.top_mass,
+        one.bins,
+        None,
+        one.top_ks,
     )
     difference = paired_differences(shifted, one)["nll"]
     np.testing.assert_allclose(difference["token_mean"], 0.25, rtol=1e-9)

@@ -212,6 +212,19 @@ def summary(rng: Any) -> dict[str, Any]:
             "nll": {"token_mean": 1 + rng.random(), "token_se": 0.01 + 0.01 * rng.random()},
             "agreement": {"token_mean": 0.4 + 0.3 * rng.random(), "token_se": 0.0123},
             "top_mass": {str(k): 1 - 0.5 / k for k in (1, 5, 10, 20, 50)},
+            "calibration": {
+                **{"ece": 0.0512, "ece_se": 0.0031, "confidence": 0.6543},
+                "bins": [
+                    {
+                        "from": m / 3,
+                        "to": (m + 1) / 3,
+                        "tokens": 259,
+                        "confidence": (m + 0.5) / 3,
+                        "agreement": (m + 0.2) / 3,
+                    }
+                    for m in range(3)
+                ],
+            },
         }
 
     difference = {"nll": {"token_mean": -0.4321, "token_se": 0.0234},

@@ -1,0 +1,80 @@
+"""Benchmarks that a student answers while it is trained: curves as the paper's Figs. 6 and 7."""
+
+from __future__ import annotations
+
+from jax.sharding import Mesh
+
+from proxykd_jax.config import Config
+from proxykd_jax.data.order import permutation
+from proxykd_jax.data.template import Renderer
+from proxykd_jax.data.tokenizer import load_tokenizer
+from proxykd_jax.errors import UserError
+from proxykd_jax.evaluation.answering import Speaker, generating
+from proxykd_jax.evaluation.extraction import extract, is_right
+from proxykd_jax.evaluation.tasks import Item, read_items
+from proxykd_jax.parallel.sharding import check_rows
+from proxykd_jax.peers import stop_if_wanted
+from proxykd_jax.training.loop import Periodic
+from proxykd_jax.training.model import Model
+
+
+def accuracy_while_training(config: Config, mesh: Mesh) -> Periodic | None:
+    """``benchmark/<task>`` every so many steps, shares of right answers; None where none is asked.
+
+    The questions are the same each time: of every task so many, drawn by the run's seed.
+    ``benchmark/mean`` is the mean over tasks where there are several.
+
+    Args:
+      config: ``evaluate.benchmarks.during`` says what is asked, and when.
+      mesh: on which the student is trained.
+
+    Raises:
+      UserError: files are missing or do not fit, or rows do not divide over the mesh.
+    """
+    benchmarks = config.evaluate.benchmarks
+    if benchmarks is None or benchmarks.during is None:
+        return None
+    during = benchmarks.during
+    check_rows(benchmarks.batch_size, mesh, "evaluate.benchmarks.batch_size")
+    tasks = during.tasks or tuple(benchmarks.paths)
+    unknown = [task for task in tasks if task not in benchmarks.paths]
+    if unknown:
+        raise UserError(
+            f"evaluate.benchmarks.during.tasks: no files of {', '.join(unknown)} are named under "
+            f"evaluate.benchmarks, which has {', '.join(benchmarks.paths)}."
+        )
+    asked = {
+        task: drawn(read_items(task, benchmarks.paths[task]), during.items, config.seed)
+        for task in tasks
+    }
+    renderer = Renderer(load_tokenizer(config), config.corpus.template, config.corpus.end_tokens)
+
+    def figures(model: Model) -> dict[str, float]:
+        speaker = Speaker(model, renderer, mesh)
+        shares = {}
+        for task, items in asked.items():
+            stop_if_wanted()
+            answer = generating(
+                speaker,
+                items,
+                seed=config.seed,
+                max_new_tokens=during.max_new_tokens,
+                batch_size=benchmarks.batch_size,
+            )
+            lines = answer(range(len(items)))
+            right = [
+                is_right(item, extract(item, line["output"]))
+                for item, line in zip(items, lines, strict=True)
+            ]
+            shares[f"benchmark/{task}"] = sum(right) / len(right)
+        if len(shares) > 1:
+            shares["benchmark/mean"] = sum(shares.values()) / len(shares)
+        return shares
+
+    return Periodic(during.every, figures)
+
+
+def drawn(items: list[Item], count: int, seed: int) -> list[Item]:
+    """So many of the items at most, in their order; a smaller draw is part of a larger one."""
+    places = permutation(len(items), seed=seed, epoch=0)[:count]
+    return [items[place] for place in sorted(places.tolist())]
