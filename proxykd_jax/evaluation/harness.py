@@ -309,7 +309,7 @@ def main() -> int:
     # Of a GPU's memory, what plans count with; XLA would take 75 %.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     # A process with JAX's threads must not fork, as the harness does for bootstrapped errors.
-    os.environ.setdefault("LMEVAL_DISABLE_MULTIPROC", "1")
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
     missing = missing_harness()
     try:
         if missing:
