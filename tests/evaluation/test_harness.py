@@ -116,14 +116,14 @@ def test_log_likelihoods_equal_transformers(folder: Path, respondent_of: Any):
     )  # fmt: skip
     requests = [
         (STORY, " Then"), (STORY + " ", "Then"), (STORY + "\n\n", "Then she"), ("The", " end"),
-        (begun, said), (begun, "q" if said[:1] != "q" else "z"),
+        (begun, said), (begun, f" {said}"), (begun, "q"), (begun, "z"),
     ]  # fmt: skip
     found = respondent.logliks(requests)
     for (context, after), (loglik, greedy) in zip(requests, found, strict=True):
         whole, before = reference.ids(context + after), reference.ids(context.rstrip())
         wanted = reference.loglik(whole[: len(before)], whole[len(before) :])
         assert (loglik, greedy) == (pytest.approx(wanted[0], abs=1e-3), wanted[1]), (context, after)
-    assert found[-2][1] and not found[-1][1]
+    assert {greedy for _, greedy in found} == {True, False}
     assert found[0] == pytest.approx(found[1], abs=1e-5)
 
     # Without context a text follows BOS, or the end token where there is none.
@@ -137,7 +137,7 @@ def test_log_likelihoods_equal_transformers(folder: Path, respondent_of: Any):
 
 def test_long_contexts_are_cut_from_the_left(folder: Path, respondent_of: Any):
     reference, respondent = Reference(folder), respondent_of(folder)
-    context = STORY * 12
+    context = STORY * 20
     whole, before = reference.ids(context + " ball"), reference.ids(context)
     assert len(before) > reference.length
     after = whole[len(before) :]
@@ -159,10 +159,10 @@ def test_long_contexts_are_cut_from_the_left(folder: Path, respondent_of: Any):
 
 def test_rolling_log_likelihoods_predict_each_token_once(folder: Path, respondent_of: Any):
     reference, respondent = Reference(folder), respondent_of(folder)
-    text = STORY * 12
+    text = STORY * 20
     tokens = respondent.renderer.tokenizer.encode(text).tolist()
     length = reference.length
-    assert length < len(tokens) < 4 * length
+    assert length < len(tokens)
     prefix = respondent.renderer.tokenizer.bos_id
     prefix = respondent.renderer.end_token_ids[0] if prefix is None else prefix
     read = [prefix, *tokens]
@@ -263,7 +263,7 @@ def test_chat_prompts_have_the_renderer_s_tokens(
             (whole,) = renderer.encode_batch([answered])
             found, start = respondent._continued(text, "Four.")
             assert start == whole.prompt_length
-            assert np.array_equal(found, whole.tokens[: len(found)])
+            assert np.array_equal(found[:start], whole.tokens[:start])
             assert renderer.tokenizer.decode(found[start:]).strip() == "Four."
             assert renderer.end_token_ids[0] not in found[start:]
             begun = respondent.conversation(
@@ -311,10 +311,10 @@ class Scripted(Respondent):
 
     def __init__(self, renderer: Renderer, outputs: Sequence[str]) -> None:
         super().__init__(renderer, pytest.fail, batch_size=1, seed=0)
-        self.outputs = outputs
+        self.outputs = iter(outputs)
 
     def generate(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-        return list(self.outputs)
+        return [next(self.outputs) for _ in requests]
 
 
 def in_form(item: Item, gold: str) -> str:
@@ -404,16 +404,26 @@ def test_a_model_checked_by_the_harness(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    choices = [{"text": text, "label": label} for text, label in zip(
-        ["ice", "a cold wet fog", "rain"], "ABC", strict=True
-    )]  # fmt: skip
+    texts = {
+        "csqa": ["ice", "a cold wet fog", "rain"],
+        "arc": ["ice", "a cold wet fog", "雨が降る"],
+    }
     stems = ["What is cold?", "What is wet?", "What falls?", "What is grey?", "What melts?"]
-    rows = [
-        {"id": f"q{n}", "answerKey": "ABC"[n % 3],
-         "question": {"stem": stem, "question_concept": "x", "choices": choices}}
-        for n, stem in enumerate(stems)
-    ]  # fmt: skip
-    files = {**benchmarks, "csqa": write(tmp_path / "csqa2.jsonl", rows)}
+    files = dict(benchmarks)
+    for task, choices in texts.items():
+        listed = [
+            {"text": text, "label": label} for text, label in zip(choices, "ABC", strict=True)
+        ]
+        concept = {"question_concept": "x"} if task == "csqa" else {}
+        rows = [
+            {
+                "id": f"q{n}",
+                "answerKey": "A",
+                "question": {"stem": stem, "choices": listed, **concept},
+            }
+            for n, stem in enumerate(stems)
+        ]
+        files[task] = write(tmp_path / f"{task}_choices.jsonl", rows)
     keys = {"mode": "both", "max_new_tokens": 8, "items_per_part": 2, "batch_size": 4}
     config = config_of(tmp_path, {**files, **keys, "harness": True}, byte_model)
     loads: list[Any] = []
@@ -422,10 +432,13 @@ def test_a_model_checked_by_the_harness(
     summary = run_benchmarks(config, [f"tiny={byte_model}"])
     assert len(loads) == 1
     found = summary["harness"]["tiny"]
-    assert set(found) == {"gsm8k", "csqa", "csqa_loglikelihood", "bbh"}
+    compared = {"csqa_loglikelihood", "arc_loglikelihood"}
+    assert set(found) == {"gsm8k", "csqa", "bbh", "arc"} | compared
     for task, of in found.items():
         assert of["same_outputs"] == of["n"] and of["other_outputs"] == []
         for metric, scored in of["metrics"].items():
+            if task == "arc_loglikelihood" and metric == "acc_norm":
+                continue  # it counts characters, and ours bytes
             assert scored["same_scores"] == of["n"] and scored["other_scores"] == []
             assert scored["accuracy"] == pytest.approx(scored["ours"]["accuracy"]), (task, metric)
             assert scored["se"] == pytest.approx(scored["ours"]["se"])
@@ -577,6 +590,5 @@ def test_any_other_task_by_the_harness_s_command_line(
         (f"config={run},pretrained=x", "takes config=run.yaml"),
         (f"config={tmp_path}/no.yaml", "no.yaml"),
     ):
-        monkeypatch.setattr(sys, "argv", ["harness", *argv, "--model_args", wrong])
-        assert harness.main() == 2
-        assert sentence in capsys.readouterr().err
+        with pytest.raises(UserError, match=sentence):
+            harness_model().create_from_arg_string(wrong)
