@@ -108,7 +108,7 @@ class Reference:
 def test_log_likelihoods_equal_transformers(folder: Path, respondent_of: Any):
     reference, respondent = Reference(folder), respondent_of(folder)
     # What is said greedily is greedy, and another letter is not. (Random bytes are seldom text.)
-    beginnings = [STORY[:n] for n in range(20, 80) if STORY[n - 1] != " "]
+    beginnings = [STORY[:n] for n in range(20, 80, 4) if STORY[n - 1] != " "]
     answers = respondent.generate([(text, {"max_gen_toks": 1}) for text in beginnings])
     begun, said = next(
         pair for pair in zip(beginnings, answers, strict=True) if pair[1].strip().isalpha()
@@ -404,27 +404,22 @@ def test_a_model_checked_by_the_harness(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    texts = {
-        "csqa": ["ice", "a cold wet fog", "rain"],
-        "arc": ["ice", "a cold wet fog", "雨が降る"],
-    }
-    stems = ["What is cold?", "What is wet?", "What falls?", "What is grey?", "What melts?"]
+    # Texts of different lengths, so that raw sums and shares choose differently.
+    rng = np.random.default_rng(0)
     files = dict(benchmarks)
-    for task, choices in texts.items():
-        listed = [
-            {"text": text, "label": label} for text, label in zip(choices, "ABC", strict=True)
-        ]
-        concept = {"question_concept": "x"} if task == "csqa" else {}
-        rows = [
-            {
-                "id": f"q{n}",
-                "answerKey": "A",
-                "question": {"stem": stem, "choices": listed, **concept},
-            }
-            for n, stem in enumerate(stems)
-        ]
+    for task, letters in (("csqa", "abcdefgh"), ("arc", "abcd雨雪é")):
+        rows = []
+        for n in range(12):
+            choices = [
+                {"text": "".join(rng.choice(list(letters), rng.integers(1, 12))), "label": label}
+                for label in "ABC"
+            ]
+            question = {"stem": f"What is {n}?", "question_concept": "x", "choices": choices}
+            if task == "arc":
+                del question["question_concept"]
+            rows.append({"id": f"q{n}", "answerKey": "ABC"[n % 3], "question": question})
         files[task] = write(tmp_path / f"{task}_choices.jsonl", rows)
-    keys = {"mode": "both", "max_new_tokens": 8, "items_per_part": 2, "batch_size": 4}
+    keys = {"mode": "both", "max_new_tokens": 8, "items_per_part": 3, "batch_size": 8}
     config = config_of(tmp_path, {**files, **keys, "harness": True}, byte_model)
     loads: list[Any] = []
     load = speaker
@@ -442,17 +437,18 @@ def test_a_model_checked_by_the_harness(
             assert scored["same_scores"] == of["n"] and scored["other_scores"] == []
             assert scored["accuracy"] == pytest.approx(scored["ours"]["accuracy"]), (task, metric)
             assert scored["se"] == pytest.approx(scored["ours"]["se"])
-    # Choices differ in length, so that the metrics are not one and the same.
-    accuracies = {k: v["accuracy"] for k, v in found["csqa_loglikelihood"]["metrics"].items()}
-    assert accuracies["acc"] != accuracies["acc_norm"] == accuracies["acc_bytes"]
     folder = config.folder / "eval" / "benchmarks"
     assert json.loads((folder / "summary.json").read_text()) == summary
     lines = (folder / "tiny/gsm8k_harness.jsonl").read_text().splitlines()
     assert set(json.loads(lines[0])) == {
         "id", "prompt_hash", "output", "extracted", "exact_match", "our_score", "same_output",
     }  # fmt: skip
+    for task, pair in (("csqa", ("acc", "acc_norm")), ("arc", ("acc_bytes", "acc_norm"))):
+        text = (folder / f"tiny/{task}_loglikelihood_harness.jsonl").read_text()
+        samples = [json.loads(line) for line in text.splitlines()]
+        assert [sample[pair[0]] for sample in samples] != [sample[pair[1]] for sample in samples]
     said = capsys.readouterr().out
-    assert "csqa_loglikelihood harness acc_norm: " in said and "of 5 the same: 5 scores" in said
+    assert "csqa_loglikelihood harness acc_norm: " in said and "of 12 the same: 12 scores" in said
 
     # What was answered is not asked again; a part that is missing is.
     monkeypatch.setattr(benchmark, "speaker", pytest.fail)
