@@ -18,6 +18,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -308,8 +309,11 @@ def main() -> int:
     """
     # Of a GPU's memory, what plans count with; XLA would take 75 %.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
-    # A process with JAX's threads must not fork, as the harness does for bootstrapped errors.
+    # A process with JAX's threads must not fork. The harness forks for bootstrapped errors, and
+    # what writes its tables for columns.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
     missing = missing_harness()
     try:
         if missing:
@@ -323,6 +327,8 @@ def main() -> int:
     except (UserError, Stopped) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    finally:
+        multiprocessing.set_start_method(before, force=True)
     return 0
 
 
