@@ -513,6 +513,11 @@ class BenchmarksConfig(Section):
         description="answers are generated and read, or choices are compared by the log-likelihood "
         "of their texts",
     )
+    harness: bool = Field(
+        False,
+        description="local models answer the same questions through EleutherAI's harness too, "
+        "which reads and scores by itself (extra lm-eval)",
+    )
     limit: PositiveInt | None = Field(None, description="of each sub-task at most so many items")
     max_new_tokens: PositiveInt = Field(1024, description="length budget of an answer")
     batch_size: PositiveInt = Field(32, description="items answered together")

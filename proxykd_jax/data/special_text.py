@@ -21,6 +21,8 @@ from typing import Any
 _STAND_IN, _NAME = 0x108000, 0x10B000
 _MOST = _NAME - _STAND_IN
 MARK_START, MARK_END = "\U0010f000", "\U0010f001"
+# Put behind an answer, it shows where the answer ends in what a template makes of it.
+ANSWER_END = "\U0010efff"
 _RESERVED = re.compile("[\U00108000-\U0010f001]")
 
 
@@ -60,6 +62,10 @@ class SpecialText:
         """The rendered text: the template's control tokens by private name, the rest as text."""
         named = self._pattern.sub(lambda found: self._names[found.group()], rendered)
         return named.translate(self._show)
+
+    def plain(self, revealed: str) -> str:
+        """What ``reveal`` gave, for a reader: control tokens by their own texts again."""
+        return revealed.translate({ord(name): text for text, name in self._names.items()})
 
     @property
     def backend(self) -> Any:

@@ -9,7 +9,8 @@ doubled. Where the answer lies is a matter of positions, never of ids:
 - a plain text is cut into tokens as a whole, and the prompt is its first tokens or sentences.
 
 The answer ends with its end token, which is part of it; one is added where the template writes
-none. What a template writes after it is cut off: nobody generates it.
+none. What a template writes after it is cut off: nobody generates it. Where only the answer's text
+counts (``with_end=False``), everything behind that text is cut off before tokens are made.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from proxykd_jax.artifacts import digest_value
 from proxykd_jax.config import SourceConfig
 from proxykd_jax.data.chat_template import ChatTemplate, split_marks, template_text
 from proxykd_jax.data.records import TextRow
-from proxykd_jax.data.special_text import SpecialText, has_reserved
+from proxykd_jax.data.special_text import ANSWER_END, SpecialText, has_reserved
 from proxykd_jax.data.text_prompts import sentences_end
 from proxykd_jax.data.tokenizer import Tokenizer
 from proxykd_jax.errors import UserError
@@ -42,7 +43,8 @@ class Encoded(NamedTuple):
 
     Attributes:
       tokens: int32[T].
-      prompt_length: P; ``tokens[P:]`` is the answer with its end token (empty for a prompt alone).
+      prompt_length: P; ``tokens[P:]`` is the answer, with its end token unless that was not wanted
+        (empty for a prompt alone).
       drop: why the row is left out; None if it is not.
     """
 
@@ -74,7 +76,8 @@ class Renderer:
 
     Attributes:
       end_token_ids: the ids of the end tokens.
-      template_digest: of the template's text; None without one (plain texts need none).
+      template_text: the template; None without one (plain texts need none).
+      template_digest: of it.
 
     Raises:
       UserError: no such template or token.
@@ -104,6 +107,7 @@ class Renderer:
             variables["bos_token"] = variables["bos_token"] if tokenizer.adds_bos else ""
         self._template = None if text is None else ChatTemplate(text, variables)
         self._marks = text is not None and _GENERATION.search(text) is not None
+        self.template_text = text
         self.template_digest = None if text is None else digest_value(text)
 
     def encode(self, row: TextRow, source: SourceConfig | None = None) -> tuple[np.ndarray, int]:
@@ -123,6 +127,7 @@ class Renderer:
         source: SourceConfig | None = None,
         *,
         prompts_only: bool = False,
+        with_end: bool = True,
     ) -> list[Encoded]:
         """Tokens of many rows of one source, over all cores.
 
@@ -130,17 +135,32 @@ class Renderer:
           rows: the rows.
           source: says how long the prompt of a plain text is (default: one sentence).
           prompts_only: of a plain text too, keep the prompt alone.
+          with_end: False leaves a conversation's answer open behind its text: neither an end token
+            nor anything else that the template writes there.
 
         Raises:
           UserError: as ``encode``; the message names the row.
         """
-        rendered = [self._render(row) for row in rows]
+        rendered = [self._render(row, with_end) for row in rows]
         tokens, offsets = self._tokenize(rendered, source)
         prompts = self._tokenize_prompts(rendered)
         return [
-            self._finish(item, tokens[i], offsets.get(i), prompts.get(i), source, prompts_only)
+            self._finish(
+                item, tokens[i], offsets.get(i), prompts.get(i), source, prompts_only, with_end
+            )
             for i, item in enumerate(rendered)
         ]
+
+    def text(self, row: TextRow) -> str:
+        """What ``encode_batch`` cuts into tokens without an end, for a reader and for other tools.
+
+        Raises:
+          UserError: the row cannot be rendered.
+        """
+        rendered = self._render(row, with_end=False)
+        if rendered.drop:
+            raise UserError(f"{row.origin}: {rendered.drop}.")
+        return self._special.plain(rendered.whole) if rendered.renamed else rendered.whole
 
     def describe(self, row: TextRow, source: SourceConfig | None = None) -> str:
         """A row as a reader wants to see it: what is prompt, what is answer, what was added."""
@@ -161,7 +181,7 @@ class Renderer:
 
     # --- rendering --------------------------------------------------------------------------------
 
-    def _render(self, row: TextRow) -> _Rendered:
+    def _render(self, row: TextRow, with_end: bool = True) -> _Rendered:
         contents = [row.text] if row.text is not None else [m.content for m in row.messages]
         if any(has_reserved(content) for content in contents):
             return _Rendered(row, "", None, None, False, RESERVED_CHARACTERS)
@@ -181,7 +201,13 @@ class Renderer:
             if not row.has_answer:
                 text = self._template.render(messages, add_generation_prompt=True)
                 return _Rendered(row, split_marks(reveal(text))[0], None, None, quotes)
+            if not with_end:
+                messages[-1]["content"] += ANSWER_END
             text = self._template.render(messages, add_generation_prompt=False)
+            if not with_end:
+                text, mark, _ = text.rpartition(ANSWER_END)
+                if not mark:
+                    raise UserError("the template does not write the answer as it stands")
             whole, span = split_marks(reveal(text))
             if self._marks:
                 if span is None or span[0] == span[1]:
@@ -246,6 +272,7 @@ class Renderer:
         prompt: np.ndarray | None,
         source: SourceConfig | None,
         prompts_only: bool,
+        with_end: bool,
     ) -> Encoded:
         row = item.row
         if item.drop:
@@ -258,7 +285,8 @@ class Renderer:
             tokens, start = self._cut_by_span(tokens, offsets, item.span)
         elif prompt is not None:
             start = self._check_prefix(row, tokens, prompt)
-        tokens = self._end_answer(tokens, start)
+        if with_end:
+            tokens = self._end_answer(tokens, start)
         if all(token in self.end_token_ids for token in tokens[start:].tolist()):
             raise UserError(
                 f"{row.origin}: the template leaves nothing of the answer; every token of a mask "

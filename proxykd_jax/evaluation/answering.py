@@ -28,13 +28,16 @@ from proxykd_jax.evaluation.measures import measure
 from proxykd_jax.evaluation.outputs import Answering, Line
 from proxykd_jax.evaluation.prompts import prompt_hash, prompt_of, question_alone
 from proxykd_jax.evaluation.tasks import Item
+from proxykd_jax.generation.sampler import Sample
 from proxykd_jax.generation.server import Connection
 from proxykd_jax.peers import on_first
 from proxykd_jax.training.answers import make_draw
 from proxykd_jax.training.model import Model
 
 # A prompt's answer must have room for a few tokens, or nothing was asked.
-_FEWEST_TOKENS = 8
+FEWEST_TOKENS = 8
+# Raised whenever a choice's log-likelihood is another: those of two versions do not compare.
+COMPARING_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,11 @@ class Speaker:
     def end_token_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer."""
         return self.renderer.end_token_ids
+
+    def text_of(self, answer: Sample) -> str:
+        """What was said, without control tokens."""
+        tokens = answer.tokens[:-1] if answer.finished else answer.tokens
+        return self.renderer.tokenizer.decode(tokens, skip_special=True)
 
 
 def speaker(config: Config, candidate: Candidate, mesh: Mesh) -> Speaker:
@@ -89,7 +97,7 @@ def generating(
 
     Where a prompt leaves no room in the model's context, the output is empty and unfinished.
     """
-    model, tokenizer = speaker.model, speaker.renderer.tokenizer
+    model = speaker.model
     draw = make_draw(
         model.config,
         model.params,
@@ -106,20 +114,21 @@ def generating(
         asked = [prompt_of(items[place]) for place in places]
         prompts = _prompt_tokens(speaker.renderer, asked)
         room = [model.config.max_positions - len(prompt) for prompt in prompts]
-        budgets = [min(max_new_tokens, left) if left >= _FEWEST_TOKENS else 0 for left in room]
+        budgets = [min(max_new_tokens, left) if left >= FEWEST_TOKENS else 0 for left in room]
         names = [f"{items[place].task}/{items[place].id}" for place in places]
         lines = []
         for place, prompt, found in zip(places, asked, draw(prompts, names, budgets), strict=True):
-            tokens = found.tokens[:-1] if found.finished else found.tokens
-            output = tokenizer.decode(tokens, skip_special=True)
-            lines.append(_line(items[place], prompt, output, found.finished))
+            lines.append(_line(items[place], prompt, speaker.text_of(found), found.finished))
         return lines
 
     return answer
 
 
 def comparing(speaker: Speaker, items: Sequence[Item], *, batch_size: int) -> Answering:
-    """Log-likelihoods of the choices' texts as answers to the question alone."""
+    """Log-likelihoods of the choices' texts as answers to the question alone.
+
+    Only the text counts: neither the token that ends an answer nor anything else behind the text.
+    """
     model = speaker.model
 
     def answer(places: Sequence[int]) -> list[Line]:
@@ -130,9 +139,10 @@ def comparing(speaker: Speaker, items: Sequence[Item], *, batch_size: int) -> An
             owners += [place] * len(items[place].choices)
         encoded = [
             TokenRow(found.tokens, found.prompt_length, "")
-            for found in speaker.renderer.encode_batch(rows)
+            for found in speaker.renderer.encode_batch(rows, with_end=False)
         ]
-        kept = [len(row.tokens) <= model.config.max_positions for row in encoded]
+        # The last token is predicted and never read.
+        kept = [len(row.tokens) - 1 <= model.config.max_positions for row in encoded]
         logliks = np.full(len(encoded), np.nan)
         fitting = [row for row, fits in zip(encoded, kept, strict=True) if fits]
         if fitting:
@@ -142,7 +152,7 @@ def comparing(speaker: Speaker, items: Sequence[Item], *, batch_size: int) -> An
                 model.adapter,
                 RowsInMemory(fitting),
                 batch_size=batch_size,
-                top_ks=(1,),
+                top_ks=(),
                 mesh=speaker.mesh,
             )
             logliks[np.array(kept)] = -found.nll

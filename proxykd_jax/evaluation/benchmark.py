@@ -2,7 +2,8 @@
 
 ``<run>/eval/benchmarks/<model>/<task>/`` holds what came back, part by part, ``<task>.jsonl``
 beside it one scored sample a line, made anew from that, and ``summary.json`` the accuracies of the
-models of one call. Log-likelihoods of choices stand under ``<task>_loglikelihood``.
+models of one call. Log-likelihoods of choices stand under ``<task>_loglikelihood``, and what
+EleutherAI's harness says of the same questions behind ``_harness``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from proxykd_jax.config import Config
 from proxykd_jax.config.schema import BenchmarksConfig
 from proxykd_jax.errors import UserError
 from proxykd_jax.evaluation.answering import (
+    COMPARING_VERSION,
     Speaker,
     asking,
     comparing,
@@ -28,6 +30,8 @@ from proxykd_jax.evaluation.answering import (
 )
 from proxykd_jax.evaluation.candidates import Candidate, Collected, Server, named_candidate
 from proxykd_jax.evaluation.extraction import EXTRACTION_VERSION, extract, is_right
+from proxykd_jax.evaluation.harness import check, described_checks, require_harness
+from proxykd_jax.evaluation.harness_model import Respondent
 from proxykd_jax.evaluation.outputs import (
     Answering,
     Line,
@@ -85,26 +89,32 @@ def run_benchmarks(
       What ``<run>/eval/benchmarks/summary.json`` holds.
 
     Raises:
-      UserError: the config names no benchmark, or files, models or a server cannot be used.
+      UserError: the config names no benchmark, files, models or a server cannot be used, or
+        lm-eval is wanted and not installed.
     """
     settings = config.evaluate.benchmarks
     if settings is None:
         raise UserError(
             "evaluate: the config names no benchmark; give their files under evaluate.benchmarks."
         )
+    if settings.harness:
+        require_harness()
     asks = _asks(settings, tasks)
     named = _named(config, models or settings.models)
     folder = config.folder / "eval" / "benchmarks"
     scored: dict[str, dict[str, list[Line]]] = {}
+    checks: dict[str, dict[str, Any]] = {}
     for name, who in named.items():
-        scored[name] = _of_model(config, settings, folder / name, name, who, asks)
+        scored[name], checks[name] = _of_model(config, settings, folder / name, name, who, asks)
     summary = {
         "prompt_version": PROMPT_VERSION,
         "extraction_version": EXTRACTION_VERSION,
         **summarise(scored),
     }
+    if settings.harness:
+        summary["harness"] = {name: found for name, found in checks.items() if found}
     write_json(folder / "summary.json", summary)
-    for line in described(summary):
+    for line in [*described(summary), *described_checks(checks)]:
         print(line, flush=True)
     return summary
 
@@ -153,11 +163,20 @@ def _of_model(
     name: str,
     who: Who,
     asks: Sequence[Ask],
-) -> dict[str, list[Line]]:
-    """The scored samples of one model by ``Ask.name``."""
+) -> tuple[dict[str, list[Line]], dict[str, Any]]:
+    """The scored samples of one model, and what the harness says of them, by ``Ask.name``."""
+
     # Loaded for the first part that is missing, and then for all tasks.
-    loaded: list[Speaker] = []
-    scored = {}
+    @functools.cache
+    def load() -> Speaker:
+        assert isinstance(who, Candidate)
+        mesh = make_mesh(config.mesh.of("evaluate"))
+        check_rows(settings.batch_size, mesh, "evaluate.benchmarks.batch_size")
+        return speaker(config, who, mesh)
+
+    scored, checks = {}, {}
+    if settings.harness and not isinstance(who, Candidate):
+        say(f"evaluate: {name} is no model on this machine; the harness does not ask it")
     for ask in asks:
         if ask.mode == COMPARE and not isinstance(who, Candidate):
             say(f"evaluate: {name} gives no log-likelihoods; {ask.name} is left out")
@@ -165,7 +184,7 @@ def _of_model(
         collect_answers(
             folder / ask.name,
             len(ask.items),
-            functools.partial(_answering, config, settings, who, ask, loaded),
+            functools.partial(_answering, config, settings, who, ask, load),
             settings=_decisive(config, settings, who, ask),
             inputs={"model": who.identity},
             items_per_part=settings.items_per_part,
@@ -173,7 +192,25 @@ def _of_model(
         )
         score = functools.partial(_scored, folder, ask)
         scored[ask.name] = on_first(score)
-    return scored
+        if settings.harness and isinstance(who, Candidate):
+            checks[ask.name] = check(
+                folder,
+                ask.name,
+                ask.items,
+                scored[ask.name],
+                Respondent(
+                    renderer_of(config, who),
+                    load,
+                    batch_size=settings.batch_size,
+                    seed=config.seed,
+                ),
+                settings=_decisive(config, settings, who, ask),
+                inputs={"model": who.identity},
+                items_per_part=settings.items_per_part,
+                max_new_tokens=settings.max_new_tokens,
+                label=f"{name} {ask.name}",
+            )
+    return scored, checks
 
 
 def _decisive(config: Config, settings: BenchmarksConfig, who: Who, ask: Ask) -> dict[str, Any]:
@@ -187,6 +224,8 @@ def _decisive(config: Config, settings: BenchmarksConfig, who: Who, ask: Ask) ->
         "prompts": digest_value(hashes),
         "items_per_part": settings.items_per_part,
     }
+    if ask.mode == COMPARE:
+        found["comparing_version"] = COMPARING_VERSION
     if ask.mode == GENERATE and not isinstance(who, Collected):
         found["max_new_tokens"] = settings.max_new_tokens
     if isinstance(who, Candidate):
@@ -206,21 +245,17 @@ def _answering(
     settings: BenchmarksConfig,
     who: Who,
     ask: Ask,
-    loaded: list[Speaker],
+    load: Callable[[], Speaker],
 ) -> Answering:
     budget = settings.max_new_tokens
     if isinstance(who, Server):
         return asking(who, settings.endpoint, ask.items, max_new_tokens=budget)
     if isinstance(who, Collected):
         return looking_up(who, ask.items)
-    if not loaded:
-        mesh = make_mesh(config.mesh.of("evaluate"))
-        check_rows(settings.batch_size, mesh, "evaluate.benchmarks.batch_size")
-        loaded.append(speaker(config, who, mesh))
     if ask.mode == COMPARE:
-        return comparing(loaded[0], ask.items, batch_size=settings.batch_size)
+        return comparing(load(), ask.items, batch_size=settings.batch_size)
     return generating(
-        loaded[0],
+        load(),
         ask.items,
         seed=config.seed,
         max_new_tokens=budget,

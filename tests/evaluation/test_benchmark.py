@@ -13,60 +13,14 @@ import pytest
 
 from proxykd_jax import evaluate
 from proxykd_jax.cli import run_command
-from proxykd_jax.config import Config, make_config
 from proxykd_jax.errors import UserError
 from proxykd_jax.evaluation.benchmark import run_benchmarks
 from proxykd_jax.evaluation.candidates import Candidate, Collected, Server, named_candidate
 from proxykd_jax.evaluation.prompts import PROMPT_VERSION, prompt_hash, prompt_of, question_alone
 from proxykd_jax.evaluation.scoring import accuracy, macro_average, paired_difference
 from proxykd_jax.evaluation.tasks import TASKS, Item, read_items
+from tests.evaluation.files import config_of, write
 from tests.generation.fake_server import Body, FakeServer, Reply
-
-CHOICES = [{"text": text, "label": label} for text, label in zip(["ice", "fog"], "AB", strict=True)]
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-@pytest.fixture
-def benchmarks(tmp_path: Path) -> dict[str, str]:
-    """Five items of GSM8K, three of CSQA, and four of two BBH sub-tasks."""
-    bbh = tmp_path / "bbh"
-    bbh.mkdir()
-    for name, target in (("navigate", "Yes"), ("counting", "3")):
-        examples = [{"input": f"{name} {n}?", "target": target} for n in range(2)]
-        (bbh / f"{name}.json").write_text(json.dumps({"examples": examples}))
-    question = {"stem": "What is cold?", "question_concept": "cold", "choices": CHOICES}
-    return {
-        "gsm8k": write(
-            tmp_path / "gsm8k.jsonl",
-            [{"question": f"What is {n} + {n}?", "answer": f"#### {2 * n}"} for n in range(5)],
-        ),
-        "csqa": write(
-            tmp_path / "csqa.jsonl",
-            [{"id": f"c{n}", "answerKey": "A", "question": question} for n in range(3)],
-        ),
-        "bbh": str(bbh),
-    }
-
-
-def config_of(tmp_path: Path, benchmarks: dict[str, Any], model: Path | None = None) -> Config:
-    model = model or tmp_path / "model"
-    corpus = write(tmp_path / "corpus.jsonl", [{"prompt": "Hello?", "response": "Yes."}])
-    return make_config(
-        {
-            "preset": "recommended",
-            "name": "run",
-            "runs_dir": str(tmp_path / "runs"),
-            "corpus": {"sources": [{"path": corpus}], "template": "plain", "max_length": 64},
-            "proxy": {"path": str(model), "dtype": "float32"},
-            "student": {"path": str(model), "dtype": "float32"},
-            "export": {"dtype": "float32", "state": "best"},
-            "evaluate": {"benchmarks": benchmarks},
-        }
-    )
 
 
 def right_outputs(benchmarks: dict[str, str]) -> list[dict[str, Any]]:
@@ -315,36 +269,6 @@ def test_accuracies_and_differences():
     assert macro_average({"x": {"accuracy": 0.5, "se": None}})["se"] is None
 
 
-@pytest.fixture(scope="module")
-def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model whose tokens are bytes, so that any prompt can be put to it."""
-    import jax
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    from proxykd_jax.models.config import ModelConfig
-    from proxykd_jax.models.hf_weights import save_model
-    from proxykd_jax.models.params import init_params
-
-    folder = tmp_path_factory.mktemp("byte_model")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"</s>": 0} | {sign: number for number, sign in enumerate(alphabet, 1)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["</s>"])
-    source = tmp_path_factory.mktemp("tokenizer")
-    tokenizer.save(str(source / "tokenizer.json"))
-    keys = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
-    (source / "tokenizer_config.json").write_text(json.dumps(keys))
-    config = ModelConfig(
-        family="llama", vocab_size=len(vocabulary), num_layers=1, model_dim=16, ffn_dim=16,
-        num_heads=2, num_kv_heads=1, head_dim=8, max_positions=384, initializer_range=0.3,
-        eos_token_ids=(0,),
-    )  # fmt: skip
-    save_model(folder, config, init_params(jax.random.key(1), config), source=source)
-    return folder
-
-
 def test_a_model_generates_and_compares(
     tmp_path: Path, benchmarks: dict[str, str], byte_model: Path
 ):
@@ -394,7 +318,8 @@ def test_a_model_generates_and_compares(
         messages = (Message("user", question_alone(item)), Message("assistant", text))
         tokens, place = renderer.encode(TextRow(messages, None, "here"))
         steps = logps(tokens)[place - 1 :]
-        wanted = sum(float(steps[n][token]) for n, token in enumerate(tokens[place:]))
+        # The end token is no part of a choice.
+        wanted = sum(float(steps[n][token]) for n, token in enumerate(tokens[place:-1]))
         assert loglik == pytest.approx(wanted, abs=1e-3)
 
 
