@@ -11,6 +11,7 @@ from proxykd_jax import align, distill, export, run, score
 from proxykd_jax.artifacts import MANIFEST, read_json
 from proxykd_jax.cli import run_command
 from proxykd_jax.config import Config, dump_config, load_config
+from proxykd_jax.training.restore import finished_step
 from tests.tiny_run import changed, copy_run, files_of, recipe
 
 STAGES = {
@@ -38,7 +39,14 @@ def test_all_stages_are_done(finished_run):
     for name in ("export/student/model.safetensors", "export/proxy_adapter/adapter_config.json"):
         assert (folder / name).is_file()
     models = json.loads((folder / "eval" / "summary.json").read_text())["models"]
-    assert set(models) == {
+    chosen = finished_step(folder / "proxy", finished_run.export.state)
+    rounds = {
+        f"proxy_{result['phase']}"
+        for result in read_json(folder / "proxy" / MANIFEST)["results"]
+        if result["phase"].startswith("round") and result["step"] != chosen
+    }
+    assert rounds  # the state that is chosen is measured as the aligned proxy
+    assert set(models) == rounds | {
         "proxy_raw",
         "proxy_warmup",
         "proxy_aligned",

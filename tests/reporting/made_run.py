@@ -24,7 +24,10 @@ from proxykd_jax.training.metrics import MetricsLog
 SCRIPT = "<script>alert(1)</script>"
 IMAGE = "<img/src=x/onerror=alert(2)>"
 WORDS = ("</s>", "<unk>", "Q:", SCRIPT, IMAGE, "&amp;", '"quoted"', "http://example.org/", "yes")
-NAMES = ("proxy_raw", "proxy_warmup", "proxy_aligned", "student_before", "student")
+NAMES = (
+    *("proxy_raw", "proxy_warmup", "proxy_round_01", "proxy_aligned"),
+    *("student_before", "student"),
+)
 
 
 def write_tokenizer(folder: Path) -> Path:
