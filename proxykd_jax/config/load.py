@@ -282,7 +282,8 @@ def _explain(
         if unresolved_preset and from_preset:
             continue  # the missing preset is reported itself
         shown = [part for i, part in enumerate(location) if not _is_tag(location, i)]
-        problems.append(f"{'.'.join(shown) or 'config'}: {_reason(error, location, root)}")
+        whole = "config" if root is Config else "table"
+        problems.append(f"{'.'.join(shown) or whole}: {_reason(error, location, root)}")
     return problems
 
 

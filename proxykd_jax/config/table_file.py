@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -76,7 +77,7 @@ class TableFile(Section):
     @property
     def folder(self) -> Path:
         """Of the table and its runs."""
-        return Path(self.runs) / self.name
+        return Path(os.path.expandvars(self.runs)).expanduser() / self.name
 
     def chosen(self, names: Sequence[str]) -> list[TableRow]:
         """Rows by name, in the table's order; all, where none is named.
@@ -99,10 +100,9 @@ class TableFile(Section):
         path = self._place / str(row.config or self.config)
         changes = [*self.set, *row.set, *overrides]
         changes += [f"name={row.name}", f"runs_dir={json.dumps(str(self.folder))}"]
+        if self.table != 3:
+            changes.append(f"evaluate.benchmarks.models={json.dumps([row.model])}")
         try:
-            # Found out last, so that --set can name the files of the benchmarks.
-            if self.table != 3:
-                changes.append(f"evaluate.benchmarks.models={json.dumps([row.model])}")
             return load_config(path, changes)
         except UserError as error:
             raise UserError(f"row {row.name}: {error}") from error
