@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -364,3 +365,86 @@ def test_no_row_of_table_3_is_linked(finished_run, tmp_path):
     line = next(line for line in text.splitlines() if line.startswith("| Llama-70B-SFT"))
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
     assert cells[1:5] == ["8", "5.5", "1", "cpu"] and float(cells[6]) > 0 and cells[7] == "1"
+
+
+# --- the twins, on real weights -------------------------------------------------------------------
+
+
+@pytest.fixture
+def twin(assets, tmp_path, monkeypatch):
+    """Runs rows of a twin in ``tmp_path/<folder>`` and gives the table as it is written."""
+    monkeypatch.setenv("PROXYKD_ASSETS", str(assets))
+
+    def run(name: str, *only: str, folder: str = "runs") -> Path:
+        arguments = ["--table", str(TABLES / f"{name}.yaml"), "--runs", str(tmp_path / folder)]
+        assert tables.command([*arguments, *(["--only", ",".join(only)] if only else [])]) == 0
+        return tmp_path / folder / name / f"{name}.md"
+
+    return run
+
+
+@pytest.mark.slow
+def test_table_2_runs_and_its_rows_are_bitwise_runs_of_their_own(twin, capfd):
+    out = twin("table_2_tiny")
+    table = out.parent
+    assert "8 of 8 rows are measured" in out.read_text()
+    links = {str(p.relative_to(table)): os.readlink(p) for p in table.rglob("*") if p.is_symlink()}
+    shared = ("corpus", "proxy", "soft_labels")
+    assert all(links[f"without_weights/{name}"] == f"../proxy_kd/{name}" for name in shared)
+    assert links["proxy_without_preference/proxy"] == "../without_preference/proxy"
+    for made in ("without_alignment/proxy", "without_preference/proxy", "without_weights/student"):
+        assert made not in links
+    for kind in ("html", "csv"):
+        assert (table / f"table_2_tiny.{kind}").stat().st_size > 1000
+
+    files = files_of(table, times=True)
+    capfd.readouterr()
+    assert twin("table_2_tiny") == out
+    said = capfd.readouterr()
+    assert said.err.count("is finished") == 8 and "train" not in said.err + said.out
+    after = files_of(table, times=True)
+    tables_own = {f"table_2_tiny.{kind}" for kind in ("md", "html", "csv")}
+    assert {name for name in after if after[name] != files[name]} <= tables_own
+    assert all(after[name][0] == files[name][0] for name in tables_own)
+
+    alone = twin("table_2_tiny", "without_weights", folder="alone").parent / "without_weights"
+    assert not any(path.is_symlink() for path in alone.rglob("*"))
+    ours = table / "without_weights"
+    for part in ("export", "soft_labels", "eval"):
+        assert _content(ours / part) == _content(alone / part), part
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    """Of all files of a folder, or of the one that it is a link to."""
+    return {name: data for name, (data, _) in files_of(folder.resolve()).items()}
+
+
+@pytest.mark.slow
+def test_table_1_runs(twin):
+    """A row of each kind: the aligned proxy and its students, what answers while it trains."""
+    rows = ("gpt4", "forward_kl_proxy", "minillm", "gkd", "mentor_kd", "proxy_kd_llama1")
+    out = twin("table_1_tiny", *rows)
+    text = out.read_text()
+    assert "5 of 13 rows are measured" in text and "there is no data/gpt4/benchmarks.jsonl" in text
+    assert os.readlink(out.parent / "proxy_kd_llama1" / "proxy") == "../forward_kl_proxy/proxy"
+    assert not (out.parent / "mentor_kd" / "proxy").is_symlink()
+    assert text.count("not run yet") == 7 and text.count("53.22 †") == 1
+
+
+@pytest.mark.slow
+def test_table_3_runs(twin):
+    rows = ("llama_7b_sft", "llama_7b_distill", "llama_7b_gkd", "llama_70b_sft", "llama_70b_pref")
+    out = twin("table_3_tiny", *rows)
+    assert "5 of 7 rows are measured" in out.read_text()
+    ratios = {
+        line["model and method"]: float(line["here: times SFT"] or 0)
+        for line in csv.DictReader(out.with_suffix(".csv").open())
+    }
+    assert ratios["Llama-7B-SFT"] == ratios["Llama-70B-SFT"] == 1
+    assert ratios["Llama-70B-Pref"] > 1 and ratios["Llama-7B-GKD"] > 1
+    assert ratios["Llama-7B-Distill"] > 0.5 and ratios["Llama-13B-Pref"] == 0
+
+
+@pytest.mark.slow
+def test_table_5_runs(twin):
+    assert "3 of 3 rows are measured" in twin("table_5_tiny").read_text()
