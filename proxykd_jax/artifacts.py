@@ -31,8 +31,8 @@ _TEMPORARY = ".*.tmp"
 _SETTLED_NS = 2_000_000_000
 # Path -> (inode, size, mtime, ctime) and digest of files that were read in this process.
 _known: dict[Path, tuple[tuple[int, int, int, int], str]] = {}
-# (run, runs whose finished stages may serve it), inside of ``borrowing``.
-_borrowing: tuple[Path, Sequence[Path]] | None = None
+# What ``borrowing`` was called with, inside of it.
+_borrowing: tuple[Path, Sequence[Path], Sequence[str] | None] | None = None
 
 
 def write_bytes(path: Path, data: bytes, *, one_of_several: bool = False) -> None:
@@ -160,7 +160,9 @@ def changed_files(folder: Path, digests: Mapping[str, Mapping[str, Any]]) -> lis
 
 
 @contextlib.contextmanager
-def borrowing(run: Path, lenders: Sequence[Path]) -> Iterator[None]:
+def borrowing(
+    run: Path, lenders: Sequence[Path], stages: Sequence[str] | None = None
+) -> Iterator[None]:
     """Inside of it ``run`` links stages that other runs have finished instead of making them.
 
     What ``open_stage`` compares decides: a stage that is not there yet is linked where one of the
@@ -170,9 +172,10 @@ def borrowing(run: Path, lenders: Sequence[Path]) -> Iterator[None]:
     Args:
       run: folder of the run.
       lenders: folders of other runs, looked through in this order.
+      stages: names of those that may be linked (default: all).
     """
     global _borrowing
-    before, _borrowing = _borrowing, (run, lenders)
+    before, _borrowing = _borrowing, (run, lenders, stages)
     try:
         yield
     finally:
@@ -247,7 +250,9 @@ def _borrow(folder: Path, begun: Mapping[str, Any]) -> bool:
     """Links a stage that is not there to a lender's that is the same; whether there is one."""
     if _borrowing is None or not folder.is_relative_to(_borrowing[0]):
         return False
-    run, lenders = _borrowing
+    run, lenders, stages = _borrowing
+    if stages is not None and begun["stage"] not in stages:
+        return False
     for lender in lenders:
         there = lender / folder.relative_to(run)
         if lender == run or not (there / MANIFEST).is_file():

@@ -16,7 +16,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from proxykd_jax.artifacts import borrowing, digest_value, read_json, write_bytes, write_json
+from proxykd_jax.artifacts import (
+    borrowing,
+    digest_file,
+    digest_value,
+    read_json,
+    write_bytes,
+    write_json,
+)
 from proxykd_jax.cli import base_parser, run_work
 from proxykd_jax.config import Config, dump_config
 from proxykd_jax.config.table_file import TableFile, TableRow, load_table
@@ -43,11 +50,16 @@ def main(table: TableFile, only: Sequence[str] = (), overrides: Sequence[str] = 
     # All configs are read before anything runs.
     chosen = [(row, table.run_of(row, overrides)) for row in table.chosen(only)]
     for row, config in chosen:
-        made_from = digest_value(config.model_dump(mode="json", exclude={"runs_dir"}))
         record = config.folder / ROW
+        outputs = row.model.endswith(".jsonl")
+        absent = outputs and not on_first(Path(row.model).is_file)
+        identity = config.model_dump(mode="json", exclude={"runs_dir"})
+        if outputs and not absent:
+            identity["outputs"] = digest_file(Path(row.model))
+        made_from = digest_value(identity)
         if on_first(functools.partial(_is_made, record, made_from)):
             say(f"tables: {row.name} is finished")
-        elif row.model.endswith(".jsonl") and not on_first(Path(row.model).is_file):
+        elif absent:
             say(f"tables: {row.name} is left out: there is no {row.model}")
         else:
             say(f"tables: {row.name}")
@@ -74,10 +86,11 @@ def run_row(table: TableFile, row: TableRow, config: Config) -> dict[str, str | 
     kept = config.folder / "config.yaml"
     if not on_first(kept.exists):
         write_bytes(kept, dump_config(config).encode())
-    # A row of Table 3 is timed in a run of its own: a link would have no steps.
-    lenders = [] if row.phase else on_first(functools.partial(_runs_below, table.folder.parent))
+    lenders = on_first(functools.partial(_runs_below, table.folder.parent))
+    # A row of Table 3 is timed in a run of its own: a link has neither steps nor drawing.
+    stages = ("prepare",) if row.phase else None
     role, _, state = row.model.partition(":")
-    with borrowing(config.folder, [Path(folder) for folder in lenders]):
+    with borrowing(config.folder, [Path(folder) for folder in lenders], stages):
         if row.phase is not None:
             (distill if row.phase == "student" else align).main(config)
         elif role == "student" and state != "before":

@@ -397,8 +397,10 @@ def test_what_a_run_has_begun_itself_is_gone_on_with(tmp_path):
     _finish(one, "corpus", {})
     with artifacts.borrowing(two, [one]):
         assert not artifacts.open_stage(two / "corpus", "corpus", {}, {})
-        # Of other runs nothing is linked.
+        # Of other runs nothing is linked, nor is a stage that may not be.
         assert not artifacts.open_stage(tmp_path / "three" / "corpus", "corpus", {}, {})
+    with artifacts.borrowing(tmp_path / "four", [one], ("proxy",)):
+        assert not artifacts.open_stage(tmp_path / "four" / "corpus", "corpus", {}, {})
 
 
 def test_a_link_whose_stage_is_gone_is_a_sentence(tmp_path):

@@ -20,7 +20,7 @@ from proxykd_jax.errors import UserError
 from proxykd_jax.reporting.paper import TABLE_1, TABLE_2, TABLE_3, TABLE_5
 from proxykd_jax.reporting.paper_table import ROW, paper_row
 from tests.conftest import REPOSITORY
-from tests.tiny_run import changed, copy_run, files_of, without_student
+from tests.tiny_run import copy_run, files_of, without_student
 
 TABLES = REPOSITORY / "configs" / "tables"
 NUMBERS = (1, 2, 3, 5)
@@ -124,6 +124,8 @@ def test_an_ablation_lacks_what_its_row_names_and_nothing_else():
         differing = dict(_differences(whole, runs[name].model_dump()))
         models = differing.pop("evaluate.benchmarks.models", ("student",))
         assert models == (next(row.model for row in table.rows if row.name == name),)
+        if name.startswith("proxy_") and name != "proxy_kd":  # 70B is split to answer
+            assert differing.pop("mesh.evaluate.tensor") == 8
         for key in [key for key in differing if key.startswith("method.") and key != "method.name"]:
             del differing[key]  # keys of Proxy-KD alone
         assert differing.pop("name") == name and differing == expected, name
@@ -347,24 +349,21 @@ def test_another_key_runs_a_row_again_as_far_as_it_decides(finished_run, tmp_pat
     tables.main(table)
 
 
-def test_no_row_of_table_3_is_linked(finished_run, tmp_path):
-    """What is linked has no steps to be timed."""
+def test_a_row_of_table_3_takes_its_own_steps(finished_run, tmp_path):
+    """What is linked has neither steps nor drawing to be timed; a corpus has none."""
     copy_run(finished_run, tmp_path / "runs" / "other")
-    config = changed(finished_run, {"align": {"alignment": "warmup"}})
-    (tmp_path / "run.yaml").write_text(dump_config(config))
-    row = TableRow(name="sft", method="Llama-70B-SFT", phase="warmup", config="run.yaml")
-    fields = {
-        "table": 3,
-        "name": "made",
-        "runs": str(tmp_path / "runs"),
-        "rows": [row.model_dump()],
-    }
+    (tmp_path / "run.yaml").write_text(dump_config(finished_run))
+    row = TableRow(name="pref", method="Llama-70B-Pref", phase="rounds")
+    fields = {"table": 3, "name": "made", "runs": str(tmp_path / "runs"), "config": "run.yaml"}
+    fields["rows"] = [row.model_dump()]
     table = load_table(_write(tmp_path, json.dumps(fields)))
     text = tables.main(table).read_text()
-    assert not (table.folder / "sft" / "corpus").is_symlink()
-    line = next(line for line in text.splitlines() if line.startswith("| Llama-70B-SFT"))
+    links = [path.name for path in (table.folder / "pref").rglob("*") if path.is_symlink()]
+    assert links == ["corpus"] and "was not timed" not in text
+    line = next(line for line in text.splitlines() if line.startswith("| Llama-70B-Pref"))
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
-    assert cells[1:5] == ["8", "5.5", "1", "cpu"] and float(cells[6]) > 0 and cells[7] == "1"
+    assert cells[1:3] == ["8", "28"] and cells[4] == "cpu" and float(cells[6]) > 0
+    assert cells[7] == "–"  # there is no SFT of its size
 
 
 # --- the twins, on real weights -------------------------------------------------------------------
