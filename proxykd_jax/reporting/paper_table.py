@@ -169,6 +169,8 @@ def _accuracies(table: TableFile, rows: Sequence[Measured]) -> tuple[Table, Tabl
         "minus paper; the averages' are to what the paper's six scores give. "
         + misprints(list(dict.fromkeys(papers)))
     )
+    if any(paper.printed is None and paper.average is not None for paper in papers):
+        note += "The paper prints no averages here: these are of its six scores."
     title = f"Table {table.table}"
     names = (
         *("row", "group", "method", "student", "proxy", "teacher", "benchmark"),
