@@ -45,6 +45,7 @@ def main(table: TableFile, only: Sequence[str] = (), overrides: Sequence[str] = 
     Raises:
       UserError: there is no such row, or as the stages of a run raise it.
     """
+    from proxykd_jax import report
     from proxykd_jax.reporting.paper_table import ROW, write_table
 
     # All configs are read before anything runs.
@@ -65,6 +66,7 @@ def main(table: TableFile, only: Sequence[str] = (), overrides: Sequence[str] = 
             say(f"tables: {row.name}")
             found = run_row(table, row, config)
             write_json(record, {"made_from": made_from, **found})
+            report.main(config)
             on_first(lambda: str(write_table(table)))
     return Path(on_first(lambda: str(write_table(table))))
 
@@ -80,7 +82,7 @@ def run_row(table: TableFile, row: TableRow, config: Config) -> dict[str, str | 
     """
     import jax
 
-    from proxykd_jax import align, distill, report, run
+    from proxykd_jax import align, distill, run
     from proxykd_jax.evaluation.benchmark import run_benchmarks
 
     kept = config.folder / "config.yaml"
@@ -98,7 +100,6 @@ def run_row(table: TableFile, row: TableRow, config: Config) -> dict[str, str | 
         elif role == "proxy" and state != "raw":
             align.main(config)
         answered = row.model if row.phase else next(iter(run_benchmarks(config)["models"]))
-    report.main(config)
     return {
         "model": answered,
         "device": jax.devices()[0].device_kind,
