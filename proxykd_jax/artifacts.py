@@ -10,12 +10,13 @@ opening or completing a stage waits for process 0.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ _TEMPORARY = ".*.tmp"
 _SETTLED_NS = 2_000_000_000
 # Path -> (inode, size, mtime, ctime) and digest of files that were read in this process.
 _known: dict[Path, tuple[tuple[int, int, int, int], str]] = {}
+# What ``borrowing`` was called with, inside of it.
+_borrowing: tuple[Path, Sequence[Path], Sequence[str] | None] | None = None
 
 
 def write_bytes(path: Path, data: bytes, *, one_of_several: bool = False) -> None:
@@ -156,13 +159,37 @@ def changed_files(folder: Path, digests: Mapping[str, Mapping[str, Any]]) -> lis
     return problems
 
 
+@contextlib.contextmanager
+def borrowing(
+    run: Path, lenders: Sequence[Path], stages: Sequence[str] | None = None
+) -> Iterator[None]:
+    """Inside of it ``run`` links stages that other runs have finished instead of making them.
+
+    What ``open_stage`` compares decides: a stage that is not there yet is linked where one of the
+    lenders has it, complete, from the same settings and inputs. A complete stage is only read from
+    then on.
+
+    Args:
+      run: folder of the run.
+      lenders: folders of other runs, looked through in this order.
+      stages: names of those that may be linked (default: all).
+    """
+    global _borrowing
+    before, _borrowing = _borrowing, (run, lenders, stages)
+    try:
+        yield
+    finally:
+        _borrowing = before
+
+
 def open_stage(
     folder: Path, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, Any]
 ) -> bool:
     """Opens a stage's folder, or makes it.
 
     Settings and inputs of a stage that was begun but has made nothing may still change: a run that
-    was refused for a damaged file goes on when the file is whole.
+    was refused for a damaged file goes on when the file is whole. Inside of ``borrowing`` the
+    folder may become a link.
 
     Returns:
       Whether the stage is complete already.
@@ -184,12 +211,18 @@ def _open_stage(
         "inputs": _plain(inputs),
         "code_version": __version__,
     }
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(
+            f"{folder} is a link to {os.readlink(folder)}, which is gone. Put that back, or remove "
+            "the link to make the stage again."
+        )
+    if not folder.exists() and _borrow(folder, begun):
+        return True
     if path.exists():
         manifest = _read_manifest(folder)
         differences = [
             f"{key}: {_shown(old)} then, {_shown(new)} now"
-            for part, now in (("settings", settings), ("inputs", inputs))
-            for key, old, new in _differences(manifest.get(part, {}), _plain(now))
+            for key, old, new in _unlike(manifest, begun)
         ]
         names = {p.name for p in folder.iterdir()}
         if differences and manifest["status"] == "running" and names <= _NOTHING_MADE:
@@ -211,6 +244,37 @@ def _open_stage(
         )
     write_json(path, begun)
     return False
+
+
+def _borrow(folder: Path, begun: Mapping[str, Any]) -> bool:
+    """Links a stage that is not there to a lender's that is the same; whether there is one."""
+    if _borrowing is None or not folder.is_relative_to(_borrowing[0]):
+        return False
+    run, lenders, stages = _borrowing
+    if stages is not None and begun["stage"] not in stages:
+        return False
+    for lender in lenders:
+        there = lender / folder.relative_to(run)
+        if lender == run or not (there / MANIFEST).is_file():
+            continue
+        manifest = _read_manifest(there)
+        same = manifest["stage"] == begun["stage"] and not _unlike(manifest, begun)
+        if manifest["status"] == "complete" and same:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            # Relative, so that a folder of runs can be moved; to the stage itself, never to a link.
+            folder.symlink_to(os.path.relpath(there.resolve(), folder.parent.resolve()))
+            print(f"{folder}: the same as {there}, linked", flush=True)
+            return True
+    return False
+
+
+def _unlike(manifest: Mapping[str, Any], begun: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, there, now) of settings and inputs that differ."""
+    return [
+        difference
+        for part in ("settings", "inputs")
+        for difference in _differences(manifest.get(part, {}), begun[part])
+    ]
 
 
 def complete_stage(

@@ -58,8 +58,6 @@ def run_command(
         name: tuple(part for value in getattr(arguments, name) for part in value.split(",") if part)
         for name in lists or {}
     }
-    # Of a GPU's memory, what plans count with; XLA would take 75 %. Read when jax first starts.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     if arguments.strict and not arguments.dry_run:
         parser.error("--strict goes with --dry-run")
 
@@ -73,10 +71,23 @@ def run_command(
         main(config, **given)
         return 0
 
-    try:
-        if arguments.print_config:
+    if arguments.print_config:
+        try:
             sys.stdout.write(dump_config(load_config(arguments.config, arguments.set)))
-            return 0
+        except UserError as error:
+            return _report(error)
+        return 0
+    return run_work(work)
+
+
+def run_work(work: Callable[[], int]) -> int:
+    """The exit code of work, which is done by this process, or by this one and others together.
+
+    Mistakes of the user's, an interrupt and a stop are a sentence and a code as in ``run_command``.
+    """
+    # Of a GPU's memory, what plans count with; XLA would take 75 %. Read when jax first starts.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    try:
         launch = find_launch()
     except UserError as error:
         return _report(error)
@@ -131,13 +142,21 @@ def _as_one_of_several(launch: Launch, work: Callable[[], int]) -> int:
     return code
 
 
-def base_parser(command: str, summary: str, *, required: bool = True) -> argparse.ArgumentParser:
+def base_parser(
+    command: str,
+    summary: str,
+    *,
+    required: bool = True,
+    names: Sequence[str] = ("--config",),
+    what: str = "YAML file of the run",
+) -> argparse.ArgumentParser:
     """A parser of what every command takes; its help lists every key of the config.
 
     Args:
       command: its name.
       summary: one sentence for ``--help``.
       required: whether a run can be named by its config alone.
+      names, what: of the option that names the file, and its help.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m proxykd_jax.{command}",
@@ -146,7 +165,7 @@ def base_parser(command: str, summary: str, *, required: bool = True) -> argpars
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", required=required, metavar="FILE", help="YAML file of the run")
+    parser.add_argument(*names, required=required, metavar="FILE", help=what)
     parser.add_argument(
         "--set",
         action="append",

@@ -58,6 +58,7 @@ def dry_run(config: Config) -> list[str]:
             "soft labels need one vocabulary"
         )
     _check_server(config, report)
+    _check_benchmarks(config, report)
     _show_steps(config, sources, report)
     for missing in report.unchecked:
         report.say("unchecked", missing)
@@ -293,6 +294,18 @@ def _check_server(config: Config, report: Report) -> None:
         report.problems.append(str(error))
     else:
         report.say("server", f"{server.url} answers ({server.api}, serves {server.serves})")
+
+
+def _check_benchmarks(config: Config, report: Report) -> None:
+    """Whether the files of the benchmarks are there."""
+    from proxykd_jax.data.files import list_files
+
+    settings = config.evaluate.benchmarks
+    for task, path in settings.paths.items() if settings else ():
+        try:
+            report.say("benchmark", f"{task}: {len(list_files(path))} files")
+        except UserError as error:
+            report.unchecked.append(f"evaluate.benchmarks.{task}: {error}")
 
 
 def _check_mesh(config: Config, report: Report) -> None:

@@ -40,6 +40,7 @@ LONGEST_FIRST = (
     "miniature/test_demo.py",
     "parallel/test_real_launchers.py",
     "training/test_real_server.py",
+    "test_tables.py",
     "test_recipes.py",
     "training/test_alignment.py",
     "training/test_distillation.py",

@@ -340,3 +340,74 @@ def test_content_given_by_the_stage_stands_for_its_files(tmp_path):
         artifacts.complete_stage(tmp_path / name, counts={}, content="xxh3:same")
     assert artifacts.stage_identity(tmp_path / "a") == artifacts.stage_identity(tmp_path / "b")
     assert json.loads((tmp_path / "a" / "manifest.json").read_text())["content"] == "xxh3:same"
+
+
+# --- stages that other runs have finished ---------------------------------------------------------
+
+
+def _finish(run: Path, stage: str, settings: dict, inputs: dict | None = None) -> Path:
+    folder = run / stage
+    artifacts.open_stage(folder, stage, settings, inputs or {})
+    artifacts.write_bytes(folder / "part", b"content")
+    artifacts.complete_stage(folder, counts={})
+    return folder
+
+
+def test_a_stage_of_the_same_settings_and_inputs_is_linked(tmp_path):
+    first = _finish(tmp_path / "one", "corpus", {"rows": 2}, {"files": "a"})
+    for name in ("two", "three"):
+        run = tmp_path / name
+        with artifacts.borrowing(run, [run, tmp_path / "none", tmp_path / "two", first.parent]):
+            assert artifacts.open_stage(run / "corpus", "corpus", {"rows": 2}, {"files": "a"})
+        assert os.readlink(run / "corpus") == "../one/corpus"  # never a link to a link
+        assert artifacts.stage_identity(run / "corpus") == artifacts.stage_identity(first)
+    # Outside it is a stage like any other, and it may be moved with the runs.
+    (tmp_path / "moved").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    assert artifacts.open_stage(
+        tmp_path / "moved/two/corpus", "corpus", {"rows": 2}, {"files": "a"}
+    )
+
+
+@pytest.mark.parametrize(
+    "stage, settings, inputs, complete",
+    [
+        ("corpus", {"rows": 3}, {"files": "a"}, True),
+        ("corpus", {"rows": 2}, {"files": "b"}, True),
+        ("corpus", {"rows": 2, "new": 1}, {"files": "a"}, True),
+        ("other", {"rows": 2}, {"files": "a"}, True),
+        ("corpus", {"rows": 2}, {"files": "a"}, False),
+    ],
+)
+def test_what_differs_or_is_not_finished_is_made_again(tmp_path, stage, settings, inputs, complete):
+    one, two = tmp_path / "one", tmp_path / "two"
+    if complete:
+        _finish(one, "corpus", {"rows": 2}, {"files": "a"})
+    else:
+        artifacts.open_stage(one / "corpus", "corpus", {"rows": 2}, {"files": "a"})
+    with artifacts.borrowing(two, [one]):
+        assert not artifacts.open_stage(two / "corpus", stage, settings, inputs)
+    assert not (two / "corpus").is_symlink()
+
+
+def test_what_a_run_has_begun_itself_is_gone_on_with(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    artifacts.open_stage(two / "corpus", "corpus", {}, {})
+    _finish(one, "corpus", {})
+    with artifacts.borrowing(two, [one]):
+        assert not artifacts.open_stage(two / "corpus", "corpus", {}, {})
+        # Of other runs nothing is linked, nor is a stage that may not be.
+        assert not artifacts.open_stage(tmp_path / "three" / "corpus", "corpus", {}, {})
+    with artifacts.borrowing(tmp_path / "four", [one], ("proxy",)):
+        assert not artifacts.open_stage(tmp_path / "four" / "corpus", "corpus", {}, {})
+
+
+def test_a_link_whose_stage_is_gone_is_a_sentence(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    _finish(one, "corpus", {})
+    with artifacts.borrowing(two, [one]):
+        artifacts.open_stage(two / "corpus", "corpus", {}, {})
+    (one / "corpus").rename(one / "elsewhere")
+    with pytest.raises(UserError, match=r"a link to \.\./one/corpus, which is gone"):
+        artifacts.open_stage(two / "corpus", "corpus", {}, {})

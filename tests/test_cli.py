@@ -143,7 +143,7 @@ def test_no_key_of_the_schema_is_forgotten():
         "corpus": {"sources": [{"path": "a"}], "test": [{"path": "b"}], "beam": {}},
         "proxy": {"path": "p"},
         "student": {"init": {"path": "p", "first_layers": 1}},
-        "mesh": {"sample": {}, "score": {}, "distill": {}},
+        "mesh": {"sample": {}, "score": {}, "distill": {}, "evaluate": {}},
         "align": {"sampling": {"server": {"url": "http://127.0.0.1:8000", "api": "vllm"}}},
         "evaluate": {"benchmarks": {"gsm8k": "g"}},
     }

@@ -30,13 +30,13 @@ LAYERS = {
 }
 STAGES = (
     *("collect", "prepare", "align", "score", "distill", "evaluate", "export", "report"),
-    *("plan", "doctor", "verify", "run"),
+    *("plan", "doctor", "verify", "run", "tables"),
 )
 # The command line itself: above every room, beside the stages that it runs.
 LAYERS |= dict.fromkeys((*STAGES, "cli", "dry_run", "planning"), 5)
 DELIVERED = (
     *("prepare", "align", "score", "distill", "evaluate", "export", "report"),
-    *("plan", "run"),
+    *("plan", "run", "tables"),
 )
 
 ARRAYS = {"jax", "numpy", "optax", "chex", "flax", "ml_dtypes"}

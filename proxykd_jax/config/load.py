@@ -46,12 +46,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
       UserError: the file cannot be read, or any key is unknown, repeated, of a wrong type or out
         of range; every problem is in the one message.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise UserError(f"cannot read the config {path}: {reason}.") from error
-    data, problems = _parse_yaml(text, origin=str(path))
+    data, problems = _read_yaml(path, "config")
     return _build({} if data is None else data, problems, overrides, origin=str(path))
 
 
@@ -180,6 +175,16 @@ _Loader.add_implicit_resolver(
 )
 
 
+def _read_yaml(path: str | Path, what: str) -> tuple[Any, list[str]]:
+    """As ``_parse_yaml``, of a file; ``what`` it is called in messages."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise UserError(f"cannot read the {what} {path}: {reason}.") from error
+    return _parse_yaml(text, origin=str(path))
+
+
 def _parse_yaml(text: str, origin: str) -> tuple[Any, list[str]]:
     """The data (None where there is none) and what was found of repeated keys."""
     try:
@@ -262,7 +267,10 @@ def _expand_paths(node: Any, location: str = "") -> list[str]:
 # --- messages -------------------------------------------------------------------------------------
 
 
-def _explain(errors: list[ErrorDetails], *, unresolved_preset: bool) -> list[str]:
+def _explain(
+    errors: list[ErrorDetails], *, unresolved_preset: bool, root: type[BaseModel] = Config
+) -> list[str]:
+    """A sentence a problem of a file of which ``root`` is the schema."""
     problems = []
     for error in errors:
         location = [str(part) for part in error["loc"]]
@@ -274,7 +282,8 @@ def _explain(errors: list[ErrorDetails], *, unresolved_preset: bool) -> list[str
         if unresolved_preset and from_preset:
             continue  # the missing preset is reported itself
         shown = [part for i, part in enumerate(location) if not _is_tag(location, i)]
-        problems.append(f"{'.'.join(shown) or 'config'}: {_reason(error, location)}")
+        whole = "config" if root is Config else "table"
+        problems.append(f"{'.'.join(shown) or whole}: {_reason(error, location, root)}")
     return problems
 
 
@@ -292,13 +301,13 @@ def _has_preset_value(location: list[str]) -> bool:
     return True
 
 
-def _reason(error: ErrorDetails, location: list[str]) -> str:
+def _reason(error: ErrorDetails, location: list[str], root: type[BaseModel]) -> str:
     kind, got = error["type"], error.get("input")
     shown = "" if isinstance(got, dict | list) else f" (got {json.dumps(got, default=str)})"
     if kind == "extra_forbidden":
-        return f"unknown key; {_suggest(location)}{shown}"
+        return f"unknown key; {_suggest(location, root)}{shown}"
     if kind == "missing":
-        section = _section(location[:-1])
+        section = _section(location[:-1], root)
         field = section.model_fields.get(location[-1]) if section else None
         meaning = f": {field.description}" if field and field.description else ""
         return f"required{meaning}"
@@ -327,15 +336,15 @@ def _reason(error: ErrorDetails, location: list[str]) -> str:
     return f"{message}{shown}"
 
 
-def _suggest(location: list[str]) -> str:
+def _suggest(location: list[str], root: type[BaseModel]) -> str:
     """What an unknown key may have meant: a name like it, or its place in another section."""
     *parents, name = location
-    section = _section(parents)
+    section = _section(parents, root)
     names = list(section.model_fields) if section else []
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
     top = parents[0] if parents else ""
     elsewhere = sorted(
-        (key for key in _all_keys(Config) if key.rpartition(".")[2] == name),
+        (key for key in _all_keys(root) if key.rpartition(".")[2] == name),
         key=lambda key: (key.split(".")[0] != top, key),
     )
     if not close and elsewhere:
@@ -351,9 +360,9 @@ def _all_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _all_keys(inner, f"{prefix}{name}.")
 
 
-def _section(location: list[str]) -> type[BaseModel] | None:
+def _section(location: list[str], root: type[BaseModel]) -> type[BaseModel] | None:
     """The section class at a location, through optional values and lists."""
-    section: type[BaseModel] = Config
+    section: type[BaseModel] = root
     for place, part in enumerate(location):
         if part.isdigit():
             continue

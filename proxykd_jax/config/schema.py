@@ -605,6 +605,11 @@ class MeshConfig(AxesConfig):
     )
     score: AxesConfig | None = Field(None, description="another arrangement for score")
     distill: AxesConfig | None = Field(None, description="another arrangement for distill")
+    evaluate: AxesConfig | None = Field(
+        None,
+        description="another arrangement for evaluate, where answers are drawn too; for a model "
+        "that fits a device {} (all by data) is fastest",
+    )
 
     def of(self, work: Work) -> AxesConfig:
         """The arrangement for a kind of work."""

@@ -22,7 +22,7 @@ from proxykd_jax.reporting.run_folder import RunFolder
 
 _NAMES = {name.lower(): name for name in BENCHMARKS} | {"commonsenseqa": "CSQA", "bbeh": "BBH"}
 _HEADER = ("method", "student", "teacher", *BENCHMARKS, "average")
-_MISPRINT = "†"
+MISPRINT = "†"
 
 
 @dataclass(frozen=True)
@@ -85,17 +85,8 @@ def benchmarks(runs: Sequence[RunFolder]) -> Section:
     paper = [
         Fold("The paper's Table 1, all methods", [_paper_table("Table 1 of the paper", TABLE_1)]),
         Fold("The paper's Table 2, ablations", [_paper_table("Table 2 of the paper", TABLE_2)]),
-        Fold(
-            "The paper's Table 5, Qwen",
-            [
-                _paper_table(
-                    "Table 5 of the paper", TABLE_5,
-                    "The text of the paper that these figures are from breaks off before the "
-                    "table's last rows.",
-                )
-            ],
-        ),
-    ]  # fmt: skip
+        Fold("The paper's Table 5, Qwen", [_paper_table("Table 5 of the paper", TABLE_5)]),
+    ]
     if not any(own.values()):
         missing = Text(
             "No benchmarks were measured: eval/benchmarks/summary.json is not there.", missing=True
@@ -113,7 +104,7 @@ def benchmarks(runs: Sequence[RunFolder]) -> Section:
         "Accuracy, %",
         _HEADER,
         [*rows, *(_cells(row) for row in compared)],
-        _note(compared),
+        misprints(compared),
         digits=2,
         groups=groups,
     )
@@ -169,19 +160,24 @@ def _differences(run: RunFolder, several: bool) -> Table | None:
     return Table(title, header, rows, "Paired by question.", digits=2)
 
 
-def _paper_table(title: str, rows: Sequence[PaperRow], note: str = "") -> Table:
+def _paper_table(title: str, rows: Sequence[PaperRow]) -> Table:
     groups = {i: row.group for i, row in enumerate(rows) if not i or rows[i - 1].group != row.group}
-    note = f"{note} {_note(rows)}".strip()
-    return Table(title, _HEADER, [_cells(row) for row in rows], note, digits=2, groups=groups)
+    header: tuple[str, ...] = _HEADER
+    cells = [_cells(row) for row in rows]
+    if any(row.proxy for row in rows):
+        header = (*_HEADER[:2], "proxy", *_HEADER[2:])
+        cells = [(*c[:2], row.proxy, *c[2:]) for c, row in zip(cells, rows, strict=True)]
+    return Table(title, header, cells, misprints(rows), digits=2, groups=groups)
 
 
 def _cells(row: PaperRow) -> tuple[Value, ...]:
-    mark = f" {_MISPRINT}" if row.misprinted else ""
+    mark = f" {MISPRINT}" if row.misprinted else ""
     return (f"{row.method}{mark}", row.student, row.teacher, *row.scores,
             row.average if row.printed is None else row.printed)  # fmt: skip
 
 
-def _note(rows: Sequence[PaperRow]) -> str:
+def misprints(rows: Sequence[PaperRow]) -> str:
+    """A sentence on the averages that do not follow from their rows; empty where all do."""
     wrong = [
         f"{row.method}, {row.student}: printed {row.printed:.2f}, the six scores give "
         f"{row.average:.2f}"
@@ -190,4 +186,4 @@ def _note(rows: Sequence[PaperRow]) -> str:
     ]
     if not wrong:
         return ""
-    return f"{_MISPRINT} The average printed in the paper does not follow: {'; '.join(wrong)}."
+    return f"{MISPRINT} The average printed in the paper does not follow: {'; '.join(wrong)}."

@@ -38,12 +38,11 @@ def render(runs: Sequence[RunFolder]) -> str:
     Nothing of a run can keep it from having a page: a section that stumbles says so.
     """
     if len(runs) == 1:
-        title, chapters = runs[0].label, [Chapter("", run_sections(runs[0]))]
-    else:
-        title = " and ".join((", ".join(r.label for r in runs[:-1]), runs[-1].label))
-        chapters = [Chapter("", _comparison(runs))]
-        chapters += [Chapter(f"Run {r.label}", run_sections(r), folded=True) for r in runs]
-    return _html(title, chapters)
+        return page(runs[0].label, "report of a run", [Chapter("", run_sections(runs[0]))])
+    title = " and ".join((", ".join(r.label for r in runs[:-1]), runs[-1].label))
+    chapters = [Chapter("", _comparison(runs))]
+    chapters += [Chapter(f"Run {r.label}", run_sections(r), folded=True) for r in runs]
+    return page(title, "runs compared", chapters)
 
 
 def run_sections(run: RunFolder) -> list[Section]:
@@ -90,7 +89,14 @@ def _guarded(title: str, make: Callable[[], Section]) -> Section:
         return Section(title, [Text(told(error), missing=True)])
 
 
-def _html(title: str, chapters: Sequence[Chapter]) -> str:
+def page(title: str, about: str, chapters: Sequence[Chapter]) -> str:
+    """The HTML text of chapters.
+
+    Args:
+      title: its heading.
+      about: what kind of page it is, in the line above.
+      chapters: what stands on it.
+    """
     import jinja2
 
     numbers = itertools.count(1)
@@ -113,8 +119,8 @@ def _html(title: str, chapters: Sequence[Chapter]) -> str:
         num_colours=svg.NUM_COLOURS,
     )
     style = jinja2.utils.markupsafe.Markup((_FILES / "style.css").read_text(encoding="utf-8"))
-    page = environment.get_template("page.html")
-    return page.render(title=title, chapters=chapters, style=style) + "\n"
+    template = environment.get_template("page.html")
+    return template.render(title=title, about=about, chapters=chapters, style=style) + "\n"
 
 
 def _data_uri(text: str) -> str:
@@ -126,4 +132,4 @@ def _file_name(title: str) -> str:
     return "_".join(words[:8]) + ".csv"
 
 
-__all__ = ["Block", "Chapter", "render", "run_sections"]
+__all__ = ["Block", "Chapter", "page", "render", "run_sections"]

@@ -246,6 +246,16 @@ def test_two_averages_of_the_paper_do_not_follow():
     assert wrong == [("TAKD", "Llama-2-7B", 53.22, 54.22), ("Proxy-KD", "Llama-1-7B", 52.09, 51.26)]
 
 
+def test_the_papers_table_5_is_whole(page):
+    rows = page.csvs["table_5_of_the_paper.csv"]
+    assert rows[0][:4] == ["method", "student", "proxy", "teacher"]
+    assert rows[3] == [
+        *("Proxy-KD", "Qwen-2.5-7B", "Qwen-2.5-32B", "GPT-4"),
+        *("53.11", "89.64", "69.37", "75.21", "74.56", "71.28", "72.2"),
+    ]
+    assert "breaks off" not in page.text
+
+
 def test_benchmarks_stand_above_the_papers(folder):
     scores = {"agieval": 0.25, "arc": 0.5, "bbh": 0.4, "csqa": 0.6, "gsm8k": 0.3, "mmlu": 0.35}
     tasks = {name: {"accuracy": a, "se": 0.01, "n": 200} for name, a in scores.items()}

@@ -1,0 +1,127 @@
+"""A file of rows: the runs that a table of the paper is made of. Pydantic and yaml alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
+
+from proxykd_jax.config.load import _explain, _read_yaml, load_config
+from proxykd_jax.config.schema import Config
+from proxykd_jax.config.section import Section
+from proxykd_jax.errors import UserError
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+NONE = "–"
+
+
+class TableRow(Section):
+    """A row: its first columns as the paper prints them, and the run that it is measured on."""
+
+    name: Name = Field(description="of the row's run, and for --only")
+    group: str = Field(NONE, description="the heading that it stands under")
+    method: str = Field(description="the paper's column (Table 3: model and method)")
+    student: str = Field(NONE, description="the paper's column")
+    proxy: str = Field(NONE, description="the paper's column, in Table 5")
+    teacher: str = Field(NONE, description="the paper's column")
+    config: str | None = Field(
+        None, description="the run's recipe, seen from the table's file (default: the table's)"
+    )
+    set: tuple[str, ...] = Field((), description="keys changed in it, as --set takes them")
+    model: str = Field(
+        "student",
+        description="who answers the benchmarks: as in evaluate.benchmarks.models; a .jsonl of "
+        "collected outputs that is not there leaves the row out",
+    )
+    phase: Literal["warmup", "rounds", "student"] | None = Field(
+        None, description="Table 3: the steps that are timed"
+    )
+    after: Name | None = Field(
+        None, description="a row above with which it shares stages: as a job of its own it waits"
+    )
+
+
+class TableFile(Section):
+    """A table of the paper."""
+
+    table: Literal[1, 2, 3, 5] = Field(description="number of the paper's table")
+    name: Name = Field(description="of the table; runs lie in runs/<name>/<row>")
+    runs: str = Field("runs", description="a run links the finished stages of others below it")
+    config: str | None = Field(None, description="recipe of rows that name none")
+    set: tuple[str, ...] = Field((), description="keys changed in all rows, before the row's own")
+    note: str = Field("", description="a sentence above the table")
+    rows: tuple[TableRow, ...] = Field(min_length=1, description="rows, as the paper orders them")
+
+    _place: Path = PrivateAttr(Path())
+
+    @model_validator(mode="after")
+    def _fits(self) -> TableFile:
+        above: list[str] = []
+        for row in self.rows:
+            if row.name in above:
+                raise ValueError(f"two rows are called {row.name}")
+            if row.after is not None and row.after not in above:
+                raise ValueError(f"row {row.name}: after names no row above it ({row.after})")
+            if row.config is None and self.config is None:
+                raise ValueError(f"row {row.name}: neither the row nor the table names a config")
+            if (self.table == 3) != (row.phase is not None):
+                has = "needs a phase" if self.table == 3 else "has a phase, which is for Table 3"
+                raise ValueError(f"row {row.name} {has}")
+            above.append(row.name)
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Of the table and its runs."""
+        return Path(os.path.expandvars(self.runs)).expanduser() / self.name
+
+    def chosen(self, names: Sequence[str]) -> list[TableRow]:
+        """Rows by name, in the table's order; all, where none is named.
+
+        Raises:
+          UserError: there is no such row.
+        """
+        known = [row.name for row in self.rows]
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise UserError(f"--only {unknown[0]}: the rows are {', '.join(known)}.")
+        return [row for row in self.rows if row.name in names or not names]
+
+    def run_of(self, row: TableRow, overrides: Sequence[str] = ()) -> Config:
+        """The config of a row's run; ``overrides`` come last.
+
+        Raises:
+          UserError: as ``load_config``, with the row's name.
+        """
+        path = self._place / str(row.config or self.config)
+        changes = [*self.set, *row.set, *overrides]
+        changes += [f"name={row.name}", f"runs_dir={json.dumps(str(self.folder))}"]
+        if self.table != 3:
+            changes.append(f"evaluate.benchmarks.models={json.dumps([row.model])}")
+        try:
+            return load_config(path, changes)
+        except UserError as error:
+            raise UserError(f"row {row.name}: {error}") from error
+
+
+def load_table(path: str | Path) -> TableFile:
+    """Reads a table's file and checks it; its rows' configs are read by ``run_of``.
+
+    Raises:
+      UserError: the file cannot be read, or a key is unknown, repeated or of a wrong type; every
+        problem is in the one message.
+    """
+    data, problems = _read_yaml(path, "table")
+    try:
+        table = TableFile.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        problems += _explain(error.errors(), unresolved_preset=False, root=TableFile)
+    else:
+        if not problems:
+            table._place = Path(path).parent
+            return table
+    raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
