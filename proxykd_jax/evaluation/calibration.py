@@ -36,11 +36,10 @@ def binned(confidence_BL: np.ndarray, agreement_BL: np.ndarray, mask_BL: np.ndar
     return sums
 
 
-def expected_error(bins_M3: np.ndarray) -> float:
+def expected_error(bins_M3: np.ndarray) -> np.ndarray:
     """Expected calibration error of summed bins, in [0, 1]; further leading axes will do."""
     gaps = np.abs(bins_M3[..., 1] - bins_M3[..., 2]).sum(axis=-1)
-    error: float = gaps / bins_M3[..., 0].sum(axis=-1)
-    return error
+    return np.asarray(gaps / bins_M3[..., 0].sum(axis=-1))
 
 
 def calibration(bins_nM3: np.ndarray) -> dict[str, Any]:

@@ -258,7 +258,8 @@ def _backward_blocks(
     with own = grad out."""
     num_slots = k_BGCS.shape[-1]
     scale = q_BGRC.shape[-1] ** -0.5  # of the scores; multiplied where there is less of it
-    of_queries, of_keys, of_values = [], [], []
+    of_queries: list[jax.Array] = []
+    of_keys, of_values = jnp.zeros_like(k_BGCS), jnp.zeros_like(v_BGCS)
     for block in _blocks(num_slots, window):
         seen = slice(block.start, block.stop)
         queries_BGRC, grads_BGRC = (_rows(x, num_slots, block) for x in (q_BGRC, grad_BGRC))
@@ -271,12 +272,12 @@ def _backward_blocks(
         slope_BGRS = slope_BGRS.astype(q_BGRC.dtype)
         of_queries.append(_product("bgrs,bgcs->bgrc", slope_BGRS, k_BGCS[..., seen]) * scale)
         outside = ((0, 0), (0, 0), (0, 0), (block.start, num_slots - block.stop))
-        for total, left, right in (
-            (of_keys, queries_BGRC * scale, slope_BGRS),
-            (of_values, grads_BGRC, weights_BGRS.astype(grad_BGRC.dtype)),
-        ):
-            total.append(jnp.pad(_product("bgrc,bgrs->bgcs", left, right), outside))
-    return jnp.concatenate(of_queries, axis=2), sum(of_keys), sum(of_values)
+        part_BGCS = _product("bgrc,bgrs->bgcs", queries_BGRC * scale, slope_BGRS)
+        of_keys += jnp.pad(part_BGCS, outside)
+        weights_BGRS = weights_BGRS.astype(grad_BGRC.dtype)
+        part_BGCS = _product("bgrc,bgrs->bgcs", grads_BGRC, weights_BGRS)
+        of_values += jnp.pad(part_BGCS, outside)
+    return jnp.concatenate(of_queries, axis=2), of_keys, of_values
 
 
 _attend_causally.defvjp(_attend_causally_forward, _attend_causally_backward)
