@@ -145,7 +145,7 @@ def test_no_key_of_the_schema_is_forgotten():
         "student": {"init": {"path": "p", "first_layers": 1}},
         "mesh": {"sample": {}, "score": {}, "distill": {}, "evaluate": {}},
         "align": {"sampling": {"server": {"url": "http://127.0.0.1:8000", "api": "vllm"}}},
-        "evaluate": {"benchmarks": {"gsm8k": "g"}},
+        "evaluate": {"benchmarks": {"gsm8k": "g", "during": {"every": 1}}},
     }
     from proxykd_jax.config import make_config
 

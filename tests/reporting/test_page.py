@@ -129,9 +129,11 @@ def test_curves_of_both_stages_are_there_once(page):
 
 def test_held_out_measures_are_those_of_evaluate(made, page):
     models = read_json(made.folder / "eval" / "summary.json")["models"]
+    models = {name: found for name, found in models.items() if name in MODELS}  # without rounds
     rows = page.csvs["held_out_measures.csv"]
     assert len(rows) == 1 + 2 * len(models)
-    assert rows[0][4:] == ["agreement", "±", "NLL, nats", "±"]
+    called = ["agreement", "±", "NLL, nats", "±", "confidence", "calibration error", "±"]
+    assert rows[0][4:] == called
     measured = {(row[0], row[1]): row for row in rows[1:]}
     for model, found in models.items():
         for split, figures in found.items():
@@ -140,8 +142,27 @@ def test_held_out_measures_are_those_of_evaluate(made, page):
             expected = [
                 figures[m][k] for m in ("agreement", "nll") for k in ("token_mean", "token_se")
             ]
+            expected += [figures["calibration"][k] for k in ("confidence", "ece", "ece_se")]
             assert [float(cell) for cell in row[4:]] == expected
             assert shown(expected[0], 4) in page.text and shown(expected[2], 4) in page.text
+
+
+def test_the_proxy_is_shown_round_by_round_and_by_its_confidence(made, page):
+    models = read_json(made.folder / "eval" / "summary.json")["models"]
+    header, *rows = page.csvs["the_proxy_round_by_round.csv"]
+    assert [row[:2] for row in rows if row[1] == "test"] == [
+        [name, "test"] for name in ("proxy, raw", "proxy, warmed up", "proxy, round 1",
+                                    "proxy, aligned")
+    ]  # fmt: skip
+    of_round = {(row[0], row[1]): row for row in rows}["proxy, round 1", "test"]
+    figures = models["proxy_round_01"]["test"]
+    assert float(of_round[header.index("calibration error")]) == figures["calibration"]["ece"]
+    assert float(of_round[header.index("top 10 > 0.95")]) == figures["top_mass"]["10"]
+    drawn = page.csvs["agreement_by_confidence_test_rows.csv"][1:]
+    bins = models["student"]["test"]["calibration"]["bins"]
+    assert [(float(x), float(y)) for name, x, y in drawn if name == "student"] == [
+        (each["confidence"], each["agreement"]) for each in bins
+    ]
 
 
 def test_tables_show_what_their_csv_holds(made):
