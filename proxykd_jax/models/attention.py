@@ -208,16 +208,19 @@ def _in_parts(compute: Callable[..., Any], q_BGRC: Any, k_BGCS: Any, *rest: Any)
     fitting = max(_CACHE_BYTES // row_bytes, 1)
     at_once = next(n for n in range(num_batch, 0, -1) if num_batch % n == 0 and n <= fitting)
     # Rows that are spread over devices stay where they are.
-    if at_once == num_batch or jax.default_backend() != "cpu" or jax.device_count() > 1:
+    if at_once == num_batch or jax.device_count() > 1:
         return compute(q_BGRC, k_BGCS, *rest)
 
-    def parts(x: jax.Array) -> jax.Array:
-        x = jnp.broadcast_to(x, (num_batch, *x.shape[1:]))  # a mask may be of all rows
-        return x.reshape(-1, at_once, *x.shape[1:])
+    def part_by_part(*given: Any) -> Any:
+        def parts(x: jax.Array) -> jax.Array:
+            x = jnp.broadcast_to(x, (num_batch, *x.shape[1:]))  # a mask may be of all rows
+            return x.reshape(-1, at_once, *x.shape[1:])
 
-    given = jax.tree.map(parts, (q_BGRC, k_BGCS, *rest))
-    found = jax.lax.map(lambda part: compute(*part), given)
-    return jax.tree.map(lambda x: x.reshape(num_batch, *x.shape[2:]), found)
+        found = jax.lax.map(lambda part: compute(*part), jax.tree.map(parts, given))
+        return jax.tree.map(lambda x: x.reshape(num_batch, *x.shape[2:]), found)
+
+    # By what the program is compiled for, which need not be what is here.
+    return jax.lax.platform_dependent(q_BGRC, k_BGCS, *rest, cpu=part_by_part, default=compute)
 
 
 def _forward_blocks(

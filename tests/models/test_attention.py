@@ -96,6 +96,17 @@ def test_rows_that_are_computed_after_each_other_equal_all_at_once(monkeypatch, 
         np.testing.assert_allclose(one, other, atol=2e-5, rtol=1e-5)
 
 
+def test_rows_come_after_each_other_where_a_program_is_compiled_for_a_cpu(monkeypatch):
+    monkeypatch.setattr(attention_module, "_CACHE_BYTES", 1)
+    run = jax.jit(lambda *x: attention(*x, causal=True))
+    traced = run.trace(*inputs(length=64, slots=64))
+    loops = {
+        platform: "stablehlo.while" in traced.lower(lowering_platforms=(platform,)).as_text()
+        for platform in ("cpu", "cuda", "tpu")
+    }
+    assert loops == {"cpu": True, "cuda": False, "tpu": False}
+
+
 def test_gradients_are_those_of_differences():
     """float64 differences of the reference, for the derivative that is written out."""
     q, k, v = inputs()
