@@ -147,9 +147,13 @@ def _benchmark_curves(run: RunFolder) -> list[LinePlot]:
     """Accuracies that were logged while the student trained: ``benchmark/<name>``."""
     lines = run.of_stage("distill")
     names = sorted({name for line in lines for name in line if name.startswith("benchmark/")})
-    series = [Series(name.partition("/")[2], *points(lines, name), points=True) for name in names]
+    series = []
+    for name in names:
+        steps, shares = points(lines, name)
+        percent = [100 * share for share in shares]
+        series.append(Series(name.partition("/")[2], steps, percent, points=True))
     series = [one for one in series if one.xs]
-    return [LinePlot("Accuracy on benchmarks", "step", series)] if series else []
+    return [LinePlot("Accuracy on benchmarks, %", "step", series)] if series else []
 
 
 def other_series(run: RunFolder, stage: str, shown: set[str]) -> Fold | None:

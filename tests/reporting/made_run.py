@@ -197,6 +197,9 @@ def _distill(config: Config, log: MetricsLog, rng: Any) -> None:
             best = min(best, (held_out, step))
             values = {"validation/nll": held_out, "validation/agreement": 0.6 - 0.5 / step}
             log.write("distill", step, values, phase="train")
+        if step % 8 == 0:
+            shares = {"benchmark/arc": 0.25, "benchmark/gsm8k": step / 32}
+            log.write("distill", step, {**shares, "time/periodic_s": 2.0}, phase="train")
     folder = config.folder / "student"
     open_stage(folder, "distill", {}, {})
     complete_stage(

@@ -127,6 +127,17 @@ def test_curves_of_both_stages_are_there_once(page):
         assert names.count(f"{name}.csv") == 1
 
 
+def test_accuracies_while_the_student_learnt_are_drawn(page):
+    rows = page.csvs["accuracy_on_benchmarks.csv"][1:]
+    assert [(float(x), float(y)) for name, x, y in rows if name == "gsm8k"] == [
+        (8, 25),
+        (16, 50),
+        (24, 75),
+    ]
+    assert {y for name, _, y in rows if name == "arc"} == {"25.0"}
+    assert "need benchmarks during training" not in page.text
+
+
 def test_held_out_measures_are_those_of_evaluate(made, page):
     models = read_json(made.folder / "eval" / "summary.json")["models"]
     models = {name: found for name, found in models.items() if name in MODELS}  # without rounds
