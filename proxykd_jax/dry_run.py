@@ -299,11 +299,18 @@ def _check_server(config: Config, report: Report) -> None:
 def _check_benchmarks(config: Config, report: Report) -> None:
     """Whether the files of the benchmarks are there."""
     from proxykd_jax.data.files import list_files
+    from proxykd_jax.evaluation.tasks import hub_place
 
     settings = config.evaluate.benchmarks
     for task, path in settings.paths.items() if settings else ():
         try:
-            report.say("benchmark", f"{task}: {len(list_files(path))} files")
+            place = hub_place(path)
+            if place is None:
+                report.say("benchmark", f"{task}: {len(list_files(path))} files")
+            elif Path(place[0]).exists():
+                report.say("benchmark", f"{task}: {path}")
+            else:
+                raise UserError(f"{place[0]} is not on this machine")
         except UserError as error:
             report.unchecked.append(f"evaluate.benchmarks.{task}: {error}")
 

@@ -496,7 +496,11 @@ class DuringConfig(Section):
 class BenchmarksConfig(Section):
     """Benchmarks whose questions models answer, and how."""
 
-    agieval: str | None = Field(None, description="files of AGIEval: file, folder or glob")
+    agieval: str | None = Field(
+        None,
+        description="files of AGIEval: file, folder or glob; or a dataset of the hub, as "
+        "hub:NAME#SPLIT or hub:NAME#SUBSET/SPLIT, * for all subsets; the others likewise",
+    )
     arc: str | None = Field(None, description="files of ARC-Challenge")
     bbh: str | None = Field(None, description="files of BIG-Bench Hard, one a sub-task")
     csqa: str | None = Field(None, description="files of CommonsenseQA")

@@ -64,6 +64,17 @@ def read_dataset(name: str, split: str, subset: str | None) -> Iterator[tuple[Re
     yield from _records(iter(rows), f"{name}/{split}")
 
 
+def dataset_subsets(name: str) -> list[str]:
+    """Names of a Hugging Face dataset's configurations, sorted.
+
+    Raises:
+      UserError: there is no such dataset.
+    """
+    import datasets
+
+    return sorted(_call(f"the dataset {name}", lambda: datasets.get_dataset_config_names(name)))
+
+
 def _stream_dataset(name: str, split: str, subset: str | None) -> Any:
     import datasets
 

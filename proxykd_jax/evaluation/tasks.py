@@ -1,4 +1,4 @@
-"""The six benchmarks: their items with gold answers, read from official files and re-dumps."""
+"""The six benchmarks: their items with gold answers, from official files, re-dumps and the hub."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from proxykd_jax.data.files import list_files, read_file
 from proxykd_jax.data.golds import gold_of
 from proxykd_jax.data.normalise import normalised_words
 from proxykd_jax.data.records import RowProblem
+from proxykd_jax.data.tables import dataset_subsets, read_dataset
 from proxykd_jax.errors import UserError
 from proxykd_jax.evaluation.numbers import canonical
 from proxykd_jax.evaluation.words import pair_of
@@ -28,6 +29,7 @@ Kind = Literal["number", "choice", "maths", "true", "yes", "valid", "brackets", 
 _OPTION = re.compile(r"^\(([A-Z])\)[ \t]*(.*)$", re.MULTILINE)
 # "abstract_algebra_test.csv" is of the subject abstract_algebra.
 _PART = re.compile(r"[_-](?:test|dev|val|validation|train|rand_split)$")
+_HUB = re.compile(r"hub:([^#]+)#(?:([^/#]+)/)?([^/#]+)")
 _MOST_PROBLEMS = 0.1
 
 
@@ -60,18 +62,50 @@ def read_items(task: str, path: str, limit: int | None = None) -> list[Item]:
 
     Args:
       task: one of ``TASKS``.
-      path: file, folder or glob; official form or re-dump.
+      path: file, folder or glob, official form or re-dump; or a dataset, as of ``hub_place``.
       limit: of each sub-task at most so many.
 
     Raises:
       UserError: nothing is there, or a file is damaged, of another benchmark or without golds.
     """
     items: list[Item] = []
-    for file in list_files(path):
-        found = list(_items_of(task, file, limit))
+    for part, records in _parts(path):
+        found = list(_items_of(task, part, records, limit))
         several = {item.subtask for item in found if item.kind == "choice" and len(item.gold) > 1}
         items += [item._replace(several=item.subtask in several) for item in found]
     return _numbered(items)
+
+
+def hub_place(text: str) -> tuple[str, str | None, str] | None:
+    """(dataset, subset, split) of ``hub:NAME#SPLIT`` or ``hub:NAME#SUBSET/SPLIT``.
+
+    NAME is a dataset of the Hugging Face hub or a local folder of its form, and the subset ``*``
+    stands for all. None for what does not begin with ``hub:``.
+
+    Raises:
+      UserError: it does, and is neither of these.
+    """
+    if not text.startswith("hub:"):
+        return None
+    found = _HUB.fullmatch(text)
+    if found is None:
+        raise UserError(
+            f"evaluate.benchmarks: {text} must be hub:NAME#SPLIT or hub:NAME#SUBSET/SPLIT, such as "
+            "hub:openai/gsm8k#main/test."
+        )
+    return found[1], found[2], found[3]
+
+
+def _parts(path: str) -> Iterator[tuple[str, Iterator[tuple[Mapping[str, Any], str]]]]:
+    """(name, records with their origins) of each file or subset; the name says the sub-task."""
+    place = hub_place(path)
+    if place is None:
+        for file in list_files(path):
+            yield file.name.split(".")[0], read_file(file)
+        return
+    name, subset, split = place
+    for one in dataset_subsets(name) if subset == "*" else [subset]:
+        yield one or Path(name).name, read_dataset(name, split, one)
 
 
 def item_of(task: str, record: Mapping[str, Any], subtask: str, identity: str) -> Item | None:
@@ -98,11 +132,16 @@ def item_of(task: str, record: Mapping[str, Any], subtask: str, identity: str) -
     return Item(task, subtask, identity, question, choices, text, kind)
 
 
-def _items_of(task: str, file: Path, limit: int | None) -> Iterator[Item]:
+def _items_of(
+    task: str,
+    part: str,
+    records: Iterator[tuple[Mapping[str, Any], str]],
+    limit: int | None,
+) -> Iterator[Item]:
     counts: dict[str, int] = {}
     seen = without = 0
     problem = ""
-    for record, origin in read_file(file):
+    for record, origin in records:
         if not seen and benchmark_format(record) != task:
             raise UserError(
                 f"evaluate.benchmarks: {origin} is not of {task}, whose form is "
@@ -110,7 +149,7 @@ def _items_of(task: str, file: Path, limit: int | None) -> Iterator[Item]:
             )
         for example, place in benchmark_examples(task, record, origin):
             seen += 1
-            subtask = _subtask(task, file, example)
+            subtask = _subtask(task, part, example)
             if limit is not None and counts.get(subtask, 0) >= limit:
                 continue
             try:
@@ -126,18 +165,18 @@ def _items_of(task: str, file: Path, limit: int | None) -> Iterator[Item]:
             yield item
     if without > _MOST_PROBLEMS * seen:
         raise UserError(
-            f"evaluate.benchmarks: {without} of {seen} questions of {file} have no gold answer or "
+            f"evaluate.benchmarks: {without} of {seen} questions of {part} have no gold answer or "
             f"are damaged{problem}. Name the part of {task} whose answers are public."
         )
 
 
-def _subtask(task: str, file: Path, record: Mapping[str, Any]) -> str:
+def _subtask(task: str, part: str, record: Mapping[str, Any]) -> str:
     if task in ("arc", "csqa", "gsm8k"):
         return ""
     for key in ("subject", "subtask", "task"):
         if isinstance(record.get(key), str):
             return str(record[key])
-    return _PART.sub("", file.name.split(".")[0])
+    return _PART.sub("", part)
 
 
 def _numbered(items: list[Item]) -> list[Item]:
