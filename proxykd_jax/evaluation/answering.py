@@ -10,6 +10,7 @@ import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,12 @@ from proxykd_jax.data.template import Renderer
 from proxykd_jax.data.tokenizer import check_embedding_rows, load_tokenizer
 from proxykd_jax.errors import UserError
 from proxykd_jax.evaluation.candidates import Candidate, Collected, Server
-from proxykd_jax.evaluation.measures import measure
+from proxykd_jax.evaluation.measures import RowMeasures, measure
 from proxykd_jax.evaluation.outputs import Answering, Line
 from proxykd_jax.evaluation.prompts import prompt_hash, prompt_of, question_alone
 from proxykd_jax.evaluation.tasks import Item
 from proxykd_jax.generation.sampler import Sample
+from proxykd_jax.generation.samples import SampleFunction
 from proxykd_jax.generation.server import Connection
 from proxykd_jax.peers import on_first
 from proxykd_jax.training.answers import make_draw
@@ -58,6 +60,35 @@ class Speaker:
         """Tokens that end an answer."""
         return self.renderer.end_token_ids
 
+    def drawing(
+        self, *, seed: int, batch_size: int, temperature: float = 0.0, top_p: float = 1.0
+    ) -> SampleFunction:
+        """The sampler bound to the model, rows split over the mesh; greedy at temperature 0."""
+        return make_draw(
+            self.model.config,
+            self.model.params,
+            self.model.adapter,
+            corpus=self,
+            mesh=self.mesh,
+            seed=seed,
+            round_index=0,
+            batch_size=batch_size,
+            temperature=temperature,
+            top_p=top_p,
+        )
+
+    def measured(self, rows: Sequence[TokenRow], batch_size: int) -> RowMeasures:
+        """NLL and agreement of the rows' answers."""
+        return measure(
+            self.model.config,
+            self.model.params,
+            self.model.adapter,
+            RowsInMemory(list(rows)),
+            batch_size=batch_size,
+            top_ks=(),
+            mesh=self.mesh,
+        )
+
     def text_of(self, answer: Sample) -> str:
         """What was said, without control tokens."""
         tokens = answer.tokens[:-1] if answer.finished else answer.tokens
@@ -70,20 +101,20 @@ def speaker(config: Config, candidate: Candidate, mesh: Mesh) -> Speaker:
     Raises:
       UserError: files are missing or do not fit.
     """
-    renderer = renderer_of(config, candidate)
+    renderer = renderer_of(config, candidate.tokenizer)
     model = candidate.load(mesh)
     check_embedding_rows(renderer.tokenizer, model.config.vocab_size, str(model.folder))
     return Speaker(model, renderer, mesh)
 
 
-def renderer_of(config: Config, candidate: Candidate) -> Renderer:
+def renderer_of(config: Config, own_tokenizer: Path | None = None) -> Renderer:
     """The run's template with the run's tokenizer, or with the model's own where it has another.
 
     The corpus's end tokens belong to the run's tokenizer; with another one its EOS ends an answer.
     """
     tokenizer, ends = load_tokenizer(config), config.corpus.end_tokens
-    if candidate.tokenizer is not None:
-        own = load_tokenizer(candidate.tokenizer)
+    if own_tokenizer is not None:
+        own = load_tokenizer(own_tokenizer)
         if own.vocabulary != tokenizer.vocabulary:
             ends = None
         tokenizer = own
@@ -98,17 +129,7 @@ def generating(
     Where a prompt leaves no room in the model's context, the output is empty and unfinished.
     """
     model = speaker.model
-    draw = make_draw(
-        model.config,
-        model.params,
-        model.adapter,
-        corpus=speaker,
-        mesh=speaker.mesh,
-        seed=seed,
-        round_index=0,
-        batch_size=batch_size,
-        temperature=0.0,
-    )
+    draw = speaker.drawing(seed=seed, batch_size=batch_size)
 
     def answer(places: Sequence[int]) -> list[Line]:
         asked = [prompt_of(items[place]) for place in places]
@@ -146,16 +167,7 @@ def comparing(speaker: Speaker, items: Sequence[Item], *, batch_size: int) -> An
         logliks = np.full(len(encoded), np.nan)
         fitting = [row for row, fits in zip(encoded, kept, strict=True) if fits]
         if fitting:
-            found = measure(
-                model.config,
-                model.params,
-                model.adapter,
-                RowsInMemory(fitting),
-                batch_size=batch_size,
-                top_ks=(),
-                mesh=speaker.mesh,
-            )
-            logliks[np.array(kept)] = -found.nll
+            logliks[np.array(kept)] = -speaker.measured(fitting, batch_size).nll
         return [_compared(items[place], owners, logliks, place) for place in places]
 
     return answer

@@ -46,7 +46,7 @@ from proxykd_jax.evaluation.prompts import (
     question_alone,
 )
 from proxykd_jax.evaluation.scoring import BY_LENGTH, COMPARED, described, summarise
-from proxykd_jax.evaluation.tasks import Item, read_items
+from proxykd_jax.evaluation.tasks import Item, files_of, read_items
 from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.parallel.sharding import check_rows
 from proxykd_jax.peers import on_first, say
@@ -120,16 +120,8 @@ def run_benchmarks(
 
 
 def _asks(settings: BenchmarksConfig, tasks: Sequence[str]) -> list[Ask]:
-    unknown = [task for task in tasks if task not in settings.paths]
-    if unknown:
-        raise UserError(
-            f"evaluate: no files of {', '.join(unknown)} are named under evaluate.benchmarks, "
-            f"which has {', '.join(settings.paths)}."
-        )
     asks = []
-    for task, path in settings.paths.items():
-        if tasks and task not in tasks:
-            continue
+    for task, path in files_of(settings, tasks, "evaluate").items():
         items = read_items(task, path, settings.limit)
         if settings.mode != COMPARE:
             asks.append(Ask(task, GENERATE, items))
@@ -199,7 +191,7 @@ def _of_model(
                 ask.items,
                 scored[ask.name],
                 Respondent(
-                    renderer_of(config, who),
+                    renderer_of(config, who.tokenizer),
                     load,
                     batch_size=settings.batch_size,
                     seed=config.seed,
@@ -229,7 +221,7 @@ def _decisive(config: Config, settings: BenchmarksConfig, who: Who, ask: Ask) ->
     if ask.mode == GENERATE and not isinstance(who, Collected):
         found["max_new_tokens"] = settings.max_new_tokens
     if isinstance(who, Candidate):
-        renderer = renderer_of(config, who)
+        renderer = renderer_of(config, who.tokenizer)
         found["tokenizer"] = renderer.tokenizer.digest
         found["template"] = renderer.template_digest
         found["end_tokens"] = list(renderer.end_token_ids)

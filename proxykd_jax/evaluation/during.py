@@ -6,12 +6,9 @@ from jax.sharding import Mesh
 
 from proxykd_jax.config import Config
 from proxykd_jax.data.order import permutation
-from proxykd_jax.data.template import Renderer
-from proxykd_jax.data.tokenizer import load_tokenizer
-from proxykd_jax.errors import UserError
-from proxykd_jax.evaluation.answering import Speaker, generating
+from proxykd_jax.evaluation.answering import Speaker, generating, renderer_of
 from proxykd_jax.evaluation.extraction import extract, is_right
-from proxykd_jax.evaluation.tasks import Item, read_items
+from proxykd_jax.evaluation.tasks import Item, files_of, read_items
 from proxykd_jax.parallel.sharding import check_rows
 from proxykd_jax.peers import stop_if_wanted
 from proxykd_jax.training.loop import Periodic
@@ -36,18 +33,12 @@ def accuracy_while_training(config: Config, mesh: Mesh) -> Periodic | None:
         return None
     during = benchmarks.during
     check_rows(benchmarks.batch_size, mesh, "evaluate.benchmarks.batch_size")
-    tasks = during.tasks or tuple(benchmarks.paths)
-    unknown = [task for task in tasks if task not in benchmarks.paths]
-    if unknown:
-        raise UserError(
-            f"evaluate.benchmarks.during.tasks: no files of {', '.join(unknown)} are named under "
-            f"evaluate.benchmarks, which has {', '.join(benchmarks.paths)}."
-        )
+    files = files_of(benchmarks, during.tasks or (), "evaluate.benchmarks.during.tasks")
     asked = {
-        task: drawn(read_items(task, benchmarks.paths[task]), during.items, config.seed)
-        for task in tasks
+        task: drawn(read_items(task, path), during.items, config.seed)
+        for task, path in files.items()
     }
-    renderer = Renderer(load_tokenizer(config), config.corpus.template, config.corpus.end_tokens)
+    renderer = renderer_of(config)
 
     def figures(model: Model) -> dict[str, float]:
         speaker = Speaker(model, renderer, mesh)

@@ -21,14 +21,12 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from proxykd_jax.data.collate import RowsInMemory, TokenRow
+from proxykd_jax.data.collate import TokenRow
 from proxykd_jax.data.records import Message, TextRow
 from proxykd_jax.data.template import Renderer
 from proxykd_jax.errors import UserError
 from proxykd_jax.evaluation.answering import FEWEST_TOKENS, Speaker
-from proxykd_jax.evaluation.measures import measure
 from proxykd_jax.peers import say, stop_if_wanted
-from proxykd_jax.training.answers import make_draw
 
 # Of a request that does not say; as in the harness's own models.
 _MAX_NEW_TOKENS = 256
@@ -141,14 +139,8 @@ class Respondent:
                 for place, wish in enumerate(wishes)
                 if (wish.temperature, wish.top_p) == (temperature, top_p)
             ]
-            draw = make_draw(
-                model.config,
-                model.params,
-                model.adapter,
-                corpus=speaker,
-                mesh=speaker.mesh,
+            draw = speaker.drawing(
                 seed=self._seed,
-                round_index=0,
                 batch_size=self._batch_size,
                 temperature=temperature,
                 top_p=top_p,
@@ -278,15 +270,7 @@ class Respondent:
                     f"a continuation is longer than the model's context of {longest - 1} tokens."
                 )
         if asked:
-            sums = measure(
-                model.config,
-                model.params,
-                model.adapter,
-                RowsInMemory(list(asked.values())),
-                batch_size=self._batch_size,
-                top_ks=(),
-                mesh=speaker.mesh,
-            )
+            sums = speaker.measured(list(asked.values()), self._batch_size)
             greedy = sums.agreement == sums.tokens
             for place, nll, is_greedy in zip(asked, sums.nll, greedy, strict=True):
                 found[place] = (-float(nll), bool(is_greedy))
@@ -394,7 +378,7 @@ def _named_respondent(arguments: Mapping[str, Any], batch_size: Any) -> Responde
     mesh = make_mesh(config.mesh.of("evaluate"))
     check_rows(rows, mesh, "the batch size")
     return Respondent(
-        renderer_of(config, who),
+        renderer_of(config, who.tokenizer),
         functools.cache(lambda: speaker(config, who, mesh)),
         batch_size=rows,
         seed=config.seed,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from proxykd_jax.config.schema import BenchmarksConfig
 from proxykd_jax.data.benchmarks import (
     BENCHMARK_KEYS,
     benchmark_examples,
@@ -74,6 +75,26 @@ def read_items(task: str, path: str, limit: int | None = None) -> list[Item]:
         several = {item.subtask for item in found if item.kind == "choice" and len(item.gold) > 1}
         items += [item._replace(several=item.subtask in several) for item in found]
     return _numbered(items)
+
+
+def files_of(settings: BenchmarksConfig, tasks: Sequence[str], where: str) -> dict[str, str]:
+    """Where the files of the named tasks are, of all where none is named.
+
+    Args:
+      settings: with the files.
+      tasks: some of the tasks that it names.
+      where: they were named, for the message.
+
+    Raises:
+      UserError: it has no files of one of them.
+    """
+    unknown = [task for task in tasks if task not in settings.paths]
+    if unknown:
+        raise UserError(
+            f"{where}: no files of {', '.join(unknown)} are named under evaluate.benchmarks, which "
+            f"has {', '.join(settings.paths)}."
+        )
+    return {task: path for task, path in settings.paths.items() if task in tasks or not tasks}
 
 
 def hub_place(text: str) -> tuple[str, str | None, str] | None:

@@ -62,7 +62,7 @@ def respondent_of(
             assert isinstance(who, Candidate)
             spoken = speaker(config, who, make_mesh(config.mesh.of("evaluate")))
             made[folder] = Respondent(
-                renderer_of(config, who), lambda: spoken, batch_size=4, seed=0
+                renderer_of(config, who.tokenizer), lambda: spoken, batch_size=4, seed=0
             )
         return made[folder]
 
