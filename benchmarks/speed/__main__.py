@@ -30,6 +30,11 @@ from proxykd_jax.errors import UserError
 # small pages are made one by one. A step of 15M takes 0.89 of the time with them, PyTorch's 0.94,
 # and Tunix's 1.28: it does without.
 _TUNABLES, _HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
+# Memory is taken as it is needed, and not most of the device at the beginning.
+_SHARED_DEVICE = {
+    OURS: {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+    TORCH: {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
+}
 
 
 def chosen(cases: list[Case], only: str | None) -> list[Case]:
@@ -92,6 +97,9 @@ def main(argv: list[str] | None = None) -> int:
     except WorkerFailed as failure:
         print(f"error: this library's own worker does not start: {failure}", file=sys.stderr)
         return 2
+    if backend == "gpu":  # which the tools share
+        for tool, variables in _SHARED_DEVICE.items():
+            bench.environments[tool] = {**bench.environments.get(tool, {}), **variables}
     machine = _machine(backend, arguments.quick)
     if any(e.tool == TORCH for case in cases for e in case.entries) and backend == "cpu":
         machine["OMP_WAIT_POLICY of PyTorch"] = faster_waiting(bench)

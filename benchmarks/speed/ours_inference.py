@@ -12,6 +12,7 @@ import numpy as np
 from benchmarks.speed.ours_models import device_peak, load, token_rows
 from benchmarks.speed.protocol import Program, best_of
 from benchmarks.speed.rows import TOP_K, Rows
+from benchmarks.speed.shapes import compared
 from proxykd_jax.generation.sampler import sample
 from proxykd_jax.generation.score_rows import Positions, RowScorer
 from proxykd_jax.generation.scoring import soft_labels_of_hidden
@@ -73,14 +74,14 @@ def sampling(task: dict[str, Any]) -> Program:
 
     No token ends an answer, so every tool draws the same number of tokens.
     """
-    config, params, adapter = load(task)
     rows = Rows.load(task["rows"])
     prompts = [row.prompt for row in token_rows(rows)]
     budgets = (rows.lengths - rows.prompt_lengths).tolist()
     names = [str(index) for index in range(len(rows))]
     seeds = iter(range(1, 1 << 30))
 
-    def draw(batch_size: int, some: list[int], temperature: float) -> Any:
+    def draw(model: Any, batch_size: int, some: list[int], temperature: float) -> Any:
+        config, params, adapter = model
         return sample(
             params,
             adapter,
@@ -95,15 +96,16 @@ def sampling(task: dict[str, Any]) -> Program:
             batch_size=batch_size,
         )
 
+    # Of few rows, so that no two logits lie within rounding of each other.
+    few = task["greedy_rows"]
+    some = [task["greedy_tokens"]] * few + [0] * (len(rows) - few)
+    greedy = draw(load(compared(task)), few, some, 0.0)[:few]
+    model = load(task)
     ways = {
-        f"batch_size={size}": functools.partial(draw, size, budgets, 1.0)
+        f"batch_size={size}": functools.partial(draw, model, size, budgets, 1.0)
         for size in task["batch_sizes"]
     }
     run, settings = best_of(ways)
-    # Of few rows, so that no two logits lie within rounding of each other.
-    compared = task["greedy_rows"]
-    some = [task["greedy_tokens"]] * compared + [0] * (len(rows) - compared)
-    greedy = draw(compared, some, 0.0)[:compared]
     return Program(
         run=run,
         results=mean_ids(np.array([found.tokens for found in greedy])),

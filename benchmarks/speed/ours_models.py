@@ -46,7 +46,8 @@ def make(task: dict[str, Any]) -> dict[str, Any]:
     folder = Path(task["folder"])
     config = model_config(shape)
     if not (folder / "model").exists():
-        params = init_params(jax.random.key(0), config, shape.dtype)
+        init = jax.jit(init_params, static_argnames=("config", "dtype"))
+        params = init(jax.random.key(0), config, shape.dtype)
         save_model(folder / "model", config, params, dtype=shape.dtype)
     if not (folder / "adapter").exists():
         lora_config = config.replace(lora=LoraConfig(rank=LORA_RANK, alpha=LORA_ALPHA))

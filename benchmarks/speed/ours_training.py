@@ -201,15 +201,25 @@ def training(task: dict[str, Any]) -> Program:
         results=results,
         settings=settings,
         units=float(rows.answer_tokens),
-        flops=_flops(trainer.config, task, work, rows),
+        flops=_flops(trainer.config, task, work, rows, settings),
         peak=device_peak(),
     )
 
 
-def _flops(config: ModelConfig, task: dict[str, Any], work: str, rows: Rows) -> float:
-    """Counted for rows of one length; what remat computes again is not model work."""
-    length = int(rows.lengths.max()) if len(set(rows.lengths.tolist())) == 1 else 0
-    count = len(rows) * (2 if work.startswith("dpo") else 1)
+def _flops(
+    config: ModelConfig, task: dict[str, Any], work: str, rows: Rows, settings: list[dict[str, Any]]
+) -> float:
+    """Counted for rows of one length, in the way that was chosen; what remat computes again is not
+    model work. 0 for rows of mixed lengths."""
+    if len(set(rows.lengths.tolist())) > 1:
+        return 0.0
+    count, length = len(rows), int(rows.lengths.max())
+    if work.startswith("dpo"):
+        chosen = next(one["name"] for one in settings if one.get("chosen"))
+        if "share_prompt=True" in chosen:
+            length += length - int(rows.prompt_lengths.max())  # both answers behind one prompt
+        else:
+            count *= 2
     return step_flops(config, count, length, full=not task.get("lora"), remat="none")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +62,12 @@ SHAPES = {
 
 
 def shape_of(task: dict[str, Any]) -> Shape:
-    """The shape of a task, with the vocabulary that it may ask for instead."""
+    """The shape of a task, with the vocabulary and the type that it may ask for instead."""
     shape = SHAPES[task["shape"]]
-    vocab = task.get("vocab") or shape.vocab
-    return Shape(**{**vars(shape), "vocab": vocab})
+    changed = {name: task.get(name) or getattr(shape, name) for name in ("vocab", "dtype")}
+    return dataclasses.replace(shape, **changed)
+
+
+def compared(task: dict[str, Any]) -> dict[str, Any]:
+    """The task whose greedy answers are compared: in bfloat16 many would turn on a rounding."""
+    return {**task, "dtype": "float32"}

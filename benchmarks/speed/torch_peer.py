@@ -1,30 +1,35 @@
 """The worker of PyTorch: transformers, PEFT and TRL; ``python -m benchmarks.speed.torch_peer``.
 
 Settings that are tried, each timed and listed: TRL's fused head (what its trainers put on a model)
-or whole logits with its losses, both with and without ``torch.compile``. Attention is SDPA,
-the optimizer fused AdamW, and all cores work.
+or whole logits with its losses, both with the kernels of PyTorch, with ``torch.compile``, and on a
+GPU with Liger's kernels for layers (TRL's ``use_liger_kernel``). Attention is SDPA, the optimizer
+fused AdamW, and all cores work.
 """
 
 from __future__ import annotations
 
 import functools
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from transformers.models.llama import modeling_llama
 
 from benchmarks.speed.protocol import Program, best_of, serve
 from benchmarks.speed.rows import Rows
-from benchmarks.speed.shapes import shape_of
+from benchmarks.speed.shapes import compared, shape_of
 from benchmarks.speed.torch_losses import LOSSES
 
-LEARNING_RATE = 1e-5
+# So small that all settings begin at the same loss; a step takes as long with any.
+LEARNING_RATE = 1e-8
 IGNORED = -100
 
 Batch = dict[str, torch.Tensor]
+Kernels = Literal["eager", "compiled", "liger"]
 
 
 def device() -> torch.device:
@@ -32,16 +37,20 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load(task: dict[str, Any]) -> Any:
-    """The model of a task, with its adapter if it has one."""
-    from transformers import LlamaForCausalLM
+@functools.cache
+def _own_kernels() -> dict[str, Any]:
+    """What Liger puts its own in place of, in transformers."""
+    names = ("LlamaRMSNorm", "LlamaMLP", "apply_rotary_pos_emb")
+    return {name: getattr(modeling_llama, name) for name in names}
 
+
+def load(task: dict[str, Any]) -> Any:
+    """The base model of a task."""
     folder = Path(task["folder"])
     dtype = getattr(torch, shape_of(task).dtype)
-    model: Any = LlamaForCausalLM.from_pretrained(
-        folder / "model", dtype=dtype, attn_implementation="sdpa"
+    model: Any = modeling_llama.LlamaForCausalLM.from_pretrained(
+        folder / "model", dtype=dtype, attn_implementation="sdpa", device_map={"": device()}
     )
-    model = model.to(device())
     model.config.use_cache = False
     return model
 
@@ -102,12 +111,19 @@ def batches(work: str, rows: Rows, task: dict[str, Any]) -> list[list[int]]:
 
 
 class Trainer:
-    """A model in training, in one setting."""
+    """A model in training, with one kind of kernels and the head that is asked for."""
 
-    def __init__(self, task: dict[str, Any], head: str, compiled: bool) -> None:
-        self._work, self._loss = task["work"], LOSSES[task["work"]][head]
+    def __init__(self, task: dict[str, Any], kernels: Kernels) -> None:
+        self._work = task["work"]
+        for name, one in _own_kernels().items():
+            setattr(modeling_llama, name, one)  # where those of another setting may stand
         base = load(task)
-        if head == "fused":
+        if kernels == "liger":
+            from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+            # As TRL asks for it: of the layers alone, because the head is its own.
+            apply_liger_kernel_to_llama(model=base, fused_linear_cross_entropy=False)
+        if "fused" in LOSSES[self._work]:
             from trl.trainer.utils import add_fused_lm_head
 
             extra = ("entropy", "is_top1") if self._work == "sft" else ()
@@ -117,27 +133,31 @@ class Trainer:
         self._optimizer = torch.optim.AdamW(learnt, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
         self._learnt = learnt
         self._autocast = shape_of(task).dtype != "float32"
-        # Rows of one length compile for this length, others for any.
         self._call: Any = self.model
-        if compiled:
+        if kernels == "compiled" and device().type == "cuda":
+            # All layers share one program: whole, a model of 32 layers compiles for many minutes.
+            for layer in base.model.layers:
+                layer.compile()
+        elif kernels == "compiled":
+            # Rows of one length compile for this length, others for any.
             self._call = torch.compile(self.model, dynamic=task.get("dynamic"))
 
-    def gradients(self, batch: Batch) -> torch.Tensor:
+    def gradients(self, batch: Batch, head: str) -> torch.Tensor:
         """The loss, whose gradients are left in the parameters."""
         self._optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device().type, torch.bfloat16, enabled=self._autocast):
-            loss = self._loss(self._call, batch)
+            loss = LOSSES[self._work][head](self._call, batch)
         loss.backward()
         return loss
 
-    def step(self, batch: Batch) -> None:
+    def step(self, batch: Batch, head: str) -> None:
         """One step."""
-        self.gradients(batch)
+        self.gradients(batch, head)
         self._optimizer.step()
 
-    def check(self, batch: Batch) -> dict[str, float]:
+    def check(self, batch: Batch, head: str) -> dict[str, float]:
         """Loss and gradient norm."""
-        loss = self.gradients(batch)
+        loss = self.gradients(batch, head)
         squares = [p.grad.float().square().sum() for p in self._learnt if p.grad is not None]
         return {"loss": float(loss), "grad_norm": float(torch.stack(squares).sum().sqrt())}
 
@@ -147,32 +167,44 @@ def training(task: dict[str, Any]) -> Program:
     work = task["work"]
     rows = Rows.load(task["rows"])
     planned = batches(work, rows, task)
+    first = collate(work, rows, list(range(task["batch_size"])))
+    kept: dict[Kernels, Trainer] = {}
+    checked: set[str] = set()
     results: dict[str, float] = {}
-    kept: dict[str, Trainer] = {}
 
-    def way(head: str, compiled: bool) -> Callable[[], None]:
-        def run() -> None:
-            name = _name(head, compiled)
-            if name not in kept:
-                kept[name] = Trainer(task, head, compiled)
-                found = kept[name].check(collate(work, rows, list(range(task["batch_size"]))))
-                _same(results.setdefault("loss", found["loss"]), found["loss"], name)
-                results.setdefault("grad_norm", found["grad_norm"])
-            for places in planned:
-                kept[name].step(collate(work, rows, places))
+    def trainer(kernels: Kernels) -> Trainer:
+        """The one with these kernels; another's memory is given back before it is made."""
+        if kernels not in kept:
+            kept.clear()
+            gc.collect()
             if device().type == "cuda":
-                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+            kept[kernels] = Trainer(task, kernels)
+        return kept[kernels]
 
-        return run
+    def epoch(head: str, kernels: Kernels) -> None:
+        name = _name(head, kernels)
+        if name not in checked:
+            checked.add(name)
+            found = trainer(kernels).check(first, head)
+            _same(results.setdefault("loss", found["loss"]), found["loss"], name)
+            results.setdefault("grad_norm", found["grad_norm"])
+        for places in planned:
+            trainer(kernels).step(collate(work, rows, places), head)
+        if device().type == "cuda":
+            torch.cuda.synchronize()
 
-    modes = (False, True) if task.get("compile") else (False,)
-    ways = {
-        _name(head, compiled): way(head, compiled) for head in LOSSES[work] for compiled in modes
+    heads = list(LOSSES[work])
+    tried: list[tuple[str, Kernels]] = [(head, "eager") for head in heads]
+    if task.get("compile") and device().type == "cuda":
+        tried += [(heads[0], "compiled"), (heads[0], "liger")]
+    elif task.get("compile"):
+        tried += [(head, "compiled") for head in heads]
+    ways: dict[str, Callable[[], object]] = {
+        _name(head, kernels): functools.partial(epoch, head, kernels) for head, kernels in tried
     }
     run, settings = best_of(ways)
-    best = next(one["name"] for one in settings if one.get("chosen"))
-    for name in [name for name in kept if name != best]:
-        del kept[name]  # its memory is not the chosen way's
+    run()  # another's kernels may have been the last
     if not task.get("compile"):
         settings.append({"name": "torch.compile", "error": "not tried here"})
     return Program(
@@ -184,8 +216,8 @@ def training(task: dict[str, Any]) -> Program:
     )
 
 
-def _name(head: str, compiled: bool) -> str:
-    return f"head={head}, torch.compile={'on' if compiled else 'off'}"
+def _name(head: str, kernels: Kernels) -> str:
+    return f"head={head}, kernels={kernels}"
 
 
 def _same(first: float, second: float, name: str) -> None:
@@ -207,11 +239,10 @@ def peak() -> Callable[[], int]:
 def sampling(task: dict[str, Any]) -> Program:
     """Answers by ``generate``; a batch goes on to the longest of its answers."""
     rows = Rows.load(task["rows"])
-    model = load(task).eval()
     prompts = [row[:prompt] for row, prompt in zip(rows.tokens, rows.prompt_lengths, strict=True)]
     budgets = (rows.lengths - rows.prompt_lengths).tolist()
 
-    def generate(places: list[int], most: int, draw: bool) -> torch.Tensor:
+    def generate(model: Any, places: list[int], most: int, draw: bool) -> torch.Tensor:
         longest = max(len(prompts[i]) for i in places)
         ids_BL = np.zeros((len(places), longest), np.int64)
         mask_BL = np.zeros((len(places), longest), np.int64)
@@ -235,9 +266,13 @@ def sampling(task: dict[str, Any]) -> Program:
     def draw_all(order: list[int], size: int) -> None:
         for start in range(0, len(order), size):
             places = order[start : start + size]
-            generate(places, max(budgets[i] for i in places), True)
+            generate(model, places, max(budgets[i] for i in places), True)
 
     given = list(range(len(rows)))
+    few = given[: task["greedy_rows"]]
+    answers = generate(load(compared(task)).eval(), few, task["greedy_tokens"], False)
+    greedy = answers.cpu().numpy().mean(axis=0)
+    model = load(task).eval()
     by_budget = sorted(given, key=lambda i: (budgets[i], len(prompts[i])))
     ways: dict[str, Callable[[], object]] = {
         f"{name}, batch_size={size}": functools.partial(draw_all, order, size)
@@ -245,12 +280,6 @@ def sampling(task: dict[str, Any]) -> Program:
         for size in task["batch_sizes"]
     }
     run, settings = best_of(ways)
-    greedy = (
-        generate(given[: task["greedy_rows"]], task["greedy_tokens"], False)
-        .cpu()
-        .numpy()
-        .mean(axis=0)
-    )
     return Program(
         run=run,
         results={f"greedy_{place}": float(value) for place, value in enumerate(greedy)},

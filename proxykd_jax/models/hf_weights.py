@@ -36,6 +36,7 @@ from proxykd_jax.models.quantized import quantize as quantize_kernel
 from proxykd_jax.models.tensor_files import (
     Tensor,
     TensorFolder,
+    bits,
     new_folder,
     numpy_dtype,
     write_tensors,
@@ -94,8 +95,8 @@ class StackedTensor:
         out = np.empty(sizes, self.dtype)
         rows = out if self._stacked else out[None]
         for row, name in zip(rows, names, strict=True):
-            tensor = self._folder.read(name, stored)
-            row[...] = tensor.T if self._transposed else tensor
+            tensor = self._folder.read(name, stored).astype(self.dtype, copy=False)
+            bits(row)[...] = bits(tensor.T if self._transposed else tensor)
         return out
 
 
@@ -307,9 +308,8 @@ def _tensors(config: ModelConfig, params: Params) -> list[Tensor]:
         shape = shapes[path] if layer is None else shapes[path][1:]
 
         def make() -> np.ndarray:
-            leaf = leaves[path]
-            array = fetch(leaf if layer is None else leaf[layer])
-            return array.T if turn else array
+            leaf = leaves[path] if layer is None else leaves[path][layer]
+            return fetch(leaf.T if turn else leaf)  # turned where it lies: many times as fast
 
         return hf_name(path, layer or 0), shape[::-1] if turn else shape, make
 

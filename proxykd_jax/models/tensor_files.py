@@ -71,10 +71,16 @@ class TensorFile:
         return array
 
 
+def bits(array: np.ndarray) -> np.ndarray:
+    """The same memory as unsigned integers, which NumPy moves and compares many times as fast as
+    bfloat16."""
+    return array.view(f"u{array.dtype.itemsize}")
+
+
 def is_finite(array: np.ndarray) -> bool:
     """No NaN and no infinity; looks at the bits of bfloat16, whose isfinite is slow."""
     if array.dtype == ml_dtypes.bfloat16:
-        return not np.any((array.view(np.uint16) & 0x7F80) == 0x7F80)
+        return not np.any((bits(array) & 0x7F80) == 0x7F80)
     return bool(np.isfinite(array).all())
 
 
@@ -210,7 +216,7 @@ def write_file(path: Path, tensors: Sequence[Tensor], dtype: np.dtype) -> None:
         made = make()
         if not is_first():
             continue
-        array = np.ascontiguousarray(made.astype(dtype))
+        array = np.ascontiguousarray(bits(made.astype(dtype, copy=False))).view(dtype)
         if array.shape != shape:
             raise ValueError(f"{name} has shape {array.shape}, expected {shape}.")
         if not is_finite(array):
@@ -224,7 +230,7 @@ def write_file(path: Path, tensors: Sequence[Tensor], dtype: np.dtype) -> None:
         written = TensorFile(path)
         for name, array in arrays.items():
             back = written.read(name)
-            if back.dtype != array.dtype or back.tobytes() != array.tobytes():
+            if back.dtype != array.dtype or not np.array_equal(bits(back), bits(array)):
                 raise OSError(f"{path}: {name} reads back otherwise than it was written.")
 
     on_first(write)
