@@ -2,12 +2,12 @@
 
 Precision: matrix products in the type of the embedding, which the activations have (float32 ones
 in full float32 on every backend), norms, softmax and rotation in float32, logits float32; the
-factors of LoRA are float32, and their update is added in float32 (``lora_update``).
+factors of LoRA are float32, and their update is added in float32 (``lora_updates``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,8 +22,8 @@ from proxykd_jax.models.attention import (
     window_mask,
 )
 from proxykd_jax.models.attention import attention as grouped_attention
-from proxykd_jax.models.config import LORA_TARGETS, LoraConfig, ModelConfig
-from proxykd_jax.models.lora import Adapter, lora_update
+from proxykd_jax.models.config import LoraConfig, ModelConfig
+from proxykd_jax.models.lora import Adapter, lora_updates
 from proxykd_jax.models.params import Params
 from proxykd_jax.models.quantized import matmul
 from proxykd_jax.models.rope import check_length, rotate, rotation
@@ -64,27 +64,31 @@ def _linear(
     x: jax.Array,
     block: dict[str, Any],
     adapter: dict[str, Any],
-    name: str,
+    names: Sequence[str],
     lora: LoraConfig | None,
     dropout_key: jax.Array | None,
-) -> jax.Array:
-    """x W + b, and the LoRA update where the adapter has one for this layer.
+) -> list[jax.Array]:
+    """x W + b for linear layers of the same input, each with its LoRA update where the adapter has
+    one.
 
     Multiplied with one axis of rows: with more, the product for the kernel's gradient is made from
     transposed copies, and a backward pass on a CPU takes 1.4 times as long.
     """
-    weights = block[name]
     lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
-    out = matmul(x, weights["kernel"])
-    if "bias" in weights:
-        out = out + weights["bias"][None, :]
-    if name in adapter:
+    updates = {}
+    if adapter:
         assert lora is not None  # check_adapter saw to it
-        if dropout_key is not None:
-            dropout_key = jax.random.fold_in(dropout_key, LORA_TARGETS.index(name))
-        update = lora_update(x, adapter[name], lora, dropout_key)
-        out = (out.astype(jnp.float32) + update.astype(jnp.float32)).astype(out.dtype)
-    return out.reshape(*lead, out.shape[-1])
+        own = {name: adapter[name] for name in names if name in adapter}
+        updates = lora_updates(x, own, lora, dropout_key)
+    outs = []
+    for name in names:
+        out = matmul(x, block[name]["kernel"])
+        if "bias" in block[name]:
+            out = out + block[name]["bias"][None, :]
+        if name in updates:
+            out = (out.astype(jnp.float32) + updates[name].astype(jnp.float32)).astype(out.dtype)
+        outs.append(out.reshape(*lead, out.shape[-1]))
+    return outs
 
 
 def decoder_layer(
@@ -107,27 +111,25 @@ def decoder_layer(
     attention_key, mlp_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
     block, updates = layer["attention"], adapter.get("attention", {})
     x_BLD = rms_norm(hidden_BLD, layer["input_norm"]["scale"], config.norm_eps)
+    three = ("q_proj", "k_proj", "v_proj")
     q_BLHC, k_BLGC, v_BLGC = (
-        _linear(x_BLD, block, updates, name, config.lora, attention_key).reshape(
-            num_batch, length, -1, config.head_dim
-        )
-        for name in ("q_proj", "k_proj", "v_proj")
+        out.reshape(num_batch, length, -1, config.head_dim)
+        for out in _linear(x_BLD, block, updates, three, config.lora, attention_key)
     )
     if config.qk_norm:
         q_BLHC = rms_norm(q_BLHC, block["q_norm"]["scale"], config.norm_eps)
         k_BLGC = rms_norm(k_BLGC, block["k_norm"]["scale"], config.norm_eps)
     out_BLHC, extra = attend(rotate(q_BLHC, *cos_sin), rotate(k_BLGC, *cos_sin), v_BLGC)
     mixed = out_BLHC.reshape(num_batch, length, -1)
-    out_BLD = _linear(mixed, block, updates, "o_proj", config.lora, attention_key)
+    (out_BLD,) = _linear(mixed, block, updates, ("o_proj",), config.lora, attention_key)
     hidden_BLD = hidden_BLD + checkpoint_name(out_BLD, "attention_out")
 
     block, updates = layer["mlp"], adapter.get("mlp", {})
     x_BLD = rms_norm(hidden_BLD, layer["post_attention_norm"]["scale"], config.norm_eps)
-    gate_BLF = _linear(x_BLD, block, updates, "gate_proj", config.lora, mlp_key)
-    up_BLF = _linear(x_BLD, block, updates, "up_proj", config.lora, mlp_key)
-    out_BLD = _linear(
-        jax.nn.silu(gate_BLF) * up_BLF, block, updates, "down_proj", config.lora, mlp_key
-    )
+    both = ("gate_proj", "up_proj")
+    gate_BLF, up_BLF = _linear(x_BLD, block, updates, both, config.lora, mlp_key)
+    mixed = jax.nn.silu(gate_BLF) * up_BLF
+    (out_BLD,) = _linear(mixed, block, updates, ("down_proj",), config.lora, mlp_key)
     return hidden_BLD + checkpoint_name(out_BLD, "mlp_out"), extra
 
 

@@ -6,12 +6,14 @@ float32 over a base of any type. The update of a kernel is ``config.lora.scale *
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from proxykd_jax.models.config import ATTENTION_TARGETS, LoraConfig, ModelConfig
+from proxykd_jax.models.config import ATTENTION_TARGETS, LORA_TARGETS, LoraConfig, ModelConfig
 from proxykd_jax.models.params import ParamPath, Params, flatten, linear_shapes, unflatten
 from proxykd_jax.models.quantized import QuantizedKernel
 
@@ -98,60 +100,102 @@ def merge(params: Params, adapter: Adapter, config: ModelConfig, dtype: Any = No
     return unflatten({path: fold(path, leaf) for path, leaf in flatten(params)})
 
 
-def lora_update(
+def lora_updates(
     x: jax.Array,
-    weights: dict[str, jax.Array],
+    weights: Mapping[str, dict[str, jax.Array]],
     lora: LoraConfig,
     dropout_key: jax.Array | None = None,
-) -> jax.Array:
-    """``scale * dropout(x) a b`` for one layer; x ``[..., D]`` -> ``[..., O]`` in x's type.
+) -> dict[str, jax.Array]:
+    """``scale * dropout(x) a b`` for linear layers that read the same x.
 
-    The factors are float32 and count as such: beside a bfloat16 x they are cut into two bfloat16
-    halves (``_low_rank``). Dropout is off without a key.
+    x is multiplied by the factors a of all of them at once, and so is their gradient: it is read
+    and its gradient written once, and not for every layer. The factors are float32 and count as
+    such: beside a bfloat16 x they are cut into two bfloat16 halves (``_low_rank``).
+
+    Args:
+      x: ``[M, D]``.
+      weights: by target, ``a`` ``[D, R]`` and ``b`` ``[R, O]``.
+      dropout_key: switches dropout on, drawn for each layer on its own.
+
+    Returns:
+      ``[M, O]`` by target, in x's type.
     """
-    scale = lora.scale
-    if dropout_key is not None and lora.dropout > 0:
-        keep = jax.random.bernoulli(dropout_key, 1 - lora.dropout, x.shape)
-        x = jnp.where(keep, x, 0)
-        scale /= 1 - lora.dropout
-    a_DR, b_RO = weights["a"].astype(jnp.float32), scale * weights["b"].astype(jnp.float32)
+    if dropout_key is None or lora.dropout == 0:
+        return _updates(x, weights, lora.scale)
+    found: dict[str, jax.Array] = {}
+    for name, one in weights.items():
+        key = jax.random.fold_in(dropout_key, LORA_TARGETS.index(name))
+        kept = jnp.where(jax.random.bernoulli(key, 1 - lora.dropout, x.shape), x, 0)
+        found |= _updates(kept, {name: one}, lora.scale / (1 - lora.dropout))
+    return found
+
+
+def _updates(
+    x: jax.Array, weights: Mapping[str, dict[str, jax.Array]], scale: float
+) -> dict[str, jax.Array]:
+    if not weights:
+        return {}
+    a_DR = jnp.concatenate([one["a"].astype(jnp.float32) for one in weights.values()], axis=1)
+    b_RO = tuple(scale * one["b"].astype(jnp.float32) for one in weights.values())
     if x.dtype == jnp.bfloat16:
-        return _low_rank(x, a_DR, b_RO)
-    highest = jax.lax.Precision.HIGHEST
-    inner = jnp.matmul(x.astype(jnp.float32), a_DR, precision=highest)
-    return jnp.matmul(inner, b_RO, precision=highest).astype(x.dtype)
+        found = _low_rank(x, a_DR, b_RO)
+    else:
+        highest = jax.lax.Precision.HIGHEST
+        inner = jnp.matmul(x.astype(jnp.float32), a_DR, precision=highest)
+        found = tuple(
+            jnp.matmul(part, b, precision=highest).astype(x.dtype)
+            for part, b in zip(_parts(inner, b_RO), b_RO, strict=True)
+        )
+    return dict(zip(weights, found, strict=True))
+
+
+def _parts(inner_MR: jax.Array, b_RO: tuple[jax.Array, ...]) -> list[jax.Array]:
+    """What each layer's b is multiplied by."""
+    ends = np.cumsum([b.shape[0] for b in b_RO])
+    return jnp.split(inner_MR, ends[:-1], axis=1)
 
 
 # --- float32 factors beside bfloat16 activations --------------------------------------------------
 #
-# x in float32 would be written and read twice as wide, seven times a layer, and multiplied by the
+# x in float32 would be written and read twice as wide, four times a layer, and multiplied by the
 # slow units. Two bfloat16 halves of a factor hold 16 of its 24 digits, and products of bfloat16
 # numbers are summed in float32, so the update and its gradients are good to 2^-16; then the update
 # is rounded to bfloat16 once. On an H100 a LoRA step of 7B took 0.88 of the time (docs/log.md).
 
 
 @jax.custom_vjp
-def _low_rank(x: jax.Array, a_DR: jax.Array, b_RO: jax.Array) -> jax.Array:
+def _low_rank(x: jax.Array, a_DR: jax.Array, b_RO: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     return _low_rank_forward(x, a_DR, b_RO)[0]
 
 
-def _low_rank_forward(x: jax.Array, a_DR: jax.Array, b_RO: jax.Array) -> tuple[jax.Array, Any]:
-    last = x.ndim - 1
-    inner = _sum_halves(_dot(x, jnp.concatenate(_halves(a_DR), axis=1), (last,), (0,)), last)
-    update = _dot(_three(inner, last), _three_against(b_RO, 0), (last,), (0,), x.dtype)
-    return update, (x, a_DR, b_RO, inner)
-
-
-def _low_rank_backward(saved: Any, grad: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    x, a_DR, b_RO, inner = saved
-    last = x.ndim - 1
-    rows = tuple(range(last))
-    grad_inner = _sum_halves(
-        _dot(grad, jnp.concatenate(_halves(b_RO), axis=0), (last,), (1,)), last
+def _low_rank_forward(
+    x: jax.Array, a_DR: jax.Array, b_RO: tuple[jax.Array, ...]
+) -> tuple[tuple[jax.Array, ...], Any]:
+    inner = _sum_halves(_dot(x, jnp.concatenate(_halves(a_DR), axis=1), 1, 0), 1)
+    updates = tuple(
+        _dot(_three(part, 1), _three_against(b, 0), 1, 0, x.dtype)
+        for part, b in zip(_parts(inner, b_RO), b_RO, strict=True)
     )
-    grad_a = _sum_halves(_dot(x, jnp.concatenate(_halves(grad_inner), -1), rows, rows), 1)
-    grad_b = _sum_halves(_dot(jnp.concatenate(_halves(inner), -1), grad, rows, rows), 0)
-    grad_x = _dot(_three(grad_inner, last), _three_against(a_DR, 1), (last,), (1,), x.dtype)
+    return updates, (x, a_DR, b_RO, inner)
+
+
+def _low_rank_backward(
+    saved: Any, grads: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
+    x, a_DR, b_RO, inner = saved
+    grad_inner = jnp.concatenate(
+        [
+            _sum_halves(_dot(grad, jnp.concatenate(_halves(b), axis=0), 1, 1), 1)
+            for grad, b in zip(grads, b_RO, strict=True)
+        ],
+        axis=1,
+    )
+    grad_a = _sum_halves(_dot(x, jnp.concatenate(_halves(grad_inner), 1), 0, 0), 1)
+    grad_b = tuple(
+        _sum_halves(_dot(jnp.concatenate(_halves(part), 1), grad, 0, 0), 0)
+        for part, grad in zip(_parts(inner, b_RO), grads, strict=True)
+    )
+    grad_x = _dot(_three(grad_inner, 1), _three_against(a_DR, 1), 1, 1, x.dtype)
     return grad_x, grad_a, grad_b
 
 
@@ -181,9 +225,7 @@ def _sum_halves(x: jax.Array, axis: int) -> jax.Array:
     return first + second
 
 
-def _dot(
-    a: jax.Array, b: jax.Array, axes_a: Any, axes_b: Any, dtype: Any = jnp.float32
-) -> jax.Array:
+def _dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int, dtype: Any = jnp.float32) -> Any:
     """The product over these axes, summed in float32."""
-    axes = ((axes_a, axes_b), ((), ()))
+    axes = (((axis_a,), (axis_b,)), ((), ()))
     return jax.lax.dot_general(a, b, axes, preferred_element_type=dtype)

@@ -69,36 +69,44 @@ def test_float32_adapter_over_a_bfloat16_base(small_config, helpers):
     assert np.sqrt(np.mean((exact - near) ** 2)) < 0.03
 
 
-def test_factors_beside_bfloat16_activations_count_as_float32():
-    """Update and gradients against float64: rounded factors would be off by 2e-3."""
+@pytest.mark.parametrize(
+    ("dtype", "rounding", "of_factors"), [("bfloat16", 2**-9, 2e-5), ("float32", 2e-6, 2e-6)]
+)
+def test_layers_of_one_input_against_float64(dtype, rounding, of_factors):
+    """Updates and gradients; beside bfloat16 activations factors that were rounded would be off by
+    2e-3."""
     draw = np.random.default_rng(0).normal
-    x, grad = (jnp.asarray(draw(size=(3, 40, n)), jnp.bfloat16) for n in (96, 64))
-    a, b = (
-        jnp.asarray(draw(size=(96, 8)), jnp.float32),
-        jnp.asarray(draw(size=(8, 64)), jnp.float32),
-    )
-    config = LoraConfig(8, 16.0)
+    x = jnp.asarray(draw(size=(120, 96)), dtype)
+    weights = {
+        name: {
+            "a": jnp.asarray(draw(size=(96, 8)), jnp.float32),
+            "b": jnp.asarray(draw(size=(8, size)), jnp.float32),
+        }
+        for name, size in (("q_proj", 64), ("v_proj", 32))
+    }
+    grads = {
+        name: jnp.asarray(draw(size=(120, w["b"].shape[1])), dtype) for name, w in weights.items()
+    }
 
-    def update(x, a, b):
-        return lora.lora_update(x, {"a": a, "b": b}, config)
+    def update(x, weights):
+        return lora.lora_updates(x, weights, LoraConfig(8, 16.0))
 
-    found, transpose = jax.vjp(jax.jit(update), x, a, b)
-    assert found.dtype == jnp.bfloat16
-    x64, a64, b64, grad64 = (np.asarray(v, np.float64) for v in (x, a, b, grad))
-    inner = x64 @ a64
-    exact = (
-        2 * grad64 @ b64.T @ a64.T,
-        2 * np.einsum("bld,blr->dr", x64, grad64 @ b64.T),
-        2 * np.einsum("blr,blo->ro", inner, grad64),
-    )
+    found, transpose = jax.vjp(jax.jit(update), x, weights)
+    grad_x, grad_weights = transpose(grads)
 
     def error(got, wanted):
         return np.linalg.norm(np.asarray(got, np.float64) - wanted) / np.linalg.norm(wanted)
 
-    assert error(found, 2 * inner @ b64) < 2**-9  # the rounding of the result
-    gradients = transpose(grad)
-    assert error(gradients[0], exact[0]) < 2**-9
-    assert error(gradients[1], exact[1]) < 2e-5 and error(gradients[2], exact[2]) < 2e-5
+    x64 = np.asarray(x, np.float64)
+    of_x = 0
+    for name, one in weights.items():
+        a, b, grad = (np.asarray(v, np.float64) for v in (one["a"], one["b"], grads[name]))
+        assert found[name].dtype == dtype
+        assert error(found[name], 2 * x64 @ a @ b) < rounding  # of the result
+        assert error(grad_weights[name]["a"], 2 * x64.T @ (grad @ b.T)) < of_factors
+        assert error(grad_weights[name]["b"], 2 * (x64 @ a).T @ grad) < of_factors
+        of_x = of_x + 2 * grad @ b.T @ a.T
+    assert error(grad_x, of_x) < rounding
 
 
 def test_dropout(small_config, helpers):
@@ -122,10 +130,18 @@ def test_dropout(small_config, helpers):
 def test_dropout_keeps_the_mean():
     x = jnp.ones((20_000, 4))
     leaf = {"a": jnp.eye(4), "b": jnp.eye(4)}
-    update = lora.lora_update(x, leaf, LoraConfig(4, 8.0, dropout=0.25), jax.random.key(0))
-    values, counts = np.unique(np.asarray(update), return_counts=True)
-    np.testing.assert_allclose(values, [0, 2 / 0.75], rtol=1e-6)
-    assert abs(counts[0] / update.size - 0.25) < 0.01
+    updates = lora.lora_updates(
+        x,
+        {"q_proj": leaf, "k_proj": leaf},
+        LoraConfig(4, 8.0, dropout=0.25),
+        jax.random.key(0),
+    )
+    for update in updates.values():
+        values, counts = np.unique(np.asarray(update), return_counts=True)
+        np.testing.assert_allclose(values, [0, 2 / 0.75], rtol=1e-6)
+        assert abs(counts[0] / update.size - 0.25) < 0.01
+    both = (updates["q_proj"] == 0) & (updates["k_proj"] == 0)  # each has a draw of its own
+    assert abs(both.mean() - 0.25**2) < 0.01
 
 
 @pytest.mark.parametrize(
