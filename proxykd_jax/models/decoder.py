@@ -188,7 +188,7 @@ def hidden_states(
       params: see ``params.py``; adapter: see ``lora.py``, or None for the bare base.
       tokens_BL: int32 token ids.
       positions_BL: rotary positions, 0 to L-1 in each row by default. Packed and left-padded
-        rows give their own, starting at 0 in each segment and rising by one.
+        rows give their own, which start at 0 in each segment and rise by one with the index.
       segment_ids_BL: 0 for padding; tokens of equal positive id see each other (earlier ones
         only, by index in the row). By default a row is one segment.
       prefix_B: with segments, how many first tokens of a row all of its segments see.

@@ -21,13 +21,13 @@ from proxykd_jax.parallel.sharding import ROWS, fitting
 TILE = 128
 # Positions of a block at most: float32 scores of 1 MiB, of which a step of the kernel holds a few.
 _BLOCK = 512
-# The fused backward kernel computes the scores once where the two others do so twice, and writes a
-# gradient of the queries for each block of keys: for so many blocks.
+# The fused backward kernel makes the scores once where two others make them twice, and writes a
+# gradient of the queries for each block of keys: good for so many blocks.
 _FUSED = 4
-# Heads of 8 to 256 dimensions were compiled for TPUs.
+# Heads of 8 to 256 dimensions were compiled for TPUs, with each kind of kernel below.
 _LARGEST_HEAD = 256
 _HEADS = P(*ROWS, None, "tensor")
-# Tests set it: the kernel then runs on a CPU, slowly.
+# Tests set it: the kernel then runs on a CPU.
 _interpret = False
 
 
@@ -90,7 +90,7 @@ def attend(
     segments = () if segment_ids_BL is None else (segment_ids_BL,)
     mesh = jax.typeof(q_BLHC).sharding.mesh
     if not mesh.empty:
-        # What a kernel's result depends on is not followed.
+        # JAX cannot follow which devices a kernel's result differs on.
         local = jax.shard_map(
             local,
             mesh=mesh,

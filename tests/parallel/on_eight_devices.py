@@ -27,6 +27,7 @@ from proxykd_jax.generation.scoring import topk_soft_labels
 from proxykd_jax.models import splash
 from proxykd_jax.models.attention import attention
 from proxykd_jax.models.config import LoraConfig, ModelConfig
+from proxykd_jax.models.decoder import hidden_states
 from proxykd_jax.models.hf_weights import load_model, save_model
 from proxykd_jax.models.lora import init_adapter
 from proxykd_jax.models.params import init_params
@@ -193,6 +194,30 @@ def test_splash_attention(monkeypatch, name):
     )
     for one, other in zip(found, run(q, k, v, ids, slope), strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+@pytest.mark.parametrize("name", ["2x2x2", "1x8x1"])
+def test_a_decoder_with_splash_attention(monkeypatch, name):
+    """Kernels inside a scanned, checkpointed layer; in float32, which they compute in full here."""
+    monkeypatch.setattr(splash, "_interpret", True)
+    monkeypatch.setattr(splash, "obstacle", lambda *_: None)
+    config = ModelConfig.from_hf(PUBLISHED | FAMILIES["llama"]).replace(max_positions=130)
+    params = init_params(jax.random.key(0), config)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 48, (8, 130)).astype(np.int32)
+    ids = np.sort(rng.integers(0, 3, (8, 130)))[:, ::-1].astype(np.int32)
+
+    def loss(params: Any, tokens: Any, ids: Any, backend: Any) -> Any:
+        hidden_BLD = hidden_states(
+            params, None, tokens, config=config, segment_ids_BL=ids, attention=backend
+        )
+        return jnp.where((ids > 0)[:, :, None], jnp.sin(hidden_BLD), 0).sum()
+
+    step = jax.jit(jax.value_and_grad(loss), static_argnums=3)
+    mesh = make_mesh(MESHES[name])
+    given = move(params, mesh), *put_rows((tokens, ids), mesh)
+    assert "splash_mha_fwd" in str(step.trace(*given, "splash").jaxpr)
+    close(step(*given, "splash"), step(params, tokens, ids, "xla"))
 
 
 @pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
