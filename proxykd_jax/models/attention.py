@@ -10,7 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-Backend = Literal["auto", "xla", "cudnn"]
+from proxykd_jax.models import splash
+from proxykd_jax.parallel.sharding import is_for_tpu
+
+Backend = Literal["auto", "xla", "cudnn", "splash"]
 
 # What a checkpoint must keep, by this name, so that the backward pass does not attend once more.
 RESULT = "attention_result"
@@ -26,22 +29,49 @@ def dot_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
-def choose_backend(backend: str, dtype: jnp.dtype, head_dim: int, num_queries: int) -> str:
-    """``xla`` or ``cudnn``; ``auto`` takes cuDNN's flash attention where it can serve.
+def choose_backend(
+    backend: str, like: jax.Array, head_dim: int, num_groups: int, *, whole_rows: bool
+) -> str:
+    """``xla``, ``cudnn`` or ``splash``; ``auto`` takes a flash kernel where one can serve.
+
+    That is splash attention in programs for TPUs: bfloat16, ``whole_rows`` of 128 positions or
+    more, heads of 256 dimensions at most, rows and key heads that the mesh's axes divide. A
+    program is for what its mesh is made of, which need not be here; without a mesh, for JAX's
+    default devices. On GPUs it is cuDNN's flash attention.
+
+    Args:
+      like: activations ``[B, L, ...]`` of the queries' dtype and length, on their mesh.
+      num_groups: key heads.
+      whole_rows: queries see slots up to their own by index, and segments or a window alone say
+        what else is hidden.
 
     Raises:
-      ValueError: unknown backend, or cuDNN asked for in a dtype that it has no kernel for.
+      ValueError: unknown backend, or one asked for where it has no kernel.
     """
-    if backend not in ("auto", "xla", "cudnn"):
-        raise ValueError(f"Attention backend {backend!r} is not one of auto, xla, cudnn.")
-    half = dtype in (jnp.bfloat16, jnp.float16)
+    if backend not in ("auto", "xla", "cudnn", "splash"):
+        raise ValueError(f"Attention backend {backend!r} is not one of auto, xla, cudnn, splash.")
+    half = like.dtype in (jnp.bfloat16, jnp.float16)
     if backend == "cudnn" and not half:
-        raise ValueError(f"cuDNN attention needs bfloat16 or float16, got {dtype}.")
-    if backend == "auto":
-        # One query a row is bound by reading the cache; flash attention gains nothing there.
-        fits = half and head_dim % 8 == 0 and head_dim <= 128 and num_queries > 1
-        return "cudnn" if fits and jax.default_backend() == "gpu" else "xla"
-    return backend
+        raise ValueError(f"cuDNN attention needs bfloat16 or float16, got {like.dtype}.")
+    if backend in ("xla", "cudnn"):
+        return backend
+    obstacle = splash.obstacle(like, head_dim, num_groups)
+    if not whole_rows:
+        obstacle = (
+            "Splash attention is for whole causal rows whose mask segments or one window describe; "
+            "a dense mask, a shared prefix or layers of two kinds need xla."
+        )
+    if backend == "splash":
+        if obstacle is not None:
+            raise ValueError(obstacle)
+        return backend
+    num_queries = like.shape[1]
+    # Less than a tile of the kernel would be padding for the most part.
+    if obstacle is None and num_queries >= splash.TILE and is_for_tpu(like):
+        return "splash"
+    # One query a row is bound by reading the cache; flash attention gains nothing there.
+    fits = half and head_dim % 8 == 0 and head_dim <= 128 and num_queries > 1
+    return "cudnn" if fits and jax.default_backend() == "gpu" else "xla"
 
 
 def attention(
@@ -50,6 +80,7 @@ def attention(
     v_BSGC: jax.Array,
     *,
     mask_BLS: jax.Array | None = None,
+    segment_ids_BL: jax.Array | None = None,
     causal: bool = False,
     window: int | None = None,
     backend: Backend = "auto",
@@ -61,13 +92,19 @@ def attention(
 
     Args:
       mask_BLS: bool, True where query L may see slot S; the leading axis may be 1.
+      segment_ids_BL: ``segment_mask`` of them (L == S), combined with the mask by "and". Splash
+        attention compares them and makes no mask; others make it, so where several layers share
+        one, give the mask.
       causal: query l sees slots up to l (L == S); combined with the mask by "and".
       window: with ``causal``, query l sees the last ``window`` slots up to l only.
-      backend: see ``choose_backend``.
+      backend: see ``choose_backend``. ``splash`` takes causal rows without ``mask_BLS``.
 
     Returns:
       ``out_BLHC`` in q's dtype. A query that may see nothing gets a finite vector without
       meaning.
+
+    Raises:
+      ValueError: heads, slots or segments that do not fit, or see ``choose_backend``.
     """
     num_batch, num_queries, num_heads, head_dim = q_BLHC.shape
     num_slots, num_groups = k_BSGC.shape[1:3]
@@ -75,7 +112,16 @@ def attention(
         raise ValueError(f"{num_heads} query heads over {num_groups} key heads do not divide.")
     if causal and num_queries != num_slots:
         raise ValueError("causal by index needs as many queries as slots; give a mask instead.")
-    if choose_backend(backend, q_BLHC.dtype, head_dim, num_queries) == "cudnn":
+    if segment_ids_BL is not None and num_queries != num_slots:
+        raise ValueError("segments need as many queries as slots; give a mask instead.")
+    whole_rows = causal and mask_BLS is None
+    chosen = choose_backend(backend, q_BLHC, head_dim, num_groups, whole_rows=whole_rows)
+    if chosen == "splash":
+        return splash.attend(q_BLHC, k_BSGC, v_BSGC, segment_ids_BL, window=window, keep_as=RESULT)
+    if segment_ids_BL is not None:
+        same_BLS = segment_mask(segment_ids_BL)
+        mask_BLS = same_BLS if mask_BLS is None else mask_BLS & same_BLS
+    if chosen == "cudnn":
         return jax.nn.dot_product_attention(
             q_BLHC,
             k_BSGC,

@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from proxykd_jax.models.attention import (
     RESULT,
     Backend,
+    choose_backend,
     dot_precision,
     segment_mask,
     window_mask,
@@ -189,18 +190,21 @@ def hidden_states(
       params: see ``params.py``; adapter: see ``lora.py``, or None for the bare base.
       tokens_BL: int32 token ids.
       positions_BL: rotary positions, 0 to L-1 in each row by default. Packed and left-padded
-        rows give their own, starting at 0 in each segment.
+        rows give their own, which start at 0 in each segment and rise by one with the index.
       segment_ids_BL: 0 for padding; tokens of equal positive id see each other (earlier ones
         only, by index in the row). By default a row is one segment.
       prefix_B: with segments, how many first tokens of a row all of its segments see.
       remat: a name of ``REMAT_POLICIES``.
       dropout_key: switches LoRA dropout on. Leave it out wherever log-probs are references.
-      attention: ``auto``, ``xla`` or ``cudnn`` (GPU, bfloat16).
+      attention: ``auto``, ``xla``, ``cudnn`` (GPU, bfloat16) or ``splash`` (TPU, bfloat16; see
+        ``choose_backend``). Splash attention has no form for ``prefix_B``, for layers of which
+        only some slide, and for a window over positions that are given without segments: there
+        ``auto`` takes ``xla``.
       scan_unroll: how many layers one turn of the scan holds.
 
     Raises:
-      ValueError: shapes that do not fit, an unknown remat or attention name, an adapter without
-        ``config.lora``.
+      ValueError: shapes that do not fit, an unknown remat or attention name, attention that
+        cannot serve here, an adapter without ``config.lora``.
       UserError: rows longer than dynamic rope scaling is defined for.
     """
     if tokens_BL.ndim != 2:
@@ -218,13 +222,29 @@ def hidden_states(
         positions_BL = jnp.arange(length, dtype=jnp.int32)[None, :]
     cos_sin = rotation(config, positions_BL)
 
-    full = None if segment_ids_BL is None else segment_mask(segment_ids_BL, prefix_B)
-    windowed, window = None, None
-    if config.sliding_layers:
-        assert config.sliding_window is not None  # ModelConfig checked it
-        if plain and len(config.sliding_layers) == config.num_layers:
+    hidden_BLD = constrain_rows(embed(params, tokens_BL))
+    sliding = len(config.sliding_layers)
+    all_slide = 0 < sliding == config.num_layers
+    # Within a segment, positions and indices differ by the same number.
+    by_index = all_slide and (plain or segment_ids_BL is not None)
+    backend: Any = choose_backend(
+        attention,
+        hidden_BLD,
+        config.head_dim,
+        config.num_kv_heads,
+        whole_rows=prefix_B is None and (not sliding or by_index),
+    )
+    full, windowed, segments, window = None, None, None, None
+    if backend == "splash":
+        segments = segment_ids_BL
+        window = config.sliding_window if sliding else None
+    else:
+        # Made once and not in every layer.
+        full = None if segment_ids_BL is None else segment_mask(segment_ids_BL, prefix_B)
+        if sliding and plain and all_slide:
             window = config.sliding_window  # by index, which a flash kernel can skip
-        else:
+        elif sliding:
+            assert config.sliding_window is not None  # ModelConfig checked it
             windowed = window_mask(positions_BL, positions_BL, config.sliding_window)
             windowed = windowed if full is None else full & windowed
 
@@ -234,7 +254,14 @@ def hidden_states(
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
             return grouped_attention(
-                q, k, v, mask_BLS=mask, causal=True, window=window, backend=attention
+                q,
+                k,
+                v,
+                mask_BLS=mask,
+                segment_ids_BL=segments,
+                causal=True,
+                window=window,
+                backend=backend,
             ), None
 
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
@@ -243,7 +270,6 @@ def hidden_states(
 
     # Inside a scan nothing can merge the two computations, so the barrier is not needed.
     body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    hidden_BLD = constrain_rows(embed(params, tokens_BL))
     xs = (jnp.arange(config.num_layers), sliding_flags(config), params["layers"], adapter_layers)
     hidden_BLD, _ = jax.lax.scan(body, hidden_BLD, xs, unroll=scan_unroll)
     return rms_norm(hidden_BLD, params["final_norm"]["scale"], config.norm_eps)

@@ -134,6 +134,15 @@ def num_devices(x: jax.Array, *axes: str) -> int:
     return math.prod(shape.get(axis, 1) for axis in axes or shape)
 
 
+def is_for_tpu(x: jax.Array) -> bool:
+    """Whether a program with a traced array is for TPUs.
+
+    Its mesh says so, whose devices may be described and not there; without one, JAX's default.
+    """
+    device = jax.typeof(x).sharding.mesh.abstract_device
+    return jax.default_backend() == "tpu" if device is None else device.device_kind[:3] == "TPU"
+
+
 def positions_within(elements: int, hidden_BLD: jax.Array, vocab_size: int) -> int:
     """Positions a row, at least 1, whose logits are so many elements on each device."""
     rows = hidden_BLD.shape[0] / num_devices(hidden_BLD, "data", "fsdp")

@@ -194,14 +194,18 @@ def test_softmax_is_float32_in_bfloat16():
 
 
 def test_backends():
-    assert choose_backend("auto", jnp.dtype("float32"), 64, 8) == "xla"
-    assert choose_backend("xla", jnp.dtype("bfloat16"), 64, 8) == "xla"
-    assert choose_backend("cudnn", jnp.dtype("bfloat16"), 64, 8) == "cudnn"
+    def choose(backend, dtype):
+        return choose_backend(backend, jnp.zeros((1, 8, 4), dtype), 64, 4, whole_rows=True)
+
+    assert choose("auto", jnp.float32) == choose("xla", jnp.bfloat16) == "xla"
+    assert choose("cudnn", jnp.bfloat16) == "cudnn"
     with pytest.raises(ValueError, match="bfloat16"):
-        choose_backend("cudnn", jnp.dtype("float32"), 64, 8)
-    with pytest.raises(ValueError, match="auto, xla, cudnn"):
-        choose_backend("flash", jnp.dtype("float32"), 64, 8)
+        choose("cudnn", jnp.float32)
+    with pytest.raises(ValueError, match="auto, xla, cudnn, splash"):
+        choose("flash", jnp.float32)
     with pytest.raises(ValueError, match="mask"):
         attention(*inputs(slots=9), causal=True)
+    with pytest.raises(ValueError, match="segments"):
+        attention(*inputs(slots=9), segment_ids_BL=jnp.zeros((2, 7), jnp.int32))
     with pytest.raises(ValueError, match="divide"):
         attention(*inputs(heads=6, groups=4))

@@ -5,6 +5,7 @@ Run by ``test_eight_devices.py`` in a process that has eight.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -13,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from proxykd_jax import score
 from proxykd_jax.artifacts import read_json
@@ -21,7 +24,10 @@ from proxykd_jax.data.soft_labels import open_soft_labels
 from proxykd_jax.generation.sampler import sample
 from proxykd_jax.generation.samples import SampleStore
 from proxykd_jax.generation.scoring import topk_soft_labels
+from proxykd_jax.models import splash
+from proxykd_jax.models.attention import attention
 from proxykd_jax.models.config import LoraConfig, ModelConfig
+from proxykd_jax.models.decoder import hidden_states
 from proxykd_jax.models.hf_weights import load_model, save_model
 from proxykd_jax.models.lora import init_adapter
 from proxykd_jax.models.params import init_params
@@ -159,6 +165,59 @@ def test_log_probs(model, axes):
     inside = rows.mask_BL
     np.testing.assert_array_equal(found[1][0][inside], expected[1][0][inside])
     close([x[inside] for x in found[1][1:]], [x[inside] for x in expected[1][1:]])
+
+
+@pytest.mark.parametrize("name", ["2x2x2", "1x8x1", "1x1x8"])
+def test_splash_attention(monkeypatch, name):
+    """Each device attends for its own rows and heads, to the last bit of what one device does."""
+    monkeypatch.setattr(splash, "_interpret", True)
+    rng = np.random.default_rng(0)
+    q, k, v, slope = (
+        jnp.asarray(rng.normal(size=(8, 130, heads, 8)), jnp.bfloat16) for heads in (16, 8, 8, 16)
+    )
+    ids = jnp.asarray(np.sort(rng.integers(0, 3, (8, 130)))[:, ::-1], jnp.int32)
+
+    @jax.jit
+    def run(q, k, v, ids, slope):
+        attend = functools.partial(
+            attention, segment_ids_BL=ids, causal=True, window=50, backend="splash"
+        )
+        result, pull = jax.vjp(attend, q, k, v)
+        return result, *pull(slope)
+
+    mesh = make_mesh(MESHES[name])
+    heads = NamedSharding(mesh, P(("data", "fsdp"), None, "tensor"))
+    given = *jax.device_put((q, k, v), heads), put_rows(ids, mesh), jax.device_put(slope, heads)
+    found = run(*given)
+    assert found[0].sharding.shard_shape(found[0].shape)[0] == 8 // (
+        mesh.size // mesh.shape["tensor"]
+    )
+    for one, other in zip(found, run(q, k, v, ids, slope), strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+@pytest.mark.parametrize("name", ["2x2x2", "1x8x1"])
+def test_a_decoder_with_splash_attention(monkeypatch, name):
+    """Kernels inside a scanned, checkpointed layer; in float32, which they compute in full here."""
+    monkeypatch.setattr(splash, "_interpret", True)
+    monkeypatch.setattr(splash, "obstacle", lambda *_: None)
+    config = ModelConfig.from_hf(PUBLISHED | FAMILIES["llama"]).replace(max_positions=130)
+    params = init_params(jax.random.key(0), config)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 48, (8, 130)).astype(np.int32)
+    ids = np.sort(rng.integers(0, 3, (8, 130)))[:, ::-1].astype(np.int32)
+
+    def loss(params: Any, tokens: Any, ids: Any, backend: Any) -> Any:
+        hidden_BLD = hidden_states(
+            params, None, tokens, config=config, segment_ids_BL=ids, attention=backend
+        )
+        return jnp.where((ids > 0)[:, :, None], jnp.sin(hidden_BLD), 0).sum()
+
+    step = jax.jit(jax.value_and_grad(loss), static_argnums=3)
+    mesh = make_mesh(MESHES[name])
+    given = move(params, mesh), *put_rows((tokens, ids), mesh)
+    assert "splash_mha_fwd" in str(step.trace(*given, "splash").jaxpr)
+    close(step(*given, "splash"), step(params, tokens, ids, "xla"))
 
 
 @pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
