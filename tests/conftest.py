@@ -94,15 +94,23 @@ def _shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _keep_compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """All workers of this test run, and what they start, take compiled programs from each other."""
+    from tests import tiny_run
+
+    # The halves of a CI run hand theirs on; never those of another machine.
+    kept = os.environ.get("PROXYKD_TESTS_COMPILED")
+    with _shared_folder(tmp_path_factory) as folder:
+        tiny_run.keep_compiled(Path(kept) if kept else folder / "compiled")
+
+
 @pytest.fixture(scope="session")
 def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models and corpus of a tiny run (``tests/tiny_run.py``); compiled programs are kept."""
+    """Models and corpus of a tiny run (``tests/tiny_run.py``)."""
     from tests import tiny_run
 
     with _shared_folder(tmp_path_factory) as folder:
-        # The halves of a CI run hand each other's programs on; never those of another machine.
-        kept = os.environ.get("PROXYKD_TESTS_COMPILED")
-        tiny_run.keep_compiled(Path(kept) if kept else folder / "compiled")
         if not (folder / "files").exists():
             tiny_run.make_files(folder / "files")
     return folder / "files"
