@@ -1,7 +1,7 @@
 """Batches that flow from the data to the training steps.
 
-Axes: B rows, L positions, S examples in a row (1 unless rows are packed), A places of answers, K
-stored log-probs.
+Axes: B rows, L positions, S examples in a row (1 unless rows are packed), G groups of rows, A
+places of answers, K stored log-probs.
 Position t of every ``_BL`` array speaks of the same prediction: ``tokens_BL[:, t]`` is read,
 ``labels_BL[:, t]`` is the token after it, ``mask_BL[:, t]`` says whether that token is part of an
 answer.
@@ -31,8 +31,9 @@ class TokenBatch:
         do not fill has rows of padding, so that its shape stays the same.
       prefix_B: int32, how many first positions of a row every example of it sees: the beginning
         of a prompt that they share. None: each sees itself alone.
-      places_BA: int32, the positions inside ``mask_BL``, in order, then L: the vocabulary is
-        projected at these alone. None projects it everywhere.
+      places_GA: int32, for each group of B / G rows that lie side by side the positions inside
+        ``mask_BL``, counted through all of its rows, in order, then B / G times L: the vocabulary
+        is projected at these alone. None projects it everywhere.
     """
 
     tokens_BL: Array
@@ -42,7 +43,7 @@ class TokenBatch:
     positions_BL: Array
     example_mask_BS: Array
     prefix_B: Array | None = None
-    places_BA: Array | None = None
+    places_GA: Array | None = None
 
 
 @flax.struct.dataclass

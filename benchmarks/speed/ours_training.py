@@ -76,7 +76,8 @@ class Examples:
         longest = int(self.positions[:batch_size].max())
         length = next(bucket for bucket in self.buckets if bucket >= longest)
         rows = tuple((index,) for index in range(batch_size))
-        return PlannedBatch(rows, length, answers=int(self.answers[:batch_size].max()))
+        answers = int(self.answers[:batch_size].sum())
+        return PlannedBatch(rows, length, answers=answers, together=batch_size)
 
     def epoch(self, batch_size: int, batching: Any) -> list[PlannedBatch]:
         """The batches of the first epoch."""
@@ -88,6 +89,7 @@ class Examples:
             batching=batching,
             buckets=self.buckets,
             answers=self.answers,
+            together=batch_size,
         )
         return list(plan)
 

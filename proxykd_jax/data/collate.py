@@ -90,6 +90,7 @@ def collate_rows(
     num_segments: int,
     batch_size: int,
     answers: int | None = None,
+    together: int = 1,
     *,
     share_prompt: bool = False,
 ) -> TokenBatch:
@@ -102,6 +103,7 @@ def collate_rows(
       num_segments: S.
       batch_size: B.
       answers: A, where the positions inside the mask shall be listed.
+      together: how many rows, side by side, have one list: G = B / together.
       share_prompt: the examples of a row have the same prompt. Those after the first begin with
         its last token (whose position they keep) and see what is before it in the first.
 
@@ -140,14 +142,15 @@ def collate_rows(
             example_mask_BS[b, s] = True
             prefix_B[b] = prompt
             begin = end
-    places_BA = None
+    places_GA = None
     if answers is not None:
-        places_BA = np.full((batch_size, answers), length, np.int32)
-        for b, inside_L in enumerate(mask_BL):
-            places = np.flatnonzero(inside_L)
+        whole = together * length
+        places_GA = np.full((batch_size // together, answers), whole, np.int32)
+        for g, inside in enumerate(mask_BL.reshape(-1, whole)):
+            places = np.flatnonzero(inside)
             if len(places) > answers:
                 raise ValueError(f"{len(places)} answer tokens do not fit {answers} places.")
-            places_BA[b, : len(places)] = places
+            places_GA[g, : len(places)] = places
     return TokenBatch(
         tokens_BL=tokens_BL,
         labels_BL=labels_BL,
@@ -156,5 +159,5 @@ def collate_rows(
         positions_BL=positions_BL,
         example_mask_BS=example_mask_BS,
         prefix_B=prefix_B if share_prompt else None,
-        places_BA=places_BA,
+        places_GA=places_GA,
     )

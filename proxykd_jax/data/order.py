@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 
@@ -21,10 +21,11 @@ Batching = Literal["pad", "bucket", "pack"]
 _WINDOW_BATCHES = 64
 _PACK_WINDOW_ROWS = 1024
 _MOST_SEGMENTS = 64
-# A is a multiple of a quarter of the row, because each A is another program to compile: batches of
-# like length give 7 programs on 1,700 stories and 19 on 480 answers of GPT-4 (eighths 11 and 27,
-# whole rows 4 and 10), at 0.94 and 0.86 of the positions (0.89 and 0.80).
-_ANSWER_STEPS = 4
+# A is a multiple of a quarter of a row that has places of its own, because each A is another
+# program to compile: batches of like length give 7 programs on 1,700 stories and 19 on 480 answers
+# of GPT-4 (eighths 11 and 27, whole rows 4 and 10), at 0.94 and 0.86 of the positions (0.89 and
+# 0.80). Rows that share their places have nearly the same share of answers in every batch.
+_ANSWER_STEPS, _SHARED_ANSWER_STEPS = 4, 8
 # A length takes about as long to compile as 10 to 30 steps, of which closer lengths spare a tenth.
 # Fewer than 8 are no closer than the others; 32 leave 3 to 6 % of padding, and more would fill a
 # process with programs (``parallel/mappings.py``).
@@ -43,13 +44,16 @@ class PlannedBatch:
         always ``batch_size`` rows.
       length: positions a row.
       num_segments: S, the most examples a row may hold; the same in all batches of a plan.
-      answers: A, places a row for positions inside the mask; None where nobody counted them.
+      answers: A, places of ``together`` rows for positions inside the mask; None where nobody
+        counted them.
+      together: how many rows, side by side, share their places.
     """
 
     rows: tuple[tuple[int, ...], ...]
     length: int
     num_segments: int = 1
     answers: int | None = None
+    together: int = 1
 
 
 class EpochPlan(Sequence[PlannedBatch]):
@@ -70,6 +74,7 @@ class EpochPlan(Sequence[PlannedBatch]):
         batch_size: int,
         num_segments: int,
         answers: np.ndarray | None = None,
+        together: int = 1,
     ) -> None:
         self.batch_size = batch_size
         self.num_segments = num_segments
@@ -77,6 +82,7 @@ class EpochPlan(Sequence[PlannedBatch]):
         self._row_starts = row_starts  # one more than there are rows
         self._batch_starts = batch_starts
         self._batch_lengths = batch_lengths
+        self._together = together
         self._batch_answers = self._count(answers)
 
     def _count(self, answers: np.ndarray | None) -> np.ndarray | None:
@@ -85,9 +91,12 @@ class EpochPlan(Sequence[PlannedBatch]):
             return None
         before = np.concatenate([[0], np.cumsum(np.asarray(answers, np.int64)[self._examples])])
         of_row = np.diff(before[self._row_starts])
-        of_batch = [of_row[start : start + self.batch_size].max() for start in self._batch_starts]
-        steps = -(-self._batch_lengths // _ANSWER_STEPS)
-        return np.minimum(-(-np.array(of_batch) // steps) * steps, self._batch_lengths)
+        of_row = np.pad(of_row, (0, self.batch_size))  # the last batch may have fewer rows
+        batches = (of_row[start : start + self.batch_size] for start in self._batch_starts)
+        most = np.array([rows.reshape(-1, self._together).sum(1).max() for rows in batches])
+        whole = self._together * self._batch_lengths
+        steps = -(-whole // (_ANSWER_STEPS if self._together == 1 else _SHARED_ANSWER_STEPS))
+        return np.minimum(-(-most // steps) * steps, whole)
 
     def __len__(self) -> int:
         return len(self._batch_starts)
@@ -110,7 +119,11 @@ class EpochPlan(Sequence[PlannedBatch]):
         rows += [()] * (self.batch_size - len(rows))
         answers = None if self._batch_answers is None else int(self._batch_answers[index])
         return PlannedBatch(
-            tuple(rows), int(self._batch_lengths[index]), self.num_segments, answers
+            tuple(rows),
+            int(self._batch_lengths[index]),
+            self.num_segments,
+            answers,
+            self._together,
         )
 
     def __iter__(self) -> Iterator[PlannedBatch]:
@@ -186,6 +199,7 @@ def plan_epoch(
     batching: Batching,
     buckets: Sequence[int],
     answers: np.ndarray | None = None,
+    together: int = 1,
 ) -> EpochPlan:
     """Puts every example of a split into exactly one batch.
 
@@ -203,11 +217,14 @@ def plan_epoch(
       batching: the way.
       buckets: lengths that batches may have, ascending.
       answers: integer[n], positions inside the mask of each example; where given, the batches say
-        how many places a row they take.
+        how many places they take.
+      together: how many rows of a batch share their places; it divides ``batch_size``.
 
     Raises:
-      ValueError: an example is longer than the largest bucket.
+      ValueError: an example is longer than the largest bucket, or rows that cannot be grouped.
     """
+    if batch_size % together:
+        raise ValueError(f"{batch_size} rows are no groups of {together}.")
     lengths = np.asarray(lengths, np.int64)
     bucket_array = np.asarray(buckets, np.int64)
     longest = int(lengths.max(initial=0))
@@ -216,7 +233,8 @@ def plan_epoch(
     order = permutation(len(lengths), seed=seed, epoch=epoch, purpose=_ROWS)
     if batching == "pack":
         capacity = int(bucket_array[-1])
-        return _plan_packed(order, lengths, answers, seed, epoch, batch_size, capacity)
+        counted = {"answers": answers, "together": together}
+        return _plan_packed(order, lengths, seed, epoch, batch_size, capacity, counted)
     starts = np.arange(0, len(order), batch_size)
     if batching == "bucket":
         window = np.arange(len(order)) // (_WINDOW_BATCHES * batch_size)
@@ -232,6 +250,7 @@ def plan_epoch(
         batch_size=batch_size,
         num_segments=1,
         answers=answers,
+        together=together,
     )
 
 
@@ -249,11 +268,11 @@ def packed_segments(lengths: np.ndarray, capacity: int) -> int:
 def _plan_packed(
     order: np.ndarray,
     lengths: np.ndarray,
-    answers: np.ndarray | None,
     seed: int,
     epoch: int,
     batch_size: int,
     capacity: int,
+    counted: dict[str, Any],
 ) -> EpochPlan:
     num_segments = packed_segments(lengths, capacity)
     row_of = np.empty(len(order), np.int64)  # the packed row of each place in the order
@@ -278,7 +297,7 @@ def _plan_packed(
         np.full(len(starts), capacity, np.int64),
         batch_size=batch_size,
         num_segments=num_segments,
-        answers=answers,
+        **counted,
     )
 
 

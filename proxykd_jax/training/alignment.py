@@ -29,6 +29,7 @@ from proxykd_jax.training.batches import (
     make_plan,
     phase_seed,
     placed_batches,
+    rows_together,
     token_collate,
 )
 from proxykd_jax.training.loop import Measure, Trainer
@@ -290,6 +291,7 @@ class Alignment:
             seed=phase_seed(self._config.seed, f"align/{phase}"),
             batch_size=self._align.batch_size,
             answers=answers,
+            together=rows_together(self._align.batch_size, self._align.microbatches, self._mesh),
             **options,
         )
 
@@ -342,6 +344,7 @@ class Alignment:
             batching="bucket",
             max_length=pairs.longest(self._corpus.max_length),
             answers=pairs.answers[:_REWARD_PAIRS],
+            together=rows_together(self._align.batch_size, 1, self._mesh),
         )
         total: Any = None
         batches = placed_batches(plan, pairs.collate, start=0, stop=len(plan(0)), mesh=self._mesh)

@@ -132,6 +132,7 @@ def make_plan(
     batching: Batching,
     max_length: int,
     answers: np.ndarray | None = None,
+    together: int = 1,
     epochs: int = 1,
     most: int | None = None,
 ) -> Plan:
@@ -143,6 +144,7 @@ def make_plan(
       batch_size, batching: as in the config.
       max_length: tokens of the longest row that the corpus may hold.
       answers: positions of each example at which the vocabulary is projected (default: all).
+      together: see ``rows_together``.
       epochs, most: as in ``count_steps``: with many steps, batches come in more lengths.
     """
     steps = -(-len(positions) // batch_size) * epochs
@@ -157,9 +159,19 @@ def make_plan(
             batching=batching,
             buckets=buckets,
             answers=answers,
+            together=together,
         )
 
     return plan
+
+
+def rows_together(batch_size: int, microbatches: int, mesh: Mesh) -> int:
+    """How many rows of a batch have one list of their answers' places: those of a device.
+
+    Each row has its own where micro-batches deal the rows anew, or the mesh cannot.
+    """
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    return batch_size // ways if microbatches == 1 and batch_size % ways == 0 else 1
 
 
 def count_steps(plan: Plan, epochs: int, most: int | None) -> int:
@@ -278,4 +290,5 @@ def _read_rows(rows: Rows, planned: PlannedBatch) -> list[list[TokenRow]]:
 
 def _collate(rows: list[list[TokenRow]], planned: PlannedBatch) -> TokenBatch:
     size = len(planned.rows)
-    return collate_rows(rows, planned.length, planned.num_segments, size, planned.answers)
+    counted = (planned.answers, planned.together)
+    return collate_rows(rows, planned.length, planned.num_segments, size, *counted)

@@ -48,21 +48,21 @@ def label_logps(
         params, adapter, batch, config=spec.config, remat=spec.remat, dropout_key=dropout_key
     )
     arrays = (hidden_BLD, batch.labels_BL, *(() if topk_ids_BLK is None else (topk_ids_BLK,)))
-    length, places_BA = batch.tokens_BL.shape[1], batch.places_BA
-    if places_BA is None or places_BA.shape[1] == length:
+    rows, places_GA = batch.tokens_BL.shape, batch.places_GA
+    if places_GA is None or places_GA.size == batch.tokens_BL.size:
         out = _project(params, spec, temperature, *arrays)
     else:
-        taken = (_take(x, places_BA) for x in arrays)
+        taken = (_take(x, places_GA) for x in arrays)
         found = _project(params, spec, temperature, *taken)
-        out = tuple(_put(x, places_BA, length) for x in found)
+        out = tuple(_put(x, places_GA, rows) for x in found)
     return (out[0], None, None) if topk_ids_BLK is None else (out[0], out[1], out[2])
 
 
 def _project(
-    params: Tree, spec: ModelSpec, temperature: float, hidden_BAD: jax.Array, *arrays: Any
+    params: Tree, spec: ModelSpec, temperature: float, hidden_GAD: jax.Array, *arrays: Any
 ) -> tuple[jax.Array, ...]:
     """Log-probs at the hidden states' places, as ``label_logps`` returns them."""
-    chunk = positions_within(WHOLE_LOGITS, hidden_BAD, spec.config.vocab_size)
+    chunk = positions_within(WHOLE_LOGITS, hidden_GAD, spec.config.vocab_size)
 
     def head(hidden: jax.Array, labels: jax.Array, *ids: jax.Array) -> tuple[jax.Array, ...]:
         logits = unembed(params, hidden, config=spec.config)
@@ -73,30 +73,33 @@ def _project(
             return of_labels, topk, tail
         return (token_logps(logits, labels), *topk_logps(logits / temperature, ids[0]))
 
-    places = hidden_BAD.shape[1]
+    places = hidden_GAD.shape[1]
     found: tuple[jax.Array, ...] = map_positions(
-        head, hidden_BAD, *arrays, chunk=min(chunk, places)
+        head, hidden_GAD, *arrays, chunk=min(chunk, places)
     )
     return found
 
 
-def _take(x_BL: Any, places_BA: Any) -> jax.Array:
-    """``[B, L, ...]`` to ``[B, A, ...]``; a place of L takes the last position."""
+def _take(x_BL: Any, places_GA: Any) -> jax.Array:
+    """``[B, L, ...]`` to ``[G, A, ...]``; a place behind the last takes the last."""
 
-    def take(x_L: jax.Array, places_A: jax.Array) -> jax.Array:
-        return jnp.take(x_L, places_A, axis=0, mode="clip")
+    def take(x: jax.Array, places_A: jax.Array) -> jax.Array:
+        return jnp.take(x, places_A, axis=0, mode="clip")
 
-    return jax.vmap(take)(x_BL, places_BA)
+    groups, length = len(places_GA), x_BL.shape[1]
+    together = x_BL.shape[0] // groups
+    return jax.vmap(take)(x_BL.reshape(groups, together * length, *x_BL.shape[2:]), places_GA)
 
 
-def _put(x_BA: jax.Array, places_BA: Any, length: int) -> jax.Array:
-    """``[B, A, ...]`` to ``[B, L, ...]``, zeros elsewhere; a place of L is dropped."""
+def _put(x_GA: jax.Array, places_GA: Any, rows: tuple[int, int]) -> jax.Array:
+    """``[G, A, ...]`` to ``[B, L, ...]``, zeros elsewhere; a place behind the last is dropped."""
+    size = rows[0] // len(places_GA) * rows[1]
 
     def put(x_A: jax.Array, places_A: jax.Array) -> jax.Array:
-        zeros_L = jnp.zeros((length, *x_A.shape[1:]), x_A.dtype)
-        return zeros_L.at[places_A].set(x_A, mode="drop")
+        zeros = jnp.zeros((size, *x_A.shape[1:]), x_A.dtype)
+        return zeros.at[places_A].set(x_A, mode="drop")
 
-    return jax.vmap(put)(x_BA, places_BA)
+    return jax.vmap(put)(x_GA, places_GA).reshape(*rows, *x_GA.shape[2:])
 
 
 def pair_label_logps(

@@ -97,12 +97,12 @@ def collate_pairs(
         "reference_rejected_B": reference_rejected_B,
         "pair_mask_B": np.array([bool(row) for row in rejected]),
     }
-    count = len(planned.rows)
+    count, counted = len(planned.rows), (planned.answers, planned.together)
     if share_prompt:
         rows = [first + second for first, second in zip(chosen, rejected, strict=True)]
-        size = (planned.length, 2, count, planned.answers)
+        size = (planned.length, 2, count, *counted)
         return SharedPairBatch(collate_rows(rows, *size, share_prompt=True), **rest)
-    size = (planned.length, 1, count, planned.answers)
+    size = (planned.length, 1, count, *counted)
     return PairBatch(collate_rows(chosen, *size), collate_rows(rejected, *size), **rest)
 
 

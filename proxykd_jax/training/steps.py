@@ -105,7 +105,14 @@ def make_evaluation(
 
 def split_rows(batch: Any, microbatches: int) -> Any:
     """[B, ...] to [A, B / A, ...]: row r goes to part r mod A, so that rows that live on one device
-    stay there."""
+    stay there.
+
+    Raises:
+      ValueError: rows that share their answers' places, which would be parted from them.
+    """
+    counts = {x.shape[0] for x in jax.tree.leaves(batch)}
+    if len(counts) > 1:
+        raise ValueError(f"Arrays of {sorted(counts)} rows cannot be cut into the same parts.")
     return jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
 
 

@@ -14,7 +14,7 @@ from proxykd_jax.config import Config
 from proxykd_jax.data.corpus import TokenCorpus
 from proxykd_jax.data.soft_labels import SoftLabelStore
 from proxykd_jax.errors import UserError
-from proxykd_jax.training.batches import Plan, make_plan, phase_seed
+from proxykd_jax.training.batches import Plan, make_plan, phase_seed, rows_together
 from proxykd_jax.training.loop import Measure, Periodic, Trainer
 from proxykd_jax.training.metrics import MetricsLog
 from proxykd_jax.training.model import Model
@@ -78,13 +78,15 @@ class StudentRun:
           max_length: tokens of the longest row (default: the corpus's).
         """
         distill = self.config.distill
+        batch_size = batch_size or distill.batch_size
         return make_plan(
             positions,
             seed=phase_seed(self.config.seed, phase),
-            batch_size=batch_size or distill.batch_size,
+            batch_size=batch_size,
             batching="bucket" if distill.batching == "pack" and not packs else distill.batching,
             max_length=max_length or self.corpus.max_length,
             answers=answers,
+            together=rows_together(batch_size, distill.microbatches, self.mesh),
             epochs=distill.epochs,
             most=distill.max_steps,
         )

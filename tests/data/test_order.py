@@ -53,8 +53,9 @@ def test_pure_function_of_seed_and_epoch(batching):
     assert list(plan(lengths, batching, seed=4)) != again[0]
 
 
+@pytest.mark.parametrize("together", [1, 2, 8])
 @pytest.mark.parametrize("batching", BATCHINGS)
-def test_answers_have_places_and_few_counts_occur(batching):
+def test_answers_have_places_and_few_counts_occur(batching, together):
     lengths = random_lengths(500)
     answers = np.random.default_rng(1).integers(1, lengths + 1)
     counted = plan_epoch(
@@ -65,13 +66,27 @@ def test_answers_have_places_and_few_counts_occur(batching):
         batching=batching,
         buckets=default_buckets(512),
         answers=answers,
+        together=together,
     )
     for batch, plain in zip(counted, plan(lengths, batching), strict=True):
         assert (batch.rows, batch.length) == (plain.rows, plain.length) and plain.answers is None
-        most = max(sum(answers[i] for i in row) for row in batch.rows)
-        step = -(-batch.length // 4)
-        assert most <= batch.answers <= batch.length and batch.answers - most < step
-        assert batch.answers % step == 0 or batch.answers == batch.length
+        assert (batch.together, plain.together) == (together, 1)
+        of_rows = [sum(answers[i] for i in row) for row in batch.rows]
+        most = max(sum(of_rows[r : r + together]) for r in range(0, 8, together))
+        whole = together * batch.length
+        step = -(-whole // (4 if together == 1 else 8))
+        assert most <= batch.answers <= whole and batch.answers - most < step
+        assert batch.answers % step == 0 or batch.answers == whole
+    with pytest.raises(ValueError, match="groups of 3"):
+        plan_epoch(
+            lengths,
+            seed=3,
+            epoch=0,
+            batch_size=8,
+            batching=batching,
+            buckets=default_buckets(512),
+            together=3,
+        )
 
 
 def test_only_one_batch_is_not_full():

@@ -60,7 +60,9 @@ def test_mask_is_shifted_with_the_labels():
 def test_places_are_those_inside_the_mask():
     row = TokenRow(np.array([5, 6, 7, 8, 9], np.int32), 3, "")
     batch = collate_rows([[row, row], [row]], 12, 2, 3, answers=5)
-    assert batch.places_BA.tolist() == [[2, 3, 6, 7, 12], [2, 3, 12, 12, 12], [12] * 5]
+    assert batch.places_GA.tolist() == [[2, 3, 6, 7, 12], [2, 3, 12, 12, 12], [12] * 5]
+    shared = collate_rows([[row, row], [row]], 12, 2, 4, answers=7, together=2)
+    assert shared.places_GA.tolist() == [[2, 3, 6, 7, 14, 15, 24], [24] * 7]
     with pytest.raises(ValueError, match="4 answer tokens do not fit 3 places"):
         collate_rows([[row, row]], 12, 2, 1, answers=3)
 

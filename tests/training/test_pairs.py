@@ -140,6 +140,7 @@ def test_batches_of_a_round_hold_every_token_once(tmp_path) -> None:
             batching="bucket",
             max_length=found.longest(16),
             answers=found.answers,
+            together=2,
         )
         inside = 0
         for planned in plan(0):

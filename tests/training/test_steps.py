@@ -16,7 +16,7 @@ from proxykd_jax.training.logprobs import label_logps
 from proxykd_jax.training.objectives import AlignObjective, DistillObjective, NllObjective
 from proxykd_jax.training.reference import pair_logps
 from proxykd_jax.training.state import init_state
-from proxykd_jax.training.steps import make_diagnosis, make_train_step
+from proxykd_jax.training.steps import make_diagnosis, make_train_step, split_rows
 from proxykd_jax.types import TokenBatch
 
 from .conftest import random_distill, random_pairs, random_rows
@@ -145,30 +145,37 @@ def test_chunked_vocabulary_equals_whole(lora_model, monkeypatch) -> None:
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def _with_places(batch, answers: int):
+def _with_places(batch, answers: int, together: int = 1):
     """The batch with its answers' places listed, in every ``TokenBatch`` that it has."""
     if isinstance(batch, TokenBatch):
-        places_BA = np.full((len(batch.mask_BL), answers), batch.mask_BL.shape[1], np.int32)
-        for row, inside_L in zip(places_BA, batch.mask_BL, strict=True):
-            found = np.flatnonzero(inside_L)
-            row[: len(found)] = found
-        return batch.replace(places_BA=places_BA)
+        inside = batch.mask_BL.reshape(-1, together * batch.mask_BL.shape[1])
+        places_GA = np.full((len(inside), answers), inside.shape[1], np.int32)
+        for group, inside_of_group in zip(places_GA, inside, strict=True):
+            found = np.flatnonzero(inside_of_group)
+            group[: len(found)] = found
+        return batch.replace(places_GA=places_GA)
     names = [
         f.name for f in dataclasses.fields(batch) if isinstance(getattr(batch, f.name), TokenBatch)
     ]
-    return batch.replace(**{name: _with_places(getattr(batch, name), answers) for name in names})
+    return batch.replace(
+        **{name: _with_places(getattr(batch, name), answers, together) for name in names}
+    )
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("kind", ["lora_model", "full_model"])
-def test_vocabulary_at_answers_alone_gives_the_same_step(name, kind, request) -> None:
+@pytest.mark.parametrize("kind, together", [("lora_model", 1), ("full_model", 3)])
+def test_vocabulary_at_answers_alone_gives_the_same_step(name, kind, together, request) -> None:
     model = request.getfixturevalue(kind)
-    batch = BATCHES[name](np.random.default_rng(8), 5)
+    batch = BATCHES[name](np.random.default_rng(8), 6)
     rows = [b for b in jax.tree.leaves(batch, is_leaf=lambda x: isinstance(x, TokenBatch))]
-    most = max(int(b.mask_BL.sum(axis=1).max()) for b in rows if isinstance(b, TokenBatch))
-    assert most < 12  # or nothing would be left out
+    most = max(
+        int(b.mask_BL.reshape(6 // together, -1).sum(axis=1).max())
+        for b in rows
+        if isinstance(b, TokenBatch)
+    )
+    assert most < 12 * together  # or nothing would be left out
     everywhere, answers = (
-        _step(model, OBJECTIVES[name], b) for b in (batch, _with_places(batch, most))
+        _step(model, OBJECTIVES[name], b) for b in (batch, _with_places(batch, most, together))
     )
     for ours, theirs in zip(jax.tree.leaves(answers), jax.tree.leaves(everywhere), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-6)
@@ -178,9 +185,18 @@ def test_log_probs_stand_where_they_belong(lora_model) -> None:
     spec, frozen, trainable = lora_model
     batch = random_rows(np.random.default_rng(9), 4)
     whole, _, _ = label_logps(frozen, trainable, batch, spec)
-    placed, _, _ = label_logps(frozen, trainable, _with_places(batch, 11), spec)
-    np.testing.assert_allclose(placed[batch.mask_BL], whole[batch.mask_BL], atol=1e-6)
-    assert (np.asarray(placed)[~batch.mask_BL] == 0).all()
+    for together in (1, 2, 4):
+        grouped = _with_places(batch, 11 * together, together)
+        placed, _, _ = label_logps(frozen, trainable, grouped, spec)
+        np.testing.assert_allclose(placed[batch.mask_BL], whole[batch.mask_BL], atol=1e-6)
+        assert (np.asarray(placed)[~batch.mask_BL] == 0).all()
+
+
+def test_rows_that_share_places_are_not_dealt_to_parts() -> None:
+    batch = random_rows(np.random.default_rng(9), 4)
+    assert split_rows(_with_places(batch, 11), 2).places_GA.shape == (2, 2, 11)
+    with pytest.raises(ValueError, match="cut into the same parts"):
+        split_rows(_with_places(batch, 22, together=2), 2)
 
 
 def test_gradient_norms_of_the_terms(full_model) -> None:
