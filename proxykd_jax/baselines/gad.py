@@ -52,7 +52,7 @@ from proxykd_jax.losses import (
 from proxykd_jax.models.chunked import map_positions
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.decoder import batch_hidden_states, unembed
-from proxykd_jax.parallel.sharding import positions_within, put_rows
+from proxykd_jax.parallel.sharding import put_rows
 from proxykd_jax.training.batches import (
     Joined,
     Plan,
@@ -65,7 +65,7 @@ from proxykd_jax.training.discriminator import (
     scores,
 )
 from proxykd_jax.training.distillation import Course, teacher_rows
-from proxykd_jax.training.logprobs import WHOLE_LOGITS
+from proxykd_jax.training.logprobs import positions_at_once
 from proxykd_jax.training.loop import Trainer
 from proxykd_jax.training.objectives import Counts, Metrics, Objective
 from proxykd_jax.training.scoring import Scoring
@@ -389,6 +389,6 @@ def _label_logps(
         logits = unembed(params, hidden, config=config)[..., : spec.vocab_size]
         return token_logps(logits / temperature, labels)
 
-    chunk = positions_within(WHOLE_LOGITS, hidden_BLD, spec.vocab_size)
+    chunk = positions_at_once(hidden_BLD, spec.vocab_size)
     length = rows.tokens_BL.shape[1]
     return map_positions(head, hidden_BLD, rows.labels_BL, chunk=min(chunk, length))

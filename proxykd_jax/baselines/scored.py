@@ -18,8 +18,7 @@ from proxykd_jax.losses import token_logps
 from proxykd_jax.models.chunked import map_positions
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.decoder import batch_hidden_states, unembed
-from proxykd_jax.parallel.sharding import positions_within
-from proxykd_jax.training.logprobs import WHOLE_LOGITS
+from proxykd_jax.training.logprobs import positions_at_once
 from proxykd_jax.training.model import Model
 from proxykd_jax.training.restore import load_aligned_proxy
 from proxykd_jax.training.scoring import Scoring
@@ -116,7 +115,7 @@ def both_logits(
             student_logits[..., :most], jax.lax.stop_gradient(scorer_logits[..., :most]), *arrays
         )
 
-    chunk = positions_within(WHOLE_LOGITS // 2, own_BLD, spec.vocab_size)
+    chunk = positions_at_once(own_BLD, spec.vocab_size, models=2)
     length = rows.tokens_BL.shape[1]
     return map_positions(head, own_BLD, other_BLD, *arrays_BL, chunk=min(chunk, length))
 

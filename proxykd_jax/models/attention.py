@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from proxykd_jax.models import splash
-from proxykd_jax.parallel.sharding import is_for_tpu
+from proxykd_jax.parallel.sharding import is_for
 
 Backend = Literal["auto", "xla", "cudnn", "splash"]
 
@@ -67,7 +67,7 @@ def choose_backend(
         return backend
     num_queries = like.shape[1]
     # Less than a tile of the kernel would be padding for the most part.
-    if obstacle is None and num_queries >= splash.TILE and is_for_tpu(like):
+    if obstacle is None and num_queries >= splash.TILE and is_for("tpu", like):
         return "splash"
     # One query a row is bound by reading the cache; flash attention gains nothing there.
     fits = half and head_dim % 8 == 0 and head_dim <= 128 and num_queries > 1

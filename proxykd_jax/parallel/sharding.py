@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -134,13 +134,14 @@ def num_devices(x: jax.Array, *axes: str) -> int:
     return math.prod(shape.get(axis, 1) for axis in axes or shape)
 
 
-def is_for_tpu(x: jax.Array) -> bool:
-    """Whether a program with a traced array is for TPUs.
+def is_for(platform: Literal["cpu", "tpu"], x: jax.Array) -> bool:
+    """Whether a program with a traced array is for CPUs, or for TPUs.
 
     Its mesh says so, whose devices may be described and not there; without one, JAX's default.
     """
     device = jax.typeof(x).sharding.mesh.abstract_device
-    return jax.default_backend() == "tpu" if device is None else device.device_kind[:3] == "TPU"
+    kind = jax.default_backend() if device is None else device.device_kind
+    return kind.lower().startswith(platform)
 
 
 def positions_within(elements: int, hidden_BLD: jax.Array, vocab_size: int) -> int:

@@ -139,7 +139,8 @@ def test_chunked_vocabulary_equals_whole(lora_model, monkeypatch) -> None:
     spec, frozen, trainable = lora_model
     batch = random_distill(np.random.default_rng(6), 4)
     whole = label_logps(frozen, trainable, batch.rows, spec, topk_ids_BLK=batch.topk_ids_BLK)
-    monkeypatch.setattr("proxykd_jax.training.logprobs.WHOLE_LOGITS", 5 * 4 * 37)
+    monkeypatch.setattr("proxykd_jax.training.logprobs._WHOLE_LOGITS", 5 * 4 * 37)
+    monkeypatch.setattr("proxykd_jax.training.logprobs._ON_A_CPU", 1)
     parts = label_logps(frozen, trainable, batch.rows, spec, topk_ids_BLK=batch.topk_ids_BLK)
     for a, b in zip(whole, parts, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
