@@ -94,6 +94,21 @@ def against_peers(name: str, bars: dict[str, float]) -> tuple[Comparison, ...]:
     return tuple(Comparison(f"{name}/{tool}", OURS, tool, bar=bar) for tool, bar in bars.items())
 
 
+def score_over_forward(
+    task: dict[str, Any], rows: dict[str, Any], bar: float, repetitions: int
+) -> Case:
+    """Soft labels beside a forward pass with the gold token's log-softmax."""
+    name = f"score_over_forward_{task['shape']}"
+    return Case(
+        name=name,
+        entries=tuple(Entry(work, OURS, {"work": work, **task}) for work in ("score", "forward")),
+        comparisons=(Comparison(name, "score", "forward", bar=bar, lower_is_better=True),),
+        rows=rows,
+        repetitions=repetitions,
+        same=("score", "forward"),
+    )
+
+
 def folder_name(task: dict[str, Any]) -> str:
     """Where the model of a task is kept, below the work folder."""
     return task["shape"] + (f"-v{task['vocab']}" if task.get("vocab") else "")

@@ -13,6 +13,7 @@ from benchmarks.speed.cases import (
     Entry,
     against_peers,
     peers,
+    score_over_forward,
 )
 from benchmarks.speed.cases_growth import growth
 
@@ -140,21 +141,7 @@ def _own_ratios(quick: bool) -> list[Case]:
         ),
     ]
     for shape, bar in (("15m", 1.35),) if quick else (("15m", 1.35), ("100m", 1.15)):
-        name = f"score_over_forward_{shape}"
-        scored = {**task, "shape": shape}
-        found.append(
-            Case(
-                name=name,
-                entries=(
-                    Entry("score", OURS, {"work": "score", **scored}),
-                    Entry("forward", OURS, {"work": "forward", **scored}),
-                ),
-                comparisons=(Comparison(name, "score", "forward", bar=bar, lower_is_better=True),),
-                rows=half,
-                repetitions=turns,
-                same=("score", "forward"),
-            )
-        )
+        found.append(score_over_forward({**task, "shape": shape}, half, bar, turns))
     return found
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from benchmarks.speed.cases import (
     OURS,
     TORCH,
     Case,
-    Comparison,
     Entry,
     against_peers,
     peers,
+    score_over_forward,
 )
 
 _LENGTH = 1024
@@ -24,9 +26,13 @@ def cases(quick: bool) -> list[Case]:
     return [
         _peak(),
         *(_step(work, shape) for shape in shapes for work in ("sft", "dpo", "distill")),
-        _score("1b"),
+        score_over_forward({"shape": "1b", "batch_size": 32}, _dense(64), 1.15, 5),
         _sampling("1b"),
     ]
+
+
+def _dense(count: int) -> dict[str, Any]:
+    return {"kind": "dense", "count": count, "length": _LENGTH, "prompt": _LENGTH // 2}
 
 
 def _peak() -> Case:
@@ -45,26 +51,10 @@ def _step(work: str, shape: str) -> Case:
         name=name,
         entries=peers(work, task, (TORCH,), compiled=True),
         comparisons=against_peers(name, {TORCH: 1.0}),
-        rows={"kind": "dense", "count": _STEPS * batch, "length": _LENGTH, "prompt": _LENGTH // 2},
+        rows=_dense(_STEPS * batch),
         repetitions=5,
         same=(OURS, TORCH),
         tolerance=5e-2,  # in bfloat16
-    )
-
-
-def _score(shape: str) -> Case:
-    name = f"score_over_forward_{shape}"
-    task = {"shape": shape, "batch_size": 32}
-    return Case(
-        name=name,
-        entries=(
-            Entry("score", OURS, {"work": "score", **task}),
-            Entry("forward", OURS, {"work": "forward", **task}),
-        ),
-        comparisons=(Comparison(name, "score", "forward", bar=1.15, lower_is_better=True),),
-        rows={"kind": "dense", "count": 64, "length": _LENGTH, "prompt": _LENGTH // 2},
-        repetitions=5,
-        same=("score", "forward"),
     )
 
 

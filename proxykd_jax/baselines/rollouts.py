@@ -24,7 +24,7 @@ from proxykd_jax.generation.decode import Mixing
 from proxykd_jax.generation.sampler import sample
 from proxykd_jax.losses import Term, count_tokens, reduce_examples
 from proxykd_jax.models.config import ModelConfig
-from proxykd_jax.parallel.sharding import check_rows, put_rows
+from proxykd_jax.parallel.sharding import check_rows, put_rows, row_ways
 from proxykd_jax.training.batches import phase_seed
 from proxykd_jax.training.objectives import Metrics
 from proxykd_jax.training.student import StudentRun
@@ -146,7 +146,7 @@ class Answering:
             batch_size=self.method.sample_batch_size,
             vocab_size=self.corpus.vocab_size,
             put=lambda batch: put_rows(batch, self.mesh),
-            rows_multiple=self.mesh.shape["data"] * self.mesh.shape["fsdp"],
+            rows_multiple=row_ways(self.mesh),
             other=other,
             mixing=self.mixing,
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import numpy as np
 
@@ -233,8 +233,9 @@ def plan_epoch(
     order = permutation(len(lengths), seed=seed, epoch=epoch, purpose=_ROWS)
     if batching == "pack":
         capacity = int(bucket_array[-1])
-        counted = {"answers": answers, "together": together}
-        return _plan_packed(order, lengths, seed, epoch, batch_size, capacity, counted)
+        return _plan_packed(
+            order, lengths, seed, epoch, batch_size, capacity, answers=answers, together=together
+        )
     starts = np.arange(0, len(order), batch_size)
     if batching == "bucket":
         window = np.arange(len(order)) // (_WINDOW_BATCHES * batch_size)
@@ -272,7 +273,9 @@ def _plan_packed(
     epoch: int,
     batch_size: int,
     capacity: int,
-    counted: dict[str, Any],
+    *,
+    answers: np.ndarray | None,
+    together: int,
 ) -> EpochPlan:
     num_segments = packed_segments(lengths, capacity)
     row_of = np.empty(len(order), np.int64)  # the packed row of each place in the order
@@ -297,7 +300,8 @@ def _plan_packed(
         np.full(len(starts), capacity, np.int64),
         batch_size=batch_size,
         num_segments=num_segments,
-        **counted,
+        answers=answers,
+        together=together,
     )
 
 

@@ -27,7 +27,7 @@ from proxykd_jax import peers
 from proxykd_jax.errors import UserError
 from proxykd_jax.parallel.keeper import PEER_LOST, TRY_AGAIN
 from proxykd_jax.parallel.launchers import Launch
-from proxykd_jax.parallel.sharding import ROWS
+from proxykd_jax.parallel.sharding import ROWS, row_ways
 
 # A process that has not been heard of for so long is given up.
 _SILENCE_S = 30
@@ -250,7 +250,7 @@ def own_part(mesh: Mesh) -> tuple[int, int]:
 
     (0, 1), all of them, where the mesh gives a process rows that do not lie side by side.
     """
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = row_ways(mesh)
     places = NamedSharding(mesh, ROWS).addressable_devices_indices_map((ways,))
     held = sorted({place[0].indices(ways)[0] for place in places.values() if place is not None})
     side_by_side = held == list(range(held[0], held[0] + len(held)))

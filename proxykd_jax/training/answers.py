@@ -15,7 +15,7 @@ from proxykd_jax.data.corpus import TokenCorpus
 from proxykd_jax.generation.sampler import Sample, sample
 from proxykd_jax.generation.samples import SampleFunction, SampleStore, sample_round
 from proxykd_jax.models.config import ModelConfig
-from proxykd_jax.parallel.sharding import move, put_rows
+from proxykd_jax.parallel.sharding import move, put_rows, row_ways
 from proxykd_jax.training.serving import serving
 
 
@@ -135,7 +135,7 @@ def make_draw(
             batch_size=batch_size,
             vocab_size=corpus.vocab_size,
             put=lambda batch: put_rows(batch, mesh),
-            rows_multiple=mesh.shape["data"] * mesh.shape["fsdp"],
+            rows_multiple=row_ways(mesh),
         )
 
     return draw

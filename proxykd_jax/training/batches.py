@@ -18,7 +18,7 @@ from proxykd_jax.data.soft_labels import SoftLabels
 from proxykd_jax.data.stream import BatchStream
 from proxykd_jax.errors import UserError
 from proxykd_jax.parallel.processes import own_part, put_own_rows
-from proxykd_jax.parallel.sharding import put_rows
+from proxykd_jax.parallel.sharding import put_rows, row_ways
 from proxykd_jax.types import DistillBatch, TokenBatch
 
 Plan = Callable[[int], EpochPlan]
@@ -170,7 +170,7 @@ def rows_together(batch_size: int, microbatches: int, mesh: Mesh) -> int:
 
     Each row has its own where micro-batches deal the rows anew, or the mesh cannot.
     """
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = row_ways(mesh)
     return batch_size // ways if microbatches == 1 and batch_size % ways == 0 else 1
 
 

@@ -13,7 +13,7 @@ from proxykd_jax.data.order import (
 BATCHINGS = ("pad", "bucket", "pack")
 
 
-def plan(lengths, batching="bucket", seed=3, epoch=0, batch_size=8, max_length=512):
+def plan(lengths, batching="bucket", seed=3, epoch=0, batch_size=8, max_length=512, **counted):
     return plan_epoch(
         lengths,
         seed=seed,
@@ -21,6 +21,7 @@ def plan(lengths, batching="bucket", seed=3, epoch=0, batch_size=8, max_length=5
         batch_size=batch_size,
         batching=batching,
         buckets=default_buckets(max_length),
+        **counted,
     )
 
 
@@ -58,16 +59,7 @@ def test_pure_function_of_seed_and_epoch(batching):
 def test_answers_have_places_and_few_counts_occur(batching, together):
     lengths = random_lengths(500)
     answers = np.random.default_rng(1).integers(1, lengths + 1)
-    counted = plan_epoch(
-        lengths,
-        seed=3,
-        epoch=0,
-        batch_size=8,
-        batching=batching,
-        buckets=default_buckets(512),
-        answers=answers,
-        together=together,
-    )
+    counted = plan(lengths, batching, answers=answers, together=together)
     for batch, plain in zip(counted, plan(lengths, batching), strict=True):
         assert (batch.rows, batch.length) == (plain.rows, plain.length) and plain.answers is None
         assert (batch.together, plain.together) == (together, 1)
@@ -78,15 +70,7 @@ def test_answers_have_places_and_few_counts_occur(batching, together):
         assert most <= batch.answers <= whole and batch.answers - most < step
         assert batch.answers % step == 0 or batch.answers == whole
     with pytest.raises(ValueError, match="groups of 3"):
-        plan_epoch(
-            lengths,
-            seed=3,
-            epoch=0,
-            batch_size=8,
-            batching=batching,
-            buckets=default_buckets(512),
-            together=3,
-        )
+        plan(lengths, batching, together=3)
 
 
 def test_only_one_batch_is_not_full():
