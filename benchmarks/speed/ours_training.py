@@ -186,10 +186,19 @@ def training(task: dict[str, Any]) -> Program:
     checked = trainer.step(work, examples.collate(examples.first(task["batch_size"])))
     results = {name: float(checked[name]) for name in ("loss", "grad_norm")}
 
+    flops: dict[Callable[[], None], float] = {}
+
     def way(batching: str, share_prompt: bool) -> Callable[[], None]:
         examples = examples_of(work, rows, share_prompt=share_prompt)
         planned = examples.epoch(task["batch_size"], batching)
-        return lambda: trainer.epoch(work, examples, planned)
+
+        def run() -> None:
+            trainer.epoch(work, examples, planned)
+
+        full = trainer.frozen is None
+        shared = pairs and share_prompt
+        flops[run] = _flops(trainer.config, rows, pairs=pairs, shared=shared, full=full)
+        return run
 
     ways = {}
     for one in task.get("batchings", ["pad"]):
@@ -203,26 +212,22 @@ def training(task: dict[str, Any]) -> Program:
         results=results,
         settings=settings,
         units=float(rows.answer_tokens),
-        flops=_flops(trainer.config, task, work, rows, settings),
+        flops=flops[run],
         peak=device_peak(),
     )
 
 
-def _flops(
-    config: ModelConfig, task: dict[str, Any], work: str, rows: Rows, settings: list[dict[str, Any]]
-) -> float:
-    """Counted for rows of one length, in the way that was chosen; what remat computes again is not
-    model work. 0 for rows of mixed lengths."""
+def _flops(config: ModelConfig, rows: Rows, *, pairs: bool, shared: bool, full: bool) -> float:
+    """Counted for rows of one length; what remat computes again is no model work. 0 for rows of
+    mixed lengths."""
     if len(set(rows.lengths.tolist())) > 1:
         return 0.0
     count, length = len(rows), int(rows.lengths.max())
-    if work.startswith("dpo"):
-        chosen = next(one["name"] for one in settings if one.get("chosen"))
-        if "share_prompt=True" in chosen:
-            length += length - int(rows.prompt_lengths.max())  # both answers behind one prompt
-        else:
-            count *= 2
-    return step_flops(config, count, length, full=not task.get("lora"), remat="none")
+    if shared:
+        length += length - int(rows.prompt_lengths.max())  # both answers behind one prompt
+    elif pairs:
+        count *= 2
+    return step_flops(config, count, length, full=full, remat="none")
 
 
 def planning(task: dict[str, Any]) -> Program:

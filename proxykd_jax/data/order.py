@@ -7,9 +7,9 @@ batches. Plans are NumPy arrays; a Python object is made only for the batch that
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 
@@ -25,12 +25,12 @@ _MOST_SEGMENTS = 64
 # program to compile: batches of like length give 7 programs on 1,700 stories and 19 on 480 answers
 # of GPT-4 (eighths 11 and 27, whole rows 4 and 10), at 0.94 and 0.86 of the positions (0.89 and
 # 0.80). Rows that share their places have nearly the same share of answers in every batch.
-_ANSWER_STEPS, _SHARED_ANSWER_STEPS = 4, 8
-# A length takes about as long to compile as 10 to 30 steps, of which closer lengths spare a tenth.
+_OWN_ANSWER_PARTS, _SHARED_ANSWER_PARTS = (4, 2), (8, 4, 2)
+# A program takes about as long to compile as 10 to 30 steps, of which closer lengths spare a tenth.
 # Fewer than 8 are no closer than the others; 32 leave 3 to 6 % of padding, and more would fill a
 # process with programs (``parallel/mappings.py``).
 _CLOSE_LENGTHS = (16, 32, 64, 128, 256)
-_STEPS_A_LENGTH = 16
+_STEPS_A_PROGRAM = 16
 _FEWEST_LENGTHS, _MOST_LENGTHS = 8, 32
 _ROWS, _BATCHES = 0, 1  # what a permutation is of: independent random streams
 
@@ -75,6 +75,7 @@ class EpochPlan(Sequence[PlannedBatch]):
         num_segments: int,
         answers: np.ndarray | None = None,
         together: int = 1,
+        answer_parts: int = 1,
     ) -> None:
         self.batch_size = batch_size
         self.num_segments = num_segments
@@ -83,20 +84,24 @@ class EpochPlan(Sequence[PlannedBatch]):
         self._batch_starts = batch_starts
         self._batch_lengths = batch_lengths
         self._together = together
-        self._batch_answers = self._count(answers)
+        self._batch_answers = None if answers is None else self._count(answers, answer_parts)
 
-    def _count(self, answers: np.ndarray | None) -> np.ndarray | None:
+    @property
+    def num_shapes(self) -> int:
+        """How many shapes its batches have: each is another program to compile."""
+        answers = self._batch_lengths if self._batch_answers is None else self._batch_answers
+        return len(set(zip(self._batch_lengths.tolist(), answers.tolist(), strict=True)))
+
+    def _count(self, answers: np.ndarray, parts: int) -> np.ndarray:
         """A of every batch, of the answer tokens of every example."""
-        if answers is None:
-            return None
         before = np.concatenate([[0], np.cumsum(np.asarray(answers, np.int64)[self._examples])])
         of_row = np.diff(before[self._row_starts])
         of_row = np.pad(of_row, (0, self.batch_size))  # the last batch may have fewer rows
         batches = (of_row[start : start + self.batch_size] for start in self._batch_starts)
         most = np.array([rows.reshape(-1, self._together).sum(1).max() for rows in batches])
         whole = self._together * self._batch_lengths
-        steps = -(-whole // (_ANSWER_STEPS if self._together == 1 else _SHARED_ANSWER_STEPS))
-        return np.minimum(-(-most // steps) * steps, whole)
+        part = -(-whole // parts)
+        return np.minimum(-(-most // part) * part, whole)
 
     def __len__(self) -> int:
         return len(self._batch_starts)
@@ -146,7 +151,7 @@ def default_buckets(max_length: int, steps: int = 0) -> tuple[int, ...]:
     longest = max(max_length - 1, 1)
     for step in _CLOSE_LENGTHS:
         lengths = range(step, longest + step, step)
-        if _FEWEST_LENGTHS <= len(lengths) <= min(_MOST_LENGTHS, steps // _STEPS_A_LENGTH):
+        if _FEWEST_LENGTHS <= len(lengths) <= min(_MOST_LENGTHS, steps // _STEPS_A_PROGRAM):
             return tuple(lengths)
     buckets = []
     size = 32
@@ -200,6 +205,7 @@ def plan_epoch(
     buckets: Sequence[int],
     answers: np.ndarray | None = None,
     together: int = 1,
+    answer_parts: int | None = None,
 ) -> EpochPlan:
     """Puts every example of a split into exactly one batch.
 
@@ -219,12 +225,19 @@ def plan_epoch(
       answers: integer[n], positions inside the mask of each example; where given, the batches say
         how many places they take.
       together: how many rows of a batch share their places; it divides ``batch_size``.
+      answer_parts: A is a multiple of the positions of ``together`` rows over this number (default:
+        4 where a row has places of its own, else 8).
 
     Raises:
       ValueError: an example is longer than the largest bucket, or rows that cannot be grouped.
     """
     if batch_size % together:
         raise ValueError(f"{batch_size} rows are no groups of {together}.")
+    counted: dict[str, Any] = {
+        "answers": answers,
+        "together": together,
+        "answer_parts": answer_parts or _parts_of(together)[0],
+    }
     lengths = np.asarray(lengths, np.int64)
     bucket_array = np.asarray(buckets, np.int64)
     longest = int(lengths.max(initial=0))
@@ -233,9 +246,7 @@ def plan_epoch(
     order = permutation(len(lengths), seed=seed, epoch=epoch, purpose=_ROWS)
     if batching == "pack":
         capacity = int(bucket_array[-1])
-        return _plan_packed(
-            order, lengths, seed, epoch, batch_size, capacity, answers=answers, together=together
-        )
+        return _plan_packed(order, lengths, seed, epoch, batch_size, capacity, counted)
     starts = np.arange(0, len(order), batch_size)
     if batching == "bucket":
         window = np.arange(len(order)) // (_WINDOW_BATCHES * batch_size)
@@ -250,9 +261,34 @@ def plan_epoch(
         bucket_array[np.searchsorted(bucket_array, np.asarray(batch_lengths, np.int64))],
         batch_size=batch_size,
         num_segments=1,
-        answers=answers,
-        together=together,
+        **counted,
     )
+
+
+def _parts_of(together: int) -> tuple[int, ...]:
+    return _OWN_ANSWER_PARTS if together == 1 else _SHARED_ANSWER_PARTS
+
+
+def affordable_parts(
+    plan: Callable[[int | None], EpochPlan], *, together: int, steps: int
+) -> int | None:
+    """How closely A may follow what batches hold, where so many steps are taken on them.
+
+    The most parts of which each program is compiled for 16 steps or more, or that make no more
+    programs than a plan that counts no answers.
+
+    Args:
+      plan: parts -> the plan of the first epoch with ``answer_parts`` of these, or, for None, the
+        one that counts no answers.
+      together: of the plan.
+      steps: that will be taken on its batches.
+
+    Returns:
+      ``answer_parts``; None where no answers shall be counted.
+    """
+    most = max(steps // _STEPS_A_PROGRAM, plan(None).num_shapes)
+    found = (parts for parts in _parts_of(together) if plan(parts).num_shapes <= most)
+    return next(found, None)
 
 
 def packed_segments(lengths: np.ndarray, capacity: int) -> int:
@@ -273,9 +309,7 @@ def _plan_packed(
     epoch: int,
     batch_size: int,
     capacity: int,
-    *,
-    answers: np.ndarray | None,
-    together: int,
+    counted: Mapping[str, Any],
 ) -> EpochPlan:
     num_segments = packed_segments(lengths, capacity)
     row_of = np.empty(len(order), np.int64)  # the packed row of each place in the order
@@ -300,8 +334,7 @@ def _plan_packed(
         np.full(len(starts), capacity, np.int64),
         batch_size=batch_size,
         num_segments=num_segments,
-        answers=answers,
-        together=together,
+        **counted,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,14 @@ from jax.sharding import Mesh
 from proxykd_jax.artifacts import MANIFEST
 from proxykd_jax.data.collate import Rows, TokenRow, collate_rows
 from proxykd_jax.data.corpus import TokenCorpus
-from proxykd_jax.data.order import Batching, EpochPlan, PlannedBatch, default_buckets, plan_epoch
+from proxykd_jax.data.order import (
+    Batching,
+    EpochPlan,
+    PlannedBatch,
+    affordable_parts,
+    default_buckets,
+    plan_epoch,
+)
 from proxykd_jax.data.soft_labels import SoftLabels
 from proxykd_jax.data.stream import BatchStream
 from proxykd_jax.errors import UserError
@@ -145,12 +153,14 @@ def make_plan(
       max_length: tokens of the longest row that the corpus may hold.
       answers: positions of each example at which the vocabulary is projected (default: all).
       together: see ``rows_together``.
-      epochs, most: as in ``count_steps``: with many steps, batches come in more lengths.
+      epochs, most: as in ``count_steps``: with many steps, batches come in more shapes.
     """
     steps = -(-len(positions) // batch_size) * epochs
-    buckets = default_buckets(max_length, steps if most is None else min(steps, most))
+    if most is not None:
+        steps = min(steps, most)
+    buckets = default_buckets(max_length, steps)
 
-    def plan(epoch: int) -> EpochPlan:
+    def plan(epoch: int, answer_parts: int | None) -> EpochPlan:
         return plan_epoch(
             positions,
             seed=seed,
@@ -158,11 +168,15 @@ def make_plan(
             batch_size=batch_size,
             batching=batching,
             buckets=buckets,
-            answers=answers,
+            answers=answers if answer_parts else None,
             together=together,
+            answer_parts=answer_parts,
         )
 
-    return plan
+    parts = None
+    if answers is not None:
+        parts = affordable_parts(partial(plan, 0), together=together, steps=steps)
+    return partial(plan, answer_parts=parts)
 
 
 def rows_together(batch_size: int, microbatches: int, mesh: Mesh) -> int:

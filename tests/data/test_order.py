@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from proxykd_jax.data.order import (
+    affordable_parts,
     default_buckets,
     packed_segments,
     permutation,
@@ -71,6 +72,39 @@ def test_answers_have_places_and_few_counts_occur(batching, together):
         assert batch.answers % step == 0 or batch.answers == whole
     with pytest.raises(ValueError, match="groups of 3"):
         plan(lengths, batching, together=3)
+
+
+@pytest.mark.parametrize("together, choices", [(1, (4, 2)), (8, (8, 4, 2))])
+def test_no_more_programs_than_the_steps_are_worth(together, choices):
+    lengths = random_lengths(500)
+    answers = np.random.default_rng(1).integers(1, lengths + 1)
+
+    def parted(parts):
+        return plan(
+            lengths, answers=answers if parts else None, together=together, answer_parts=parts
+        )
+
+    chosen = []
+    for steps in range(0, 2000, 16):
+        parts = affordable_parts(parted, together=together, steps=steps)
+        most = max(steps // 16, parted(None).num_shapes)
+        assert parted(parts).num_shapes <= most
+        closer = choices if parts is None else choices[: choices.index(parts)]
+        assert all(parted(one).num_shapes > most for one in closer)
+        chosen.append(parts)
+    assert chosen[0] is None and chosen[-1] == choices[0]
+
+
+def test_short_answers_have_places_in_one_step_too():
+    """They cost no program more: each length has one A."""
+    lengths = random_lengths(500)
+    one = np.ones_like(lengths)
+    found = affordable_parts(
+        lambda parts: plan(lengths, answers=one if parts else None, answer_parts=parts),
+        together=1,
+        steps=1,
+    )
+    assert found == 4
 
 
 def test_only_one_batch_is_not_full():
