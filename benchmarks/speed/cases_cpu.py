@@ -147,7 +147,8 @@ def _own_ratios(quick: bool) -> list[Case]:
 
 def _corpora(quick: bool) -> list[Case]:
     """Real rows; every tool puts them together in its own way."""
-    alpaca = {"kind": "corpus", "corpus": "alpaca_eval", "count": 64, "max_length": 512}
+    # So many that a last batch of few rows is a small part of an epoch.
+    alpaca = {"kind": "corpus", "corpus": "alpaca_eval", "count": 128, "max_length": 512}
     stories = {"kind": "corpus", "corpus": "tinystories", "count": 256, "max_length": 512}
     if quick:
         stories = {**stories, "count": 32, "max_length": 448}
