@@ -195,7 +195,7 @@ def training(task: dict[str, Any]) -> Program:
             torch.cuda.synchronize()
 
     # The faster one first, as it was measured: what is far behind the best is not run again.
-    heads = sorted(LOSSES[work], reverse=device().type == "cpu")
+    heads = list(LOSSES[work])[:: -1 if device().type == "cpu" else 1]
     tried: list[tuple[str, Kernels]] = [(head, "eager") for head in heads]
     if task.get("compile") and device().type == "cuda":
         tried += [(heads[0], "compiled"), (heads[0], "liger")]
