@@ -18,7 +18,13 @@ from proxykd_jax.data.order import PlannedBatch, default_buckets, plan_epoch
 from proxykd_jax.data.soft_labels import SoftLabels
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.cost import step_flops
-from proxykd_jax.training.batches import Joined, answer_positions, distill_collate, token_collate
+from proxykd_jax.training.batches import (
+    Joined,
+    answer_positions,
+    distill_collate,
+    make_plan,
+    token_collate,
+)
 from proxykd_jax.training.objectives import AlignObjective, DistillObjective, NllObjective
 from proxykd_jax.training.optimizer import make_optimizer
 from proxykd_jax.training.pairs import collate_pairs, pair_answers
@@ -80,18 +86,19 @@ class Examples:
         return PlannedBatch(rows, length, answers=answers, together=batch_size)
 
     def epoch(self, batch_size: int, batching: Any) -> list[PlannedBatch]:
-        """The batches of the first epoch."""
-        plan = plan_epoch(
+        """The batches of the first epoch of a training of many."""
+        plan = make_plan(
             self.positions,
             seed=0,
-            epoch=0,
             batch_size=batch_size,
             batching=batching,
-            buckets=self.buckets,
+            max_length=int(self.positions.max()) + 1,
             answers=self.answers,
             together=batch_size,
+            epochs=_STEPS,
+            most=_STEPS,
         )
-        return list(plan)
+        return list(plan(0))
 
 
 def examples_of(work: str, rows: Rows, *, share_prompt: bool = True) -> Examples:

@@ -21,17 +21,17 @@ Batching = Literal["pad", "bucket", "pack"]
 _WINDOW_BATCHES = 64
 _PACK_WINDOW_ROWS = 1024
 _MOST_SEGMENTS = 64
-# A is a multiple of a quarter of a row that has places of its own, because each A is another
-# program to compile: batches of like length give 7 programs on 1,700 stories and 19 on 480 answers
-# of GPT-4 (eighths 11 and 27, whole rows 4 and 10), at 0.94 and 0.86 of the positions (0.89 and
-# 0.80). Rows that share their places have nearly the same share of answers in every batch.
-_OWN_ANSWER_PARTS, _SHARED_ANSWER_PARTS = (4, 2), (8, 4, 2)
+# A is a multiple of such a part of its rows' positions. Each A is another program to compile: of 26
+# batches of GPT-4's answers on one device eighths make 24 programs and 1.10 places an answer,
+# sixteenths 26 and 1.04, parts of 32 26 and 1.03; of 81 batches of stories 23, 32 and 41 programs.
+_ANSWER_PARTS = (32, 16, 8, 4, 2)
 # A program takes about as long to compile as 10 to 30 steps, of which closer lengths spare a tenth.
 # Fewer than 8 are no closer than the others; 32 leave 3 to 6 % of padding, and more would fill a
 # process with programs (``parallel/mappings.py``).
 _CLOSE_LENGTHS = (16, 32, 64, 128, 256)
 _STEPS_A_PROGRAM = 16
 _FEWEST_LENGTHS, _MOST_LENGTHS = 8, 32
+_MOST_PROGRAMS = 48  # of a first epoch; those that follow add some
 _ROWS, _BATCHES = 0, 1  # what a permutation is of: independent random streams
 
 
@@ -75,7 +75,7 @@ class EpochPlan(Sequence[PlannedBatch]):
         num_segments: int,
         answers: np.ndarray | None = None,
         together: int = 1,
-        answer_parts: int = 1,
+        answer_parts: int = 8,
     ) -> None:
         self.batch_size = batch_size
         self.num_segments = num_segments
@@ -205,7 +205,7 @@ def plan_epoch(
     buckets: Sequence[int],
     answers: np.ndarray | None = None,
     together: int = 1,
-    answer_parts: int | None = None,
+    answer_parts: int = 8,
 ) -> EpochPlan:
     """Puts every example of a split into exactly one batch.
 
@@ -225,8 +225,7 @@ def plan_epoch(
       answers: integer[n], positions inside the mask of each example; where given, the batches say
         how many places they take.
       together: how many rows of a batch share their places; it divides ``batch_size``.
-      answer_parts: A is a multiple of the positions of ``together`` rows over this number (default:
-        4 where a row has places of its own, else 8).
+      answer_parts: A is a multiple of the positions of ``together`` rows over this number.
 
     Raises:
       ValueError: an example is longer than the largest bucket, or rows that cannot be grouped.
@@ -236,7 +235,7 @@ def plan_epoch(
     counted: dict[str, Any] = {
         "answers": answers,
         "together": together,
-        "answer_parts": answer_parts or _parts_of(together)[0],
+        "answer_parts": answer_parts,
     }
     lengths = np.asarray(lengths, np.int64)
     bucket_array = np.asarray(buckets, np.int64)
@@ -265,13 +264,7 @@ def plan_epoch(
     )
 
 
-def _parts_of(together: int) -> tuple[int, ...]:
-    return _OWN_ANSWER_PARTS if together == 1 else _SHARED_ANSWER_PARTS
-
-
-def affordable_parts(
-    plan: Callable[[int | None], EpochPlan], *, together: int, steps: int
-) -> int | None:
+def affordable_parts(plan: Callable[[int | None], EpochPlan], steps: int) -> int | None:
     """How closely A may follow what batches hold, where so many steps are taken on them.
 
     The most parts of which each program is compiled for 16 steps or more, or that make no more
@@ -280,14 +273,13 @@ def affordable_parts(
     Args:
       plan: parts -> the plan of the first epoch with ``answer_parts`` of these, or, for None, the
         one that counts no answers.
-      together: of the plan.
       steps: that will be taken on its batches.
 
     Returns:
-      ``answer_parts``; None where no answers shall be counted.
+      The parts; None where no answers shall be counted.
     """
-    most = max(steps // _STEPS_A_PROGRAM, plan(None).num_shapes)
-    found = (parts for parts in _parts_of(together) if plan(parts).num_shapes <= most)
+    most = max(min(steps // _STEPS_A_PROGRAM, _MOST_PROGRAMS), plan(None).num_shapes)
+    found = (parts for parts in _ANSWER_PARTS if plan(parts).num_shapes <= most)
     return next(found, None)
 
 

@@ -161,6 +161,9 @@ def make_plan(
     buckets = default_buckets(max_length, steps)
 
     def plan(epoch: int, answer_parts: int | None) -> EpochPlan:
+        counted: dict[str, Any] = {}
+        if answer_parts is not None:
+            counted = {"answers": answers, "answer_parts": answer_parts}
         return plan_epoch(
             positions,
             seed=seed,
@@ -168,14 +171,11 @@ def make_plan(
             batch_size=batch_size,
             batching=batching,
             buckets=buckets,
-            answers=answers if answer_parts else None,
             together=together,
-            answer_parts=answer_parts,
+            **counted,
         )
 
-    parts = None
-    if answers is not None:
-        parts = affordable_parts(partial(plan, 0), together=together, steps=steps)
+    parts = None if answers is None else affordable_parts(partial(plan, 0), steps)
     return partial(plan, answer_parts=parts)
 
 

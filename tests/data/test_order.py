@@ -55,56 +55,55 @@ def test_pure_function_of_seed_and_epoch(batching):
     assert list(plan(lengths, batching, seed=4)) != again[0]
 
 
+@pytest.mark.parametrize("parts", [2, 8, 32])
 @pytest.mark.parametrize("together", [1, 2, 8])
 @pytest.mark.parametrize("batching", BATCHINGS)
-def test_answers_have_places_and_few_counts_occur(batching, together):
+def test_answers_have_places_and_few_counts_occur(batching, together, parts):
     lengths = random_lengths(500)
     answers = np.random.default_rng(1).integers(1, lengths + 1)
-    counted = plan(lengths, batching, answers=answers, together=together)
+    counted = plan(lengths, batching, answers=answers, together=together, answer_parts=parts)
     for batch, plain in zip(counted, plan(lengths, batching), strict=True):
         assert (batch.rows, batch.length) == (plain.rows, plain.length) and plain.answers is None
         assert (batch.together, plain.together) == (together, 1)
         of_rows = [sum(answers[i] for i in row) for row in batch.rows]
         most = max(sum(of_rows[r : r + together]) for r in range(0, 8, together))
         whole = together * batch.length
-        step = -(-whole // (4 if together == 1 else 8))
+        step = -(-whole // parts)
         assert most <= batch.answers <= whole and batch.answers - most < step
         assert batch.answers % step == 0 or batch.answers == whole
     with pytest.raises(ValueError, match="groups of 3"):
         plan(lengths, batching, together=3)
 
 
-@pytest.mark.parametrize("together, choices", [(1, (4, 2)), (8, (8, 4, 2))])
-def test_no_more_programs_than_the_steps_are_worth(together, choices):
+@pytest.mark.parametrize("together", [1, 8])
+def test_no_more_programs_than_the_steps_are_worth(together):
     lengths = random_lengths(500)
     answers = np.random.default_rng(1).integers(1, lengths + 1)
 
     def parted(parts):
-        return plan(
-            lengths, answers=answers if parts else None, together=together, answer_parts=parts
-        )
+        counted = {} if parts is None else {"answers": answers, "answer_parts": parts}
+        return plan(lengths, together=together, **counted)
 
+    choices = [32, 16, 8, 4, 2, None]
     chosen = []
     for steps in range(0, 2000, 16):
-        parts = affordable_parts(parted, together=together, steps=steps)
-        most = max(steps // 16, parted(None).num_shapes)
+        parts = affordable_parts(parted, steps)
+        most = max(min(steps // 16, 48), parted(None).num_shapes)
         assert parted(parts).num_shapes <= most
-        closer = choices if parts is None else choices[: choices.index(parts)]
-        assert all(parted(one).num_shapes > most for one in closer)
-        chosen.append(parts)
-    assert chosen[0] is None and chosen[-1] == choices[0]
+        assert all(parted(one).num_shapes > most for one in choices[: choices.index(parts)])
+        chosen.append(choices.index(parts))
+    assert chosen[0] == 5 and chosen == sorted(chosen, reverse=True) and len(set(chosen)) > 2
 
 
 def test_short_answers_have_places_in_one_step_too():
     """They cost no program more: each length has one A."""
     lengths = random_lengths(500)
-    one = np.ones_like(lengths)
-    found = affordable_parts(
-        lambda parts: plan(lengths, answers=one if parts else None, answer_parts=parts),
-        together=1,
-        steps=1,
-    )
-    assert found == 4
+
+    def parted(parts):
+        counted = {} if parts is None else {"answers": np.ones_like(lengths), "answer_parts": parts}
+        return plan(lengths, **counted)
+
+    assert affordable_parts(parted, steps=1) == 32
 
 
 def test_only_one_batch_is_not_full():
