@@ -249,16 +249,19 @@ class TestRealCompilers:
         stage = json.loads(out.read_text())["warmup"]
         assert not stage["fits"] and 0 < stage["largest_batch"] < 128
 
+        # Of two devices, which have three meshes; eight have ten, of seven programs each.
         fitted = tmp_path / "fitted.yaml"
+        device = ("--device", "a100-80gb", "--count", "2")
+        two = ("mesh.data=1", "mesh.fsdp=2", "mesh.sample.data=1", "mesh.sample.tensor=2")
+        changes = [word for change in two for word in ("--set", change)]
         done = plan(
-            tmp_path, "--config", str(config), "--device", "a100-80gb", "--count", "8",
-            "--fit", str(fitted), compilers=True,
+            tmp_path, "--config", str(config), *device, *changes, "--fit", str(fitted),
+            compilers=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         found = yaml.safe_load(fitted.read_text())
         axes = [found["mesh"][name] for name in ("data", "fsdp", "tensor")]
-        assert math.prod(axes) == 8
+        assert math.prod(axes) == 2
         assert plan(
-            tmp_path, "--config", str(fitted), "--device", "a100-80gb", "--count", "8",
-            compilers=True,
+            tmp_path, "--config", str(fitted), *device, compilers=True
         ).returncode == 0  # fmt: skip

@@ -18,8 +18,9 @@ Backend = Literal["auto", "xla", "cudnn", "splash"]
 # What a checkpoint must keep, by this name, so that the backward pass does not attend once more.
 RESULT = "attention_result"
 
-# Scores that are worked on together on a CPU: what the second-level caches of two cores hold.
-_CACHE_BYTES = 3 << 20
+# Scores that are worked on together on a CPU: more leave the caches of two cores, and with fewer a
+# product is too little to be shared by both.
+_CACHE_BYTES = 6 << 20
 # Finite, so that a row whose every slot is masked gives the mean of the values and not NaN.
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
