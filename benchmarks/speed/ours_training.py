@@ -73,14 +73,16 @@ class Examples:
     answers: np.ndarray
 
     @property
-    def buckets(self) -> tuple[int, ...]:
-        """Lengths that batches may have."""
-        return default_buckets(int(self.positions.max()) + 1, _STEPS)
+    def max_length(self) -> int:
+        """Tokens of the longest example."""
+        return int(self.positions.max()) + 1
 
     def first(self, batch_size: int) -> PlannedBatch:
         """The first so many rows: the batch that all tools' results are compared on."""
         longest = int(self.positions[:batch_size].max())
-        length = next(bucket for bucket in self.buckets if bucket >= longest)
+        length = next(
+            bucket for bucket in default_buckets(self.max_length, _STEPS) if bucket >= longest
+        )
         rows = tuple((index,) for index in range(batch_size))
         answers = int(self.answers[:batch_size].sum())
         return PlannedBatch(rows, length, answers=answers, together=batch_size)
@@ -92,7 +94,7 @@ class Examples:
             seed=0,
             batch_size=batch_size,
             batching=batching,
-            max_length=int(self.positions.max()) + 1,
+            max_length=self.max_length,
             answers=self.answers,
             together=batch_size,
             epochs=_STEPS,

@@ -205,8 +205,7 @@ def training(task: dict[str, Any]) -> Program:
         _name(head, kernels): functools.partial(epoch, head, kernels) for head, kernels in tried
     }
     run, settings = best_of(ways)
-    chosen = next(one["name"] for one in settings if one.get("chosen"))
-    if chosen not in {_name(head, kernels) for head, kernels in tried if kernels in kept}:
+    if run not in [ways[_name(*way)] for way in tried if way[1] in kept]:
         run()  # it is made anew, because another's kernels were the last
     if not task.get("compile"):
         settings.append({"name": "torch.compile", "error": "not tried here"})

@@ -146,7 +146,7 @@ class Answering:
             batch_size=self.method.sample_batch_size,
             vocab_size=self.corpus.vocab_size,
             put=lambda batch: put_rows(batch, self.mesh),
-            rows_multiple=row_ways(self.mesh),
+            rows_multiple=row_ways(self.mesh.shape),
             other=other,
             mixing=self.mixing,
         )

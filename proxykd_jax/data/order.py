@@ -6,10 +6,11 @@ batches. Plans are NumPy arrays; a Python object is made only for the batch that
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import numpy as np
 
@@ -73,9 +74,6 @@ class EpochPlan(Sequence[PlannedBatch]):
         *,
         batch_size: int,
         num_segments: int,
-        answers: np.ndarray | None = None,
-        together: int = 1,
-        answer_parts: int = 8,
     ) -> None:
         self.batch_size = batch_size
         self.num_segments = num_segments
@@ -83,8 +81,8 @@ class EpochPlan(Sequence[PlannedBatch]):
         self._row_starts = row_starts  # one more than there are rows
         self._batch_starts = batch_starts
         self._batch_lengths = batch_lengths
-        self._together = together
-        self._batch_answers = None if answers is None else self._count(answers, answer_parts)
+        self._together = 1
+        self._batch_answers: np.ndarray | None = None
 
     @property
     def num_shapes(self) -> int:
@@ -92,16 +90,31 @@ class EpochPlan(Sequence[PlannedBatch]):
         answers = self._batch_lengths if self._batch_answers is None else self._batch_answers
         return len(set(zip(self._batch_lengths.tolist(), answers.tolist(), strict=True)))
 
-    def _count(self, answers: np.ndarray, parts: int) -> np.ndarray:
-        """A of every batch, of the answer tokens of every example."""
+    def with_answers(self, answers: np.ndarray, *, together: int, parts: int) -> EpochPlan:
+        """The same batches, which say how many places their answers take.
+
+        Args:
+          answers: integer[n], positions inside the mask of each example.
+          together: how many rows of a batch share their places; it divides ``batch_size``.
+          parts: A is a multiple of the positions of ``together`` rows over this number.
+
+        Raises:
+          ValueError: rows that cannot be grouped.
+        """
+        if self.batch_size % together:
+            raise ValueError(f"{self.batch_size} rows are no groups of {together}.")
         before = np.concatenate([[0], np.cumsum(np.asarray(answers, np.int64)[self._examples])])
         of_row = np.diff(before[self._row_starts])
         of_row = np.pad(of_row, (0, self.batch_size))  # the last batch may have fewer rows
-        batches = (of_row[start : start + self.batch_size] for start in self._batch_starts)
-        most = np.array([rows.reshape(-1, self._together).sum(1).max() for rows in batches])
-        whole = self._together * self._batch_lengths
+        rows = self._batch_starts[:, None] + np.arange(self.batch_size)
+        groups = (len(self), self.batch_size // together, together)
+        most = of_row[rows].reshape(groups).sum(2).max(1)
+        whole = together * self._batch_lengths
         part = -(-whole // parts)
-        return np.minimum(-(-most // part) * part, whole)
+        found = copy.copy(self)
+        found._together = together
+        found._batch_answers = np.minimum(-(-most // part) * part, whole)
+        return found
 
     def __len__(self) -> int:
         return len(self._batch_starts)
@@ -203,9 +216,6 @@ def plan_epoch(
     batch_size: int,
     batching: Batching,
     buckets: Sequence[int],
-    answers: np.ndarray | None = None,
-    together: int = 1,
-    answer_parts: int = 8,
 ) -> EpochPlan:
     """Puts every example of a split into exactly one batch.
 
@@ -222,21 +232,10 @@ def plan_epoch(
       batch_size: rows a batch, over all processes.
       batching: the way.
       buckets: lengths that batches may have, ascending.
-      answers: integer[n], positions inside the mask of each example; where given, the batches say
-        how many places they take.
-      together: how many rows of a batch share their places; it divides ``batch_size``.
-      answer_parts: A is a multiple of the positions of ``together`` rows over this number.
 
     Raises:
-      ValueError: an example is longer than the largest bucket, or rows that cannot be grouped.
+      ValueError: an example is longer than the largest bucket.
     """
-    if batch_size % together:
-        raise ValueError(f"{batch_size} rows are no groups of {together}.")
-    counted: dict[str, Any] = {
-        "answers": answers,
-        "together": together,
-        "answer_parts": answer_parts,
-    }
     lengths = np.asarray(lengths, np.int64)
     bucket_array = np.asarray(buckets, np.int64)
     longest = int(lengths.max(initial=0))
@@ -245,7 +244,7 @@ def plan_epoch(
     order = permutation(len(lengths), seed=seed, epoch=epoch, purpose=_ROWS)
     if batching == "pack":
         capacity = int(bucket_array[-1])
-        return _plan_packed(order, lengths, seed, epoch, batch_size, capacity, counted)
+        return _plan_packed(order, lengths, seed, epoch, batch_size, capacity)
     starts = np.arange(0, len(order), batch_size)
     if batching == "bucket":
         window = np.arange(len(order)) // (_WINDOW_BATCHES * batch_size)
@@ -260,27 +259,30 @@ def plan_epoch(
         bucket_array[np.searchsorted(bucket_array, np.asarray(batch_lengths, np.int64))],
         batch_size=batch_size,
         num_segments=1,
-        **counted,
     )
 
 
-def affordable_parts(plan: Callable[[int | None], EpochPlan], steps: int) -> int | None:
+def affordable_parts(
+    plan: EpochPlan, answers: np.ndarray, *, together: int, steps: int
+) -> int | None:
     """How closely A may follow what batches hold, where so many steps are taken on them.
 
-    The most parts of which each program is compiled for 16 steps or more, or that make no more
+    The most ``parts`` of which each program is compiled for 16 steps or more, or that make no more
     programs than a plan that counts no answers.
 
     Args:
-      plan: parts -> the plan of the first epoch with ``answer_parts`` of these, or, for None, the
-        one that counts no answers.
-      steps: that will be taken on its batches.
+      plan: of the first epoch.
+      answers, together: as in ``EpochPlan.with_answers``.
+      steps: that will be taken on batches of such plans.
 
     Returns:
       The parts; None where no answers shall be counted.
     """
-    most = max(min(steps // _STEPS_A_PROGRAM, _MOST_PROGRAMS), plan(None).num_shapes)
-    found = (parts for parts in _ANSWER_PARTS if plan(parts).num_shapes <= most)
-    return next(found, None)
+    most = max(min(steps // _STEPS_A_PROGRAM, _MOST_PROGRAMS), plan.num_shapes)
+    for parts in _ANSWER_PARTS:
+        if plan.with_answers(answers, together=together, parts=parts).num_shapes <= most:
+            return parts
+    return None
 
 
 def packed_segments(lengths: np.ndarray, capacity: int) -> int:
@@ -301,7 +303,6 @@ def _plan_packed(
     epoch: int,
     batch_size: int,
     capacity: int,
-    counted: Mapping[str, Any],
 ) -> EpochPlan:
     num_segments = packed_segments(lengths, capacity)
     row_of = np.empty(len(order), np.int64)  # the packed row of each place in the order
@@ -326,7 +327,6 @@ def _plan_packed(
         np.full(len(starts), capacity, np.int64),
         batch_size=batch_size,
         num_segments=num_segments,
-        **counted,
     )
 
 

@@ -250,7 +250,7 @@ def own_part(mesh: Mesh) -> tuple[int, int]:
 
     (0, 1), all of them, where the mesh gives a process rows that do not lie side by side.
     """
-    ways = row_ways(mesh)
+    ways = row_ways(mesh.shape)
     places = NamedSharding(mesh, ROWS).addressable_devices_indices_map((ways,))
     held = sorted({place[0].indices(ways)[0] for place in places.values() if place is not None})
     side_by_side = held == list(range(held[0], held[0] + len(held)))

@@ -187,14 +187,14 @@ def constrain_rows(x: jax.Array) -> jax.Array:
     return constrain(x, ROWS)
 
 
-def row_ways(mesh: Mesh) -> int:
-    """Into how many parts a mesh splits the rows of a batch."""
-    return int(mesh.shape["data"] * mesh.shape["fsdp"])
+def row_ways(axes: Mapping[str, int]) -> int:
+    """Into how many parts a mesh of such axes (``mesh.shape``) splits the rows of a batch."""
+    return axes["data"] * axes["fsdp"]
 
 
 def check_rows(batch_size: int, mesh: Mesh, key: str) -> None:
     """Raises UserError if a batch cannot be split evenly."""
-    ways = row_ways(mesh)
+    ways = row_ways(mesh.shape)
     if batch_size % ways:
         raise UserError(
             f"{key}: {batch_size} rows cannot be split over data x fsdp = {ways} devices. "

@@ -30,7 +30,13 @@ from proxykd_jax.models.cost import answer_flops, cache_bytes
 from proxykd_jax.models.lora import abstract_adapter
 from proxykd_jax.models.params import abstract_params
 from proxykd_jax.models.quantized import QuantizedKernel
-from proxykd_jax.parallel.sharding import ROWS, bytes_per_device, fitting, tree_shardings
+from proxykd_jax.parallel.sharding import (
+    ROWS,
+    bytes_per_device,
+    fitting,
+    row_ways,
+    tree_shardings,
+)
 from proxykd_jax.training.model import quantization
 from proxykd_jax.training.objectives import Objective
 from proxykd_jax.training.optimizer import make_optimizer
@@ -254,7 +260,7 @@ def answering_program(
         return [first, decode.lower(params, adapter, state, few, *beside, **options)]
 
     def cost(axes: dict[str, int], rows: int, lengths: Lengths) -> Cost:
-        a_device = rows // (axes["data"] * axes["fsdp"])
+        a_device = rows // row_ways(axes)
         steps = lengths.answer
         flops, moved = 0.0, 0.0
         for found in models:

@@ -135,7 +135,7 @@ def make_draw(
             batch_size=batch_size,
             vocab_size=corpus.vocab_size,
             put=lambda batch: put_rows(batch, mesh),
-            rows_multiple=row_ways(mesh),
+            rows_multiple=row_ways(mesh.shape),
         )
 
     return draw

@@ -5,7 +5,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -160,10 +159,7 @@ def make_plan(
         steps = min(steps, most)
     buckets = default_buckets(max_length, steps)
 
-    def plan(epoch: int, answer_parts: int | None) -> EpochPlan:
-        counted: dict[str, Any] = {}
-        if answer_parts is not None:
-            counted = {"answers": answers, "answer_parts": answer_parts}
+    def plan(epoch: int) -> EpochPlan:
         return plan_epoch(
             positions,
             seed=seed,
@@ -171,12 +167,14 @@ def make_plan(
             batch_size=batch_size,
             batching=batching,
             buckets=buckets,
-            together=together,
-            **counted,
         )
 
-    parts = None if answers is None else affordable_parts(partial(plan, 0), steps)
-    return partial(plan, answer_parts=parts)
+    if answers is None:
+        return plan
+    parts = affordable_parts(plan(0), answers, together=together, steps=steps)
+    if parts is None:
+        return plan
+    return lambda epoch: plan(epoch).with_answers(answers, together=together, parts=parts)
 
 
 def rows_together(batch_size: int, microbatches: int, mesh: Mesh) -> int:
@@ -184,7 +182,7 @@ def rows_together(batch_size: int, microbatches: int, mesh: Mesh) -> int:
 
     Each row has its own where micro-batches deal the rows anew, or the mesh cannot.
     """
-    ways = row_ways(mesh)
+    ways = row_ways(mesh.shape)
     return batch_size // ways if microbatches == 1 and batch_size % ways == 0 else 1
 
 

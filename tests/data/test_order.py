@@ -14,7 +14,7 @@ from proxykd_jax.data.order import (
 BATCHINGS = ("pad", "bucket", "pack")
 
 
-def plan(lengths, batching="bucket", seed=3, epoch=0, batch_size=8, max_length=512, **counted):
+def plan(lengths, batching="bucket", seed=3, epoch=0, batch_size=8, max_length=512):
     return plan_epoch(
         lengths,
         seed=seed,
@@ -22,7 +22,6 @@ def plan(lengths, batching="bucket", seed=3, epoch=0, batch_size=8, max_length=5
         batch_size=batch_size,
         batching=batching,
         buckets=default_buckets(max_length),
-        **counted,
     )
 
 
@@ -61,7 +60,7 @@ def test_pure_function_of_seed_and_epoch(batching):
 def test_answers_have_places_and_few_counts_occur(batching, together, parts):
     lengths = random_lengths(500)
     answers = np.random.default_rng(1).integers(1, lengths + 1)
-    counted = plan(lengths, batching, answers=answers, together=together, answer_parts=parts)
+    counted = plan(lengths, batching).with_answers(answers, together=together, parts=parts)
     for batch, plain in zip(counted, plan(lengths, batching), strict=True):
         assert (batch.rows, batch.length) == (plain.rows, plain.length) and plain.answers is None
         assert (batch.together, plain.together) == (together, 1)
@@ -72,7 +71,7 @@ def test_answers_have_places_and_few_counts_occur(batching, together, parts):
         assert most <= batch.answers <= whole and batch.answers - most < step
         assert batch.answers % step == 0 or batch.answers == whole
     with pytest.raises(ValueError, match="groups of 3"):
-        plan(lengths, batching, together=3)
+        plan(lengths, batching).with_answers(answers, together=3, parts=parts)
 
 
 @pytest.mark.parametrize("together", [1, 8])
@@ -80,17 +79,20 @@ def test_no_more_programs_than_the_steps_are_worth(together):
     lengths = random_lengths(500)
     answers = np.random.default_rng(1).integers(1, lengths + 1)
 
-    def parted(parts):
-        counted = {} if parts is None else {"answers": answers, "answer_parts": parts}
-        return plan(lengths, together=together, **counted)
+    plain = plan(lengths)
+
+    def programs(parts):
+        if parts is None:
+            return plain.num_shapes
+        return plain.with_answers(answers, together=together, parts=parts).num_shapes
 
     choices = [32, 16, 8, 4, 2, None]
     chosen = []
     for steps in range(0, 2000, 16):
-        parts = affordable_parts(parted, steps)
-        most = max(min(steps // 16, 48), parted(None).num_shapes)
-        assert parted(parts).num_shapes <= most
-        assert all(parted(one).num_shapes > most for one in choices[: choices.index(parts)])
+        parts = affordable_parts(plain, answers, together=together, steps=steps)
+        most = max(min(steps // 16, 48), programs(None))
+        assert programs(parts) <= most
+        assert all(programs(one) > most for one in choices[: choices.index(parts)])
         chosen.append(choices.index(parts))
     assert chosen[0] == 5 and chosen == sorted(chosen, reverse=True) and len(set(chosen)) > 2
 
@@ -99,11 +101,7 @@ def test_short_answers_have_places_in_one_step_too():
     """They cost no program more: each length has one A."""
     lengths = random_lengths(500)
 
-    def parted(parts):
-        counted = {} if parts is None else {"answers": np.ones_like(lengths), "answer_parts": parts}
-        return plan(lengths, **counted)
-
-    assert affordable_parts(parted, steps=1) == 32
+    assert affordable_parts(plan(lengths), np.ones_like(lengths), together=1, steps=1) == 32
 
 
 def test_only_one_batch_is_not_full():

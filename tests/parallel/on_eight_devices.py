@@ -32,7 +32,7 @@ from proxykd_jax.models.hf_weights import load_model, save_model
 from proxykd_jax.models.lora import init_adapter
 from proxykd_jax.models.params import init_params
 from proxykd_jax.parallel.mesh import make_mesh
-from proxykd_jax.parallel.sharding import bytes_per_device, move, put_rows, sharding_of
+from proxykd_jax.parallel.sharding import bytes_per_device, move, put_rows, row_ways, sharding_of
 from proxykd_jax.training.checkpoint import Checkpoints
 from proxykd_jax.training.objectives import AlignObjective, DistillObjective, NllObjective
 from proxykd_jax.training.reference import pair_logps
@@ -245,7 +245,7 @@ def test_samples(model, axes):
         prompts,
         [str(i) for i in range(20)],
         put=lambda batch: put_rows(batch, mesh),
-        rows_multiple=mesh.shape["data"] * mesh.shape["fsdp"],
+        rows_multiple=row_ways(mesh.shape),
         **options,
     )
     expected = sample(params, adapter, prompts, [str(i) for i in range(20)], **options)
