@@ -15,6 +15,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,8 @@ def main(argv: list[str] | None = None) -> int:
         # A name that no machine has is refused before anything starts.
         known = {c.name: c for b in ("cpu", "gpu") for c in all_cases(b, arguments.quick)}
         chosen(list(known.values()), arguments.only)
-        backend = bench.make_model({"shape": "tiny"})["backend"]
+        device = bench.make_model({"shape": "tiny"})
+        backend = device["backend"]
         cases = chosen(all_cases(backend, arguments.quick), arguments.only)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -100,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     if backend == "gpu":  # which the tools share
         for tool, variables in _SHARED_DEVICE.items():
             bench.environments[tool] = {**bench.environments.get(tool, {}), **variables}
-    machine = _machine(backend, arguments.quick)
+    machine = _machine(device, arguments.quick)
     if any(e.tool == TORCH for case in cases for e in case.entries) and backend == "cpu":
         machine["OMP_WAIT_POLICY of PyTorch"] = faster_waiting(bench)
     records: list[report.Record] = []
@@ -122,17 +124,29 @@ def main(argv: list[str] | None = None) -> int:
     return int(any(record["ok"] is False for record in records))
 
 
-def _machine(backend: str, quick: bool) -> dict[str, Any]:
+def _machine(device: Mapping[str, Any], quick: bool) -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
-        "backend": backend,
+        "backend": device["backend"],
+        "device": device["device"],
         "cores": len(os.sched_getaffinity(0)),
-        "processor": platform.processor() or platform.machine(),
+        "processor": _processor(),
         "load before": round(os.getloadavg()[0], 2),
         _TUNABLES: os.environ.get(_TUNABLES, f"{_HUGE_PAGES} (not for Tunix)"),
         "quick": quick,
         "sources": sources_digest(),
     }
+
+
+def _processor() -> str:
+    """The processor's name with the numbers of its generation: a cloud's names leave it out, and
+    ratios to a peer depend on it."""
+    listed = Path("/proc/cpuinfo")
+    lines = listed.read_text().split("\n\n")[0].splitlines() if listed.exists() else []
+    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in told:
+        return platform.processor() or platform.machine()
+    return f"{told['model name']}, family {told.get('cpu family')}, model {told.get('model')}"
 
 
 if __name__ == "__main__":

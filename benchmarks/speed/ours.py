@@ -12,7 +12,8 @@ from benchmarks.speed.protocol import Program, serve
 
 def make(task: dict[str, Any]) -> Program:
     """Writes the model of a shape; there is nothing to run."""
-    extra = {**ours_models.make(task), "backend": jax.default_backend()}
+    device = {"backend": jax.default_backend(), "device": jax.devices()[0].device_kind}
+    extra = {**ours_models.make(task), **device}
     return Program(run=lambda: None, extra=extra)
 
 
