@@ -62,7 +62,7 @@ class Bench:
         )
 
     def make_model(self, task: dict[str, Any]) -> dict[str, Any]:
-        """Writes the model of a task; returns what the worker told, ``backend`` and ``device`` among it."""
+        """Writes the model of a task; returns what the worker told, its ``backend`` included."""
         folder = model_folder(self.work, task)
         with contextlib.closing(self.start(OURS, f"make-{folder.name}")) as worker:
             described = worker.ask(
