@@ -57,6 +57,7 @@ class Case:
       comparisons: the records that come of it.
       rows: what is measured on, see ``inputs.make_rows``.
       repetitions: turns.
+      steps: batches of a turn, as ``rows`` has them; seconds, FLOPs and units are told of one.
       same: labels whose results must agree before anything is timed.
       tolerance: relative, of the results.
       skip: why the case does not run; its records say so.
@@ -67,6 +68,7 @@ class Case:
     comparisons: tuple[Comparison, ...]
     rows: dict[str, Any] = field(default_factory=dict)
     repetitions: int = 5
+    steps: int = 1
     same: tuple[str, ...] = ()
     tolerance: float = 2e-3
     skip: str = ""
@@ -95,9 +97,10 @@ def against_peers(name: str, bars: dict[str, float]) -> tuple[Comparison, ...]:
 
 
 def score_over_forward(
-    task: dict[str, Any], rows: dict[str, Any], bar: float, repetitions: int
+    task: dict[str, Any], rows: dict[str, Any], bar: float, repetitions: int, steps: int
 ) -> Case:
-    """Soft labels beside a forward pass with the gold token's log-softmax."""
+    """Soft labels beside a forward pass with the gold token's log-softmax; ``rows`` are those of
+    all steps of a turn."""
     name = f"score_over_forward_{task['shape']}"
     return Case(
         name=name,
@@ -105,6 +108,7 @@ def score_over_forward(
         comparisons=(Comparison(name, "score", "forward", bar=bar, lower_is_better=True),),
         rows=rows,
         repetitions=repetitions,
+        steps=steps,
         same=("score", "forward"),
     )
 

@@ -26,7 +26,7 @@ def cases(quick: bool) -> list[Case]:
     return [
         _peak(),
         *(_step(work, shape) for shape in shapes for work in ("sft", "dpo", "distill")),
-        score_over_forward({"shape": "1b", "batch_size": 32}, _dense(64), 1.15, 5),
+        score_over_forward({"shape": "1b", "batch_size": 32}, _dense(64), 1.15, 5, 2),
         _sampling("1b"),
     ]
 
@@ -53,6 +53,7 @@ def _step(work: str, shape: str) -> Case:
         comparisons=against_peers(name, {TORCH: 1.0}),
         rows=_dense(_STEPS * batch),
         repetitions=5,
+        steps=_STEPS,
         same=(OURS, TORCH),
         tolerance=5e-2,  # in bfloat16
     )

@@ -8,13 +8,14 @@ from benchmarks.speed.cases import OURS, Case, Comparison, Entry
 def growth(quick: bool) -> list[Case]:
     """How an SFT step grows, one size at a time doubled; and the plan of an epoch."""
     base = {"batch": 4, "length": 128, "vocab": 8000}
+    steps = 3
     factors = (1, 2, 4) if quick else (1, 2, 4, 8)
     found = []
     for axis in ("batch",) if quick else ("batch", "length", "vocab"):
-        steps = []
+        sizes = []
         for factor in factors:
             size = {**base, axis: base[axis] * factor}
-            steps.append((str(size[axis]), size))
+            sizes.append((str(size[axis]), size))
         found.append(
             Case(
                 name=f"growth_{axis}",
@@ -29,19 +30,20 @@ def growth(quick: bool) -> list[Case]:
                             "batch_size": size["batch"],
                             "rows": {
                                 "kind": "dense",
-                                "count": size["batch"],
+                                "count": size["batch"] * steps,
                                 "length": size["length"],
                                 "prompt": size["length"] // 2,
                             },
                         },
                     )
-                    for label, size in steps
+                    for label, size in sizes
                 ),
                 comparisons=tuple(
-                    Comparison(f"growth_{axis}/{label}", label, steps[0][0], lower_is_better=True)
-                    for label, _ in steps[1:]
+                    Comparison(f"growth_{axis}/{label}", label, sizes[0][0], lower_is_better=True)
+                    for label, _ in sizes[1:]
                 ),
                 repetitions=3,
+                steps=steps,
             )
         )
     if not quick:

@@ -93,6 +93,12 @@ class Timed:
     cpu: list[float] = field(default_factory=list)
     peak_bytes: int = 0
 
+    def a_step(self, steps: int) -> Timed:
+        """What one of so many equal steps took."""
+        sums = {name: self.described.get(name, 0.0) / steps for name in ("units", "flops")}
+        wall, cpu = ([seconds / steps for seconds in each] for each in (self.wall, self.cpu))
+        return Timed({**self.described, **sums}, wall, cpu, self.peak_bytes)
+
 
 def prepare(workers: Mapping[str, Worker], tasks: Mapping[str, Any]) -> dict[str, Timed | str]:
     """One after another, because compiling takes all cores; a string says what failed."""

@@ -45,7 +45,7 @@ def step_products(shape: Shape, batch: int, length: int) -> list[Product]:
 
 
 def products(task: dict[str, Any]) -> Program:
-    """All products of ``step_products``, one after another."""
+    """All products of ``step_products``, one after another, for each of the task's ``steps``."""
     shape = shape_of(task)
     work = []
     flops = 0.0
@@ -68,13 +68,13 @@ def products(task: dict[str, Any]) -> Program:
         flops += total
 
     def run() -> None:
-        for call, (left, right), count in work:
+        for call, (left, right), count in work * task["steps"]:
             for _ in range(count):
                 out = call(left, right)
             out.block_until_ready()
 
     run()
-    return Program(run=run, flops=flops, units=1.0, peak=device_peak())
+    return Program(run=run, flops=flops * task["steps"], units=1.0, peak=device_peak())
 
 
 def peak(task: dict[str, Any]) -> Program:

@@ -46,17 +46,20 @@ def record_of(comparison: Comparison, timed: Mapping[str, Timed]) -> Record:
         for measure in ("wall", "cpu", "peak")
     }
     mine, other = (values(one, comparison.measure) for one in (ours, against))
-    turns = [_ratio([a], [b], lower) for a, b in zip(mine, other, strict=True) if a > 0 and b > 0]
+    each = [_ratio([a], [b], lower) for a, b in zip(mine, other, strict=True) if a > 0 and b > 0]
     record |= {
         "ours": statistics.median(mine),
         "peer": statistics.median(other),
         "ratio": ratios[comparison.measure],
-        "spread": _quartiles(turns),
+        "spread": _quartiles(each),
         "peer_name": comparison.against,
         "wall_ratio": ratios["wall"],
         "cpu_ratio": ratios["cpu"],
         "memory_ratio": ratios["peak"],
-        "repetitions": len(mine),
+        "turns": {
+            name: {"wall": one.wall, "cpu": one.cpu}
+            for name, one in (("ours", ours), ("peer", against))
+        },
         "units_a_second": {
             name: one.described.get("units", 0.0) / statistics.median(one.wall)
             for name, one in (("ours", ours), ("peer", against))

@@ -121,7 +121,8 @@ def run_case(bench: Bench, case: Case) -> list[report.Record]:
             timed,
             case.repetitions,
         )
-        return _records(bench, case, timed, reasons)
+        of_a_step = {label: one.a_step(case.steps) for label, one in timed.items()}
+        return _records(bench, case, of_a_step, reasons)
     finally:
         for worker in workers.values():
             worker.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,6 +98,13 @@ def test_a_bar_that_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     bench = bench_of(tmp_path, monkeypatch, ours=("1.0", 2.0), torch=("0.5", 2.0))
     (record,) = run_case.run_case(bench, CASE)
     assert record["ok"] is False and record["ratio"] == 0.5
+
+
+def test_seconds_are_those_of_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = bench_of(tmp_path, monkeypatch, ours=("1.0", 2.0), torch=("0.5", 2.0))
+    (record,) = run_case.run_case(bench, dataclasses.replace(CASE, repetitions=3, steps=4))
+    assert (record["ours"], record["peer"], record["ratio"]) == (0.25, 0.125, 0.5)
+    assert record["turns"]["ours"]["wall"] == [2.5, 0.25, 0.25]
 
 
 def test_a_missing_tool_says_how_to_make_it(

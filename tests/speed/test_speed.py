@@ -85,11 +85,12 @@ def test_ours_against_the_floor(tmp_path: Path) -> None:
         name="tiny",
         entries=(
             Entry("step", "ours", {"work": "sft", **task}),
-            Entry("products", "ours", {"work": "products", "length": 16, **task}),
+            Entry("products", "ours", {"work": "products", "length": 16, "steps": 2, **task}),
         ),
         comparisons=(Comparison("tiny", "step", "products", measure="cpu", bar=0.75),),
-        rows={"kind": "dense", "count": 2, "length": 17, "prompt": 1},
+        rows={"kind": "dense", "count": 4, "length": 17, "prompt": 1},
         repetitions=3,
+        steps=2,
     )
     bench = Bench(tmp_path, {"ours": sys.executable})
     peak = {"work": "peak", "shape": "tiny", "sizes": [64]}
@@ -98,9 +99,11 @@ def test_ours_against_the_floor(tmp_path: Path) -> None:
     (record,) = run_case(bench, case)
     assert record["reason"] == ""
     assert record["flop_utilisation"] > 0
-    assert record["repetitions"] == 3
+    walls = [record["turns"][side]["wall"] for side in ("ours", "peer")]
+    assert [len(wall) for wall in walls] == [3, 3]
     assert record["ours"] > 0 and record["peer"] > 0 and record["ratio"] > 0
-    assert record["units_a_second"]["ours"] > 0
+    # Two rows of sixteen answer tokens in a step.
+    assert record["units_a_second"]["ours"] == pytest.approx(32 / np.median(walls[0]))
 
 
 def test_dense_rows_are_dense() -> None:
