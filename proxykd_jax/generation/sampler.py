@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +34,7 @@ from proxykd_jax.generation.decode import (
     prefill,
 )
 from proxykd_jax.models.config import ModelConfig
+from proxykd_jax.parallel import cpu
 from proxykd_jax.parallel.mappings import make_room
 from proxykd_jax.parallel.processes import fetch
 
@@ -213,7 +213,8 @@ def sample(
     parts = []
     for start in range(0, len(todo), batch_size):
         rows = todo[start : start + batch_size]
-        count = -(-len(rows) // part_size)
+        # The last ones, too, are dealt to as many cores as there are rows for.
+        count = max(-(-len(rows) // part_size), min(cores, len(rows) // _FEWEST_ROWS_OF_A_CORE))
         parts += [rows[first::count] for first in range(count)]  # short and long ones in each
     for found in _side_by_side(answers, parts, cores):
         for row, answer in found:
@@ -237,9 +238,7 @@ def _cores(batch_size: int) -> int:
     after another on one core; programs of two threads run on two (64 rows, 256 slots, 6 layers of
     6 heads of 48: 18 ms on one core, 9 on two).
     """
-    affinity = getattr(os, "sched_getaffinity", None)  # not everywhere
-    there = (os.cpu_count() or 1) if affinity is None else len(affinity(0))
-    return max(1, min(there, batch_size // _FEWEST_ROWS_OF_A_CORE))
+    return max(1, min(len(cpu.cores()), batch_size // _FEWEST_ROWS_OF_A_CORE))
 
 
 def _side_by_side(

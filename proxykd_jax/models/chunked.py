@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from proxykd_jax.models.params import Params
 
 
 def map_positions(function: Callable[..., Any], *arrays_BL: jax.Array, chunk: int) -> Any:
-    """``function(*arrays)`` over slices of ``chunk`` positions of axis 1, put together again.
+    """``function(*arrays)`` over equal slices of axis 1, ``chunk`` positions at most, put together.
 
     The backward pass computes each slice anew, so the peak holds the intermediates of one slice.
     Rows are cut along L and not along B x L, because batches are sharded along B.
@@ -22,17 +23,77 @@ def map_positions(function: Callable[..., Any], *arrays_BL: jax.Array, chunk: in
     Args:
       function: maps arrays ``[B, chunk, ...]`` to a tree of arrays ``[B, chunk, ...]``, position
         by position.
-      arrays_BL: arrays ``[B, L, ...]``; a last slice that is not full is padded with zeros.
+      arrays_BL: arrays ``[B, L, ...]``; the last slice is padded with zeros, less than one position
+        a slice.
 
     Raises:
       ValueError: chunk below 1.
     """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}.")
-    num_batch, length = arrays_BL[0].shape[:2]
-    if chunk >= length:
+    if chunk >= arrays_BL[0].shape[1]:
         return function(*arrays_BL)
+    return _sliced(jax.checkpoint(function, prevent_cse=False), *arrays_BL, chunk=chunk)
+
+
+def map_positions_once(
+    function: Callable[..., jax.Array],
+    frozen: Any,
+    hidden_BLD: jax.Array,
+    *arrays_BL: jax.Array,
+    chunk: int,
+) -> jax.Array:
+    """``map_positions`` of one value a position, ``function(frozen, hidden, *arrays)``, of which
+    ``hidden`` alone gets a gradient.
+
+    A position's gradient is then that of its value, times a number: it is computed with the value,
+    slice by slice, so that nothing is kept of a slice but ``[B, chunk, D]``, and nothing computed
+    again. Differentiated in reverse alone.
+    """
+    return _values_once(function, chunk, frozen, hidden_BLD, arrays_BL)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _values_once(
+    function: Callable[..., jax.Array],
+    chunk: int,
+    frozen: Any,
+    hidden_BLD: jax.Array,
+    arrays_BL: tuple[jax.Array, ...],
+) -> jax.Array:
+    return _sliced(functools.partial(function, frozen), hidden_BLD, *arrays_BL, chunk=chunk)
+
+
+def _values_once_forward(
+    function: Callable[..., jax.Array],
+    chunk: int,
+    frozen: Any,
+    hidden_BLD: jax.Array,
+    arrays_BL: tuple[jax.Array, ...],
+) -> tuple[jax.Array, jax.Array]:
+    def value_and_slope(hidden: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        values, pull = jax.vjp(lambda hidden: function(frozen, hidden, *arrays), hidden)
+        (slopes,) = pull(jnp.ones_like(values))
+        return values, slopes
+
+    return _sliced(value_and_slope, hidden_BLD, *arrays_BL, chunk=chunk)
+
+
+def _values_once_backward(
+    function: Callable[..., jax.Array], chunk: int, slopes_BLD: jax.Array, given_BL: jax.Array
+) -> tuple[None, jax.Array, None]:
+    return None, (given_BL[..., None] * slopes_BLD).astype(slopes_BLD.dtype), None
+
+
+_values_once.defvjp(_values_once_forward, _values_once_backward)
+
+
+def _sliced(function: Callable[..., Any], *arrays_BL: jax.Array, chunk: int) -> Any:
+    num_batch, length = arrays_BL[0].shape[:2]
     num_chunks = -(-length // chunk)
+    if num_chunks == 1:
+        return function(*arrays_BL)
+    chunk = -(-length // num_chunks)  # equal slices: a short last one would be computed whole
 
     def cut(array: jax.Array) -> jax.Array:
         padding = [(0, 0), (0, num_chunks * chunk - length)] + [(0, 0)] * (array.ndim - 2)
@@ -44,8 +105,9 @@ def map_positions(function: Callable[..., Any], *arrays_BL: jax.Array, chunk: in
         joined = jnp.moveaxis(array, 0, 1)
         return joined.reshape(num_batch, num_chunks * chunk, *array.shape[3:])[:, :length]
 
-    step = jax.checkpoint(lambda _, slices: (None, function(*slices)), prevent_cse=False)
-    _, out = jax.lax.scan(step, None, tuple(cut(array) for array in arrays_BL))
+    _, out = jax.lax.scan(
+        lambda _, slices: (None, function(*slices)), None, tuple(cut(array) for array in arrays_BL)
+    )
     return jax.tree.map(join, out)
 
 

@@ -8,7 +8,7 @@ vocabulary in pieces).
 """
 
 from proxykd_jax.models.cache import KVCache, forward_cached, init_cache, layers_apart
-from proxykd_jax.models.chunked import map_positions, token_logps_from_hidden
+from proxykd_jax.models.chunked import map_positions, map_positions_once, token_logps_from_hidden
 from proxykd_jax.models.decoder import (
     REMAT_POLICIES,
     batch_hidden_states,
@@ -31,6 +31,7 @@ __all__ = [
     "init_params",
     "layers_apart",
     "map_positions",
+    "map_positions_once",
     "param_shapes",
     "token_logps_from_hidden",
     "unembed",

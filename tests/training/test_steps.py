@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import optax
 import pytest
 
 from proxykd_jax.config import PreferenceConfig
-from proxykd_jax.models.decoder import forward
+from proxykd_jax.models.decoder import batch_hidden_states, forward, unembed
 from proxykd_jax.training.logprobs import label_logps
 from proxykd_jax.training.objectives import AlignObjective, DistillObjective, NllObjective
 from proxykd_jax.training.reference import pair_logps
@@ -144,6 +145,30 @@ def test_chunked_vocabulary_equals_whole(lora_model, monkeypatch) -> None:
     parts = label_logps(frozen, trainable, batch.rows, spec, topk_ids_BLK=batch.topk_ids_BLK)
     for a, b in zip(whole, parts, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("positions", [5, 1000])
+def test_a_frozen_vocabulary_is_projected_once(lora_model, monkeypatch, positions) -> None:
+    spec, frozen, trainable = lora_model
+    vocab = spec.config.vocab_size
+    rng = np.random.default_rng(6)
+    batch = random_rows(rng, 4)
+    slopes_BL = rng.normal(size=batch.mask_BL.shape).astype(np.float32) * batch.mask_BL
+    monkeypatch.setattr("proxykd_jax.training.logprobs._SLICE_ON_A_CPU", positions * 4 * vocab)
+
+    def sliced(adapter):
+        return (label_logps(frozen, adapter, batch, spec)[0] * slopes_BL).sum()
+
+    def plain(adapter):
+        hidden_BLD = batch_hidden_states(frozen, adapter, batch, config=spec.config)
+        logps_BLV = jax.nn.log_softmax(unembed(frozen, hidden_BLD, config=spec.config))
+        logps_BL = jnp.take_along_axis(logps_BLV, batch.labels_BL[..., None], axis=-1)[..., 0]
+        return (jnp.where(batch.mask_BL, logps_BL, 0.0) * slopes_BL).sum()
+
+    ours, theirs = (jax.value_and_grad(f)(trainable) for f in (sliced, plain))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), ours, theirs)
+    program = str(jax.make_jaxpr(jax.grad(sliced))(trainable))
+    assert len(re.findall(rf"f32\[\d+,{vocab}\] = dot_general", program)) == 1
 
 
 def _with_places(batch, answers: int, together: int = 1):
