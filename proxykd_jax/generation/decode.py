@@ -364,6 +364,49 @@ def _weights_apart(weights: tuple[Any, Any]) -> tuple[Any, Any]:
     return params, adapter
 
 
+@functools.partial(jax.jit, static_argnames=("filled", "slots"))
+def join_rows(
+    states: tuple[DecodeState, ...], rows_B: jax.Array, *, filled: int, slots: int
+) -> DecodeState:
+    """One state of the rows of several, whose prompts were run apart and nothing else.
+
+    Args:
+      states: with layers apart, and caches that are as long as their prompts.
+      rows_B: int32, places in the rows of all states together, in the order wanted; below 0 for a
+        row of padding, which is done.
+      filled: slots of the new caches that prompts take, no fewer than the longest has tokens.
+      slots: of the new caches.
+    """
+
+    def padded(array: jax.Array, axis: int, before: int, fill: int = 0) -> jax.Array:
+        """With so many entries before (or less of them), and ``slots`` in all."""
+        after = slots - before - array.shape[axis]
+        widths = [(0, 0, 0)] * array.ndim
+        widths[axis] = (before, after, 0)
+        return jax.lax.pad(array, jnp.asarray(fill, array.dtype), widths)
+
+    def of_cache(cache: KVCache) -> KVCache:
+        before = filled - cache.positions_BS.shape[1]  # prompts end at the same slot
+        moved = _of_cache(cache, lambda layers: tuple(padded(x, 2, before) for x in layers))
+        positions_BS = padded(cache.positions_BS, 1, before, -1)
+        return dataclasses.replace(moved, positions_BS=positions_BS, index=jnp.int32(filled))
+
+    def of_state(state: DecodeState) -> DecodeState:
+        other = state.other_cache
+        changed: dict[str, Any] = {name: padded(getattr(state, name), 1, 0) for name in _BY_SLOT}
+        changed["cache"] = of_cache(state.cache)
+        changed["other_cache"] = None if other is None else of_cache(other)
+        return dataclasses.replace(state, **changed)
+
+    def together(*arrays: jax.Array) -> jax.Array:
+        # Numbers are the step and the caches' index, the same in all.
+        return jnp.concatenate(arrays) if arrays[0].ndim else arrays[0]
+
+    state: DecodeState = jax.tree.map(together, *(of_state(state) for state in states))
+    state = move_rows(state, jnp.maximum(rows_B, 0), slots=slots)
+    return dataclasses.replace(state, done_B=state.done_B | (rows_B < 0))
+
+
 @functools.partial(jax.jit, static_argnames="slots")
 def move_rows(state: DecodeState, rows_B: jax.Array, *, slots: int) -> DecodeState:
     """The state of some rows (int32 indices), in the order given, with at least as many slots."""

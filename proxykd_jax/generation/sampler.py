@@ -30,6 +30,7 @@ from proxykd_jax.generation.decode import (
     Mixing,
     PromptBatch,
     decode,
+    join_rows,
     move_rows,
     prefill,
 )
@@ -50,6 +51,8 @@ _FIRST_SLOTS = 64
 _FEWEST_MORE = 32
 # Models with more layers go through fewer sizes: 30 layers, one by one, take 7 s to compile.
 _FEW_LAYERS = 12
+# Short prompts of a batch are run apart where this spares so many FLOPs: another shape is compiled.
+_WORTH_A_PROGRAM = 2e10
 # Words of a row id's digest in its random key: 128 bits.
 _ROW_WORDS = 4
 
@@ -174,16 +177,18 @@ def sample(
     more_slots = functools.partial(next_slots, between=between)
     turns = threading.Lock()  # held while a program is compiled and begun, not while it runs
 
-    def answers(rows: list[int]) -> list[tuple[int, Sample]]:
-        batch, most_slots = _prompt_batch(
+    def batch_of(rows: list[int]) -> tuple[PromptBatch, int]:
+        return _prompt_batch(
             [prompts[i] for i in rows],
             [row_ids[i] for i in rows],
             [int(max_new_tokens[i]) for i in rows],
             row_counts,
             [config] if mixing is None else [config, mixing.config],
         )
+
+    def run_prompts(batch: PromptBatch, slots: int) -> DecodeState:
         with turns:
-            state = prefill(
+            return prefill(
                 params,
                 adapter,
                 batch if put is None else put(batch),
@@ -191,11 +196,36 @@ def sample(
                 np.uint32(round_index),
                 other,
                 config=config,
-                slots=more_slots(batch.tokens_BL.shape[1], most_slots) if one_cpu else most_slots,
+                slots=slots,
                 settings=settings,
                 mixing=mixing,
                 apart=one_cpu,
             )
+
+    def begin(rows: list[int]) -> tuple[DecodeState, int]:
+        """The state after the prompts, and the slots that it needs at last."""
+        batch, most_slots = batch_of(rows)
+        num_rows, length = batch.tokens_BL.shape
+        if not one_cpu:
+            return run_prompts(batch, most_slots), most_slots
+        lengths = [len(prompts[i]) for i in rows]
+        cut = _cut_by_length(lengths, row_counts, num_rows * length, 2.0 * config.num_params)
+        if cut is None:
+            return run_prompts(batch, more_slots(length, most_slots)), most_slots
+        by_length = sorted(range(len(rows)), key=lengths.__getitem__)
+        states, places, count = [], np.full(num_rows, -1, np.int32), 0
+        for part in (by_length[:cut], by_length[cut:]):
+            batch, _ = batch_of([rows[place] for place in part])
+            states.append(run_prompts(batch, batch.tokens_BL.shape[1]))
+            places[part] = count + np.arange(len(part))
+            count += len(batch.tokens_BL)
+        filled = -(-max(lengths) // _SHORTEST_PROMPT) * _SHORTEST_PROMPT
+        with turns:
+            slots = more_slots(filled, most_slots)
+            return join_rows(tuple(states), places, filled=filled, slots=slots), most_slots
+
+    def answers(rows: list[int]) -> list[tuple[int, Sample]]:
+        state, most_slots = begin(rows)
 
         def go_on(state: DecodeState, few: np.int32) -> DecodeState:
             more = {"config": config, "settings": settings, "mixing": mixing}
@@ -341,6 +371,29 @@ def _row_counts(batch_size: int, multiple: int, between: bool) -> list[int]:
     return [count for count in counts if count % multiple == 0 and count >= _SMALLEST_BATCH] or [
         batch_size
     ]
+
+
+def _cut_by_length(
+    lengths: list[int], row_counts: list[int], whole: int, flops_a_position: float
+) -> int | None:
+    """How many of the shortest prompts are run apart from the others; None for all together, which
+    takes ``whole`` positions with their padding."""
+    ordered = sorted(lengths)
+
+    def positions(some: list[int]) -> int:
+        count = min(count for count in row_counts if count >= len(some))
+        return count * prompt_bucket(some[-1])
+
+    cuts = [
+        place
+        for place in range(1, len(ordered))
+        if prompt_bucket(ordered[place - 1]) < prompt_bucket(ordered[place])
+    ]
+    costs = {cut: positions(ordered[:cut]) + positions(ordered[cut:]) for cut in cuts}
+    best = min(costs, key=costs.__getitem__, default=None)
+    if best is None or (whole - costs[best]) * flops_a_position < _WORTH_A_PROGRAM:
+        return None
+    return best
 
 
 def _decode_all(

@@ -206,6 +206,44 @@ def test_batch_order_and_padding_change_nothing():
         np.testing.assert_array_equal(a.tokens, b.tokens[: len(a.tokens)])
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_short_prompts_that_are_run_apart_draw_the_same(monkeypatch, mixed):
+    model = tiny_model(max_positions=256, sliding_window=40, sliding_layers=(0,))
+    second = tiny_model(max_positions=256, num_layers=1)
+    other = {}
+    if mixed:
+        other = {"other": second[1:], "mixing": decode.Mixing(second[0], 0.4)}
+    rng = np.random.default_rng(8)
+    lengths = [5, 100, 17, 8, 30, 9, 71, 6, 12, 5]  # 16 and 32, and 128: of these two rows
+    prompts = [rng.integers(4, 12, length).astype(np.int32) for length in lengths]
+    row_ids = [str(i) for i in range(10)]
+    budgets = [30, 9, 1, 60, 4, 30, 75, 8, 2, 30]
+    joined = []
+    monkeypatch.setattr(
+        sampler, "join_rows", lambda *a, **k: joined.append(k) or join_rows(*a, **k)
+    )
+    join_rows = decode.join_rows
+    whole = run(model, prompts, row_ids, budgets, batch_size=16, **other)
+    assert not joined
+    monkeypatch.setattr(sampler, "_WORTH_A_PROGRAM", 1.0)
+    apart = run(model, prompts, row_ids, budgets, batch_size=16, **other)
+    # The longest prompt has 100 tokens; its row of 128 loses some of its padding.
+    assert [found["filled"] for found in joined] == [112]
+    assert_same(whole, apart)
+
+
+def test_prompts_are_cut_where_the_most_padding_is_spared():
+    counts = [32, 24, 16, 12, 8]
+    lengths = [10] * 14 + [60] * 6 + [200] * 4
+    # 16 rows of 16 and 12 of 256; 24 of 64 and 8 of 256 would be more.
+    assert sampler._cut_by_length(lengths, counts, 24 * 256, 1e9) == 14
+    # 32 rows of 64 and 8 of 256; 16 of 16 and 16 of 256 would be more.
+    more = [10] * 14 + [60] * 12 + [200] * 2
+    assert sampler._cut_by_length(more, counts, 32 * 256, 1e9) == 26
+    assert sampler._cut_by_length(lengths, counts, 24 * 256, 1e3) is None
+    assert sampler._cut_by_length([10] * 20, counts, 24 * 16, 1e9) is None
+
+
 @pytest.mark.parametrize("one_cpu", [True, False])
 def test_long_answers_get_more_slots(monkeypatch, one_cpu):
     """Through caches of 64, 96, 128, 192 slots, of layers apart and stacked, with rows that end
