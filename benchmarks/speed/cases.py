@@ -81,6 +81,11 @@ def all_cases(backend: str, quick: bool) -> list[Case]:
     return cases_gpu.cases(quick) if backend == "gpu" else cases_cpu.cases(quick)
 
 
+def dense(count: int, length: int, prompt: int) -> dict[str, Any]:
+    """``Case.rows`` of one length."""
+    return {"kind": "dense", "count": count, "length": length, "prompt": prompt}
+
+
 def peers(
     work: str, task: dict[str, Any], tools: tuple[str, ...], compiled: bool
 ) -> tuple[Entry, ...]:

@@ -12,6 +12,7 @@ from benchmarks.speed.cases import (
     Comparison,
     Entry,
     against_peers,
+    dense,
     peers,
     score_over_forward,
 )
@@ -43,7 +44,7 @@ def _dense(shape: str, quick: bool) -> list[Case]:
     batch, length = {"260k": (16, 256), "15m": (8, 256), "100m": (4, 256)}[shape]
     if quick:
         batch, length = batch // 2, length // 2
-    rows = _dense_rows(batch * _STEPS[shape], length, length // 2)
+    rows = dense(batch * _STEPS[shape], length, length // 2)
     task = {"shape": shape, "batch_size": batch}
     repetitions = {"260k": 9, "15m": 7, "100m": 3}[shape]
     found = []
@@ -75,10 +76,6 @@ def _dense(shape: str, quick: bool) -> list[Case]:
     return found
 
 
-def _dense_rows(count: int, length: int, prompt: int) -> dict[str, Any]:
-    return {"kind": "dense", "count": count, "length": length, "prompt": prompt}
-
-
 def _shared_prompt(quick: bool) -> list[Case]:
     """DPO on pairs whose prompt is half of the row that both answers share: computed once or twice.
 
@@ -100,7 +97,7 @@ def _shared_prompt(quick: bool) -> list[Case]:
                     comparisons=(
                         Comparison(name, *entries, bar=1.3 if of_row == "half" else None),
                     ),
-                    rows=_dense_rows(batch * _STEPS[shape], length, prompt),
+                    rows=dense(batch * _STEPS[shape], length, prompt),
                     repetitions=3 if quick else turns,
                     steps=_STEPS[shape],
                     same=tuple(entries),
@@ -113,9 +110,9 @@ def _own_ratios(quick: bool) -> list[Case]:
     """What of ours costs how much more than another part of ours."""
     batch, length = (4, 128) if quick else (8, 256)
     steps = _STEPS["15m"]
-    half = _dense_rows(batch * steps, length, length // 2)
+    half = dense(batch * steps, length, length // 2)
     # Every token is an answer's: whether prompts are projected onto the vocabulary does not matter.
-    answers = _dense_rows(batch * steps, length + 1, 1)
+    answers = dense(batch * steps, length + 1, 1)
     task: dict[str, Any] = {"shape": "15m", "batch_size": batch}
     turns = 3 if quick else 7
     found = [

@@ -10,6 +10,7 @@ from benchmarks.speed.cases import (
     Case,
     Entry,
     against_peers,
+    dense,
     peers,
     score_over_forward,
 )
@@ -32,7 +33,7 @@ def cases(quick: bool) -> list[Case]:
 
 
 def _dense(count: int) -> dict[str, Any]:
-    return {"kind": "dense", "count": count, "length": _LENGTH, "prompt": _LENGTH // 2}
+    return dense(count, _LENGTH, _LENGTH // 2)
 
 
 def _peak() -> Case:

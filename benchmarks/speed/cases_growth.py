@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.speed.cases import OURS, Case, Comparison, Entry
+from benchmarks.speed.cases import OURS, Case, Comparison, Entry, dense
 
 
 def growth(quick: bool) -> list[Case]:
@@ -28,12 +28,9 @@ def growth(quick: bool) -> list[Case]:
                             "shape": "15m",
                             "vocab": size["vocab"],
                             "batch_size": size["batch"],
-                            "rows": {
-                                "kind": "dense",
-                                "count": size["batch"] * steps,
-                                "length": size["length"],
-                                "prompt": size["length"] // 2,
-                            },
+                            "rows": dense(
+                                size["batch"] * steps, size["length"], size["length"] // 2
+                            ),
                         },
                     )
                     for label, size in sizes

@@ -45,6 +45,7 @@ def record_of(comparison: Comparison, timed: Mapping[str, Timed]) -> Record:
         measure: _ratio(values(ours, measure), values(against, measure), lower)
         for measure in ("wall", "cpu", "peak")
     }
+    sides = {"ours": ours, "peer": against}
     mine, other = (values(one, comparison.measure) for one in (ours, against))
     each = [_ratio([a], [b], lower) for a, b in zip(mine, other, strict=True) if a > 0 and b > 0]
     record |= {
@@ -56,19 +57,13 @@ def record_of(comparison: Comparison, timed: Mapping[str, Timed]) -> Record:
         "wall_ratio": ratios["wall"],
         "cpu_ratio": ratios["cpu"],
         "memory_ratio": ratios["peak"],
-        "turns": {
-            name: {"wall": one.wall, "cpu": one.cpu}
-            for name, one in (("ours", ours), ("peer", against))
-        },
+        "turns": {name: {"wall": one.wall, "cpu": one.cpu} for name, one in sides.items()},
         "units_a_second": {
             name: one.described.get("units", 0.0) / statistics.median(one.wall)
-            for name, one in (("ours", ours), ("peer", against))
+            for name, one in sides.items()
         },
         "peak_bytes": {"ours": ours.peak_bytes, "peer": against.peak_bytes},
-        "settings": {
-            name: one.described.get("settings", [])
-            for name, one in (("ours", ours), ("peer", against))
-        },
+        "settings": {name: one.described.get("settings", []) for name, one in sides.items()},
     }
     extra = ours.described.get("extra", {})
     if comparison.times_floor and comparison.bar is not None:
