@@ -80,7 +80,7 @@ def token_rows(rows: Rows, *, rejected: bool = False) -> list[TokenRow]:
     """The library's rows, with ids that are only numbers."""
     tokens = rows.rejected if rejected else rows.tokens
     return [
-        TokenRow(row, int(prompt), f"{index:08x}")
+        TokenRow(row, int(prompt), f"{index:064x}")
         for index, (row, prompt) in enumerate(zip(tokens, rows.prompt_lengths, strict=True))
     ]
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.speed.ours_models import device_peak, token_rows
-from benchmarks.speed.ours_training import Trainer, examples_of
+from benchmarks.speed.ours_training import Examples, Trainer, examples_of
 from benchmarks.speed.protocol import Program
 from benchmarks.speed.rows import Rows
-from proxykd_jax.generation.sampler import sample
-from proxykd_jax.training.reference import pair_logps
+from proxykd_jax.config import MeshConfig
+from proxykd_jax.data.collate import RowsInMemory, TokenRow
+from proxykd_jax.generation.sampler import Sample, sample
+from proxykd_jax.generation.samples import KEPT, SampledRow, SampleStore
+from proxykd_jax.parallel.mesh import make_mesh
+from proxykd_jax.training.batches import Plan, answer_positions
+from proxykd_jax.training.pairs import PairRows
+from proxykd_jax.training.reference import store_references
 
 # What the method's paper reports for its preference rounds beside plain fine-tuning.
 PAPERS_RATIO = 5.1
@@ -70,13 +78,10 @@ def preference_round(task: dict[str, Any]) -> Program:
             max_new_tokens=budgets,
             batch_size=task["sample_batch_size"],
         )
-        rejected = [
-            np.concatenate([row.prompt, answer.tokens]).astype(np.int32)
-            for row, answer in zip(chosen, drawn, strict=True)
-        ]
-        found = _with_references(rows, rejected, trainer, task)
-        examples = examples_of("dpo", found)
-        trainer.epoch("dpo", examples, examples.epoch(task["batch_size"], "bucket"))
+        with tempfile.TemporaryDirectory() as folder:
+            pairs = _with_references(Path(folder), chosen, drawn, trainer, task["batch_size"])
+            examples = Examples(pairs.collate, pairs.positions, pairs.answers)
+            trainer.epoch("dpo", examples, examples.epoch(task["batch_size"], "bucket"))
 
     def run() -> None:
         for _ in range(task.get("rounds", 1)):
@@ -88,30 +93,31 @@ def preference_round(task: dict[str, Any]) -> Program:
 
 
 def _with_references(
-    rows: Rows,
-    rejected: list[np.ndarray],
-    trainer: Trainer,
-    task: dict[str, Any],
-) -> Rows:
-    """The rows with the answers that were drawn, and log-probs of both in the model as it is."""
-    found = Rows(
-        **{
-            **vars(rows),
-            "rejected": rejected,
-            "reference_chosen": np.zeros(len(rows), np.float32),
-            "reference_rejected": np.zeros(len(rows), np.float32),
-        }
-    )
-    examples = examples_of("dpo", found)
-    params, adapter = trainer.spec.bind(trainer.frozen, trainer.state.trainable)
-    planned = examples.epoch(task["batch_size"], "bucket")
-    pending = [
-        pair_logps(params, adapter, examples.collate(batch), spec=trainer.spec, microbatches=1)
-        for batch in planned
+    folder: Path, chosen: list[TokenRow], drawn: list[Sample], trainer: Trainer, batch_size: int
+) -> PairRows:
+    """The pairs of a round, with references by the model as it is, stored as ``align`` does."""
+    rows, store = RowsInMemory(chosen), SampleStore(folder)
+    sampled = [
+        SampledRow(place, row.row_id, answer.tokens, answer.finished, KEPT, answer.loglik)
+        for place, (row, answer) in enumerate(zip(chosen, drawn, strict=True))
     ]
-    for batch, pair in zip(planned, pending, strict=True):
-        places = np.array([row[0] for row in batch.rows if row])
-        chosen_B, rejected_B = (np.asarray(x)[: len(places)] for x in pair)
-        found.reference_chosen[places] = chosen_B
-        found.reference_rejected[places] = rejected_B
-    return found
+    store.append(0, sampled)
+    pairs = PairRows(rows, store, share_prompt=True)
+
+    def plan(positions: np.ndarray, answers: np.ndarray) -> Plan:
+        return Examples(pairs.collate, positions, answers).plan(batch_size, "bucket")
+
+    store_references(
+        store,
+        plan(pairs.positions, pairs.answers),
+        pairs.collate,
+        trainer.spec,
+        *trainer.spec.bind(trainer.frozen, trainer.state.trainable),
+        rows=rows,
+        plan_chosen=lambda some: plan(some.lengths - 1, answer_positions(some)),
+        microbatches=1,
+        batches_per_part=len(rows),
+        mesh=make_mesh(MeshConfig()),
+        report=lambda done, parts: None,
+    )
+    return PairRows(rows, store, share_prompt=True)

@@ -20,6 +20,7 @@ from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.cost import step_flops
 from proxykd_jax.training.batches import (
     Joined,
+    Plan,
     answer_positions,
     distill_collate,
     make_plan,
@@ -87,9 +88,9 @@ class Examples:
         answers = int(self.answers[:batch_size].sum())
         return PlannedBatch(rows, length, answers=answers, together=batch_size)
 
-    def epoch(self, batch_size: int, batching: Any) -> list[PlannedBatch]:
-        """The batches of the first epoch of a training of many."""
-        plan = make_plan(
+    def plan(self, batch_size: int, batching: Any) -> Plan:
+        """The batches of a training of many epochs."""
+        return make_plan(
             self.positions,
             seed=0,
             batch_size=batch_size,
@@ -100,7 +101,10 @@ class Examples:
             epochs=_STEPS,
             most=_STEPS,
         )
-        return list(plan(0))
+
+    def epoch(self, batch_size: int, batching: Any) -> list[PlannedBatch]:
+        """Those of the first one."""
+        return list(self.plan(batch_size, batching)(0))
 
 
 def examples_of(work: str, rows: Rows, *, share_prompt: bool = True) -> Examples:

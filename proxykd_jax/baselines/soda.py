@@ -175,6 +175,8 @@ class _Soda:
             model.spec,
             model.params,
             model.adapter,
+            rows=self._rows,
+            plan_chosen=None,  # q_0 answered, q_w is the reference
             microbatches=self._distill.microbatches,
             batches_per_part=max(self._run.config.align.sampling.rows_per_part // size, 1),
             mesh=self._run.mesh,

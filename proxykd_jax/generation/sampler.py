@@ -74,6 +74,11 @@ class Sample:
     logps: np.ndarray
     spelled: bool = True
 
+    @property
+    def loglik(self) -> float:
+        """Log-prob of the answer, summed in float64."""
+        return float(np.sum(self.logps, dtype=np.float64))
+
 
 def prompt_bucket(length: int) -> int:
     """The smallest of 16, 32, 64, 128, ... that holds ``length``."""

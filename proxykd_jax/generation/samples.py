@@ -131,7 +131,7 @@ class SampleStore:
     def num_references(self) -> int:
         """Answers whose reference log-probs are there, or were found to have none."""
         parts = [self._reference_parts.open(i) for i in self._reference_parts.complete()]
-        return sum(len(part.arrays["places"]) for part in parts)
+        return len(set().union(*(part.arrays["places"].tolist() for part in parts)))
 
     def references(self) -> tuple[np.ndarray, np.ndarray]:
         """(of the teacher's answers, of the proxy's), float32, in the store's order.
@@ -147,6 +147,20 @@ class SampleStore:
             except (KeyError, IndexError, ValueError) as error:
                 raise damaged(part.path, "its arrays do not fit the answers") from error
         return chosen, rejected
+
+    @property
+    def sampled_logps(self) -> np.ndarray:
+        """float32 log-prob of each answer, summed while it was sampled, in the store's order.
+
+        NaN where a server drew it, 0 of a dropped one, as in ``references``.
+        """
+        return np.where(self.drops == KEPT, self._column("logliks", np.float32), np.float32(0))
+
+    def compare(self, places: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Log-probs of the proxy's answers at these places that were not dropped, float32 each:
+        summed while sampling, and as reference."""
+        kept = np.asarray(places, np.int64)[self.drops[places] == KEPT]
+        return self.sampled_logps[kept], self.references()[1][kept]
 
     def complete(self) -> None:
         """Marks the store complete, with its counts and digests in the manifest."""
@@ -200,8 +214,8 @@ class SampleStore:
         """What was sampled and dropped, and how far sampling and training forward agree.
 
         ``reference_gap`` is the largest difference, in nats a sequence, between the log-prob
-        summed while sampling and the training forward's; absent where no reference was computed
-        or a server drew the answers.
+        summed while sampling and the reference; absent where no reference was computed or a
+        server drew the answers.
         """
         drops = self.drops
         finished = self.finished
@@ -215,12 +229,10 @@ class SampleStore:
                 f"dropped_{name}": int((drops == code).sum()) for code, name in DROP_REASONS.items()
             },
         }
-        _, reference = self.references()
-        logliks = self._column("logliks", np.float32)
-        computed = (reference != 0) & (drops == KEPT) & ~np.isnan(logliks)
+        sampled, reference = self.compare(np.arange(len(self)))
+        computed = (reference != 0) & ~np.isnan(sampled)
         if computed.any():
-            gap = np.abs(logliks - reference)[computed]
-            counts["reference_gap"] = float(gap.max())
+            counts["reference_gap"] = float(np.abs(sampled - reference)[computed].max())
         return counts
 
     def _column(self, name: str, dtype: Any) -> np.ndarray:
@@ -308,7 +320,7 @@ def _sample_part(
             tokens=s.tokens,
             finished=s.finished,
             drop=_drop_reason(s, chosen[place], end_token_ids),
-            loglik=float(np.sum(s.logps, dtype=np.float64)),
+            loglik=s.loglik,
         )
         for place, s in enumerate(samples)
     ]

@@ -14,7 +14,7 @@ from proxykd_jax.artifacts import MANIFEST, digest_value, read_json
 from proxykd_jax.config import Config
 from proxykd_jax.data.collate import Rows
 from proxykd_jax.data.corpus import TokenCorpus
-from proxykd_jax.data.order import permutation
+from proxykd_jax.data.order import Batching, permutation
 from proxykd_jax.generation.samples import SampleStore
 from proxykd_jax.losses import REFERENCE_LOSSES, batch_mean
 from proxykd_jax.parallel.mesh import make_mesh
@@ -220,14 +220,27 @@ class Alignment:
     def _compute_references(
         self, store: SampleStore, round_index: int, params: Tree, adapter: Tree | None
     ) -> None:
-        pairs = self._pairs(self._round_rows(round_index), store)
+        rows, phase = self._round_rows(round_index), _round_name(round_index)
+        pairs = self._pairs(rows, store)
+
+        def plan_chosen(some: Rows) -> Plan:
+            return self._plan(
+                phase,
+                some.lengths - 1,
+                answer_positions(some),
+                batching=self._batching_of_pairs,
+                max_length=self._corpus.max_length,
+            )
+
         store_references(
             store,
-            self._pair_plan(_round_name(round_index), pairs),
+            self._pair_plan(phase, pairs),
             pairs.collate,
             self._model.spec,
             params,
             adapter,
+            rows=rows,
+            plan_chosen=plan_chosen,
             microbatches=self._align.microbatches,
             batches_per_part=max(self._align.sampling.rows_per_part // self._align.batch_size, 1),
             mesh=self._mesh,
@@ -273,13 +286,17 @@ class Alignment:
         share_prompt = shares_prompt(self._align.preference, self._model.config)
         return PairRows(rows, samples, share_prompt=share_prompt)
 
+    @property
+    def _batching_of_pairs(self) -> Batching:
+        """Pairs are never packed."""
+        return "bucket" if self._align.batching == "pack" else self._align.batching
+
     def _pair_plan(self, phase: str, pairs: PairRows) -> Plan:
-        batching = "bucket" if self._align.batching == "pack" else self._align.batching
         return self._plan(
             phase,
             pairs.positions,
             pairs.answers,
-            batching=batching,
+            batching=self._batching_of_pairs,
             max_length=pairs.longest(self._corpus.max_length),
             epochs=self._align.epochs_per_round,
             most=self._align.round_max_steps,

@@ -3,29 +3,40 @@
 In bfloat16 the log-prob of a sequence depends on the shape of the batch that it is computed in: a
 product of another size takes another kernel, which moves the sum by up to a nat. So the reference
 sees the very batches of the round's first epoch, as the training step will.
+
+In float32 it hardly does, and the sampler has the log-probs of y-hat already. Where those of the
+first batch agree with the training forward, the others are taken as they are, and y alone is
+computed.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from proxykd_jax.data.collate import Rows
 from proxykd_jax.data.order import PlannedBatch
+from proxykd_jax.errors import UserError
 from proxykd_jax.generation.samples import SampleStore
+from proxykd_jax.losses import reduce_tokens
 from proxykd_jax.parallel.processes import fetch
-from proxykd_jax.peers import stop_if_wanted
-from proxykd_jax.training.batches import Plan, placed_batches
-from proxykd_jax.training.logprobs import pair_label_logps, pair_sums
+from proxykd_jax.peers import on_first, stop_if_wanted
+from proxykd_jax.training.batches import Plan, Selection, placed_batches, token_collate
+from proxykd_jax.training.logprobs import label_logps, pair_label_logps, pair_sums
 from proxykd_jax.training.state import ModelSpec, Tree
 from proxykd_jax.training.steps import split_rows
-from proxykd_jax.types import Pairs
+from proxykd_jax.types import Pairs, TokenBatch
 
 LN_2 = math.log(2)
+# Nats a sequence by which log-probs summed while sampling may differ from the training forward's
+# and still be the reference's.
+_AGREEMENT = 1e-3
 
 
 def store_references(
@@ -36,6 +47,8 @@ def store_references(
     params: Tree,
     adapter: Tree | None,
     *,
+    rows: Rows,
+    plan_chosen: Callable[[Rows], Plan] | None,
     microbatches: int,
     batches_per_part: int,
     mesh: Mesh,
@@ -43,34 +56,87 @@ def store_references(
 ) -> None:
     """Makes the parts of a store's reference log-probs that are not there yet.
 
+    The first part is the first batch, which decides whether the sampler's log-probs serve.
+
     Args:
       store: all of whose answers are there.
       plan: the round's batches.
       collate: as in training; the references in its batches are not looked at.
       spec, params, adapter: the proxy that the round begins with.
+      rows: prompts with y, in the store's order.
+      plan_chosen: batches of some of these rows, without y-hat and one in a row; None where another
+        model answered, whose log-probs cannot serve.
       microbatches: as in training.
       batches_per_part: a killed run loses at most so many batches.
       mesh: over which the rows are split.
       report: called with (parts there, all parts) after each.
 
     Raises:
-      UserError: a log-prob is no finite number.
+      UserError: a log-prob is no finite number, or the parts that are there leave out some pairs.
     """
-    planned = plan(0)
-    num_parts = -(-len(planned) // batches_per_part)
+    options: dict[str, Any] = {"spec": spec, "microbatches": microbatches}
+    logps_of_pairs = functools.partial(pair_logps, params, adapter, **options)
+    logps_of_chosen = functools.partial(answer_logps, params, adapter, **options)
+
+    def of_pairs(batches: range) -> Sequence[np.ndarray]:
+        return _computed(logps_of_pairs, plan, collate, batches, mesh)
+
+    if 0 in store.missing_references(1 + len(plan(0))):
+        store.append_references(0, *of_pairs(range(1)))
+    first = [row[0] for row in plan(0)[0].rows if row]
+    left = np.setdiff1d(np.arange(len(store), dtype=np.int32), first)
+    work, todo = of_pairs, range(1, len(plan(0)))
+    if plan_chosen and len(left) and on_first(lambda: sampled_logps_serve(*store.compare(first))):
+        others = Selection(rows, left)
+        plan_left, sampled_logps = plan_chosen(others), store.sampled_logps
+
+        def of_chosen(batches: range) -> Sequence[np.ndarray]:
+            collate_left = token_collate(others)
+            at, chosen = _computed(logps_of_chosen, plan_left, collate_left, batches, mesh)
+            return left[at], chosen, sampled_logps[left[at]]
+
+        work, todo = of_chosen, range(len(plan_left(0)))
+    num_parts = 1 + -(-len(todo) // batches_per_part)
+    report(1, num_parts)
     for index in store.missing_references(num_parts):
-        start = index * batches_per_part
-        stop = min(start + batches_per_part, len(planned))
-        pairs: list[tuple[np.ndarray, np.ndarray]] = []
-        for batch in placed_batches(plan, collate, start=start, stop=stop, mesh=mesh):
-            found = pair_logps(params, adapter, batch, spec=spec, microbatches=microbatches)
-            pairs.append(fetch(found))
-        rows = [row for batch in planned[start:stop] for row in batch.rows]
-        chosen, rejected = np.concatenate(pairs, axis=1)[:, [bool(row) for row in rows]]
-        places = np.array([row[0] for row in rows if row], np.int32)
-        store.append_references(index, places, chosen, rejected)
+        start = (index - 1) * batches_per_part
+        store.append_references(index, *work(todo[start : start + batches_per_part]))
         report(index + 1, num_parts)
         stop_if_wanted()
+    if store.num_references < len(store):
+        raise UserError(
+            f"{store.folder} has parts of reference log-probs that leave out some of its answers: "
+            f"another version made them. Remove {store.folder} to sample again."
+        )
+
+
+def sampled_logps_serve(sampled: np.ndarray, computed: np.ndarray) -> bool:
+    """Whether log-probs summed while sampling are those of the training forward.
+
+    Args:
+      sampled: float32[n], of some answers; NaN where a server drew them.
+      computed: float32[n], of the same.
+
+    Returns:
+      All agree within 1e-3 nats, and there are some.
+    """
+    gaps = np.abs(sampled - computed)
+    return bool(len(gaps)) and bool((gaps <= _AGREEMENT).all())
+
+
+def _computed(
+    logps_of: Callable[[Any], tuple[jax.Array, ...]],
+    plan: Plan,
+    collate: Callable[[PlannedBatch], Any],
+    batches: range,
+    mesh: Mesh,
+) -> tuple[np.ndarray, ...]:
+    """Places of the examples in these batches, and their log-probs."""
+    placed = placed_batches(plan, collate, start=batches.start, stop=batches.stop, mesh=mesh)
+    found = fetch([logps_of(batch) for batch in placed])
+    rows = [row for batch in plan(0)[batches.start : batches.stop] for row in batch.rows]
+    places = np.array([row[0] for row in rows if row], np.int32)
+    return places, *np.concatenate(found, axis=1)[:, [bool(row) for row in rows]]
 
 
 def check_first_dpo_loss(loss: float, spec: ModelSpec) -> None:
@@ -100,10 +166,28 @@ def pair_logps(
     Without dropout, and 0 for a row without an answer.
     """
 
-    def forward(part: Pairs) -> tuple[jax.Array, jax.Array]:
+    def sums(part: Pairs) -> tuple[jax.Array, jax.Array]:
         return pair_sums(pair_label_logps(params, adapter, part, spec), part)
 
+    return _in_parts(sums, batch, microbatches)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "microbatches"))
+def answer_logps(
+    params: Tree, adapter: Tree | None, batch: TokenBatch, *, spec: ModelSpec, microbatches: int
+) -> tuple[jax.Array]:
+    """Summed log-probs of rows with one answer each, float32[B], as ``pair_logps`` has them."""
+
+    def sums(part: TokenBatch) -> tuple[jax.Array]:
+        logps_BL, _, _ = label_logps(params, adapter, part, spec)
+        return (reduce_tokens(logps_BL, part.mask_BL, reduction="sum"),)
+
+    return _in_parts(sums, batch, microbatches)
+
+
+def _in_parts(sums: Callable[[Any], Any], batch: Any, microbatches: int) -> Any:
+    """``sums`` of all rows, so many parts of them one after another."""
     if microbatches == 1:
-        return forward(batch)
-    chosen_AB, rejected_AB = jax.lax.map(forward, split_rows(batch, microbatches))
-    return chosen_AB.swapaxes(0, 1).reshape(-1), rejected_AB.swapaxes(0, 1).reshape(-1)
+        return sums(batch)
+    found_AB = jax.lax.map(sums, split_rows(batch, microbatches))
+    return jax.tree.map(lambda x_AB: x_AB.swapaxes(0, 1).reshape(-1), found_AB)
