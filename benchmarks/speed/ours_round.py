@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.speed.ours_models import device_peak, token_rows
-from benchmarks.speed.ours_training import Examples, Trainer, examples_of
+from benchmarks.speed.ours_training import Examples, Trainer, examples_of, objective_of
 from benchmarks.speed.protocol import Program
 from benchmarks.speed.rows import Rows
 from proxykd_jax.config import MeshConfig
@@ -102,7 +102,8 @@ def _with_references(
         for place, (row, answer) in enumerate(zip(chosen, drawn, strict=True))
     ]
     store.append(0, sampled)
-    pairs = PairRows(rows, store, share_prompt=True)
+    preference = objective_of("dpo").preference
+    pairs = PairRows(rows, store, preference, trainer.config)
 
     def plan(positions: np.ndarray, answers: np.ndarray) -> Plan:
         return Examples(pairs.collate, positions, answers).plan(batch_size, "bucket")
@@ -120,4 +121,4 @@ def _with_references(
         mesh=make_mesh(MeshConfig()),
         report=lambda done, parts: None,
     )
-    return PairRows(rows, store, share_prompt=True)
+    return PairRows(rows, store, preference, trainer.config)

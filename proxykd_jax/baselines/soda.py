@@ -35,7 +35,7 @@ from proxykd_jax.training.loop import Trainer
 from proxykd_jax.training.model import model_identity
 from proxykd_jax.training.objectives import AlignObjective, NllObjective, Objective
 from proxykd_jax.training.optimizer import make_optimizer
-from proxykd_jax.training.pairs import PairRows, shares_prompt
+from proxykd_jax.training.pairs import PairRows
 from proxykd_jax.training.reference import check_first_dpo_loss, store_references
 from proxykd_jax.training.scoring import Scoring
 from proxykd_jax.training.steps import make_diagnosis, make_train_step
@@ -119,10 +119,9 @@ class _Soda:
         self._run, self._rows, self._samples = run, rows, samples
         self._distill, method = run.config.distill, _method(run)
         self._nll = NllObjective(self._distill.reduction)
-        preference = PreferenceConfig(loss="dpo", beta=method.beta)
-        self._share_prompt = shares_prompt(preference, run.student.config)
+        self._preference = PreferenceConfig(loss="dpo", beta=method.beta)
         self._dpo = AlignObjective(
-            preference,
+            self._preference,
             self._distill.reduction,
             nll_weight=method.nll_weight,
             preference_weight=1.0,
@@ -203,7 +202,7 @@ class _Soda:
         self._trainer.finish_phase("dpo", {}, keep=False)
 
     def _pair_rows(self) -> PairRows:
-        return PairRows(self._rows, self._samples, share_prompt=self._share_prompt)
+        return PairRows(self._rows, self._samples, self._preference, self._run.student.config)
 
     def finish(self) -> None:
         """Marks the stage complete."""

@@ -8,11 +8,18 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.params import linear_shapes
 
 # Share of the layers' forward pass that the backward pass computes again, by remat policy.
 _RECOMPUTED = {"none": 0.0, "dots": 0.0, "outputs": 1.0, "full": 1.0}
+
+# Attention has two products forwards and five backwards, two of which are the forward ones again.
+_PASSES_OF_ATTENTION = 3.5
+# What a score costs beside its products, in the time of so many operations of a linear layer.
+_FLOPS_OF_A_SOFTMAX = 200
 
 
 def layer_flops(config: ModelConfig, rows: int, length: int) -> float:
@@ -66,6 +73,31 @@ def answer_flops(config: ModelConfig, rows: int, prompt: int, answer: int) -> fl
         + tokens
         + attention * rows * seen
     )
+
+
+def sharing_pays(
+    config: ModelConfig, prompts: np.ndarray, chosen: np.ndarray, rejected: np.ndarray
+) -> bool:
+    """Whether a training step on pairs has less work with both answers in one row behind their
+    prompt than with a row each.
+
+    One row spares a prompt and the padding of the shorter answer; attention between the answers,
+    which the mask hides, is computed all the same.
+
+    Args:
+      config: with ``lora`` set where an adapter is trained.
+      prompts, chosen, rejected: integer[n], tokens of each pair's parts.
+    """
+    kernels = sum(a * b for a, b in linear_shapes(config).values())
+    passes = 3 if config.lora is None else 2  # frozen weights need no gradient
+    score = config.num_heads * (4 * config.head_dim + _FLOPS_OF_A_SOFTMAX)
+
+    def work(lengths: np.ndarray) -> float:
+        tokens = lengths.astype(np.float64)
+        layers = passes * 2 * kernels * tokens
+        return float(np.sum(layers + _PASSES_OF_ATTENTION * score * tokens**2 / 2))
+
+    return work(prompts + chosen + rejected) < 2 * work(prompts + np.maximum(chosen, rejected))
 
 
 def cache_bytes(config: ModelConfig, rows: int, slots: int, itemsize: int) -> int:

@@ -37,7 +37,7 @@ from proxykd_jax.training.metrics import MetricsLog
 from proxykd_jax.training.model import Model
 from proxykd_jax.training.objectives import AlignObjective, NllObjective, Objective
 from proxykd_jax.training.optimizer import make_optimizer
-from proxykd_jax.training.pairs import PairRows, shares_prompt
+from proxykd_jax.training.pairs import PairRows
 from proxykd_jax.training.reference import LN_2, check_first_dpo_loss, store_references
 from proxykd_jax.training.state import TrainState, Tree
 from proxykd_jax.training.steps import make_diagnosis, make_evaluation, make_train_step
@@ -283,8 +283,7 @@ class Alignment:
         return {f"held_out/{name}": value for name, value in figures.items()}
 
     def _pairs(self, rows: Rows, samples: SampleStore) -> PairRows:
-        share_prompt = shares_prompt(self._align.preference, self._model.config)
-        return PairRows(rows, samples, share_prompt=share_prompt)
+        return PairRows(rows, samples, self._align.preference, self._model.config)
 
     @property
     def _batching_of_pairs(self) -> Batching:

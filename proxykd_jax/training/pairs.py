@@ -12,16 +12,34 @@ from proxykd_jax.data.collate import Rows, TokenRow, collate_rows
 from proxykd_jax.data.order import PlannedBatch
 from proxykd_jax.generation.samples import KEPT, SampledRow, SampleStore
 from proxykd_jax.models.config import ModelConfig
+from proxykd_jax.models.cost import sharing_pays
 from proxykd_jax.training.batches import answer_positions
 from proxykd_jax.types import PairBatch, Pairs, SharedPairBatch
 
 
-def shares_prompt(preference: PreferenceConfig, model: ModelConfig) -> bool:
+def shares_prompt(
+    preference: PreferenceConfig,
+    model: ModelConfig,
+    prompts: np.ndarray,
+    chosen: np.ndarray,
+    rejected: np.ndarray,
+) -> bool:
     """Whether both answers of a pair stand in one row.
 
     Not under dynamic rope scaling, which is a function of the length of a row.
+
+    Args:
+      preference, model: of the run; ``auto`` is decided by the work of a step.
+      prompts, chosen, rejected: integer[n], tokens of each pair's parts.
     """
-    return preference.share_prompt and model.rope.kind != "dynamic"
+    if not may_share_prompt(preference, model):
+        return False
+    return preference.share_prompt is True or sharing_pays(model, prompts, chosen, rejected)
+
+
+def may_share_prompt(preference: PreferenceConfig, model: ModelConfig) -> bool:
+    """Whether both may, whatever their lengths."""
+    return preference.share_prompt is not False and model.rope.kind != "dynamic"
 
 
 class PairRows:
@@ -30,26 +48,32 @@ class PairRows:
     Args:
       rows: prompts with y.
       samples: y-hat. The reference log-probs are those that it has by now.
-      share_prompt: both answers stand in one row behind their prompt, which is computed once;
-        else each has a row with the prompt, as long as the longer of both needs.
+      preference, model: of the run; see ``shares_prompt``.
 
     Attributes:
+      share_prompt: both answers stand in one row behind their prompt, which is computed once;
+        else each has a row with the prompt, as long as the longer of both needs.
       positions: integer[n], places that each pair takes.
       answers: integer[n], places of these, inside the mask, whose label is a token of an answer.
     """
 
-    def __init__(self, rows: Rows, samples: SampleStore, *, share_prompt: bool) -> None:
-        self._rows, self._samples, self._share_prompt = rows, samples, share_prompt
+    def __init__(
+        self, rows: Rows, samples: SampleStore, preference: PreferenceConfig, model: ModelConfig
+    ) -> None:
+        self._rows, self._samples = rows, samples
         self._references = samples.references()
+        answers = rows.lengths - rows.prompt_lengths
+        own = np.where(samples.drops == KEPT, samples.lengths, 0)
+        lengths = (rows.prompt_lengths, answers, own)
+        self.share_prompt = shares_prompt(preference, model, *lengths)
         chosen = answer_positions(rows)
-        longer = samples.lengths - (rows.lengths - rows.prompt_lengths)  # y-hat than y
-        rejected = np.where(samples.drops == KEPT, chosen + longer, 0)
-        self.answers = pair_answers(chosen, rejected, share_prompt=share_prompt)
+        rejected = np.where(samples.drops == KEPT, chosen + own - answers, 0)
+        self.answers = pair_answers(chosen, rejected, share_prompt=self.share_prompt)
         self.positions = rows.lengths - 1 - chosen + self.answers
 
     def longest(self, max_length: int) -> int:
         """Tokens that the longest row may stand for, in a corpus of rows of so many."""
-        return 2 * max_length if self._share_prompt else max_length
+        return 2 * max_length if self.share_prompt else max_length
 
     def collate(self, planned: PlannedBatch) -> Pairs:
         """The arrays of a planned batch."""
@@ -59,7 +83,7 @@ class PairRows:
             [_pair(row, sample) for row, sample in found],
             planned,
             self._references,
-            share_prompt=self._share_prompt,
+            share_prompt=self.share_prompt,
         )
 
 

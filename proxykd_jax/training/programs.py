@@ -43,7 +43,7 @@ from proxykd_jax.training.objectives import (
     NllObjective,
     Objective,
 )
-from proxykd_jax.training.pairs import shares_prompt
+from proxykd_jax.training.pairs import may_share_prompt, shares_prompt
 from proxykd_jax.training.reference import pair_logps
 from proxykd_jax.types import DistillBatch, PairBatch, Pairs, SharedPairBatch, TokenBatch
 
@@ -136,8 +136,12 @@ def _pairs(rows: int, length: int, share_prompt: bool) -> Pairs:
     return SharedPairBatch(both, *rest)
 
 
-def _rows_of_pair(lengths: Lengths, shared: bool) -> tuple[int, int]:
+def _rows_of_pair(
+    lengths: Lengths, preference: PreferenceConfig, model: ModelConfig
+) -> tuple[int, int]:
     """The rows of a pair, and the tokens of each."""
+    prompt, answer = np.array([lengths.prompt]), np.array([lengths.answer])
+    shared = shares_prompt(preference, model, prompt, answer, answer)
     return (1, lengths.row + lengths.answer) if shared else (2, lengths.row)
 
 
@@ -213,15 +217,15 @@ def _preference(
     objective: AlignObjective,
     length: int,
 ) -> Program:
-    shared = shares_prompt(objective.preference, model.spec.config)
+    pair = (objective.preference, model.spec.config)
     return _training(
         config,
         name,
         model,
         stage,
         objective,
-        lambda rows: _pairs(rows, length, shared),
-        rows_of=lambda lengths: _rows_of_pair(lengths, shared),
+        lambda rows: _pairs(rows, length, may_share_prompt(*pair)),
+        rows_of=lambda lengths: _rows_of_pair(lengths, *pair),
     )
 
 
@@ -252,15 +256,15 @@ def _sampling(config: Config, model: AbstractModel, trained_as: Work = "align") 
 
 def _reference(config: Config, model: AbstractModel, length: int) -> Program:
     align = config.align
-    shared = shares_prompt(align.preference, model.spec.config)
+    pair = (align.preference, model.spec.config)
 
     def lower(mesh: Mesh, rows: int) -> list[Any]:
         params, adapter = (place(tree, mesh) for tree in model.weights)
-        batch = place_rows(_pairs(rows, length, shared), mesh)
+        batch = place_rows(_pairs(rows, length, may_share_prompt(*pair)), mesh)
         return [pair_logps.lower(params, adapter, batch, spec=model.spec, microbatches=1)]
 
     def cost(axes: dict[str, int], rows: int, lengths: Lengths) -> Cost:
-        number, length = _rows_of_pair(lengths, shared)
+        number, length = _rows_of_pair(lengths, *pair)
         flops = forward_flops(model.spec.config, number * rows, length)
         return Cost(flops, weights_read(model, axes))
 

@@ -8,16 +8,19 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks.speed.ours_models import model_config
+from benchmarks.speed.shapes import SHAPES
 from proxykd_jax.config import PreferenceConfig
 from proxykd_jax.data.collate import RowsInMemory, TokenRow
 from proxykd_jax.data.order import PlannedBatch
 from proxykd_jax.generation.samples import SampledRow, SampleStore
+from proxykd_jax.models.config import LoraConfig
 from proxykd_jax.training.batches import make_plan
 from proxykd_jax.training.objectives import AlignObjective
-from proxykd_jax.training.pairs import PairRows, collate_pairs
+from proxykd_jax.training.pairs import PairRows, collate_pairs, shares_prompt
 from proxykd_jax.training.reference import pair_logps
 
-from .conftest import VOCAB
+from .conftest import VOCAB, tiny_config
 from .test_steps import _step
 
 ROW_ID = "ab" * 32
@@ -131,8 +134,13 @@ def test_batches_of_a_round_hold_every_token_once(tmp_path) -> None:
     ]
     drawn[3] = dataclasses.replace(drawn[3], drop=2)
     store.append(0, drawn)
+
+    def of(share_prompt: bool) -> PairRows:
+        return PairRows(rows, store, wanted(share_prompt), tiny_config())
+
     for share_prompt in (True, False):
-        found = PairRows(rows, store, share_prompt=share_prompt)
+        found = of(share_prompt)
+        assert found.share_prompt == share_prompt
         plan = make_plan(
             found.positions,
             seed=0,
@@ -153,5 +161,47 @@ def test_batches_of_a_round_hold_every_token_once(tmp_path) -> None:
             np.testing.assert_array_equal(widths[: len(places)], found.positions[places])
         # The first token of an answer without a prompt is not predicted by anything.
         assert inside == sum(c + (r or 0) for _, c, r in SIZES) - 2
-    assert PairRows(rows, store, share_prompt=True).positions.tolist() == [7, 10, 12, 13, 13, 9]
-    assert PairRows(rows, store, share_prompt=False).positions.tolist() == [4, 7, 10, 13, 12, 8]
+    assert of(True).positions.tolist() == [7, 10, 12, 13, 13, 9]
+    assert of(False).positions.tolist() == [4, 7, 10, 13, 12, 8]
+
+
+def wanted(share_prompt: bool | str) -> PreferenceConfig:
+    return PreferenceConfig(beta=1.0, share_prompt=share_prompt)
+
+
+# (shape, tokens of the prompt and of each answer) where which way was faster was measured.
+MEASURED = [
+    ("15m", 128, 64, True),
+    ("15m", 96, 96, True),
+    ("100m", 96, 96, True),
+    ("15m", 50, 235, False),
+    ("260k", 30, 220, False),
+]
+
+
+@pytest.mark.parametrize("shape, prompt, answer, shared", MEASURED)
+def test_a_prompt_is_shared_where_that_was_measured_to_be_faster(shape, prompt, answer, shared):
+    model = model_config(SHAPES[shape]).replace(lora=LoraConfig(rank=16, alpha=32.0))
+    lengths = (np.array([prompt]), np.array([answer]), np.array([answer]))
+    assert shares_prompt(wanted("auto"), model, *lengths) == shared
+    assert shares_prompt(wanted(True), model, *lengths)
+    assert not shares_prompt(wanted(False), model, *lengths)
+
+
+def test_what_makes_sharing_pay():
+    """Long prompts, answers of unequal lengths (two rows are both as long as the longer), wide
+    models; never under rope scaling that follows the length of a row."""
+
+    def pays(model, prompt: int, chosen: int, rejected: int) -> bool:
+        lengths = (np.array([n]) for n in (prompt, chosen, rejected))
+        return shares_prompt(wanted("auto"), model, *lengths)
+
+    small, large = (model_config(SHAPES[shape]) for shape in ("15m", "7b"))
+    assert not pays(small, 10, 235, 235)
+    assert pays(small, 400, 235, 235)
+    assert pays(small, 10, 235, 20)
+    assert pays(large, 50, 235, 235)
+    found = [pays(small, prompt, 235, 235) for prompt in range(0, 400, 10)]
+    assert found == sorted(found)
+    dynamic = small.replace(rope=dataclasses.replace(small.rope, kind="dynamic"))
+    assert not pays(dynamic, 400, 235, 235)

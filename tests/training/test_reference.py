@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from proxykd_jax.config import MeshConfig
+from proxykd_jax.config import MeshConfig, PreferenceConfig
 from proxykd_jax.data.collate import Rows, RowsInMemory, TokenRow
 from proxykd_jax.errors import Stopped, UserError
 from proxykd_jax.generation.samples import EQUALS_CHOSEN, KEPT, SampledRow, SampleStore
@@ -88,7 +88,7 @@ class Round:
 
     def run(self, *, take: bool = True, microbatches: int = 1) -> np.ndarray:
         spec, frozen, trainable = self.model
-        pairs = PairRows(self.chosen, self.store, share_prompt=True)
+        pairs = PairRows(self.chosen, self.store, PreferenceConfig(beta=1.0), spec.config)
         together = BATCH if microbatches == 1 else 1
         plan = make_plan(
             pairs.positions,
