@@ -175,6 +175,8 @@ def _corpora(quick: bool) -> list[Case]:
             if (work.startswith("dpo") and shape == "260k") or (quick and work != "sft"):
                 continue
             name = f"{work}_corpus_{shape}"
+            # A row of DPO has two answers.
+            count = rows["count"] // 2 if work.startswith("dpo") else rows["count"]
             task = {
                 "shape": shape,
                 "batch_size": batch,
@@ -188,7 +190,7 @@ def _corpora(quick: bool) -> list[Case]:
                     name=name,
                     entries=peers(work, task, tools, compiled=False),
                     comparisons=against_peers(name, dict.fromkeys(tools, _CORPUS)),
-                    rows=rows,
+                    rows={**rows, "count": count},
                     repetitions=2 if quick else repetitions,
                     same=(OURS, *tools),
                 )

@@ -12,12 +12,11 @@ would need the memory of both.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -170,91 +169,188 @@ def sample(
         vocab_size,
         end_token_ids,
     )
-    samples = [Sample(np.zeros(0, np.int32), False, np.zeros(0, np.float32)) for _ in prompts]
-    todo = [index for index in range(len(prompts)) if max_new_tokens[index] > 0]
-    todo.sort(key=lambda i: (prompt_bucket(len(prompts[i])), max_new_tokens[i], len(prompts[i]), i))
     make_room()
     one_cpu = _is_one_cpu(params)
     cores = _cores(batch_size) if one_cpu and rows_multiple == 1 else 1
     part_size = -(-batch_size // cores)
     between = one_cpu and config.num_layers <= _FEW_LAYERS
-    row_counts = _row_counts(part_size, rows_multiple, between)
-    more_slots = functools.partial(next_slots, between=between)
-    turns = threading.Lock()  # held while a program is compiled and begun, not while it runs
-
-    def batch_of(rows: list[int]) -> tuple[PromptBatch, int]:
-        return _prompt_batch(
-            [prompts[i] for i in rows],
-            [row_ids[i] for i in rows],
-            [int(max_new_tokens[i]) for i in rows],
-            row_counts,
-            [config] if mixing is None else [config, mixing.config],
-        )
-
-    def run_prompts(batch: PromptBatch, slots: int) -> DecodeState:
-        with turns:
-            return prefill(
-                params,
-                adapter,
-                batch if put is None else put(batch),
-                np.uint32(seed),
-                np.uint32(round_index),
-                other,
-                config=config,
-                slots=slots,
-                settings=settings,
-                mixing=mixing,
-                apart=one_cpu,
-            )
-
-    def begin(rows: list[int]) -> tuple[DecodeState, int]:
-        """The state after the prompts, and the slots that it needs at last."""
-        batch, most_slots = batch_of(rows)
-        num_rows, length = batch.tokens_BL.shape
-        if not one_cpu:
-            return run_prompts(batch, most_slots), most_slots
-        lengths = [len(prompts[i]) for i in rows]
-        cut = _cut_by_length(lengths, row_counts, num_rows * length, 2.0 * config.num_params)
-        if cut is None:
-            return run_prompts(batch, more_slots(length, most_slots)), most_slots
-        by_length = sorted(range(len(rows)), key=lengths.__getitem__)
-        states, places, count = [], np.full(num_rows, -1, np.int32), 0
-        for part in (by_length[:cut], by_length[cut:]):
-            batch, _ = batch_of([rows[place] for place in part])
-            states.append(run_prompts(batch, batch.tokens_BL.shape[1]))
-            places[part] = count + np.arange(len(part))
-            count += len(batch.tokens_BL)
-        filled = -(-max(lengths) // _SHORTEST_PROMPT) * _SHORTEST_PROMPT
-        with turns:
-            slots = more_slots(filled, most_slots)
-            return join_rows(tuple(states), places, filled=filled, slots=slots), most_slots
-
-    def answers(rows: list[int]) -> list[tuple[int, Sample]]:
-        state, most_slots = begin(rows)
-
-        def go_on(state: DecodeState, few: np.int32) -> DecodeState:
-            more = {"config": config, "settings": settings, "mixing": mixing}
-            with turns:
-                return decode(params, adapter, state, few, other, **more)
-
-        def move(state: DecodeState, places: np.ndarray, slots: int) -> DecodeState:
-            with turns:
-                return move_rows(state, places, slots=slots)
-
-        return _decode_all(
-            go_on, move, state, rows, row_counts, lambda filled: more_slots(filled, most_slots)
-        )
-
+    batches = _Batches(
+        params=params,
+        adapter=adapter,
+        other=other,
+        prompts=prompts,
+        row_ids=row_ids,
+        budgets=max_new_tokens,
+        config=config,
+        settings=settings,
+        mixing=mixing,
+        seed=seed,
+        round_index=round_index,
+        put=put or (lambda batch: batch),
+        one_cpu=one_cpu,
+        between=between,
+        row_counts=_row_counts(part_size, rows_multiple, between),
+    )
+    samples = [Sample(np.zeros(0, np.int32), False, np.zeros(0, np.float32)) for _ in prompts]
+    todo = [index for index in range(len(prompts)) if max_new_tokens[index] > 0]
+    todo.sort(key=lambda i: (prompt_bucket(len(prompts[i])), max_new_tokens[i], len(prompts[i]), i))
     parts = []
     for start in range(0, len(todo), batch_size):
         rows = todo[start : start + batch_size]
         # The last ones, too, are dealt to as many cores as there are rows for.
         count = max(-(-len(rows) // part_size), min(cores, len(rows) // _FEWEST_ROWS_OF_A_CORE))
         parts += [rows[first::count] for first in range(count)]  # short and long ones in each
-    for found in _side_by_side(answers, parts, cores):
+    for found in _side_by_side(batches.answers, parts, cores):
         for row, answer in found:
             samples[row] = answer
     return samples
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """Runs batches of prompts to the end of their answers, several at a time if wanted.
+
+    Attributes:
+      params, adapter, other, config, mixing, seed, round_index, settings: as in ``sample``.
+      prompts, row_ids, budgets: of all rows.
+      put: places a batch of prompts.
+      one_cpu: one CPU device computes: layers have arrays of their own, caches grow.
+      between: rows and slots go through sizes between the powers of two, too.
+      row_counts: the numbers of rows that a batch goes through, the largest first.
+    """
+
+    params: Any
+    adapter: Any
+    other: tuple[Any, Any] | None
+    prompts: Sequence[np.ndarray]
+    row_ids: Sequence[str]
+    budgets: Sequence[int]
+    config: ModelConfig
+    settings: DrawSettings
+    mixing: Mixing | None
+    seed: int
+    round_index: int
+    put: Callable[[PromptBatch], PromptBatch]
+    one_cpu: bool
+    between: bool
+    row_counts: list[int]
+    # Held while a program is compiled and begun, not while it runs.
+    turns: threading.Lock = field(default_factory=threading.Lock)
+
+    def answers(self, rows: list[int]) -> list[tuple[int, Sample]]:
+        """The answers to the prompts of a batch, in ever smaller batches with ever more slots."""
+        state, most_slots = self._begin(rows)
+        answers: list[tuple[int, Sample]] = []
+        places: list[int | None] = [*rows, *[None] * (state.done_B.shape[0] - len(rows))]
+        while True:
+            smaller = max((count for count in self.row_counts if count < len(places)), default=0)
+            slots = state.tokens_BS.shape[1]
+            state = self._go_on(state, smaller)
+            done_B, filled = fetch((state.done_B, state.cache.index))
+            for place, answer in _answers_of(state, np.flatnonzero(done_B)):
+                row = places[place]
+                if row is not None:
+                    answers.append((row, answer))
+                places[place] = None
+            left = np.flatnonzero(~done_B)
+            if not left.size:
+                return answers
+            if filled == slots:
+                slots = self._more_slots(slots, most_slots)
+            # A place without a row repeats one that is done, and stays so.
+            size = min(count for count in self.row_counts if count >= left.size)
+            idle = np.repeat(np.flatnonzero(done_B)[:1], size - left.size)
+            places = [places[place] for place in left] + [None] * len(idle)
+            with self.turns:
+                chosen = np.concatenate([left, idle]).astype(np.int32)
+                state = move_rows(state, chosen, slots=slots)
+
+    def _begin(self, rows: list[int]) -> tuple[DecodeState, int]:
+        """The state after the prompts, and the slots that it needs at last."""
+        batch, most_slots = self._prompts_of(rows)
+        num_rows, length = batch.tokens_BL.shape
+        if not self.one_cpu:
+            return self._run_prompts(batch, most_slots), most_slots
+        lengths = [len(self.prompts[i]) for i in rows]
+        flops = 2.0 * self.config.num_params
+        cut = _cut_by_length(lengths, self.row_counts, num_rows * length, flops)
+        if cut is None:
+            return self._run_prompts(batch, self._more_slots(length, most_slots)), most_slots
+        by_length = sorted(range(len(rows)), key=lengths.__getitem__)
+        states, places, count = [], np.full(num_rows, -1, np.int32), 0
+        for part in (by_length[:cut], by_length[cut:]):
+            batch, _ = self._prompts_of([rows[place] for place in part])
+            states.append(self._run_prompts(batch, batch.tokens_BL.shape[1]))
+            places[part] = count + np.arange(len(part))
+            count += len(batch.tokens_BL)
+        filled = -(-max(lengths) // _SHORTEST_PROMPT) * _SHORTEST_PROMPT
+        with self.turns:
+            slots = self._more_slots(filled, most_slots)
+            return join_rows(tuple(states), places, filled=filled, slots=slots), most_slots
+
+    def _prompts_of(self, rows: list[int]) -> tuple[PromptBatch, int]:
+        """As ``_prompt_batch`` returns them."""
+        return _prompt_batch(
+            [self.prompts[i] for i in rows],
+            [self.row_ids[i] for i in rows],
+            [int(self.budgets[i]) for i in rows],
+            self.row_counts,
+            [self.config] if self.mixing is None else [self.config, self.mixing.config],
+        )
+
+    def _run_prompts(self, batch: PromptBatch, slots: int) -> DecodeState:
+        with self.turns:
+            return prefill(
+                self.params,
+                self.adapter,
+                self.put(batch),
+                np.uint32(self.seed),
+                np.uint32(self.round_index),
+                self.other,
+                config=self.config,
+                slots=slots,
+                settings=self.settings,
+                mixing=self.mixing,
+                apart=self.one_cpu,
+            )
+
+    def _go_on(self, state: DecodeState, few: int) -> DecodeState:
+        with self.turns:
+            return decode(
+                self.params,
+                self.adapter,
+                state,
+                np.int32(few),
+                self.other,
+                config=self.config,
+                settings=self.settings,
+                mixing=self.mixing,
+            )
+
+    def _more_slots(self, filled: int, most: int) -> int:
+        return next_slots(filled, most, self.between)
+
+
+def _answers_of(state: DecodeState, places: np.ndarray) -> Iterator[tuple[int, Sample]]:
+    """The answers so far of some rows of a state, with their places."""
+    finished_B, count_B, tokens_BS, logps_BS = fetch(
+        (state.finished_B, state.count_B, state.tokens_BS, state.logps_BS)
+    )
+    if np.isnan(logps_BS[:, : int(count_B.max())]).any():
+        raise UserError(
+            "The model gives log-probs that are not numbers (NaN) while sampling: its weights "
+            "or its adapter are damaged."
+        )
+    for place in places:
+        answer = slice(int(count_B[place]))
+        yield (
+            int(place),
+            Sample(
+                tokens_BS[place, answer].copy(),
+                bool(finished_B[place]),
+                logps_BS[place, answer].copy(),
+            ),
+        )
 
 
 def _is_one_cpu(params: Any) -> bool:
@@ -399,54 +495,3 @@ def _cut_by_length(
     if best is None or (whole - costs[best]) * flops_a_position < _WORTH_A_PROGRAM:
         return None
     return best
-
-
-def _decode_all(
-    go_on: Callable[[DecodeState, np.int32], DecodeState],
-    move: Callable[[DecodeState, np.ndarray, int], DecodeState],
-    state: DecodeState,
-    rows: list[int],
-    row_counts: list[int],
-    more_slots: Callable[[int], int],
-) -> list[tuple[int, Sample]]:
-    """Decodes a batch to its end, in ever smaller batches with ever more slots.
-
-    Returns (row, sample) pairs.
-    """
-    answers: list[tuple[int, Sample]] = []
-    places: list[int | None] = [*rows, *[None] * (state.done_B.shape[0] - len(rows))]
-    while True:
-        smaller = max((count for count in row_counts if count < len(places)), default=0)
-        slots = state.tokens_BS.shape[1]
-        state = go_on(state, np.int32(smaller))
-        done_B, finished_B, count_B, filled = fetch(
-            (state.done_B, state.finished_B, state.count_B, state.cache.index)
-        )
-        most = int(count_B.max())
-        tokens_BS, logps_BS = fetch((state.tokens_BS, state.logps_BS))
-        if np.isnan(logps_BS[:, :most]).any():
-            raise UserError(
-                "The model gives log-probs that are not numbers (NaN) while sampling: its weights "
-                "or its adapter are damaged."
-            )
-        for place, row in enumerate(places):
-            if row is not None and done_B[place]:
-                count = int(count_B[place])
-                answer = Sample(
-                    tokens_BS[place, :count].copy(),
-                    bool(finished_B[place]),
-                    logps_BS[place, :count].copy(),
-                )
-                answers.append((row, answer))
-                places[place] = None
-        left = np.flatnonzero(~done_B)
-        if not left.size:
-            return answers
-        if filled == slots:
-            slots = more_slots(slots)
-        # A place without a row repeats one that is done, and stays so.
-        size = min(count for count in row_counts if count >= left.size)
-        idle = np.repeat(np.flatnonzero(done_B)[:1], size - left.size)
-        chosen = np.concatenate([left, idle]).astype(np.int32)
-        places = [places[place] for place in left] + [None] * len(idle)
-        state = move(state, chosen, slots)
