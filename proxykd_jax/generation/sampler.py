@@ -12,6 +12,7 @@ would need the memory of both.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ from proxykd_jax.generation.decode import (
     join_rows,
     move_rows,
     prefill,
+    weights_apart,
 )
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.parallel import cpu
@@ -316,16 +318,28 @@ class _Batches:
 
     def _go_on(self, state: DecodeState, few: int) -> DecodeState:
         with self.turns:
+            (params, adapter), other = self._decoding_weights
             return decode(
-                self.params,
-                self.adapter,
+                params,
+                adapter,
                 state,
                 np.int32(few),
-                self.other,
+                other,
                 config=self.config,
                 settings=self.settings,
                 mixing=self.mixing,
             )
+
+    @functools.cached_property
+    def _decoding_weights(self) -> tuple[tuple[Any, Any], tuple[Any, Any] | None]:
+        """(params, adapter), and the other model's, as ``decode`` takes them."""
+        weights = (self.params, self.adapter)
+        if not self.one_cpu:
+            return weights, self.other
+        other = self.other
+        if other is not None and self.mixing is not None:
+            other = weights_apart(*other, config=self.mixing.config)
+        return weights_apart(*weights, config=self.config), other
 
     def _more_slots(self, filled: int, most: int) -> int:
         return next_slots(filled, most, self.between)

@@ -303,13 +303,16 @@ def batch_hidden_states(
 
 
 def unembed(params: Params, hidden: jax.Array, *, config: ModelConfig) -> jax.Array:
-    """float32 logits ``[..., V]`` of normed hidden states ``[..., D]``."""
+    """float32 logits ``[..., V]`` of normed hidden states ``[..., D]``.
+
+    Tied embeddings are used as they are, unless ``lm_head`` holds them turned round.
+    """
     options: dict[str, Any] = {
         "precision": dot_precision(hidden.dtype),
         "preferred_element_type": jnp.float32,
     }
     rows = hidden.reshape(-1, hidden.shape[-1])  # as in ``_linear``
-    if config.tie_embeddings:
+    if config.tie_embeddings and "lm_head" not in params:
         logits = jnp.einsum("md,vd->mv", rows, params["embed"]["embedding"], **options)
     else:
         logits = jnp.einsum("md,dv->mv", rows, params["lm_head"]["kernel"], **options)
