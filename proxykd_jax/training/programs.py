@@ -127,6 +127,7 @@ def _rows_of(stage: TrainingSection, length: int) -> Callable[[int], TokenBatch]
 
 
 def _pairs(rows: int, length: int, share_prompt: bool) -> Pairs:
+    """The longest; in one row where a round's lengths may choose that, which needs more memory."""
     logps = jax.ShapeDtypeStruct((rows,), jnp.float32)
     rest = (logps, logps, jax.ShapeDtypeStruct((rows,), jnp.bool_))
     if not share_prompt:
