@@ -258,7 +258,7 @@ def _keys_of_several(
 def _kind(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
-        return "|".join(str(a) for a in arguments)
+        return "|".join(_show(a) for a in arguments)
     if origin is typing.Annotated:
         return _kind(arguments[0])
     if origin is tuple:

@@ -215,6 +215,7 @@ def test_set_changes_one_key(write):
         ("name=", "must match"),
         ("name=[", "--set name=["),
         ("seed=1e3", "valid integer"),
+        ("align.preference.share_prompt=both", "share_prompt: must be 'auto', true or false"),
         ("seed=!!python/name:os.system", "python/name"),
     ],
 )

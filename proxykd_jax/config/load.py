@@ -321,6 +321,7 @@ def _reason(error: ErrorDetails, location: list[str], root: type[BaseModel]) -> 
             shown = f" (got {json.dumps(got, default=str)})"
         options = re.findall(r"'([^']+)'", allowed)
         close = difflib.get_close_matches(str(got), options, n=1, cutoff=0.5)
+        allowed = allowed.replace("True", "true").replace("False", "false")  # as YAML has them
         hint = f"; did you mean '{close[0]}'?" if close else ""
         return f"must be {allowed}{hint}{shown}"
     context = error.get("ctx") or {}

@@ -359,7 +359,7 @@ class PreferenceConfig(Section):
     length_normalize: bool = Field(
         False, description="DPO and IPO on token means instead of sums (the others always do)"
     )
-    share_prompt: bool | Literal["auto"] = Field(
+    share_prompt: Literal["auto", True, False] = Field(
         "auto",
         description="both answers of a pair in one row, their prompt computed once; "
         "by default where that is less work",
