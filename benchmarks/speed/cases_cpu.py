@@ -23,7 +23,7 @@ _DENSE = {TORCH: 1.0, TUNIX: 1.2}
 _CORPUS = 1.8
 # Steps of a turn: a second or more. A process that has waited for its turn pays in its first step
 # for memory that the system took back meanwhile, which no training does.
-_STEPS = {"260k": 8, "15m": 3, "100m": 1}
+_STEPS = {"260k": 8, "15m": 3, "100m": 2}
 
 
 def cases(quick: bool) -> list[Case]:
