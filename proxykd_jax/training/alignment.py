@@ -222,16 +222,6 @@ class Alignment:
     ) -> None:
         rows, phase = self._round_rows(round_index), _round_name(round_index)
         pairs = self._pairs(rows, store)
-
-        def plan_chosen(some: Rows) -> Plan:
-            return self._plan(
-                phase,
-                some.lengths - 1,
-                answer_positions(some),
-                batching=self._batching_of_pairs,
-                max_length=self._corpus.max_length,
-            )
-
         store_references(
             store,
             self._pair_plan(phase, pairs),
@@ -240,7 +230,7 @@ class Alignment:
             params,
             adapter,
             rows=rows,
-            plan_chosen=plan_chosen,
+            plan_chosen=lambda some: self._row_plan(phase, some, self._batching_of_pairs),
             microbatches=self._align.microbatches,
             batches_per_part=max(self._align.sampling.rows_per_part // self._align.batch_size, 1),
             mesh=self._mesh,
@@ -301,6 +291,16 @@ class Alignment:
             most=self._align.round_max_steps,
         )
 
+    def _row_plan(self, phase: str, rows: Rows, batching: Batching, **options: Any) -> Plan:
+        return self._plan(
+            phase,
+            rows.lengths - 1,
+            answer_positions(rows),
+            batching=batching,
+            max_length=self._corpus.max_length,
+            **options,
+        )
+
     def _plan(self, phase: str, positions: np.ndarray, answers: np.ndarray, **options: Any) -> Plan:
         return make_plan(
             positions,
@@ -326,15 +326,7 @@ class Alignment:
     def _train_nll(self, phase: str, rows: Rows, epochs: int, most: int | None) -> None:
         if not len(rows):
             return
-        plan = self._plan(
-            phase,
-            rows.lengths - 1,
-            answer_positions(rows),
-            batching=self._align.batching,
-            max_length=self._corpus.max_length,
-            epochs=epochs,
-            most=most,
-        )
+        plan = self._row_plan(phase, rows, self._align.batching, epochs=epochs, most=most)
         steps = count_steps(plan, epochs, most)
         start = self._trainer.progress.phase_step
         objective = NllObjective(self._align.reduction, self._align.nll_weight)

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from proxykd_jax.data.collate import Rows
-from proxykd_jax.data.order import PlannedBatch
+from proxykd_jax.data.order import EpochPlan, PlannedBatch
 from proxykd_jax.errors import UserError
 from proxykd_jax.generation.samples import SampleStore
 from proxykd_jax.losses import reduce_tokens
@@ -78,24 +78,26 @@ def store_references(
     logps_of_pairs = functools.partial(pair_logps, params, adapter, **options)
     logps_of_chosen = functools.partial(answer_logps, params, adapter, **options)
 
-    def of_pairs(batches: range) -> Sequence[np.ndarray]:
-        return _computed(logps_of_pairs, plan, collate, batches, mesh)
+    planned = plan(0)
 
-    if 0 in store.missing_references(1 + len(plan(0))):
+    def of_pairs(batches: range) -> Sequence[np.ndarray]:
+        return _computed(logps_of_pairs, planned, collate, batches, mesh)
+
+    if 0 in store.missing_references(1 + len(planned)):
         store.append_references(0, *of_pairs(range(1)))
-    first = [row[0] for row in plan(0)[0].rows if row]
+    first = [row[0] for row in planned[0].rows if row]
     left = np.setdiff1d(np.arange(len(store), dtype=np.int32), first)
-    work, todo = of_pairs, range(1, len(plan(0)))
+    work, todo = of_pairs, range(1, len(planned))
     if plan_chosen and len(left) and on_first(lambda: sampled_logps_serve(*store.compare(first))):
         others = Selection(rows, left)
-        plan_left, sampled_logps = plan_chosen(others), store.sampled_logps
+        planned_left, sampled_logps = plan_chosen(others)(0), store.sampled_logps
+        collate_left = token_collate(others)
 
         def of_chosen(batches: range) -> Sequence[np.ndarray]:
-            collate_left = token_collate(others)
-            at, chosen = _computed(logps_of_chosen, plan_left, collate_left, batches, mesh)
+            at, chosen = _computed(logps_of_chosen, planned_left, collate_left, batches, mesh)
             return left[at], chosen, sampled_logps[left[at]]
 
-        work, todo = of_chosen, range(len(plan_left(0)))
+        work, todo = of_chosen, range(len(planned_left))
     num_parts = 1 + -(-len(todo) // batches_per_part)
     report(1, num_parts)
     for index in store.missing_references(num_parts):
@@ -126,15 +128,16 @@ def sampled_logps_serve(sampled: np.ndarray, computed: np.ndarray) -> bool:
 
 def _computed(
     logps_of: Callable[[Any], tuple[jax.Array, ...]],
-    plan: Plan,
+    planned: EpochPlan,
     collate: Callable[[PlannedBatch], Any],
     batches: range,
     mesh: Mesh,
 ) -> tuple[np.ndarray, ...]:
     """Places of the examples in these batches, and their log-probs."""
-    placed = placed_batches(plan, collate, start=batches.start, stop=batches.stop, mesh=mesh)
+    start, stop = batches.start, batches.stop
+    placed = placed_batches(lambda epoch: planned, collate, start=start, stop=stop, mesh=mesh)
     found = fetch([logps_of(batch) for batch in placed])
-    rows = [row for batch in plan(0)[batches.start : batches.stop] for row in batch.rows]
+    rows = [row for batch in planned[start:stop] for row in batch.rows]
     places = np.array([row[0] for row in rows if row], np.int32)
     return places, *np.concatenate(found, axis=1)[:, [bool(row) for row in rows]]
 

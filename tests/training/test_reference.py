@@ -44,7 +44,7 @@ def logps_of(model: tuple, rows: list[TokenRow]) -> np.ndarray:
     return np.array(logps)
 
 
-def plan_of(rows: Rows) -> Plan:
+def plan_of(rows: Rows, together: int = BATCH) -> Plan:
     return make_plan(
         rows.lengths - 1,
         seed=1,
@@ -52,7 +52,7 @@ def plan_of(rows: Rows) -> Plan:
         batching="bucket",
         max_length=32,
         answers=answer_positions(rows),
-        together=BATCH,
+        together=together,
     )
 
 
@@ -101,9 +101,7 @@ class Round:
         )
 
         def plan_chosen(rows: Rows) -> Plan:
-            return plan_of(rows) if microbatches == 1 else make_plan(
-                rows.lengths - 1, seed=1, batch_size=BATCH, batching="bucket", max_length=32
-            )  # fmt: skip
+            return plan_of(rows, together)
 
         reference.store_references(
             self.store,
