@@ -163,7 +163,7 @@ def with_references(spec: ModelSpec, params_S: Any, pairs: Sequence[PairBatch]) 
 @functools.lru_cache(maxsize=8)
 def _references(spec: ModelSpec) -> Callable[..., Any]:
     def logps(params: Any, pairs: PairBatch) -> tuple[jax.Array, jax.Array]:
-        return pair_logps(params, None, pairs, spec=spec, microbatches=1)
+        return pair_logps({}, params, pairs, spec=spec, microbatches=1)
 
     return over_seeds(logps)
 

@@ -18,6 +18,7 @@ from proxykd_jax.generation.sampler import Sample, sample
 from proxykd_jax.generation.samples import KEPT, SampledRow, SampleStore
 from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.training.batches import Plan, answer_positions
+from proxykd_jax.training.model import Model
 from proxykd_jax.training.pairs import PairRows
 from proxykd_jax.training.reference import store_references
 
@@ -112,8 +113,7 @@ def _with_references(
         store,
         plan(pairs.positions, pairs.answers),
         pairs.collate,
-        trainer.spec,
-        *trainer.spec.bind(trainer.frozen, trainer.state.trainable),
+        Model(trainer.spec, trainer.frozen, trainer.state.trainable, folder),
         rows=rows,
         plan_chosen=lambda some: plan(some.lengths - 1, answer_positions(some)),
         microbatches=1,

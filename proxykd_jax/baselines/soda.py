@@ -171,9 +171,7 @@ class _Soda:
             self._samples,
             self._pairs,
             self._pair_rows().collate,
-            model.spec,
-            model.params,
-            model.adapter,
+            model,
             rows=self._rows,
             plan_chosen=None,  # q_0 answered, q_w is the reference
             microbatches=self._distill.microbatches,
@@ -222,7 +220,14 @@ class _Soda:
             placed_batches(plan, collate, start=start, stop=steps, mesh=run.mesh),
             steps,
             diagnose=make_diagnosis(spec, objective, **options) if prefers else None,
-            check_first=(lambda metrics: check_first_dpo_loss(metrics["preference"], spec))
-            if prefers
-            else None,
+            check_first=self._check_first_loss if prefers else None,
+        )
+
+    def _check_first_loss(self, metrics: dict[str, float]) -> None:
+        check_first_dpo_loss(
+            metrics["preference"],
+            self._run.student.spec,
+            beta=self._preference.beta,
+            tokens=self._pair_rows().mean_tokens,
+            folder=self._run.folder / "reference",
         )

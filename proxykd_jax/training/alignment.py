@@ -39,7 +39,7 @@ from proxykd_jax.training.objectives import AlignObjective, NllObjective, Object
 from proxykd_jax.training.optimizer import make_optimizer
 from proxykd_jax.training.pairs import PairRows
 from proxykd_jax.training.reference import LN_2, check_first_dpo_loss, store_references
-from proxykd_jax.training.state import TrainState, Tree
+from proxykd_jax.training.state import TrainState
 from proxykd_jax.training.steps import make_diagnosis, make_evaluation, make_train_step
 
 # Pairs of a round's slice that its rewards are measured on afterwards.
@@ -131,11 +131,10 @@ class Alignment:
         if store.begin(settings, inputs):
             return store
         model = self._model.at(self._trainer.state.trainable)
-        params, adapter = model.params, model.adapter
         started, there = time.perf_counter(), len(store)
-        self._draw_answers(store, round_index, params, adapter)
+        self._draw_answers(store, round_index, model)
         if self._align.preference.loss in REFERENCE_LOSSES:
-            self._compute_references(store, round_index, params, adapter)
+            self._compute_references(store, round_index, model)
         # Of the answers that this process has drawn: none, where a killed one had drawn all.
         seconds = time.perf_counter() - started
         self._sampling_times = {
@@ -164,7 +163,7 @@ class Alignment:
             placed_batches(plan, pairs.collate, start=start, stop=steps, mesh=self._mesh),
             steps,
             diagnose=self._diagnosis_of(self._pair_objective),
-            check_first=self._check_first_loss,
+            check_first=lambda metrics: self._check_first_loss(metrics, pairs, samples),
         )
         rewards = self._rewards(phase, pairs)
         counts = {f"samples/{name}": value for name, value in samples.counts().items()}
@@ -196,9 +195,7 @@ class Alignment:
     def _pair_objective(self) -> Objective:
         return AlignObjective.of(self._align)
 
-    def _draw_answers(
-        self, store: SampleStore, round_index: int, params: Tree, adapter: Tree | None
-    ) -> None:
+    def _draw_answers(self, store: SampleStore, round_index: int, model: Model) -> None:
         sampling = self._align.sampling
         draw_answers(
             store,
@@ -206,8 +203,7 @@ class Alignment:
             self._rounds[round_index - 1],
             self._config,
             self._model.config,
-            params,
-            adapter,
+            *model.weights,
             corpus=self._corpus,
             mesh=self._sample_mesh,
             round_index=round_index,
@@ -217,18 +213,14 @@ class Alignment:
             report=self._parts_report(f"round {round_index}: sampled"),
         )
 
-    def _compute_references(
-        self, store: SampleStore, round_index: int, params: Tree, adapter: Tree | None
-    ) -> None:
+    def _compute_references(self, store: SampleStore, round_index: int, model: Model) -> None:
         rows, phase = self._round_rows(round_index), _round_name(round_index)
         pairs = self._pairs(rows, store)
         store_references(
             store,
             self._pair_plan(phase, pairs),
             pairs.collate,
-            self._model.spec,
-            params,
-            adapter,
+            model,
             rows=rows,
             plan_chosen=lambda some: self._row_plan(phase, some, self._batching_of_pairs),
             microbatches=self._align.microbatches,
@@ -337,10 +329,19 @@ class Alignment:
             steps,
         )
 
-    def _check_first_loss(self, metrics: dict[str, float]) -> None:
+    def _check_first_loss(
+        self, metrics: dict[str, float], pairs: PairRows, samples: SampleStore
+    ) -> None:
         """Policy and reference are the same model before a round's first step."""
-        if self._align.preference.loss == "dpo":
-            check_first_dpo_loss(metrics["preference"], self._model.spec)
+        preference = self._align.preference
+        if preference.loss == "dpo":
+            check_first_dpo_loss(
+                metrics["preference"],
+                self._model.spec,
+                beta=preference.beta,
+                tokens=pairs.mean_tokens,
+                folder=samples.folder,
+            )
 
     def _rewards(self, phase: str, pairs: PairRows) -> dict[str, float]:
         """Margins and accuracy of the round's rewards after it, on some pairs of its slice."""

@@ -54,6 +54,7 @@ class PairRows:
       share_prompt: both answers stand in one row behind their prompt, which is computed once;
         else each has a row with the prompt, as long as the longer of both needs.
       positions: integer[n], places that each pair takes.
+      mean_tokens: of both answers of a pair.
       answers: integer[n], places of these, inside the mask, whose label is a token of an answer.
     """
 
@@ -66,6 +67,7 @@ class PairRows:
         own = np.where(samples.drops == KEPT, samples.lengths, 0)
         lengths = (rows.prompt_lengths, answers, own)
         self.share_prompt = shares_prompt(preference, model, *lengths)
+        self.mean_tokens = float(np.mean(answers + own)) if len(answers) else 0.0
         chosen = answer_positions(rows)
         rejected = np.where(samples.drops == KEPT, chosen + own - answers, 0)
         self.answers = pair_answers(chosen, rejected, share_prompt=self.share_prompt)

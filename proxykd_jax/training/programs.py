@@ -260,9 +260,9 @@ def _reference(config: Config, model: AbstractModel, length: int) -> Program:
     pair = (align.preference, model.spec.config)
 
     def lower(mesh: Mesh, rows: int) -> list[Any]:
-        params, adapter = (place(tree, mesh) for tree in model.weights)
+        weights = (place(tree, mesh) for tree in (model.frozen, model.state.trainable))
         batch = place_rows(_pairs(rows, length, may_share_prompt(*pair)), mesh)
-        return [pair_logps.lower(params, adapter, batch, spec=model.spec, microbatches=1)]
+        return [pair_logps.lower(*weights, batch, spec=model.spec, microbatches=1)]
 
     def cost(axes: dict[str, int], rows: int, lengths: Lengths) -> Cost:
         number, length = _rows_of_pair(lengths, *pair)

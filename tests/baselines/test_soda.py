@@ -138,13 +138,11 @@ def test_another_reference_is_noticed_at_the_first_step(finished: Config, tmp_pa
 
     real = soda.store_references
 
-    def of_the_base(store: Any, plan: Any, collate: Any, spec: Any, *weights: Any, **how: Any):
-        mesh = make_mesh(finished.mesh)
-        base = load_student(finished, mesh, 0)
-        real(store, plan, collate, spec, base.params, base.adapter, **how)
+    def of_the_base(store: Any, plan: Any, collate: Any, model: Any, **how: Any):
+        real(store, plan, collate, load_student(finished, make_mesh(finished.mesh), 0), **how)
 
     monkeypatch.setattr(soda, "store_references", of_the_base)
-    with pytest.raises(RuntimeError, match="not ln 2"):
+    with pytest.raises(UserError, match="must be ln 2"):
         distill.main(changed(finished, {"runs_dir": str(tmp_path)}))
 
 

@@ -20,6 +20,7 @@ from proxykd_jax.artifacts import MANIFEST, read_json
 from proxykd_jax.config import Config
 from proxykd_jax.data.corpus import TokenCorpus, open_corpus
 from proxykd_jax.data.parts import PartFolder
+from proxykd_jax.errors import UserError
 from proxykd_jax.generation.samples import KEPT, SampleStore
 from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.training import alignment, answers, reference
@@ -307,7 +308,7 @@ def test_stored_references_of_another_model_are_refused(before_round_two, finish
         arrays = {name: np.array(array) for name, array in folder.open(index).arrays.items()}
         arrays["chosen"] += 0.5
         folder.commit(index, arrays)
-    with pytest.raises(RuntimeError, match=r"first DPO loss is 0\.\d+, not ln 2 = 0\.693147"):
+    with pytest.raises(UserError, match=r"first DPO loss is 0\.\d+, .* must be ln 2 = 0\.693147"):
         align.main(before_round_two)
     assert still_unfinished(before_round_two, finished_run)
 
@@ -319,11 +320,11 @@ def test_the_base_model_as_reference_is_refused(before_round_two, finished_run, 
     monkeypatch.setattr(
         reference,
         "pair_logps",
-        lambda params, adapter, batch, **options: forward(
-            params, jax.tree.map(jnp.zeros_like, adapter), batch, **options
+        lambda frozen, adapter, batch, **options: forward(
+            frozen, jax.tree.map(jnp.zeros_like, adapter), batch, **options
         ),
     )
-    with pytest.raises(RuntimeError, match="not those of the model that training began with"):
+    with pytest.raises(UserError, match="are those of another model"):
         align.main(before_round_two)
     assert still_unfinished(before_round_two, finished_run)
 

@@ -14,6 +14,7 @@ from proxykd_jax.generation.samples import EQUALS_CHOSEN, KEPT, SampledRow, Samp
 from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.training import reference
 from proxykd_jax.training.batches import Plan, answer_positions, make_plan
+from proxykd_jax.training.model import Model
 from proxykd_jax.training.pairs import PairRows
 from tests.training.conftest import VOCAB
 
@@ -107,9 +108,7 @@ class Round:
             self.store,
             plan,
             pairs.collate,
-            spec,
-            frozen,
-            trainable,
+            Model(spec, frozen, trainable, self.store.folder),
             rows=self.chosen,
             plan_chosen=plan_chosen if take else None,
             microbatches=microbatches,
