@@ -24,11 +24,12 @@ def main(config: Config) -> TrainedStage:
     from proxykd_jax.evaluation.measures import validation_figures
     from proxykd_jax.parallel.mesh import make_mesh
     from proxykd_jax.parallel.sharding import check_rows
-    from proxykd_jax.training.alignment import Alignment
+    from proxykd_jax.training.alignment import align_proxy
     from proxykd_jax.training.exporting import export_proxy
     from proxykd_jax.training.metrics import open_metrics
     from proxykd_jax.training.model import check_tokenizers, load_for_training, model_identity
     from proxykd_jax.training.stage import TrainedStage, training_settings
+    from proxykd_jax.training.stage_run import StageRun
 
     corpus = open_corpus(prepare.main(config).folder)
     check_tokenizers(config, corpus)
@@ -40,16 +41,7 @@ def main(config: Config) -> TrainedStage:
         check_rows(config.align.batch_size, mesh, "align.batch_size")
         proxy = load_for_training(config.proxy, role="proxy", seed=config.seed, mesh=mesh)
         log = open_metrics(config.folder, config.logging, config.model_dump(mode="json"))
-        run = Alignment(config, corpus, proxy, mesh, log, measure)
-        run.look_at_raw_proxy()
-        if config.align.alignment != "none":
-            run.warm_up()
-        for round_index in range(1, run.num_rounds + 1):
-            samples = run.sample(round_index)
-            run.train_round(round_index, samples)
-            if run.converged(round_index):
-                break
-        run.finish()
+        align_proxy(StageRun("align", config, corpus, proxy, mesh, log, measure))
         log.close()
     export_proxy(config, corpus, mesh, measure)
     return TrainedStage.read(folder)

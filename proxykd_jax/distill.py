@@ -30,12 +30,13 @@ def main(config: Config) -> TrainedStage:
     from proxykd_jax.evaluation.measures import validation_figures
     from proxykd_jax.parallel.mesh import make_mesh
     from proxykd_jax.parallel.sharding import check_rows
+    from proxykd_jax.training.console import Console
     from proxykd_jax.training.exporting import export_student
     from proxykd_jax.training.metrics import open_metrics
     from proxykd_jax.training.model import check_tokenizers, load_for_training, model_identity
     from proxykd_jax.training.restore import aligned_proxy_identity
     from proxykd_jax.training.stage import TrainedStage, training_settings
-    from proxykd_jax.training.student import StudentRun
+    from proxykd_jax.training.stage_run import StageRun
 
     corpus = open_corpus(prepare.main(config).folder)
     check_tokenizers(config, corpus)
@@ -57,8 +58,11 @@ def main(config: Config) -> TrainedStage:
             labels.check(tokenizer=corpus.tokenizer_digest)
         periodic = accuracy_while_training(config, mesh)
         log = open_metrics(config.folder, config.logging, config.model_dump(mode="json"))
-        run = StudentRun(config, corpus, labels, student, mesh, log, measure, periodic)
-        method_of(config).train(run)
+        run = StageRun("distill", config, corpus, student, mesh, log, measure, labels, periodic)
+        for warning in config.method.warnings():
+            Console("distill").say(f"WARNING: {warning}")
+        phases = method_of(config).phases(run)
+        run.train(phases, untrained="untrained", counts={"rows": len(phases[-1].rows)})
         log.close()
     export_student(config, corpus, mesh, measure)
     return TrainedStage.read(folder)

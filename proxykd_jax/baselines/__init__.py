@@ -1,8 +1,8 @@
 """The methods that a student can be trained by, one file each (the paper's Table 1).
 
 ``distill.main`` asks ``method_of(config)`` what to run; ``score.main`` asks it what to score. A
-file is a method: two functions, ``to_score`` and ``train``. Its keys are in ``config/methods.py``,
-its losses in ``losses/``, and its loop is its own; steps, checkpoints and stores are shared.
+file is a method: two functions, ``to_score`` and ``phases``. Its keys are in ``config/methods.py``
+and its losses in ``losses/``; the trainer, checkpoints and stores are shared.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import Protocol
 
 from proxykd_jax.config import Config
 from proxykd_jax.data.collate import Rows
+from proxykd_jax.training.phase import Phase
 from proxykd_jax.training.scoring import Scoring
-from proxykd_jax.training.student import StudentRun
+from proxykd_jax.training.stage_run import StageRun
 
 
 class StudentMethod(Protocol):
@@ -22,8 +23,8 @@ class StudentMethod(Protocol):
         """The rows that ``score`` stores soft labels of, by the name of their split; makes those
         that the scorer has to write first. Called only where the method needs soft labels."""
 
-    def train(self, run: StudentRun) -> None:
-        """Trains the student, or goes on where it was cut off, and marks the stage complete."""
+    def phases(self, run: StageRun) -> list[Phase]:
+        """What the student's training consists of, in order; makes what it learns from first."""
 
 
 def method_of(config: Config) -> StudentMethod:

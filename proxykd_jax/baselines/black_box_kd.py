@@ -5,9 +5,10 @@ answers, and nothing else. No proxy is loaded, aligned or asked.
 from __future__ import annotations
 
 from proxykd_jax.data.collate import Rows
-from proxykd_jax.training.distillation import fit, teacher_rows, text_lesson
+from proxykd_jax.training.distillation import teacher_rows, text_phase
+from proxykd_jax.training.phase import Phase
 from proxykd_jax.training.scoring import Scoring
-from proxykd_jax.training.student import StudentRun
+from proxykd_jax.training.stage_run import StageRun
 
 
 def to_score(scoring: Scoring) -> dict[str, Rows]:
@@ -15,6 +16,6 @@ def to_score(scoring: Scoring) -> dict[str, Rows]:
     return {}
 
 
-def train(run: StudentRun) -> None:
+def phases(run: StageRun) -> list[Phase]:
     """NLL on D_s or all of D."""
-    fit(run, text_lesson(run.config, teacher_rows(run.config, run.corpus)))
+    return [text_phase(run, teacher_rows(run.config, run.corpus))]

@@ -14,9 +14,10 @@ from __future__ import annotations
 from proxykd_jax.data.collate import Rows
 from proxykd_jax.generation.answered import AnsweredSplit
 from proxykd_jax.generation.samples import SampleStore
-from proxykd_jax.training.distillation import fit, label_lesson
+from proxykd_jax.training.distillation import label_phase
+from proxykd_jax.training.phase import Phase
 from proxykd_jax.training.scoring import SCORER_TEXT, Scoring
-from proxykd_jax.training.student import StudentRun
+from proxykd_jax.training.stage_run import StageRun
 
 
 def to_score(scoring: Scoring) -> dict[str, Rows]:
@@ -24,8 +25,8 @@ def to_score(scoring: Scoring) -> dict[str, Rows]:
     return scoring.answer_distill_prompts()
 
 
-def train(run: StudentRun) -> None:
+def phases(run: StageRun) -> list[Phase]:
     """NLL and KL on these answers, every example alike."""
     store = SampleStore(run.config.folder / "samples" / SCORER_TEXT)
     rows: dict[str, Rows] = {SCORER_TEXT: AnsweredSplit(run.corpus.split("distill"), store)}
-    fit(run, label_lesson(run.config, rows, run.stored_labels, nll_splits=(SCORER_TEXT,)))
+    return [label_phase(run, rows, nll_splits=(SCORER_TEXT,))]

@@ -14,7 +14,6 @@ discriminator's, so both updates are one step on the sum of their losses.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +21,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from proxykd_jax.baselines.online import end_warmup, prompt_plan, warmup_rate
+from proxykd_jax.baselines.online import prompt_plan, warmup_rate
 from proxykd_jax.baselines.rollouts import (
     Answer,
     AnswerBatch,
@@ -64,13 +62,13 @@ from proxykd_jax.training.discriminator import (
     init_discriminator,
     scores,
 )
-from proxykd_jax.training.distillation import Course, teacher_rows
+from proxykd_jax.training.distillation import planned_figures, teacher_rows
 from proxykd_jax.training.logprobs import positions_at_once
-from proxykd_jax.training.loop import Trainer
 from proxykd_jax.training.objectives import Counts, Metrics, Objective
+from proxykd_jax.training.phase import MakeBatch, Phase
 from proxykd_jax.training.scoring import Scoring
-from proxykd_jax.training.state import ModelSpec, Tree, abstract_state
-from proxykd_jax.training.student import StudentRun
+from proxykd_jax.training.stage_run import StageRun
+from proxykd_jax.training.state import ModelSpec, TrainState, Tree
 from proxykd_jax.types import TokenBatch
 
 
@@ -79,81 +77,69 @@ def to_score(scoring: Scoring) -> dict[str, Rows]:
     return {}
 
 
-def train(run: StudentRun) -> None:
+def phases(run: StageRun) -> list[Phase]:
     """Warm-up of both, then the game."""
     config, method = run.config, run.config.method
     assert isinstance(method, Gad)
-    rows = Joined(teacher_rows(config, run.corpus))
-    plan, steps = prompt_plan(run, method, rows)
-    optimizer = _optimizer(run, method, config.distill.optimizer, steps)
-    beside = {"discriminator": init_discriminator(run.student, run.mesh)}
-    trainer = run.open_trainer(optimizer, beside)
-    run.look_at_untrained(trainer, {"rows": len(rows), "planned_steps": steps})
-    if trainer.progress.phase == 1:
-        _warm_up(run, method, trainer, rows, optimizer)
-    if trainer.progress.phase == 2:
-        trainer.frozen = _frozen(run, _warmed_up_student(run, trainer, optimizer))
-        objective = GadObjective(
-            method.kl_weight,
-            method.advantage_ddof,
-            method.temperature,
-            config.distill.reduction,
+    distill, rows = config.distill, Joined(teacher_rows(config, run.corpus))
+    learns = {
+        "student": run.model.trainable,
+        "discriminator": init_discriminator(run.model, run.mesh),
+    }
+
+    def phase(name: str, objective: Objective, rate: OptimizerConfig, **fields: Any) -> Phase:
+        """A phase over these rows; the two draw answers by keys of their own."""
+        plan, steps = fields.pop("planned")
+        own_rate = method.discriminator_learning_rate or distill.optimizer.learning_rate
+        return run.phase(
+            name,
+            objective,
+            adversarial_optimizer(rate, max(steps, 1), discriminator_learning_rate=own_rate),
+            rows,
+            plan,
+            steps,
+            spec=GadSpec(run.model.spec, run.corpus.vocab_size),
+            frozen=_frozen(run, None),
+            trainable=learns,
+            **fields,
         )
-        batches = _batches(run, method, trainer, rows, plan, steps)
-        _course(run, objective, optimizer, batches).take(trainer, "train", steps)
-        trainer.finish_phase("train", {}, keep=False)
-    trainer.finish(run.folder, {"rows": len(rows)})
+
+    plan, steps = prompt_plan(run, method, rows)
+    warmup = _warmup_plan(run, method, rows)
+    return [
+        phase(
+            "warmup",
+            GadWarmupObjective(distill.reduction),
+            warmup_rate(distill.optimizer, method),
+            planned=warmup,
+            make_batch=_make_batch(run, method, rows, warmup[0], first_draw=0),
+            keep=warmup[1] > 0,
+        ),
+        phase(
+            "train",
+            GadObjective(
+                method.kl_weight, method.advantage_ddof, method.temperature, distill.reduction
+            ),
+            distill.optimizer,
+            planned=(plan, steps),
+            make_batch=_make_batch(run, method, rows, plan, first_draw=1 << 30),
+            # The game's KL is to the student that the warm-up left behind.
+            prepare=lambda phase, trainer: phase.with_(
+                frozen=_frozen(run, trainer.trained_by("warmup")["student"])
+            ),
+            before=lambda state: planned_figures(rows, steps),
+        ),
+    ]
 
 
-def _warm_up(
-    run: StudentRun,
-    method: Gad,
-    trainer: Trainer,
-    rows: Joined,
-    optimizer: optax.GradientTransformation,
-) -> None:
-    """Phase 1; its checkpoint holds the student that the game's KL is to."""
-    if method.warms_up:
-        plan = run.plan(rows.prompt_lengths - 1, "distill/warmup", packs=False)
-        steps = count_steps(plan, method.warmup_epochs, method.warmup_max_steps)
-        trainer.frozen = _frozen(run, None)
-        objective = GadWarmupObjective(run.config.distill.reduction)
-        rate = warmup_rate(run.config.distill.optimizer, method)
-        batches = _batches(run, method, trainer, rows, plan, steps)
-        course = _course(run, objective, _optimizer(run, method, rate, steps), batches)
-        course.take(trainer, "warmup", steps)
-    end_warmup(run, trainer, optimizer)
+def _warmup_plan(run: StageRun, method: Gad, rows: Joined) -> tuple[Plan, int]:
+    options: dict[str, Any] = {"epochs": method.warmup_epochs, "most": method.warmup_max_steps}
+    plan = run.plan(rows.prompt_lengths - 1, "distill/warmup", packs=False, **options)
+    return plan, count_steps(plan, **options) if method.warms_up else 0
 
 
-def _warmed_up_student(
-    run: StudentRun, trainer: Trainer, optimizer: optax.GradientTransformation
-) -> Tree:
-    """What the student had learnt when the game began, from the checkpoint of that moment."""
-    step = next(found["step"] for found in trainer.progress.results if found["phase"] == "warmup")
-    target = abstract_state(trainer.state.trainable, optimizer, run.mesh)
-    return trainer.checkpoints.restore(step, target)[0].trainable["student"]
-
-
-def _optimizer(
-    run: StudentRun, method: Gad, config: OptimizerConfig, steps: int
-) -> optax.GradientTransformation:
-    """``config`` is the student's; the discriminator's rate is its own in both phases."""
-    own_rate = method.discriminator_learning_rate or run.config.distill.optimizer.learning_rate
-    return adversarial_optimizer(config, max(steps, 1), discriminator_learning_rate=own_rate)
-
-
-def _course(
-    run: StudentRun,
-    objective: Objective,
-    optimizer: optax.GradientTransformation,
-    batches: Iterator[GameBatch],
-) -> Course:
-    spec = GadSpec(run.student.spec, run.corpus.vocab_size)
-    return Course.of(run.config, spec, objective, optimizer, batches, from_state=True)
-
-
-def _frozen(run: StudentRun, reference: Tree | None) -> Tree:
-    return {"base": run.student.frozen, "reference": reference}
+def _frozen(run: StageRun, reference: Tree | None) -> Tree:
+    return {"base": run.model.frozen, "reference": reference}
 
 
 @dataclass(frozen=True)
@@ -183,6 +169,10 @@ class GadSpec:
             "discriminator": trainable["discriminator"],
         }, None
 
+    def learner(self, trainable: Tree) -> Tree:
+        """The student's part."""
+        return trainable["student"]
+
 
 # --- batches --------------------------------------------------------------------------------------
 
@@ -207,22 +197,26 @@ class GameBatch:
     sample_last_PG: Any
 
 
-def _batches(
-    run: StudentRun, method: Gad, trainer: Trainer, rows: Rows, plan: Plan, steps: int
-) -> Iterator[GameBatch]:
-    """The teacher's rows, and the answers of the student as it is when a batch is asked for."""
+def _make_batch(
+    run: StageRun, method: Gad, rows: Rows, plan: Plan, *, first_draw: int
+) -> MakeBatch:
+    """The teacher's rows, and the answers of the student as it is when a batch is asked for.
+
+    Args:
+      run, method, rows, plan: of the phase.
+      first_draw: the number of its first step's answers; each phase draws others.
+    """
     answering = Answering.of(run, method, method.temperature, method.samples_per_prompt)
-    # The two phases draw by keys of their own.
-    offset = 0 if trainer.progress.phase == 1 else 1 << 30
-    start = trainer.progress.phase_step
-    for step, planned in planned_steps(plan, start=start, stop=steps):
-        student, places = (
-            run.student.at(trainer.state.trainable["student"]),
-            read_places(rows, planned),
-        )
-        answers = answering.answer(student.weights, places, step + offset)
+    planned = planned_steps(plan)
+
+    def make_batch(state: TrainState, step: int) -> GameBatch:
+        student = run.model.at(state.trainable["student"])
+        places = read_places(rows, planned(step))
+        answers = answering.answer(student.weights, places, step + first_draw)
         teacher = given_answers(places, run.corpus.end_token_ids)
-        yield put_rows(game_batch(teacher, answers, run.corpus.max_length), run.mesh)
+        return put_rows(game_batch(teacher, answers, run.corpus.max_length), run.mesh)
+
+    return make_batch
 
 
 def game_batch(

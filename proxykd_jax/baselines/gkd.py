@@ -8,12 +8,11 @@ gradient goes through sampling, which separates GKD from policy gradients.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
 
-from proxykd_jax.baselines.online import prompt_plan, warm_up
+from proxykd_jax.baselines.online import MakeBatches, StepOf, answering_phase, warmup_phase
 from proxykd_jax.baselines.rollouts import (
     AnswerBatch,
     Answering,
@@ -23,13 +22,7 @@ from proxykd_jax.baselines.rollouts import (
     read_places,
     student_answers,
 )
-from proxykd_jax.baselines.scored import (
-    ScoredSpec,
-    both_logits,
-    frozen_of,
-    load_scorer,
-    scorer_text,
-)
+from proxykd_jax.baselines.scored import ScoredSpec, both_logits, scorer_text
 from proxykd_jax.config.online_methods import Gkd
 from proxykd_jax.data.collate import Rows
 from proxykd_jax.losses import (
@@ -39,14 +32,13 @@ from proxykd_jax.losses import (
     mixed_objective,
 )
 from proxykd_jax.parallel.sharding import put_rows
-from proxykd_jax.training.batches import Joined, Plan, planned_steps
-from proxykd_jax.training.distillation import Course, teacher_rows
-from proxykd_jax.training.loop import Trainer
+from proxykd_jax.training.batches import Joined
+from proxykd_jax.training.distillation import teacher_rows
 from proxykd_jax.training.objectives import Counts, Metrics, Objective
-from proxykd_jax.training.optimizer import make_optimizer
+from proxykd_jax.training.phase import MakeBatch, Phase
 from proxykd_jax.training.scoring import SCORER_TEXT, Scoring
-from proxykd_jax.training.state import Tree
-from proxykd_jax.training.student import StudentRun
+from proxykd_jax.training.stage_run import StageRun
+from proxykd_jax.training.state import TrainState, Tree
 
 
 def to_score(scoring: Scoring) -> dict[str, Rows]:
@@ -54,7 +46,7 @@ def to_score(scoring: Scoring) -> dict[str, Rows]:
     return {}
 
 
-def train(run: StudentRun) -> None:
+def phases(run: StageRun) -> list[Phase]:
     """Warm-up, then GKD."""
     config, method = run.config, run.config.method
     assert isinstance(method, Gkd)
@@ -64,36 +56,31 @@ def train(run: StudentRun) -> None:
     if method.reads_scorer_text:
         text[SCORER_TEXT] = scorer_text(run)
     rows = Joined(text[fixed])
-    plan, steps = prompt_plan(run, method, rows)
-    optimizer = make_optimizer(config.distill.optimizer, steps)
-    trainer = run.open_trainer(optimizer)
-    run.look_at_untrained(trainer, {"rows": len(rows), "planned_steps": steps})
-    warm_up(run, method, trainer, text.get(method.warmup_text, {}), optimizer)
-    if trainer.progress.phase == 2:
-        scorer, spec = load_scorer(run)
-        trainer.frozen = frozen_of(run.student, scorer)
-        objective = GkdObjective(method.beta, method.scorer_temperature, config.distill.reduction)
-        batches = _batches(run, method, trainer, rows, plan, steps)
-        course = Course.of(config, spec, objective, optimizer, batches, from_state=True)
-        course.take(trainer, "train", steps)
-        trainer.finish_phase("train", {}, keep=False)
-    trainer.finish(run.folder, {"rows": len(rows)})
+    objective = GkdObjective(method.beta, method.scorer_temperature, config.distill.reduction)
+    return [
+        warmup_phase(run, method, text.get(method.warmup_text, {})),
+        answering_phase(run, method, rows, objective, _batches(run, method, rows)),
+    ]
 
 
-def _batches(
-    run: StudentRun, method: Gkd, trainer: Trainer, rows: Rows, plan: Plan, steps: int
-) -> Iterator[AnswerBatch]:
+def _batches(run: StageRun, method: Gkd, rows: Rows) -> MakeBatches:
     """The steps' batches, answered by the student as it is when one is asked for, or given."""
-    answering = Answering.of(run, method, method.temperature)
-    start = trainer.progress.phase_step
-    for step, planned in planned_steps(plan, start=start, stop=steps):
-        places = read_places(rows, planned)
-        if student_answers(run.config.seed, step, method.student_share):
-            student = run.student.at(trainer.state.trainable)
-            answers = answering.answer(student.weights, places, step)
-        else:
-            answers = given_answers(places, run.corpus.end_token_ids)
-        yield put_rows(answer_batch(answers, run.corpus.max_length), run.mesh)
+
+    def make(planned: StepOf) -> MakeBatch:
+        answering = Answering.of(run, method, method.temperature)
+
+        def make_batch(state: TrainState, step: int) -> AnswerBatch:
+            places = read_places(rows, planned(step))
+            if student_answers(run.config.seed, step, method.student_share):
+                student = run.model.at(state.trainable)
+                answers = answering.answer(student.weights, places, step)
+            else:
+                answers = given_answers(places, run.corpus.end_token_ids)
+            return put_rows(answer_batch(answers, run.corpus.max_length), run.mesh)
+
+        return make_batch
+
+    return make
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,10 @@ from proxykd_jax.errors import UserError
 from proxykd_jax.generation.answered import AnsweredSplit
 from proxykd_jax.generation.samples import SampleStore
 from proxykd_jax.training.batches import Selection
-from proxykd_jax.training.distillation import fit, label_lesson, teacher_rows
+from proxykd_jax.training.distillation import label_phase, teacher_rows
+from proxykd_jax.training.phase import Phase
 from proxykd_jax.training.scoring import Scoring
-from proxykd_jax.training.student import StudentRun
+from proxykd_jax.training.stage_run import StageRun
 
 CORRECT, WRONG, NO_GOLD = "correct", "wrong", "no_gold"
 _AT_ONCE = 512
@@ -58,15 +59,14 @@ def to_score(scoring: Scoring) -> dict[str, Rows]:
     return kept
 
 
-def train(run: StudentRun) -> None:
+def phases(run: StageRun) -> list[Phase]:
     """NLL and KL on what was scored, every example alike."""
     config, corpus, method = run.config, run.corpus, _method(run.config)
     golds = _golds(config, corpus)
     kept, counts = _kept(corpus, _texts(config, corpus), golds)
-    lesson = label_lesson(
-        config, kept, run.stored_labels, nll_splits=tuple(kept), rescale=method.rescale
-    )
-    fit(run, lesson.with_figures({f"texts/{name}": count for name, count in counts.items()}))
+    phase = label_phase(run, kept, nll_splits=tuple(kept), rescale=method.rescale)
+    texts = {f"texts/{name}": count for name, count in counts.items()}
+    return [phase.with_(before=lambda state: {**phase.before(state), **texts})]
 
 
 def _method(config: Config) -> MentorKd:

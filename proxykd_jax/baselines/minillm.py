@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import optax
 
-from proxykd_jax.baselines.online import prompt_plan, warm_up
+from proxykd_jax.baselines.online import prompt_plan, warmup_phase
 from proxykd_jax.baselines.rollouts import (
     AnswerBatch,
     Answering,
@@ -41,7 +41,6 @@ from proxykd_jax.baselines.scored import (
 from proxykd_jax.config.online_methods import MiniLlm
 from proxykd_jax.data.collate import Rows
 from proxykd_jax.data.order import permutation
-from proxykd_jax.data.stream import BatchStream
 from proxykd_jax.generation.decode import Mixing
 from proxykd_jax.losses import (
     Term,
@@ -66,14 +65,16 @@ from proxykd_jax.training.batches import (
     planned_steps,
     token_collate,
 )
-from proxykd_jax.training.distillation import teacher_rows
+from proxykd_jax.training.distillation import planned_figures, teacher_rows
 from proxykd_jax.training.loop import Trainer
+from proxykd_jax.training.model import Model
 from proxykd_jax.training.objectives import Counts, Metrics, Objective
 from proxykd_jax.training.optimizer import make_optimizer
+from proxykd_jax.training.phase import MakeBatch, Phase
 from proxykd_jax.training.scoring import SCORER_TEXT, Scoring
+from proxykd_jax.training.stage_run import StageRun
 from proxykd_jax.training.state import TrainState, Tree
 from proxykd_jax.training.steps import Step, make_train_step
-from proxykd_jax.training.student import StudentRun
 from proxykd_jax.types import TokenBatch
 
 AnchorBatch = Callable[[int], TokenBatch | None]
@@ -84,38 +85,42 @@ def to_score(scoring: Scoring) -> dict[str, Rows]:
     return {}
 
 
-def train(run: StudentRun) -> None:
+def phases(run: StageRun) -> list[Phase]:
     """Warm-up, then rollouts with their updates."""
     config, method = run.config, run.config.method
     assert isinstance(method, MiniLlm)
     teacher = teacher_rows(config, run.corpus)
     from_scorer = method.warms_up and method.warmup_text == SCORER_TEXT
-    anchored = method.anchor != "none"
     written = scorer_text(run) if method.reads_scorer_text else {}
     prompts = Joined(teacher)
     plan, steps = prompt_plan(run, method, prompts)
     updates = method.updates_a_step(config.distill.batch_size)
     optimizer = make_optimizer(config.distill.optimizer, steps * updates)
-    trainer = run.open_trainer(optimizer)
-    figures = {"rows": len(prompts), "planned_steps": steps, "updates_a_step": updates}
-    run.look_at_untrained(trainer, figures)
-    warm_up(run, method, trainer, written if from_scorer else teacher, optimizer)
-    if trainer.progress.phase == 2:
+    anchor = _anchor(run, written) if method.anchor != "none" else lambda update: None
+
+    def prepare(phase: Phase, trainer: Trainer) -> Phase:
         scorer, spec = load_scorer(run)
-        trainer.frozen = frozen_of(run.student, scorer)
-        mixing = None
-        if method.teacher_mixing > 0:
-            mixing = Mixing(scorer.config, method.teacher_mixing)
-        anchor = _anchor(run, written) if anchored else lambda update: None
-        trainer.run_phase(
-            "train",
-            _make_step(run, method, spec, optimizer, anchor),
-            _rollouts(run, method, trainer, prompts, plan, steps, mixing),
-            steps,
-            from_state=True,
+        return phase.with_(
+            spec=spec,
+            frozen=frozen_of(run.model, scorer),
+            make_batch=_make_rollout(run, method, prompts, plan, scorer),
+            own_step=_make_step(run, method, spec, optimizer, anchor),
         )
-        trainer.finish_phase("train", {}, keep=False)
-    trainer.finish(run.folder, {"rows": len(prompts)})
+
+    figures = {**planned_figures(prompts, steps), "updates_a_step": updates}
+    return [
+        warmup_phase(run, method, written if from_scorer else teacher),
+        run.phase(
+            "train",
+            MiniLlmObjective.of(method),
+            optimizer,
+            prompts,
+            plan,
+            steps,
+            prepare=prepare,
+            before=lambda state: figures,
+        ),
+    ]
 
 
 # --- a rollout ------------------------------------------------------------------------------------
@@ -134,27 +139,26 @@ class Rollout:
     answers: AnswerBatch
 
 
-def _rollouts(
-    run: StudentRun,
-    method: MiniLlm,
-    trainer: Trainer,
-    prompts: Rows,
-    plan: Plan,
-    steps: int,
-    mixing: Mixing | None,
-) -> Iterator[Rollout]:
+def _make_rollout(
+    run: StageRun, method: MiniLlm, prompts: Rows, plan: Plan, scorer: Model
+) -> MakeBatch:
     """Answers of the mixture of the scorer and the student as it is when a rollout is asked for."""
+    mixing, other = None, None
+    if method.teacher_mixing > 0:
+        mixing, other = Mixing(scorer.config, method.teacher_mixing), scorer.weights
     answering = Answering.of(run, method, 1.0, mixing=mixing)
-    other = None if mixing is None else trainer.frozen["scorer"]
-    start = trainer.progress.phase_step
-    for step, planned in planned_steps(plan, start=start, stop=steps):
-        student, places = run.student.at(trainer.state.trainable), read_places(prompts, planned)
+    planned = planned_steps(plan)
+
+    def make_batch(state: TrainState, step: int) -> Rollout:
+        student, places = run.model.at(state.trainable), read_places(prompts, planned(step))
         answers = answering.answer(student.weights, places, step, other)
-        yield Rollout(step, answer_batch(answers, run.corpus.max_length))
+        return Rollout(step, answer_batch(answers, run.corpus.max_length))
+
+    return make_batch
 
 
 def _make_step(
-    run: StudentRun,
+    run: StageRun,
     method: MiniLlm,
     spec: ScoredSpec,
     optimizer: optax.GradientTransformation,
@@ -235,14 +239,21 @@ def take_answers(answers: AnswerBatch, places: Any) -> AnswerBatch:
     return AnswerBatch(rows, taken.finished_B & there_B, taken.sampled_B & there_B)
 
 
-def _anchor(run: StudentRun, text: dict[str, Rows]) -> AnchorBatch:
+def _anchor(run: StageRun, text: dict[str, Rows]) -> AnchorBatch:
     """The batch of the scorer's text that goes with an update."""
     rows = Joined(text)
-    plan = run.plan(rows.lengths - 1, "distill/anchor", packs=False)
-    collate, stream = token_collate(rows), BatchStream(plan, lambda planned: planned)
+    distill = run.config.distill
+    plan = run.plan(
+        rows.lengths - 1,
+        "distill/anchor",
+        epochs=distill.epochs,
+        most=distill.max_steps,
+        packs=False,
+    )
+    collate, planned = token_collate(rows), planned_steps(plan)
 
     def batch(update: int) -> TokenBatch:
-        return collate(stream.planned(update))
+        return collate(planned(update))
 
     return batch
 

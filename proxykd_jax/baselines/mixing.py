@@ -9,12 +9,11 @@ are constants: no gradient goes through sampling.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from proxykd_jax.baselines.gkd import GkdObjective
 from proxykd_jax.baselines.online import prompt_plan
@@ -27,72 +26,72 @@ from proxykd_jax.baselines.rollouts import (
 )
 from proxykd_jax.baselines.scored import ScoredSpec, frozen_of, load_scorer
 from proxykd_jax.config.methods import ProxyKd
-from proxykd_jax.data.stream import BatchStream
+from proxykd_jax.data.collate import Rows
 from proxykd_jax.losses import reduce_examples
 from proxykd_jax.parallel.sharding import put_rows
-from proxykd_jax.training.batches import Plan, planned_steps
-from proxykd_jax.training.distillation import Course, Lesson
+from proxykd_jax.training.batches import planned_steps
 from proxykd_jax.training.loop import Trainer
 from proxykd_jax.training.objectives import Counts, Metrics, Objective
+from proxykd_jax.training.phase import Phase
+from proxykd_jax.training.stage_run import StageRun
 from proxykd_jax.training.state import TrainState, Tree
-from proxykd_jax.training.student import StudentRun
 from proxykd_jax.types import DistillBatch
 
 # What a step of either kind takes.
 Batch = DistillBatch | AnswerBatch
 
 
-def mixed_course(
-    run: StudentRun,
-    lesson: Lesson,
-    trainer: Trainer,
-    plan: Plan,
-    steps: int,
-    optimizer: optax.GradientTransformation,
-) -> Course:
-    """Steps of both kinds, by one optimizer; the proxy is loaded beside the student."""
-    config = run.config
-    scorer, spec = load_scorer(run)
-    trainer.frozen = frozen_of(run.student, scorer)
-    objective = MixedObjective(
-        lesson.objective,
-        GkdObjective(0.0, 1.0, config.distill.reduction, config.distill.alpha),
-    )
-    batches = _batches(run, lesson, trainer, plan, steps)
-    course = Course.of(config, spec, objective, optimizer, batches, from_state=True)
-    stored_terms = course.diagnose
+def with_own_answers(run: StageRun, method: ProxyKd, stored: Phase, rows: Rows) -> Phase:
+    """Steps of both kinds, by one optimizer; the proxy is loaded beside the student.
 
-    def diagnose(state: TrainState, frozen: Tree, batch: Batch) -> dict[str, jax.Array]:
+    Args:
+      run, method: of the stage.
+      stored: the phase whose steps all learn from what is on disk.
+      rows: its rows.
+    """
+    distill = run.config.distill
+    own = GkdObjective(0.0, 1.0, distill.reduction, distill.alpha)
+
+    def prepare(phase: Phase, trainer: Trainer) -> Phase:
+        scorer, spec = load_scorer(run)
+        return phase.with_(
+            spec=spec,
+            frozen=frozen_of(run.model, scorer),
+            collate=None,
+            make_batch=_make_batch(run, method, stored, rows),
+        )
+
+    return stored.with_(
+        objective=MixedObjective(stored.objective, own),
+        prepare=prepare,
         # Own answers have one term.
-        if stored_terms is None or isinstance(batch, AnswerBatch):
-            return {}
-        return stored_terms(state, frozen, batch)
-
-    return dataclasses.replace(course, diagnose=diagnose)
+        diagnoses=lambda batch: not isinstance(batch, AnswerBatch),
+    )
 
 
-def _batches(
-    run: StudentRun, lesson: Lesson, trainer: Trainer, plan: Plan, steps: int
-) -> Iterator[Batch]:
+def _make_batch(
+    run: StageRun, method: ProxyKd, stored: Phase, rows: Rows
+) -> Callable[[TrainState, int], Batch]:
     """A step's rows with their labels, or the answers of the student as it is to their prompts.
 
     Where rows are packed, a step's own answers are to the prompts of a plan of their own, one a
     place of the batch.
     """
-    config, method, mesh = run.config, run.config.method, run.mesh
-    assert isinstance(method, ProxyKd)
+    config, collate = run.config, stored.collate
+    assert collate is not None
     answering = Answering.of(run, method, temperature=1.0)
     packed = config.distill.batching == "pack"
-    asked = BatchStream(prompt_plan(run, method, lesson.rows)[0] if packed else plan, lambda x: x)
-    start = trainer.progress.phase_step
-    for step, planned in planned_steps(plan, start=start, stop=steps):
-        if student_answers(config.seed, step, method.student_share):
-            student = run.student.at(trainer.state.trainable)
-            places = read_places(lesson.rows, asked.planned(step))
-            answers = answering.answer(student.weights, places, step)
-            yield put_rows(answer_batch(answers, run.corpus.max_length), mesh)
-        else:
-            yield put_rows(lesson.collate(planned), mesh)
+    asked = planned_steps(prompt_plan(run, method, rows)[0] if packed else stored.plan)
+    planned = planned_steps(stored.plan)
+
+    def make_batch(state: TrainState, step: int) -> Batch:
+        if not student_answers(config.seed, step, method.student_share):
+            return put_rows(collate(planned(step)), run.mesh)
+        student = run.model.at(state.trainable)
+        answers = answering.answer(student.weights, read_places(rows, asked(step)), step)
+        return put_rows(answer_batch(answers, run.corpus.max_length), run.mesh)
+
+    return make_batch
 
 
 @dataclass(frozen=True)

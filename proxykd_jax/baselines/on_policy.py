@@ -10,12 +10,11 @@ teacher is looked at, and there is no NLL.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
 
-from proxykd_jax.baselines.online import prompt_plan, warm_up
+from proxykd_jax.baselines.online import MakeBatches, StepOf, answering_phase, warmup_phase
 from proxykd_jax.baselines.rollouts import (
     AnswerBatch,
     Answering,
@@ -23,13 +22,7 @@ from proxykd_jax.baselines.rollouts import (
     answer_figures,
     read_places,
 )
-from proxykd_jax.baselines.scored import (
-    ScoredSpec,
-    both_logits,
-    frozen_of,
-    load_scorer,
-    scorer_text,
-)
+from proxykd_jax.baselines.scored import ScoredSpec, both_logits, scorer_text
 from proxykd_jax.config.online_methods import OnPolicy
 from proxykd_jax.data.collate import Rows
 from proxykd_jax.losses import (
@@ -41,14 +34,13 @@ from proxykd_jax.losses import (
     token_logps,
 )
 from proxykd_jax.parallel.sharding import put_rows
-from proxykd_jax.training.batches import Joined, Plan, planned_steps
-from proxykd_jax.training.distillation import FRESH, Course, teacher_rows
-from proxykd_jax.training.loop import Trainer
+from proxykd_jax.training.batches import Joined
+from proxykd_jax.training.distillation import FRESH, teacher_rows
 from proxykd_jax.training.objectives import Counts, Metrics, Objective
-from proxykd_jax.training.optimizer import make_optimizer
+from proxykd_jax.training.phase import MakeBatch, Phase
 from proxykd_jax.training.scoring import Scoring
-from proxykd_jax.training.state import Tree
-from proxykd_jax.training.student import StudentRun
+from proxykd_jax.training.stage_run import StageRun
+from proxykd_jax.training.state import TrainState, Tree
 
 
 def to_score(scoring: Scoring) -> dict[str, Rows]:
@@ -56,39 +48,34 @@ def to_score(scoring: Scoring) -> dict[str, Rows]:
     return {}
 
 
-def train(run: StudentRun) -> None:
+def phases(run: StageRun) -> list[Phase]:
     """Warm-up, then the student's own answers."""
     config, method = run.config, run.config.method
     assert isinstance(method, OnPolicy)
     teacher, fresh = teacher_rows(config, run.corpus), run.corpus.split(FRESH)
     text = scorer_text(run) if method.reads_scorer_text else teacher
     prompts = Joined({**teacher, **({FRESH: fresh} if method.fresh_prompts and len(fresh) else {})})
-    plan, steps = prompt_plan(run, method, prompts)
-    optimizer = make_optimizer(config.distill.optimizer, steps)
-    trainer = run.open_trainer(optimizer)
-    run.look_at_untrained(trainer, {"rows": len(prompts), "planned_steps": steps})
-    warm_up(run, method, trainer, text, optimizer)
-    if trainer.progress.phase == 2:
-        scorer, spec = load_scorer(run)
-        trainer.frozen = frozen_of(run.student, scorer)
-        objective = OnPolicyObjective(method.form, method.coef, config.distill.reduction)
-        batches = _batches(run, method, trainer, prompts, plan, steps)
-        course = Course.of(config, spec, objective, optimizer, batches, from_state=True)
-        course.take(trainer, "train", steps)
-        trainer.finish_phase("train", {}, keep=False)
-    trainer.finish(run.folder, {"rows": len(prompts)})
+    objective = OnPolicyObjective(method.form, method.coef, config.distill.reduction)
+    return [
+        warmup_phase(run, method, text),
+        answering_phase(run, method, prompts, objective, _batches(run, method, prompts)),
+    ]
 
 
-def _batches(
-    run: StudentRun, method: OnPolicy, trainer: Trainer, prompts: Rows, plan: Plan, steps: int
-) -> Iterator[AnswerBatch]:
+def _batches(run: StageRun, method: OnPolicy, prompts: Rows) -> MakeBatches:
     """The answers of the student as it is when a batch is asked for."""
-    answering = Answering.of(run, method, 1.0, method.samples_per_prompt)
-    start = trainer.progress.phase_step
-    for step, planned in planned_steps(plan, start=start, stop=steps):
-        student = run.student.at(trainer.state.trainable)
-        answers = answering.answer(student.weights, read_places(prompts, planned), step)
-        yield put_rows(answer_batch(answers, run.corpus.max_length), run.mesh)
+
+    def make(planned: StepOf) -> MakeBatch:
+        answering = Answering.of(run, method, 1.0, method.samples_per_prompt)
+
+        def make_batch(state: TrainState, step: int) -> AnswerBatch:
+            student, places = run.model.at(state.trainable), read_places(prompts, planned(step))
+            answers = answering.answer(student.weights, places, step)
+            return put_rows(answer_batch(answers, run.corpus.max_length), run.mesh)
+
+        return make_batch
+
+    return make
 
 
 @dataclass(frozen=True)

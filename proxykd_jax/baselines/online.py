@@ -6,36 +6,40 @@ ends with a checkpoint, and the second and the third begin with an optimizer of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import optax
-
+from proxykd_jax.baselines.scored import frozen_of, load_scorer
 from proxykd_jax.config import OptimizerConfig
 from proxykd_jax.config.method_section import AnsweringSection
 from proxykd_jax.config.online_methods import OnlineSection
 from proxykd_jax.data.collate import Rows
-from proxykd_jax.training.batches import (
-    Plan,
-    answer_positions,
-    count_steps,
-)
-from proxykd_jax.training.distillation import stored_course, text_lesson
+from proxykd_jax.data.order import PlannedBatch
+from proxykd_jax.training.batches import Joined, Plan, count_steps, planned_steps
+from proxykd_jax.training.distillation import planned_figures
 from proxykd_jax.training.loop import Trainer
+from proxykd_jax.training.objectives import Objective
 from proxykd_jax.training.optimizer import make_optimizer
-from proxykd_jax.training.state import with_fresh_optimizer
-from proxykd_jax.training.student import StudentRun
+from proxykd_jax.training.phase import MakeBatch, Phase
+from proxykd_jax.training.stage_run import StageRun
+
+# The planned batch of a step; and what makes a phase's batches from it.
+StepOf = Callable[[int], PlannedBatch]
+MakeBatches = Callable[[StepOf], MakeBatch]
 
 
-def prompt_plan(run: StudentRun, method: AnsweringSection, prompts: Rows) -> tuple[Plan, int]:
+def prompt_plan(run: StageRun, method: AnsweringSection, prompts: Rows) -> tuple[Plan, int]:
     """The prompts of each step, and the number of steps."""
     distill = run.config.distill
+    options: dict[str, Any] = {"epochs": distill.epochs, "most": distill.max_steps}
     plan = run.plan(
         prompts.prompt_lengths - 1,
         "distill",
         batch_size=method.rows_a_step(distill.batch_size),
         packs=False,
+        **options,
     )
-    return plan, count_steps(plan, distill.epochs, distill.max_steps)
+    return plan, count_steps(plan, **options)
 
 
 def warmup_rate(config: OptimizerConfig, method: OnlineSection) -> OptimizerConfig:
@@ -44,34 +48,61 @@ def warmup_rate(config: OptimizerConfig, method: OnlineSection) -> OptimizerConf
     return config if rate is None else config.model_copy(update={"learning_rate": rate})
 
 
-def warm_up(
-    run: StudentRun,
-    method: OnlineSection,
-    trainer: Trainer,
-    text: Mapping[str, Rows],
-    optimizer: optax.GradientTransformation,
-) -> None:
-    """Phase 1: the student's NLL on ``text``.
+def warmup_phase(run: StageRun, method: OnlineSection, text: Mapping[str, Rows]) -> Phase:
+    """The student's NLL on texts, with a learning rate and an optimizer of its own.
 
     Args:
       run, method: whose keys say how long.
-      trainer: of the stage.
       text: rows by split; not looked at where there is no warm-up.
-      optimizer: of the phase after it.
     """
-    if trainer.progress.phase != 1:
-        return
-    if method.warms_up:
-        lesson = text_lesson(run.config, text)
-        answers = answer_positions(lesson.rows)
-        plan = run.plan(lesson.rows.lengths - 1, "distill/warmup", answers=answers)
-        steps = count_steps(plan, method.warmup_epochs, method.warmup_max_steps)
-        warming = make_optimizer(warmup_rate(run.config.distill.optimizer, method), max(steps, 1))
-        stored_course(run, lesson, trainer, plan, steps, warming).take(trainer, "warmup", steps)
-    end_warmup(run, trainer, optimizer)
+    rate = warmup_rate(run.config.distill.optimizer, method)
+    phase = run.nll_phase(
+        "warmup",
+        Joined(text if method.warms_up else {}),
+        lambda steps: make_optimizer(rate, max(steps, 1)),
+        order="distill/warmup",
+        epochs=method.warmup_epochs,
+        most=method.warmup_max_steps,
+        weight=run.config.distill.nll_weight,
+    )
+    return phase.with_(keep=phase.steps > 0)
 
 
-def end_warmup(run: StudentRun, trainer: Trainer, optimizer: optax.GradientTransformation) -> None:
-    """Ends phase 1 with the checkpoint that the method begins with; it stays for good."""
-    trainer.state = with_fresh_optimizer(trainer.state, optimizer, run.mesh)
-    trainer.finish_phase("warmup", {}, keep=trainer.progress.phase_step > 0)
+def answering_phase(
+    run: StageRun,
+    method: AnsweringSection,
+    prompts: Rows,
+    objective: Objective,
+    make_batches: MakeBatches,
+    **fields: Any,
+) -> Phase:
+    """The steps whose batches hold the student's answers, with the scorer beside the student.
+
+    Args:
+      run, method: of the stage.
+      prompts: that are answered.
+      objective: that reads both models.
+      make_batches: makes the phase's batches, from what says which prompts a step takes.
+      **fields: others of ``Phase``.
+    """
+    plan, steps = prompt_plan(run, method, prompts)
+
+    def prepare(phase: Phase, trainer: Trainer) -> Phase:
+        scorer, spec = load_scorer(run)
+        return phase.with_(
+            spec=spec,
+            frozen=frozen_of(run.model, scorer),
+            make_batch=make_batches(planned_steps(plan)),
+        )
+
+    return run.phase(
+        "train",
+        objective,
+        make_optimizer(run.config.distill.optimizer, steps),
+        prompts,
+        plan,
+        steps,
+        prepare=prepare,
+        before=lambda state: planned_figures(prompts, steps),
+        **fields,
+    )

@@ -7,22 +7,22 @@ steps learn on the student's own answers (``mixing``).
 
 from __future__ import annotations
 
-from proxykd_jax.baselines.mixing import mixed_course
+from proxykd_jax.baselines.mixing import with_own_answers
 from proxykd_jax.config.methods import ProxyKd
 from proxykd_jax.data.collate import Rows
+from proxykd_jax.training.batches import Joined
 from proxykd_jax.training.console import Console
 from proxykd_jax.training.distillation import (
     FRESH,
-    fit,
     fresh_rows,
-    label_lesson,
-    stored_course,
+    label_phase,
     teacher_rows,
     teacher_splits,
-    text_lesson,
+    text_phase,
 )
+from proxykd_jax.training.phase import Phase
 from proxykd_jax.training.scoring import Scoring
-from proxykd_jax.training.student import StudentRun
+from proxykd_jax.training.stage_run import StageRun
 
 
 def to_score(scoring: Scoring) -> dict[str, Rows]:
@@ -30,7 +30,7 @@ def to_score(scoring: Scoring) -> dict[str, Rows]:
     return {**scoring.teacher_rows(), **scoring.answer_fresh_prompts()}
 
 
-def train(run: StudentRun) -> None:
+def phases(run: StageRun) -> list[Phase]:
     """Eq. 11 on D_s or all of D."""
     config, corpus, method = run.config, run.corpus, run.config.method
     assert isinstance(method, ProxyKd)
@@ -40,8 +40,9 @@ def train(run: StudentRun) -> None:
             Console("distill").say(
                 "WARNING: with distill.alpha 0 nothing is learnt from corpus.fresh_prompts"
             )
-        fit(run, text_lesson(config, rows))
-        return
+        return [text_phase(run, rows)]
     rows |= fresh_rows(config, corpus)
-    lesson = label_lesson(config, rows, run.labels, nll_splits=teacher_splits(config))
-    fit(run, lesson, mixed_course if method.student_share > 0 else stored_course)
+    phase = label_phase(run, rows, nll_splits=teacher_splits(config))
+    return [
+        with_own_answers(run, method, phase, Joined(rows)) if method.student_share > 0 else phase
+    ]

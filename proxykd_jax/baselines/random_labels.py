@@ -36,13 +36,13 @@ from proxykd_jax.parallel.processes import fetch
 from proxykd_jax.peers import stop_if_wanted
 from proxykd_jax.training.distillation import (
     DrawnTargets,
-    fit,
-    label_lesson,
+    label_phase,
     teacher_rows,
     teacher_splits,
 )
+from proxykd_jax.training.phase import Phase
 from proxykd_jax.training.scoring import Scoring
-from proxykd_jax.training.student import StudentRun
+from proxykd_jax.training.stage_run import StageRun
 
 STORE = "drawn_labels"
 
@@ -66,7 +66,7 @@ def to_score(scoring: Scoring) -> dict[str, Rows]:
     return rows
 
 
-def train(run: StudentRun) -> None:
+def phases(run: StageRun) -> list[Phase]:
     """Eq. 11 with the drawn targets in the place of the most probable ids."""
     config, rows = run.config, teacher_rows(run.config, run.corpus)
     stores = {name: _store(config, run.corpus, name) for name in rows}
@@ -76,7 +76,7 @@ def train(run: StudentRun) -> None:
         next(iter(stores.values())).slots,
     )
     splits = teacher_splits(config)
-    fit(run, label_lesson(config, rows, run.stored_labels, nll_splits=splits, drawn=drawn))
+    return [label_phase(run, rows, nll_splits=splits, drawn=drawn)]
 
 
 def _method(config: Config) -> RandomLabels:

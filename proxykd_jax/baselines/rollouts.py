@@ -27,7 +27,7 @@ from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.parallel.sharding import check_rows, put_rows, row_ways
 from proxykd_jax.training.batches import phase_seed
 from proxykd_jax.training.objectives import Metrics
-from proxykd_jax.training.student import StudentRun
+from proxykd_jax.training.stage_run import StageRun
 from proxykd_jax.types import TokenBatch
 
 # A step's rows, in the places of its batch; None where the data did not fill it.
@@ -92,7 +92,7 @@ class Answering:
 
     @staticmethod
     def of(
-        run: StudentRun,
+        run: StageRun,
         method: AnsweringSection,
         temperature: float,
         per_prompt: int = 1,
@@ -100,7 +100,7 @@ class Answering:
     ) -> Answering:
         """How the student of a run answers."""
         return Answering(
-            run.student.config,
+            run.model.config,
             method,
             run.corpus,
             run.mesh,

@@ -22,8 +22,8 @@ from proxykd_jax.training.logprobs import positions_at_once
 from proxykd_jax.training.model import Model
 from proxykd_jax.training.restore import load_aligned_proxy
 from proxykd_jax.training.scoring import Scoring
+from proxykd_jax.training.stage_run import StageRun
 from proxykd_jax.training.state import ModelSpec, Tree
-from proxykd_jax.training.student import StudentRun
 from proxykd_jax.types import TokenBatch
 
 
@@ -52,11 +52,15 @@ class ScoredSpec:
             "scorer": frozen["scorer"],
         }, None
 
+    def learner(self, trainable: Tree) -> Tree:
+        """All that learns is the student's."""
+        return trainable
 
-def load_scorer(run: StudentRun) -> tuple[Model, ScoredSpec]:
+
+def load_scorer(run: StageRun) -> tuple[Model, ScoredSpec]:
     """The proxy as ``align`` left it, aligned or not, on the student's mesh."""
     scorer = load_aligned_proxy(run.config, run.mesh)
-    return scorer, ScoredSpec(run.student.spec, scorer.spec, run.corpus.vocab_size)
+    return scorer, ScoredSpec(run.model.spec, scorer.spec, run.corpus.vocab_size)
 
 
 def frozen_of(student: Model, scorer: Model) -> Tree:
@@ -64,7 +68,7 @@ def frozen_of(student: Model, scorer: Model) -> Tree:
     return {"student": student.frozen, "scorer": scorer.weights}
 
 
-def scorer_text(run: StudentRun) -> dict[str, Rows]:
+def scorer_text(run: StageRun) -> dict[str, Rows]:
     """The scorer's answers to the prompts of D_s, drawn once at temperature 1 and stored.
 
     Raises:

@@ -23,26 +23,19 @@ from proxykd_jax.parallel.sharding import check_rows
 from proxykd_jax.training.answers import draw_answers
 from proxykd_jax.training.batches import (
     Joined,
-    Plan,
-    answer_positions,
     count_steps,
-    placed_batches,
-    token_collate,
 )
 from proxykd_jax.training.console import Console
-from proxykd_jax.training.distillation import teacher_rows
+from proxykd_jax.training.distillation import planned_figures, teacher_rows
 from proxykd_jax.training.loop import Trainer
 from proxykd_jax.training.model import model_identity
-from proxykd_jax.training.objectives import AlignObjective, NllObjective, Objective
+from proxykd_jax.training.objectives import AlignObjective
 from proxykd_jax.training.optimizer import make_optimizer
 from proxykd_jax.training.pairs import PairRows
+from proxykd_jax.training.phase import Phase
 from proxykd_jax.training.reference import check_first_dpo_loss, store_references
 from proxykd_jax.training.scoring import Scoring
-from proxykd_jax.training.steps import make_diagnosis, make_train_step
-from proxykd_jax.training.student import StudentRun
-
-# Phases of the stage: the look at the untrained student is 0.
-_WARMUP, _DPO = 1, 2
+from proxykd_jax.training.stage_run import StageRun
 
 
 def to_score(scoring: Scoring) -> dict[str, Rows]:
@@ -50,19 +43,13 @@ def to_score(scoring: Scoring) -> dict[str, Rows]:
     return {}
 
 
-def train(run: StudentRun) -> None:
-    """Sample, warm up, prefer."""
+def phases(run: StageRun) -> list[Phase]:
+    """The warm-up, then the preference; y-hat is drawn before both."""
     rows = Joined(teacher_rows(run.config, run.corpus))
-    samples = sample_base_student(run, rows)
-    soda = _Soda(run, rows, samples)
-    soda.look_at_untrained_student()
-    soda.warm_up()
-    soda.store_references()
-    soda.prefer()
-    soda.finish()
+    return _Soda(run, rows, sample_base_student(run, rows)).phases()
 
 
-def sample_base_student(run: StudentRun, rows: Joined) -> SampleStore:
+def sample_base_student(run: StageRun, rows: Joined) -> SampleStore:
     """y-hat of every row from the student as loaded, in ``samples/base_student``.
 
     What decides them is the student, the corpus, and how it is sampled: no key of the training.
@@ -86,7 +73,7 @@ def sample_base_student(run: StudentRun, rows: Joined) -> SampleStore:
     }
     inputs = {"corpus": run.corpus.identity, "student": model_identity(config.student)}
     if not store.begin(settings, inputs):
-        student, say = run.student, Console("distill").say
+        student, say = run.model, Console("distill").say
         draw_answers(
             store,
             rows,
@@ -107,127 +94,111 @@ def sample_base_student(run: StudentRun, rows: Joined) -> SampleStore:
     return store
 
 
-def _method(run: StudentRun) -> Soda:
+def _method(run: StageRun) -> Soda:
     assert isinstance(run.config.method, Soda)
     return run.config.method
 
 
 class _Soda:
-    """The phases of one run."""
+    """The phases of one run.
 
-    def __init__(self, run: StudentRun, rows: Joined, samples: SampleStore) -> None:
+    Args:
+      run: of the stage.
+      rows: the teacher's answers.
+      samples: y-hat of each.
+    """
+
+    def __init__(self, run: StageRun, rows: Joined, samples: SampleStore) -> None:
         self._run, self._rows, self._samples = run, rows, samples
-        self._distill, method = run.config.distill, _method(run)
-        self._nll = NllObjective(self._distill.reduction)
-        self._preference = PreferenceConfig(loss="dpo", beta=method.beta)
-        self._dpo = AlignObjective(
-            self._preference,
-            self._distill.reduction,
-            nll_weight=method.nll_weight,
-            preference_weight=1.0,
-        )
-        self._texts = run.plan(rows.lengths - 1, "soda/warmup", answers=answer_positions(rows))
-        pairs = self._pair_rows()
-        self._pairs = run.plan(
+        self._distill, self._method = run.config.distill, _method(run)
+        self._preference = PreferenceConfig(loss="dpo", beta=self._method.beta)
+        pairs = self._pairs()
+        self._options: dict[str, Any] = {
+            "epochs": self._distill.epochs,
+            "most": self._distill.max_steps,
+        }
+        self._plan = run.plan(
             pairs.positions,
             "soda/dpo",
             packs=False,
             answers=pairs.answers,
             max_length=pairs.longest(run.corpus.max_length),
+            **self._options,
         )
-        self._warmup_steps = count_steps(self._texts, method.warmup_epochs, method.warmup_max_steps)
-        self._dpo_steps = count_steps(self._pairs, self._distill.epochs, self._distill.max_steps)
-        self._optimizer = make_optimizer(
-            self._distill.optimizer, self._warmup_steps + self._dpo_steps
-        )
-        self._trainer: Trainer = run.open_trainer(self._optimizer)
 
-    def look_at_untrained_student(self) -> None:
-        """Its figures, and what became of y-hat."""
-        counts = {f"samples/{name}": value for name, value in self._samples.counts().items()}
+    def phases(self) -> list[Phase]:
+        """NLL from q_0 to q_w, then DPO from q_w, by one optimizer."""
+        method, steps = self._method, count_steps(self._plan, **self._options)
+        warmup = self._run.nll_phase(
+            "warmup",
+            self._rows,
+            lambda warmup_steps: make_optimizer(self._distill.optimizer, warmup_steps + steps),
+            order="soda/warmup",
+            epochs=method.warmup_epochs,
+            most=method.warmup_max_steps,
+            keep=True,
+        )
+        objective = AlignObjective(
+            self._preference,
+            self._distill.reduction,
+            nll_weight=method.nll_weight,
+            preference_weight=1.0,
+        )
         figures = {
-            "rows": len(self._rows),
-            "planned_steps": self._warmup_steps + self._dpo_steps,
-            **counts,
+            **planned_figures(self._rows, warmup.steps + steps),
+            **{f"samples/{name}": value for name, value in self._samples.counts().items()},
         }
-        self._run.look_at_untrained(self._trainer, figures)
-
-    def warm_up(self) -> None:
-        """NLL of the teacher's answers: from q_0 to q_w."""
-        if self._trainer.progress.phase > _WARMUP:
-            return
-        self._train("warmup", self._nll, self._texts, token_collate(self._rows), self._warmup_steps)
-        self._trainer.finish_phase("warmup", {}, keep=True)
-
-    def store_references(self) -> None:
-        """log q_w of y and y-hat: once, before the first step that moves the student from q_w."""
-        progress = self._trainer.progress
-        if progress.phase != _DPO or progress.phase_step > 0:
-            return
-        model = self._run.student.at(self._trainer.state.trainable)
-        size = self._distill.batch_size
-        say = self._trainer.console.say
-        store_references(
-            self._samples,
-            self._pairs,
-            self._pair_rows().collate,
-            model,
-            rows=self._rows,
-            plan_chosen=None,  # q_0 answered, q_w is the reference
-            microbatches=self._distill.microbatches,
-            batches_per_part=max(self._run.config.align.sampling.rows_per_part // size, 1),
-            mesh=self._run.mesh,
-            report=lambda done, total: say(f"reference of {done}/{total} parts"),
+        preference = self._run.phase(
+            "dpo",
+            objective,
+            warmup.optimizer,
+            self._rows,
+            self._plan,
+            steps,
+            prepare=self._prepare,
+            check_first=self._check_first_loss,
+            before=lambda state: figures,
         )
+        return [warmup, preference]
 
-    def prefer(self) -> None:
-        """DPO from q_w."""
-        progress = self._trainer.progress
-        if progress.phase > _DPO:
-            return
+    # --- pieces -----------------------------------------------------------------------------------
+
+    def _prepare(self, phase: Phase, trainer: Trainer) -> Phase:
+        """log q_w of y and y-hat: once, before the first step that moves the student from q_w."""
+        if trainer.progress.phase_step == 0:
+            self._store_references(trainer)
         if self._samples.num_references < len(self._rows):
             raise UserError(
                 f"{self._run.folder / 'reference'} lacks log-probs of the warmed-up student, and "
                 f"the student has moved on. Remove {self._run.folder} to train it again."
             )
-        self._train(
-            "dpo",
-            self._dpo,
-            self._pairs,
-            self._pair_rows().collate,
-            self._dpo_steps,
+        return phase.with_(collate=self._pairs().collate)
+
+    def _store_references(self, trainer: Trainer) -> None:
+        say = trainer.console.say
+        rows_per_part = self._run.config.align.sampling.rows_per_part
+        store_references(
+            self._samples,
+            self._plan,
+            self._pairs().collate,
+            self._run.model.at(trainer.state.trainable),
+            rows=self._rows,
+            plan_chosen=None,  # q_0 answered, q_w is the reference
+            microbatches=self._distill.microbatches,
+            batches_per_part=max(rows_per_part // self._distill.batch_size, 1),
+            mesh=self._run.mesh,
+            report=lambda done, total: say(f"reference of {done}/{total} parts"),
         )
-        self._trainer.finish_phase("dpo", {}, keep=False)
 
-    def _pair_rows(self) -> PairRows:
-        return PairRows(self._rows, self._samples, self._preference, self._run.student.config)
-
-    def finish(self) -> None:
-        """Marks the stage complete."""
-        self._trainer.finish(self._run.folder, {"rows": len(self._rows)})
-
-    # --- pieces -----------------------------------------------------------------------------------
-
-    def _train(
-        self, phase: str, objective: Objective, plan: Plan, collate: Any, steps: int
-    ) -> None:
-        run, start = self._run, self._trainer.progress.phase_step
-        spec, options = run.student.spec, {"microbatches": self._distill.microbatches}
-        prefers = objective is self._dpo
-        self._trainer.run_phase(
-            phase,
-            make_train_step(spec, objective, self._optimizer, seed=run.config.seed, **options),
-            placed_batches(plan, collate, start=start, stop=steps, mesh=run.mesh),
-            steps,
-            diagnose=make_diagnosis(spec, objective, **options) if prefers else None,
-            check_first=self._check_first_loss if prefers else None,
-        )
+    def _pairs(self) -> PairRows:
+        """With the references that there are by now."""
+        return PairRows(self._rows, self._samples, self._preference, self._run.model.config)
 
     def _check_first_loss(self, metrics: dict[str, float]) -> None:
         check_first_dpo_loss(
             metrics["preference"],
-            self._run.student.spec,
+            self._run.model.spec,
             beta=self._preference.beta,
-            tokens=self._pair_rows().mean_tokens,
+            tokens=self._pairs().mean_tokens,
             folder=self._run.folder / "reference",
         )

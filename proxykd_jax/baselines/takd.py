@@ -13,9 +13,10 @@ is what ``align`` leaves behind, its soft labels are stored at T, and the loss i
 from __future__ import annotations
 
 from proxykd_jax.data.collate import Rows
-from proxykd_jax.training.distillation import fit, label_lesson, teacher_rows, teacher_splits
+from proxykd_jax.training.distillation import label_phase, teacher_rows, teacher_splits
+from proxykd_jax.training.phase import Phase
 from proxykd_jax.training.scoring import Scoring
-from proxykd_jax.training.student import StudentRun
+from proxykd_jax.training.stage_run import StageRun
 
 
 def to_score(scoring: Scoring) -> dict[str, Rows]:
@@ -23,7 +24,7 @@ def to_score(scoring: Scoring) -> dict[str, Rows]:
     return scoring.teacher_rows()
 
 
-def train(run: StudentRun) -> None:
+def phases(run: StageRun) -> list[Phase]:
     """NLL of the teacher's answers, and the assistant's distribution on them."""
-    config, rows = run.config, teacher_rows(run.config, run.corpus)
-    fit(run, label_lesson(config, rows, run.stored_labels, nll_splits=teacher_splits(config)))
+    rows = teacher_rows(run.config, run.corpus)
+    return [label_phase(run, rows, nll_splits=teacher_splits(run.config))]

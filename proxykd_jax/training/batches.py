@@ -76,12 +76,16 @@ class Joined:
     @property
     def lengths(self) -> np.ndarray:
         """int32 tokens of each row."""
-        return np.concatenate([rows.lengths for rows in self._splits.values()])
+        return self._of_all([rows.lengths for rows in self._splits.values()])
 
     @property
     def prompt_lengths(self) -> np.ndarray:
         """int32 tokens of each prompt."""
-        return np.concatenate([rows.prompt_lengths for rows in self._splits.values()])
+        return self._of_all([rows.prompt_lengths for rows in self._splits.values()])
+
+    @staticmethod
+    def _of_all(lengths: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate([np.zeros(0, np.int32), *lengths])
 
     def split(self, name: str) -> Rows:
         """The rows of one split."""
@@ -209,14 +213,12 @@ def placed_batches(
         yield put_own_rows(batch, mesh, part) if part[1] > 1 else put_rows(batch, mesh)
 
 
-def planned_steps(plan: Plan, *, start: int, stop: int) -> Iterator[tuple[int, PlannedBatch]]:
-    """(step, planned batch) of the steps from ``start`` to ``stop``, whole on every process.
+def planned_steps(plan: Plan) -> Callable[[int], PlannedBatch]:
+    """The planned batch of each step, whole on every process.
 
     For batches that are made from the state that they will train.
     """
-    stream = BatchStream(plan, lambda planned: planned)
-    for step in range(start, stop):
-        yield step, stream.planned(step)
+    return BatchStream(plan, lambda planned: planned).planned
 
 
 def token_collate(rows: Rows) -> Callable[[PlannedBatch], TokenBatch]:

@@ -1,19 +1,17 @@
 """Distillation of the student (paper, 3.4): NLL of texts, and a scorer's stored distribution.
 
-``fit`` is the whole training of a student on rows that are on disk. Proxy-KD and the methods that
-differ from it in their rows, weights or labels alone share it (``proxykd_jax.baselines``).
+A phase here is the whole training of a student on rows that are on disk. Proxy-KD and the methods
+that differ from it in their rows, weights or labels alone share it (``proxykd_jax.baselines``).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import optax
 
 from proxykd_jax.config import Config
 from proxykd_jax.data.collate import Rows
@@ -23,21 +21,16 @@ from proxykd_jax.generation.answered import AnsweredSplit
 from proxykd_jax.generation.samples import SampleStore
 from proxykd_jax.training.batches import (
     Joined,
-    Plan,
     ReadLabels,
     answer_positions,
     check_any_rows,
     count_steps,
     distill_collate,
-    placed_batches,
-    token_collate,
 )
-from proxykd_jax.training.loop import Trainer
-from proxykd_jax.training.objectives import DistillObjective, NllObjective, Objective
+from proxykd_jax.training.objectives import DistillObjective
 from proxykd_jax.training.optimizer import make_optimizer
-from proxykd_jax.training.state import Spec, TrainState, Tree
-from proxykd_jax.training.steps import Metrics, Step, make_diagnosis, make_train_step
-from proxykd_jax.training.student import StudentRun
+from proxykd_jax.training.phase import Phase
+from proxykd_jax.training.stage_run import StageRun
 
 FRESH = "fresh"
 
@@ -68,27 +61,6 @@ def fresh_rows(config: Config, corpus: TokenCorpus) -> dict[str, Rows]:
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What a student is trained on, and by which loss.
-
-    Attributes:
-      rows: of all its splits.
-      objective: what is minimised.
-      collate: a planned batch of ``rows`` -> what the objective reads.
-      figures: reported before the training.
-    """
-
-    rows: Joined
-    objective: Objective
-    collate: Callable[[Any], Any]
-    figures: Mapping[str, float]
-
-    def with_figures(self, figures: Mapping[str, float]) -> Lesson:
-        """The same with more to report."""
-        return dataclasses.replace(self, figures={**self.figures, **figures})
-
-
-@dataclass(frozen=True)
 class DrawnTargets:
     """Targets drawn at random: their log is where a soft label has log-probs.
 
@@ -101,127 +73,64 @@ class DrawnTargets:
     slots: int
 
 
-def text_lesson(config: Config, splits: Mapping[str, Rows]) -> Lesson:
-    """The NLL of texts alone."""
-    rows = Joined(splits)
-    objective = NllObjective(config.distill.reduction, config.distill.nll_weight)
-    return Lesson(rows, objective, token_collate(rows), {})
+def text_phase(run: StageRun, splits: Mapping[str, Rows]) -> Phase:
+    """The student's training by the NLL of texts alone."""
+    distill, rows = run.config.distill, Joined(splits)
+    phase = run.nll_phase(
+        "train",
+        rows,
+        lambda steps: make_optimizer(distill.optimizer, steps),
+        order="distill",
+        epochs=distill.epochs,
+        most=distill.max_steps,
+        weight=distill.nll_weight,
+    )
+    return phase.with_(before=lambda state: planned_figures(rows, phase.steps))
 
 
-def label_lesson(
-    config: Config,
+def label_phase(
+    run: StageRun,
     splits: Mapping[str, Rows],
-    labels: SoftLabelStore,
     *,
     nll_splits: Collection[str],
     rescale: bool = True,
     drawn: DrawnTargets | None = None,
-) -> Lesson:
-    """NLL + alpha x weighted KL (eq. 11).
+) -> Phase:
+    """The student's training by NLL + alpha x weighted KL (eq. 11).
 
     Args:
-      config: of the run.
+      run: with the soft labels of these rows.
       splits: rows by name, scored under these names.
-      labels: their soft labels.
       nll_splits: whose answers are learnt as texts too; the others have the KL alone, of weight 1.
       rescale: the KL at temperature T is scaled by T^2.
       drawn: targets that take the place of the stored distribution.
     """
-    rows, weights = Joined(splits), _weights(config, splits, labels, nll_splits)
+    config, labels, rows = run.config, run.stored_labels, Joined(splits)
+    weights = _weights(config, splits, labels, nll_splits)
     stored = {name: functools.partial(labels.read, name) for name in splits}
     read, top_k = (stored, labels.top_k) if drawn is None else (drawn.read, drawn.slots)
     sample_weights = {name: found.sample_weight for name, found in weights.items()}
-    collate = distill_collate(rows, read, sample_weights, nll_splits, top_k=top_k)
     objective = DistillObjective.of(
         config.distill, labels.temperature, rescale=rescale, drawn=drawn is not None
     )
-    return Lesson(rows, objective, collate, _weight_figures(weights))
+    options: dict[str, Any] = {"epochs": config.distill.epochs, "most": config.distill.max_steps}
+    plan = run.plan(rows.lengths - 1, "distill", answers=answer_positions(rows), **options)
+    steps = count_steps(plan, **options)
+    return run.phase(
+        "train",
+        objective,
+        make_optimizer(config.distill.optimizer, steps),
+        rows,
+        plan,
+        steps,
+        collate=distill_collate(rows, read, sample_weights, nll_splits, top_k=top_k),
+        before=lambda state: {**planned_figures(rows, steps), **_weight_figures(weights)},
+    )
 
 
-@dataclass(frozen=True)
-class Course:
-    """The steps that a student's training still has to take; as in ``Trainer.run_phase``.
-
-    Attributes:
-      step, diagnose: of one objective.
-      batches: that they take.
-      from_state: each batch is made from the state that it will train.
-    """
-
-    step: Step
-    diagnose: Callable[[TrainState, Tree, Any], Metrics] | None
-    batches: Iterator[Any]
-    from_state: bool = False
-
-    @staticmethod
-    def of(
-        config: Config,
-        spec: Spec,
-        objective: Objective,
-        optimizer: optax.GradientTransformation,
-        batches: Iterator[Any],
-        *,
-        from_state: bool = False,
-    ) -> Course:
-        """The course by which an objective is minimised."""
-        microbatches = config.distill.microbatches
-        step = make_train_step(
-            spec, objective, optimizer, microbatches=microbatches, seed=config.seed
-        )
-        diagnose = None
-        if objective.terms():
-            diagnose = make_diagnosis(spec, objective, microbatches=microbatches)
-        return Course(step, diagnose, batches, from_state)
-
-    def take(self, trainer: Trainer, phase: str, steps: int) -> None:
-        """Takes the steps of a phase; ``finish_phase`` must follow."""
-        trainer.run_phase(
-            phase,
-            self.step,
-            self.batches,
-            steps,
-            diagnose=self.diagnose,
-            from_state=self.from_state,
-        )
-
-
-# (run, lesson, trainer, plan, steps, optimizer) -> what the steps from the trainer's on are.
-MakeCourse = Callable[
-    [StudentRun, Lesson, Trainer, Plan, int, optax.GradientTransformation], Course
-]
-
-
-def stored_course(
-    run: StudentRun,
-    lesson: Lesson,
-    trainer: Trainer,
-    plan: Plan,
-    steps: int,
-    optimizer: optax.GradientTransformation,
-) -> Course:
-    """All steps learn from what is on disk."""
-    start = trainer.progress.phase_step
-    batches = placed_batches(plan, lesson.collate, start=start, stop=steps, mesh=run.mesh)
-    return Course.of(run.config, run.student.spec, lesson.objective, optimizer, batches)
-
-
-def fit(run: StudentRun, lesson: Lesson, make_course: MakeCourse = stored_course) -> None:
-    """Trains the student, or goes on where it was cut off, and marks the stage complete.
-
-    Phase 0 is the look at the untrained student, phase 1 the training.
-    """
-    distill = run.config.distill
-    rows = lesson.rows
-    plan = run.plan(rows.lengths - 1, "distill", answers=answer_positions(rows))
-    steps = count_steps(plan, distill.epochs, distill.max_steps)
-    optimizer = make_optimizer(distill.optimizer, steps)
-    trainer = run.open_trainer(optimizer)
-    figures = {"rows": len(lesson.rows), "planned_steps": steps, **lesson.figures}
-    run.look_at_untrained(trainer, figures)
-    if trainer.progress.phase == 1:
-        make_course(run, lesson, trainer, plan, steps, optimizer).take(trainer, "train", steps)
-        trainer.finish_phase("train", {}, keep=False)
-    trainer.finish(run.folder, {"rows": len(lesson.rows)})
+def planned_figures(rows: Rows, steps: int) -> dict[str, int]:
+    """What every method says of its student's training before the first step."""
+    return {"rows": len(rows), "planned_steps": steps}
 
 
 def _weights(

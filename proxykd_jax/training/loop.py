@@ -1,14 +1,14 @@
-"""One phase of training: steps, logging, validation, stopping, checkpoints.
+"""The trainer: runs the phases of a stage; steps, logging, validation, stopping, checkpoints.
 
-A phase is a warm-up, a round, or a student's whole training. The loop is a pure consequence of
-(state, progress, data order): started again from a checkpoint it does what it would have done.
+The loop is a pure consequence of (state, progress, data order): started again from a checkpoint it
+does what it would have done.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -27,12 +27,20 @@ from proxykd_jax.models.fingerprint import params_fingerprint
 from proxykd_jax.parallel.mappings import make_room
 from proxykd_jax.parallel.sharding import tree_shardings
 from proxykd_jax.peers import STOPPED, saves_on_stop, stop_wanted
+from proxykd_jax.training.batches import placed_batches
 from proxykd_jax.training.checkpoint import Checkpoints
 from proxykd_jax.training.console import Console
 from proxykd_jax.training.metrics import MetricsLog
 from proxykd_jax.training.model import Model
-from proxykd_jax.training.state import TrainState, Tree, abstract_state, init_state
-from proxykd_jax.training.steps import Metrics, Step
+from proxykd_jax.training.phase import Phase
+from proxykd_jax.training.state import (
+    TrainState,
+    Tree,
+    abstract_state,
+    init_state,
+    with_fresh_optimizer,
+)
+from proxykd_jax.training.steps import Metrics
 
 T = TypeVar("T", Model, TrainState)
 # (model, rows, most) -> {"nll", "agreement"} on the first ``most`` rows.
@@ -94,24 +102,24 @@ class Trainer:
     Attributes:
       stage: ``align`` or ``distill``.
       state: changes with each step.
-      frozen: weights that do not.
       progress: where the stage stands.
       checkpoints, log: where it is written.
       every: how often.
       validate: ``(state) -> {"nll": ..., ...}`` on the validation rows; None without such rows.
       console: what a person sees.
+      mesh: over which a batch's rows are split.
       periodic: further figures; None for none.
     """
 
     stage: str
     state: TrainState
-    frozen: Tree
     progress: Progress
     checkpoints: Checkpoints
     log: MetricsLog
     every: TrainingSection
     validate: Callable[[TrainState], dict[str, float]] | None
     console: Console
+    mesh: Mesh
     periodic: Periodic[TrainState] | None
 
     @classmethod
@@ -119,7 +127,7 @@ class Trainer:
         cls,
         stage: str,
         folder: Path,
-        model: Model,
+        trainable: Tree,
         optimizer: optax.GradientTransformation,
         *,
         mesh: Mesh,
@@ -131,32 +139,64 @@ class Trainer:
         """A stage's trainer, at its newest checkpoint in ``folder`` or at its beginning.
 
         Lines that the log holds of later steps are dropped: they will be written again.
+
+        Args:
+          stage, mesh, log, every, validate, periodic: see ``Trainer``.
+          folder: of the checkpoints.
+          trainable: what learns, before the first step.
+          optimizer: of the first phase. Those of later phases have states of the same structure.
         """
         checkpoints = Checkpoints(folder)
         console = Console(stage)
-        restored = checkpoints.restore_latest(abstract_state(model.trainable, optimizer, mesh))
+        restored = checkpoints.restore_latest(abstract_state(trainable, optimizer, mesh))
         if restored is None:
             progress = Progress()
-            state = _first_state(model.trainable, optimizer, mesh)
+            state = _first_state(trainable, optimizer, mesh)
         else:
             state, progress = restored[0], Progress(**restored[1])
             console.say(f"going on from step {progress.step}")
         log.resume(stage, progress.metric_lines)
         trainer = cls(
-            stage,
-            state,
-            model.frozen,
-            progress,
-            checkpoints,
-            log,
-            every,
-            validate,
-            console,
-            periodic,
+            stage, state, progress, checkpoints, log, every, validate, console, mesh, periodic
         )
         # A kill may have come between the last checkpoint and the removal of those it replaced.
         trainer._prune()
         return trainer
+
+    def run(
+        self,
+        phases: Sequence[Phase],
+        *,
+        untrained: str,
+        before: Callable[[TrainState], Mapping[str, float]],
+    ) -> None:
+        """Takes the phases that are still to be taken, the look at the untrained model before them.
+
+        Args:
+          phases: of the stage; the first one's number is 1.
+          untrained: the name of phase 0, the look before any step.
+          before: figures of it, beside those that the phases have.
+        """
+        if self.progress.phase == 0:
+            self.check_validation(untrained)
+            self.look(untrained)
+            figures = dict(before(self.state))
+            for phase in phases:
+                figures |= phase.before(self.state)
+            self._finish_phase(untrained, figures, keep=True)
+        for number, phase in enumerate(phases, start=1):
+            if self.progress.phase == number:
+                self._run_phase(phase, phases[number] if number < len(phases) else None)
+            if phase.ends_stage(self.progress):
+                return
+
+    def trained_by(self, name: str) -> Tree:
+        """What had been learnt when a phase ended whose checkpoint was kept."""
+        step = next(found["step"] for found in self.progress.results if found["phase"] == name)
+        target = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state
+        )
+        return self.checkpoints.restore(step, target)[0].trainable
 
     def finish(self, folder: Path, counts: Mapping[str, int]) -> None:
         """Marks the stage complete: which checkpoints count, what each phase reported."""
@@ -224,26 +264,16 @@ class Trainer:
         shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
         self.console.say(f"{phase} step {step}: {shown}")
 
-    def finish_phase(
-        self,
-        phase: str,
-        figures: dict[str, Any],
-        *,
-        keep: bool,
-        times: Mapping[str, float] | None = None,
-    ) -> None:
+    def _finish_phase(self, phase: str, figures: Mapping[str, Any], *, keep: bool) -> None:
         """Ends a phase: its last line in the log, and the checkpoint that the next one starts from.
 
-        Args:
-          phase: its name.
-          figures: what it reports.
-          keep: whether its checkpoint stays for good.
-          times: ``time/...`` of this process's work, for the log alone: a resumed run has others.
+        A time is of this process's work, so it stands in the log alone: a resumed run has others.
         """
         progress = self.progress
         if figures:
-            self.log.write(self.stage, progress.step, {**figures, **(times or {})}, phase=phase)
-        progress.results.append({"phase": phase, "step": progress.step, **figures})
+            self.log.write(self.stage, progress.step, figures, phase=phase)
+        kept = {name: value for name, value in figures.items() if not name.startswith("time/")}
+        progress.results.append({"phase": phase, "step": progress.step, **kept})
         if keep:
             progress.kept.append(progress.step)
         progress.next_phase()
@@ -253,77 +283,67 @@ class Trainer:
         stop = self.every.stop
         return stop.enabled and self.progress.stale >= stop.patience
 
-    def run_phase(
-        self,
-        phase: str,
-        step_fn: Step,
-        batches: Iterable[Any],
-        num_steps: int,
-        *,
-        diagnose: Callable[[TrainState, Tree, Any], Metrics] | None = None,
-        check_first: Callable[[dict[str, float]], None] | None = None,
-        from_state: bool = False,
-    ) -> None:
-        """Takes the steps of a phase that are still to be taken; ``finish_phase`` must follow.
-
-        Args:
-          phase: its name in the log.
-          step_fn: from ``make_train_step``.
-          batches: what ``step_fn`` takes, from step ``progress.phase_step`` of the phase on.
-          num_steps: of the whole phase.
-          diagnose: from ``make_diagnosis``.
-          check_first: sees the metrics of the phase's first step, and raises if they are wrong.
-          from_state: each batch is made from ``state`` when it is asked for; a step's metrics are
-            then looked at before the next, so that a state that is not finite makes none.
+    def _run_phase(self, phase: Phase, following: Phase | None) -> None:
+        """Takes the steps of a phase that are still to be taken, and ends it.
 
         Raises:
           UserError: the loss or a gradient is not finite; nothing of that step was saved.
           Stopped: the run was asked to stop; the step just taken was saved.
         """
-        if self._stopped():
-            return  # at the very checkpoint that was restored
-        with saves_on_stop():
-            self._take_steps(phase, step_fn, batches, num_steps, diagnose, check_first, from_state)
+        if phase.prepare is not None:
+            phase = phase.prepare(phase, self)
+        # A phase that validation has stopped may have been restored at that very checkpoint.
+        if phase.steps > 0 and not self._stopped():
+            with saves_on_stop():
+                self._take_steps(phase)
+        if following is not None and following.optimizer is not phase.optimizer:
+            self.state = with_fresh_optimizer(self.state, following.optimizer, self.mesh)
+        self._finish_phase(phase.name, phase.after(self.state), keep=phase.keep)
 
-    def _take_steps(
-        self,
-        phase: str,
-        step_fn: Step,
-        batches: Iterable[Any],
-        num_steps: int,
-        diagnose: Callable[[TrainState, Tree, Any], Metrics] | None,
-        check_first: Callable[[dict[str, float]], None] | None,
-        from_state: bool,
-    ) -> None:
+    def _batches(self, phase: Phase) -> Iterator[Any]:
+        """The batches of the steps that are still to be taken."""
+        start = self.progress.phase_step
+        if phase.make_batch is None:
+            assert phase.collate is not None
+            yield from placed_batches(
+                phase.plan, phase.collate, start=start, stop=phase.steps, mesh=self.mesh
+            )
+            return
+        for step in range(start, phase.steps):
+            yield phase.make_batch(self.state, step)
+
+    def _take_steps(self, phase: Phase) -> None:
+        name, num_steps = phase.name, phase.steps
+        step_fn, diagnose = phase.step(), phase.diagnosis()
         progress, every = self.progress, self.every
         seen: set[Any] = set()
         waiting: tuple[int, int, Metrics, float] | None = None
         started = time.perf_counter()
-        for batch in batches:
-            if progress.phase_step >= num_steps:
-                break
+        for batch in self._batches(phase):
             shapes = tuple(np.shape(leaf) for leaf in jax.tree.leaves(batch))
             if shapes not in seen:  # a program is compiled for them
                 seen.add(shapes)
                 make_room()
             diagnosis = None
-            if diagnose is not None and progress.phase_step % every.diagnose_every == 0:
-                diagnosis = diagnose(self.state, self.frozen, batch)
+            due = progress.phase_step % every.diagnose_every == 0
+            if diagnose is not None and due and phase.diagnoses(batch):
+                diagnosis = diagnose(self.state, phase.frozen, batch)
                 started += _blocked(diagnosis)
-            self.state, metrics = step_fn(self.state, self.frozen, batch)
+            self.state, metrics = step_fn(self.state, phase.frozen, batch)
             progress.phase_step += 1
             progress.step += 1
             if diagnosis is not None:
                 metrics = {**metrics, **diagnosis}
             # The metrics of the step before are fetched while the device works on this one.
-            self._report(phase, num_steps, waiting)
+            self._report(name, num_steps, waiting)
             now = time.perf_counter()
             waiting = (progress.step, progress.phase_step, metrics, now - started)
             started = now
-            if progress.phase_step == 1 and check_first is not None:
-                check_first({name: float(value) for name, value in metrics.items()})
-            if from_state:
-                self._report(phase, num_steps, waiting)
+            if progress.phase_step == 1 and phase.check_first is not None:
+                phase.check_first({name: float(value) for name, value in metrics.items()})
+            if phase.make_batch is not None:
+                # A state that is not finite must make no batch.
+                self._report(name, num_steps, waiting)
                 waiting = None
             at_end = progress.phase_step == num_steps
             validates = (
@@ -336,11 +356,11 @@ class Trainer:
             saves = stops or progress.phase_step % every.checkpoint_every == 0
             if at_end or not (validates or looks or saves):
                 continue
-            self._report(phase, num_steps, waiting)
+            self._report(name, num_steps, waiting)
             waiting = None
-            new_best = validates and self.check_validation(phase)
+            new_best = validates and self.check_validation(name)
             if looks or self._stopped():
-                self.look(phase)
+                self.look(name)
             if saves or new_best or self._stopped():
                 self.save()
             if stops:
@@ -348,11 +368,11 @@ class Trainer:
             if self._stopped():
                 return
             started = time.perf_counter()
-        self._report(phase, num_steps, waiting)
-        # Not saved here: the checkpoint of finish_phase is this step's, and a second look at the
+        self._report(name, num_steps, waiting)
+        # Not saved here: the checkpoint of _finish_phase is this step's, and a second look at the
         # same state would leave a second line.
-        self.check_validation(phase)
-        self.look(phase)
+        self.check_validation(name)
+        self.look(name)
 
     def _report(
         self, phase: str, num_steps: int, waiting: tuple[int, int, Metrics, float] | None

@@ -57,6 +57,10 @@ class ModelSpec:
             return frozen, trainable
         return jax.tree.map(lambda x: x.astype(self.dtype), trainable), None
 
+    def learner(self, trainable: Tree) -> Tree:
+        """All of it: nothing else learns."""
+        return trainable
+
 
 class Spec(Hashable, Protocol):
     """The static half of what a step trains: a ``ModelSpec``, or several models together."""
@@ -68,6 +72,10 @@ class Spec(Hashable, Protocol):
 
     def bind(self, frozen: Tree, trainable: Tree) -> tuple[Tree, Tree | None]:
         """The first two arguments of an objective's ``share``."""
+        ...
+
+    def learner(self, trainable: Tree) -> Tree:
+        """Of all that learns, the part that is the stage's model."""
         ...
 
 

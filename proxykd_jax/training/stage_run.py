@@ -1,0 +1,233 @@
+"""What a stage's phases are made from: its config, corpus, model and mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from proxykd_jax.config import Config, TrainingSection
+from proxykd_jax.data.collate import Rows
+from proxykd_jax.data.corpus import TokenCorpus
+from proxykd_jax.data.order import Batching
+from proxykd_jax.data.soft_labels import SoftLabelStore
+from proxykd_jax.errors import UserError
+from proxykd_jax.training.batches import (
+    Plan,
+    answer_positions,
+    count_steps,
+    make_plan,
+    phase_seed,
+    rows_together,
+    token_collate,
+)
+from proxykd_jax.training.loop import Measure, Periodic, Trainer
+from proxykd_jax.training.metrics import MetricsLog
+from proxykd_jax.training.model import Model
+from proxykd_jax.training.objectives import NllObjective, Objective
+from proxykd_jax.training.phase import Phase
+from proxykd_jax.training.state import Spec, TrainState
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One run of ``align`` or of ``distill``, of whatever method.
+
+    Attributes:
+      stage: which of the two.
+      config: of the run.
+      corpus: from ``prepare``.
+      model: the proxy or the student as loaded, before any training.
+      mesh: of devices.
+      log: metrics.jsonl.
+      measure: ``(model, rows, most) -> {"nll", "agreement"}`` on held-out rows.
+      labels: from ``score``, where the method needs soft labels (``config.needs``); else None.
+      periodic: what else is looked at while the model is trained.
+    """
+
+    stage: Literal["align", "distill"]
+    config: Config
+    corpus: TokenCorpus
+    model: Model
+    mesh: Mesh
+    log: MetricsLog
+    measure: Measure
+    labels: SoftLabelStore | None = None
+    periodic: Periodic[Model] | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Of the stage."""
+        return self.config.folder / ("proxy" if self.stage == "align" else "student")
+
+    @property
+    def section(self) -> TrainingSection:
+        """The stage's section of the config."""
+        return self.config.align if self.stage == "align" else self.config.distill
+
+    @property
+    def stored_labels(self) -> SoftLabelStore:
+        """The soft labels of a method that needs them."""
+        if self.labels is None:
+            raise UserError(f"method {self.config.method.name} needs soft labels; run score.")
+        return self.labels
+
+    def unpacked(self) -> Batching:
+        """The stage's ``batching`` for rows that cannot be packed: in place of ``pack`` it groups
+        by length."""
+        return "bucket" if self.section.batching == "pack" else self.section.batching
+
+    def plan(
+        self,
+        positions: np.ndarray,
+        phase: str,
+        *,
+        epochs: int,
+        most: int | None,
+        batch_size: int | None = None,
+        packs: bool = True,
+        answers: np.ndarray | None = None,
+        max_length: int | None = None,
+    ) -> Plan:
+        """The batches of a phase.
+
+        Args:
+          positions: of each row.
+          phase: names the seed of the order.
+          epochs, most: as in ``count_steps``.
+          batch_size: rows a batch (default: the stage's).
+          packs: whether rows can be packed together.
+          answers: see ``make_plan``.
+          max_length: tokens of the longest row (default: the corpus's).
+        """
+        section = self.section
+        batch_size = batch_size or section.batch_size
+        return make_plan(
+            positions,
+            seed=phase_seed(self.config.seed, phase),
+            batch_size=batch_size,
+            batching=section.batching if packs else self.unpacked(),
+            max_length=max_length or self.corpus.max_length,
+            answers=answers,
+            together=rows_together(batch_size, section.microbatches, self.mesh),
+            epochs=epochs,
+            most=most,
+        )
+
+    def phase(
+        self,
+        name: str,
+        objective: Objective,
+        optimizer: optax.GradientTransformation,
+        rows: Rows,
+        plan: Plan,
+        steps: int,
+        *,
+        spec: Spec | None = None,
+        **fields: Any,
+    ) -> Phase:
+        """A phase of this stage.
+
+        Args:
+          name, objective, optimizer, rows, plan, steps: see ``Phase``.
+          spec: of what learns and what it reads (default: the model's).
+          **fields: others of ``Phase``.
+        """
+        return Phase(
+            name=name,
+            spec=spec or self.model.spec,
+            objective=objective,
+            optimizer=optimizer,
+            rows=rows,
+            plan=plan,
+            steps=steps,
+            microbatches=self.section.microbatches,
+            seed=self.config.seed,
+            **{"frozen": self.model.frozen, "trainable": self.model.trainable, **fields},
+        )
+
+    def nll_phase(
+        self,
+        name: str,
+        rows: Rows,
+        optimizer: Callable[[int], optax.GradientTransformation],
+        *,
+        order: str,
+        epochs: int,
+        most: int | None,
+        weight: float = 1.0,
+        **fields: Any,
+    ) -> Phase:
+        """The NLL of texts that are on disk (eqs. 1, 3 and 7).
+
+        Args:
+          name: of the phase.
+          rows: with an answer each; without any the phase has no steps.
+          optimizer: of so many steps.
+          order: names the seed of their order.
+          epochs, most: passes, and the most steps.
+          weight: of the NLL.
+          **fields: others of ``Phase``.
+        """
+        options: dict[str, Any] = {"epochs": epochs, "most": most}
+        answers = answer_positions(rows) if len(rows) else None
+        plan = self.plan(rows.lengths - 1, order, answers=answers, **options)
+        steps = count_steps(plan, epochs, most)
+        objective = NllObjective(self.section.reduction, weight)
+        collate = token_collate(rows)
+        return self.phase(
+            name, objective, optimizer(steps), rows, plan, steps, collate=collate, **fields
+        )
+
+    def watch(self, rows: Rows, state: TrainState, spec: Spec) -> dict[str, float]:
+        """The figures of ``measure`` of what has been learnt, on held-out rows."""
+        model = self.model.at(spec.learner(state.trainable))
+        return self.measure(model, rows, self.config.corpus.validation_max_rows)
+
+    def train(
+        self,
+        phases: Sequence[Phase],
+        *,
+        untrained: str,
+        counts: Mapping[str, int],
+        optimizer: optax.GradientTransformation | None = None,
+        before: Callable[[TrainState], Mapping[str, float]] = lambda state: {},
+    ) -> None:
+        """Takes the phases, or goes on where they were cut off, and marks the stage complete.
+
+        Args:
+          phases: in order.
+          untrained: the name of the look before the first step.
+          counts: for the manifest.
+          optimizer: of the state; needed where there is no phase.
+          before: figures of that look, beside those that the phases have.
+        """
+        first = phases[0] if phases else None
+        spec = first.spec if first else self.model.spec
+        periodic = None
+        if self.periodic is not None:
+            every, figures = self.periodic.every, self.periodic.figures
+            periodic = Periodic[TrainState](
+                every, lambda state: figures(self.model.at(spec.learner(state.trainable)))
+            )
+        validation = self.corpus.split("validation")
+        trainer = Trainer.open(
+            self.stage,
+            self.folder,
+            first.trainable if first else self.model.trainable,
+            first.optimizer if first else optimizer,
+            mesh=self.mesh,
+            log=self.log,
+            every=self.section,
+            validate=(lambda state: self.watch(validation, state, spec))
+            if len(validation)
+            else None,
+            periodic=periodic,
+        )
+        trainer.run(phases, untrained=untrained, before=before)
+        trainer.finish(self.folder, counts)
