@@ -39,7 +39,7 @@ def config_of(method: Any = None, *overrides: str, **sections: Any) -> Config:
 def test_every_method_can_be_named_run_dumped_and_read(name: str, tmp_path: Path):
     config = config_of({"name": name, **SECTIONS[name]})
     module = method_of(config)
-    assert callable(module.train) and callable(module.to_score)
+    assert callable(module.phases) and callable(module.to_score)
     (tmp_path / "config.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "config.yaml") == config
 

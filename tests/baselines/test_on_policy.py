@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from proxykd_jax import distill
-from proxykd_jax.baselines import on_policy, online
+from proxykd_jax.baselines import on_policy
 from proxykd_jax.baselines.gkd import GkdObjective
 from proxykd_jax.baselines.on_policy import OnPolicyObjective
 from proxykd_jax.baselines.rollouts import Answer, answer_batch
 from proxykd_jax.data.collate import TokenRow
+from proxykd_jax.training.objectives import NllObjective
 from tests.baselines.online import (
     ONLINE,
     SHORT,
@@ -89,7 +90,7 @@ def test_a_run_uses_prompts_alone_fresh_ones_too_and_resumes_bitwise(
     def never(*_, **__):
         raise AssertionError("must not be called")
 
-    monkeypatch.setattr(online, "text_lesson", never)
+    monkeypatch.setattr(NllObjective, "share", never)
     monkeypatch.setattr(on_policy, "scorer_text", never)
     seen = []
     monkeypatch.setattr(
