@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +60,7 @@ def dry_run(config: Config) -> list[str]:
         )
     _check_server(config, report)
     _check_benchmarks(config, report)
-    _show_steps(config, sources, report)
+    _show_steps(config, sources, models, report)
     for missing in report.unchecked:
         report.say("unchecked", missing)
     if report.problems:
@@ -152,9 +153,16 @@ def _show_example(
     _attempt(report, "corpus", show)
 
 
-def _show_steps(config: Config, sources: list[SourceConfig], report: Report) -> None:
+def _show_steps(
+    config: Config,
+    sources: list[SourceConfig],
+    models: Mapping[str, ModelConfig | None],
+    report: Report,
+) -> None:
+    """The steps of each phase, by the phases that the stages would take."""
     from proxykd_jax.data.corpus import SPLITS
-    from proxykd_jax.training.distillation import FRESH, teacher_splits
+    from proxykd_jax.planning.phases import run_phases
+    from proxykd_jax.training.sketch import SketchedCorpus
 
     corpus = _prepared(config)
     if corpus is not None:
@@ -171,29 +179,31 @@ def _show_steps(config: Config, sources: list[SourceConfig], report: Report) -> 
         rows = {name: kept * share for name, share in config.corpus.shares}
         most = count * config.corpus.max_length
         origin = f"from {count} rows, of at most {most} tokens, where none is dropped"
-    align, distill = config.align, config.distill
+    # A corpus that is prepared is counted; else rows of the greatest length stand for it.
+    sketch = corpus or SketchedCorpus.of(config, {name: round(n) for name, n in rows.items()}, 1)
+    proxy, student = (models[role] or _any_model(config, role) for role in ("proxy", "student"))
+    phases = run_phases(config, proxy, student, sketch)
+    aligned, taught = phases["align"], phases["distill"]
     steps: dict[str, int] = {}
-    used = config.needs != "nothing"
-    if used and align.alignment != "none":
-        warm = math.ceil(rows["warmup"] / align.batch_size) * align.warmup_epochs
-        steps["warm-up"] = min(warm, align.warmup_max_steps or warm)
-    if used and align.alignment.startswith("nll"):
-        each = math.ceil(math.ceil(rows["align"] / align.num_rounds) / align.batch_size)
-        each *= align.epochs_per_round
-        steps[f"{align.num_rounds} rounds of"] = min(each, align.round_max_steps or each)
-    seen = (*teacher_splits(config), *((FRESH,) if config.needs == "labels" else ()))
-    texts = sum(rows.get(name, 0) for name in seen)
-    if config.method.name == "mentor_kd":
-        texts *= 1 + config.method.num_rationales
-    total = math.ceil(texts / distill.batch_size)
-    if config.method.name == "soda":
-        warm = total * config.method.warmup_epochs
-        steps["student's warm-up"] = min(warm, config.method.warmup_max_steps or warm)
-    total *= distill.epochs
-    steps["student"] = min(total, distill.max_steps or total)
+    if aligned:
+        steps["warm-up"] = aligned[0].steps
+    if len(aligned) > 1:
+        steps[f"{len(aligned) - 1} rounds of"] = max(phase.steps for phase in aligned[1:])
+    steps |= {f"student's {phase.name}": phase.steps for phase in taught[:-1] if phase.steps}
+    steps["student"] = taught[-1].steps
     listed = ", ".join(f"{name} {count}" for name, count in steps.items())
-    # A prepared corpus is exact, and stopping and packing only take steps away.
+    # A prepared corpus is exact, and stopping only takes steps away.
     report.say("steps", f"{'about' if corpus is None else 'at most'}: {listed} ({origin})")
+
+
+def _any_model(config: Config, role: str) -> ModelConfig:
+    """A model in the place of one that is not here: steps do not depend on it."""
+    from proxykd_jax.models.config import ModelConfig
+    from proxykd_jax.training.model import lora_config
+
+    section: ModelSection = getattr(config, role)
+    small = ModelConfig("llama", 16, 1, 8, 8, 1, 1, 8)
+    return small.replace(lora=lora_config(section)) if section.trainable == "lora" else small
 
 
 def _prepared(config: Config) -> TokenCorpus | None:
@@ -339,21 +349,25 @@ def _check_shapes(
     """Traces a training step on shapes alone and prints what a device holds."""
     import jax
 
-    from proxykd_jax.baselines.programs import beside_the_student
     from proxykd_jax.parallel.sharding import bytes_per_device
-    from proxykd_jax.training.abstract import abstract_model, abstract_rows
+    from proxykd_jax.planning.phases import run_phases
+    from proxykd_jax.training.abstract import abstract_rows, state_of
     from proxykd_jax.training.objectives import NllObjective
+    from proxykd_jax.training.optimizer import make_optimizer
+    from proxykd_jax.training.sketch import abstract_model
+    from proxykd_jax.training.state import init_state
     from proxykd_jax.training.steps import make_train_step
 
     section: ModelSection = getattr(config, role)
     stage = config.align if role == "proxy" else config.distill
-    abstract = abstract_model(model, section, stage)
-    frozen, state = abstract.frozen, abstract.state
+    abstract, optimizer = abstract_model(model, section), make_optimizer(stage.optimizer, 1)
+    frozen = abstract.frozen
+    state = jax.eval_shape(lambda tree: init_state(tree, optimizer), abstract.trainable)
     held = (frozen, state.trainable)
     step = make_train_step(
         abstract.spec,
         NllObjective(stage.reduction),
-        abstract.optimizer,
+        optimizer,
         microbatches=stage.microbatches,
         seed=0,
     )
@@ -364,13 +378,20 @@ def _check_shapes(
     for work in kinds[1:]:
         other = config.mesh.of(work).model_dump(include={"fsdp", "tensor"})
         _attempt(report, f"mesh.{work}", lambda other=other: bytes_per_device(held, other))
+    beside: Mapping[str, Any] = {}
+    if role == "student":
+        scorer = proxy or _any_model(config, "proxy")
+        last = run_phases(config, scorer, model)["distill"][-1]
+        beside = last.spec.beside(last.frozen, state_of(last))
+        if proxy is None:
+            beside = {name: tree for name, tree in beside.items() if name != "scorer"}
     parts = _attempt(
         report,
         role,
         lambda: {
             "frozen weights": bytes_per_device(frozen, axes),
             "trained weights and optimizer": bytes_per_device(state, axes),
-            **(beside_the_student(config, proxy, model, axes) if role == "student" else {}),
+            **{name: bytes_per_device(tree, axes) for name, tree in beside.items()},
         },
     )
     if parts is not None:

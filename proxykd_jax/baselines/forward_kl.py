@@ -12,9 +12,7 @@ aligned with them. ``kl_weight: 0`` is SeqKD.
 from __future__ import annotations
 
 from proxykd_jax.data.collate import Rows
-from proxykd_jax.generation.answered import AnsweredSplit
-from proxykd_jax.generation.samples import SampleStore
-from proxykd_jax.training.distillation import label_phase
+from proxykd_jax.training.distillation import answered_rows, label_phase
 from proxykd_jax.training.phase import Phase
 from proxykd_jax.training.scoring import SCORER_TEXT, Scoring
 from proxykd_jax.training.stage_run import StageRun
@@ -27,6 +25,5 @@ def to_score(scoring: Scoring) -> dict[str, Rows]:
 
 def phases(run: StageRun) -> list[Phase]:
     """NLL and KL on these answers, every example alike."""
-    store = SampleStore(run.config.folder / "samples" / SCORER_TEXT)
-    rows: dict[str, Rows] = {SCORER_TEXT: AnsweredSplit(run.corpus.split("distill"), store)}
+    rows = {SCORER_TEXT: answered_rows(run, SCORER_TEXT, run.corpus.split("distill"))}
     return [label_phase(run, rows, nll_splits=(SCORER_TEXT,))]

@@ -14,6 +14,7 @@ discriminator's, so both updates are one step on the sum of their losses.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from proxykd_jax.baselines.online import prompt_plan, warmup_rate
+from proxykd_jax.baselines.programs import answer_program, answer_shapes
 from proxykd_jax.baselines.rollouts import (
     Answer,
     AnswerBatch,
@@ -35,6 +37,7 @@ from proxykd_jax.baselines.rollouts import (
 from proxykd_jax.config import OptimizerConfig
 from proxykd_jax.config.online_methods import Gad
 from proxykd_jax.data.collate import Rows
+from proxykd_jax.data.order import default_buckets
 from proxykd_jax.losses import (
     Term,
     batch_count,
@@ -49,8 +52,18 @@ from proxykd_jax.losses import (
 )
 from proxykd_jax.models.chunked import map_positions
 from proxykd_jax.models.config import ModelConfig
+from proxykd_jax.models.cost import forward_flops, head_flops
 from proxykd_jax.models.decoder import batch_hidden_states, unembed
-from proxykd_jax.parallel.sharding import put_rows
+from proxykd_jax.parallel.sharding import bytes_per_device, put_rows
+from proxykd_jax.training.abstract import (
+    Cost,
+    Lengths,
+    Program,
+    state_of,
+    step_cost,
+    step_program,
+    weights_read,
+)
 from proxykd_jax.training.batches import (
     Joined,
     Plan,
@@ -58,6 +71,7 @@ from proxykd_jax.training.batches import (
     planned_steps,
 )
 from proxykd_jax.training.discriminator import (
+    abstract_discriminator,
     adversarial_optimizer,
     init_discriminator,
     scores,
@@ -82,9 +96,11 @@ def phases(run: StageRun) -> list[Phase]:
     config, method = run.config, run.config.method
     assert isinstance(method, Gad)
     distill, rows = config.distill, Joined(teacher_rows(config, run.corpus))
+    many = method.samples_per_prompt
+    make = init_discriminator if run.scorer is None else abstract_discriminator
     learns = {
         "student": run.model.trainable,
-        "discriminator": init_discriminator(run.model, run.mesh),
+        "discriminator": make(run.model, run.mesh),
     }
 
     def phase(name: str, objective: Objective, rate: OptimizerConfig, **fields: Any) -> Phase:
@@ -99,9 +115,7 @@ def phases(run: StageRun) -> list[Phase]:
             plan,
             steps,
             spec=GadSpec(run.model.spec, run.corpus.vocab_size),
-            frozen=_frozen(run, None),
-            trainable=learns,
-            **fields,
+            **{"frozen": _frozen(run, None), "trainable": learns, **fields},
         )
 
     plan, steps = prompt_plan(run, method, rows)
@@ -114,6 +128,7 @@ def phases(run: StageRun) -> list[Phase]:
             planned=warmup,
             make_batch=_make_batch(run, method, rows, warmup[0], first_draw=0),
             keep=warmup[1] > 0,
+            programs=functools.partial(_programs, run, method, "nll", 1),
         ),
         phase(
             "train",
@@ -128,8 +143,55 @@ def phases(run: StageRun) -> list[Phase]:
                 frozen=_frozen(run, trainer.trained_by("warmup")["student"])
             ),
             before=lambda state: planned_figures(rows, steps),
+            # A sketch's game has the untrained student in that place.
+            frozen=_frozen(run, None if run.scorer is None else run.model.trainable),
+            programs=functools.partial(_programs, run, method, "distill", many),
         ),
     ]
+
+
+def _programs(run: StageRun, method: Gad, name: str, own_rows: int, phase: Phase) -> list[Program]:
+    """The student's answers, and a step whose student learns from so many rows a prompt."""
+    if phase.steps == 0:
+        return []
+    student, many, state = run.model, method.samples_per_prompt, state_of(phase)
+    length = default_buckets(run.config.corpus.max_length + 1)[-1]  # last tokens are inputs
+    reference = phase.frozen["reference"]
+
+    # The reference of the game's KL, and the discriminator; its optimizer is the state's.
+    held = (student.trainable, state.trainable["discriminator"])
+
+    def batch(rows: int) -> GameBatch:
+        def grouped(x: Any) -> Any:
+            return jax.ShapeDtypeStruct((rows, many, *x.shape[1:]), x.dtype)
+
+        samples = jax.tree.map(grouped, answer_shapes(rows * many, length))
+        last_P = jax.ShapeDtypeStruct((rows,), jnp.int32)
+        last_PG = jax.ShapeDtypeStruct((rows, many), jnp.int32)
+        return GameBatch(answer_shapes(rows, length), last_P, samples, last_PG)
+
+    def cost(axes: dict[str, int], rows: int, lengths: Lengths) -> Cost:
+        model = student.spec.config
+        own = step_cost(student, axes, own_rows * rows, lengths.row, state=state)
+        seen = step_cost(student, axes, (1 + many) * rows, lengths.row, state={})
+        passes = 3 if student.spec.trainable == "full" else 2
+        no_head = passes * head_flops(model, (1 + many) * rows * lengths.row)
+        flops = own.flops + seen.flops - no_head
+        moved = own.bytes_moved + seen.bytes_moved
+        if reference is not None:
+            flops += forward_flops(model, own_rows * rows, lengths.row)
+            moved += weights_read(student, axes)
+        return Cost(flops, moved)
+
+    answers = answer_program(
+        run,
+        method,
+        phase,
+        temperature=method.temperature,
+        times=many,
+        beside=functools.partial(bytes_per_device, held),
+    )
+    return [answers, step_program(run, phase, name, batch, cost=cost)]
 
 
 def _warmup_plan(run: StageRun, method: Gad, rows: Joined) -> tuple[Plan, int]:
@@ -173,6 +235,14 @@ class GadSpec:
         """The student's part."""
         return trainable["student"]
 
+    def beside(self, frozen: Tree, state: TrainState) -> dict[str, Tree]:
+        """The discriminator, and the student that the game's KL is to."""
+        own = state.opt_state.inner_states["discriminator"]
+        return {
+            "discriminator and its optimizer": (state.trainable["discriminator"], own),
+            "warmed-up student": frozen["reference"],
+        }
+
 
 # --- batches --------------------------------------------------------------------------------------
 
@@ -206,10 +276,10 @@ def _make_batch(
       run, method, rows, plan: of the phase.
       first_draw: the number of its first step's answers; each phase draws others.
     """
-    answering = Answering.of(run, method, method.temperature, method.samples_per_prompt)
     planned = planned_steps(plan)
 
-    def make_batch(state: TrainState, step: int) -> GameBatch:
+    def make_batch(state: TrainState, frozen: Tree, step: int) -> GameBatch:
+        answering = Answering.of(run, method, method.temperature, method.samples_per_prompt)
         student = run.model.at(state.trainable["student"])
         places = read_places(rows, planned(step))
         answers = answering.answer(student.weights, places, step + first_draw)

@@ -8,11 +8,14 @@ gradient goes through sampling, which separates GKD from policy gradients.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
-from proxykd_jax.baselines.online import MakeBatches, StepOf, answering_phase, warmup_phase
+from proxykd_jax.baselines.online import answering_phase, prompt_plan, warmup_phase
+from proxykd_jax.baselines.programs import scored_answer_program, scored_step_program
 from proxykd_jax.baselines.rollouts import (
     AnswerBatch,
     Answering,
@@ -32,7 +35,8 @@ from proxykd_jax.losses import (
     mixed_objective,
 )
 from proxykd_jax.parallel.sharding import put_rows
-from proxykd_jax.training.batches import Joined
+from proxykd_jax.training.abstract import Program
+from proxykd_jax.training.batches import Joined, planned_steps
 from proxykd_jax.training.distillation import teacher_rows
 from proxykd_jax.training.objectives import Counts, Metrics, Objective
 from proxykd_jax.training.phase import MakeBatch, Phase
@@ -59,28 +63,39 @@ def phases(run: StageRun) -> list[Phase]:
     objective = GkdObjective(method.beta, method.scorer_temperature, config.distill.reduction)
     return [
         warmup_phase(run, method, text.get(method.warmup_text, {})),
-        answering_phase(run, method, rows, objective, _batches(run, method, rows)),
+        answering_phase(
+            run,
+            method,
+            rows,
+            objective,
+            _make_batch(run, method, rows),
+            programs=functools.partial(_programs, run, method),
+        ),
     ]
 
 
-def _batches(run: StageRun, method: Gkd, rows: Rows) -> MakeBatches:
+def _make_batch(run: StageRun, method: Gkd, rows: Rows) -> MakeBatch:
     """The steps' batches, answered by the student as it is when one is asked for, or given."""
+    planned = planned_steps(prompt_plan(run, method, rows)[0])
 
-    def make(planned: StepOf) -> MakeBatch:
-        answering = Answering.of(run, method, method.temperature)
+    def make_batch(state: TrainState, frozen: Tree, step: int) -> AnswerBatch:
+        places = read_places(rows, planned(step))
+        if student_answers(run.config.seed, step, method.student_share):
+            answering = Answering.of(run, method, method.temperature)
+            answers = answering.answer(run.model.at(state.trainable).weights, places, step)
+        else:
+            answers = given_answers(places, run.corpus.end_token_ids)
+        return put_rows(answer_batch(answers, run.corpus.max_length), run.mesh)
 
-        def make_batch(state: TrainState, step: int) -> AnswerBatch:
-            places = read_places(rows, planned(step))
-            if student_answers(run.config.seed, step, method.student_share):
-                student = run.model.at(state.trainable)
-                answers = answering.answer(student.weights, places, step)
-            else:
-                answers = given_answers(places, run.corpus.end_token_ids)
-            return put_rows(answer_batch(answers, run.corpus.max_length), run.mesh)
+    return make_batch
 
-        return make_batch
 
-    return make
+def _programs(run: StageRun, method: Gkd, phase: Phase) -> list[Program]:
+    step = scored_step_program(run, phase)
+    if method.student_share == 0:
+        return [step]
+    options: dict[str, Any] = {"temperature": method.temperature, "times": method.student_share}
+    return [scored_answer_program(run, method, phase, **options), step]
 
 
 @dataclass(frozen=True)

@@ -62,11 +62,13 @@ def to_score(scoring: Scoring) -> dict[str, Rows]:
 def phases(run: StageRun) -> list[Phase]:
     """NLL and KL on what was scored, every example alike."""
     config, corpus, method = run.config, run.corpus, _method(run.config)
-    golds = _golds(config, corpus)
-    kept, counts = _kept(corpus, _texts(config, corpus), golds)
+    if run.scorer is not None:  # a sketch: how many texts are correct is not known
+        texts = _texts(config, corpus, drawn=False)
+        return [label_phase(run, texts, nll_splits=tuple(texts), rescale=method.rescale)]
+    kept, counts = _kept(corpus, _texts(config, corpus), _golds(config, corpus))
     phase = label_phase(run, kept, nll_splits=tuple(kept), rescale=method.rescale)
-    texts = {f"texts/{name}": count for name, count in counts.items()}
-    return [phase.with_(before=lambda state: {**phase.before(state), **texts})]
+    figures = {f"texts/{name}": count for name, count in counts.items()}
+    return [phase.with_(before=lambda state: {**phase.before(state), **figures})]
 
 
 def _method(config: Config) -> MentorKd:
@@ -104,13 +106,14 @@ def _prompts_to_ask(prompts: TokenSplit, golds: Golds | None) -> list[int]:
     return list(first.values())
 
 
-def _texts(config: Config, corpus: TokenCorpus) -> dict[str, Rows]:
-    """All of the teacher's texts and the mentor's, which are drawn by now."""
+def _texts(config: Config, corpus: TokenCorpus, *, drawn: bool = True) -> dict[str, Rows]:
+    """All of the teacher's texts and the mentor's; before these are drawn, their prompts."""
     texts = dict(teacher_rows(config, corpus))
     for split in list(texts):
         for draw in range(_method(config).num_rationales):
-            store = SampleStore(config.folder / "samples" / _name(split, draw))
-            texts[_name(split, draw)] = AnsweredSplit(corpus.split(split), store)
+            name, prompts = _name(split, draw), corpus.split(split)
+            store = SampleStore(config.folder / "samples" / name)
+            texts[name] = AnsweredSplit(prompts, store) if drawn else prompts
     return texts
 
 

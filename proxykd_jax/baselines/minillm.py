@@ -13,16 +13,25 @@ rollout again, from the student that it began with, and goes on to the same byte
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
-import optax
+from jax.sharding import Mesh
 
 from proxykd_jax.baselines.online import prompt_plan, warmup_phase
+from proxykd_jax.baselines.programs import (
+    answer_shapes,
+    scored_answer_program,
+    scored_step_program,
+    scorer_cost,
+    scorer_of,
+)
 from proxykd_jax.baselines.rollouts import (
     AnswerBatch,
     Answering,
@@ -32,9 +41,8 @@ from proxykd_jax.baselines.rollouts import (
 )
 from proxykd_jax.baselines.scored import (
     ScoredSpec,
+    beside_scorer,
     both_logits,
-    frozen_of,
-    load_scorer,
     sampling_time_logps,
     scorer_text,
 )
@@ -56,25 +64,35 @@ from proxykd_jax.losses import (
     token_logps,
     whiten,
 )
+from proxykd_jax.models.cost import forward_flops
 from proxykd_jax.parallel.processes import fetch
-from proxykd_jax.parallel.sharding import put_rows
+from proxykd_jax.parallel.sharding import bytes_per_device, put_rows
+from proxykd_jax.training.abstract import (
+    Cost,
+    Lengths,
+    Program,
+    abstract_rows,
+    place,
+    place_rows,
+    state_of,
+    weights_read,
+)
 from proxykd_jax.training.batches import (
     Joined,
-    Plan,
     phase_seed,
     planned_steps,
     token_collate,
 )
 from proxykd_jax.training.distillation import planned_figures, teacher_rows
 from proxykd_jax.training.loop import Trainer
-from proxykd_jax.training.model import Model
 from proxykd_jax.training.objectives import Counts, Metrics, Objective
 from proxykd_jax.training.optimizer import make_optimizer
 from proxykd_jax.training.phase import MakeBatch, Phase
+from proxykd_jax.training.programs import longest
 from proxykd_jax.training.scoring import SCORER_TEXT, Scoring
 from proxykd_jax.training.stage_run import StageRun
 from proxykd_jax.training.state import TrainState, Tree
-from proxykd_jax.training.steps import Step, make_train_step
+from proxykd_jax.training.steps import Step
 from proxykd_jax.types import TokenBatch
 
 AnchorBatch = Callable[[int], TokenBatch | None]
@@ -96,31 +114,82 @@ def phases(run: StageRun) -> list[Phase]:
     plan, steps = prompt_plan(run, method, prompts)
     updates = method.updates_a_step(config.distill.batch_size)
     optimizer = make_optimizer(config.distill.optimizer, steps * updates)
+    phase = run.phase(
+        "train",
+        MiniLlmObjective.of(method),
+        optimizer,
+        prompts,
+        plan,
+        steps,
+        before=lambda state: {**planned_figures(prompts, steps), "updates_a_step": updates},
+        programs=functools.partial(_programs, run, method),
+        **beside_scorer(run),
+    )
+    load_scorer = phase.prepare
     anchor = _anchor(run, written) if method.anchor != "none" else lambda update: None
 
     def prepare(phase: Phase, trainer: Trainer) -> Phase:
-        scorer, spec = load_scorer(run)
-        return phase.with_(
-            spec=spec,
-            frozen=frozen_of(run.model, scorer),
-            make_batch=_make_rollout(run, method, prompts, plan, scorer),
-            own_step=_make_step(run, method, spec, optimizer, anchor),
-        )
+        assert load_scorer is not None
+        phase = load_scorer(phase, trainer)
+        return phase.with_(make_batch=_make_rollout(run, method, prompts, phase))
 
-    figures = {**planned_figures(prompts, steps), "updates_a_step": updates}
     return [
         warmup_phase(run, method, written if from_scorer else teacher),
-        run.phase(
-            "train",
-            MiniLlmObjective.of(method),
-            optimizer,
-            prompts,
-            plan,
-            steps,
-            prepare=prepare,
-            before=lambda state: figures,
+        phase.with_(prepare=prepare, make_step=functools.partial(_updates, run, method, anchor)),
+    ]
+
+
+def _programs(run: StageRun, method: MiniLlm, phase: Phase) -> list[Program]:
+    """Answers, both models' log-probs of them, and an update."""
+    length, anchored, scorer = longest(run), method.anchor != "none", scorer_of(run)
+    mixing = None
+    if method.teacher_mixing > 0:
+        mixing = Mixing(scorer.spec.config, method.teacher_mixing)
+
+    def batch(rows: int) -> RolloutBatch:
+        values = jax.ShapeDtypeStruct((rows, length), jnp.float32)
+        anchor = abstract_rows(rows, length) if anchored else None
+        return RolloutBatch(answer_shapes(rows, length), values, values, values, anchor)
+
+    return [
+        scored_answer_program(run, method, phase, mixing=mixing),
+        _logps_program(run, phase),
+        scored_step_program(
+            run,
+            phase,
+            batch_of=batch,
+            answers=2 if anchored else 1,
+            times=method.inner_epochs,
         ),
     ]
+
+
+def _logps_program(run: StageRun, phase: Phase) -> Program:
+    """Both models' log-probs of the answers of an update, as they were drawn."""
+    length, student = longest(run), run.model
+    weights = (student.trainable, phase.frozen)
+
+    def lower(mesh: Mesh, rows: int) -> list[Any]:
+        batch = place_rows(abstract_rows(rows, length), mesh)
+        placed = (place(tree, mesh) for tree in weights)
+        return [sampling_time_logps.lower(*placed, batch, spec=phase.spec)]
+
+    def cost(axes: dict[str, int], rows: int, lengths: Lengths) -> Cost:
+        seen = scorer_cost(run, axes, rows, lengths)
+        flops = forward_flops(student.spec.config, rows, lengths.row)
+        return Cost(seen.flops + flops, seen.bytes_moved + weights_read(student, axes))
+
+    return Program(
+        "logps",
+        "distill",
+        student.spec.config.num_params,
+        run.config.distill.batch_size,
+        lower,
+        lambda axes: bytes_per_device(weights, axes),
+        lambda mesh: bytes_per_device(state_of(phase).opt_state, dict(mesh.shape)),
+        cost,
+        whole=True,
+    )
 
 
 # --- a rollout ------------------------------------------------------------------------------------
@@ -139,40 +208,27 @@ class Rollout:
     answers: AnswerBatch
 
 
-def _make_rollout(
-    run: StageRun, method: MiniLlm, prompts: Rows, plan: Plan, scorer: Model
-) -> MakeBatch:
+def _make_rollout(run: StageRun, method: MiniLlm, prompts: Rows, phase: Phase) -> MakeBatch:
     """Answers of the mixture of the scorer and the student as it is when a rollout is asked for."""
-    mixing, other = None, None
+    planned, mixing, spec = planned_steps(phase.plan), None, phase.spec
+    assert isinstance(spec, ScoredSpec)
     if method.teacher_mixing > 0:
-        mixing, other = Mixing(scorer.config, method.teacher_mixing), scorer.weights
+        mixing = Mixing(spec.scorer.config, method.teacher_mixing)
     answering = Answering.of(run, method, 1.0, mixing=mixing)
-    planned = planned_steps(plan)
 
-    def make_batch(state: TrainState, step: int) -> Rollout:
+    def make_batch(state: TrainState, frozen: Tree, step: int) -> Rollout:
         student, places = run.model.at(state.trainable), read_places(prompts, planned(step))
+        other = None if mixing is None else frozen["scorer"]
         answers = answering.answer(student.weights, places, step, other)
         return Rollout(step, answer_batch(answers, run.corpus.max_length))
 
     return make_batch
 
 
-def _make_step(
-    run: StageRun,
-    method: MiniLlm,
-    spec: ScoredSpec,
-    optimizer: optax.GradientTransformation,
-    anchor: AnchorBatch,
-) -> Step:
+def _updates(run: StageRun, method: MiniLlm, anchor: AnchorBatch, phase: Phase) -> Step:
     """``step(state, frozen, rollout)``: all updates on a rollout; metrics are their means."""
-    distill, size = run.config.distill, run.config.distill.batch_size
-    update = make_train_step(
-        spec,
-        MiniLlmObjective.of(method),
-        optimizer,
-        microbatches=distill.microbatches,
-        seed=run.config.seed,
-    )
+    size, update, spec = run.config.distill.batch_size, phase.update(), phase.spec
+    assert isinstance(spec, ScoredSpec)
 
     def step(
         state: TrainState, frozen: Tree, rollout: Rollout

@@ -9,14 +9,20 @@ are constants: no gradient goes through sampling.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from proxykd_jax.baselines.gkd import GkdObjective
 from proxykd_jax.baselines.online import prompt_plan
+from proxykd_jax.baselines.programs import (
+    scored_answer_program,
+    scored_step_program,
+    scorer_of,
+)
 from proxykd_jax.baselines.rollouts import (
     AnswerBatch,
     Answering,
@@ -24,15 +30,16 @@ from proxykd_jax.baselines.rollouts import (
     read_places,
     student_answers,
 )
-from proxykd_jax.baselines.scored import ScoredSpec, frozen_of, load_scorer
+from proxykd_jax.baselines.scored import ScoredSpec, beside_scorer
 from proxykd_jax.config.methods import ProxyKd
 from proxykd_jax.data.collate import Rows
 from proxykd_jax.losses import reduce_examples
 from proxykd_jax.parallel.sharding import put_rows
+from proxykd_jax.training.abstract import Program, weight_bytes
 from proxykd_jax.training.batches import planned_steps
-from proxykd_jax.training.loop import Trainer
 from proxykd_jax.training.objectives import Counts, Metrics, Objective
-from proxykd_jax.training.phase import Phase
+from proxykd_jax.training.phase import MakeBatch, Phase
+from proxykd_jax.training.programs import label_programs
 from proxykd_jax.training.stage_run import StageRun
 from proxykd_jax.training.state import TrainState, Tree
 from proxykd_jax.types import DistillBatch
@@ -52,41 +59,50 @@ def with_own_answers(run: StageRun, method: ProxyKd, stored: Phase, rows: Rows) 
     distill = run.config.distill
     own = GkdObjective(0.0, 1.0, distill.reduction, distill.alpha)
 
-    def prepare(phase: Phase, trainer: Trainer) -> Phase:
-        scorer, spec = load_scorer(run)
-        return phase.with_(
-            spec=spec,
-            frozen=frozen_of(run.model, scorer),
-            collate=None,
-            make_batch=_make_batch(run, method, stored, rows),
-        )
-
     return stored.with_(
         objective=MixedObjective(stored.objective, own),
-        prepare=prepare,
+        make_batch=_make_batch(run, method, stored, rows),
         # Own answers have one term.
         diagnoses=lambda batch: not isinstance(batch, AnswerBatch),
+        programs=functools.partial(_programs, run, method, stored, own),
+        **beside_scorer(run),
     )
 
 
-def _make_batch(
-    run: StageRun, method: ProxyKd, stored: Phase, rows: Rows
-) -> Callable[[TrainState, int], Batch]:
+def _programs(
+    run: StageRun, method: ProxyKd, stored: Phase, own: GkdObjective, phase: Phase
+) -> list[Program]:
+    """Steps on stored labels, which do not look at the scorer; answers, and steps on them."""
+    scorer, share = scorer_of(run), method.student_share
+    found = [
+        scored_answer_program(run, method, phase, times=share),
+        scored_step_program(run, phase.with_(objective=own), "own", times=share),
+    ]
+    if share == 1:
+        return found
+    held: dict[str, Any] = {
+        "times": 1 - share,
+        "resident": lambda mesh: weight_bytes(scorer, dict(mesh.shape)),
+    }
+    return [*label_programs(run, run.config.score.top_k, stored, **held), *found]
+
+
+def _make_batch(run: StageRun, method: ProxyKd, stored: Phase, rows: Rows) -> MakeBatch:
     """A step's rows with their labels, or the answers of the student as it is to their prompts.
 
     Where rows are packed, a step's own answers are to the prompts of a plan of their own, one a
     place of the batch.
     """
     config, collate = run.config, stored.collate
-    assert collate is not None
-    answering = Answering.of(run, method, temperature=1.0)
     packed = config.distill.batching == "pack"
     asked = planned_steps(prompt_plan(run, method, rows)[0] if packed else stored.plan)
     planned = planned_steps(stored.plan)
 
-    def make_batch(state: TrainState, step: int) -> Batch:
+    def make_batch(state: TrainState, frozen: Tree, step: int) -> Batch:
         if not student_answers(config.seed, step, method.student_share):
+            assert collate is not None  # a sketch has none
             return put_rows(collate(planned(step)), run.mesh)
+        answering = Answering.of(run, method, temperature=1.0)
         student = run.model.at(state.trainable)
         answers = answering.answer(student.weights, read_places(rows, asked(step)), step)
         return put_rows(answer_batch(answers, run.corpus.max_length), run.mesh)

@@ -10,11 +10,13 @@ teacher is looked at, and there is no NLL.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import jax
 
-from proxykd_jax.baselines.online import MakeBatches, StepOf, answering_phase, warmup_phase
+from proxykd_jax.baselines.online import answering_phase, prompt_plan, warmup_phase
+from proxykd_jax.baselines.programs import scored_answer_program, scored_step_program
 from proxykd_jax.baselines.rollouts import (
     AnswerBatch,
     Answering,
@@ -34,7 +36,8 @@ from proxykd_jax.losses import (
     token_logps,
 )
 from proxykd_jax.parallel.sharding import put_rows
-from proxykd_jax.training.batches import Joined
+from proxykd_jax.training.abstract import Program
+from proxykd_jax.training.batches import Joined, planned_steps
 from proxykd_jax.training.distillation import FRESH, teacher_rows
 from proxykd_jax.training.objectives import Counts, Metrics, Objective
 from proxykd_jax.training.phase import MakeBatch, Phase
@@ -58,24 +61,36 @@ def phases(run: StageRun) -> list[Phase]:
     objective = OnPolicyObjective(method.form, method.coef, config.distill.reduction)
     return [
         warmup_phase(run, method, text),
-        answering_phase(run, method, prompts, objective, _batches(run, method, prompts)),
+        answering_phase(
+            run,
+            method,
+            prompts,
+            objective,
+            _make_batch(run, method, prompts),
+            programs=functools.partial(_programs, run, method),
+        ),
     ]
 
 
-def _batches(run: StageRun, method: OnPolicy, prompts: Rows) -> MakeBatches:
+def _make_batch(run: StageRun, method: OnPolicy, prompts: Rows) -> MakeBatch:
     """The answers of the student as it is when a batch is asked for."""
+    planned = planned_steps(prompt_plan(run, method, prompts)[0])
 
-    def make(planned: StepOf) -> MakeBatch:
+    def make_batch(state: TrainState, frozen: Tree, step: int) -> AnswerBatch:
         answering = Answering.of(run, method, 1.0, method.samples_per_prompt)
+        student, places = run.model.at(state.trainable), read_places(prompts, planned(step))
+        answers = answering.answer(student.weights, places, step)
+        return put_rows(answer_batch(answers, run.corpus.max_length), run.mesh)
 
-        def make_batch(state: TrainState, step: int) -> AnswerBatch:
-            student, places = run.model.at(state.trainable), read_places(prompts, planned(step))
-            answers = answering.answer(student.weights, places, step)
-            return put_rows(answer_batch(answers, run.corpus.max_length), run.mesh)
+    return make_batch
 
-        return make_batch
 
-    return make
+def _programs(run: StageRun, method: OnPolicy, phase: Phase) -> list[Program]:
+    many = method.samples_per_prompt
+    return [
+        scored_answer_program(run, method, phase, times=many),
+        scored_step_program(run, phase, answers=many),
+    ]
 
 
 @dataclass(frozen=True)

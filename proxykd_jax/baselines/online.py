@@ -6,26 +6,20 @@ ends with a checkpoint, and the second and the third begin with an optimizer of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from proxykd_jax.baselines.scored import frozen_of, load_scorer
+from proxykd_jax.baselines.scored import beside_scorer
 from proxykd_jax.config import OptimizerConfig
 from proxykd_jax.config.method_section import AnsweringSection
 from proxykd_jax.config.online_methods import OnlineSection
 from proxykd_jax.data.collate import Rows
-from proxykd_jax.data.order import PlannedBatch
-from proxykd_jax.training.batches import Joined, Plan, count_steps, planned_steps
+from proxykd_jax.training.batches import Joined, Plan, count_steps
 from proxykd_jax.training.distillation import planned_figures
-from proxykd_jax.training.loop import Trainer
 from proxykd_jax.training.objectives import Objective
 from proxykd_jax.training.optimizer import make_optimizer
 from proxykd_jax.training.phase import MakeBatch, Phase
 from proxykd_jax.training.stage_run import StageRun
-
-# The planned batch of a step; and what makes a phase's batches from it.
-StepOf = Callable[[int], PlannedBatch]
-MakeBatches = Callable[[StepOf], MakeBatch]
 
 
 def prompt_plan(run: StageRun, method: AnsweringSection, prompts: Rows) -> tuple[Plan, int]:
@@ -63,6 +57,7 @@ def warmup_phase(run: StageRun, method: OnlineSection, text: Mapping[str, Rows])
         order="distill/warmup",
         epochs=method.warmup_epochs,
         most=method.warmup_max_steps,
+        program="nll",
         weight=run.config.distill.nll_weight,
     )
     return phase.with_(keep=phase.steps > 0)
@@ -73,7 +68,7 @@ def answering_phase(
     method: AnsweringSection,
     prompts: Rows,
     objective: Objective,
-    make_batches: MakeBatches,
+    make_batch: MakeBatch,
     **fields: Any,
 ) -> Phase:
     """The steps whose batches hold the student's answers, with the scorer beside the student.
@@ -82,19 +77,9 @@ def answering_phase(
       run, method: of the stage.
       prompts: that are answered.
       objective: that reads both models.
-      make_batches: makes the phase's batches, from what says which prompts a step takes.
-      **fields: others of ``Phase``.
+      make_batch, **fields: of ``Phase``.
     """
     plan, steps = prompt_plan(run, method, prompts)
-
-    def prepare(phase: Phase, trainer: Trainer) -> Phase:
-        scorer, spec = load_scorer(run)
-        return phase.with_(
-            spec=spec,
-            frozen=frozen_of(run.model, scorer),
-            make_batch=make_batches(planned_steps(plan)),
-        )
-
     return run.phase(
         "train",
         objective,
@@ -102,7 +87,7 @@ def answering_phase(
         prompts,
         plan,
         steps,
-        prepare=prepare,
+        make_batch=make_batch,
         before=lambda state: planned_figures(prompts, steps),
-        **fields,
+        **{**beside_scorer(run), **fields},
     )

@@ -35,13 +35,13 @@ def phases(run: StageRun) -> list[Phase]:
     config, corpus, method = run.config, run.corpus, run.config.method
     assert isinstance(method, ProxyKd)
     rows = teacher_rows(config, corpus)
-    if run.labels is None:
+    if config.needs != "labels":
         if len(corpus.split(FRESH)):
             Console("distill").say(
                 "WARNING: with distill.alpha 0 nothing is learnt from corpus.fresh_prompts"
             )
         return [text_phase(run, rows)]
-    rows |= fresh_rows(config, corpus)
+    rows |= fresh_rows(run)
     phase = label_phase(run, rows, nll_splits=teacher_splits(config))
     return [
         with_own_answers(run, method, phase, Joined(rows)) if method.student_share > 0 else phase

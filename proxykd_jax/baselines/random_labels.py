@@ -69,13 +69,15 @@ def to_score(scoring: Scoring) -> dict[str, Rows]:
 def phases(run: StageRun) -> list[Phase]:
     """Eq. 11 with the drawn targets in the place of the most probable ids."""
     config, rows = run.config, teacher_rows(run.config, run.corpus)
+    num_draws, splits = _method(config).draws, teacher_splits(config)
+    if run.scorer is not None:  # a sketch
+        slots = min(num_draws, run.corpus.vocab_size)
+        return [label_phase(run, rows, nll_splits=splits, drawn=DrawnTargets({}, slots))]
     stores = {name: _store(config, run.corpus, name) for name in rows}
-    num_draws = _method(config).draws
     drawn = DrawnTargets(
         {name: functools.partial(_targets, store, num_draws) for name, store in stores.items()},
         next(iter(stores.values())).slots,
     )
-    splits = teacher_splits(config)
     return [label_phase(run, rows, nll_splits=splits, drawn=drawn)]
 
 

@@ -19,11 +19,13 @@ from proxykd_jax.models.chunked import map_positions
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.decoder import batch_hidden_states, unembed
 from proxykd_jax.training.logprobs import positions_at_once
+from proxykd_jax.training.loop import Trainer
 from proxykd_jax.training.model import Model
+from proxykd_jax.training.phase import Phase
 from proxykd_jax.training.restore import load_aligned_proxy
-from proxykd_jax.training.scoring import Scoring
+from proxykd_jax.training.scoring import SCORER_TEXT, Scoring
 from proxykd_jax.training.stage_run import StageRun
-from proxykd_jax.training.state import ModelSpec, Tree
+from proxykd_jax.training.state import ModelSpec, TrainState, Tree
 from proxykd_jax.types import TokenBatch
 
 
@@ -56,6 +58,10 @@ class ScoredSpec:
         """All that learns is the student's."""
         return trainable
 
+    def beside(self, frozen: Tree, state: TrainState) -> dict[str, Tree]:
+        """The scorer."""
+        return {"scorer": frozen["scorer"]}
+
 
 def load_scorer(run: StageRun) -> tuple[Model, ScoredSpec]:
     """The proxy as ``align`` left it, aligned or not, on the student's mesh."""
@@ -68,12 +74,32 @@ def frozen_of(student: Model, scorer: Model) -> Tree:
     return {"student": student.frozen, "scorer": scorer.weights}
 
 
+def beside_scorer(run: StageRun) -> dict[str, Any]:
+    """The fields of a phase whose steps read the scorer too.
+
+    A run loads it when the phase begins, so that a warm-up does not hold it.
+    """
+    if run.scorer is not None:
+        spec = ScoredSpec(run.model.spec, run.scorer.spec, run.corpus.vocab_size)
+        frozen = {"student": run.model.frozen, "scorer": run.scorer.weight_shapes}
+        return {"spec": spec, "frozen": frozen}
+
+    def prepare(phase: Phase, trainer: Trainer) -> Phase:
+        scorer, spec = load_scorer(run)
+        return phase.with_(spec=spec, frozen=frozen_of(run.model, scorer))
+
+    return {"prepare": prepare}
+
+
 def scorer_text(run: StageRun) -> dict[str, Rows]:
-    """The scorer's answers to the prompts of D_s, drawn once at temperature 1 and stored.
+    """The scorer's answers to the prompts of D_s, drawn once at temperature 1 and stored; of a
+    sketch the prompts alone.
 
     Raises:
       UserError: there are none.
     """
+    if run.scorer is not None:
+        return {SCORER_TEXT: run.corpus.split("distill")}
     return Scoring(run.config, run.corpus).answer_distill_prompts()
 
 

@@ -20,9 +20,11 @@ from proxykd_jax.errors import UserError
 from proxykd_jax.generation.samples import SampleStore
 from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.parallel.sharding import check_rows
+from proxykd_jax.training.abstract import Program
 from proxykd_jax.training.answers import draw_answers
 from proxykd_jax.training.batches import (
     Joined,
+    Plan,
     count_steps,
 )
 from proxykd_jax.training.console import Console
@@ -33,9 +35,11 @@ from proxykd_jax.training.objectives import AlignObjective
 from proxykd_jax.training.optimizer import make_optimizer
 from proxykd_jax.training.pairs import PairRows
 from proxykd_jax.training.phase import Phase
+from proxykd_jax.training.programs import pair_program, sampling_program, text_programs
 from proxykd_jax.training.reference import check_first_dpo_loss, store_references
 from proxykd_jax.training.scoring import Scoring
 from proxykd_jax.training.stage_run import StageRun
+from proxykd_jax.training.state import TrainState
 
 
 def to_score(scoring: Scoring) -> dict[str, Rows]:
@@ -46,7 +50,8 @@ def to_score(scoring: Scoring) -> dict[str, Rows]:
 def phases(run: StageRun) -> list[Phase]:
     """The warm-up, then the preference; y-hat is drawn before both."""
     rows = Joined(teacher_rows(run.config, run.corpus))
-    return _Soda(run, rows, sample_base_student(run, rows)).phases()
+    samples = None if run.scorer is not None else sample_base_student(run, rows)
+    return _Soda(run, rows, samples).phases()
 
 
 def sample_base_student(run: StageRun, rows: Joined) -> SampleStore:
@@ -105,30 +110,42 @@ class _Soda:
     Args:
       run: of the stage.
       rows: the teacher's answers.
-      samples: y-hat of each.
+      samples: y-hat of each; None for a sketch.
     """
 
-    def __init__(self, run: StageRun, rows: Joined, samples: SampleStore) -> None:
-        self._run, self._rows, self._samples = run, rows, samples
+    def __init__(self, run: StageRun, rows: Joined, samples: SampleStore | None) -> None:
+        self._run, self._rows, self._store = run, rows, samples
         self._distill, self._method = run.config.distill, _method(run)
         self._preference = PreferenceConfig(loss="dpo", beta=self._method.beta)
-        pairs = self._pairs()
         self._options: dict[str, Any] = {
             "epochs": self._distill.epochs,
             "most": self._distill.max_steps,
         }
-        self._plan = run.plan(
+
+    @property
+    def _samples(self) -> SampleStore:
+        assert self._store is not None
+        return self._store
+
+    def _plan(self) -> Plan:
+        """The batches of DPO; of a sketch as many, of other lengths."""
+        if self._store is None:
+            positions = self._rows.lengths - 1
+            return self._run.plan(positions, "soda/dpo", packs=False, **self._options)
+        pairs = self._pairs()
+        return self._run.plan(
             pairs.positions,
             "soda/dpo",
             packs=False,
             answers=pairs.answers,
-            max_length=pairs.longest(run.corpus.max_length),
+            max_length=pairs.longest(self._run.corpus.max_length),
             **self._options,
         )
 
     def phases(self) -> list[Phase]:
         """NLL from q_0 to q_w, then DPO from q_w, by one optimizer."""
-        method, steps = self._method, count_steps(self._plan, **self._options)
+        method, plan = self._method, self._plan()
+        steps = count_steps(plan, **self._options)
         warmup = self._run.nll_phase(
             "warmup",
             self._rows,
@@ -136,6 +153,7 @@ class _Soda:
             order="soda/warmup",
             epochs=method.warmup_epochs,
             most=method.warmup_max_steps,
+            program="distill",
             keep=True,
         )
         objective = AlignObjective(
@@ -144,29 +162,38 @@ class _Soda:
             nll_weight=method.nll_weight,
             preference_weight=1.0,
         )
-        figures = {
-            **planned_figures(self._rows, warmup.steps + steps),
-            **{f"samples/{name}": value for name, value in self._samples.counts().items()},
-        }
+
+        def before(state: TrainState) -> dict[str, float]:
+            counts = {f"samples/{name}": value for name, value in self._samples.counts().items()}
+            return {**planned_figures(self._rows, warmup.steps + steps), **counts}
+
         preference = self._run.phase(
             "dpo",
             objective,
             warmup.optimizer,
             self._rows,
-            self._plan,
+            plan,
             steps,
             prepare=self._prepare,
             check_first=self._check_first_loss,
-            before=lambda state: figures,
+            before=before,
+            programs=lambda phase: [pair_program(self._run, phase, "prefer")],
         )
+        if self._store is None:
+            warmup = warmup.with_(programs=self._first_programs)
         return [warmup, preference]
+
+    def _first_programs(self, phase: Phase) -> list[Program]:
+        """Of q_0's answers, and of the warm-up."""
+        run = self._run
+        return [sampling_program(run, run.model, phase), *text_programs(run, "distill", phase)]
 
     # --- pieces -----------------------------------------------------------------------------------
 
     def _prepare(self, phase: Phase, trainer: Trainer) -> Phase:
         """log q_w of y and y-hat: once, before the first step that moves the student from q_w."""
         if trainer.progress.phase_step == 0:
-            self._store_references(trainer)
+            self._store_references(phase, trainer)
         if self._samples.num_references < len(self._rows):
             raise UserError(
                 f"{self._run.folder / 'reference'} lacks log-probs of the warmed-up student, and "
@@ -174,12 +201,12 @@ class _Soda:
             )
         return phase.with_(collate=self._pairs().collate)
 
-    def _store_references(self, trainer: Trainer) -> None:
+    def _store_references(self, phase: Phase, trainer: Trainer) -> None:
         say = trainer.console.say
         rows_per_part = self._run.config.align.sampling.rows_per_part
         store_references(
             self._samples,
-            self._plan,
+            phase.plan,
             self._pairs().collate,
             self._run.model.at(trainer.state.trainable),
             rows=self._rows,

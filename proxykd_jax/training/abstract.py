@@ -1,4 +1,4 @@
-"""Models, batches and programs from shapes alone.
+"""Batches and programs from shapes alone.
 
 Nothing is loaded: weights, states and batches are abstract arrays with the shardings that the
 table gives them.
@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh, NamedSharding
 
-from proxykd_jax.config import Config, ModelSection, TrainingSection, Work
+from proxykd_jax.config import Work
 from proxykd_jax.generation.decode import (
     DrawSettings,
     Mixing,
@@ -25,9 +24,7 @@ from proxykd_jax.generation.decode import (
     prefill,
 )
 from proxykd_jax.generation.sampler import prompt_bucket, slot_bucket
-from proxykd_jax.models.config import ModelConfig
-from proxykd_jax.models.cost import answer_flops, cache_bytes
-from proxykd_jax.models.lora import abstract_adapter
+from proxykd_jax.models.cost import answer_flops, cache_bytes, step_flops
 from proxykd_jax.models.params import abstract_params
 from proxykd_jax.models.quantized import QuantizedKernel
 from proxykd_jax.parallel.sharding import (
@@ -37,12 +34,14 @@ from proxykd_jax.parallel.sharding import (
     row_ways,
     tree_shardings,
 )
-from proxykd_jax.training.model import quantization
-from proxykd_jax.training.objectives import Objective
-from proxykd_jax.training.optimizer import make_optimizer
-from proxykd_jax.training.state import ModelSpec, Spec, Tree, init_state
+from proxykd_jax.training.model import Model
+from proxykd_jax.training.state import TrainState, init_state
 from proxykd_jax.training.steps import make_train_step
 from proxykd_jax.types import TokenBatch
+
+if TYPE_CHECKING:
+    from proxykd_jax.training.phase import Phase
+    from proxykd_jax.training.stage_run import StageRun
 
 
 @dataclass(frozen=True)
@@ -103,52 +102,17 @@ class Program:
     whole: bool = False
 
 
-@dataclass(frozen=True)
-class AbstractModel:
-    """A model of the config without its weights.
-
-    Attributes:
-      spec: the static half.
-      frozen, state: shapes of the weights that do not learn, and of the training state.
-      optimizer: that the state belongs to.
-    """
-
-    spec: ModelSpec
-    frozen: Tree
-    state: Any
-    optimizer: Any
-
-    @property
-    def weights(self) -> tuple[Tree, Tree | None]:
-        """Shapes of (params, adapter) in a forward pass."""
-        found: tuple[Tree, Tree | None] = jax.eval_shape(
-            self.spec.bind, self.frozen, self.state.trainable
-        )
-        return found
-
-    def weight_bytes(self, axes: dict[str, int]) -> int:
-        """What a device holds of them."""
-        return bytes_per_device(self.weights, axes)
+def state_of(phase: Phase) -> TrainState:
+    """Shapes of the state that a phase of a sketch trains."""
+    found: TrainState = jax.eval_shape(
+        lambda tree: init_state(tree, phase.optimizer), phase.trainable
+    )
+    return found
 
 
-def abstract_model(
-    config: ModelConfig, section: ModelSection, stage: TrainingSection
-) -> AbstractModel:
-    """The proxy or the student as ``load_for_training`` would load it.
-
-    Args:
-      config: its architecture, with ``lora`` set where an adapter is trained.
-      section: ``config.proxy`` or ``config.student``.
-      stage: the section that trains it.
-    """
-    full = section.trainable == "full"
-    dtype = "float32" if full else section.dtype
-    weights = abstract_params(config, dtype, quantization(section))
-    frozen, trainable = ({}, weights) if full else (weights, abstract_adapter(config))
-    optimizer = make_optimizer(stage.optimizer, 1)
-    state = jax.eval_shape(lambda tree: init_state(tree, optimizer), trainable)
-    spec = ModelSpec(config, section.trainable, section.dtype, section.remat)
-    return AbstractModel(spec, frozen, state, optimizer)
+def weight_bytes(model: Model, axes: dict[str, int]) -> int:
+    """What a device holds of a model's weights in a forward pass."""
+    return bytes_per_device(model.weight_shapes, axes)
 
 
 def abstract_rows(rows: int, length: int, num_segments: int = 1) -> TokenBatch:
@@ -162,62 +126,73 @@ def abstract_rows(rows: int, length: int, num_segments: int = 1) -> TokenBatch:
 
 
 def step_program(
-    config: Config,
+    run: StageRun,
+    phase: Phase,
     name: str,
-    work: Work,
-    spec: Spec,
-    objective: Objective,
-    optimizer: optax.GradientTransformation,
-    state: Any,
-    frozen: Tree,
     batch_of: Callable[[int], Any],
-    cost: Callable[[dict[str, int], int, Lengths], Cost],
+    *,
+    cost: Callable[[dict[str, int], int, Lengths], Cost] | None = None,
+    rows_of: Callable[[Lengths], tuple[int, int]] = lambda lengths: (1, lengths.row),
     times: float = 1.0,
+    resident: Callable[[Mesh], int] = lambda mesh: 0,
 ) -> Program:
     """A training step.
 
     Args:
-      config: of the run.
-      name, work, cost, times: see ``Program``.
-      spec, objective, optimizer: of ``make_train_step``.
-      state, frozen: shapes of the step's first two arguments.
-      batch_of: rows -> shapes of the third.
+      run, phase: a sketch, and the phase that takes the step.
+      name, cost, times, resident: see ``Program``; by default the cost of the run's own model.
+      batch_of: rows -> shapes of the step's batch.
+      rows_of: the rows of an example and the tokens of each, for the default cost.
     """
-    stage: TrainingSection = config.align if work == "align" else config.distill
+    section, state, frozen = run.section, state_of(phase), phase.frozen
 
     def lower(mesh: Mesh, rows: int) -> list[Any]:
         # With several micro-batches a step also holds the sum of their gradients.
-        parts = 1 if rows >= stage.batch_size else 2
+        parts = 1 if rows >= section.batch_size else 2
         step: Any = make_train_step(
-            spec, objective, optimizer, microbatches=parts, seed=config.seed
+            phase.spec, phase.objective, phase.optimizer, microbatches=parts, seed=phase.seed
         )
         batch = place_rows(batch_of(rows * parts), mesh)
         return [step.lower(place(state, mesh), place(frozen, mesh), batch)]
 
+    def own_cost(axes: dict[str, int], rows: int, lengths: Lengths) -> Cost:
+        number, length = rows_of(lengths)
+        return step_cost(run.model, axes, number * rows, length, state=state)
+
     return Program(
         name,
-        work,
-        spec.config.num_params,
-        stage.batch_size // stage.microbatches,
+        run.stage,
+        phase.spec.config.num_params,
+        section.batch_size // section.microbatches,
         lower,
         lambda axes: bytes_per_device((frozen, state), axes),
-        lambda mesh: 0,
-        cost,
+        resident,
+        cost or own_cost,
         times=times,
     )
+
+
+def step_cost(model: Model, axes: dict[str, int], rows: int, length: int, *, state: Any) -> Cost:
+    """Of a training step on so many rows of so many tokens, whose state has these shapes."""
+    spec = model.spec
+    full = spec.trainable == "full"
+    flops = step_flops(spec.config, rows, length, full=full, remat=spec.remat)
+    passes = 3 if spec.remat in ("full", "outputs") else 2
+    moved = passes * weights_read(model, axes) + 3 * bytes_per_device(state, axes)
+    return Cost(flops, moved)
 
 
 def answering_program(
     name: str,
     work: Work,
-    model: AbstractModel,
+    model: Model,
     rows: int,
     *,
     max_length: int,
     max_new_tokens: int | None,
     settings: DrawSettings,
     resident: Callable[[Mesh], int],
-    other: AbstractModel | None = None,
+    other: Model | None = None,
     mixing: Mixing | None = None,
     times: float = 1.0,
 ) -> Program:
@@ -241,8 +216,8 @@ def answering_program(
     models = [model, *([] if other is None else [other])]
 
     def lower(mesh: Mesh, rows: int) -> list[Any]:
-        params, adapter = (place(tree, mesh) for tree in model.weights)
-        beside = () if other is None else (place(other.weights, mesh),)
+        params, adapter = (place(tree, mesh) for tree in model.weight_shapes)
+        beside = () if other is None else (place(other.weight_shapes, mesh),)
         ids, valid = (jax.ShapeDtypeStruct((rows, prompt), kind) for kind in (jnp.int32, jnp.bool_))
         words = jax.ShapeDtypeStruct((rows, 4), jnp.uint32)
         batch = PromptBatch(ids, valid, words, jax.ShapeDtypeStruct((rows,), jnp.int32))
@@ -276,7 +251,7 @@ def answering_program(
         spec.config.num_params,
         rows,
         lower,
-        lambda axes: sum(found.weight_bytes(axes) for found in models),
+        lambda axes: sum(weight_bytes(found, axes) for found in models),
         resident,
         cost,
         lambda rows, lengths: (1.0, float(lengths.answer)),
@@ -306,12 +281,12 @@ def _shaped(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
-def weights_read(model: AbstractModel, axes: dict[str, int]) -> float:
+def weights_read(model: Model, axes: dict[str, int]) -> float:
     """Bytes of weights that a device moves in a pass: fsdp gathers them, tensor does not.
 
     Quantised ones are read, written out in the type of the computation, and read again.
     """
-    params, _ = model.weights
+    params, _ = model.weight_shapes
     tensor = {"tensor": axes.get("tensor", 1)}
     moved = bytes_per_device(params, tensor)
     if isinstance(params["layers"]["mlp"]["up_proj"]["kernel"], QuantizedKernel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh
 
 from proxykd_jax.artifacts import MANIFEST, digest_value, read_json
 from proxykd_jax.data.order import permutation
@@ -35,6 +35,7 @@ from proxykd_jax.training.objectives import AlignObjective
 from proxykd_jax.training.optimizer import make_optimizer
 from proxykd_jax.training.pairs import PairRows
 from proxykd_jax.training.phase import Phase
+from proxykd_jax.training.programs import round_programs
 from proxykd_jax.training.reference import LN_2, check_first_dpo_loss, store_references
 from proxykd_jax.training.stage_run import StageRun
 from proxykd_jax.training.state import TrainState
@@ -50,6 +51,8 @@ def align_proxy(run: StageRun) -> None:
     Raises:
       UserError: there are no rows to learn from, or a file does not fit.
     """
+    if run.config.align.uses_pairs:
+        check_sampling(run)
     phases = alignment_phases(run)
     rounds = sum(phase.name.startswith("round_") for phase in phases)
     run.train(
@@ -59,6 +62,17 @@ def align_proxy(run: StageRun) -> None:
         optimizer=make_optimizer(run.config.align.optimizer, 1),
         before=_watched(run),
     )
+
+
+def check_sampling(run: StageRun) -> None:
+    """Looks at the mesh on which the proxy answers, before anything is trained.
+
+    Raises:
+      UserError: it does not fit the model or the batch.
+    """
+    mesh = make_mesh(run.config.mesh.of("sample"))
+    check_rows(run.config.align.sampling.batch_size, mesh, "align.sampling.batch_size")
+    tree_shardings((run.model.frozen, run.model.trainable), mesh)
 
 
 def alignment_phases(run: StageRun) -> list[Phase]:
@@ -72,7 +86,6 @@ def alignment_phases(run: StageRun) -> list[Phase]:
         return []
     check_any_rows(corpus, ("warmup", "align"))
     warmup, slices = corpus.split("warmup"), round_slices(run)
-    sample_mesh = _sample_mesh(run) if align.uses_pairs else None
     # Steps if nothing stops earlier; a learning rate that falls is planned over them.
     counts = [len(warmup) * align.warmup_epochs]
     counts += [len(part) * align.epochs_per_round for part in slices]
@@ -88,6 +101,7 @@ def alignment_phases(run: StageRun) -> list[Phase]:
             order=f"align/{name}",
             epochs=epochs,
             most=most,
+            program=name.partition("_")[0],
             weight=align.nll_weight,
             after=_watched(run),
             keep=True,
@@ -96,8 +110,8 @@ def alignment_phases(run: StageRun) -> list[Phase]:
     phases = [nll_phase("warmup", warmup, align.warmup_epochs, align.warmup_max_steps)]
     for index, part in enumerate(slices, start=1):
         rows = Selection(corpus.split("align"), part)
-        if sample_mesh is not None:
-            phase = _Round(run, index, rows, optimizer, sample_mesh).phase()
+        if align.uses_pairs:
+            phase = _Round(run, index, rows, optimizer).phase()
         else:
             phase = nll_phase(_name(index), rows, align.epochs_per_round, align.round_max_steps)
         before = phases[-1].name
@@ -158,7 +172,6 @@ class _Round:
       index: from 1.
       rows: its slice of D_p.
       optimizer: of the stage.
-      sample_mesh: on which the proxy answers.
     """
 
     def __init__(
@@ -167,10 +180,8 @@ class _Round:
         index: int,
         rows: Selection,
         optimizer: optax.GradientTransformation,
-        sample_mesh: Mesh,
     ) -> None:
         self._run, self._index, self._rows, self._optimizer = run, index, rows, optimizer
-        self._sample_mesh = sample_mesh
         self._align = run.config.align
         self._objective = AlignObjective.of(self._align)
 
@@ -188,6 +199,7 @@ class _Round:
             count_steps(plan, **options),
             prepare=self._prepare,
             keep=True,
+            programs=functools.partial(round_programs, self._run),
         )
 
     # --- before its steps -------------------------------------------------------------------------
@@ -239,7 +251,7 @@ class _Round:
             model.config,
             *model.weights,
             corpus=run.corpus,
-            mesh=self._sample_mesh,
+            mesh=make_mesh(run.config.mesh.of("sample")),
             round_index=self._index,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -335,15 +347,3 @@ class _Round:
             )
         names = ("reward_margin", "reward_accuracy", "reward_chosen", "reward_rejected")
         return {f"after/{name}": figures[name] for name in (*names, "preference")}
-
-
-def _sample_mesh(run: StageRun) -> Mesh:
-    """The mesh on which the proxy answers, checked before anything is trained.
-
-    Raises:
-      UserError: it does not fit the model or the batch.
-    """
-    mesh = make_mesh(run.config.mesh.of("sample"))
-    check_rows(run.config.align.sampling.batch_size, mesh, "align.sampling.batch_size")
-    tree_shardings((run.model.frozen, run.model.trainable), mesh)
-    return mesh

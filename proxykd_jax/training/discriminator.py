@@ -30,6 +30,13 @@ def init_discriminator(student: Model, mesh: Mesh) -> Tree:
     return jax.jit(make, out_shardings=shardings)(student.trainable)
 
 
+def abstract_discriminator(student: Model, mesh: Mesh) -> Tree:
+    """The shapes of ``init_discriminator``."""
+    return jax.eval_shape(
+        lambda tree: discriminator_of(tree, student.config.model_dim), student.trainable
+    )
+
+
 def discriminator_of(trainable: Tree, model_dim: int) -> Tree:
     """What learns of the discriminator: ``body``, a copy of the student's, and ``score_head``.
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from proxykd_jax.config import Config
 from proxykd_jax.data.collate import Rows
-from proxykd_jax.data.corpus import TokenCorpus
+from proxykd_jax.data.corpus import TokenCorpus, TokenSplit
 from proxykd_jax.data.soft_labels import SoftLabelStore, Weights, weights_of
 from proxykd_jax.generation.answered import AnsweredSplit
 from proxykd_jax.generation.samples import SampleStore
@@ -30,6 +30,7 @@ from proxykd_jax.training.batches import (
 from proxykd_jax.training.objectives import DistillObjective
 from proxykd_jax.training.optimizer import make_optimizer
 from proxykd_jax.training.phase import Phase
+from proxykd_jax.training.programs import label_programs
 from proxykd_jax.training.stage_run import StageRun
 
 FRESH = "fresh"
@@ -51,13 +52,19 @@ def teacher_rows(config: Config, corpus: TokenCorpus) -> dict[str, Rows]:
     return {name: rows for name, rows in found.items() if len(rows)}
 
 
-def fresh_rows(config: Config, corpus: TokenCorpus) -> dict[str, Rows]:
+def fresh_rows(run: StageRun) -> dict[str, Rows]:
     """Fresh prompts with the proxy's answers, after ``score``; empty where there are none."""
-    if not len(corpus.split(FRESH)):
+    if not len(run.corpus.split(FRESH)):
         return {}
-    store = SampleStore(config.folder / "samples" / FRESH)
-    answered = AnsweredSplit(corpus.split(FRESH), store)
+    answered = answered_rows(run, FRESH, run.corpus.split(FRESH))
     return {FRESH: answered} if len(answered) else {}
+
+
+def answered_rows(run: StageRun, name: str, prompts: TokenSplit) -> Rows:
+    """The proxy's answers to prompts, by the name of their store; of a sketch the prompts."""
+    if run.scorer is not None:
+        return prompts
+    return AnsweredSplit(prompts, SampleStore(run.config.folder / "samples" / name))
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,7 @@ def text_phase(run: StageRun, splits: Mapping[str, Rows]) -> Phase:
         order="distill",
         epochs=distill.epochs,
         most=distill.max_steps,
+        program="distill",
         weight=distill.nll_weight,
     )
     return phase.with_(before=lambda state: planned_figures(rows, phase.steps))
@@ -105,25 +113,32 @@ def label_phase(
       rescale: the KL at temperature T is scaled by T^2.
       drawn: targets that take the place of the stored distribution.
     """
-    config, labels, rows = run.config, run.stored_labels, Joined(splits)
-    weights = _weights(config, splits, labels, nll_splits)
-    stored = {name: functools.partial(labels.read, name) for name in splits}
-    read, top_k = (stored, labels.top_k) if drawn is None else (drawn.read, drawn.slots)
-    sample_weights = {name: found.sample_weight for name, found in weights.items()}
+    config, rows = run.config, Joined(splits)
+    ids = config.score.top_k if drawn is None else drawn.slots
     objective = DistillObjective.of(
-        config.distill, labels.temperature, rescale=rescale, drawn=drawn is not None
+        config.distill, config.score.temperature, rescale=rescale, drawn=drawn is not None
     )
     options: dict[str, Any] = {"epochs": config.distill.epochs, "most": config.distill.max_steps}
     plan = run.plan(rows.lengths - 1, "distill", answers=answer_positions(rows), **options)
     steps = count_steps(plan, **options)
-    return run.phase(
+    phase = run.phase(
         "train",
         objective,
         make_optimizer(config.distill.optimizer, steps),
         rows,
         plan,
         steps,
-        collate=distill_collate(rows, read, sample_weights, nll_splits, top_k=top_k),
+        programs=functools.partial(label_programs, run, ids),
+    )
+    if run.scorer is not None:  # a sketch has no labels
+        return phase
+    labels = run.stored_labels
+    weights = _weights(config, splits, labels, nll_splits)
+    stored = {name: functools.partial(labels.read, name) for name in splits}
+    read = stored if drawn is None else drawn.read
+    sample_weights = {name: found.sample_weight for name, found in weights.items()}
+    return phase.with_(
+        collate=distill_collate(rows, read, sample_weights, nll_splits, top_k=ids),
         before=lambda state: {**planned_figures(rows, steps), **_weight_figures(weights)},
     )
 

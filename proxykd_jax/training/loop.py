@@ -310,7 +310,7 @@ class Trainer:
             )
             return
         for step in range(start, phase.steps):
-            yield phase.make_batch(self.state, step)
+            yield phase.make_batch(self.state, phase.frozen, step)
 
     def _take_steps(self, phase: Phase) -> None:
         name, num_steps = phase.name, phase.steps

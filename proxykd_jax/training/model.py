@@ -57,6 +57,14 @@ class Model:
         return self.spec.bind(self.frozen, self.trainable)
 
     @property
+    def weight_shapes(self) -> tuple[Tree, Tree | None]:
+        """Shapes of ``weights``; of a model of shapes too."""
+        found: tuple[Tree, Tree | None] = jax.eval_shape(
+            self.spec.bind, self.frozen, self.trainable
+        )
+        return found
+
+    @property
     def params(self) -> Tree:
         """Weights for a forward pass."""
         return self.weights[0]

@@ -21,12 +21,13 @@ from proxykd_jax.training.steps import Metrics, Step, make_diagnosis, make_train
 if TYPE_CHECKING:
     from proxykd_jax.data.collate import Rows
     from proxykd_jax.data.order import PlannedBatch
+    from proxykd_jax.training.abstract import Program
     from proxykd_jax.training.batches import Plan
     from proxykd_jax.training.loop import Progress, Trainer
 
 
-# (state, step of the phase) -> a batch on the devices.
-MakeBatch = Callable[[TrainState, int], Any]
+# (state, frozen, step of the phase) -> a batch on the devices.
+MakeBatch = Callable[[TrainState, Tree, int], Any]
 
 
 def _nothing(*_: Any) -> dict[str, float]:
@@ -51,8 +52,8 @@ class Phase:
       frozen: weights that do not learn, as ``spec.bind`` takes them.
       trainable: what learns, before the first step of the stage's first phase.
       collate: a planned batch to the arrays of a step, for batches that are on disk.
-      make_batch: ``(state, step) -> batch`` on the devices, for batches that are made from the
-        state that they train. One of ``collate`` and ``make_batch`` is None.
+      make_batch: ``(state, frozen, step) -> batch`` on the devices, for batches that are made from
+        the state that they train. One of ``collate`` and ``make_batch`` is None.
       prepare: fills in what must be read or computed before the phase's next step. It is called
         once a process, with the trainer at the phase's first step or where it goes on.
       before: figures that stand before the stage's first step, of the untrained state.
@@ -61,7 +62,8 @@ class Phase:
       ends_stage: whether no other phase follows, now that this one is over.
       check_first: sees the metrics of the phase's first step, and raises if they are wrong.
       diagnoses: whether the gradient norms of the loss's terms are taken on a batch.
-      own_step: a step in place of the objective's ordinary one.
+      make_step: makes a step of several updates, in place of one update.
+      programs: the programs that the phase starts, for ``plan``; of a sketch alone.
     """
 
     name: str
@@ -84,7 +86,8 @@ class Phase:
     ends_stage: Callable[[Progress], bool] = lambda progress: False
     check_first: Callable[[dict[str, float]], None] | None = None
     diagnoses: Callable[[Any], bool] = lambda batch: True
-    own_step: Step | None = None
+    make_step: Callable[[Phase], Step] | None = None
+    programs: Callable[[Phase], list[Program]] = lambda phase: []
 
     def with_(self, **fields: Any) -> Phase:
         """The same phase with other fields."""
@@ -92,8 +95,10 @@ class Phase:
 
     def step(self) -> Step:
         """``step(state, frozen, batch) -> (state, metrics)``, compiled where it is called."""
-        if self.own_step is not None:
-            return self.own_step
+        return self.update() if self.make_step is None else self.make_step(self)
+
+    def update(self) -> Step:
+        """One update by the objective's gradient, as ``step`` is called."""
         return make_train_step(
             self.spec,
             self.objective,

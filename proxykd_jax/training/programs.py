@@ -1,127 +1,98 @@
-"""The programs of a run from shapes alone, as its stages would start them.
+"""The programs of a stage's phases from shapes alone, as its steps would start them.
 
 Nothing is loaded: weights, states and batches are abstract arrays with the shardings that the
-table gives them. What a student starts that answers while it trains is in ``baselines.programs``,
-whose ``run_programs`` has all of a run.
+table gives them. What a method starts beside an ordinary step is in the method's own file.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from proxykd_jax.config import Config, PreferenceConfig, TrainingSection, Work
+from proxykd_jax.config import PreferenceConfig
 from proxykd_jax.data.order import default_buckets, packed_segments
 from proxykd_jax.generation.decode import DrawSettings
 from proxykd_jax.generation.score_rows import positions_at_once
 from proxykd_jax.generation.scoring import hidden_rows, soft_labels_of_hidden
 from proxykd_jax.losses import REFERENCE_LOSSES
 from proxykd_jax.models.config import ModelConfig
-from proxykd_jax.models.cost import forward_flops, head_flops, layer_flops, step_flops
+from proxykd_jax.models.cost import forward_flops, head_flops, layer_flops
 from proxykd_jax.parallel.sharding import bytes_per_device
 from proxykd_jax.training.abstract import (
-    AbstractModel,
     Cost,
     Lengths,
     Program,
-    abstract_model,
     abstract_rows,
     answering_program,
     place,
     place_rows,
+    state_of,
     step_program,
+    weight_bytes,
     weights_read,
 )
-from proxykd_jax.training.objectives import (
-    AlignObjective,
-    DistillObjective,
-    NllObjective,
-    Objective,
-)
+from proxykd_jax.training.model import Model
+from proxykd_jax.training.objectives import AlignObjective
 from proxykd_jax.training.pairs import may_share_prompt, shares_prompt
 from proxykd_jax.training.reference import pair_logps
 from proxykd_jax.types import DistillBatch, PairBatch, Pairs, SharedPairBatch, TokenBatch
 
-
-def programs(config: Config, proxy: ModelConfig, student: ModelConfig) -> list[Program]:
-    """The programs of a run in the order of its stages; those that it would not start are left out.
-
-    Args:
-      config: of the run.
-      proxy, student: architectures, with ``lora`` set where an adapter is trained.
-    """
-    distill = config.distill
-    length = default_buckets(config.corpus.max_length)[-1]
-    found = []
-    if config.needs != "nothing":
-        teacher = abstract_model(proxy, config.proxy, config.align)
-        found += _of_the_proxy(config, teacher, length)
-    pupil = abstract_model(student, config.student, distill)
-    if config.needs == "labels":
-        found.append(_scoring(config, teacher, length))
-    lesson = _stored_lesson(config, student, length)
-    found.append(_training(config, "distill", pupil, distill, *lesson))
-    if config.method.name == "soda":
-        dpo = AlignObjective(
-            PreferenceConfig(beta=config.method.beta),
-            distill.reduction,
-            config.method.nll_weight,
-            1.0,
-        )
-        found.insert(0, _sampling(config, pupil, "distill"))
-        found.append(_preference(config, "prefer", pupil, distill, dpo, length))
-    return found
+if TYPE_CHECKING:
+    from proxykd_jax.training.phase import Phase
+    from proxykd_jax.training.stage_run import StageRun
 
 
-def _stored_lesson(
-    config: Config, student: ModelConfig, length: int
-) -> tuple[Objective, Callable[[int], Any]]:
-    """What the student minimises on what is stored, soft labels or texts alone; its batches."""
-    distill, method = config.distill, config.method
-    if config.needs != "labels":
-        return NllObjective(distill.reduction, distill.nll_weight), _rows_of(distill, length)
-    drawn = method.name == "random_labels"
-    ids = config.score.top_k
-    if method.name == "random_labels":
-        ids = min(method.draws, student.vocab_size)
-    eq_11 = DistillObjective.of(distill, config.score.temperature, drawn=drawn)
-    return eq_11, _labels_of(distill, length, ids)
+def text_programs(run: StageRun, name: str, phase: Phase) -> list[Program]:
+    """A step on texts."""
+    return [step_program(run, phase, name, rows_of(run))]
 
 
-def _of_the_proxy(config: Config, teacher: AbstractModel, length: int) -> list[Program]:
-    """What ``align`` starts, and the answers that the method lets the proxy give."""
-    align = config.align
-    found = []
-    pairs = align.uses_pairs
-    if align.alignment != "none":
-        nll = NllObjective(align.reduction, align.nll_weight)
-        found.append(_training(config, "warmup", teacher, align, nll, _rows_of(align, length)))
-    if pairs or config.method.proxy_answers or config.method.reads_scorer_text:
-        found.append(_sampling(config, teacher))
-    if pairs and align.preference.loss in REFERENCE_LOSSES:
-        found.append(_reference(config, teacher, length))
-    if align.alignment in ("nll", "nll_preference"):
-        if pairs:
-            preference = _preference(
-                config, "round", teacher, align, AlignObjective.of(align), length
-            )
-            found.append(preference)
-        else:
-            found.append(_training(config, "round", teacher, align, nll, _rows_of(align, length)))
-    return found
+def label_programs(run: StageRun, ids: int, phase: Phase, **options: Any) -> list[Program]:
+    """A step on texts with soft labels of so many ids a position."""
+    return [step_program(run, phase, "distill", labels_of(run, ids), **options)]
+
+
+def round_programs(run: StageRun, phase: Phase) -> list[Program]:
+    """Answers of the proxy, references of the pairs, and the step on pairs."""
+    found = [sampling_program(run, run.model, phase)]
+    if run.config.align.preference.loss in REFERENCE_LOSSES:
+        found.append(_reference(run, phase))
+    return [*found, pair_program(run, phase, "round")]
+
+
+def pair_program(run: StageRun, phase: Phase, name: str) -> Program:
+    """A step on pairs."""
+    objective = phase.objective
+    assert isinstance(objective, AlignObjective)
+    pair, length = (objective.preference, phase.spec.config), longest(run)
+    return step_program(
+        run,
+        phase,
+        name,
+        lambda rows: _pairs(rows, length, may_share_prompt(*pair)),
+        rows_of=lambda lengths: _rows_of_pair(lengths, *pair),
+    )
+
+
+def longest(run: StageRun) -> int:
+    """Positions of the longest rows."""
+    return default_buckets(run.config.corpus.max_length)[-1]
 
 
 # --- batches --------------------------------------------------------------------------------------
 
 
-def _rows_of(stage: TrainingSection, length: int) -> Callable[[int], TokenBatch]:
+def rows_of(run: StageRun) -> Callable[[int], TokenBatch]:
+    """Shapes of so many rows of the stage."""
+    length = longest(run)
     # Packed rows are planned with as many places as rows of half the length would need.
-    packed = stage.batching == "pack"
+    packed = run.section.batching == "pack"
     segments = packed_segments(np.array([length // 2]), length) if packed else 1
     return lambda rows: abstract_rows(rows, length, segments)
 
@@ -146,8 +117,9 @@ def _rows_of_pair(
     return (1, lengths.row + lengths.answer) if shared else (2, lengths.row)
 
 
-def _labels_of(stage: TrainingSection, length: int, top_k: int) -> Callable[[int], DistillBatch]:
-    batch_of = _rows_of(stage, length)
+def labels_of(run: StageRun, top_k: int) -> Callable[[int], DistillBatch]:
+    """Shapes of so many rows with soft labels."""
+    length, batch_of = longest(run), rows_of(run)
 
     def batch(rows: int) -> DistillBatch:
         tokens = batch_of(rows)
@@ -168,78 +140,24 @@ def _labels_of(stage: TrainingSection, length: int, top_k: int) -> Callable[[int
 # --- programs -------------------------------------------------------------------------------------
 
 
-def step_cost(
-    model: AbstractModel, axes: dict[str, int], rows: int, length: int, *, state: Any
-) -> Cost:
-    """Of a training step on so many rows of so many tokens, whose state has these shapes."""
-    spec = model.spec
-    full = spec.trainable == "full"
-    flops = step_flops(spec.config, rows, length, full=full, remat=spec.remat)
-    passes = 3 if spec.remat in ("full", "outputs") else 2
-    moved = passes * weights_read(model, axes) + 3 * bytes_per_device(state, axes)
-    return Cost(flops, moved)
+def sampling_program(run: StageRun, model: Model, phase: Phase | None) -> Program:
+    """Answers of the proxy, or of the student that SODA draws from.
 
-
-def _training(
-    config: Config,
-    name: str,
-    model: AbstractModel,
-    stage: TrainingSection,
-    objective: Objective,
-    batch_of: Callable[[int], Any],
-    *,
-    rows_of: Callable[[Lengths], tuple[int, int]] = lambda lengths: (1, lengths.row),
-) -> Program:
-    """A training step; ``rows_of`` gives the rows of an example and the tokens of each."""
-
-    def cost(axes: dict[str, int], rows: int, lengths: Lengths) -> Cost:
-        number, length = rows_of(lengths)
-        return step_cost(model, axes, number * rows, length, state=model.state)
-
-    return step_program(
-        config,
-        name,
-        "align" if stage is config.align else "distill",
-        model.spec,
-        objective,
-        model.optimizer,
-        model.state,
-        model.frozen,
-        batch_of,
-        cost,
-    )
-
-
-def _preference(
-    config: Config,
-    name: str,
-    model: AbstractModel,
-    stage: TrainingSection,
-    objective: AlignObjective,
-    length: int,
-) -> Program:
-    pair = (objective.preference, model.spec.config)
-    return _training(
-        config,
-        name,
-        model,
-        stage,
-        objective,
-        lambda rows: _pairs(rows, length, may_share_prompt(*pair)),
-        rows_of=lambda lengths: _rows_of_pair(lengths, *pair),
-    )
-
-
-def _sampling(config: Config, model: AbstractModel, trained_as: Work = "align") -> Program:
+    Args:
+      run: a sketch.
+      model: that answers.
+      phase: whose optimizer is held meanwhile; None where nothing is trained by then.
+    """
+    config = run.config
     sampling = config.align.sampling
 
     def resident(mesh: Mesh) -> int:
         """The optimizer's state; and the weights as training has them, if that is elsewhere."""
         axes = dict(mesh.shape)
-        trained = config.mesh.of(trained_as).model_dump(include={"fsdp", "tensor"})
-        held = bytes_per_device(model.state.opt_state, trained)
+        trained = config.mesh.of(run.stage).model_dump(include={"fsdp", "tensor"})
+        held = 0 if phase is None else bytes_per_device(state_of(phase).opt_state, trained)
         if any(axes[name] != size for name, size in trained.items()):
-            held += bytes_per_device((model.frozen, model.state.trainable), trained)
+            held += bytes_per_device((model.frozen, model.trainable), trained)
         return held
 
     vocab_size = model.spec.config.vocab_size
@@ -255,12 +173,12 @@ def _sampling(config: Config, model: AbstractModel, trained_as: Work = "align") 
     )
 
 
-def _reference(config: Config, model: AbstractModel, length: int) -> Program:
-    align = config.align
+def _reference(run: StageRun, phase: Phase) -> Program:
+    align, model, length = run.config.align, run.model, longest(run)
     pair = (align.preference, model.spec.config)
 
     def lower(mesh: Mesh, rows: int) -> list[Any]:
-        weights = (place(tree, mesh) for tree in (model.frozen, model.state.trainable))
+        weights = (place(tree, mesh) for tree in (model.frozen, model.trainable))
         batch = place_rows(_pairs(rows, length, may_share_prompt(*pair)), mesh)
         return [pair_logps.lower(*weights, batch, spec=model.spec, microbatches=1)]
 
@@ -270,18 +188,21 @@ def _reference(config: Config, model: AbstractModel, length: int) -> Program:
         return Cost(flops, weights_read(model, axes))
 
     def resident(mesh: Mesh) -> int:
-        return bytes_per_device(model.state.opt_state, dict(mesh.shape))
+        return bytes_per_device(state_of(phase).opt_state, dict(mesh.shape))
 
     rows = align.batch_size // align.microbatches
     size = model.spec.config.num_params
-    return Program("reference", "align", size, rows, lower, model.weight_bytes, resident, cost)
+    held = functools.partial(weight_bytes, model)
+    return Program("reference", "align", size, rows, lower, held, resident, cost)
 
 
-def _scoring(config: Config, model: AbstractModel, length: int) -> Program:
-    spec, score = model.spec, config.score
+def scoring_program(run: StageRun) -> Program:
+    """Soft labels of the aligned proxy."""
+    model, length = run.model, longest(run)
+    spec, score = model.spec, run.config.score
 
     def lower(mesh: Mesh, rows: int) -> list[Any]:
-        params, adapter = (place(tree, mesh) for tree in model.weights)
+        params, adapter = (place(tree, mesh) for tree in model.weight_shapes)
         batch = place_rows(abstract_rows(rows, length), mesh)
         hidden = hidden_rows.lower(params, adapter, batch, config=spec.config)
         states = jax.ShapeDtypeStruct((size, spec.config.model_dim), jnp.dtype(spec.dtype))
@@ -307,7 +228,7 @@ def _scoring(config: Config, model: AbstractModel, length: int) -> Program:
         spec.config.num_params,
         score.batch_size,
         lower,
-        model.weight_bytes,
+        functools.partial(weight_bytes, model),
         lambda mesh: 0,
         cost,
         lambda rows, lengths: (1.0, rows * lengths.answer / size),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from proxykd_jax.training.metrics import MetricsLog
 from proxykd_jax.training.model import Model
 from proxykd_jax.training.objectives import NllObjective, Objective
 from proxykd_jax.training.phase import Phase
+from proxykd_jax.training.programs import text_programs
 from proxykd_jax.training.state import Spec, TrainState
 
 
@@ -48,6 +50,8 @@ class StageRun:
       measure: ``(model, rows, most) -> {"nll", "agreement"}`` on held-out rows.
       labels: from ``score``, where the method needs soft labels (``config.needs``); else None.
       periodic: what else is looked at while the model is trained.
+      scorer: the proxy's shapes, where this is a sketch of a run (``training.sketch``): nothing is
+        loaded, drawn or trained, and its phases are counted or compiled alone.
     """
 
     stage: Literal["align", "distill"]
@@ -59,6 +63,7 @@ class StageRun:
     measure: Measure
     labels: SoftLabelStore | None = None
     periodic: Periodic[Model] | None = None
+    scorer: Model | None = None
 
     @property
     def folder(self) -> Path:
@@ -160,6 +165,7 @@ class StageRun:
         order: str,
         epochs: int,
         most: int | None,
+        program: str,
         weight: float = 1.0,
         **fields: Any,
     ) -> Phase:
@@ -171,6 +177,7 @@ class StageRun:
           optimizer: of so many steps.
           order: names the seed of their order.
           epochs, most: passes, and the most steps.
+          program: the name of its step's program.
           weight: of the NLL.
           **fields: others of ``Phase``.
         """
@@ -181,7 +188,14 @@ class StageRun:
         objective = NllObjective(self.section.reduction, weight)
         collate = token_collate(rows)
         return self.phase(
-            name, objective, optimizer(steps), rows, plan, steps, collate=collate, **fields
+            name,
+            objective,
+            optimizer(steps),
+            rows,
+            plan,
+            steps,
+            collate=collate,
+            **{"programs": functools.partial(text_programs, self, program), **fields},
         )
 
     def watch(self, rows: Rows, state: TrainState, spec: Spec) -> dict[str, float]:

@@ -61,6 +61,10 @@ class ModelSpec:
         """All of it: nothing else learns."""
         return trainable
 
+    def beside(self, frozen: Tree, state: TrainState) -> dict[str, Tree]:
+        """Nothing."""
+        return {}
+
 
 class Spec(Hashable, Protocol):
     """The static half of what a step trains: a ``ModelSpec``, or several models together."""
@@ -76,6 +80,10 @@ class Spec(Hashable, Protocol):
 
     def learner(self, trainable: Tree) -> Tree:
         """Of all that learns, the part that is the stage's model."""
+        ...
+
+    def beside(self, frozen: Tree, state: TrainState) -> dict[str, Tree]:
+        """What a device holds beside the stage's model and its optimizer, by name."""
         ...
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from proxykd_jax import distill
 from proxykd_jax.artifacts import MANIFEST, read_json
@@ -20,6 +21,7 @@ from proxykd_jax.data.collate import TokenRow
 from proxykd_jax.models.decoder import forward
 from proxykd_jax.models.params import init_params
 from proxykd_jax.training.state import ModelSpec
+from tests.baselines.runs import bytes_held, check_counted
 from tests.tiny_run import copy_run, files_of, log_lines, unfinish
 from tests.training.conftest import VOCAB, tiny_config
 
@@ -117,8 +119,12 @@ def corpus_of(vocab_size: int, max_length: int, end: Sequence[int]) -> Any:
 
 
 def check_resumed(config: Config, runs: Path, step: int) -> None:
-    """A finished run, taken back to a checkpoint in a copy, goes on to the same weights."""
-    distill.main(config)
+    """A finished run, taken back to a checkpoint in a copy, goes on to the same weights; and it
+    took what ``--dry-run`` counts."""
+    with pytest.MonkeyPatch.context() as patch:
+        held = bytes_held(patch)
+        distill.main(config)
+    check_counted(config, held)
     copy = copy_run(config, runs)
     assert (copy.folder / "student" / "checkpoints" / str(step)).is_dir()
     unfinish(copy, "student", step)

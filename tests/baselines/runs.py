@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,9 +14,14 @@ from proxykd_jax import distill
 from proxykd_jax.artifacts import MANIFEST, read_json
 from proxykd_jax.config import Config
 from proxykd_jax.data.collate import TokenRow
+from proxykd_jax.data.corpus import open_corpus
 from proxykd_jax.errors import Stopped
 from proxykd_jax.parallel.mesh import make_mesh
+from proxykd_jax.planning.look import architecture
+from proxykd_jax.planning.phases import run_phases
 from proxykd_jax.training import loop
+from proxykd_jax.training.abstract import state_of
+from proxykd_jax.training.phase import Phase
 from proxykd_jax.training.restore import load_student
 from tests.tiny_run import changed, files_of, log_lines, recipe, whole_logps
 
@@ -40,8 +46,11 @@ def check_stopped_run_equals_unbroken(
     config: Config, runs: Path, patch: pytest.MonkeyPatch, at: int
 ) -> None:
     """A run that is stopped after ``at`` steps of training and started again, models and samples
-    and log, is one that was never stopped."""
-    distill.main(config)
+    and log, is one that was never stopped; and it takes what ``--dry-run`` counted."""
+    with patch.context() as patched:
+        held = bytes_held(patched)
+        distill.main(config)
+    check_counted(config, held)
     stopped = changed(config, {"runs_dir": str(runs)})
     calls = iter(range(at))
     with patch.context() as patched:
@@ -58,6 +67,48 @@ def check_stopped_run_equals_unbroken(
     for name in ("samples", "soft_labels"):
         assert arrays_of(stopped.folder / name) == arrays_of(config.folder / name)
     assert _timeless(stopped) == _timeless(config)
+
+
+def bytes_held(patch: pytest.MonkeyPatch) -> dict[str, tuple[int, int]]:
+    """Bytes of state and frozen weights of each phase of the student that takes steps from now."""
+    found: dict[str, tuple[int, int]] = {}
+    take_steps = loop.Trainer._take_steps
+
+    def noting(trainer: loop.Trainer, phase: Phase) -> None:
+        if trainer.stage == "distill":
+            found[phase.name] = (_bytes(trainer.state), _bytes(phase.frozen))
+        take_steps(trainer, phase)
+
+    patch.setattr(loop.Trainer, "_take_steps", noting)
+    return found
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def check_counted(config: Config, held: dict[str, tuple[int, int]]) -> None:
+    """The phases that ``--dry-run`` counts are those that a finished run took.
+
+    Args:
+      config: of the run.
+      held: from ``bytes_held``; empty where the run had been there already.
+    """
+    proxy, student = (architecture(getattr(config, role), role) for role in ("proxy", "student"))
+    corpus = open_corpus(config.folder / "corpus")
+    phases = run_phases(config, proxy, student, corpus)["distill"]
+    results = read_json(config.folder / "student" / MANIFEST)["results"]
+    assert [phase.name for phase in phases] == [result["phase"] for result in results[1:]]
+    counted = [phase.steps for phase in phases]
+    taken = np.diff([result["step"] for result in results]).tolist()
+    # Answers of the proxy that are empty or wrong are dropped.
+    if config.method.proxy_answers:
+        assert all(most >= found for most, found in zip(counted, taken, strict=True))
+    else:
+        assert counted == taken
+    for phase in phases:
+        if phase.name in held:
+            assert (_bytes(state_of(phase)), _bytes(phase.frozen)) == held[phase.name]
 
 
 def _timeless(config: Config) -> list[dict[str, Any]]:

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from proxykd_jax import dry_run
-from proxykd_jax.baselines.programs import beside_the_student, run_programs
 from proxykd_jax.config import Config, load_config
 from proxykd_jax.models.config import LoraConfig, ModelConfig
 from proxykd_jax.models.hf_config import read_config
 from proxykd_jax.models.lora import abstract_adapter
 from proxykd_jax.models.params import abstract_params
 from proxykd_jax.parallel.mesh import make_mesh
+from proxykd_jax.planning.phases import run_phases, run_programs
+from proxykd_jax.training.abstract import state_of
 from proxykd_jax.training.model import lora_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -34,7 +35,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
         ("soda", ["sample", "distill", "prefer"]),
         ("forward_kl", ["sample", "score", "distill"]),
         ("takd", ["warmup", "round", "score", "distill"]),
-        ("mentor_kd", ["warmup", "sample", "round", "score", "distill"]),
+        ("mentor_kd", ["warmup", "round", "sample", "score", "distill"]),
         ("random_labels", ["warmup", "sample", "reference", "round", "score", "distill"]),
     ],
 )
@@ -68,13 +69,18 @@ def stories(assets: Path, monkeypatch) -> tuple[ModelConfig, ModelConfig]:
     return student.replace(lora=LoraConfig(rank=4)), student
 
 
+def beside_the_student(config: Config, models: tuple[ModelConfig, ModelConfig]) -> dict[str, int]:
+    last = run_phases(config, *models)["distill"][-1]
+    found = last.spec.beside(last.frozen, state_of(last))
+    return {name: size_of(tree) for name, tree in found.items()}
+
+
 def with_scorer(config: Config, models: tuple[ModelConfig, ModelConfig]) -> tuple[dict, int]:
     """Programs by name, and the bytes of the scorer, counted anew."""
-    proxy, student = models
+    proxy, _ = models
     weights = abstract_params(proxy, config.proxy.dtype), abstract_adapter(proxy)
-    assert beside_the_student(config, proxy, student, ONE_DEVICE) == {"scorer": size_of(weights)}
-    assert beside_the_student(config, None, student, ONE_DEVICE) == {}
-    return {p.name: p for p in run_programs(config, proxy, student)}, size_of(weights)
+    assert beside_the_student(config, models) == {"scorer": size_of(weights)}
+    return {p.name: p for p in run_programs(config, *models)}, size_of(weights)
 
 
 def test_the_scorer_is_an_argument_of_a_step_and_stays_while_the_student_answers(stories):
@@ -114,7 +120,7 @@ def test_steps_on_stored_labels_have_the_scorer_beside(stories):
     assert found["answer"].rows == 16
     plain = run_programs(load_config(CONFIGS / "stories260k.yaml"), *stories)
     assert [p.name for p in plain] == list(found)[:-2]
-    assert beside_the_student(load_config(CONFIGS / "stories260k.yaml"), *stories, ONE_DEVICE) == {}
+    assert beside_the_student(load_config(CONFIGS / "stories260k.yaml"), stories) == {}
 
 
 def test_a_discriminator_learns_beside_the_student(stories):
@@ -123,7 +129,7 @@ def test_a_discriminator_learns_beside_the_student(stories):
     student = abstract_params(stories[1])
     body = size_of({name: tree for name, tree in student.items() if name != "lm_head"})
     discriminator = 3 * (body + 4 * stories[1].model_dim)  # with Adam's moments
-    beside = beside_the_student(config, None, stories[1], ONE_DEVICE)
+    beside = beside_the_student(config, stories)
     assert beside["warmed-up student"] == size_of(student)
     assert beside["discriminator and its optimizer"] == pytest.approx(discriminator, abs=64)
     mesh, trained = make_mesh(config.mesh), 3 * size_of(student)
