@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from proxykd_jax.config.section import PositiveInt, Section
+
+if TYPE_CHECKING:
+    from proxykd_jax.config.schema import Config
 
 # What a method takes beside the teacher's texts: nothing, the proxy's soft labels on disk, or the
 # proxy itself while the student trains.
@@ -38,6 +41,22 @@ class MethodSection(Section):
     def suggests(self) -> dict[str, Any]:
         """Values in place of the preset's, which a file may change."""
         return {}
+
+    def needed(self, alpha: float) -> Needs:
+        """What is taken beside the teacher's texts, with this ``distill.alpha``."""
+        return self.needs
+
+    @property
+    def changes_training(self) -> bool:
+        """Whether its own keys change what the student learns from what is stored."""
+        return True
+
+    def check(self, config: Config) -> None:
+        """Refuses values of the run's other keys that this method cannot have.
+
+        Raises:
+          ValueError: what does not go together, and what to choose.
+        """
 
     def warnings(self) -> list[str]:
         """Of values that are allowed and yet seldom meant."""

@@ -9,7 +9,7 @@ docs/methods.md.
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -29,6 +29,9 @@ from proxykd_jax.config.section import (
     Share,
 )
 
+if TYPE_CHECKING:
+    from proxykd_jax.config.schema import Config
+
 
 class ProxyKd(AnsweringSection):
     """Proxy-KD (the paper): the teacher's texts, and the aligned proxy's distribution."""
@@ -40,6 +43,30 @@ class ProxyKd(AnsweringSection):
         description="share of steps that learn the proxy's distribution on answers of the student "
         "itself (beyond the paper; above 0 the proxy is loaded beside it)",
     )
+
+    def needed(self, alpha: float) -> Needs:
+        return "nothing" if alpha == 0 else self.needs
+
+    @property
+    def changes_training(self) -> bool:
+        # Plain Proxy-KD reads no key of its own, so the runs made before there were any stay valid.
+        return self.student_share > 0
+
+    def check(self, config: Config) -> None:
+        share = self.student_share
+        if share == 0:
+            return
+        if config.distill.alpha == 0:
+            raise ValueError(
+                f"method.student_share {share}: on the student's own answers there is alpha x KL "
+                "alone, and distill.alpha is 0; give it a weight, or leave student_share out"
+            )
+        if config.score.temperature != 1:
+            raise ValueError(
+                f"method.student_share {share}: on the student's own answers the KL is taken at "
+                f"temperature 1, and score.temperature is {config.score.temperature}; set it to 1, "
+                "or leave student_share out"
+            )
 
 
 class BlackBoxKd(MethodSection):
@@ -171,6 +198,10 @@ class RandomLabels(MethodSection):
     def suggests(self) -> dict[str, Any]:
         # The ordinary store is left with the answers' likelihoods, for eq. 9.
         return {"score": {"top_k": 1}}
+
+    def check(self, config: Config) -> None:
+        if config.distill.alpha == 0:
+            raise ValueError("random_labels with distill.alpha 0 is method: black_box_kd")
 
 
 # Those that ``distill`` can run.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -14,6 +14,9 @@ from proxykd_jax.config.section import (
     PositiveInt,
     Share,
 )
+
+if TYPE_CHECKING:
+    from proxykd_jax.config.schema import Config
 
 
 class OnlineSection(AnsweringSection):
@@ -158,6 +161,13 @@ class MiniLlm(ScoredSection):
 
     def rows_a_step(self, batch_size: int) -> int:
         return self.rollouts
+
+    def check(self, config: Config) -> None:
+        rows = config.distill.batch_size
+        if self.rollouts % rows:
+            raise ValueError(
+                f"method.rollouts {self.rollouts} must be a multiple of distill.batch_size {rows}"
+            )
 
     def updates_a_step(self, batch_size: int) -> int:
         """Updates on a step's answers."""

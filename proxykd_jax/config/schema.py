@@ -13,7 +13,6 @@ from pydantic import Field, model_validator
 
 from proxykd_jax.config.method_section import Needs
 from proxykd_jax.config.methods import Method, ProxyKd
-from proxykd_jax.config.online_methods import MiniLlm
 from proxykd_jax.config.section import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -669,8 +668,7 @@ class Config(Section):
     @property
     def needs(self) -> Needs:
         """What the student learns from beside the teacher's texts: what must be made first."""
-        is_black_box_kd = self.method.name == "proxy_kd" and self.distill.alpha == 0
-        return "nothing" if is_black_box_kd else self.method.needs
+        return self.method.needed(self.distill.alpha)
 
     @model_validator(mode="after")
     def _names(self) -> Config:
@@ -679,9 +677,8 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _labels_are_used(self) -> Config:
-        if self.method.name == "random_labels" and self.distill.alpha == 0:
-            raise ValueError("random_labels with distill.alpha 0 is method: black_box_kd")
+    def _suits_the_method(self) -> Config:
+        self.method.check(self)
         return self
 
     @model_validator(mode="after")
@@ -694,39 +691,12 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _own_answers_are_learnt(self) -> Config:
-        share = getattr(self.method, "student_share", 0)
-        if self.method.name != "proxy_kd" or share == 0:
-            return self
-        if self.distill.alpha == 0:
-            raise ValueError(
-                f"method.student_share {share}: on the student's own answers there is alpha x KL "
-                "alone, and distill.alpha is 0; give it a weight, or leave student_share out"
-            )
-        if self.score.temperature != 1:
-            raise ValueError(
-                f"method.student_share {share}: on the student's own answers the KL is taken at "
-                f"temperature 1, and score.temperature is {self.score.temperature}; set it to 1, "
-                "or leave student_share out"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _scorer_is_aligned(self) -> Config:
         wants = getattr(self.method, "scorer", None) == "aligned"
         if wants and self.align.alignment == "none":
             raise ValueError(
                 "method.scorer is aligned, but align.alignment is none: choose how far the proxy "
                 "is aligned, or scorer: unaligned"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _whole_updates(self) -> Config:
-        method, rows = self.method, self.distill.batch_size
-        if isinstance(method, MiniLlm) and method.rollouts % rows:
-            raise ValueError(
-                f"method.rollouts {method.rollouts} must be a multiple of distill.batch_size {rows}"
             )
         return self
 

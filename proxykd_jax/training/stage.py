@@ -48,9 +48,7 @@ def training_settings(
     """The keys that decide what a stage makes of its model."""
     section, model = getattr(config, stage), getattr(config, role)
     method = config.method
-    # Plain Proxy-KD reads no key of its own, so the runs made before there were any stay valid.
-    plain = method.name == "proxy_kd" and method.student_share == 0
-    other = stage == "distill" and not plain
+    other = stage == "distill" and method.changes_training
     return {
         **({"method": method.model_dump(mode="json")} if other else {}),
         "seed": config.seed,
