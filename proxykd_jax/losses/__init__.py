@@ -53,12 +53,10 @@ from proxykd_jax.losses.reduction import (
     token_reduction,
 )
 from proxykd_jax.losses.sampled_labels import (
-    LABEL_VALUES,
     DrawnLabels,
     draw_ids,
     draw_labels,
     drawn_cross_entropy_tokens,
-    drawn_label_loss,
     drawn_label_tokens,
 )
 from proxykd_jax.losses.topk import (
@@ -73,7 +71,6 @@ from proxykd_jax.losses.weights import alignment_weights, length_correlation, no
 
 __all__ = [
     "BATCH_REDUCTIONS",
-    "LABEL_VALUES",
     "PREFERENCE_LOSSES",
     "REFERENCE_LOSSES",
     "TAILS",
@@ -92,7 +89,6 @@ __all__ = [
     "draw_ids",
     "draw_labels",
     "drawn_cross_entropy_tokens",
-    "drawn_label_loss",
     "drawn_label_tokens",
     "example_terms",
     "forward_kl",

@@ -12,9 +12,9 @@ import reference
 import proxykd_jax.losses as losses
 from proxykd_jax.losses import (
     DrawnLabels,
-    drawn_label_loss,
     drawn_label_tokens,
     forward_kl_tokens,
+    reduce_tokens,
     topk_kl_tokens,
     topk_logps,
 )
@@ -26,6 +26,14 @@ FULL_GRADIENT = [0.052495757, 0.035105616, -0.025227830, -0.032492856, -0.029880
 KEY = jax.random.key(0)
 # Compiled: operation by operation it takes seconds.
 draw_labels = jax.jit(losses.draw_labels, static_argnames=("num_draws", "proposal_power"))
+
+
+def drawn_label_loss(student, ids, counts, mask, *, reduction="mean", **options):
+    return reduce_tokens(
+        drawn_label_tokens(student, ids, counts, mask, **options), mask, reduction=reduction
+    )
+
+
 loss_tokens = jax.jit(drawn_label_tokens, static_argnames=("num_draws", "value"))
 check = functools.partial(np.testing.assert_allclose, rtol=2e-6, atol=1e-7)
 
