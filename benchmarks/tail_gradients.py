@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.on_a_run import answer_logits, run, validation_rows
 from proxykd_jax.config import Config
 from proxykd_jax.generation.scoring import soft_labels_of_logits
-from proxykd_jax.losses import forward_kl_tokens, topk_kl_tokens
+from proxykd_jax.losses import forward_kl_tokens, topk_kl_tokens, topk_logps
 from proxykd_jax.losses.topk import TAILS
 from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.training.model import load_for_training
@@ -60,9 +60,8 @@ def _cosines(proxy_MV: np.ndarray, student_MV: np.ndarray, top_k: int, tail: str
     )
 
     def top(logits: jax.Array) -> jax.Array:
-        return topk_kl_tokens(
-            logits, labels.logps_K, labels.ids_K, tail=tail, proxy_tail_logps_BL=labels.tail_logps
-        ).sum()
+        proxy = (labels.logps_K, labels.tail_logps)
+        return topk_kl_tokens(topk_logps(logits, labels.ids_K), proxy, tail=tail).sum()
 
     student = jnp.asarray(student_MV)
     full_MV = jax.grad(lambda logits: forward_kl_tokens(proxy_MV, logits).sum())(student)

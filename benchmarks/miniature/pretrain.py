@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from benchmarks.miniature import world as w
-from proxykd_jax.losses import nll
+from proxykd_jax.losses import nll, token_logps
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.llama import forward
 from proxykd_jax.models.params import init_params
@@ -93,7 +93,7 @@ def _training(
 
     def loss_of(params: Any, rows_BT: jax.Array, mask_BL: jax.Array) -> jax.Array:
         logits_BLV = forward(params, None, rows_BT[:, :-1], config=config)
-        nll_B = nll(logits_BLV, rows_BT[:, 1:], mask_BL, reduction="sum")
+        nll_B = nll(token_logps(logits_BLV, rows_BT[:, 1:]), mask_BL, reduction="sum")
         return nll_B.sum() / mask_BL.sum()
 
     def train(state: Any, rows_ZBT: jax.Array, mask_ZBL: jax.Array) -> tuple[Any, jax.Array]:

@@ -78,7 +78,7 @@ from proxykd_jax.training.discriminator import (
 )
 from proxykd_jax.training.distillation import planned_figures, teacher_rows
 from proxykd_jax.training.logprobs import positions_at_once
-from proxykd_jax.training.objectives import Counts, Metrics, Objective
+from proxykd_jax.training.objectives import Counts, Metrics, Objective, nll_term
 from proxykd_jax.training.phase import MakeBatch, Phase
 from proxykd_jax.training.scoring import Scoring
 from proxykd_jax.training.stage_run import StageRun
@@ -342,9 +342,9 @@ class GadWarmupObjective:
     ) -> tuple[jax.Array, Metrics]:
         rows = batch.teacher.rows
         discriminator, _, figures = _judge(params, batch, spec)
-        nll_BL = -_label_logps(params["student"], rows, spec, temperature=1.0)
+        logps_BL = _label_logps(params["student"], rows, spec, temperature=1.0)
         terms = {
-            "nll": batch_terms(nll_BL, rows.mask_BL, reduction=self.reduction),
+            "nll": nll_term(logps_BL, rows, rows.mask_BL, self.reduction),
             "discriminator": discriminator,
         }
         loss, metrics = mixed_objective(terms, dict.fromkeys(terms, 1.0), counts=counts)

@@ -85,7 +85,7 @@ from proxykd_jax.training.batches import (
 )
 from proxykd_jax.training.distillation import planned_figures, teacher_rows
 from proxykd_jax.training.loop import Trainer
-from proxykd_jax.training.objectives import Counts, Metrics, Objective
+from proxykd_jax.training.objectives import Counts, Metrics, Objective, nll_term
 from proxykd_jax.training.optimizer import make_optimizer
 from proxykd_jax.training.phase import MakeBatch, Phase
 from proxykd_jax.training.programs import longest
@@ -452,11 +452,11 @@ class MiniLlmObjective:
     def _anchor_terms(self, params: Tree, rows: TokenBatch, spec: ScoredSpec) -> Metrics:
         def values(student: jax.Array, scorer: jax.Array, *arrays: jax.Array) -> Any:
             labels, mask = arrays
-            return -token_logps(student, labels), forward_kl_tokens(scorer, student, mask)
+            return token_logps(student, labels), forward_kl_tokens(scorer, student, mask)
 
-        nll_BL, kl_BL = both_logits(params, rows, spec, values, rows.labels_BL, rows.mask_BL)
+        logps_BL, kl_BL = both_logits(params, rows, spec, values, rows.labels_BL, rows.mask_BL)
         return {
-            "anchor_nll": _token_mean(nll_BL, rows),
+            "anchor_nll": nll_term(logps_BL, rows, rows.mask_BL, "token_mean"),
             "anchor_kl": _token_mean(kl_BL, rows),
         }
 

@@ -259,8 +259,3 @@ def _sought_items(name: str, records: Iterable[tuple[Record, str]]) -> Iterator[
                     yield from sought_texts(benchmark_item(name, example))
             except RowProblem:
                 continue
-
-
-def benchmark_questions(path: str) -> Iterator[str]:
-    """The texts of ``sought_in_corpus``."""
-    return (sought.text for sought in sought_in_corpus(path))

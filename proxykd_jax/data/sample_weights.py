@@ -46,7 +46,7 @@ def weights_of(
       normalize: scale the weights to mean 1 over the split.
       enabled: without, every weight is 1.
     """
-    from proxykd_jax.losses import alignment_weights
+    from proxykd_jax.losses import alignment_weights, length_correlation, normalize_weights
 
     values = np.asarray(seq_logliks, np.float64)
     lengths = np.asarray(lengths, np.float64)
@@ -58,21 +58,10 @@ def weights_of(
     mean = float(values[inside].mean()) if inside.any() else 0.0
     std = float(np.sqrt(np.square(values[inside] - mean).mean())) if inside.any() else 0.0
     if not enabled:
-        weights = np.ones(len(values), np.float64)
+        weights = np.ones(len(values), np.float32)
     else:
         # Centred in float64 first: float32 has few digits left of a difference of long sums.
-        weights = np.asarray(alignment_weights(values - mean, 0.0, std), np.float64)
-        if normalize and len(weights) and weights.mean() > 0:
-            weights = weights / weights.mean()
-    return Weights(
-        weights.astype(np.float32), mean, std, _correlation(weights[inside], lengths[inside])
-    )
-
-
-def _correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """Pearson's; 0 where either does not vary."""
-    if len(first) == 0:
-        return 0.0
-    first, second = first - first.mean(), second - second.mean()
-    scale = np.sqrt(np.square(first).sum() * np.square(second).sum())
-    return float((first * second).sum() / scale) if scale > 0 else 0.0
+        found = alignment_weights(values - mean, 0.0, std)
+        weights = np.asarray(normalize_weights(found) if normalize else found)
+    correlation = float(length_correlation(weights, lengths, example_mask_B=inside))
+    return Weights(weights, mean, std, correlation)

@@ -81,11 +81,6 @@ class BatchStream:
             batch = self._plan(epoch)[step - self._starts[epoch]]
         return process_rows(batch, self._process_index, self._process_count)
 
-    def epoch_of(self, step: int) -> int:
-        """The epoch that a global step belongs to."""
-        self.planned(step)
-        return int(np.searchsorted(self._starts, step, side="right")) - 1
-
     def __iter__(self) -> Iterator[Any]:
         import jax
 

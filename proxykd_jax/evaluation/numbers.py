@@ -90,11 +90,6 @@ def canonical(text: str) -> str | None:
     return _written(found[0]) if len(found) == 1 else None
 
 
-def as_fraction(canonical_number: str) -> Fraction:
-    """The value of a canonical number."""
-    return Fraction(canonical_number)
-
-
 def _readable(text: str) -> str:
     text = _ENDLESS.sub(" ", text)
     text = _CALCULATION.sub(lambda m: m[2] or m[1].rpartition("=")[2], text)

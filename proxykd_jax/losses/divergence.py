@@ -1,8 +1,10 @@
 """Distances between two next-token distributions over the full vocabulary (eqs. 2 and 8).
 
 Every divergence comes as a building block with one value a token (`*_tokens`) and as a function
-with one value an example. In all of them the value is exact, +inf included where a divergence is
-infinite, and the gradient is finite: a zero probability counts as exp(-1e4) in the backward pass.
+with one value an example. Training reduces the former by `batch_terms`; tempered KL, total
+variation and the latter are for notebooks. In all of them the value is exact, +inf included where
+a divergence is infinite, and the gradient is finite: a zero probability counts as exp(-1e4) in the
+backward pass.
 """
 
 import chex
@@ -84,7 +86,10 @@ def total_variation_tokens(
     student_logits_BLV: chex.Array,
     mask_BL: chex.Array | None = None,
 ) -> jax.Array:
-    """Half the sum of |t - s| at each position, 0 to 1; arguments as in `forward_kl_tokens`."""
+    """Half the sum of |t - s| at each position, 0 to 1; arguments as in `forward_kl_tokens`.
+
+    For notebooks: training has no need of it.
+    """
     teacher_logps, student_logps = _both_logps(teacher_logits_BLV, student_logits_BLV, mask_BL)
     return 0.5 * jnp.abs(jnp.exp(teacher_logps) - jnp.exp(student_logps)).sum(axis=-1)
 
@@ -98,6 +103,9 @@ def tempered_kl_tokens(
     rescale: bool = True,
 ) -> jax.Array:
     """T^2 KL(teacher^(1/T) || student^(1/T)) at each position: both softened by T.
+
+    For notebooks: training takes `topk_kl` of softened log-probs, which `topk_logps` gives of
+    logits / T, times T^2.
 
     A softened KL's gradient shrinks like 1 / T^2. The factor undoes that (Hinton, arXiv
     1503.02531, section 2), so that the weight beside an NLL means the same at every T.
@@ -128,6 +136,8 @@ def forward_kl(
 ) -> jax.Array:
     """KL(teacher || student), full vocabulary, one value an example (eqs. 2 and 8).
 
+    For notebooks: training calls `forward_kl_tokens`, and `topk_kl` on stored labels.
+
     Args:
         teacher_logits_BLV, student_logits_BLV: any float type, the same shape.
         mask_BL: response tokens; bool, integer or float.
@@ -151,7 +161,10 @@ def reverse_kl(
     *,
     reduction: str = "mean",
 ) -> jax.Array:
-    """KL(student || teacher), one value an example; arguments as in `forward_kl`."""
+    """KL(student || teacher), one value an example; arguments as in `forward_kl`.
+
+    For notebooks: training calls `reverse_kl_tokens`.
+    """
     chex.assert_rank(student_logits_BLV, 3)
     kl_BL = reverse_kl_tokens(teacher_logits_BLV, student_logits_BLV, mask_BL)
     return reduce_tokens(kl_BL, mask_BL, reduction=reduction)
@@ -166,7 +179,10 @@ def tempered_kl(
     rescale: bool = True,
     reduction: str = "mean",
 ) -> jax.Array:
-    """Softened KL, one value an example; see `tempered_kl_tokens` and `forward_kl`."""
+    """Softened KL, one value an example; see `tempered_kl_tokens` and `forward_kl`.
+
+    For notebooks, as `tempered_kl_tokens` is.
+    """
     chex.assert_rank(student_logits_BLV, 3)
     kl_BL = tempered_kl_tokens(
         teacher_logits_BLV, student_logits_BLV, mask_BL, temperature=temperature, rescale=rescale
@@ -182,7 +198,10 @@ def generalized_jsd(
     beta: float,
     reduction: str = "mean",
 ) -> jax.Array:
-    """Generalized JSD, one value an example; see `generalized_jsd_tokens` and `forward_kl`."""
+    """Generalized JSD, one value an example; see `generalized_jsd_tokens` and `forward_kl`.
+
+    For notebooks: training calls `generalized_jsd_tokens`.
+    """
     chex.assert_rank(student_logits_BLV, 3)
     jsd_BL = generalized_jsd_tokens(teacher_logits_BLV, student_logits_BLV, mask_BL, beta=beta)
     return reduce_tokens(jsd_BL, mask_BL, reduction=reduction)
@@ -195,7 +214,10 @@ def total_variation(
     *,
     reduction: str = "mean",
 ) -> jax.Array:
-    """Total variation distance, one value an example; arguments as in `forward_kl`."""
+    """Total variation distance, one value an example; arguments as in `forward_kl`.
+
+    For notebooks: training has no need of it.
+    """
     chex.assert_rank(student_logits_BLV, 3)
     distance_BL = total_variation_tokens(teacher_logits_BLV, student_logits_BLV, mask_BL)
     return reduce_tokens(distance_BL, mask_BL, reduction=reduction)

@@ -63,25 +63,35 @@ _label_logps.defvjp(_label_logps_forward, _label_logps_backward)
 
 
 def nll(
-    logits_BLV: chex.Array, labels_BL: chex.Array, mask_BL: chex.Array, *, reduction: str = "mean"
+    logps_BL: chex.Array,
+    mask_BL: chex.Array,
+    *,
+    reduction: str = "mean",
+    segment_ids_BL: chex.Array | None = None,
+    num_segments: int | None = None,
 ) -> jax.Array:
     """Negative log-likelihood of the labels inside the mask, one value an example.
 
-    >>> nll(logits_BLV, labels_BL, mask_BL)                    # nats a token
-    >>> nll(logits_BLV, labels_BL, mask_BL, reduction="sum")   # -log pi(y|x), nats
+    >>> logps_BL = token_logps(logits_BLV, labels_BL, mask_BL)
+    >>> nll(logps_BL, mask_BL)                    # nats a token
+    >>> nll(logps_BL, mask_BL, reduction="sum")   # -log pi(y|x), nats
 
     Args:
-        logits_BLV: any float type.
-        labels_BL: integers, aligned with the logits.
+        logps_BL: log-probs of the labels, from `token_logps`. Outside the mask anything may stand.
         mask_BL: response tokens; bool, integer or float.
         reduction: `mean` or `sum` over an example's tokens.
+        segment_ids_BL, num_segments: packed rows, as in `reduce_tokens`.
 
     Returns:
-        `[B]` float32; 0 for an empty mask.
+        `[B]` float32, or `[B, num_segments]` for packed rows; 0 for an empty mask.
 
     Raises:
-        ValueError: unknown reduction.
+        ValueError: unknown reduction, or half of the packing arguments.
     """
-    chex.assert_rank(logits_BLV, 3)
-    chex.assert_shape(mask_BL, logits_BLV.shape[:-1])
-    return reduce_tokens(-token_logps(logits_BLV, labels_BL, mask_BL), mask_BL, reduction=reduction)
+    return reduce_tokens(
+        -logps_BL,
+        mask_BL,
+        reduction=reduction,
+        segment_ids_BL=segment_ids_BL,
+        num_segments=num_segments,
+    )

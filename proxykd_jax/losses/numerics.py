@@ -57,6 +57,13 @@ def blank_tokens(values: chex.Array, mask: chex.Array | None) -> jax.Array:
     return jnp.where(inside(mask), values, 0.0)
 
 
+def weigh(values: chex.Array, weights: chex.Array) -> jax.Array:
+    """values * weights of one shape, and exactly 0 where the weight is 0: infinite values too."""
+    weights = float32(weights)
+    chex.assert_shape(values, weights.shape)
+    return jnp.where(weights == 0, 0.0, float32(values)) * weights
+
+
 @jax.custom_jvp
 def finite_log(logps: jax.Array, floor: float = LOGP_FLOOR) -> jax.Array:
     """Log-probs with -inf replaced by a finite floor; the derivative is 1 everywhere."""

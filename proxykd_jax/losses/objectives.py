@@ -1,6 +1,6 @@
 """Objectives: the proxy's (eq. 6), the student's (eq. 11), and weighted sums of other terms.
 
-They combine terms that are already sums with counts (`batch_terms`, `reduce_examples`), so one
+They combine terms that are already sums with counts (`example_terms`, `reduce_examples`), so one
 function serves a notebook with a single batch and a training step with micro-batches and packed
 rows. A micro-batch passes the counts of its whole batch (`nll_count=...`, from `batch_count`):
 its loss is then a share, and the shares and their gradients add up to those of the whole batch.
@@ -34,7 +34,7 @@ def alignment_objective(
 
     >>> pairs = (policy_chosen_B, policy_rejected_B, reference_chosen_B, reference_rejected_B)
     >>> loss, metrics = alignment_objective(
-    ...     batch_terms(-logps_BL, mask_BL, reduction="example_mean"),
+    ...     example_terms(nll(logps_BL, mask_BL), mask_BL, reduction="example_mean"),
     ...     reduce_examples(dpo_loss(*pairs, beta=1.0), pair_mask_B),
     ...     pair_metrics=preference_metrics(*pairs, beta=1.0), pair_mask_B=pair_mask_B)
 

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 
 from proxykd_jax.losses.advantages import log_ratio_rewards
 from proxykd_jax.losses.divergence import reverse_kl_tokens
-from proxykd_jax.losses.numerics import blank_tokens, finite_log, float32, log_mixture
-from proxykd_jax.losses.reduction import weigh_examples
+from proxykd_jax.losses.numerics import blank_tokens, finite_log, float32, log_mixture, weigh
 
 
 def mixture_logps(
@@ -157,7 +156,7 @@ def single_step_kl_tokens(
     if importance_weights_BL is None:
         return kl_BL
     weight_BL = jax.lax.stop_gradient(blank_tokens(importance_weights_BL, mask_BL))
-    return weigh_examples(kl_BL, weight_BL)
+    return weigh(kl_BL, weight_BL)
 
 
 def sampled_reverse_kl_tokens(

@@ -17,6 +17,8 @@ SimPO 2405.14734 eq. 6, ORPO 2403.07691 eqs. 6 to 8. ORPO's other half, the NLL 
 response, is the objective's (`alignment_objective`), so that it is never added twice.
 """
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -78,64 +80,70 @@ def preference_loss(
             that it would ignore.
     """
     _check_options(loss, beta, margin, label_smoothing)
-    chosen_B, rejected_B = _scores(
-        policy_chosen_B,
-        policy_rejected_B,
-        reference_chosen_B,
-        reference_rejected_B,
-        loss=loss,
-        length_normalize=length_normalize,
-        chosen_tokens_B=chosen_tokens_B,
-        rejected_tokens_B=rejected_tokens_B,
-        pair_mask_B=pair_mask_B,
-    )
+    logliks = (policy_chosen_B, policy_rejected_B, reference_chosen_B, reference_rejected_B)
+    options: dict[str, Any] = {
+        "length_normalize": length_normalize,
+        "chosen_tokens_B": chosen_tokens_B,
+        "rejected_tokens_B": rejected_tokens_B,
+        "pair_mask_B": pair_mask_B,
+    }
+    if loss == "dpo":
+        return dpo_loss(*logliks, beta=beta, label_smoothing=label_smoothing, **options)
+    chosen_B, rejected_B = _scores(*logliks, loss=loss, **options)
     if loss == "ipo":
         return jnp.square(chosen_B - rejected_B - 1 / (2 * beta))
     if loss == "orpo":
         log_odds_B = (chosen_B - log1mexp(chosen_B)) - (rejected_B - log1mexp(rejected_B))
         return -beta * jax.nn.log_sigmoid(log_odds_B)
-    # The minus sign is not in the print of eq. 4, whose minimum would be as far from the teacher
-    # as the policy can go.
-    logit_B = beta * (chosen_B - rejected_B) - (margin or 0.0)
-    return -(
-        (1 - label_smoothing) * jax.nn.log_sigmoid(logit_B)
-        + label_smoothing * jax.nn.log_sigmoid(-logit_B)
-    )
+    return _logistic(beta * (chosen_B - rejected_B) - (margin or 0.0), label_smoothing)
 
 
 def dpo_loss(
     policy_chosen_B: chex.Array,
     policy_rejected_B: chex.Array,
-    reference_chosen_B: chex.Array,
-    reference_rejected_B: chex.Array,
+    reference_chosen_B: chex.Array | None,
+    reference_rejected_B: chex.Array | None,
     *,
     beta: float,
+    label_smoothing: float = 0.0,
+    length_normalize: bool = False,
+    chosen_tokens_B: chex.Array | None = None,
+    rejected_tokens_B: chex.Array | None = None,
+    pair_mask_B: chex.Array | None = None,
 ) -> jax.Array:
     """-log sigmoid(beta [(log pi - log pi_ref)(y) - (log pi - log pi_ref)(y-hat)]) (eq. 4).
 
-    Eq. 4 is printed without its minus sign. It is ln 2 where the policy equals the reference,
-    and descending it there raises y and lowers y-hat.
+    Eq. 4 is printed without its minus sign, and its minimum would be as far from the teacher as
+    the policy can go. The loss is ln 2 where the policy equals the reference, and descending it
+    there raises y and lowers y-hat.
 
     Args:
         policy_chosen_B, policy_rejected_B: log-probs summed over the response's tokens, nats.
         reference_chosen_B, reference_rejected_B: the same under the previous round's proxy.
         beta: > 0. Where each round is run to convergence, the error of the sequence log-ratio to
             the teacher is multiplied by 1 - 1 / beta a round.
+        label_smoothing, length_normalize, chosen_tokens_B, rejected_tokens_B, pair_mask_B: as in
+            `preference_loss`; the paper has none of them.
 
     Returns:
         `[B]` float32.
 
     Raises:
-        ValueError: beta is not positive.
+        ValueError: as `preference_loss`.
     """
-    return preference_loss(
+    _check_options("dpo", beta, label_smoothing=label_smoothing)
+    chosen_B, rejected_B = _scores(
         policy_chosen_B,
         policy_rejected_B,
         reference_chosen_B,
         reference_rejected_B,
         loss="dpo",
-        beta=beta,
+        length_normalize=length_normalize,
+        chosen_tokens_B=chosen_tokens_B,
+        rejected_tokens_B=rejected_tokens_B,
+        pair_mask_B=pair_mask_B,
     )
+    return _logistic(beta * (chosen_B - rejected_B), label_smoothing)
 
 
 def preference_metrics(
@@ -184,6 +192,14 @@ def preference_metrics(
         "reward_accuracy": 0.5 * (1.0 + jnp.sign(margin_B)),
     }
     return jax.lax.stop_gradient(metrics)
+
+
+def _logistic(logit_B: jax.Array, label_smoothing: float) -> jax.Array:
+    """-log sigmoid(logit), mixed with that of the opposite order."""
+    return -(
+        (1 - label_smoothing) * jax.nn.log_sigmoid(logit_B)
+        + label_smoothing * jax.nn.log_sigmoid(-logit_B)
+    )
 
 
 def _check_options(

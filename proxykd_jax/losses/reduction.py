@@ -110,50 +110,89 @@ def reduce_examples(value_B: chex.Array, example_mask_B: chex.Array) -> Term:
     return Term(jnp.where(valid_B, float32(value_B), 0.0).sum(), valid_B.sum(dtype=jnp.float32))
 
 
-def batch_terms(
-    values_BL: chex.Array,
+def token_reduction(reduction: str) -> str:
+    """How a batch reduction treats an example's tokens: `mean` for `example_mean`, else `sum`.
+
+    >>> value_B = nll(logps_BL, mask_BL, reduction=token_reduction("token_mean"))
+    >>> term = example_terms(value_B, mask_BL, reduction="token_mean")
+
+    Raises:
+        ValueError: unknown reduction.
+    """
+    _check_batch_reduction(reduction)
+    return "mean" if reduction == "example_mean" else "sum"
+
+
+def example_terms(
+    value_B: chex.Array,
     mask_BL: chex.Array,
     *,
     reduction: str,
-    sample_weight_B: chex.Array | None = None,
     segment_ids_BL: chex.Array | None = None,
     num_segments: int | None = None,
 ) -> Term:
-    """Reduces one value a token to a sum and a count over the batch (eqs. 1, 7, 8 and 10).
+    """Reduces one value an example to a sum and a count over the batch.
 
-    | reduction      | total                            | divisor                         |
-    |----------------|----------------------------------|---------------------------------|
-    | `example_mean` | token means, over examples       | examples with a response token  |
-    | `token_mean`   | values, over all response tokens | response tokens                 |
-    | `sum`          | values, over all response tokens | examples with a response token  |
+    | reduction      | a value is a      | divisor                         |
+    |----------------|-------------------|---------------------------------|
+    | `example_mean` | mean over tokens  | examples with a response token  |
+    | `token_mean`   | sum over tokens   | response tokens                 |
+    | `sum`          | sum over tokens   | examples with a response token  |
 
-    `sum` is the paper's print: a sum over y, a mean over examples.
+    The total is the sum of the values. `sum` is the paper's print of eqs. 1, 7, 8 and 10: a sum
+    over y and a mean over examples.
 
     Args:
-        values_BL: one value a token.
+        value_B: one value an example, reduced over its tokens by `token_reduction(reduction)`;
+            `[B, S]` for packed rows. A factor such as a sample weight may be in it: it is not in
+            the count.
         mask_BL: response tokens; bool, integer or float.
         reduction: one of the three above.
-        sample_weight_B: multiplies each example's value (`[B, S]` for packed rows). It never
-            enters the count. A weight of 0 takes the example's value out, infinite or not.
         segment_ids_BL, num_segments: packed rows, as in `reduce_tokens`.
 
     Raises:
         ValueError: unknown reduction, or half of the packing arguments.
     """
-    _check_batch_reduction(reduction)
-    per_example = reduce_tokens(
+    tokens_B = count_tokens(mask_BL, segment_ids_BL=segment_ids_BL, num_segments=num_segments)
+    chex.assert_equal_shape([value_B, tokens_B])
+    return Term(float32(value_B).sum(), _batch_count(tokens_B, reduction))
+
+
+def batch_terms(
+    values_BL: chex.Array,
+    mask_BL: chex.Array,
+    *,
+    reduction: str,
+    segment_ids_BL: chex.Array | None = None,
+    num_segments: int | None = None,
+) -> Term:
+    """Reduces one value a token to a sum and a count over the batch.
+
+    It is `reduce_tokens` by `token_reduction(reduction)`, and then `example_terms`.
+
+    Args:
+        values_BL: one value a token.
+        mask_BL: response tokens; bool, integer or float.
+        reduction: `example_mean`, `token_mean` or `sum`.
+        segment_ids_BL, num_segments: packed rows, as in `reduce_tokens`.
+
+    Raises:
+        ValueError: unknown reduction, or half of the packing arguments.
+    """
+    value_B = reduce_tokens(
         values_BL,
         mask_BL,
-        reduction="mean" if reduction == "example_mean" else "sum",
+        reduction=token_reduction(reduction),
         segment_ids_BL=segment_ids_BL,
         num_segments=num_segments,
     )
-    if sample_weight_B is not None:
-        per_example = weigh_examples(per_example, sample_weight_B)
-    count = batch_count(
-        mask_BL, reduction=reduction, segment_ids_BL=segment_ids_BL, num_segments=num_segments
+    return example_terms(
+        value_B,
+        mask_BL,
+        reduction=reduction,
+        segment_ids_BL=segment_ids_BL,
+        num_segments=num_segments,
     )
-    return Term(per_example.sum(), count)
 
 
 def batch_count(
@@ -163,14 +202,13 @@ def batch_count(
     segment_ids_BL: chex.Array | None = None,
     num_segments: int | None = None,
 ) -> jax.Array:
-    """The count that `batch_terms` gives, from the mask alone.
+    """The count that `example_terms` and `batch_terms` give, from the mask alone.
 
     Raises:
         ValueError: unknown reduction, or half of the packing arguments.
     """
-    _check_batch_reduction(reduction)
-    tokens = count_tokens(mask_BL, segment_ids_BL=segment_ids_BL, num_segments=num_segments)
-    return tokens.sum() if reduction == "token_mean" else (tokens > 0).sum(dtype=jnp.float32)
+    tokens_B = count_tokens(mask_BL, segment_ids_BL=segment_ids_BL, num_segments=num_segments)
+    return _batch_count(tokens_B, reduction)
 
 
 def batch_mean(term: tuple[chex.Array, chex.Array]) -> jax.Array:
@@ -179,11 +217,9 @@ def batch_mean(term: tuple[chex.Array, chex.Array]) -> jax.Array:
     return jnp.where(count == 0, 0.0, total / jnp.where(count == 0, 1.0, count))
 
 
-def weigh_examples(value_B: chex.Array, sample_weight_B: chex.Array) -> jax.Array:
-    """value_B * sample_weight_B, and exactly 0 where the weight is 0."""
-    weight_B = float32(sample_weight_B)
-    chex.assert_shape(value_B, weight_B.shape)
-    return jnp.where(weight_B == 0, 0.0, float32(value_B)) * weight_B
+def _batch_count(tokens_B: jax.Array, reduction: str) -> jax.Array:
+    _check_batch_reduction(reduction)
+    return tokens_B.sum() if reduction == "token_mean" else (tokens_B > 0).sum(dtype=jnp.float32)
 
 
 def _check_batch_reduction(reduction: str) -> None:

@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from proxykd_jax.losses.divergence import kl_terms
-from proxykd_jax.losses.numerics import blank_outside, float32, inside
-from proxykd_jax.losses.reduction import reduce_tokens
+from proxykd_jax.losses.numerics import blank_outside, float32, inside, weigh
 from proxykd_jax.losses.topk import topk_logps
 
 LABEL_VALUES = ("cross_entropy", "kl")
@@ -147,6 +146,8 @@ def drawn_label_tokens(
 ) -> jax.Array:
     """Forward KL with the drawn target t = counts / N * weights, at each position.
 
+    For notebooks: training calls `drawn_cross_entropy_tokens`, on log-probs.
+
     | `value`         | is                    | in expectation over draws               |
     |-----------------|-----------------------|-----------------------------------------|
     | `cross_entropy` | -sum t log q          | the cross-entropy with p                |
@@ -188,16 +189,15 @@ def drawn_label_tokens(
     target_BLK = jax.lax.stop_gradient(target_BLK)
     student_BLK, _ = topk_logps(student_logits_BLV, ids_BLK, mask_BL)
     log_target_BLK = jnp.log(target_BLK)
-    kl_BL = kl_terms(log_target_BLK, student_BLK).sum(axis=-1)
     if value == "kl":
-        return kl_BL
-    return kl_BL - kl_terms(log_target_BLK, jnp.zeros_like(log_target_BLK)).sum(axis=-1)
+        return kl_terms(log_target_BLK, student_BLK).sum(axis=-1)
+    return drawn_cross_entropy_tokens(student_BLK, log_target_BLK)
 
 
 def drawn_cross_entropy_tokens(
     student_logps_BLK: chex.Array, log_targets_BLK: chex.Array
 ) -> jax.Array:
-    """The `cross_entropy` of `drawn_label_tokens`, from log-probs at the ids that were drawn.
+    """-sum t log q at each position, t a drawn target, from log-probs at the ids that were drawn.
 
     Args:
         student_logps_BLK: log-probs of the full softmax at the ids; any leading axes.
@@ -208,44 +208,7 @@ def drawn_cross_entropy_tokens(
     """
     chex.assert_equal_shape([student_logps_BLK, log_targets_BLK])
     target_BLK = jax.lax.stop_gradient(jnp.exp(float32(log_targets_BLK)))
-    terms_BLK = jnp.where(target_BLK > 0, target_BLK * float32(student_logps_BLK), 0.0)
-    return -terms_BLK.sum(axis=-1)
-
-
-def drawn_label_loss(
-    student_logits_BLV: chex.Array,
-    ids_BLK: chex.Array,
-    counts_BLK: chex.Array,
-    mask_BL: chex.Array,
-    *,
-    num_draws: int,
-    weights_BLK: chex.Array | None = None,
-    value: str = "cross_entropy",
-    reduction: str = "mean",
-) -> jax.Array:
-    """`drawn_label_tokens`, one value an example.
-
-    Args:
-        mask_BL: response tokens; bool, integer or float.
-        reduction: `mean` or `sum` over an example's tokens.
-
-    Returns:
-        `[B]` float32 in nats; 0 for an empty mask.
-
-    Raises:
-        ValueError: unknown value or reduction, or num_draws below 1.
-    """
-    chex.assert_rank(student_logits_BLV, 3)
-    loss_BL = drawn_label_tokens(
-        student_logits_BLV,
-        ids_BLK,
-        counts_BLK,
-        mask_BL,
-        num_draws=num_draws,
-        weights_BLK=weights_BLK,
-        value=value,
-    )
-    return reduce_tokens(loss_BL, mask_BL, reduction=reduction)
+    return -weigh(student_logps_BLK, target_BLK).sum(axis=-1)
 
 
 def _count(ids_N: jax.Array) -> tuple[jax.Array, jax.Array]:

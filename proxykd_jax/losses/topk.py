@@ -25,13 +25,14 @@ from proxykd_jax.losses.numerics import (
     FLOAT32_EPS,
     SMALLEST_MASS,
     blank_outside,
+    blank_tokens,
     finite_log,
     float32,
     gather_vocab,
-    inside,
     scatter_vocab,
+    weigh,
 )
-from proxykd_jax.losses.reduction import reduce_tokens, weigh_examples
+from proxykd_jax.losses.reduction import reduce_tokens
 
 TAILS = ("bucket", "renormalize", "renormalize_proxy", "zero")
 
@@ -142,29 +143,33 @@ def _logps_at_backward(residuals: Any, cotangents: Any) -> tuple[jax.Array, None
 _logps_at.defvjp(_logps_at_forward, _logps_at_backward)
 
 
-def topk_kl_from_logps(
-    student_topk_logps_BLK: chex.Array,
-    proxy_topk_logps_BLK: chex.Array,
+def topk_kl_tokens(
+    student: tuple[chex.Array, chex.Array | None],
+    proxy: tuple[chex.Array, chex.Array | None],
+    mask_BL: chex.Array | None = None,
     *,
     tail: str = "bucket",
-    proxy_tail_logps_BL: chex.Array | None = None,
-    student_tail_logps_BL: chex.Array | None = None,
 ) -> jax.Array:
-    """Top-k KL at each position from log-probs that were already looked up.
+    """Top-k KL(proxy || student) at each position (eq. 8).
+
+    >>> student = topk_logps(student_logits_BLV, ids_BLK, mask_BL)
+    >>> proxy = topk_logps(proxy_logits_BLV, ids_BLK)
+    >>> topk_kl_tokens(student, proxy, mask_BL)
 
     Args:
-        student_topk_logps_BLK: the student's full log-softmax at the stored ids.
-        proxy_topk_logps_BLK: the proxy's, the same shape; the gradient to it is whatever it is.
+        student: `[B, L, K]` log-probs of the student's full softmax at the stored ids, and `[B, L]`
+            log of the mass outside them: what `topk_logps` returns. With None for the second, the
+            mass is 1 - sum q, not below 1.2e-7 and without gradient there: float32 has no digits
+            left, so give it where it can be had.
+        proxy: the same of the proxy, as it was stored (-inf for no mass outside). With None, the
+            mass is 1 - sum p, or 0 where rounding makes that negative. The gradient to it is
+            whatever it is.
+        mask_BL: where given, positions outside it are computed from blanks, whatever they hold.
         tail: `bucket`, `renormalize`, `renormalize_proxy` or `zero`. The last three do not look
-            at the tails' masses.
-        proxy_tail_logps_BL: stored log of the proxy's tail mass (-inf for none). Without it the
-            mass is 1 - sum p, or 0 where rounding makes that negative.
-        student_tail_logps_BL: the second result of `topk_logps`. Without it the mass is
-            1 - sum q, not below 1.2e-7 and without gradient there: float32 has no digits left,
-            so give it where it can be had.
+            at the masses outside.
 
     Returns:
-        `[B, L]` float32 in nats, gradients finite throughout.
+        `[B, L]` float32 in nats, gradients finite throughout. Any leading axes will do.
 
     Raises:
         ValueError: unknown tail.
@@ -174,7 +179,8 @@ def topk_kl_from_logps(
             f"tail is {tail!r}; what becomes of the mass outside the top k is one of "
             f"{', '.join(TAILS)}."
         )
-    student_BLK, proxy_BLK = float32(student_topk_logps_BLK), float32(proxy_topk_logps_BLK)
+    (student_BLK, student_tail_BL), (proxy_BLK, proxy_tail_BL) = student, proxy
+    student_BLK, proxy_BLK = blank_outside(student_BLK, mask_BL), blank_outside(proxy_BLK, mask_BL)
     chex.assert_equal_shape([student_BLK, proxy_BLK])
     if tail in ("renormalize", "renormalize_proxy"):
         proxy_BLK = _renormalize(proxy_BLK)
@@ -184,136 +190,64 @@ def topk_kl_from_logps(
     if tail != "bucket":
         return head_BL
 
-    if proxy_tail_logps_BL is None:
-        proxy_tail_logps_BL = _log_of_rest(proxy_BLK, least=0.0)
-    if student_tail_logps_BL is None:
-        student_tail_logps_BL = _log_of_rest(student_BLK, least=FLOAT32_EPS)
-    proxy_tail_BL, student_tail_BL = float32(proxy_tail_logps_BL), float32(student_tail_logps_BL)
+    if proxy_tail_BL is None:
+        proxy_tail_BL = _log_of_rest(proxy_BLK, least=0.0)
+    if student_tail_BL is None:
+        student_tail_BL = _log_of_rest(student_BLK, least=FLOAT32_EPS)
+    proxy_tail_BL = blank_tokens(proxy_tail_BL, mask_BL)
+    student_tail_BL = blank_tokens(student_tail_BL, mask_BL)
     chex.assert_shape([proxy_tail_BL, student_tail_BL], head_BL.shape)
     return head_BL + kl_terms(proxy_tail_BL, student_tail_BL)
 
 
-def topk_kl_tokens(
-    student_logits_BLV: chex.Array,
-    proxy_topk_logps_BLK: chex.Array,
-    proxy_topk_ids_BLK: chex.Array,
-    mask_BL: chex.Array | None = None,
-    *,
-    tail: str = "bucket",
-    proxy_tail_logps_BL: chex.Array | None = None,
-) -> jax.Array:
-    """Top-k KL(proxy || student) at each position.
-
-    Args:
-        student_logits_BLV: any float type and any leading axes.
-        proxy_topk_logps_BLK: log-probs of the proxy's full softmax.
-        proxy_topk_ids_BLK: their token ids, distinct at a position.
-        mask_BL: where given, positions outside it are computed from blanks.
-        tail: see the table above.
-        proxy_tail_logps_BL: stored log of the proxy's tail mass; from the log-probs if absent.
-
-    Returns:
-        `[B, L]` float32 in nats.
-
-    Raises:
-        ValueError: unknown tail.
-    """
-    chex.assert_equal_shape([proxy_topk_logps_BLK, proxy_topk_ids_BLK])
-    proxy_BLK = blank_outside(proxy_topk_logps_BLK, mask_BL)
-    if mask_BL is not None:
-        proxy_topk_ids_BLK = jnp.where(inside(mask_BL)[..., None], proxy_topk_ids_BLK, 0)
-        if proxy_tail_logps_BL is not None:
-            proxy_tail_logps_BL = jnp.where(inside(mask_BL), proxy_tail_logps_BL, 0.0)
-    student_BLK, student_tail_BL = topk_logps(student_logits_BLV, proxy_topk_ids_BLK, mask_BL)
-    if tail == "renormalize":
-        # The full softmax's normaliser cancels in value. Without its gradient, that of the
-        # entries outside the ids is exactly 0 instead of rounding noise.
-        student_BLK = _without_normalizer(student_logits_BLV, proxy_topk_ids_BLK, mask_BL)
-    if proxy_BLK.shape[-1] == student_logits_BLV.shape[-1]:
-        # Nothing lies outside: 1 - sum p would be rounding noise.
-        proxy_tail_logps_BL = jnp.full(proxy_BLK.shape[:-1], -jnp.inf)
-    return topk_kl_from_logps(
-        student_BLK,
-        proxy_BLK,
-        tail=tail,
-        proxy_tail_logps_BL=proxy_tail_logps_BL,
-        student_tail_logps_BL=student_tail_BL,
-    )
-
-
 def topk_kl(
-    student_logits_BLV: chex.Array,
-    proxy_topk_logps_BLK: chex.Array,
-    proxy_topk_ids_BLK: chex.Array,
+    student: tuple[chex.Array, chex.Array | None],
+    proxy: tuple[chex.Array, chex.Array | None],
     mask_BL: chex.Array,
     *,
     tail: str = "bucket",
     reduction: str = "mean",
-    proxy_tail_logps_BL: chex.Array | None = None,
+    segment_ids_BL: chex.Array | None = None,
+    num_segments: int | None = None,
 ) -> jax.Array:
-    """Top-k KL(proxy || student), one value an example (eq. 8); see `topk_kl_tokens`.
+    """Top-k KL(proxy || student), one value an example (eq. 8).
 
     Args:
+        student, proxy, tail: as in `topk_kl_tokens`.
         mask_BL: response tokens; bool, integer or float.
         reduction: `mean` or `sum` over an example's tokens.
+        segment_ids_BL, num_segments: packed rows, as in `reduce_tokens`.
 
     Returns:
-        `[B]` float32 in nats; 0 for an empty mask.
+        `[B]` float32 in nats, or `[B, num_segments]` for packed rows; 0 for an empty mask.
 
     Raises:
-        ValueError: unknown tail or reduction.
+        ValueError: unknown tail or reduction, or half of the packing arguments.
     """
-    chex.assert_rank(student_logits_BLV, 3)
-    kl_BL = topk_kl_tokens(
-        student_logits_BLV,
-        proxy_topk_logps_BLK,
-        proxy_topk_ids_BLK,
+    return reduce_tokens(
+        topk_kl_tokens(student, proxy, mask_BL, tail=tail),
         mask_BL,
-        tail=tail,
-        proxy_tail_logps_BL=proxy_tail_logps_BL,
+        reduction=reduction,
+        segment_ids_BL=segment_ids_BL,
+        num_segments=num_segments,
     )
-    return reduce_tokens(kl_BL, mask_BL, reduction=reduction)
 
 
-def weighted_kl(
-    student_logits_BLV: chex.Array,
-    proxy_topk_logps_BLK: chex.Array,
-    proxy_topk_ids_BLK: chex.Array,
-    mask_BL: chex.Array,
-    sample_weight_B: chex.Array,
-    *,
-    tail: str = "bucket",
-    reduction: str = "mean",
-    proxy_tail_logps_BL: chex.Array | None = None,
-) -> jax.Array:
-    """`topk_kl` times each example's weight w(x, y), unreduced over the batch (eq. 10).
+def weighted_kl(kl_B: chex.Array, sample_weight_B: chex.Array) -> jax.Array:
+    """w(x, y) KL, not reduced over the batch (eq. 10).
+
+    >>> weight_B = normalize_weights(alignment_weights(seq_loglik_B, loglik_mean, loglik_std))
+    >>> weighted_kl(topk_kl(student, proxy, mask_BL), weight_B)
 
     Args:
-        sample_weight_B: see `alignment_weights`. An example of weight 0 gives 0 whatever its KL.
+        kl_B: each example's KL, from `topk_kl`; `[B, S]` for packed rows.
+        sample_weight_B: the same shape; see `alignment_weights`. An example of weight 0 gives 0
+            whatever its KL.
 
     Returns:
-        `[B]` float32.
-
-    Raises:
-        ValueError: unknown tail or reduction.
+        float32, the same shape.
     """
-    kl_B = topk_kl(
-        student_logits_BLV,
-        proxy_topk_logps_BLK,
-        proxy_topk_ids_BLK,
-        mask_BL,
-        tail=tail,
-        reduction=reduction,
-        proxy_tail_logps_BL=proxy_tail_logps_BL,
-    )
-    return weigh_examples(kl_B, sample_weight_B)
-
-
-def _without_normalizer(logits: chex.Array, ids: chex.Array, mask: chex.Array | None) -> jax.Array:
-    """Logits at the ids, relative to the greatest of the vocabulary."""
-    logits = blank_outside(logits, mask)
-    logits = logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
-    return gather_vocab(logits, jnp.asarray(ids))[0]
+    return weigh(kl_B, sample_weight_B)
 
 
 def _renormalize(logps: jax.Array) -> jax.Array:

@@ -9,10 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from proxykd_jax.models.config import ModelConfig
-from proxykd_jax.models.decoder import unembed
-from proxykd_jax.models.params import Params
-
 
 def map_positions(function: Callable[..., Any], *arrays_BL: jax.Array, chunk: int) -> Any:
     """``function(*arrays)`` over equal slices of axis 1, ``chunk`` positions at most, put together.
@@ -109,28 +105,3 @@ def _sliced(function: Callable[..., Any], *arrays_BL: jax.Array, chunk: int) -> 
         lambda _, slices: (None, function(*slices)), None, tuple(cut(array) for array in arrays_BL)
     )
     return jax.tree.map(join, out)
-
-
-def token_logps_from_hidden(
-    params: Params,
-    hidden_BLD: jax.Array,
-    labels_BL: jax.Array,
-    *,
-    config: ModelConfig,
-    chunk: int = 128,
-) -> jax.Array:
-    """float32 log-probs ``[B, L]`` of the labels (aligned with the positions, not shifted here).
-
-    Equal to a gather from ``log_softmax(unembed(...))``, with the logits of ``chunk`` positions
-    a row alive at a time. A label outside the vocabulary gives minus the log-normaliser, which is
-    finite: mask it.
-    """
-
-    def logps(hidden: jax.Array, labels: jax.Array) -> jax.Array:
-        logits = unembed(params, hidden, config=config)
-        # A comparison and a sum keep a sharded vocabulary axis sharded; a gather does not.
-        ids = jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1)
-        chosen = jnp.sum(jnp.where(ids == labels[..., None], logits, 0.0), axis=-1)
-        return chosen - jax.scipy.special.logsumexp(logits, axis=-1)
-
-    return map_positions(logps, hidden_BLD, labels_BL, chunk=chunk)

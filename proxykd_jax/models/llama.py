@@ -8,9 +8,8 @@ vocabulary in pieces).
 """
 
 from proxykd_jax.models.cache import KVCache, forward_cached, init_cache, layers_apart
-from proxykd_jax.models.chunked import map_positions, map_positions_once, token_logps_from_hidden
+from proxykd_jax.models.chunked import map_positions
 from proxykd_jax.models.decoder import (
-    REMAT_POLICIES,
     batch_hidden_states,
     forward,
     hidden_states,
@@ -19,7 +18,6 @@ from proxykd_jax.models.decoder import (
 from proxykd_jax.models.params import abstract_params, first_layers, init_params, param_shapes
 
 __all__ = [
-    "REMAT_POLICIES",
     "KVCache",
     "abstract_params",
     "batch_hidden_states",
@@ -31,8 +29,6 @@ __all__ = [
     "init_params",
     "layers_apart",
     "map_positions",
-    "map_positions_once",
     "param_shapes",
-    "token_logps_from_hidden",
     "unembed",
 ]

@@ -20,14 +20,18 @@ from proxykd_jax.losses import (
     Term,
     alignment_objective,
     batch_count,
-    batch_terms,
     count_tokens,
     distill_objective,
     drawn_cross_entropy_tokens,
+    example_terms,
+    nll,
     preference_loss,
     preference_metrics,
     reduce_examples,
-    topk_kl_from_logps,
+    reduce_tokens,
+    token_reduction,
+    topk_kl,
+    weighted_kl,
 )
 from proxykd_jax.training.logprobs import label_logps, pair_label_logps, pair_sums
 from proxykd_jax.training.state import ModelSpec, Tree
@@ -81,7 +85,7 @@ class NllObjective:
         dropout_key: jax.Array | None,
     ) -> tuple[jax.Array, Metrics]:
         logps_BL, _, _ = label_logps(params, adapter, batch, spec, dropout_key=dropout_key)
-        term = _terms(-logps_BL, batch, batch.mask_BL, self.reduction)
+        term = nll_term(logps_BL, batch, batch.mask_BL, self.reduction)
         return alignment_objective(term, nll_weight=self.weight, nll_count=counts["nll"])
 
     def terms(self) -> dict[str, Objective]:
@@ -137,7 +141,7 @@ class AlignObjective:
         loss_B = preference_loss(*four, margin=self.preference.margin, **options)
         pair_metrics = preference_metrics(*four, **options)
         return alignment_objective(
-            _terms(-logps_BL[0], chosen, chosen.mask_BL, self.reduction),
+            nll_term(logps_BL[0], chosen, chosen.mask_BL, self.reduction),
             reduce_examples(loss_B, batch.pair_mask_B),
             nll_weight=self.nll_weight,
             preference_weight=self.preference_weight,
@@ -212,29 +216,24 @@ class DistillObjective:
             temperature=self.temperature,
             dropout_key=dropout_key,
         )
+        of_tokens = {"reduction": token_reduction(self.reduction), **_segments(rows)}
         if self.drawn:
-            kl_BL = drawn_cross_entropy_tokens(topk_BLK, batch.topk_logps_BLK)
+            drawn_BL = drawn_cross_entropy_tokens(topk_BLK, batch.topk_logps_BLK)
+            kl_BS = reduce_tokens(drawn_BL, rows.mask_BL, **of_tokens)
         else:
-            kl_BL = topk_kl_from_logps(
-                topk_BLK,
-                batch.topk_logps_BLK,
-                tail=self.tail,
-                proxy_tail_logps_BL=batch.tail_logps_BL,
-                student_tail_logps_BL=tail_BL,
-            )
+            student, proxy = (topk_BLK, tail_BL), (batch.topk_logps_BLK, batch.tail_logps_BL)
+            kl_BS = topk_kl(student, proxy, rows.mask_BL, tail=self.tail, **of_tokens)
         if self.rescale:
-            kl_BL = self.temperature**2 * kl_BL
-        weighted = _terms(
-            kl_BL, rows, rows.mask_BL, self.reduction, sample_weight_BS=batch.sample_weight_BS
-        )
+            kl_BS = self.temperature**2 * kl_BS
+        weighted_BS = weighted_kl(kl_BS, batch.sample_weight_BS)
         loss, metrics = distill_objective(
-            _terms(-logps_BL, rows, _teacher_mask(batch), self.reduction),
-            weighted,
+            nll_term(logps_BL, rows, _teacher_mask(batch), self.reduction),
+            _term(weighted_BS, rows, rows.mask_BL, self.reduction),
             alpha=self.alpha,
             nll_weight=self.nll_weight,
             nll_count=counts["nll"],
             kl_count=counts["kl"],
-            kl=_terms(kl_BL, rows, rows.mask_BL, self.reduction),
+            kl=_term(kl_BS, rows, rows.mask_BL, self.reduction),
             sample_weight=reduce_examples(batch.sample_weight_BS, rows.example_mask_BS),
         )
         if self.drawn:
@@ -259,20 +258,21 @@ def _count(rows: TokenBatch, mask_BL: Any, reduction: str) -> jax.Array:
     return batch_count(mask_BL, reduction=reduction, **_segments(rows))
 
 
-def _terms(
-    values_BL: jax.Array,
-    rows: TokenBatch,
-    mask_BL: Any,
-    reduction: str,
-    sample_weight_BS: Any | None = None,
-) -> Term:
-    return batch_terms(
-        values_BL,
-        mask_BL,
-        reduction=reduction,
-        sample_weight_B=sample_weight_BS,
-        **_segments(rows),
-    )
+def _term(value_BS: jax.Array, rows: TokenBatch, mask_BL: Any, reduction: str) -> Term:
+    return example_terms(value_BS, mask_BL, reduction=reduction, **_segments(rows))
+
+
+def nll_term(logps_BL: jax.Array, rows: TokenBatch, mask_BL: Any, reduction: str) -> Term:
+    """(sum, count) of the NLL of the rows' examples, of what ``label_logps`` returns.
+
+    Args:
+      logps_BL: of the labels, nats.
+      rows: their segments are the examples.
+      mask_BL: response tokens that count.
+      reduction: as in ``example_terms``.
+    """
+    nll_BS = nll(logps_BL, mask_BL, reduction=token_reduction(reduction), **_segments(rows))
+    return _term(nll_BS, rows, mask_BL, reduction)
 
 
 def _teacher_mask(batch: DistillBatch) -> Any:

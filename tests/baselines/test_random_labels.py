@@ -17,7 +17,7 @@ from proxykd_jax.config import Config
 from proxykd_jax.data.corpus import open_corpus
 from proxykd_jax.data.drawn_labels import DrawnLabels
 from proxykd_jax.errors import Stopped, UserError
-from proxykd_jax.losses import draw_labels, topk_kl_from_logps
+from proxykd_jax.losses import draw_labels, topk_kl_tokens
 from proxykd_jax.losses.sampled_labels import drawn_cross_entropy_tokens, drawn_label_tokens
 from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.training.restore import load_aligned_proxy
@@ -187,9 +187,7 @@ def test_the_mean_gradient_is_the_whole_vocabularys_and_the_top_ks_is_not():
         q = jax.nn.log_softmax(logits)
         kept = [jnp.take_along_axis(x, top, axis=-1) for x in (q, p)]
         tails = [jnp.log1p(-jnp.exp(x).sum(-1)) for x in kept]
-        return topk_kl_from_logps(
-            *kept, tail="zero", proxy_tail_logps_BL=tails[1], student_tail_logps_BL=tails[0]
-        ).sum()
+        return topk_kl_tokens(*zip(kept, tails, strict=True), tail="zero").sum()
 
     whole = jax.nn.softmax(q_logits) - jnp.exp(p)
     scale = jnp.linalg.norm(whole)

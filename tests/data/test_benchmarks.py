@@ -6,7 +6,7 @@ import pytest
 
 from proxykd_jax.config.schema import SourceConfig
 from proxykd_jax.data.benchmarks import load_answers
-from proxykd_jax.data.readers import benchmark_questions, read_source
+from proxykd_jax.data.readers import read_source, sought_in_corpus
 from proxykd_jax.data.records import Drops
 from proxykd_jax.errors import UserError
 
@@ -56,6 +56,10 @@ def write(path, rows):
     return str(path)
 
 
+def questions_of(path):
+    return [sought.text for sought in sought_in_corpus(path)]
+
+
 def read(prompts_only=False, **keys):
     drops = Drops()
     rows = list(read_source(SourceConfig(**keys), prompts_only=prompts_only, drops=drops))
@@ -71,7 +75,7 @@ def test_prompts_and_answers(tmp_path, case):
     answers = write(tmp_path / "answers.jsonl", [{"prompt": f" {prompt} ", "response": "yes"}])
     for name in ("auto", case.split("_")[0]):
         assert read(path=path, answers=answers, format=name)[0] == [[prompt, "yes"]]
-    assert next(benchmark_questions(path)) == prompt.partition("\n\nA.")[0].partition("\n\n1.")[0]
+    assert questions_of(path)[0] == prompt.partition("\n\nA.")[0].partition("\n\n1.")[0]
     with pytest.raises(UserError, match="Name the file of answers"):
         read(path=path)
 
@@ -158,7 +162,7 @@ def test_damaged_items_are_counted(tmp_path):
         "question without its choices": 2,
         "choice without text": 1,
     }
-    assert list(benchmark_questions(path)) == [STEM, PROMPT]
+    assert questions_of(path) == [STEM, PROMPT]
 
 
 def test_mt_bench(tmp_path):
@@ -171,7 +175,7 @@ def test_mt_bench(tmp_path):
     assert drops.counts == {"no answer of the teacher": 1}
     assert read(path=path, answers=answers, turns="last")[0] == [["q", "a", "r", "b"]]
     assert read(path=path, prompts_only=True)[0] == [["q"], ["q"]]
-    assert list(benchmark_questions(path)) == ["q", "r", "q", "r"]
+    assert questions_of(path) == ["q", "r", "q", "r"]
     single = write(tmp_path / "single.jsonl", [{"id": "82", "response": "a"}])
     assert read(path=path, answers=single)[0] == [["q", "a"]]
 
@@ -179,4 +183,4 @@ def test_mt_bench(tmp_path):
 def test_questions_of_ordinary_files(tmp_path):
     write(tmp_path / "a.jsonl", [{"prompt": "one", "response": "x"}, {"prompt": ""}])
     write(tmp_path / "b.jsonl", [{"text": "two"}])
-    assert list(benchmark_questions(str(tmp_path))) == ["one", "two"]
+    assert questions_of(str(tmp_path)) == ["one", "two"]

@@ -19,6 +19,7 @@ from proxykd_jax.losses import (
     reverse_kl_tokens,
     tempered_kl,
     tempered_kl_tokens,
+    token_logps,
     total_variation,
     total_variation_tokens,
 )
@@ -233,7 +234,7 @@ def test_cross_entropy_and_kl_have_one_gradient():
         return reduce_tokens(-(p * jax.nn.log_softmax(q)).sum(-1), A_MASK)[0]
 
     def mix(soft):
-        return lambda q: 0.5 * nll(q, labels, A_MASK)[0] + 0.5 * soft(q)
+        return lambda q: 0.5 * nll(token_logps(q, labels), A_MASK)[0] + 0.5 * soft(q)
 
     q = jnp.float32(A_Q)
     kl_mix, kl_grad = jax.value_and_grad(mix(lambda q: forward_kl(A_P, q, A_MASK)[0]))(q)
@@ -254,7 +255,9 @@ def test_black_box_distillation_is_not_touched_by_the_scorer():
 def test_tempered_kl_on_fixture_a():
     """TAKD at T = 2, and Mentor-KD's mix of 0.7 NLL, with and without the factor T^2."""
     likelihood = 1.271132237
-    np.testing.assert_allclose(nll(A_Q, np.array([[0, 2, 1]]), A_MASK), [likelihood], rtol=1e-6)
+    np.testing.assert_allclose(
+        nll(token_logps(A_Q, np.array([[0, 2, 1]])), A_MASK), [likelihood], rtol=1e-6
+    )
     soft = tempered_kl(A_P, A_Q, A_MASK, temperature=2.0)[0]
     np.testing.assert_allclose(soft, 0.103432817, rtol=2e-6)
     np.testing.assert_allclose(0.5 * likelihood + 0.5 * soft, 0.687282527, rtol=1e-6)

@@ -10,14 +10,18 @@ from proxykd_jax.losses import (
     alignment_objective,
     batch_count,
     batch_mean,
-    batch_terms,
     distill_objective,
     dpo_loss,
+    example_terms,
     mixed_objective,
+    nll,
     preference_metrics,
     reduce_examples,
     token_logps,
-    topk_kl_tokens,
+    token_reduction,
+    topk_kl,
+    topk_logps,
+    weighted_kl,
 )
 
 NLL = (jnp.float32(6.0), jnp.float32(4.0))
@@ -110,16 +114,17 @@ def test_micro_batches_add_up_to_the_batch(reduction):
     scale = jnp.float32(1.3)
     count = batch_count(mask, reduction=reduction)
 
+    of_tokens = token_reduction(reduction)
+
     def objective(scale, rows, given):
         x, m = scale * logits[rows], mask[rows]
-        nll = batch_terms(-token_logps(x, labels[rows]), m, reduction=reduction)
-        kl = batch_terms(
-            topk_kl_tokens(x, logps[rows], ids[rows]),
-            m,
-            reduction=reduction,
-            sample_weight_B=weight[rows],
+        nll_B = nll(token_logps(x, labels[rows]), m, reduction=of_tokens)
+        student = topk_logps(x, ids[rows])
+        kl_B = weighted_kl(
+            topk_kl(student, (logps[rows], None), m, reduction=of_tokens), weight[rows]
         )
-        return distill_objective(nll, kl, alpha=10.0, nll_count=given, kl_count=given)
+        terms = (example_terms(value_B, m, reduction=reduction) for value_B in (nll_B, kl_B))
+        return distill_objective(*terms, alpha=10.0, nll_count=given, kl_count=given)
 
     def run(rows, given=None):
         return jax.jit(lambda s: jax.value_and_grad(objective, has_aux=True)(s, rows, given))(scale)

@@ -14,8 +14,11 @@ from proxykd_jax.losses import (
     batch_mean,
     batch_terms,
     count_tokens,
+    example_terms,
     reduce_examples,
     reduce_tokens,
+    token_reduction,
+    weighted_kl,
 )
 
 
@@ -44,6 +47,11 @@ def packed(seed=0):
     return values, mask, segments, rows, row_masks, owners
 
 
+def weighted_terms(values, mask, weight, reduction, **segments):
+    value = reduce_tokens(values, mask, reduction=token_reduction(reduction), **segments)
+    return example_terms(weighted_kl(value, weight), mask, reduction=reduction, **segments)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_matches_reference(reduction):
     values, mask = batch()
@@ -69,21 +77,15 @@ def test_segments_equal_separate_rows(reduction):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_packed_batches_equal_padded_ones(reduction, weighted):
     values, mask, segments, rows, row_masks, owners = packed(1)
-    weight = np.arange(1.0, 6.0)
+    weight = np.arange(1.0, 6.0) if weighted else np.ones(5)
     weight_BS = np.zeros((2, 4))
     for i, (row, segment) in enumerate(owners):
         weight_BS[row, segment - 1] = weight[i]
-    padded = batch_terms(
-        rows, row_masks, reduction=reduction, sample_weight_B=weight if weighted else None
-    )
-    got = batch_terms(
-        values,
-        mask,
-        reduction=reduction,
-        sample_weight_B=weight_BS if weighted else None,
-        segment_ids_BL=segments,
-        num_segments=4,
-    )
+    padded = weighted_terms(rows, row_masks, weight, reduction)
+    segments = {"segment_ids_BL": segments, "num_segments": 4}
+    got = weighted_terms(values, mask, weight_BS, reduction, **segments)
+    if not weighted:
+        assert got == batch_terms(values, mask, reduction=reduction, **segments)
     np.testing.assert_allclose(got.total, padded.total, rtol=1e-6)
     np.testing.assert_array_equal(got.divisor, padded.divisor)
 
@@ -98,9 +100,7 @@ def test_batch_terms_are_what_the_table_says():
         ("token_mean", (weight * sums).sum(), mask.sum()),
         ("sum", (weight * sums).sum(), valid),
     ):
-        got = jax.jit(functools.partial(batch_terms, reduction=reduction))(
-            values, mask, sample_weight_B=weight
-        )
+        got = jax.jit(functools.partial(weighted_terms, reduction=reduction))(values, mask, weight)
         np.testing.assert_allclose(got.total, total, atol=1e-6)
         assert got.divisor == divisor == batch_count(mask, reduction=reduction)
         assert valid == 3
@@ -176,9 +176,11 @@ def test_mistakes_are_refused():
         batch_terms(values, mask, reduction="mean")
     with pytest.raises(ValueError, match="example_mean, token_mean, sum"):
         batch_count(mask, reduction="mean")
+    with pytest.raises(ValueError, match="example_mean, token_mean, sum"):
+        token_reduction("mean")
     with pytest.raises(ValueError, match="both"):
         reduce_tokens(values, mask, segment_ids_BL=segments)
     with pytest.raises(AssertionError):
         reduce_tokens(values[:, :3], mask)
     with pytest.raises(AssertionError):
-        batch_terms(values, mask, reduction="sum", sample_weight_B=np.ones(3))
+        example_terms(np.ones(3), mask, reduction="sum")

@@ -12,10 +12,11 @@ import reference
 import proxykd_jax.losses as losses
 from proxykd_jax.losses import (
     DrawnLabels,
-    drawn_label_loss,
     drawn_label_tokens,
     forward_kl_tokens,
+    reduce_tokens,
     topk_kl_tokens,
+    topk_logps,
 )
 
 P = np.array([0.5, 0.3, 0.1, 0.06, 0.04])
@@ -25,6 +26,14 @@ FULL_GRADIENT = [0.052495757, 0.035105616, -0.025227830, -0.032492856, -0.029880
 KEY = jax.random.key(0)
 # Compiled: operation by operation it takes seconds.
 draw_labels = jax.jit(losses.draw_labels, static_argnames=("num_draws", "proposal_power"))
+
+
+def drawn_label_loss(student, ids, counts, mask, *, reduction="mean", **options):
+    return reduce_tokens(
+        drawn_label_tokens(student, ids, counts, mask, **options), mask, reduction=reduction
+    )
+
+
 loss_tokens = jax.jit(drawn_label_tokens, static_argnames=("num_draws", "value"))
 check = functools.partial(np.testing.assert_allclose, rtol=2e-6, atol=1e-7)
 
@@ -71,7 +80,7 @@ def test_top_k_has_another_optimum():
     logps = np.log(P[:2])
 
     def loss(q):
-        return topk_kl_tokens(q, logps, np.arange(2), tail="zero")
+        return topk_kl_tokens(topk_logps(q, np.arange(2)), (logps, None), tail="zero")
 
     descend = jax.jit(
         lambda q: jax.lax.fori_loop(0, 3000, lambda _, q: q - 2.0 * jax.grad(loss)(q), q)
@@ -191,7 +200,9 @@ def test_gradient_is_unbiased_for_the_full_kl_and_its_error_falls_with_the_root_
     # The top 2 of the same model are off by far more, however many rows there are.
     for tail in ("zero", "renormalize"):
         slope = jax.grad(
-            lambda q, tail=tail: topk_kl_tokens(q, np.log(P[:2]), np.arange(2), tail=tail)
+            lambda q, tail=tail: topk_kl_tokens(
+                topk_logps(q, np.arange(2)), (np.log(P[:2]), None), tail=tail
+            )
         )(jnp.float32(Q_LOGITS))
         assert np.linalg.norm(slope - np.array(FULL_GRADIENT)) > 0.05
 

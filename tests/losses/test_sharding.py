@@ -21,7 +21,7 @@ logps, ids = jax.lax.top_k(jax.nn.log_softmax(1.3 * logits), 3)
 cases = {"token_logps": lambda x, labels, logps, ids: losses.token_logps(x, labels).sum()}
 for tail in losses.TAILS:
     cases[tail] = lambda x, labels, logps, ids, tail=tail: losses.topk_kl_tokens(
-        x, logps, ids, tail=tail).sum()
+        losses.topk_logps(x, ids), (logps, None), tail=tail).sum()
 cases["both"] = lambda x, labels, logps, ids: sum(
     part.sum() for part in losses.topk_and_label_logps(x, ids, labels))
 cases["drawn"] = lambda x, labels, logps, ids: losses.drawn_label_tokens(

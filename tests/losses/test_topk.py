@@ -13,11 +13,21 @@ from proxykd_jax.losses import (
     forward_kl,
     topk_and_label_logps,
     topk_kl,
-    topk_kl_from_logps,
     topk_kl_tokens,
     topk_logps,
     weighted_kl,
 )
+
+
+def tokens_of(student, logps, ids, mask=None, *, proxy_tail=None, **options):
+    """`topk_kl_tokens` of the student's logits."""
+    return topk_kl_tokens(topk_logps(student, ids, mask), (logps, proxy_tail), mask, **options)
+
+
+def kl_of(student, logps, ids, mask, *, proxy_tail=None, **options):
+    """`topk_kl` of the student's logits."""
+    return topk_kl(topk_logps(student, ids, mask), (logps, proxy_tail), mask, **options)
+
 
 every_tail = pytest.mark.parametrize("tail", TAILS)
 
@@ -47,16 +57,14 @@ def expected_positions(student, proxy, ids, tail):
 def test_matches_reference(tail, reduction, stored_tail):
     student, proxy, logps, ids, tail_logps, mask = batch()
     positions = expected_positions(student, proxy, ids, tail)
-    function = functools.partial(topk_kl, tail=tail, reduction=reduction)
-    kwargs = {"proxy_tail_logps_BL": tail_logps} if stored_tail else {}
+    function = functools.partial(kl_of, tail=tail, reduction=reduction)
+    kwargs = {"proxy_tail": tail_logps} if stored_tail else {}
     got = jax.jit(function)(student, logps, ids, mask, **kwargs)
     assert got.dtype == jnp.float32 and got.shape == (3,)
     expected = reference.per_example(positions, mask, reduction)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
     weight = np.array([0.3, 0.0, 2.0])
-    weighted = weighted_kl(
-        student, logps, ids, mask, weight, tail=tail, reduction=reduction, **kwargs
-    )
+    weighted = weighted_kl(got, weight)
     np.testing.assert_allclose(weighted, expected * weight, rtol=1e-5, atol=1e-6)
 
 
@@ -64,8 +72,8 @@ def test_matches_reference(tail, reduction, stored_tail):
 def test_ids_of_any_integer_type_and_bfloat16(tail):
     student, _, logps, ids, _, mask = batch(1)
     student = jnp.asarray(student, jnp.bfloat16)
-    want = topk_kl(student.astype(jnp.float32), logps, ids, mask, tail=tail)
-    got = topk_kl(student, logps, ids.astype(np.uint16), mask.astype(bool), tail=tail)
+    want = kl_of(student.astype(jnp.float32), logps, ids, mask, tail=tail)
+    got = kl_of(student, logps, ids.astype(np.uint16), mask.astype(bool), tail=tail)
     assert got.dtype == jnp.float32
     np.testing.assert_array_equal(got, want)
 
@@ -80,7 +88,8 @@ def test_all_tails_are_the_full_kl_at_the_whole_vocabulary(tail, seed):
             jnp.float32(student)
         )
 
-    value, grad = both(topk_kl, logps, ids, mask, tail=tail)
+    nothing = np.full(ids.shape[:-1], -np.inf)
+    value, grad = both(kl_of, logps, ids, mask, tail=tail, proxy_tail=nothing)
     full, full_grad = both(lambda s: forward_kl(proxy, s, mask))
     np.testing.assert_allclose(value, full, rtol=2e-6)
     np.testing.assert_allclose(grad, full_grad, atol=1e-6)
@@ -89,9 +98,9 @@ def test_all_tails_are_the_full_kl_at_the_whole_vocabulary(tail, seed):
 @every_tail
 def test_gradient_matches_the_formula(tail):
     student, proxy, logps, ids, tail_logps, _ = batch(2)
-    grad = jax.grad(
-        lambda s: topk_kl_tokens(s, logps, ids, tail=tail, proxy_tail_logps_BL=tail_logps).sum()
-    )(jnp.float32(student))
+    grad = jax.grad(lambda s: tokens_of(s, logps, ids, tail=tail, proxy_tail=tail_logps).sum())(
+        jnp.float32(student)
+    )
     for b in range(3):
         for t in range(4):
             expected = reference.topk_gradient(student[b, t], proxy[b, t], ids[b, t], tail)
@@ -106,23 +115,31 @@ def test_tails_differ_outside_the_ids():
     grads = {
         tail: np.asarray(
             jax.grad(
-                lambda s, tail=tail: topk_kl_tokens(
-                    s, logps, ids, tail=tail, proxy_tail_logps_BL=tail_logps
+                lambda s, tail=tail: tokens_of(
+                    s, logps, ids, tail=tail, proxy_tail=tail_logps
                 ).sum()
             )(jnp.float32(student))
         )
         for tail in TAILS
     }
-    assert (grads["renormalize"][~hit] == 0).all()
+    np.testing.assert_allclose(grads["renormalize"][~hit], 0, atol=1e-7)
+    # The loss itself looks at the ids alone; what is left above is the full softmax's rounding.
+    blind = jax.grad(
+        lambda s: topk_kl_tokens(
+            (jnp.take_along_axis(s, ids, -1), None), (logps, None), tail="renormalize"
+        ).sum()
+    )(jnp.float32(student))
+    assert (np.asarray(blind)[~hit] == 0).all()
+    np.testing.assert_allclose(blind, grads["renormalize"], atol=1e-6)
     for tail in ("zero", "renormalize_proxy"):
         assert (grads[tail][~hit] > 0).all()
     # At a student equal to the proxy the bucket's gradient is zero, also outside the ids.
-    at_proxy = jax.grad(
-        lambda s: topk_kl_tokens(s, logps, ids, proxy_tail_logps_BL=tail_logps).sum()
-    )(jnp.float32(proxy))
+    at_proxy = jax.grad(lambda s: tokens_of(s, logps, ids, proxy_tail=tail_logps).sum())(
+        jnp.float32(proxy)
+    )
     np.testing.assert_allclose(at_proxy, 0, atol=3e-7)
     for tail in ("zero", "renormalize_proxy"):
-        elsewhere = jax.grad(lambda s, t=tail: topk_kl_tokens(s, logps, ids, tail=t).sum())(
+        elsewhere = jax.grad(lambda s, t=tail: tokens_of(s, logps, ids, tail=t).sum())(
             jnp.float32(proxy)
         )
         assert np.abs(elsewhere).max() > 0.01
@@ -132,9 +149,7 @@ def test_zero_points_where_renormalize_proxy_does():
     student, _, logps, ids, _, _ = batch(4)
 
     def grad(tail):
-        return jax.grad(lambda s: topk_kl_tokens(s, logps, ids, tail=tail).sum())(
-            jnp.float32(student)
-        )
+        return jax.grad(lambda s: tokens_of(s, logps, ids, tail=tail).sum())(jnp.float32(student))
 
     kept = np.exp(logps).sum(-1, keepdims=True)
     np.testing.assert_allclose(grad("zero"), kept * grad("renormalize_proxy"), atol=1e-6)
@@ -144,10 +159,10 @@ def test_zero_can_be_negative_and_bucket_cannot():
     student = jnp.array([[[3.0, 0.0, 0.0, 0.0]]])
     logps = jnp.log(jnp.array([[[0.4]]]))
     ids = jnp.array([[[0]]])
-    assert topk_kl_tokens(student, logps, ids, tail="zero")[0, 0] < 0
+    assert tokens_of(student, logps, ids, tail="zero")[0, 0] < 0
     for seed in range(5):
         student, _, logps, ids, tail_logps, _ = batch(seed)
-        assert (topk_kl_tokens(student, logps, ids, proxy_tail_logps_BL=tail_logps) > -1e-6).all()
+        assert (tokens_of(student, logps, ids, proxy_tail=tail_logps) > -1e-6).all()
 
 
 def test_bucket_is_nearest_to_the_full_gradient():
@@ -156,9 +171,9 @@ def test_bucket_is_nearest_to_the_full_gradient():
 
     def cosine(tail):
         stored = tail_logps if tail == "bucket" else None
-        a = jax.grad(
-            lambda s: topk_kl(s, logps, ids, ones, tail=tail, proxy_tail_logps_BL=stored).sum()
-        )(jnp.float32(student))
+        a = jax.grad(lambda s: kl_of(s, logps, ids, ones, tail=tail, proxy_tail=stored).sum())(
+            jnp.float32(student)
+        )
         b = jax.grad(lambda s: forward_kl(proxy, s, ones).sum())(jnp.float32(student))
         return (a * b).sum() / jnp.sqrt((a * a).sum() * (b * b).sum())
 
@@ -172,15 +187,13 @@ def test_dropping_the_tail_moves_the_optimum():
     q_logits = jnp.array([[[2, 1.5, 0, -1, -2]]], jnp.float32)
     q = np.exp(reference.log_softmax(q_logits))[0, 0]
     full = jax.grad(
-        lambda s: topk_kl_tokens(
-            s, np.log(p)[None, None], np.arange(5)[None, None], tail="zero"
-        ).sum()
+        lambda s: tokens_of(s, np.log(p)[None, None], np.arange(5)[None, None], tail="zero").sum()
     )(q_logits)
     np.testing.assert_allclose(
         full[0, 0], [0.052495757, 0.035105616, -0.025227830, -0.032492856, -0.029880687], atol=1e-7
     )  # fmt: skip
     top2 = np.log(p[:2])[None, None]
-    cut = jax.grad(lambda s: topk_kl_tokens(s, top2, np.arange(2)[None, None], tail="zero").sum())(
+    cut = jax.grad(lambda s: tokens_of(s, top2, np.arange(2)[None, None], tail="zero").sum())(
         q_logits
     )
     np.testing.assert_allclose(cut[0, 0] / 0.8, q - [0.625, 0.375, 0, 0, 0], atol=1e-6)
@@ -193,9 +206,9 @@ def test_nothing_leaks_through_the_mask(tail, bad):
     inside = mask != 0
 
     def run(s, p, i, t):
-        return jax.value_and_grad(
-            lambda x: topk_kl(x, p, i, mask, tail=tail, proxy_tail_logps_BL=t).sum()
-        )(jnp.float32(s))
+        return jax.value_and_grad(lambda x: kl_of(x, p, i, mask, tail=tail, proxy_tail=t).sum())(
+            jnp.float32(s)
+        )
 
     value, grad = run(
         np.where(inside[..., None], student, bad),
@@ -212,7 +225,7 @@ def test_nothing_leaks_through_the_mask(tail, bad):
 @every_tail
 def test_empty_mask(tail):
     student, _, logps, ids, _, mask = batch(7)
-    value, grad = jax.value_and_grad(lambda s: topk_kl(s, logps, ids, 0 * mask, tail=tail).sum())(
+    value, grad = jax.value_and_grad(lambda s: kl_of(s, logps, ids, 0 * mask, tail=tail).sum())(
         jnp.float32(student)
     )
     assert value == 0 and (np.asarray(grad) == 0).all()
@@ -241,8 +254,8 @@ def test_gradients_are_finite_at_the_edges(tail, edge, from_logps):
 
     def loss(s, p):
         if not from_logps:
-            return topk_kl_tokens(s, p, ids, tail=tail).sum()
-        return topk_kl_from_logps(jax.nn.log_softmax(s)[..., :2], p, tail=tail).sum()
+            return tokens_of(s, p, ids, tail=tail).sum()
+        return topk_kl_tokens((jax.nn.log_softmax(s)[..., :2], None), (p, None), tail=tail).sum()
 
     value, grads = jax.value_and_grad(loss, argnums=(0, 1))(student, logps)
     assert not np.isnan(value)
@@ -257,23 +270,43 @@ def test_a_confident_student_keeps_the_gradient_of_its_tail():
     student = np.array([[[20.0, 1, 0, 0.5, -1]]])
     proxy = np.log(np.array([0.7, 0.2, 0.05, 0.03, 0.02]))
     logps, ids = proxy[None, None, :2], np.array([[[0, 1]]])
-    grad = jax.grad(
-        lambda s: topk_kl_tokens(s, logps, ids, proxy_tail_logps_BL=np.log([[0.1]])).sum()
-    )(jnp.float32(student))
+    grad = jax.grad(lambda s: tokens_of(s, logps, ids, proxy_tail=np.log([[0.1]])).sum())(
+        jnp.float32(student)
+    )
     expected = reference.topk_gradient(student[0, 0], proxy, [0, 1], "bucket")
     np.testing.assert_allclose(grad[0, 0], expected, atol=1e-6)
 
 
-def test_from_logps_agrees_with_and_without_the_students_tail():
+def test_the_students_tail_may_be_left_out():
     student, _, logps, ids, tail_logps, _ = batch(8, scale=1.0)
-    student_logps, student_tail = topk_logps(student, ids)
-    want = topk_kl_tokens(student, logps, ids, proxy_tail_logps_BL=tail_logps)
-    exact = topk_kl_from_logps(
-        student_logps, logps, proxy_tail_logps_BL=tail_logps, student_tail_logps_BL=student_tail
-    )
-    guessed = topk_kl_from_logps(student_logps, logps, proxy_tail_logps_BL=tail_logps)
-    np.testing.assert_array_equal(exact, want)
+    want = tokens_of(student, logps, ids, proxy_tail=tail_logps)
+    guessed = topk_kl_tokens((topk_logps(student, ids)[0], None), (logps, tail_logps))
     np.testing.assert_allclose(guessed, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_packed_rows_give_one_value_a_segment(reduction):
+    student, _, logps, ids, tail_logps, _ = batch(11)
+    segments = np.array([[1, 1, 2, 0], [1, 2, 2, 2], [1, 1, 1, 1]])
+    mask = np.array([[0, 1, 1, 0], [1, 0, 1, 1], [0, 0, 0, 1]])
+    got = kl_of(
+        student,
+        logps,
+        ids,
+        mask,
+        proxy_tail=tail_logps,
+        reduction=reduction,
+        segment_ids_BL=segments,
+        num_segments=2,
+    )
+    alone = [
+        kl_of(student, logps, ids, mask * (segments == s), proxy_tail=tail_logps,
+              reduction=reduction)
+        for s in (1, 2)
+    ]  # fmt: skip
+    np.testing.assert_allclose(got, np.stack(alone, axis=1), rtol=1e-6)
+    weight = np.array([[0.3, 2.0], [1.0, 0.0], [0.5, 0.7]])
+    np.testing.assert_allclose(weighted_kl(got, weight), got * weight, rtol=1e-6)
 
 
 def test_topk_logps():
@@ -345,7 +378,7 @@ def test_weight_zero_takes_an_infinite_example_out():
     student = jnp.array([[[-jnp.inf, 0.0, 1.0]], [[0.0, 0.0, 1.0]]])
     logps, ids = jnp.full((2, 1, 1), -0.5), jnp.zeros((2, 1, 1), jnp.int32)
     value, grad = jax.value_and_grad(
-        lambda s: weighted_kl(s, logps, ids, jnp.ones((2, 1)), jnp.array([0.0, 1.0])).sum()
+        lambda s: weighted_kl(kl_of(s, logps, ids, jnp.ones((2, 1))), jnp.array([0.0, 1.0])).sum()
     )(student)
     assert np.isfinite(value) and np.isfinite(grad).all() and (grad[0] == 0).all()
 
@@ -353,16 +386,16 @@ def test_weight_zero_takes_an_infinite_example_out():
 def test_mistakes_are_refused():
     student, _, logps, ids, _, mask = batch()
     with pytest.raises(ValueError, match="bucket, renormalize, renormalize_proxy, zero"):
-        topk_kl(student, logps, ids, mask, tail="drop")
+        kl_of(student, logps, ids, mask, tail="drop")
     with pytest.raises(AssertionError):
-        topk_kl(student, logps, ids[..., :2], mask)
+        kl_of(student, logps, ids[..., :2], mask)
     with pytest.raises(AssertionError):
-        topk_kl(student[:, :2], logps, ids, mask)
+        kl_of(student[:, :2], logps, ids, mask)
     with pytest.raises(AssertionError):
-        weighted_kl(student, logps, ids, mask, np.ones(2))
+        weighted_kl(kl_of(student, logps, ids, mask), np.ones(2))
 
 
 def test_vmap_over_a_leading_axis():
     student, _, logps, ids, _, mask = batch(10)
-    stacked = jax.vmap(topk_kl)(student[:, None], logps[:, None], ids[:, None], mask[:, None])
-    np.testing.assert_allclose(stacked[:, 0], topk_kl(student, logps, ids, mask), rtol=1e-6)
+    stacked = jax.vmap(kl_of)(student[:, None], logps[:, None], ids[:, None], mask[:, None])
+    np.testing.assert_allclose(stacked[:, 0], kl_of(student, logps, ids, mask), rtol=1e-6)

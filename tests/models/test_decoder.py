@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from proxykd_jax.losses import token_logps
 from proxykd_jax.models import llama, lora
 from proxykd_jax.models.config import LoraConfig, RopeConfig
 from proxykd_jax.types import TokenBatch
@@ -284,8 +285,13 @@ def test_log_probs_by_chunks_equal_a_gather(small_config, helpers, chunk, tie_em
 
     def chunked(adapter):
         hidden_BLD = llama.hidden_states(params, adapter, tokens_BL, config=config)
-        logps = llama.token_logps_from_hidden(
-            params, hidden_BLD, labels_BL, config=config, chunk=chunk
+        logps = llama.map_positions(
+            lambda hidden, labels: token_logps(
+                llama.unembed(params, hidden, config=config), labels
+            ),
+            hidden_BLD,
+            labels_BL,
+            chunk=chunk,
         )
         return (weights * logps).sum(), logps
 

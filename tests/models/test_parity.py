@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from proxykd_jax.errors import UserError
+from proxykd_jax.losses import token_logps
 from proxykd_jax.models import llama
 from proxykd_jax.models.hf_weights import load_model, save_model
 
@@ -177,10 +178,8 @@ def test_stories260k(assets, helpers):
         tokenizer.encode(json.loads(line)["text"], add_special_tokens=False).ids for line in lines
     ]
     tokens_BL = np.asarray([[1, *ids[:128]] for ids in stories], np.int32)
-    hidden_BLD = llama.hidden_states(params, None, tokens_BL[:, :-1], config=config)
-    logps_BL = llama.token_logps_from_hidden(
-        params, hidden_BLD, tokens_BL[:, 1:], config=config, chunk=64
-    )
+    logits_BLV = llama.forward(params, None, tokens_BL[:, :-1], config=config)
+    logps_BL = token_logps(logits_BLV, tokens_BL[:, 1:])
     logits = torch.from_numpy(helpers.torch_logits(torch_model, tokens_BL))[:, :-1]
     labels = torch.from_numpy(tokens_BL[:, 1:].astype(np.int64))
     nll = torch.nn.functional.cross_entropy(logits.reshape(-1, 512), labels.reshape(-1)).item()
