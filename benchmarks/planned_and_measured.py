@@ -34,7 +34,7 @@ def measure(config: Config, stage: str, steps: int) -> dict[str, Any]:
 
     Args:
       config: of the run.
-      stage: the program's name, see ``training.programs``.
+      stage: the program's name, see ``planning.phases``.
       steps: runs that are timed, after two that are not.
 
     Returns:
@@ -45,11 +45,11 @@ def measure(config: Config, stage: str, steps: int) -> dict[str, Any]:
 
     from proxykd_jax.parallel.mesh import make_mesh
     from proxykd_jax.planning.look import architecture
+    from proxykd_jax.planning.phases import run_programs
     from proxykd_jax.training.abstract import Lengths
-    from proxykd_jax.training.programs import programs
 
     models = {role: architecture(getattr(config, role), role) for role in ("proxy", "student")}
-    found = {p.name: p for p in programs(config, models["proxy"], models["student"])}
+    found = {p.name: p for p in run_programs(config, models["proxy"], models["student"])}
     if stage not in found:
         raise UserError(f"--stage {stage}: this run has {', '.join(found)}.")
     program = found[stage]

@@ -67,7 +67,7 @@ def round_name(index: int) -> str:
 
 @dataclass(frozen=True)
 class _Alignment:
-    """``training.alignment.Alignment`` of all seeds."""
+    """``training.alignment`` of all seeds."""
 
     setting: Setting
     data: Sequence[Seed]

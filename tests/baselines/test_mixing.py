@@ -15,6 +15,7 @@ import pytest
 from proxykd_jax import distill, score
 from proxykd_jax.artifacts import MANIFEST, read_json
 from proxykd_jax.baselines import mixing
+from proxykd_jax.baselines import scored as scored_room
 from proxykd_jax.baselines.gkd import GkdObjective
 from proxykd_jax.baselines.mixing import MixedObjective
 from proxykd_jax.baselines.rollouts import Answer, Answering, answer_batch, student_answers
@@ -24,10 +25,11 @@ from proxykd_jax.data.collate import TokenRow
 from proxykd_jax.data.corpus import open_corpus
 from proxykd_jax.data.soft_labels import SoftLabelStore
 from proxykd_jax.errors import UserError
+from proxykd_jax.generation.answered import AnsweredSplit
+from proxykd_jax.generation.samples import SampleStore
 from proxykd_jax.models.decoder import forward
 from proxykd_jax.models.params import init_params
 from proxykd_jax.parallel.mesh import make_mesh
-from proxykd_jax.training.distillation import fresh_rows
 from proxykd_jax.training.objectives import DistillObjective
 from proxykd_jax.training.restore import load_aligned_proxy
 from proxykd_jax.training.state import ModelSpec
@@ -103,7 +105,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[Answer]]]:
 
 
 def test_share_0_is_the_run_without_the_key(scored, plain, tmp_path, monkeypatch):
-    monkeypatch.setattr(mixing, "load_scorer", never)
+    monkeypatch.setattr(scored_room, "load_scorer", never)
     monkeypatch.setattr(Answering, "answer", never)
     zero = mixed(scored, tmp_path, 0.0)
     distill.main(zero)
@@ -147,7 +149,8 @@ def test_a_share_in_between_takes_both_and_resumes_bitwise(scored, tmp_path, mon
     # Every second step is diagnosed, where it has the two terms.
     diagnosed = ["grad_norm/kl" in line for line in steps]
     assert diagnosed == [step % 2 == 0 and not own[step] for step in range(STEPS)]
-    fresh = set(fresh_rows(config, open_corpus(config.folder / "corpus"))["fresh"].row_ids)
+    prompts = open_corpus(config.folder / "corpus").split("fresh")
+    fresh = set(AnsweredSplit(prompts, SampleStore(config.folder / "samples" / "fresh")).row_ids)
     learnt = {answer.row.row_id for answers in asked for answer in answers}
     assert learnt & fresh and learnt - fresh
 

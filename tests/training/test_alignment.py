@@ -23,7 +23,8 @@ from proxykd_jax.data.parts import PartFolder
 from proxykd_jax.errors import UserError
 from proxykd_jax.generation.samples import KEPT, SampleStore
 from proxykd_jax.parallel.mesh import make_mesh
-from proxykd_jax.training import alignment, answers, reference
+from proxykd_jax.training import answers, reference
+from proxykd_jax.training import phase as phase_module
 from proxykd_jax.training.model import Model
 from proxykd_jax.training.restore import load_aligned_proxy
 from proxykd_jax.training.state import TrainState
@@ -336,7 +337,7 @@ def test_an_alarm_where_the_loss_stays_at_ln_2(before_round_two, monkeypatch, ca
         metrics = {"loss": 1.0, "grad_norm": 1.0, "preference": LN_2}
         return state.replace(step=state.step + 1), {k: jnp.float32(v) for k, v in metrics.items()}
 
-    monkeypatch.setattr(alignment, "make_train_step", lambda *args, **options: learns_nothing)
+    monkeypatch.setattr(phase_module, "make_train_step", lambda *args, **options: learns_nothing)
     align.main(before_round_two)
     assert "WARNING: after round_02 the DPO loss is still ln 2" in capsys.readouterr().err
 

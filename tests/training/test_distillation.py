@@ -23,7 +23,7 @@ from proxykd_jax.generation.answered import AnsweredSplit
 from proxykd_jax.generation.samples import SampleStore
 from proxykd_jax.models.decoder import forward
 from proxykd_jax.parallel.mesh import make_mesh
-from proxykd_jax.training import distillation
+from proxykd_jax.training import phase
 from proxykd_jax.training.restore import load_student
 from tests.tiny_run import (
     changed,
@@ -274,7 +274,7 @@ def test_without_stopping_it_takes_all_steps(finished_run, tmp_path, monkeypatch
 def test_what_is_no_number_stops_it_at_the_last_good_checkpoint(
     finished_run, tmp_path, monkeypatch, name
 ):
-    make = distillation.make_train_step
+    make = phase.make_train_step
 
     def broken(*args: Any, **options: Any) -> Any:
         step = make(*args, **options)
@@ -287,7 +287,7 @@ def test_what_is_no_number_stops_it_at_the_last_good_checkpoint(
 
     config = student_by(finished_run, tmp_path)
     with monkeypatch.context() as patch, pytest.raises(UserError) as stopped:
-        patch.setattr(distillation, "make_train_step", broken)
+        patch.setattr(phase, "make_train_step", broken)
         distill.main(config)
     message = str(stopped.value)
     assert f"distill, train, step 5: {name} is nan. Last good checkpoint: step 4." in message
