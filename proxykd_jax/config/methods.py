@@ -1,9 +1,9 @@
-"""The methods that a student can be trained by: Proxy-KD, and those that the paper compares.
+"""The methods that can train a student: Proxy-KD, and those that the paper compares it with.
 
-A method's section holds its own knobs. What it means for the ordinary keys of a run, its
-``defines()`` says: a file that contradicts these values is refused. ``suggests()`` are values in
-place of the preset's. Definitions, sources of the defaults and readings of the papers:
-docs/methods.md.
+A method's section holds its own keys. ``defines()`` gives the values of a run's ordinary keys that
+the method implies; a file that contradicts them is refused. ``suggests()`` gives values that
+replace the preset's. docs/methods.md gives definitions, sources of the defaults and readings of the
+papers.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class Soda(MethodSection):
     )
 
     def defines(self) -> dict[str, Any]:
-        # The student answers here: a server would serve the proxy.
+        # The student answers here, and a server would serve the proxy.
         return {"distill": {"alpha": 0.0}, "align": {"sampling": {"server": None}}}
 
 
@@ -169,11 +169,11 @@ class RandomLabels(MethodSection):
         return {"score": {"temperature": 1.0}}
 
     def suggests(self) -> dict[str, Any]:
-        # The ordinary store is left with the answers' likelihoods, for eq. 9.
+        # The ordinary store is then needed only for the answers' likelihoods in eq. 9.
         return {"score": {"top_k": 1}}
 
 
-# Those that ``distill`` can run.
+# The methods that ``distill`` can run.
 Method = Annotated[
     ProxyKd
     | BlackBoxKd
@@ -199,7 +199,7 @@ def named_method(data: dict[str, Any]) -> dict[str, Any]:
 def contradictions(
     defined: dict[str, Any], data: dict[str, Any], method: str, place: str = ""
 ) -> list[str]:
-    """Keys of the file that have another value than what makes the method."""
+    """Keys of the file whose values differ from those that define the method."""
     problems = []
     for key, value in defined.items():
         if key not in data:
@@ -217,6 +217,6 @@ def contradictions(
 
 
 def _mixed(lam: float) -> dict[str, Any]:
-    """(1 - lam) NLL + lam KL, every example alike."""
+    """(1 - lam) NLL + lam KL, with equal weights for all examples."""
     # Rounded, so that 1 - 0.7 is written as 0.3.
     return {"alpha": lam, "nll_weight": round(1 - lam, 12), "weights": {"enabled": False}}

@@ -1,4 +1,4 @@
-"""The methods whose student answers while it trains; see ``methods.py``."""
+"""The methods whose student answers during its training; see ``methods.py``."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from proxykd_jax.config.section import (
 
 
 class OnlineSection(AnsweringSection):
-    """What the methods have in common that train on the student's own answers as it gives them.
+    """Common part of the methods that train on the student's own, current answers.
 
-    They begin with a warm-up by NLL, whose optimizer is ``distill.optimizer`` with a state of its
-    own. ``distill.max_steps`` counts the steps after it.
+    They start with a warm-up by NLL. Its optimizer has the settings of ``distill.optimizer`` and a
+    separate state. ``distill.max_steps`` counts the steps after the warm-up.
     """
 
     warmup_epochs: NonNegativeInt = Field(
@@ -40,7 +40,7 @@ class OnlineSection(AnsweringSection):
 
 
 class ScoredSection(OnlineSection):
-    """Those whose scorer sees the student's answers while it trains."""
+    """Common part of the methods whose scorer sees the student's answers during training."""
 
     needs: ClassVar[Needs] = "proxy"
     warmup_text: Literal["teacher", "scorer"] = Field(
@@ -111,7 +111,7 @@ class OnPolicy(ScoredSection):
 
 
 class MiniLlm(ScoredSection):
-    """MiniLLM: the reverse KL of whole answers by policy gradient, the scorer at hand."""
+    """MiniLLM: reverse KL of whole answers by policy gradient, with the scorer at hand."""
 
     name: Literal["minillm"] = "minillm"
     scorer: Scorer = Field("unaligned", description=SCORER)
@@ -160,12 +160,12 @@ class MiniLlm(ScoredSection):
         return self.rollouts
 
     def updates_a_step(self, batch_size: int) -> int:
-        """Updates on a step's answers."""
+        """Number of updates on a step's answers."""
         return self.inner_epochs * (self.rollouts // batch_size)
 
 
 class Gad(OnlineSection):
-    """GAD: a discriminator between teacher and student is the student's reward."""
+    """GAD: the student's reward comes from a discriminator between teacher and student."""
 
     name: Literal["gad"] = "gad"
     needs: ClassVar[Needs] = "nothing"

@@ -1,6 +1,6 @@
 """Every key of a run, with its type, range and meaning.
 
-One YAML file describes a whole run. A key without a value here takes it from the preset
+One YAML file describes a whole run. A key without a default here takes its value from the preset
 (``presets.py``); ``preset`` itself has no default. The descriptions are the text of ``--help``.
 """
 
@@ -106,7 +106,7 @@ class SourceConfig(Section):
 
 
 class SharesConfig(Section):
-    """How the corpus is cut, by a hash of the first user message (paper, 3.1: 10/45/45)."""
+    """How the corpus is split, by a hash of the first user message (paper, 3.1: 10/45/45)."""
 
     warmup: Share = Field(0.10, description="share of D_w, the proxy's warm-up")
     align: Share = Field(0.45, description="share of D_p, the proxy's alignment")
@@ -133,7 +133,7 @@ class BeamConfig(Section):
 
 
 class CorpusConfig(Section):
-    """The teacher's answers: where they are, how they become tokens, how they are split."""
+    """The teacher's answers: where they are, how they are tokenised and split."""
 
     sources: tuple[SourceConfig, ...] = Field(
         min_length=1, description="the teacher's answers; many sources are mixed"
@@ -200,7 +200,7 @@ class LoraSettings(Section):
 
 
 class InitConfig(Section):
-    """A student cut out of a larger model."""
+    """A model cut out of a larger one."""
 
     path: str = Field(description="folder of the larger model")
     first_layers: PositiveInt = Field(description="how many of its layers to keep, from the first")
@@ -277,7 +277,7 @@ class StopConfig(Section):
 
 
 class ConnectionSection(Section):
-    """How patiently a server is asked."""
+    """Timeout, retries and key for requests to a server."""
 
     timeout_s: PositiveFloat = Field(600.0, description="seconds to wait for one reply")
     retries: NonNegativeInt = Field(
@@ -289,7 +289,7 @@ class ConnectionSection(Section):
 
 
 class SamplingServer(ConnectionSection):
-    """An OpenAI-compatible server that draws y-hat in place of the sampler here."""
+    """An OpenAI-compatible server that draws y-hat instead of the built-in sampler."""
 
     url: Annotated[str, Field(pattern=r"^https?://[^/?#@\s]+(/[^?#@\s]*)?$")] = Field(
         description="where it answers, without /v1, as http://127.0.0.1:8000"
@@ -321,7 +321,7 @@ class SamplingServer(ConnectionSection):
         return self
 
 
-# Where the server is and how hard it is asked: keys that do not decide what is drawn.
+# Address and load of the server: keys that do not affect what is drawn.
 _OF_THE_SERVER_ALONE = {"url", "concurrency", "timeout_s", "retries", "api_key_env"}
 NOT_DECISIVE = {"sampling": {"server": _OF_THE_SERVER_ALONE}}
 
@@ -344,7 +344,7 @@ class SamplingConfig(Section):
 
     @property
     def decisive(self) -> dict[str, Any]:
-        """The keys that decide what is drawn, as JSON."""
+        """The keys that determine what is drawn, as JSON."""
         return self.model_dump(mode="json", exclude=NOT_DECISIVE["sampling"])
 
 
@@ -375,7 +375,7 @@ class PreferenceConfig(Section):
 
 
 class TrainingSection(Section):
-    """What both training stages have: their batches, their optimizer, how often things happen."""
+    """Keys of both training stages: batches, optimizer, and how often things happen."""
 
     batch_size: PositiveInt = Field(32, description="rows (or pairs) a step, over all devices")
     microbatch_size: PositiveInt | None = Field(
@@ -394,7 +394,7 @@ class TrainingSection(Section):
 
     @property
     def microbatches(self) -> int:
-        """Parts that a batch is computed in."""
+        """Number of parts in which a batch is computed."""
         return self.batch_size // (self.microbatch_size or self.batch_size)
 
     @model_validator(mode="after")
@@ -429,7 +429,7 @@ class AlignConfig(TrainingSection):
 
     @property
     def uses_pairs(self) -> bool:
-        """Whether rounds draw y-hat and prefer y over it."""
+        """Whether rounds draw y-hat and prefer y to it."""
         return self.alignment == "nll_preference" and self.preference.loss != "none"
 
 
@@ -474,13 +474,13 @@ class DistillConfig(TrainingSection):
 
 
 class EndpointConfig(ConnectionSection):
-    """How an OpenAI-compatible server is asked that ``evaluate`` names as a model."""
+    """An OpenAI-compatible server that ``evaluate`` names as a model."""
 
     concurrency: PositiveInt = Field(16, description="requests under way at once")
 
 
 class DuringConfig(Section):
-    """Benchmarks that the student answers while it is trained (the paper's Figs. 6 and 7)."""
+    """Benchmarks that the student answers during training (the paper's Figs. 6 and 7)."""
 
     every: PositiveInt = Field(
         description="optimizer steps between two looks; there is one before the first step and one "
@@ -496,7 +496,7 @@ class DuringConfig(Section):
 
 
 class BenchmarksConfig(Section):
-    """Benchmarks whose questions models answer, and how."""
+    """Benchmarks, the models that answer them, and how."""
 
     agieval: str | None = Field(
         None,
@@ -545,7 +545,7 @@ class BenchmarksConfig(Section):
 
     @property
     def paths(self) -> dict[str, str]:
-        """Where the files of each benchmark are that is named."""
+        """Where the files of each configured benchmark are."""
         named = {
             "agieval": self.agieval,
             "arc": self.arc,
@@ -558,7 +558,7 @@ class BenchmarksConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """What is measured on held-out rows, and with benchmarks."""
+    """What is measured on held-out rows and on benchmarks."""
 
     batch_size: PositiveInt = Field(32, description="rows computed together")
     max_rows: PositiveInt | None = Field(None, description="at most so many rows")
@@ -587,7 +587,7 @@ class ExportConfig(Section):
     max_shard_gb: PositiveFloat = Field(5.0, description="largest safetensors file")
 
 
-# What devices may be arranged for.
+# Kinds of work for which devices can be arranged.
 Work = Literal["align", "sample", "score", "distill", "evaluate"]
 
 
@@ -602,7 +602,7 @@ class AxesConfig(Section):
 
 
 class MeshConfig(AxesConfig):
-    """How the devices are arranged, for all work or for some of it."""
+    """How the devices are arranged, for all work or for one kind."""
 
     sample: AxesConfig | None = Field(
         None,
@@ -623,7 +623,7 @@ class MeshConfig(AxesConfig):
 
 
 class LoggingConfig(Section):
-    """Where figures go beside metrics.jsonl; failures of a tracker never stop a run."""
+    """Where metrics go beside metrics.jsonl; a failing tracker never stops a run."""
 
     tensorboard: bool = Field(False, description="write TensorBoard events (extra: tensorboard)")
     wandb_project: str | None = Field(
@@ -668,7 +668,7 @@ class Config(Section):
 
     @property
     def needs(self) -> Needs:
-        """What the student learns from beside the teacher's texts: what must be made first."""
+        """What the student needs beside the teacher's texts, and what must be made first."""
         is_black_box_kd = self.method.name == "proxy_kd" and self.distill.alpha == 0
         return "nothing" if is_black_box_kd else self.method.needs
 

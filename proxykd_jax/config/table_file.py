@@ -1,4 +1,4 @@
-"""A file of rows: the runs that a table of the paper is made of. Pydantic and yaml alone."""
+"""The file of a table of the paper: one run per row. Imports only pydantic and yaml."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NONE = "–"
 
 
 class TableRow(Section):
-    """A row: its first columns as the paper prints them, and the run that it is measured on."""
+    """A row: its first columns as printed in the paper, and the run that is measured."""
 
     name: Name = Field(description="of the row's run, and for --only")
     group: str = Field(NONE, description="the heading that it stands under")
@@ -76,11 +76,11 @@ class TableFile(Section):
 
     @property
     def folder(self) -> Path:
-        """Of the table and its runs."""
+        """Folder of the table and its runs."""
         return Path(os.path.expandvars(self.runs)).expanduser() / self.name
 
     def chosen(self, names: Sequence[str]) -> list[TableRow]:
-        """Rows by name, in the table's order; all, where none is named.
+        """Rows by name, in the table's order; all rows if no name is given.
 
         Raises:
           UserError: there is no such row.
@@ -95,7 +95,7 @@ class TableFile(Section):
         """The config of a row's run; ``overrides`` come last.
 
         Raises:
-          UserError: as ``load_config``, with the row's name.
+          UserError: see ``load_config``; the message gives the row's name.
         """
         path = self._place / str(row.config or self.config)
         changes = [*self.set, *row.set, *overrides]
@@ -112,8 +112,8 @@ def load_table(path: str | Path) -> TableFile:
     """Reads a table's file and checks it; its rows' configs are read by ``run_of``.
 
     Raises:
-      UserError: the file cannot be read, or a key is unknown, repeated or of a wrong type; every
-        problem is in the one message.
+      UserError: the file cannot be read, or a key is unknown, repeated or of a wrong type; one
+        message names all problems.
     """
     data, problems = _read_yaml(path, "table")
     try:

@@ -198,11 +198,9 @@ def sample(
     parts = []
     for start in range(0, len(todo), batch_size):
         rows = todo[start : start + batch_size]
-        # The last batch, too, is divided among as many cores as it has rows for.
+        # The last batch, too, is divided among as many cores as its rows allow.
         count = max(-(-len(rows) // part_size), min(cores, len(rows) // _FEWEST_ROWS_OF_A_CORE))
-        parts += [
-            rows[first::count] for first in range(count)
-        ]  # each part gets short and long rows
+        parts += [rows[first::count] for first in range(count)]  # short and long ones in each
     for found in _side_by_side(batches.answers, parts, cores):
         for row, answer in found:
             samples[row] = answer
