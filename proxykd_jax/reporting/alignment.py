@@ -1,4 +1,4 @@
-"""The proxy: its training, and how near it came to the teacher."""
+"""The proxy: its training, and how close it came to the teacher."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ MODELS = {
     "student_before": "student, before",
     "student": "student",
 }
-# Values of K whose mass is shown by round: the paper keeps 10.
+# Values of K in the table by round; the paper keeps 10.
 _MASSES = (1, 10, 50)
 PROXIES = ("proxy_raw", "proxy_warmup", "proxy_aligned")
 
 
 def training(run: RunFolder) -> Section:
-    """Losses, rewards and validation by step, and what each round did."""
+    """Losses, rewards and validation by step, and a summary of each round."""
     title, lines = "Alignment of the proxy", run.of_stage("align")
     best, blocks = opening(run, "proxy", lines)
     if not lines:
@@ -94,12 +94,12 @@ def training(run: RunFolder) -> Section:
 
 
 def opening(run: RunFolder, part: str, lines: Sequence[Line]) -> tuple[int | None, list[Block]]:
-    """The step of the lowest validation NLL, and what a training section begins with.
+    """The step of the lowest validation NLL, and the first blocks of a training section.
 
     Args:
-      run: whose section it is.
+      run: the section's run.
       part: ``proxy`` or ``student``.
-      lines: of its stage.
+      lines: lines of its stage.
     """
     absent = run.absent(part)
     blocks: list[Block] = [] if absent is None else [Text(absent, missing=True)]
@@ -115,7 +115,7 @@ def opening(run: RunFolder, part: str, lines: Sequence[Line]) -> tuple[int | Non
 
 
 def _rounds(lines: Sequence[Line]) -> Table | None:
-    """What was sampled in each round, and the rewards after it."""
+    """The samples of each round, and the rewards after it."""
     columns = (
         ("prompts", "samples/rows"),
         ("kept", "samples/kept"),
@@ -215,7 +215,7 @@ def _agreement(models: dict[str, Any]) -> list[BarPlot]:
 
 
 def _mass(models: dict[str, Any]) -> list[LinePlot]:
-    """Share of places whose K most probable tokens hold more than 0.95."""
+    """Share of positions whose K most probable tokens hold more than 0.95."""
     plots = []
     for split in splits_of(models):
         series = []
@@ -232,7 +232,7 @@ def _mass(models: dict[str, Any]) -> list[LinePlot]:
 
 
 def _reliability(models: dict[str, Any]) -> list[LinePlot]:
-    """How often the first choice is the teacher's token, by how probable the model holds it."""
+    """How often the most probable token is the teacher's, by the probability the model gives it."""
     plots = []
     for split in splits_of(models):
         series = []
@@ -250,7 +250,8 @@ def _reliability(models: dict[str, Any]) -> list[LinePlot]:
 
 
 def _by_round(models: dict[str, Any]) -> Iterator[Block]:
-    """Figs. 4 and 5 and calibration of the proxy after each round; nothing without rounds."""
+    """Figs. 4 and 5 and calibration of the proxy after each round; nothing if there are no
+    rounds."""
     rounds = {name: _round_number(name) for name in models}
     states = [name for name, number in rounds.items() if number is not None]
     states.sort(key=lambda name: rounds[name] or 0)
