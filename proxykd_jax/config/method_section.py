@@ -12,7 +12,7 @@ from proxykd_jax.config.section import PositiveInt, Section
 # proxy itself during the student's training.
 Needs = Literal["nothing", "labels", "proxy"]
 Scorer = Literal["unaligned", "aligned"]
-SCORER = "the white-box model whose distribution is learnt: the proxy as it is, or aligned"
+SCORER = "the white-box model whose distribution is learnt: the raw proxy, or the aligned one"
 
 
 class MethodSection(Section):

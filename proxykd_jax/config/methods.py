@@ -37,13 +37,13 @@ class ProxyKd(AnsweringSection):
     uses_fresh_prompts: ClassVar[bool] = True
     student_share: Share = Field(
         0.0,
-        description="share of steps that learn the proxy's distribution on answers of the student "
-        "itself (beyond the paper; above 0 the proxy is loaded beside it)",
+        description="share of steps that learn the proxy's distribution on the student's own "
+        "answers (beyond the paper; above 0 the proxy is loaded as well)",
     )
 
 
 class BlackBoxKd(MethodSection):
-    """Black-box KD: the NLL of the teacher's texts alone; no proxy is loaded."""
+    """Black-box KD: only the NLL of the teacher's texts; no proxy is loaded."""
 
     name: Literal["black_box_kd"] = "black_box_kd"
     needs: ClassVar[Needs] = "nothing"
@@ -78,12 +78,12 @@ class ForwardKl(MethodSection):
 
 
 class Takd(MethodSection):
-    """TAKD: an assistant, trained on the teacher's texts without preferences, in the middle."""
+    """TAKD: the student learns from an assistant trained on the teacher's texts by NLL alone."""
 
     name: Literal["takd"] = "takd"
     assistant: Literal["finetuned", "raw"] = Field(
         "finetuned",
-        description="the proxy after the NLL of the teacher's texts of D_w and D_p, or as it is",
+        description="the proxy after NLL on the teacher's texts of D_w and D_p, or the raw proxy",
     )
     lam: Share = Field(0.5, description="weight of the KL; the NLL has 1 - lam (authors: searched)")
     temperature: PositiveFloat = Field(
@@ -111,13 +111,13 @@ class MentorKd(MethodSection):
     rescale: bool = Field(
         False, description="scale the KL by T^2, which the authors' code leaves out"
     )
-    num_rationales: PositiveInt = Field(3, description="the mentor's answers to a prompt")
+    num_rationales: PositiveInt = Field(3, description="answers of the mentor per prompt")
     sample_temperature: PositiveFloat = Field(
         0.7, description="temperature at which the mentor answers"
     )
     filter: Literal["answer_match", "none"] = Field(
         "answer_match",
-        description="keep only answers, teacher's and mentor's, whose final answer is the gold one",
+        description="keep only answers (teacher's and mentor's) whose final answer is the gold one",
     )
 
     def defines(self) -> dict[str, Any]:
@@ -136,18 +136,18 @@ class Soda(MethodSection):
 
     name: Literal["soda"] = "soda"
     needs: ClassVar[Needs] = "nothing"
-    beta: PositiveFloat = Field(description="strength of the preference; its authors' is not known")
+    beta: PositiveFloat = Field(description="strength of the preference (authors' value unknown)")
     temperature: PositiveFloat = Field(
-        1.0, description="temperature at which the untrained student answers (authors': not known)"
+        1.0,
+        description="temperature at which the untrained student answers (authors' value unknown)",
     )
     warmup_epochs: PositiveInt = Field(
-        1, description="passes of NLL on the teacher's texts, before DPO (authors': not known)"
+        1, description="passes of NLL on the teacher's texts, before DPO (authors' value unknown)"
     )
-    warmup_max_steps: PositiveInt | None = Field(
-        None, description="at most so many steps of that NLL"
-    )
+    warmup_max_steps: PositiveInt | None = Field(None, description="most steps of that NLL")
     nll_weight: NonNegativeFloat = Field(
-        0.0, description="weight of an NLL of the teacher's texts beside DPO (authors': not known)"
+        0.0,
+        description="weight of an NLL of the teacher's texts beside DPO (authors' value unknown)",
     )
 
     def defines(self) -> dict[str, Any]:
@@ -156,13 +156,13 @@ class Soda(MethodSection):
 
 
 class RandomLabels(MethodSection):
-    """RS-KD: Proxy-KD with soft labels drawn at random, in place of the most probable ones."""
+    """RS-KD: Proxy-KD with soft labels drawn at random instead of the most probable ones."""
 
     name: Literal["random_labels"] = "random_labels"
-    draws: PositiveInt = Field(50, description="ids drawn a position, with replacement")
+    draws: PositiveInt = Field(50, description="ids drawn per position, with replacement")
     proposal_power: PositiveFloat = Field(
         1.0,
-        description="tau: ids are drawn from p^tau, and weighted by p over it unless it is 1",
+        description="tau: ids are drawn from p^tau, and weighted by p over it unless tau is 1",
     )
 
     def defines(self) -> dict[str, Any]:
