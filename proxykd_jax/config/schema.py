@@ -141,7 +141,7 @@ class CorpusConfig(Section):
     fresh_prompts: tuple[SourceConfig, ...] = Field(
         (),
         description="prompts without a teacher's answer; the aligned proxy answers and scores them "
-        "proxy (beyond the paper)",
+        "(beyond the paper)",
     )
     test: tuple[SourceConfig, ...] = Field(
         (), description="rows of a separate test set; their prompts occur in no other split"
@@ -231,10 +231,77 @@ class ModelSection(Section):
     )
     remat: Literal["none", "dots", "outputs", "full"] = Field(
         "none",
-        description="saves memory at the cost of time; what is stored for the backward pass besides a "
-        "layer's input: none = its matrix products, dots = outputs of its linear layers, outputs = "
-        "outputs of attention and MLP, full = nothing",
-    ), or the whole model with "
+        description="saves memory at the cost of time; what the backward pass finds besides a "
+        "layer's input: none = its matrix products, dots = outputs of its linear layers, "
+        "outputs = outputs of attention and MLP, full = nothing",
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelSection:
+        if (self.path is None) == (self.init is None):
+            raise ValueError("give exactly one of path and init")
+        return self
+
+    @model_validator(mode="after")
+    def _frozen(self) -> ModelSection:
+        if self.quantize != "none" and self.trainable == "full":
+            raise ValueError(
+                f"quantize: {self.quantize} is for weights that stay as they are: "
+                "give trainable: lora, or quantize: none"
+            )
+        return self
+
+
+class OptimizerConfig(Section):
+    """Adam (paper, 4.2)."""
+
+    learning_rate: PositiveFloat = Field(description="peak learning rate")
+    b1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="decay of the first moment")
+    b2: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="decay of the second moment")
+    eps: PositiveFloat = Field(1e-8, description="added to the root of the second moment")
+    weight_decay: NonNegativeFloat = Field(0.0, description="decoupled weight decay")
+    clip_norm: PositiveFloat | None = Field(description="largest gradient norm; null: no clipping")
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        "constant", description="learning-rate schedule after warm-up"
+    )
+    warmup_steps: NonNegativeInt = Field(0, description="steps of linear warm-up")
+
+
+class StopConfig(Section):
+    """Stopping on validation NLL."""
+
+    enabled: bool = Field(description="stop training when validation NLL no longer improves")
+    every: PositiveInt = Field(50, description="steps between validations")
+    patience: PositiveInt = Field(3, description="validations without improvement before stopping")
+    min_delta: NonNegativeFloat = Field(
+        0.0, description="smallest fall that counts as an improvement, nats per token"
+    )
+
+
+class ConnectionSection(Section):
+    """Timeout, retries and key for requests to a server."""
+
+    timeout_s: PositiveFloat = Field(600.0, description="seconds to wait for one reply")
+    retries: NonNegativeInt = Field(
+        5, description="retries of a request after a timeout or a temporary failure"
+    )
+    api_key_env: str | None = Field(
+        None, description="environment variable that holds the server's API key"
+    )
+
+
+class SamplingServer(ConnectionSection):
+    """An OpenAI-compatible server that draws y-hat instead of the built-in sampler."""
+
+    url: Annotated[str, Field(pattern=r"^https?://[^/?#@\s]+(/[^?#@\s]*)?$")] = Field(
+        description="its address without /v1, such as http://127.0.0.1:8000"
+    )
+    api: Literal["vllm", "sglang", "transformers"] = Field(
+        description="kind of server; it decides what is loaded and by which calls"
+    )
+    serves: Literal["adapter", "merged"] = Field(
+        "adapter",
+        description="what each round loads: the adapter (vllm, sglang), or the whole model with "
         "the adapter merged into it (sglang, transformers)",
     )
     model: str | None = Field(
