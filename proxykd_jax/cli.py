@@ -111,7 +111,7 @@ def _report(error: BaseException) -> int:
     if isinstance(error, Stopped):
         text, code = str(error), TRY_AGAIN
     elif isinstance(error, KeyboardInterrupt):
-        text, code = "interrupted; the same command goes on from the last checkpoint", INTERRUPTED
+        text, code = "interrupted; the same command continues from the last checkpoint", INTERRUPTED
     if is_first():
         print(text, file=sys.stderr)
     return code
@@ -209,7 +209,7 @@ class _KeysOnDemand:
 
 def describe_keys() -> str:
     """Every key of the config with its type, default and meaning, one paragraph per key."""
-    lines = ["keys of the config file (where two defaults stand, the preset decides):", ""]
+    lines = ["keys of the config file (if two defaults are given, the preset decides):", ""]
     for key, kind, default, meaning in config_keys():
         lines.append(f"  {key}  [{kind}]{f'  default {default}' if default else ''}")
         lines.append(f"      {meaning}")

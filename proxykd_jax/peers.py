@@ -21,7 +21,7 @@ from proxykd_jax.errors import Stopped, UserError
 
 Value = TypeVar("Value")
 
-STOPPED = "stopped as asked (SIGTERM), with everything saved; the same command goes on from there"
+STOPPED = "stopped as asked (SIGTERM), with everything saved; the same command continues"
 
 
 class Channel(Protocol):

@@ -97,7 +97,7 @@ def test_an_interrupt_says_how_to_go_on(config_file, capsys):
         raise KeyboardInterrupt
 
     assert run_command("align", main, "Aligns.", ["--config", config_file]) == 130
-    assert "same command goes on" in capsys.readouterr().err
+    assert "same command continues" in capsys.readouterr().err
 
 
 def test_print_config_prints_what_can_be_loaded(config_file, tmp_path, capsys):

@@ -200,7 +200,7 @@ def _parse_yaml(text: str, origin: str) -> tuple[Any, list[str]]:
         mark = getattr(error, "problem_mark", None)
         where = f" on line {mark.line + 1}" if mark else ""
         what = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{origin}: no YAML that is allowed here{where}: {what}.") from error
+        raise UserError(f"{origin}: not accepted as YAML{where}: {what}.") from error
     return data, loader.repeated
 
 

@@ -163,7 +163,7 @@ def digest_arrays(arrays: Mapping[str, np.ndarray]) -> str:
 
 def damaged(path: Path, what: str) -> UserError:
     """The error for a file that has changed since it was written."""
-    return UserError(f"{path} is damaged ({what}). Remove it and run again: it is made anew.")
+    return UserError(f"{path} is damaged ({what}). Remove it and run again to rebuild it.")
 
 
 def _map_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

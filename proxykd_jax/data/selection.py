@@ -103,7 +103,7 @@ def nothing_left(sources: Mapping[str, SourceCount]) -> UserError:
 def source_changed() -> UserError:
     """The error for a source whose rows differ when it is read again."""
     return UserError(
-        "A source of the corpus changed while it was read. Run again when it is at rest."
+        "A source of the corpus changed while it was read. Run again when it no longer changes."
     )
 
 

@@ -150,8 +150,8 @@ class Connection:
         times = "once" if tries == 1 else f"{tries} times"
         raise UnansweredError(
             f"{self._where}: {self.url} was asked {times} and gave no usable answer to "
-            f"{method} {path} ({trouble}); see that the server runs there, then run the same "
-            "command again: it goes on where it was."
+            f"{method} {path} ({trouble}); check that the server is running there, then run the "
+            "same command again to continue."
         )
 
     def _said(self, error: urllib.error.HTTPError) -> str:

@@ -48,6 +48,6 @@ def local_folder(name: str | Path, files: Iterable[str] = MODEL_FILES) -> Path:
     except Exception as error:  # network, cache and access errors share no base class
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"{name} is no local folder, and it cannot be had from the Hugging Face hub "
+            f"{name} is not a local folder, and it cannot be had from the Hugging Face hub "
             f"({reason}). Give a folder, or check the name and the connection."
         ) from error

@@ -228,7 +228,7 @@ def _check_names(
         and not (config.tie_embeddings and name == "lm_head.weight")
     )
     if unexpected:
-        problems.append(f"{len(unexpected)} tensors have no place, for instance {unexpected[0]}")
+        problems.append(f"{len(unexpected)} tensors are unexpected, for instance {unexpected[0]}")
     for name in sorted(set(expected) & present):
         if folder.shape(name) != expected[name]:
             problems.append(

@@ -231,7 +231,7 @@ def write_file(path: Path, tensors: Sequence[Tensor], dtype: np.dtype) -> None:
         for name, array in arrays.items():
             back = written.read(name)
             if back.dtype != array.dtype or not np.array_equal(bits(back), bits(array)):
-                raise OSError(f"{path}: {name} reads back otherwise than it was written.")
+                raise OSError(f"{path}: {name} does not read back as it was written.")
 
     on_first(write)
 

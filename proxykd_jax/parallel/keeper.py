@@ -24,7 +24,7 @@ _ABORTED_FOR_PEER = b"JAX distributed service detected fatal errors"
 _NOT_MET = b"CoordinationService/RegisterTask"
 _KEPT_BYTES = 1 << 16
 PEER_LOST = (
-    "another process of this run has gone; the same command, on all processes, goes on from the "
+    "another process of this run has gone; the same command, on all processes, continues from the "
     "last checkpoint"
 )
 _PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -96,8 +96,8 @@ def exit_code(status: int, last_words: bytes, launch: Launch) -> int:
     if number == signal.SIGABRT and _ABORTED_FOR_PEER in last_words:
         not_met = (
             f"the {launch.count} processes ({launch.by}) did not meet in time at "
-            f"{launch.coordinator}: all must be running, and this be an address of process 0 that "
-            "the others reach, with a free port"
+            f"{launch.coordinator}: all must be running, and this must be an address of process 0 "
+            "that the others can reach, with a free port"
         )
         print(f"error: {not_met if _NOT_MET in last_words else PEER_LOST}", file=sys.stderr)
         return TRY_AGAIN

@@ -204,9 +204,9 @@ def _agreement(models: dict[str, Any]) -> list[BarPlot]:
     titles = {
         "agreement": "Top-1 agreement with the teacher's tokens",
         "nll": "Teacher-token NLL, nats",
-        "kl": "KL(teacher || model), nats a token",
+        "kl": "KL(teacher || model), nats per token",
     }
-    note = "Lines are standard errors over rows."
+    note = "Lines show standard errors over rows."
     return [
         BarPlot(title, names, [(split, bars(split, name)) for split in splits], note)
         for name, title in titles.items()
@@ -225,7 +225,7 @@ def _mass(models: dict[str, Any]) -> list[LinePlot]:
                 xs, ys = zip(*mass, strict=True)
                 series.append(Series(MODELS[name], [float(x) for x in xs], list(ys), points=True))
         if series:
-            title = f"Places whose top K hold more than 0.95, {split} rows"
+            title = f"Positions whose top K hold more than 0.95, {split} rows"
             note = "Fig. 4 of the paper; it keeps K = 10."
             plots.append(LinePlot(title, "K", series, note=note))
     return plots
@@ -244,8 +244,10 @@ def _reliability(models: dict[str, Any]) -> list[LinePlot]:
         if series:
             series.append(Series("as sure as right", [0.0, 1.0], [0.0, 1.0]))
             title = f"Agreement by confidence, {split} rows"
-            note = "Below the diagonal a model is surer than it is right."
-            plots.append(LinePlot(title, "probability of the first choice", series, note=note))
+            note = "Below the diagonal the model is overconfident."
+            plots.append(
+                LinePlot(title, "probability of the most probable token", series, note=note)
+            )
     return plots
 
 
@@ -276,8 +278,8 @@ def _by_round(models: dict[str, Any]) -> Iterator[Block]:
         *(f"top {top_k} > 0.95" for top_k in _MASSES),
     )
     note = (
-        "The last columns are the shares of places whose K most probable tokens hold more than "
-        "0.95 (Fig. 4); a round whose state is the aligned proxy has no line of its own."
+        "The last columns are the shares of positions whose K most probable tokens hold more than "
+        "0.95 (Fig. 4). A round whose state is the aligned proxy has no separate line."
     )
     yield Table("The proxy round by round", header, rows, note, digits=4)
 
@@ -306,7 +308,8 @@ def _measures(models: dict[str, Any]) -> Table:
     header += ["confidence", "calibration error", "±"]
     note = (
         "Means over tokens with standard errors over rows. Confidence is the probability of the "
-        "first choice; the calibration error is its mean distance from agreement over 15 bins."
+        "most probable token. The calibration error is its mean distance from agreement over 15 "
+        "bins."
     )
     return Table("Held-out measures", header, rows, note, digits=4)
 
@@ -330,7 +333,7 @@ def _differences(differences: dict[str, Any]) -> Table | None:
         "Differences between proxies on the same rows",
         ("models", "rows of", "NLL", "±", "paper: KL", "agreement", "±"),
         rows,
-        "From the teacher's text alone only differences of KL(teacher || proxy) can be had: its "
+        "The teacher's text alone gives only differences of KL(teacher || proxy): the teacher's "
         "entropy cancels in the difference of two proxies' NLL. The paper's differences are those "
         "of its Table 4 (1.53, 0.87 and 0.56), whose middle row is aligned by NLL alone, not only "
         "warmed up.",

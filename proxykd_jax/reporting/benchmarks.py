@@ -89,7 +89,8 @@ def benchmarks(runs: Sequence[RunFolder]) -> Section:
     ]
     if not any(own.values()):
         missing = Text(
-            "No benchmarks were measured: eval/benchmarks/summary.json is not there.", missing=True
+            "No benchmarks were measured: eval/benchmarks/summary.json does not exist.",
+            missing=True,
         )
         return Section(title, [missing, *paper])
     rows: list[tuple[Value, ...]] = []
@@ -98,7 +99,7 @@ def benchmarks(runs: Sequence[RunFolder]) -> Section:
             six = tuple(scores[n].accuracy if n in scores else None for n in BENCHMARKS)
             name = model if len(runs) == 1 else f"{run.label}: {model}"
             rows.append((name, *_models(run, model), *six, average(six)))
-    groups = {0: "measured here", len(rows): "paper, Proxy-KD and what it is compared with"}
+    groups = {0: "measured here", len(rows): "paper, Proxy-KD and its baselines"}
     compared = [row for row in TABLE_1 if row.method in ("GPT-4", "Black-Box KD", "Proxy-KD")]
     table = Table(
         "Accuracy, %",

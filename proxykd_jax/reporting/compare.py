@@ -73,7 +73,7 @@ def figures(runs: Sequence[RunFolder]) -> Section:
     found = [run.summary.get("models", {}) for run in runs]
     for measure, title in (("agreement", "Top-1 agreement with the teacher"),
                            ("nll", "Teacher-token NLL, nats"),
-                           ("kl", "KL(teacher || model), nats a token")):  # fmt: skip
+                           ("kl", "KL(teacher || model), nats per token")):  # fmt: skip
         rows: list[tuple[Value, ...]] = []
         for name, called in MODELS.items():
             for split in splits_of(
@@ -104,7 +104,7 @@ def figures(runs: Sequence[RunFolder]) -> Section:
 
 
 _NOTE = (
-    "Differences are to the first run. They are no paired differences: runs of other corpora are "
+    "Differences are from the first run. They are not paired, because runs with other corpora are "
     "measured on other rows."
 )
 

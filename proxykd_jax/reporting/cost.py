@@ -100,11 +100,11 @@ def cost(run: RunFolder) -> Section:
         ]  # fmt: skip
         header = (
             *("stage", "phase", "steps", "minutes", "median step, s", "first step, s"),
-            *("samples a step", "samples a second", "drawing an answer, s"),
+            *("samples per step", "samples per second", "drawing an answer, s"),
         )
         note = (
-            "Training steps as logged; the first of a phase compiles its program. Drawing is the "
-            "proxy's answer to a prompt with its reference log-probs, programs compiled included. "
+            "Training steps as logged; the first of a phase compiles its program. Drawing is one "
+            "answer of the proxy with its reference log-probs, including compilation. "
             "Validation and scoring are not timed."
         )
         blocks += [Table("Training", header, rows, note), _as_table_3(run, times)]
@@ -131,11 +131,11 @@ def _as_table_3(run: RunFolder, times: Sequence[PhaseTime]) -> Table:
             rows.append((name, None, statistics.median(hours)))
     measured = len(rows)
     rows += list(TABLE_3)
-    note = (
-        "From the median step of each phase, on the run's own devices, for models of its own size."
-    )
+    note = "From the median step of each phase, on the run's devices, for models of the run's size."
     if any(found.drawing is None for found in kinds["Pref"]):
-        note += " Sampling, which the paper's Pref holds, was not timed in all rounds of this run."
+        note += (
+            " Sampling, which the paper's Pref includes, was not timed in all rounds of this run."
+        )
     return Table(
         f"Hours for {SAMPLES_A_ROUND:,} samples (Table 3)",
         ("model and method", "GPUs", "hours"),

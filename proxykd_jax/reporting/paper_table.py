@@ -93,7 +93,7 @@ def read_row(table: TableFile, row: TableRow) -> Measured:
             problem = "" if times else "no step of it was timed"
             return Measured(row, run, record, {}, times, problem)
         scores = read_benchmarks(run).get(record["model"], {})
-        problem = "" if scores else "its answers are gone: run the row again"
+        problem = "" if scores else "its answers are missing: run the row again"
         return Measured(row, run, record, _with_average(scores), (), problem)
     except UNREADABLE as error:
         return Measured(row, None, {}, {}, (), told(error))

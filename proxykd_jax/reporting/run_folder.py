@@ -73,7 +73,7 @@ class RunFolder:
         if (stage == "proxy" and needs == "nothing") or (
             stage == "soft_labels" and needs not in (None, "labels")
         ):
-            return f"The method {self.setting('method.name')} does without it."
+            return f"The method {self.setting('method.name')} does not need it."
         return f"Not there: {command} makes it."
 
     @property
@@ -151,7 +151,7 @@ def _read_config(
 ) -> tuple[Config | None, dict[str, Any], str | None]:
     """The config as this version reads it, as plain data, and as text."""
     if not path.is_file():
-        problems.append("config.yaml is missing: what was asked for is not known.")
+        problems.append("config.yaml is missing, so the settings are unknown.")
         return None, {}, None
     text = path.read_text(encoding="utf-8", errors="replace")
     try:

@@ -58,7 +58,7 @@ def soft_labels(run: RunFolder) -> Section:
     kind = settings.get("loglik", "sum")
     blocks: list[Block] = [_figures(store, splits, kind)]
     if not settings.get("enabled", True):
-        blocks.append(Text("The weights are switched off: every row counts alike."))
+        blocks.append(Text("The weights are switched off: all rows count equally."))
     else:
         learnt = [split for split in splits if split in _weighted(run)]
         blocks.append(Plots([_weights(store, split, settings) for split in learnt]))
@@ -137,7 +137,7 @@ def training(run: RunFolder) -> Section:
         blocks.append(
             Text(
                 "The accuracy curves of the paper's Figs. 6 and 7 need benchmarks during training, "
-                "which this run did not log; validation agreement stands in their place.",
+                "which this run did not log; validation agreement replaces them.",
                 missing=True,
             )
         )
@@ -183,7 +183,7 @@ def beside_the_proxy(run: RunFolder) -> Section:
         note = "The paper's Fig. 3 shows it by proxy; compare several runs for that."
         blocks.append(Table("Gap between aligned proxy and student", header, rows, note))
     if not blocks:
-        text = "No figures of both an aligned proxy and a student are there."
+        text = "There are no figures of both an aligned proxy and a student."
         blocks.append(Text(text, missing=True))
     return Section(title, blocks)
 

@@ -44,8 +44,8 @@ def texts(run: RunFolder) -> Section:
         note = Text("The run stored no answers of its own; these are the teacher's.", missing=True)
         return Section(title, [note, *rows])
     intro = (
-        "Each round asks the proxy other prompts: the first round is the warmed-up proxy, a later "
-        "one the proxy that the rounds before it made. Special tokens are shown as they are."
+        "Each round asks the proxy other prompts: the first round asks the warmed-up proxy, a "
+        "later one the proxy after the rounds before it. Special tokens are shown as they are."
     )
     if not (run.folder / "samples" / STUDENTS).is_dir():
         intro += " Answers of the student were not stored."

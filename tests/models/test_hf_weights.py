@@ -217,7 +217,7 @@ def test_names_and_shapes_are_checked(folder):
     with pytest.raises(UserError, match=r"1 tensors are missing.*layers\.1\.mlp\.up_proj"):
         load_model(folder)
     edit(weights, lambda t: t.update({"model.layers.7.x": np.zeros(3, np.float32)}))
-    with pytest.raises(UserError, match=r"no place, for instance model\.layers\.7\.x"):
+    with pytest.raises(UserError, match=r"unexpected, for instance model\.layers\.7\.x"):
         load_model(folder)
 
 
