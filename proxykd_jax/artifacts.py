@@ -328,7 +328,7 @@ def finished_manifest(folder: Path, stage: str, holds: str) -> dict[str, Any]:
     if manifest.get("stage") != stage:
         raise UserError(f"{folder} was not made by {stage}; it holds no {holds}.")
     if manifest["status"] != "complete":
-        raise UserError(f"{folder} is not complete; run {stage} again, which goes on with it.")
+        raise UserError(f"{folder} is not complete; run {stage} again to continue it.")
     return manifest
 
 

@@ -279,7 +279,7 @@ def test_a_missing_model_is_a_sentence(tiny_files, tmp_path, capsys, stage, role
     config = recipe(tiny_files, tmp_path / "runs", {role: {"path": absent}})
     assert command(stage, config, tmp_path) == 2
     assert said(capsys) == (
-        f"error: {absent}: there is no such folder, and it is no hub name (owner/model).\n"
+        f"error: {absent}: there is no such folder, and it is not a hub name (owner/model).\n"
     )
     assert not config.folder.exists() or left(config) == {"corpus"}
 

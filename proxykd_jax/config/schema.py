@@ -246,7 +246,7 @@ class ModelSection(Section):
     def _frozen(self) -> ModelSection:
         if self.quantize != "none" and self.trainable == "full":
             raise ValueError(
-                f"quantize: {self.quantize} is for weights that stay as they are: "
+                f"quantize: {self.quantize} is only for frozen weights: "
                 "give trainable: lora, or quantize: none"
             )
         return self

@@ -103,7 +103,7 @@ class EpochPlan(Sequence[PlannedBatch]):
           ValueError: the rows cannot be grouped.
         """
         if self.batch_size % together:
-            raise ValueError(f"{self.batch_size} rows are no groups of {together}.")
+            raise ValueError(f"{self.batch_size} rows cannot be split into groups of {together}.")
         before = np.concatenate([[0], np.cumsum(np.asarray(answers, np.int64)[self._examples])])
         of_row = np.diff(before[self._row_starts])
         of_row = np.pad(of_row, (0, self.batch_size))  # the last batch may have fewer rows

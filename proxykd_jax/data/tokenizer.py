@@ -67,8 +67,8 @@ class Tokenizer:
         if isinstance(token, int):
             if not 0 <= token < self.vocab_size:
                 raise UserError(
-                    f"corpus.end_tokens: {token} is no id of the tokenizer {self.path}, which has "
-                    f"{self.vocab_size}."
+                    f"corpus.end_tokens: {token} is not an id of the tokenizer {self.path}, which "
+                    f"has {self.vocab_size}."
                 )
             return token
         if token not in self._vocabulary:

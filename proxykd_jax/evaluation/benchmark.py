@@ -168,7 +168,7 @@ def _of_model(
 
     scored, checks = {}, {}
     if settings.harness and not isinstance(who, Candidate):
-        say(f"evaluate: {name} is no model on this machine; the harness does not ask it")
+        say(f"evaluate: {name} is not a model on this machine; the harness does not ask it")
     for ask in asks:
         if ask.mode == COMPARE and not isinstance(who, Candidate):
             say(f"evaluate: {name} gives no log-likelihoods; {ask.name} is left out")

@@ -1,12 +1,10 @@
 """How close a model is to the teacher on held-out rows, measured from the teacher's text alone.
 
 - ``nll``: NLL of the teacher's tokens, nats. Table 4 of the paper reports KL(teacher || proxy),
-which
-  needs the teacher's distribution. Text alone gives only differences of it, because the teacher's
-  entropy cancels in the difference of two models' NLL on the same rows.
+  which needs the teacher's distribution. Text alone gives only differences of it, because the
+  teacher's entropy cancels in the difference of two models' NLL on the same rows.
 - ``agreement``: share of the teacher's tokens that are the model's most probable ones (Fig. 5).
-Among
-  equally probable tokens the lowest id counts, as in ``argmax`` and greedy decoding.
+  Among equally probable tokens the lowest id counts, as in ``argmax`` and greedy decoding.
 - ``top_mass``: share of positions whose K most probable tokens hold more than 0.95 (Fig. 4).
 - ``calibration``: the model's confidence compared with its agreement
   (``evaluation/calibration.py``).

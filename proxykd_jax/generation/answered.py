@@ -27,7 +27,7 @@ class AnsweredSplit:
 
     def __init__(self, prompts: TokenSplit, store: SampleStore) -> None:
         if not store.is_complete:
-            raise UserError(f"{store.folder} is not complete; run score, which goes on with it.")
+            raise UserError(f"{store.folder} is not complete; run score to continue it.")
         self.name = prompts.name
         self._prompts = prompts
         self._store = store

@@ -20,7 +20,7 @@ from proxykd_jax.generation.sampler import Sample
 from proxykd_jax.generation.samples import SampleFunction
 from proxykd_jax.generation.server import Completion, ServerClient
 
-# Stands for bytes that are no complete character, for example where the budget ends within one.
+# Stands for bytes that are not a complete character, for example where the budget ends within one.
 _NO_CHARACTER = "\ufffd"
 
 

@@ -270,7 +270,7 @@ def _read_models(content: bytes) -> list[str]:
     try:
         return [str(card["id"]) for card in json.loads(content)["data"]]
     except (KeyError, TypeError) as error:
-        raise ValueError("its list of models is no list") from error
+        raise ValueError("its list of models is not a list") from error
 
 
 def _read_chat(content: bytes) -> Completion:
@@ -279,7 +279,7 @@ def _read_chat(content: bytes) -> Completion:
         (choice,) = json.loads(content)["choices"]
         text, reason = choice["message"]["content"], choice.get("finish_reason")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError("its reply is no chat completion with one choice") from error
+        raise ValueError("its reply is not a chat completion with one choice") from error
     if text is not None and not isinstance(text, str):
         raise ValueError("its reply has no text")
     return Completion(text or "", reason == "stop", None, None, None)
@@ -297,7 +297,7 @@ def _read_completion(content: bytes) -> tuple[Completion, str | None]:
         prompt_length = usage.get("prompt_tokens")
         named = value.get("model")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError("its reply is no completion with one choice") from error
+        raise ValueError("its reply is not a completion with one choice") from error
     if not isinstance(text, str):
         raise ValueError("its reply has no text")
     if reason not in ("stop", "length"):
@@ -305,7 +305,7 @@ def _read_completion(content: bytes) -> tuple[Completion, str | None]:
     if tokens is not None and not (
         isinstance(tokens, list) and all(isinstance(token, int) for token in tokens)
     ):
-        raise ValueError("its reply has token_ids that are no ids")
+        raise ValueError("its reply has token_ids that are not ids")
     completion = Completion(
         text,
         reason == "stop",

@@ -20,7 +20,7 @@ from proxykd_jax.parallel.sharding import constrain_rows
 
 @struct.dataclass
 class KVCache:
-    """Keys (rotated) and values of S slots a row, for every layer.
+    """Keys (rotated) and values of S slots per row, for every layer.
 
     ``k_NBGSC`` and ``v_NBGSC`` are arrays with a leading axis of layers, or tuples of N arrays
     ``[B, G, S, C]`` (``layers_apart``).

@@ -40,7 +40,7 @@ def local_folder(name: str | Path, files: Iterable[str] = MODEL_FILES) -> Path:
     if folder.exists():
         raise UserError(f"{name} is a file; a model or a tokenizer is named by its folder.")
     if not _HUB_NAME.fullmatch(str(name)):
-        raise UserError(f"{name}: there is no such folder, and it is no hub name (owner/model).")
+        raise UserError(f"{name}: there is no such folder, and it is not a hub name (owner/model).")
     from huggingface_hub import snapshot_download
 
     try:

@@ -283,7 +283,9 @@ def save_model(
     target = numpy_dtype(dtype)
     record = config.to_hf(dtype=target.name)
     if source is not None and not Path(source).is_dir():
-        raise UserError(f"{source} is no folder; tokenizer files are copied from a model folder.")
+        raise UserError(
+            f"{source} is not a folder; tokenizer files are copied from a model folder."
+        )
     with new_folder(Path(path), overwrite) as folder:
         write_json(folder / "config.json", record)
         write_tensors(folder, _tensors(config, params), target, max_shard_bytes)

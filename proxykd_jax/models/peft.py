@@ -186,6 +186,6 @@ def _read_record(folder: Path) -> dict[str, Any]:
     if unsupported:
         raise UserError(
             f"{path} uses {', '.join(unsupported)}, which is not supported: an adapter must be "
-            "plain LoRA of one rank and alpha over a base that it leaves as it is."
+            "plain LoRA with one rank and alpha that does not change the base."
         )
     return record

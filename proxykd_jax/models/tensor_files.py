@@ -123,7 +123,7 @@ def weight_files(folder: Path) -> list[Path]:
       UserError: the folder or its weights are missing, or the index names a file outside it.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; a model is a Hugging Face folder.")
+        raise UserError(f"{folder} is not a folder; a model is a Hugging Face folder.")
     if (folder / SINGLE_FILE).exists():
         return [folder / SINGLE_FILE]
     index = _read_index(folder)
@@ -243,7 +243,7 @@ def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
     The first process creates it; for the others it is only a name.
 
     Raises:
-      UserError: ``path`` exists and may not be overwritten, or is no folder.
+      UserError: ``path`` exists and may not be overwritten, or is not a folder.
     """
     if not is_first():
         yield path
@@ -253,7 +253,7 @@ def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
     if old.exists() and not path.exists():
         os.replace(old, path)  # killed between the two renames below: restore the old folder
     if path.exists() and not path.is_dir():
-        raise UserError(f"{path} exists and is no folder.")
+        raise UserError(f"{path} exists and is not a folder.")
     if path.exists() and any(path.iterdir()) and not overwrite:
         raise UserError(f"{path} exists and is not empty; remove it or choose another folder.")
     path.parent.mkdir(parents=True, exist_ok=True)

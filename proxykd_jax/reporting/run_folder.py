@@ -68,7 +68,7 @@ class RunFolder:
             return None
         command = f"python -m proxykd_jax.{STAGES[stage]}"
         if stage in self.manifests:
-            return f"Not finished: {command} goes on with it."
+            return f"Not finished: {command} continues it."
         needs = None if self.config is None else self.config.needs
         if (stage == "proxy" and needs == "nothing") or (
             stage == "soft_labels" and needs not in (None, "labels")
@@ -94,7 +94,7 @@ def read_run(folder: Path, label: str | None = None) -> RunFolder:
       UserError: there is no such folder, or no run in it.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; a run is named by its folder, runs/<name>.")
+        raise UserError(f"{folder} is not a folder; a run is named by its folder, runs/<name>.")
     known = ("config.yaml", "metrics.jsonl", *(f"{stage}/{MANIFEST}" for stage in STAGES))
     if not any((folder / name).is_file() for name in known):
         inside = sorted(p.parent.name for p in folder.glob("*/config.yaml"))

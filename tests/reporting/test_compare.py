@@ -107,7 +107,7 @@ def test_mistakes_are_sentences(made, other, tmp_path, capsys):
     for arguments, sentence in (
         (["--run", *runs], "name it by --out FILE"),
         (["--run", runs[0], runs[0], "--out", "x.html"], "is named twice"),
-        (["--run", str(tmp_path / "none")], "is no folder"),
+        (["--run", str(tmp_path / "none")], "is not a folder"),
         (["--run", str(tmp_path)], "holds no run"),
         (["--run", str(made.runs_dir)], f"It holds the runs {other.name}, {made.name}: name one."),
         (["--run", runs[0], "--out", str(tmp_path)], "--out names a file"),
