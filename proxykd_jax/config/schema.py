@@ -702,14 +702,14 @@ class Config(Section):
             return self
         if self.distill.alpha == 0:
             raise ValueError(
-                f"method.student_share {share}: on the student's own answers there is alpha x KL "
-                "alone, and distill.alpha is 0; give it a weight, or leave student_share out"
+                f"method.student_share {share}: the loss on the student's own answers is alpha x "
+                "KL alone, and distill.alpha is 0; give it a weight, or remove student_share"
             )
         if self.score.temperature != 1:
             raise ValueError(
                 f"method.student_share {share}: on the student's own answers the KL is taken at "
                 f"temperature 1, and score.temperature is {self.score.temperature}; set it to 1, "
-                "or leave student_share out"
+                "or remove student_share"
             )
         return self
 

@@ -1,6 +1,6 @@
 """``corpus.max_rows``: which rows of a larger corpus stay.
 
-Among the rows that fit ``max_length``, those with the smallest hashes stay. So exactly as many rows
+Among the rows that fit ``max_length``, those with the smallest hashes stay. So as many rows
 stay as were asked for, whatever the order of the files. Only rows that may still be among them are
 tokenised: about ``max_rows`` times the logarithm of (corpus size / ``max_rows``).
 """

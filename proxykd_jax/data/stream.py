@@ -169,6 +169,6 @@ def import_tensorflow() -> Any:
         for kind in ("GPU", "TPU"):
             tf.config.set_visible_devices([], kind)
     except RuntimeError:
-        # Too late: other code has already run TensorFlow and owns its devices.
+        # Too late: other code has already initialised TensorFlow's devices.
         pass
     return tf

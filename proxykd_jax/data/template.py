@@ -339,8 +339,8 @@ class Renderer:
             show = self.tokenizer.decode
             raise UserError(
                 f"{row.origin}: the answer cannot be found, because the rendered prompt is not "
-                f"the beginning of the rendered conversation. They part at token {at}: the prompt "
-                f"goes on with {show(prompt[at : at + 8])!r}, the conversation with "
+                f"the beginning of the rendered conversation. They differ from token {at} on: "
+                f"the prompt has {show(prompt[at : at + 8])!r} there, the conversation "
                 f"{show(tokens[at : at + 8])!r}. Use a template that marks the answer with "
                 "{% generation %}, or another corpus.template."
             )

@@ -365,7 +365,7 @@ def _named_respondent(arguments: Mapping[str, Any], batch_size: Any) -> Responde
 
     if not {"config"} <= set(arguments) <= {"config", "model"}:
         raise UserError(
-            "--model_args takes config=run.yaml and model=student (or another entry as of "
+            "--model_args takes config=run.yaml and model=student (or another entry as in "
             f"evaluate.benchmarks.models); it has {', '.join(arguments) or 'nothing'}."
         )
     config = load_config(str(arguments["config"]))
