@@ -131,5 +131,5 @@ def test_no_model_is_loaded(made, monkeypatch):
 
 def test_main_takes_a_config_and_gives_the_file(made):
     assert report.main(made) == made.folder / "report.html"
-    with pytest.raises(UserError, match="no folder"):
+    with pytest.raises(UserError, match="not a folder"):
         report.main(made.model_copy(update={"name": "never_run"}))
