@@ -1,11 +1,11 @@
-"""What our extraction gives on public generations, beside what their authors recorded.
+"""Compares our answer extraction on public generations with the recorded results of their authors.
 
     python -m benchmarks.recorded_scores --assets ASSETS [--write docs/extraction.md]
 
-``ASSETS/eval/model_outputs`` holds files as their authors publish them: gpt-3.5-turbo on GSM8K and
-CommonsenseQA with an answer and a score for each sample (github.com/Tebmer/Rereading-LLM-Reasoning)
-and code-davinci-002 on BIG-Bench Hard (github.com/suzgunmirac/BIG-Bench-Hard), whose recorded score
-is the share of texts that end in "the answer is <target>." and equals the published accuracy.
+``ASSETS/eval/model_outputs`` holds files as published. gpt-3.5-turbo on GSM8K and CommonsenseQA has
+an answer and a score for each sample (github.com/Tebmer/Rereading-LLM-Reasoning). code-davinci-002
+on BIG-Bench Hard (github.com/suzgunmirac/BIG-Bench-Hard) has a recorded score: the share of texts
+that end in "the answer is <target>.", which equals the published accuracy.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from typing import Any
 from proxykd_jax.evaluation.extraction import EXTRACTION_VERSION, extract, is_right
 from proxykd_jax.evaluation.tasks import Item, item_of
 
-COMMA = "the record ends a number at its comma"
-MINUS = "the record does not read a minus sign"
-SEVERAL = "the text names several choices as its answer; the record takes one"
+COMMA = "the recorded number stops at a comma"
+MINUS = "the record ignores a minus sign"
+SEVERAL = "the text gives several choices; the record takes one"
 NOTHING = "the text names no choice; the record takes the most similar one"
-FIRST = "no mark of an answer; the record takes the first number of the last sentence"
-REFUSED = "the text says that it cannot tell; the record takes a number of its last sentence"
-FRACTION = "the record reads no fraction in a box"
-NO_BRACKETS = "the answer is a word and no brackets, as the record says too"
+FIRST = "no answer is marked; the record takes the first number of the last sentence"
+REFUSED = "the text says that it cannot tell; the record takes a number from its last sentence"
+FRACTION = "the record ignores a fraction in a box"
+NO_BRACKETS = "the answer is a word, not brackets, as in the record"
 OTHER = "unexplained"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A generation with what is recorded of it.
+    """A generation with its record.
 
     Attributes:
       recorded: the answer that its authors extracted, if they did.
@@ -50,7 +50,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Difference:
-    """A sample whose recorded answer or score is not ours."""
+    """A sample whose recorded answer or score differs from ours."""
 
     sample: Sample
     extracted: str | None
@@ -59,7 +59,7 @@ class Difference:
 
 
 def read_samples(path: Path) -> dict[str, list[Sample]]:
-    """The samples of a file by the way of prompting ("" where there is one way)."""
+    """The samples of a file by prompting method ("" if there is only one)."""
     if path.suffix == ".json":
         return {"": list(_bbh(path))}
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -93,7 +93,7 @@ def _sample(row: dict[str, Any], way: str) -> Sample:
 
 
 def differences(samples: list[Sample]) -> list[Difference]:
-    """Samples whose score, or whose chosen answer, is not the recorded one."""
+    """Samples whose score or extracted answer differs from the record."""
     found = []
     for sample in samples:
         extracted = extract(sample.item, sample.output)
@@ -144,12 +144,12 @@ def report(folder: Path) -> str:
     """The page: accuracies by file, differences by cause, and every difference."""
     lines = [_HEAD.format(version=EXTRACTION_VERSION)]
     table = [
-        "| file | way | n | recorded | ours | ours - recorded, points |",
+        "| file | prompting | n | recorded | ours | ours - recorded, points |",
         "|---|---|---|---|---|---|",
     ]
     causes: Counter[tuple[str, str, str]] = Counter()
     listed = [
-        "| file, way, id | gold | recorded | ours | scored | cause |",
+        "| file, prompting, id | gold | recorded | ours | scored | cause |",
         "|---|---|---|---|---|---|",
     ]
     for path in sorted(folder.iterdir()):
@@ -179,8 +179,7 @@ def report(folder: Path) -> str:
         "",
         "## Every difference",
         "",
-        "A sample is listed if its score or its answer is not the",
-        "recorded one.",
+        "The samples whose score or answer differs from the record.",
         "",
     ]
     return "\n".join(lines + listed) + "\n"
@@ -194,15 +193,15 @@ def short_name(path: Path) -> str:
 
 _HEAD = """# Extraction of answers
 
-How `proxykd_jax/evaluation/extraction.py` (version {version}) reads the final answer of a model's
-text is described in [evaluation.md](evaluation.md). This page compares it with what the authors of
-public generations recorded. It is made by
+`proxykd_jax/evaluation/extraction.py` (version {version}) extracts the final answer from a model's
+text; [evaluation.md](evaluation.md) describes how. This page compares it with what the authors of
+public generations recorded. The extraction does not know the file, the model or the gold answer.
+This command writes the page:
 
     python -m benchmarks.recorded_scores --assets ASSETS --write docs/extraction.md
 
-(that module's text says what the files are; the recorded score of the BBH files is the published
-one, exact match of what follows "the answer is"). No extractor knows the file, the model or the
-gold answer.
+The module's docstring describes the files. The recorded score of the BBH files is the published
+one: exact match of the text after "the answer is".
 
 """
 
@@ -210,7 +209,7 @@ gold answer.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--assets", type=Path, required=True, help="holds eval/model_outputs")
-    parser.add_argument("--write", type=Path, help="the page to write; without it, it is printed")
+    parser.add_argument("--write", type=Path, help="the page to write (default: print it)")
     arguments = parser.parse_args()
     page = report(arguments.assets / "eval" / "model_outputs")
     if arguments.write is None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Writes requirements.txt, requirements-test.txt and requirements-beam.txt anew from pyproject.toml:
+# Rewrites requirements.txt, requirements-test.txt and requirements-beam.txt from pyproject.toml, with
 # the newest versions that its bounds allow, for Python 3.11 to 3.13. Needs uv on the path.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,14 +10,14 @@ compile=(uv pip compile --quiet --universal --python-version 3.11 --no-header
   --annotation-style line)
 
 "${compile[@]}" pyproject.toml --extra plots -o "$work/runtime.txt"
-# PyTorch has a file of its own; here it must not bring its CUDA packages along.
+# PyTorch has a separate file. Here it must not add its CUDA packages.
 echo "torch; sys_platform == 'never'" >"$work/no_torch.txt"
 "${compile[@]}" --group test --overrides "$work/no_torch.txt" -c "$work/runtime.txt" \
   -o "$work/test.txt"
-# Apache Beam holds some packages back, so its environment has a list of its own.
+# Apache Beam needs older versions of some packages, so its environment has a separate list.
 "${compile[@]}" pyproject.toml --extra beam --group test-beam -o "$work/beam.txt"
 
-tidy() { # comments without the paths of this run; without what no platform installs
+tidy() { # removes this run's paths from comments, and packages that no platform installs
   sed -e "s#, -c $work/[a-z]*\.txt##; s#  *\# via -c $work/[a-z]*\.txt\$##; s#, --override [^,]*##" \
     "$1" | grep -v -e "sys_platform == 'never'" -e "sys_platform == 'emscripten'"
 }

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The whole method in miniature, from a fresh clone with nothing but Python: about five minutes on
-# two cores, no download beyond packages.
+# The whole method in miniature. A fresh clone and Python are enough. Takes about five minutes on two
+# cores and downloads nothing but packages.
 #
 #   bash launch/demo.sh              leaves runs/demo/: summary.json, plots, models, metrics
 #   bash launch/demo.sh OTHER_DIR
 #
-# Killed and started again, it goes on where it was.
+# After a kill the same command continues.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
@@ -13,13 +13,13 @@ source launch/environment.sh
 out="${1:-runs/demo}"
 ensure_environment run
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
-# Remarks of libraries on what is not installed or not used here.
+# Silences remarks of libraries about things that are not installed or not used here.
 export TF_CPP_MIN_LOG_LEVEL=3 TF_ENABLE_ONEDNN_OPTS=0 TRANSFORMERS_VERBOSITY=error
-# The stages are processes of their own; a program that one compiled serves the next.
+# Each stage is a process; the cache lets it reuse the programs that earlier ones compiled.
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$out/.compiled}"
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.2
 
-stage() { # stage NAME COMMAND...: runs a command of the package and notes its seconds
+stage() { # stage NAME COMMAND...: runs a command of the package and records its seconds
   local name=$1 began=$SECONDS
   shift
   printf '\n== %s: python -m %s\n' "$name" "$*"
@@ -30,11 +30,11 @@ stage() { # stage NAME COMMAND...: runs a command of the package and notes its s
 mkdir -p "$out"
 config="$out/configs/proxy_kd.yaml"
 stage "miniature" benchmarks.miniature.make --out "$out"
-# A user's run from here on: two models, a file of a teacher's answers, one config.
+# From here on it is like a user's run: two models, a file of a teacher's answers, one config.
 stage "align" proxykd_jax.align --config "$config"
 stage "distill" proxykd_jax.distill --config "$config"
 stage "evaluate" proxykd_jax.evaluate --config "$config"
-# The same for the students that it is compared with, in one process.
+# The same for the students to compare with, in one process.
 stage "comparisons" benchmarks.miniature.students --out "$out"
-# Notes its own time, before it writes summary.json.
+# Records its own time before it writes summary.json.
 "$venv_python" -m benchmarks.miniature.report --out "$out"

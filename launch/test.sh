@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Format, lint, types and tests, from a fresh clone with nothing but Python.
+# Format, lint, types and tests. A fresh clone and Python are enough.
 #
 #   bash launch/test.sh                 all but the slow tests
 #   bash launch/test.sh --slow          the slow ones: kills, notebooks, wheel and sdist
@@ -21,12 +21,12 @@ if [[ $marker != slow ]]; then
   "$venv_python" -m ruff check . || failed+=("ruff check")
   "$venv_python" -m mypy || failed+=("mypy")
 fi
-# loadfile: a file's expensive fixtures (compiled steps, real models) are made once. The order of the
-# files is that of tests/conftest.py.
+# loadfile makes a file's expensive fixtures (compiled steps, real models) only once.
+# tests/conftest.py sets the order of the files.
 "$venv_python" -m pytest -m "$marker" -n 2 --dist loadfile --no-loadscope-reorder \
   --durations 30 "$@" ||
   failed+=("pytest")
-if (($# == 0)); then # Beam's packages do not go together with those of this environment
+if (($# == 0)); then # Beam's packages conflict with those of this environment
   PROXYKD_VENV="$venv_folder-beam" bash launch/test_beam.sh "$marker" || failed+=("Beam's pytest")
 fi
 if ((${#failed[@]})); then

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests of prepare on Apache Beam, in an environment of its own (requirements-beam.txt).
+# The tests of prepare on Apache Beam, in a separate environment (requirements-beam.txt).
 #
 #   bash launch/test_beam.sh           all of them
 #   bash launch/test_beam.sh "slow"    those with this marker

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# One stage of a run on a Cloud TPU slice: the same command on every host of it.
+# One stage of a run on a Cloud TPU slice; starts the same command on every host.
 #
 #   TPU=my-v5p-16 ZONE=us-east5-a bash launch/tpu.sh align my_run.yaml
 #
-# Needs gcloud, the checkout with its .venv-launch (pip install ".[tpu]") in the same folder of every
-# host (FOLDER, by default proxykd_jax in the home folder), and runs_dir on a file system that all
-# hosts share (Filestore, or Cloud Storage by gcsfuse). jax finds the hosts by itself. A host that is
-# preempted ends the others; give the same command again when the slice is back.
+# Needs gcloud, and on every host a checkout with .venv-launch (pip install ".[tpu]") in the same
+# folder (FOLDER, by default proxykd_jax in the home folder). runs_dir must be on a file system that
+# all hosts share (Filestore, or Cloud Storage with gcsfuse). jax finds the hosts itself. If one host
+# is preempted the others end, too; run the same command again when the slice is back.
 set -euo pipefail
 
 stage=${1:?"usage: TPU=name ZONE=zone launch/tpu.sh STAGE CONFIG [--set KEY=VALUE ...]"}

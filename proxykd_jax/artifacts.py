@@ -1,11 +1,11 @@
-"""Folders that survive a kill: atomic writes, digests, and one manifest a stage.
+"""Folders that survive a kill: atomic writes, digests, and one manifest per stage.
 
-A stage's folder holds ``manifest.json`` from its first moment. ``settings`` are the config keys
-that decide its content, ``inputs`` name what it was made from; a run whose settings or inputs no
-longer match says so and stops instead of mixing two runs.
+A stage's folder has a ``manifest.json`` from the start. ``settings`` are the config keys that
+determine its content, and ``inputs`` identify what it was made from. A run whose settings or inputs
+no longer match stops with a message instead of mixing two runs.
 
-Where a run has several processes, process 0 writes; on the others writing does nothing, and
-opening or completing a stage waits for process 0.
+If a run has several processes, process 0 writes. On the others writing does nothing, and opening or
+completing a stage waits for process 0.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _NOTHING_MADE = {MANIFEST, f".{MANIFEST}.tmp"}
 _TEMPORARY = ".*.tmp"
 # The coarsest clock of a file system ticks every two seconds.
 _SETTLED_NS = 2_000_000_000
-# Path -> (inode, size, mtime, ctime) and digest of files that were read in this process.
+# Path -> (inode, size, mtime, ctime) and digest of the files that this process has read.
 _known: dict[Path, tuple[tuple[int, int, int, int], str]] = {}
-# What ``borrowing`` was called with, inside of it.
+# The arguments of ``borrowing``, while it is active.
 _borrowing: tuple[Path, Sequence[Path], Sequence[str] | None] | None = None
 
 
@@ -41,7 +41,8 @@ def write_bytes(path: Path, data: bytes, *, one_of_several: bool = False) -> Non
     Args:
       path: the file.
       data: its content.
-      one_of_several: others may write the same at the same time; the temporary name is unique.
+      one_of_several: other processes may write the same file at the same time, so the temporary
+        name must be unique.
     """
     if not peers.is_first():
         return
@@ -66,13 +67,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON atomically. NaN and infinity are refused: JSON has none."""
+    """Writes JSON atomically. NaN and infinity are refused, because JSON has neither."""
     text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
     write_bytes(path, (text + "\n").encode())
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file of ours.
+    """Reads a JSON file that this program wrote.
 
     Raises:
       UserError: the file is missing or damaged.
@@ -88,18 +89,18 @@ def read_json(path: Path) -> Any:
 
 
 def digest_file(path: Path) -> str:
-    """xxh3-128 of a file: against bit rot, not against an adversary (6 GB/s where measured).
+    """xxh3-128 of a file, which detects bit rot but not manipulation (6 GB/s where measured).
 
-    A file is read once a process as long as its metadata say that it is as it was: every stage
-    asks for the digests of what the earlier ones were made from, tens of GB of weights among it.
-    Bits that rot change no metadata; ``changed_files`` reads.
+    A process reads a file only once while its metadata are unchanged, because every stage asks for
+    the digests of its inputs, which may include tens of GB of weights. Bit rot does not change
+    metadata; ``changed_files`` reads the bytes.
     """
     now, before = time.time_ns(), _file_state(path)
     found = _known.get(path)
     if found is not None and found[0] == before:
         return found[1]
     digest = _read_digest(path)
-    # A file that was written a moment ago may be written again within one tick of its clock.
+    # A file written a moment ago may be written again within one tick of its clock.
     if before[2] < now - _SETTLED_NS and _file_state(path) == before:
         _known[path] = before, digest
     return digest
@@ -131,7 +132,7 @@ def digest_value(value: Any) -> str:
 def digest_files(folder: Path, files: Iterable[Path] | None = None) -> dict[str, dict[str, Any]]:
     """``{relative path: {bytes, digest}}`` of files (default: all but the manifest).
 
-    A temporary file is no content: it is what a killed process left of a manifest, for instance.
+    Temporary files do not count, because a killed process may have left them.
     """
     if files is None:
         files = (
@@ -146,7 +147,7 @@ def digest_files(folder: Path, files: Iterable[Path] | None = None) -> dict[str,
 
 
 def changed_files(folder: Path, digests: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What differs from ``digest_files``: a sentence a file, empty if all is as it was."""
+    """Differences from ``digest_files``: one sentence per file; empty if nothing has changed."""
     problems = []
     for name, expected in digests.items():
         path = folder / name
@@ -163,16 +164,15 @@ def changed_files(folder: Path, digests: Mapping[str, Mapping[str, Any]]) -> lis
 def borrowing(
     run: Path, lenders: Sequence[Path], stages: Sequence[str] | None = None
 ) -> Iterator[None]:
-    """Inside of it ``run`` links stages that other runs have finished instead of making them.
+    """While active, ``run`` links stages that other runs have finished instead of making them.
 
-    What ``open_stage`` compares decides: a stage that is not there yet is linked where one of the
-    lenders has it, complete, from the same settings and inputs. A complete stage is only read from
-    then on.
+    A missing stage is linked if a lender has it, complete, with the same settings and inputs, as
+    ``open_stage`` compares them. Complete stages are only read from then on.
 
     Args:
       run: folder of the run.
-      lenders: folders of other runs, looked through in this order.
-      stages: names of those that may be linked (default: all).
+      lenders: folders of other runs, searched in this order.
+      stages: names of the stages that may be linked (default: all).
     """
     global _borrowing
     before, _borrowing = _borrowing, (run, lenders, stages)
@@ -185,17 +185,17 @@ def borrowing(
 def open_stage(
     folder: Path, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, Any]
 ) -> bool:
-    """Opens a stage's folder, or makes it.
+    """Opens or creates a stage's folder.
 
-    Settings and inputs of a stage that was begun but has made nothing may still change: a run that
-    was refused for a damaged file goes on when the file is whole. Inside of ``borrowing`` the
+    Settings and inputs of a stage that has made nothing yet may still change: a run that was
+    refused because of a damaged file continues once the file is repaired. Within ``borrowing`` the
     folder may become a link.
 
     Returns:
-      Whether the stage is complete already.
+      Whether the stage is already complete.
 
     Raises:
-      UserError: the folder was made with other settings or inputs, or is no stage folder.
+      UserError: the folder was made with other settings or inputs, or is not a stage folder.
     """
     return peers.on_first(lambda: _open_stage(folder, stage, settings, inputs))
 
@@ -247,7 +247,7 @@ def _open_stage(
 
 
 def _borrow(folder: Path, begun: Mapping[str, Any]) -> bool:
-    """Links a stage that is not there to a lender's that is the same; whether there is one."""
+    """Links a missing stage to a lender's equal one; returns whether there is one."""
     if _borrowing is None or not folder.is_relative_to(_borrowing[0]):
         return False
     run, lenders, stages = _borrowing
@@ -261,7 +261,8 @@ def _borrow(folder: Path, begun: Mapping[str, Any]) -> bool:
         same = manifest["stage"] == begun["stage"] and not _unlike(manifest, begun)
         if manifest["status"] == "complete" and same:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            # Relative, so that a folder of runs can be moved; to the stage itself, never to a link.
+            # A relative link, so that a folder of runs can be moved; to the stage itself, not to a
+            # link.
             folder.symlink_to(os.path.relpath(there.resolve(), folder.parent.resolve()))
             print(f"{folder}: the same as {there}, linked", flush=True)
             return True
@@ -289,9 +290,9 @@ def complete_stage(
 
     Args:
       folder: the stage's folder.
-      counts: what was read, kept and dropped.
-      files: files whose digests are kept (default: all).
-      content: digest of the content, where the files' own bytes are not reproducible.
+      counts: counts of what was read, kept and dropped.
+      files: files whose digests are stored (default: all).
+      content: digest of the content, if the files' bytes are not reproducible.
       **extra: more entries of the manifest.
     """
 
@@ -311,15 +312,15 @@ def complete_stage(
 
 
 def finished_manifest(folder: Path, stage: str, holds: str) -> dict[str, Any]:
-    """The manifest of a finished stage, for a reader of its folder.
+    """The manifest of a finished stage, for readers of its folder.
 
     Args:
       folder: the stage's folder.
       stage: the command that makes it.
-      holds: what should be in it, for the message: ``corpus``, ``soft labels``.
+      holds: its content, for the message: ``corpus``, ``soft labels``.
 
     Raises:
-      UserError: it is missing, damaged, of another stage or not complete.
+      UserError: it is missing, damaged, incomplete or of another stage.
     """
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder} holds no {holds}; run python -m proxykd_jax.{stage} first.")
@@ -327,12 +328,12 @@ def finished_manifest(folder: Path, stage: str, holds: str) -> dict[str, Any]:
     if manifest.get("stage") != stage:
         raise UserError(f"{folder} was not made by {stage}; it holds no {holds}.")
     if manifest["status"] != "complete":
-        raise UserError(f"{folder} is not complete; run {stage} again, which goes on with it.")
+        raise UserError(f"{folder} is not complete; run {stage} again to continue it.")
     return manifest
 
 
 def stage_identity(folder: Path) -> str:
-    """What a later stage records as its input: settings, inputs and content of this one."""
+    """Identity that a later stage records as its input: settings, inputs and content."""
     manifest = _read_manifest(folder)
     return digest_value({key: manifest.get(key) for key in ("settings", "inputs", "content")})
 

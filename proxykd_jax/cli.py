@@ -1,6 +1,6 @@
-"""What every command shares: arguments, help for every key, errors as sentences.
+"""Common parts of all commands: arguments, help for every key, errors as sentences.
 
-Imports pydantic and yaml alone, so that ``--help`` answers at once.
+Imports only pydantic and yaml, so that ``--help`` answers quickly.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from proxykd_jax.parallel.launchers import Launch, find_launch
 from proxykd_jax.peers import is_first, sigterm_stops
 
 USER_ERROR, INTERRUPTED = 2, 130
-# EX_TEMPFAIL of sysexits.h: the same command goes on; schedulers are told to start it again.
+# EX_TEMPFAIL of sysexits.h: schedulers restart the command, which continues the run.
 TRY_AGAIN = 75
 
 
@@ -38,17 +38,17 @@ def run_command(
     """Runs one stage from the command line.
 
     Args:
-      stage: its name, ``align`` for example.
+      stage: its name, for example ``align``.
       main: the stage's function, called with the config and a tuple for each of ``lists``.
       summary: one sentence for ``--help``.
       argv: arguments (default: the process's).
-      lists: further options by name, with their help; each may be repeated, or hold several values
-        with commas between them.
+      lists: more options by name, with their help; each may be repeated, or hold several values
+        separated by commas.
 
     Returns:
-      The exit code: 0, 2 after a mistake of the user's, 130 after an interrupt, 75 where the same
-      command shall be given again: the run was asked to stop (SIGTERM), or one of its other
-      processes has gone.
+      The exit code: 0; 2 after a user error; 130 after an interrupt; 75 if the same command should
+      be run again, because the run was asked to stop (SIGTERM) or another of its processes was
+      lost.
     """
     parser = argument_parser(stage, summary)
     for name, meaning in (lists or {}).items():
@@ -81,11 +81,11 @@ def run_command(
 
 
 def run_work(work: Callable[[], int]) -> int:
-    """The exit code of work, which is done by this process, or by this one and others together.
+    """Does the work, in one process or together with others, and returns the exit code.
 
-    Mistakes of the user's, an interrupt and a stop are a sentence and a code as in ``run_command``.
+    A user error, an interrupt and a stop give a sentence and a code as in ``run_command``.
     """
-    # Of a GPU's memory, what plans count with; XLA would take 75 %. Read when jax first starts.
+    # The share of GPU memory that plans assume; XLA's default is 75 %. Read when jax first starts.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     try:
         launch = find_launch()
@@ -98,7 +98,7 @@ def run_work(work: Callable[[], int]) -> int:
 
 
 def _ended(work: Callable[[], int]) -> int:
-    """The exit code of work, with a sentence for what is nobody's fault but the user's."""
+    """The exit code of work; prints a sentence for user errors, interrupts and stops."""
     try:
         return work()
     except (UserError, Stopped, KeyboardInterrupt) as error:
@@ -111,14 +111,14 @@ def _report(error: BaseException) -> int:
     if isinstance(error, Stopped):
         text, code = str(error), TRY_AGAIN
     elif isinstance(error, KeyboardInterrupt):
-        text, code = "interrupted; the same command goes on from the last checkpoint", INTERRUPTED
+        text, code = "interrupted; the same command continues from the last checkpoint", INTERRUPTED
     if is_first():
         print(text, file=sys.stderr)
     return code
 
 
 def _as_one_of_several(launch: Launch, work: Callable[[], int]) -> int:
-    """As ``_ended``, in a process that starts, works and ends with others."""
+    """``_ended`` in a process that starts, works and ends together with others."""
     from proxykd_jax.parallel.keeper import split_off_worker
 
     code = split_off_worker(launch)
@@ -150,13 +150,13 @@ def base_parser(
     names: Sequence[str] = ("--config",),
     what: str = "YAML file of the run",
 ) -> argparse.ArgumentParser:
-    """A parser of what every command takes; its help lists every key of the config.
+    """A parser for the arguments of every command; its help lists every key of the config.
 
     Args:
       command: its name.
       summary: one sentence for ``--help``.
-      required: whether a run can be named by its config alone.
-      names, what: of the option that names the file, and its help.
+      required: whether a run can only be named by its config.
+      names, what: names and help of the option for the file.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m proxykd_jax.{command}",
@@ -198,7 +198,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class _KeysOnDemand:
-    """The list of keys, made only when help is asked for."""
+    """The list of keys, built only when help is requested."""
 
     def __str__(self) -> str:
         return describe_keys()
@@ -208,8 +208,8 @@ class _KeysOnDemand:
 
 
 def describe_keys() -> str:
-    """Every key of the config with its type, default and meaning, one paragraph a key."""
-    lines = ["keys of the config file (where two defaults stand, the preset decides):", ""]
+    """Every key of the config with its type, default and meaning, one paragraph per key."""
+    lines = ["keys of the config file (if two defaults are given, the preset decides):", ""]
     for key, kind, default, meaning in config_keys():
         lines.append(f"  {key}  [{kind}]{f'  default {default}' if default else ''}")
         lines.append(f"      {meaning}")
@@ -246,7 +246,7 @@ def _keys_of(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, 
 def _keys_of_several(
     classes: list[type[BaseModel]], key: str, meaning: str
 ) -> Iterator[tuple[str, str, str, str]]:
-    """The keys of a section that is one of several classes, told apart by ``name``."""
+    """The keys of a section that is one of several classes, selected by ``name``."""
     names = [section.model_fields["name"].default for section in classes]
     yield f"{key}.name", "|".join(names), names[0], meaning
     for name, section in zip(names, classes, strict=True):

@@ -1,15 +1,15 @@
-"""Two exceptions that stand for no fault of the program: a user's mistake, and a stop asked for."""
+"""Two exceptions that are not program errors: a user's mistake, and a requested stop."""
 
 
 class UserError(Exception):
-    """What was wrong, what is allowed and what to do, in sentences.
+    """Sentences that say what was wrong, what is allowed and what to do.
 
-    Commands print the message and exit with code 2; no traceback is shown.
+    Commands print the message without a traceback and exit with code 2.
     """
 
 
-class Stopped(Exception):  # noqa: N818 (no error)
-    """The run was asked to stop (SIGTERM) and did, with everything saved that a resume needs.
+class Stopped(Exception):  # noqa: N818 (not an error)
+    """The run was asked to stop (SIGTERM) and did so, after saving everything that a resume needs.
 
-    Commands print the message and exit with code 75, which asks for the same command again.
+    Commands print the message and exit with code 75, which asks to run the same command again.
     """

@@ -2,14 +2,14 @@
 
     python -m proxykd_jax.evaluate --config run.yaml
 
-For each of the proxy (raw, warmed up, after each round, aligned) and the student (before and after)
-that the run has: teacher-token NLL, top-1 agreement, top-K mass and calibration on the validation
-and test rows, and exact KL(teacher || model) on the test rows where the teacher is a known process.
-``<run>/eval`` holds a file of sums by row for each model, so that a model is not measured twice,
-and ``summary.json``.
+It measures the proxy (raw, warmed up, after each round, aligned) and the student (before and after
+training), as far as the run has them. On the validation and test rows: NLL of the teacher's tokens,
+top-1 agreement, top-K mass and calibration. On the test rows also exact KL(teacher || model), if
+the teacher is a known process. ``<run>/eval`` holds a file of sums by row for each model, so that
+no model is measured twice, and ``summary.json``.
 
-With ``evaluate.benchmarks`` the models that it names answer benchmarks too (``--model`` and
-``--benchmarks``: these alone); see ``evaluation/benchmark.py``.
+With ``evaluate.benchmarks`` the models named there also answer benchmarks; with ``--model`` or
+``--benchmarks`` nothing else is measured. See ``evaluation/benchmark.py``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from proxykd_jax.training.model import Model
 
 SPLITS = ("validation", "test")
-# (name, minus this one, what it tells)
+# (name, name to subtract, what the difference shows)
 PAIRS = (
     ("proxy_aligned", "proxy_raw"),
     ("proxy_aligned", "proxy_warmup"),
@@ -46,11 +46,11 @@ PAIRS = (
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """What was measured.
+    """The measurements.
 
     Attributes:
       folder: ``<run>/eval``.
-      summary: what ``summary.json`` holds: ``models[name][split]`` and ``differences``.
+      summary: the content of ``summary.json``: ``models[name][split]`` and ``differences``.
     """
 
     folder: Path
@@ -58,12 +58,12 @@ class EvaluateResult:
 
 
 def main(config: Config, models: Mapping[str, ModelSection] | None = None) -> EvaluateResult:
-    """Measures models; those already measured as they are now are not measured again.
+    """Measures models; unchanged models are not measured again.
 
     Args:
       config: the run.
-      models: name -> where it is; by default the models of the run, which is trained first where
-        it is not.
+      models: name -> model section; default: the models of the run, which is trained first if
+        necessary.
 
     Raises:
       UserError: no held-out rows, or a model or the teacher's folder that does not fit.
@@ -107,7 +107,7 @@ def main(config: Config, models: Mapping[str, ModelSection] | None = None) -> Ev
     measured: dict[str, dict[str, RowMeasures]] = {}
     for name, candidate in candidates.items():
         path, identity = folder / f"{name}.safetensors", {**common, **candidate.identity}
-        # Whether it was measured already: what process 0 sees of the folder counts.
+        # Whether it was measured already; process 0's view of the folder decides.
         known = on_first(functools.partial(_is_measured, path, identity))
         found = _read(path, identity) if known else None
         if found is None:
@@ -139,10 +139,10 @@ def main(config: Config, models: Mapping[str, ModelSection] | None = None) -> Ev
 
 
 def run_models(config: Config) -> dict[str, Candidate]:
-    """The models of a run by name; trains them first where the run is not finished.
+    """The models of a run by name; trains them first if the run is not finished.
 
-    They are the states that ``export.state`` chooses. A proxy is among them only where the run
-    uses one (``config.needs``), and more than once only where it was aligned.
+    They are in the states that ``export.state`` chooses. The proxy is included only if the run uses
+    one (``config.needs``), and in more than one state only if it was aligned.
     """
     from proxykd_jax import align, distill
     from proxykd_jax.artifacts import stage_identity
@@ -235,7 +235,7 @@ def _is_measured(path: Path, identity: Mapping[str, Any]) -> bool:
 
 
 def _read(path: Path, identity: Mapping[str, Any]) -> dict[str, RowMeasures] | None:
-    """What ``_write`` wrote, if it is of this very model, corpus and teacher."""
+    """The result of ``_write`` if it belongs to this model, corpus and teacher."""
     import json
 
     from safetensors import SafetensorError, safe_open
@@ -247,7 +247,7 @@ def _read(path: Path, identity: Mapping[str, Any]) -> dict[str, RowMeasures] | N
             if file.metadata().get("identity") != json.dumps(identity, sort_keys=True):
                 return None
             arrays: dict[str, dict[str, Any]] = {}
-            for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            for key in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
                 split, _, name = key.partition("/")
                 arrays.setdefault(split, {})[name] = file.get_tensor(key)
     except (OSError, SafetensorError):
@@ -265,15 +265,15 @@ def _line(summary: Mapping[str, Any]) -> str:
 
 
 def command(config: Config, model: Sequence[str] = (), benchmarks: Sequence[str] = ()) -> None:
-    """What the command does: the measures and, where the config names some, the benchmarks.
+    """Runs the measures and, if the config names any, the benchmarks.
 
     Args:
       config: the run.
-      model: who answers the benchmarks; given, nothing else is measured.
-      benchmarks: which of them; likewise.
+      model: models that answer the benchmarks; if given, nothing else is measured.
+      benchmarks: which benchmarks; likewise.
 
     Raises:
-      UserError: as ``main``, or a model or a benchmark cannot be used.
+      UserError: see ``main``; or a model or a benchmark cannot be used.
     """
     if not model and not benchmarks:
         main(config)

@@ -10,14 +10,14 @@ from proxykd_jax.config import Config
 
 
 def main(config: Config) -> Path:
-    """Exports what the run has trained; trains it first where that is not done.
+    """Exports the trained models of a run; trains them first if necessary.
 
     Returns:
       ``<run>/export``, with ``student`` and, by ``export.proxy``, ``proxy`` or ``proxy_adapter``.
     """
     from proxykd_jax import distill
 
-    # Both training stages end with their export, so that they alone do the whole job.
+    # Both training stages end with their export, so running them does everything.
     distill.main(config)
     return config.folder / "export"
 

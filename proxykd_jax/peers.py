@@ -1,9 +1,9 @@
-"""The processes of one run: which of them this is, and how they agree. Standard library alone.
+"""The processes of one run and how they agree. Uses only the standard library.
 
-A run is one process, or several that compute on one mesh and share one file system. Then process
-0 alone writes and speaks, and whatever the others could see otherwise or too early (a folder's
-content, a manifest that was just written) it tells them: ``on_first``. All processes come to the
-same calls in the same order. ``parallel.processes`` starts them; until it does, there is one.
+A run is one process, or several that share one mesh and one file system. Then only process 0 writes
+and prints. Whatever other processes might see differently or too early (a folder's content, a new
+manifest) process 0 tells them with ``on_first``. All processes make the same calls in the same
+order. ``parallel.processes`` starts them; before that there is one.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from proxykd_jax.errors import Stopped, UserError
 
 Value = TypeVar("Value")
 
-STOPPED = "stopped as asked (SIGTERM), with everything saved; the same command goes on from there"
+STOPPED = "stopped as asked (SIGTERM), with everything saved; the same command continues"
 
 
 class Channel(Protocol):
-    """What processes tell each other by."""
+    """Communication between processes."""
 
     def put(self, key: str, text: str) -> None:
         """Publishes a text under a new key."""
 
     def get(self, key: str, meanwhile: Callable[[], None]) -> str:
-        """The text of a key; waits for it, for hours if need be, calling ``meanwhile`` at times."""
+        """The text of a key; waits for it, for hours if necessary, and calls ``meanwhile`` at
+        times."""
 
     def any_under(self, key: str) -> bool:
-        """Whether there is a key that begins with this one and a slash."""
+        """Whether any key starts with this one and a slash."""
 
 
 @dataclass
@@ -44,7 +45,7 @@ class _Team:
     channel: Channel | None = None
     calls: int = 0
     boundaries: int = 0
-    telling: bool = False  # process 0, inside of on_first
+    telling: bool = False  # process 0, within on_first
     term_received: bool = False
     term_told: bool = False
     saves_on_stop: bool = False
@@ -54,45 +55,45 @@ _team = _Team()
 
 
 def join(index: int, count: int, channel: Channel) -> None:
-    """This process is one of several from now on."""
+    """Makes this process one of several."""
     _team.index, _team.count, _team.channel = index, count, channel
 
 
 def leave() -> None:
-    """This process is the only one again."""
+    """Makes this process a single one again."""
     global _team
     _team = _Team()
 
 
 def index() -> int:
-    """The number of this process, from 0."""
+    """The index of this process, from 0."""
     return _team.index
 
 
 def count() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return _team.count
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """Whether this is the process that writes and prints."""
     return _team.index == 0
 
 
 def say(text: str) -> None:
-    """A line for a person (stderr), once and not from every process."""
+    """Prints a line to stderr, from process 0 only."""
     if is_first():
         print(text, file=sys.stderr, flush=True)
 
 
 def on_first(make: Callable[[], Value]) -> Value:
-    """Runs ``make`` on process 0 and gives all processes what it returned.
+    """Runs ``make`` on process 0 and returns its result on all processes.
 
-    The others wait, so what ``make`` wrote is there afterwards. Calls inside of ``make`` are its
-    own business.
+    The others wait, so whatever ``make`` wrote exists afterwards. Nested calls within ``make`` run
+    on process 0 only.
 
     Args:
-      make: returns a JSON value (with several processes lists come back for tuples).
+      make: returns a JSON value (with several processes tuples become lists).
 
     Raises:
       UserError: ``make`` raised it; it is raised on every process.
@@ -125,10 +126,10 @@ def on_first(make: Callable[[], Value]) -> Value:
 
 
 def stop_wanted() -> bool:
-    """Whether all processes stop here, because one was asked to: the same answer on each.
+    """Whether all processes stop here because one was asked to; the answer is the same on each.
 
-    To be asked wherever a run can be left with nothing lost: after a step, after a part. Process 0
-    decides, of itself or as asked by another, and the others wait for its word, about 1 ms.
+    Call it wherever a run can stop without losing anything: after a step, after a part. Process 0
+    decides, for itself or at another's request, and the others wait for its answer (about 1 ms).
     """
     team = _team
     if team.channel is None:
@@ -144,13 +145,13 @@ def stop_wanted() -> bool:
 
 
 def stop_was_asked() -> bool:
-    """On process 0: whether any process was told to stop."""
+    """On process 0: whether any process was asked to stop."""
     channel = _team.channel
     return _team.term_received or (channel is not None and channel.any_under("term"))
 
 
 def _tell_term() -> None:
-    """Tells process 0, once, that this one was told to stop."""
+    """Tells process 0, once, that this process was asked to stop."""
     team = _team
     if team.channel is not None and team.term_received and not team.term_told:
         team.term_told = True
@@ -158,16 +159,16 @@ def _tell_term() -> None:
 
 
 def stop_if_wanted() -> None:
-    """Raises Stopped where all that was made is on disk already."""
+    """Raises Stopped if a stop was requested; call it where everything is on disk."""
     if stop_wanted():
         raise Stopped(STOPPED)
 
 
 class saves_on_stop:  # noqa: N801 (a context manager, read like a word)
-    """Inside of it a process that is told to stop goes on to the next ``stop_wanted``.
+    """While active, a process that is asked to stop continues to the next ``stop_wanted``.
 
-    Elsewhere a single process stops at once, and so does process 0 while the others wait for it:
-    what is half made is made anew.
+    Elsewhere a single process stops at once, and so does process 0 while the others wait for it;
+    half-finished work is repeated.
     """
 
     def __enter__(self) -> None:
@@ -178,10 +179,10 @@ class saves_on_stop:  # noqa: N801 (a context manager, read like a word)
 
 
 class sigterm_stops:  # noqa: N801
-    """Inside of it SIGTERM ends the run as ``Stopped``, with a checkpoint.
+    """While active, SIGTERM ends the run as ``Stopped``, with a checkpoint.
 
-    So does SIGUSR1: mpirun passes that on, and kills a second after SIGTERM. Outside of the main
-    thread, where Python handles no signals, it does nothing.
+    So does SIGUSR1, which mpirun forwards; after SIGTERM mpirun kills within a second. Outside the
+    main thread, where Python cannot handle signals, this does nothing.
     """
 
     def __enter__(self) -> None:

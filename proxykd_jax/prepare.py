@@ -1,7 +1,7 @@
-"""prepare: from files of a teacher's answers to token rows, split and ready to be read at random.
+"""prepare: turns files of a teacher's answers into token rows, split and readable in any order.
 
-Run it as ``python -m proxykd_jax.prepare --config FILE``. It writes ``<run>/corpus``, shard by
-shard: killed and run again, it goes on with the shards that are missing.
+Run it as ``python -m proxykd_jax.prepare --config FILE``. It writes ``<run>/corpus`` shard by
+shard. After a kill it continues with the missing shards.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from proxykd_jax.data.tokenizer import Tokenizer
 
 SUMMARY = "Reads the teacher's answers, splits them and turns them into tokens."
-# Keys of the section that choose what later stages look at, or who does the work.
+# Keys of the section that select rows for later stages, or who does the work; not the content.
 _NOT_CONTENT = {"validation_max_rows", "beam"}
 
 
@@ -33,7 +33,7 @@ class PrepareResult:
 
     Attributes:
       folder: ``<run>/corpus``; ``data.corpus.open_corpus`` reads it.
-      counts: rows read, left out with reasons, and kept, by source and by split.
+      counts: rows read, dropped (with reasons) and kept, by source and by split.
     """
 
     folder: Path
@@ -41,7 +41,7 @@ class PrepareResult:
 
 
 def main(config: Config) -> PrepareResult:
-    """Makes the corpus of a run, unless it is there already. Of several processes one does it.
+    """Makes the corpus of a run unless it exists. With several processes one of them does it.
 
     Raises:
       UserError: a source or the tokenizer is missing or damaged, a row cannot be rendered, or the
@@ -70,10 +70,10 @@ def _prepare(config: Config, folder: Path) -> None:
 
 
 def make_corpus(config: Config, folder: Path, tokenizer: Tokenizer, renderer: Renderer) -> None:
-    """Reads, selects, splits, encodes and writes; goes on with what a killed run left.
+    """Reads, selects, splits, encodes and writes; continues what a killed run left.
 
     Raises:
-      UserError: as ``main``.
+      UserError: see ``main``.
     """
     from proxykd_jax.data.corpus_writer import CorpusWriter
     from proxykd_jax.data.encode import encode_rows
@@ -114,9 +114,9 @@ def make_corpus(config: Config, folder: Path, tokenizer: Tokenizer, renderer: Re
 
 @contextlib.contextmanager
 def one_at_a_time(run: Path) -> Iterator[None]:
-    """Lets one command at a time make the corpus of a run; others wait and find it made.
+    """Lets one command at a time make the corpus of a run; others wait and then find it complete.
 
-    The lock is the system's: it ends with its process, however that ends.
+    The operating system releases the lock when its process ends, for whatever reason.
     """
     import fcntl
 
@@ -127,7 +127,7 @@ def one_at_a_time(run: Path) -> Iterator[None]:
 
 
 def stage_inputs(config: Config, tokenizer: Tokenizer, renderer: Renderer) -> dict[str, Any]:
-    """What the corpus is made from: tokenizer, template, and every file by size and digest."""
+    """The corpus's inputs: tokenizer, template, and every file by size and digest."""
     return {
         "tokenizer": tokenizer.digest,
         "template": renderer.template_digest,
@@ -140,10 +140,10 @@ def stage_inputs(config: Config, tokenizer: Tokenizer, renderer: Renderer) -> di
 
 
 def source_files(config: Config) -> list[Path]:
-    """Every file that the corpus is read from. Of hub datasets the config's names must do.
+    """All files that the corpus is read from. Hub datasets are identified by the config's names.
 
     Raises:
-      UserError: a path names nothing.
+      UserError: a path matches nothing.
     """
     from proxykd_jax.data.files import list_files
 

@@ -1,9 +1,9 @@
-"""Report: a run, or several compared, as one HTML file that opens from disk.
+"""Writes one HTML file that shows a run, or compares several; it opens from disk.
 
     python -m proxykd_jax.report --run runs/my_run
     python -m proxykd_jax.report --run runs/one runs/other --out compared.html
 
-It reads what the stages have stored and loads no model; what a run lacks is said in its place.
+It reads what the stages have stored and loads no model. The page says what a run lacks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FILE = "report.html"
 
 
 def main(config: Config) -> Path:
-    """Writes ``<run>/report.html``; one that says the same already is left as it is.
+    """Writes ``<run>/report.html``; a file with the same content stays untouched.
 
     Returns:
       The file.
@@ -78,7 +78,7 @@ def command(argv: Sequence[str] | None = None) -> int:
         given.error("name the runs by --run, or one by --config")
     if arguments.set and arguments.config is None:
         given.error("--set goes with --config")
-    # Weights are computed on a few numbers; a GPU belongs to the runs beside this command.
+    # Only a few numbers are computed here; GPUs are left to the runs beside this command.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
         runs = arguments.run or [load_config(arguments.config, arguments.set).folder]

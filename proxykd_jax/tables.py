@@ -1,11 +1,11 @@
-"""Runs the rows of one of the paper's Tables 1, 2, 3 and 5, and writes it with the paper's figures.
+"""Runs the rows of the paper's Table 1, 2, 3 or 5, and writes it beside the paper's figures.
 
     python -m proxykd_jax.tables --table configs/tables/table_2.yaml
     python -m proxykd_jax.tables --table configs/tables/table_2.yaml --only proxy_kd,aligned
 
-A row is a run in ``<runs>/<table>/<row>``. What another run below ``<runs>`` has finished from the
-same settings and inputs is linked, so that rows share a corpus, a proxy and its soft labels. Rows
-that are finished are not run again; killed at any moment, the same command goes on.
+A row is a run in ``<runs>/<table>/<row>``. Stages that another run below ``<runs>`` has finished
+with the same settings and inputs are linked, so rows share a corpus, a proxy and its soft labels.
+Finished rows are not run again. After a kill the same command continues.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from proxykd_jax.peers import on_first, say
 
 
 def main(table: TableFile, only: Sequence[str] = (), overrides: Sequence[str] = ()) -> Path:
-    """Runs the rows that are not finished, and writes the table after each.
+    """Runs the unfinished rows, and writes the table after each.
 
     Args:
       table: from ``load_table``.
       only: names of rows (default: all).
-      overrides: ``"key=value"`` for the runs' configs, after the table's and the row's own.
+      overrides: ``"key=value"`` for the runs' configs, applied after the table's and the row's own.
 
     Returns:
       The table, a Markdown file.
 
     Raises:
-      UserError: there is no such row, or as the stages of a run raise it.
+      UserError: there is no such row, or a stage of a run raises it.
     """
     from proxykd_jax import report
     from proxykd_jax.reporting.paper_table import ROW, write_table
 
-    # All configs are read before anything runs.
+    # Read all configs before anything runs.
     chosen = [(row, table.run_of(row, overrides)) for row in table.chosen(only)]
     for row, config in chosen:
         record = config.folder / ROW
@@ -75,10 +75,10 @@ def run_row(table: TableFile, row: TableRow, config: Config) -> dict[str, str | 
     """Trains what a row needs, and lets its model answer the benchmarks.
 
     Returns:
-      Who answered (``model``), and the devices (``device``, ``devices``).
+      The model that answered (``model``), and the devices (``device``, ``devices``).
 
     Raises:
-      UserError: as the stages do.
+      UserError: a stage raises it.
     """
     import jax
 
@@ -89,7 +89,7 @@ def run_row(table: TableFile, row: TableRow, config: Config) -> dict[str, str | 
     if not on_first(kept.exists):
         write_bytes(kept, dump_config(config).encode())
     lenders = on_first(functools.partial(_runs_below, table.folder.parent))
-    # A row of Table 3 is timed in a run of its own: a link has neither steps nor drawing.
+    # A row of Table 3 must train in its own run, because a linked stage has no times.
     stages = ("prepare",) if row.phase else None
     role, _, state = row.model.partition(":")
     with borrowing(config.folder, [Path(folder) for folder in lenders], stages):
@@ -112,7 +112,7 @@ def _is_made(record: Path, made_from: str) -> bool:
 
 
 def _runs_below(runs: Path) -> list[str]:
-    """Folders that may be runs: of tables, and others."""
+    """Folders that may be runs, of tables or others."""
     return [str(path) for path in sorted((*runs.glob("*"), *runs.glob("*/*"))) if path.is_dir()]
 
 
@@ -137,7 +137,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def command(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code, as ``cli.run_command``."""
+    """The command line; returns the exit code, see ``cli.run_command``."""
     arguments = parser().parse_args(argv)
     only = [name for names in arguments.only for name in names.split(",") if name]
 
@@ -165,7 +165,7 @@ def check(table: TableFile, only: Sequence[str] = (), overrides: Sequence[str] =
     """``--dry-run`` of each row.
 
     Raises:
-      UserError: what is wrong with a row, with its name.
+      UserError: the problems of the rows, with their names.
     """
     from proxykd_jax.dry_run import dry_run
 

@@ -1,9 +1,9 @@
 """Batches that flow from the data to the training steps.
 
-Axes: B rows, L positions, S examples in a row (1 unless rows are packed), G groups of rows, A
-places of answers, K stored log-probs.
-Position t of every ``_BL`` array speaks of the same prediction: ``tokens_BL[:, t]`` is read,
-``labels_BL[:, t]`` is the token after it, ``mask_BL[:, t]`` says whether that token is part of an
+Axes: B rows, L positions, S examples per row (1 unless rows are packed), G groups of rows,
+A positions of answers, K stored log-probs.
+Position t of every ``_BL`` array belongs to the same prediction: ``tokens_BL[:, t]`` is the input,
+``labels_BL[:, t]`` the next token, and ``mask_BL[:, t]`` says whether that token belongs to an
 answer.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import flax.struct
 
-# numpy in the data stream, jax in the steps; tracers of jit in between.
+# NumPy arrays in the data stream, jax arrays in the steps, tracers under jit.
 Array: TypeAlias = Any
 
 
@@ -22,18 +22,18 @@ class TokenBatch:
     """Rows of tokens with their shifted labels.
 
     Attributes:
-      tokens_BL: int32 inputs; 0 where padded.
-      labels_BL: int32 next tokens; 0 where padded.
-      mask_BL: bool, the label is a token of an answer (end token included).
+      tokens_BL: int32 inputs; 0 for padding.
+      labels_BL: int32 next tokens; 0 for padding.
+      mask_BL: bool, the label is a token of an answer (including its end token).
       segment_ids_BL: int32, 0 = padding, 1..S = the example that a position belongs to.
       positions_BL: int32 position within the example, from 0.
-      example_mask_BS: bool, which of the S places of a row hold an example. A batch that the data
-        do not fill has rows of padding, so that its shape stays the same.
-      prefix_B: int32, how many first positions of a row every example of it sees: the beginning
-        of a prompt that they share. None: each sees itself alone.
-      places_GA: int32, for each group of B / G rows that lie side by side the positions inside
-        ``mask_BL``, counted through all of its rows, in order, then B / G times L: the vocabulary
-        is projected at these alone. None projects it everywhere.
+      example_mask_BS: bool, which of the S places of a row hold an example. A batch that is not
+        full gets padding rows, so that its shape stays the same.
+      prefix_B: int32, number of first positions of a row that all of its examples see: the
+        beginning of a prompt that they share. None: each example sees only itself.
+      places_GA: int32, positions inside ``mask_BL`` for each group of B / G consecutive rows,
+        ascending, counted through all rows of the group; unused entries are B / G times L. The
+        vocabulary is projected only at these. None: it is projected everywhere.
     """
 
     tokens_BL: Array
@@ -48,13 +48,13 @@ class TokenBatch:
 
 @flax.struct.dataclass
 class PairBatch:
-    """Rows for eq. 6: the teacher's answer beside the proxy's own.
+    """Rows for eq. 6: the teacher's answer and the proxy's own.
 
     Attributes:
-      chosen, rejected: one example a row (S = 1); row b of both has the same prompt.
-      reference_chosen_B, reference_rejected_B: float32 summed log-probs under the proxy of the
-        round's start.
-      pair_mask_B: bool, the row has a usable y-hat. Its NLL counts either way.
+      chosen, rejected: one example per row (S = 1); row b of both has the same prompt.
+      reference_chosen_B, reference_rejected_B: float32 summed log-probs under the proxy at the
+        start of the round.
+      pair_mask_B: bool, the row has a usable y-hat. Its NLL counts in either case.
     """
 
     chosen: TokenBatch
@@ -66,11 +66,11 @@ class PairBatch:
 
 @flax.struct.dataclass
 class SharedPairBatch:
-    """``PairBatch`` with both answers in one row, so that their prompt is computed once.
+    """``PairBatch`` with both answers in one row, so that their prompt is computed only once.
 
     Attributes:
-      rows: S = 2: example 1 is the prompt with y; example 2 sees the prompt but for its last token,
-        of which it begins with a copy, and goes on with y-hat.
+      rows: S = 2. Example 1 is the prompt with y. Example 2 sees the prompt except its last token,
+        starts with a copy of that token, and continues with y-hat.
       reference_chosen_B, reference_rejected_B, pair_mask_B: as in ``PairBatch``.
     """
 
@@ -81,12 +81,12 @@ class SharedPairBatch:
 
     @property
     def chosen(self) -> TokenBatch:
-        """The rows with the tokens of y inside the mask."""
+        """The rows with only the tokens of y inside the mask."""
         return self._of_example(1)
 
     @property
     def rejected(self) -> TokenBatch:
-        """The rows with the tokens of y-hat inside the mask."""
+        """The rows with only the tokens of y-hat inside the mask."""
         return self._of_example(2)
 
     def _of_example(self, number: int) -> TokenBatch:
@@ -105,10 +105,10 @@ class DistillBatch:
     Attributes:
       rows: the tokens.
       topk_ids_BLK: int32 ids of the proxy's most probable tokens.
-      topk_logps_BLK: float32 log-probs of the full softmax at these ids.
+      topk_logps_BLK: float32 log-probs of these ids under the full softmax.
       tail_logps_BL: float32 log of the probability outside them.
       sample_weight_BS: float32 w(x, y) of eq. 9.
-      nll_mask_BS: bool, the answer is the teacher's (a fresh prompt's is not: no NLL).
+      nll_mask_BS: bool, the answer is the teacher's (False for fresh prompts, which have no NLL).
     """
 
     rows: TokenBatch

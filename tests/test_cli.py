@@ -97,7 +97,7 @@ def test_an_interrupt_says_how_to_go_on(config_file, capsys):
         raise KeyboardInterrupt
 
     assert run_command("align", main, "Aligns.", ["--config", config_file]) == 130
-    assert "same command goes on" in capsys.readouterr().err
+    assert "same command continues" in capsys.readouterr().err
 
 
 def test_print_config_prints_what_can_be_loaded(config_file, tmp_path, capsys):
@@ -279,7 +279,7 @@ def test_a_missing_model_is_a_sentence(tiny_files, tmp_path, capsys, stage, role
     config = recipe(tiny_files, tmp_path / "runs", {role: {"path": absent}})
     assert command(stage, config, tmp_path) == 2
     assert said(capsys) == (
-        f"error: {absent}: there is no such folder, and it is no hub name (owner/model).\n"
+        f"error: {absent}: there is no such folder, and it is not a hub name (owner/model).\n"
     )
     assert not config.folder.exists() or left(config) == {"corpus"}
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A SLURM of this machine alone, for trying stage.sbatch: starts munged, slurmctld and slurmd with a
-# node of two tasks, runs the command, and stops what it started.
+# A SLURM on this machine alone, to try stage.sbatch. Starts munged, slurmctld and slurmd with one node
+# of two tasks, runs the command, and stops them again.
 #
 #   sudo apt-get install slurm-wlm munge
 #   sudo bash launch/slurm/check.sh COMMAND...      for instance: srun --ntasks=2 hostname
 #
-# Needs root, and a machine without a SLURM of its own.
+# Needs root, and a machine without another SLURM.
 set -euo pipefail
 
 if (($# == 0)); then
@@ -45,7 +45,7 @@ SelectTypeParameters=CR_Core
 ReturnToService=2
 KillWait=30
 MinJobAge=300
-# A job that was put back may start again within seconds.
+# Lets a requeued job start again within seconds.
 SchedulerParameters=requeue_delay=1,sched_interval=1,bf_interval=1
 NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=$memory
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP

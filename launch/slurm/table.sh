@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The rows of a table of the paper on SLURM, each a job of its own.
+# The rows of a table of the paper on SLURM, one job per row.
 #
 #   bash launch/slurm/table.sh configs/tables/table_1.yaml --nodes=1 --gpus-per-node=8
 #   bash launch/slurm/table.sh configs/tables/table_2.yaml --nodes=2 --gpus-per-node=8 --time=24:00:00
 #
-# What follows the table goes to sbatch. A row that takes stages from a row above it (after: in the
-# table's file) starts when that one is done. Each job is a stage.sbatch, and writes the table anew.
+# Arguments after the table go to sbatch. A row that uses stages of an earlier row (after: in the
+# table's file) starts when that row is done. Each job is a stage.sbatch and rewrites the table.
 set -euo pipefail
 
 table=${1:?"usage: launch/slurm/table.sh TABLE [options of sbatch]"}
@@ -19,6 +19,6 @@ while read -r row after; do
     options+=(--dependency="afterok:${jobs[$after]}")
   fi
   job=$(sbatch "${options[@]}" launch/slurm/stage.sbatch tables "$table" --only "$row")
-  jobs[$row]=${job%%;*} # of several clusters the name follows
+  jobs[$row]=${job%%;*} # with several clusters sbatch appends the cluster's name
   echo "$row ${jobs[$row]}"
 done <<<"$rows"

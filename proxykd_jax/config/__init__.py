@@ -1,4 +1,4 @@
-"""The config of a run: schema, presets and loader. Imports pydantic and yaml alone."""
+"""The config of a run: schema, presets and loader. Imports only pydantic and yaml."""
 
 from proxykd_jax.config.load import dump_config, load_config, make_config
 from proxykd_jax.config.method_section import Needs

@@ -1,4 +1,4 @@
-"""From YAML text to a checked ``Config``: strict, all errors at once, each with a suggestion."""
+"""Turns YAML text into a checked ``Config``: strict, all errors at once, each with a suggestion."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from proxykd_jax.config.presets import PRESETS
 from proxykd_jax.config.schema import Config
 from proxykd_jax.errors import UserError
 
-# Keys whose values are places on disk: ~ and $VARIABLES are expanded in them, nowhere else.
+# Keys whose values are paths: ~ and $VARIABLES are expanded in these only.
 PATH_KEYS = {
     "path",
     "dataset",
@@ -44,17 +44,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises:
       UserError: the file cannot be read, or any key is unknown, repeated, of a wrong type or out
-        of range; every problem is in the one message.
+        of range; one message names all problems.
     """
     data, problems = _read_yaml(path, "config")
     return _build({} if data is None else data, problems, overrides, origin=str(path))
 
 
 def make_config(data: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """The same from a dictionary, for notebooks and other programs. Paths may be ``Path``s.
+    """``load_config`` from a dictionary, for notebooks and other programs. Paths may be ``Path``s.
 
     Raises:
-      UserError: as ``load_config``, and for values that YAML could not hold.
+      UserError: see ``load_config``; also for values that YAML cannot represent.
     """
     try:
         plain = json.loads(json.dumps(data, default=os.fspath))
@@ -64,7 +64,7 @@ def make_config(data: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """The resolved config as YAML that ``load_config`` reads back to an equal one."""
+    """The resolved config as YAML; ``load_config`` reads it back as an equal config."""
     return yaml.safe_dump(
         config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100
     )
@@ -88,7 +88,8 @@ def _build(data: Any, problems: list[str], overrides: Sequence[str], origin: str
         data = _merge(below, data)
     problems += _expand_paths(data)
     try:
-        # Strict JSON mode: "32" is no integer and true is no number, but lists are tuples.
+        # Strict JSON mode: "32" is not an integer and true is not a number, but a list becomes a
+        # tuple.
         config = Config.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         problems += _explain(error.errors(), unresolved_preset=preset not in PRESETS)
@@ -102,7 +103,7 @@ def _build(data: Any, problems: list[str], overrides: Sequence[str], origin: str
 
 
 def _checked_method(data: dict[str, Any]) -> Method | None:
-    """The method, where its section is valid; what is wrong with it the whole check says."""
+    """The method if its section is valid; the full check reports any errors."""
     try:
         return TypeAdapter[Method](Method).validate_json(
             json.dumps(data.get("method", {"name": "proxy_kd"})), strict=True
@@ -115,9 +116,9 @@ def _checked_method(data: dict[str, Any]) -> Method | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-5 as a float, leaves dates as text and notes repeated keys.
+    """SafeLoader that reads 1e-5 as a float, keeps dates as text and records repeated keys.
 
-    It builds JSON's types alone. Aliases are refused: nested ones grow without bound.
+    It builds only JSON's types. Aliases are refused, because nested ones grow without bound.
     """
 
     def __init__(self, stream: str) -> None:
@@ -176,7 +177,7 @@ _Loader.add_implicit_resolver(
 
 
 def _read_yaml(path: str | Path, what: str) -> tuple[Any, list[str]]:
-    """As ``_parse_yaml``, of a file; ``what`` it is called in messages."""
+    """``_parse_yaml`` of a file; messages call it ``what``."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -186,7 +187,7 @@ def _read_yaml(path: str | Path, what: str) -> tuple[Any, list[str]]:
 
 
 def _parse_yaml(text: str, origin: str) -> tuple[Any, list[str]]:
-    """The data (None where there is none) and what was found of repeated keys."""
+    """The data (None if empty) and the problems with repeated keys."""
     try:
         loader = _Loader(text)
         try:
@@ -199,7 +200,7 @@ def _parse_yaml(text: str, origin: str) -> tuple[Any, list[str]]:
         mark = getattr(error, "problem_mark", None)
         where = f" on line {mark.line + 1}" if mark else ""
         what = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{origin}: no YAML that is allowed here{where}: {what}.") from error
+        raise UserError(f"{origin}: not accepted as YAML{where}: {what}.") from error
     return data, loader.repeated
 
 
@@ -232,7 +233,7 @@ def _apply_override(data: dict[str, Any], override: str) -> list[str]:
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """``over`` on top of ``base``; a section is merged, anything else replaced."""
+    """``over`` on top of ``base``; sections are merged, other values replaced."""
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
@@ -270,17 +271,17 @@ def _expand_paths(node: Any, location: str = "") -> list[str]:
 def _explain(
     errors: list[ErrorDetails], *, unresolved_preset: bool, root: type[BaseModel] = Config
 ) -> list[str]:
-    """A sentence a problem of a file of which ``root`` is the schema."""
+    """One sentence per problem of a file with the schema ``root``."""
     problems = []
     for error in errors:
         location = [str(part) for part in error["loc"]]
         if error["type"] == "too_short" and any(
             other["loc"][:-1][: len(location)] == error["loc"] for other in errors
         ):
-            continue  # a list whose only entry is wrong is not reported as empty too
+            continue  # a list whose only entry is wrong is not also reported as empty
         from_preset = error["type"] == "missing" and _has_preset_value(location)
         if unresolved_preset and from_preset:
-            continue  # the missing preset is reported itself
+            continue  # the missing preset is reported instead
         shown = [part for i, part in enumerate(location) if not _is_tag(location, i)]
         whole = "config" if root is Config else "table"
         problems.append(f"{'.'.join(shown) or whole}: {_reason(error, location, root)}")
@@ -288,7 +289,7 @@ def _explain(
 
 
 def _is_tag(location: list[str], place: int) -> bool:
-    """Whether a part of a location says which class of several the section is, and is no key."""
+    """Whether a part of a location is a tag of a union's class and not a key."""
     return place == 1 and location[0] == "method" and location[1] in _method_classes()
 
 
@@ -321,7 +322,7 @@ def _reason(error: ErrorDetails, location: list[str], root: type[BaseModel]) -> 
             shown = f" (got {json.dumps(got, default=str)})"
         options = re.findall(r"'([^']+)'", allowed)
         close = difflib.get_close_matches(str(got), options, n=1, cutoff=0.5)
-        allowed = allowed.replace("True", "true").replace("False", "false")  # as YAML has them
+        allowed = allowed.replace("True", "true").replace("False", "false")  # as in YAML
         hint = f"; did you mean '{close[0]}'?" if close else ""
         return f"must be {allowed}{hint}{shown}"
     context = error.get("ctx") or {}
@@ -338,7 +339,7 @@ def _reason(error: ErrorDetails, location: list[str], root: type[BaseModel]) -> 
 
 
 def _suggest(location: list[str], root: type[BaseModel]) -> str:
-    """What an unknown key may have meant: a name like it, or its place in another section."""
+    """What an unknown key may have meant: a similar name, or the same name in another section."""
     *parents, name = location
     section = _section(parents, root)
     names = list(section.model_fields) if section else []

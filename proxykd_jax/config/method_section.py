@@ -1,4 +1,4 @@
-"""What every method's section of the config has, and those whose student can answer."""
+"""Base classes of the methods' sections: for all methods, and for those whose student answers."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from proxykd_jax.config.section import PositiveInt, Section
 if TYPE_CHECKING:
     from proxykd_jax.config.schema import Config
 
-# What a method takes beside the teacher's texts: nothing, the proxy's soft labels on disk, or the
-# proxy itself while the student trains.
+# What a method needs beside the teacher's texts: nothing, the proxy's soft labels on disk, or the
+# proxy itself during the student's training.
 Needs = Literal["nothing", "labels", "proxy"]
 Scorer = Literal["unaligned", "aligned"]
-SCORER = "the white-box model whose distribution is learnt: the proxy as it is, or aligned"
+SCORER = "the white-box model whose distribution is learnt: the raw proxy, or the aligned one"
 
 
 class MethodSection(Section):
-    """A method's knobs. A class of each method adds its name and its keys."""
+    """A method's own keys. Each method's class adds its name and keys."""
 
     needs: ClassVar[Needs] = "labels"
-    # Whether the student's texts are answers of the proxy, drawn before it trains.
+    # Whether the student trains on answers that the proxy gave beforehand.
     proxy_answers: ClassVar[bool] = False
-    # Whether a discriminator learns beside the student.
+    # Whether a discriminator is trained beside the student.
     discriminates: ClassVar[bool] = False
-    # Whether the student learns from ``corpus.fresh_prompts``, where there are any.
+    # Whether the student learns from ``corpus.fresh_prompts``, if there are any.
     uses_fresh_prompts: ClassVar[bool] = False
 
     @property
     def reads_scorer_text(self) -> bool:
-        """Whether answers of the scorer to the prompts of D_s are drawn once and stored."""
+        """Whether the scorer's answers to the prompts of D_s are drawn once and stored."""
         return False
 
     def defines(self) -> dict[str, Any]:
-        """Values of the run's other keys that make it this method, nested as in the file."""
+        """Values of the run's other keys that define this method, nested as in the file."""
         return {}
 
     def suggests(self) -> dict[str, Any]:
-        """Values in place of the preset's, which a file may change."""
+        """Values that replace the preset's, and that a file may change."""
         return {}
 
     def needed(self, alpha: float) -> Needs:
@@ -59,12 +59,12 @@ class MethodSection(Section):
         """
 
     def warnings(self) -> list[str]:
-        """Of values that are allowed and yet seldom meant."""
+        """Warnings about values that are allowed but rarely intended."""
         return []
 
 
 class AnsweringSection(MethodSection):
-    """What the methods have in common whose student can answer while it trains."""
+    """Common part of the methods whose student can answer while it trains."""
 
     max_new_tokens: PositiveInt | None = Field(
         None, description="length budget of a student's answer (default: what max_length leaves)"
@@ -72,10 +72,10 @@ class AnsweringSection(MethodSection):
     sample_batch_size: PositiveInt = Field(32, description="answers decoded together")
 
     def rows_a_step(self, batch_size: int) -> int:
-        """Prompts that a step takes."""
+        """Prompts per step."""
         return batch_size
 
 
 def scored_by(scorer: Scorer) -> dict[str, Any]:
-    """What the choice of a scorer means for ``align``."""
+    """What the choice of a scorer implies for ``align``."""
     return {"align": {"alignment": "none"}} if scorer == "unaligned" else {}

@@ -1,9 +1,9 @@
-"""The methods that a student can be trained by: Proxy-KD, and those that the paper compares.
+"""The methods that can train a student: Proxy-KD, and those that the paper compares it with.
 
-A method's section holds its own knobs. What it means for the ordinary keys of a run, its
-``defines()`` says: a file that contradicts these values is refused. ``suggests()`` are values in
-place of the preset's. Definitions, sources of the defaults and readings of the papers:
-docs/methods.md.
+A method's section holds its own keys. ``defines()`` gives the values of a run's ordinary keys that
+the method implies; a file that contradicts them is refused. ``suggests()`` gives values that
+replace the preset's. docs/methods.md gives definitions, sources of the defaults and readings of the
+papers.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class ProxyKd(AnsweringSection):
     uses_fresh_prompts: ClassVar[bool] = True
     student_share: Share = Field(
         0.0,
-        description="share of steps that learn the proxy's distribution on answers of the student "
-        "itself (beyond the paper; above 0 the proxy is loaded beside it)",
+        description="share of steps that learn the proxy's distribution on the student's own "
+        "answers (beyond the paper; above 0 the proxy is loaded as well)",
     )
 
     def needed(self, alpha: float) -> Needs:
@@ -58,19 +58,19 @@ class ProxyKd(AnsweringSection):
             return
         if config.distill.alpha == 0:
             raise ValueError(
-                f"method.student_share {share}: on the student's own answers there is alpha x KL "
-                "alone, and distill.alpha is 0; give it a weight, or leave student_share out"
+                f"method.student_share {share}: the loss on the student's own answers is alpha x "
+                "KL alone, and distill.alpha is 0; give it a weight, or remove student_share"
             )
         if config.score.temperature != 1:
             raise ValueError(
                 f"method.student_share {share}: on the student's own answers the KL is taken at "
                 f"temperature 1, and score.temperature is {config.score.temperature}; set it to 1, "
-                "or leave student_share out"
+                "or remove student_share"
             )
 
 
 class BlackBoxKd(MethodSection):
-    """Black-box KD: the NLL of the teacher's texts alone; no proxy is loaded."""
+    """Black-box KD: only the NLL of the teacher's texts; no proxy is loaded."""
 
     name: Literal["black_box_kd"] = "black_box_kd"
     needs: ClassVar[Needs] = "nothing"
@@ -105,12 +105,12 @@ class ForwardKl(MethodSection):
 
 
 class Takd(MethodSection):
-    """TAKD: an assistant, trained on the teacher's texts without preferences, in the middle."""
+    """TAKD: the student learns from an assistant trained on the teacher's texts by NLL alone."""
 
     name: Literal["takd"] = "takd"
     assistant: Literal["finetuned", "raw"] = Field(
         "finetuned",
-        description="the proxy after the NLL of the teacher's texts of D_w and D_p, or as it is",
+        description="the proxy after NLL on the teacher's texts of D_w and D_p, or the raw proxy",
     )
     lam: Share = Field(0.5, description="weight of the KL; the NLL has 1 - lam (authors: searched)")
     temperature: PositiveFloat = Field(
@@ -138,13 +138,13 @@ class MentorKd(MethodSection):
     rescale: bool = Field(
         False, description="scale the KL by T^2, which the authors' code leaves out"
     )
-    num_rationales: PositiveInt = Field(3, description="the mentor's answers to a prompt")
+    num_rationales: PositiveInt = Field(3, description="answers of the mentor per prompt")
     sample_temperature: PositiveFloat = Field(
         0.7, description="temperature at which the mentor answers"
     )
     filter: Literal["answer_match", "none"] = Field(
         "answer_match",
-        description="keep only answers, teacher's and mentor's, whose final answer is the gold one",
+        description="keep only answers (teacher's and mentor's) whose final answer is the gold one",
     )
 
     def defines(self) -> dict[str, Any]:
@@ -163,40 +163,40 @@ class Soda(MethodSection):
 
     name: Literal["soda"] = "soda"
     needs: ClassVar[Needs] = "nothing"
-    beta: PositiveFloat = Field(description="strength of the preference; its authors' is not known")
+    beta: PositiveFloat = Field(description="strength of the preference (authors' value unknown)")
     temperature: PositiveFloat = Field(
-        1.0, description="temperature at which the untrained student answers (authors': not known)"
+        1.0,
+        description="temperature at which the untrained student answers (authors' value unknown)",
     )
     warmup_epochs: PositiveInt = Field(
-        1, description="passes of NLL on the teacher's texts, before DPO (authors': not known)"
+        1, description="passes of NLL on the teacher's texts, before DPO (authors' value unknown)"
     )
-    warmup_max_steps: PositiveInt | None = Field(
-        None, description="at most so many steps of that NLL"
-    )
+    warmup_max_steps: PositiveInt | None = Field(None, description="most steps of that NLL")
     nll_weight: NonNegativeFloat = Field(
-        0.0, description="weight of an NLL of the teacher's texts beside DPO (authors': not known)"
+        0.0,
+        description="weight of an NLL of the teacher's texts beside DPO (authors' value unknown)",
     )
 
     def defines(self) -> dict[str, Any]:
-        # The student answers here: a server would serve the proxy.
+        # The student answers here, and a server would serve the proxy.
         return {"distill": {"alpha": 0.0}, "align": {"sampling": {"server": None}}}
 
 
 class RandomLabels(MethodSection):
-    """RS-KD: Proxy-KD with soft labels drawn at random, in place of the most probable ones."""
+    """RS-KD: Proxy-KD with soft labels drawn at random instead of the most probable ones."""
 
     name: Literal["random_labels"] = "random_labels"
-    draws: PositiveInt = Field(50, description="ids drawn a position, with replacement")
+    draws: PositiveInt = Field(50, description="ids drawn per position, with replacement")
     proposal_power: PositiveFloat = Field(
         1.0,
-        description="tau: ids are drawn from p^tau, and weighted by p over it unless it is 1",
+        description="tau: ids are drawn from p^tau, and weighted by p over it unless tau is 1",
     )
 
     def defines(self) -> dict[str, Any]:
         return {"score": {"temperature": 1.0}}
 
     def suggests(self) -> dict[str, Any]:
-        # The ordinary store is left with the answers' likelihoods, for eq. 9.
+        # The ordinary store is then needed only for the answers' likelihoods in eq. 9.
         return {"score": {"top_k": 1}}
 
     def check(self, config: Config) -> None:
@@ -204,7 +204,7 @@ class RandomLabels(MethodSection):
             raise ValueError("random_labels with distill.alpha 0 is method: black_box_kd")
 
 
-# Those that ``distill`` can run.
+# The methods that ``distill`` can run.
 Method = Annotated[
     ProxyKd
     | BlackBoxKd
@@ -230,7 +230,7 @@ def named_method(data: dict[str, Any]) -> dict[str, Any]:
 def contradictions(
     defined: dict[str, Any], data: dict[str, Any], method: str, place: str = ""
 ) -> list[str]:
-    """Keys of the file that have another value than what makes the method."""
+    """Keys of the file whose values differ from those that define the method."""
     problems = []
     for key, value in defined.items():
         if key not in data:
@@ -248,6 +248,6 @@ def contradictions(
 
 
 def _mixed(lam: float) -> dict[str, Any]:
-    """(1 - lam) NLL + lam KL, every example alike."""
+    """(1 - lam) NLL + lam KL, with equal weights for all examples."""
     # Rounded, so that 1 - 0.7 is written as 0.3.
     return {"alpha": lam, "nll_weight": round(1 - lam, 12), "weights": {"enabled": False}}

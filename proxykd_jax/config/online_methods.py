@@ -1,4 +1,4 @@
-"""The methods whose student answers while it trains; see ``methods.py``."""
+"""The methods whose student answers during its training; see ``methods.py``."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 
 class OnlineSection(AnsweringSection):
-    """What the methods have in common that train on the student's own answers as it gives them.
+    """Common part of the methods that train on the student's own, current answers.
 
-    They begin with a warm-up by NLL, whose optimizer is ``distill.optimizer`` with a state of its
-    own. ``distill.max_steps`` counts the steps after it.
+    They start with a warm-up by NLL. Its optimizer has the settings of ``distill.optimizer`` and a
+    separate state. ``distill.max_steps`` counts the steps after the warm-up.
     """
 
     warmup_epochs: NonNegativeInt = Field(
         1, description="passes of NLL before the method's own steps; 0: none"
     )
     warmup_max_steps: NonNegativeInt | None = Field(
-        None, description="at most so many steps of that NLL; 0: none"
+        None, description="most steps of that NLL; 0: none"
     )
     warmup_learning_rate: PositiveFloat | None = Field(
-        None, description="of that NLL (default: distill.optimizer's)"
+        None, description="learning rate of that NLL (default: distill.optimizer's)"
     )
 
     @property
@@ -43,7 +43,7 @@ class OnlineSection(AnsweringSection):
 
 
 class ScoredSection(OnlineSection):
-    """Those whose scorer sees the student's answers while it trains."""
+    """Common part of the methods whose scorer sees the student's answers during training."""
 
     needs: ClassVar[Needs] = "proxy"
     warmup_text: Literal["teacher", "scorer"] = Field(
@@ -64,7 +64,7 @@ class Gkd(ScoredSection):
         1.0, description="lambda: share of batches that the student answers itself"
     )
     beta: Share = Field(
-        1.0, description="of the JSD, on the scorer: 0 is the forward KL, 1 the reverse KL"
+        1.0, description="the scorer's weight in the JSD's mixture: 0 forward KL, 1 reverse KL"
     )
     fixed: Literal["teacher", "scorer"] = Field(
         "teacher", description="whose answers the other batches hold"
@@ -101,12 +101,14 @@ class OnPolicy(ScoredSection):
     uses_fresh_prompts: ClassVar[bool] = True
     scorer: Scorer = Field("aligned", description=SCORER)
     form: Literal["full", "sampled"] = Field(
-        "full", description="the KL over the vocabulary, or at the token drawn (authors')"
+        "full", description="KL over the vocabulary, or only at the drawn token (authors')"
     )
-    coef: PositiveFloat = Field(1.0, description="of the KL (authors': of the per-token reward)")
-    samples_per_prompt: PositiveInt = Field(4, description="answers to a prompt")
+    coef: PositiveFloat = Field(
+        1.0, description="weight of the KL (authors': of the per-token reward)"
+    )
+    samples_per_prompt: PositiveInt = Field(4, description="answers per prompt")
     fresh_prompts: bool = Field(
-        True, description="corpus.fresh_prompts too, beside the prompts of the teacher's rows"
+        True, description="also use corpus.fresh_prompts, besides the prompts of the teacher's rows"
     )
 
     def defines(self) -> dict[str, Any]:
@@ -114,7 +116,7 @@ class OnPolicy(ScoredSection):
 
 
 class MiniLlm(ScoredSection):
-    """MiniLLM: the reverse KL of whole answers by policy gradient, the scorer at hand."""
+    """MiniLLM: reverse KL of whole answers by policy gradient, with the scorer at hand."""
 
     name: Literal["minillm"] = "minillm"
     scorer: Scorer = Field("unaligned", description=SCORER)
@@ -123,30 +125,31 @@ class MiniLlm(ScoredSection):
     )
     clip: PositiveFloat | None = Field(0.2, description="eps of the clipped ratio; null: none")
     rollouts: PositiveInt = Field(
-        256, description="answers drawn a step; distill.batch_size of them make an update"
+        256, description="answers drawn per step; each update uses distill.batch_size of them"
     )
-    inner_epochs: PositiveInt = Field(4, description="passes of updates over a step's answers")
+    inner_epochs: PositiveInt = Field(4, description="passes over a step's answers")
     include_current: bool = Field(
-        False, description="the return counts a token's own reward too (authors' code)"
+        False, description="include a token's own reward in its return (authors' code: yes)"
     )
-    discount: Share = Field(1.0, description="of later rewards (authors' code: 0.95)")
+    discount: Share = Field(1.0, description="discount of later rewards (authors' code: 0.95)")
     length_normalize: bool = Field(True, description="divide a return by its number of terms")
     weight_single_step: bool = Field(
-        True, description="importance weights on the exact term too (authors' code: no)"
+        True, description="importance weights also on the exact term (authors' code: no)"
     )
-    reward_scale: PositiveFloat = Field(1.0, description="of rewards (authors' code: 2)")
+    reward_scale: PositiveFloat = Field(1.0, description="factor on rewards (authors' code: 2)")
     reward_clip: PositiveFloat | None = Field(
         None, description="largest reward after scaling (authors' code: 100)"
     )
     whiten: Literal["none", "responses", "padding_too"] = Field(
-        "none", description="advantages less their mean, over their std (code: padding_too)"
+        "none", description="normalise advantages to mean 0, std 1 (authors' code: padding_too)"
     )
     anchor: Literal["none", "nll_on_scorer_text"] = Field(
-        "none", description="an NLL beside, in place of the paper's on plain text"
+        "none", description="an additional NLL; it replaces the paper's NLL on plain text"
     )
     anchor_weight: PositiveFloat = Field(1.0, description="weight of that NLL")
     anchor_kl_share: Share = Field(
-        0.0, description="share of it that is the KL from the scorer instead (authors' code: 0.5)"
+        0.0,
+        description="share of it that is replaced by the KL from the scorer (authors' code: 0.5)",
     )
 
     @property
@@ -170,24 +173,28 @@ class MiniLlm(ScoredSection):
             )
 
     def updates_a_step(self, batch_size: int) -> int:
-        """Updates on a step's answers."""
+        """Number of updates on a step's answers."""
         return self.inner_epochs * (self.rollouts // batch_size)
 
 
 class Gad(OnlineSection):
-    """GAD: a discriminator between teacher and student is the student's reward."""
+    """GAD: the student's reward comes from a discriminator between teacher and student."""
 
     name: Literal["gad"] = "gad"
     needs: ClassVar[Needs] = "nothing"
     discriminates: ClassVar[bool] = True
-    samples_per_prompt: PositiveInt = Field(8, description="answers to a prompt")
+    samples_per_prompt: PositiveInt = Field(8, description="answers per prompt")
     temperature: PositiveFloat = Field(
-        0.8, description="of the student that answers and is trained"
+        0.8, description="temperature of the student, in answering and in training"
     )
-    kl_weight: NonNegativeFloat = Field(0.001, description="of the KL to the warmed-up student")
-    advantage_ddof: Literal[0, 1] = Field(1, description="std over n - 1 or over n answers")
+    kl_weight: NonNegativeFloat = Field(
+        0.001, description="weight of the KL to the warmed-up student"
+    )
+    advantage_ddof: Literal[0, 1] = Field(
+        1, description="1: standard deviation over n - 1 answers; 0: over n"
+    )
     discriminator_learning_rate: PositiveFloat | None = Field(
-        None, description="of the discriminator (default: the student's)"
+        None, description="learning rate of the discriminator (default: the student's)"
     )
 
     def defines(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""The two presets: every choice that the paper leaves open or that measures differently.
+"""The two presets: values for each choice that the paper leaves open or that measured better.
 
-``paper`` is the most literal reading of the paper; ``recommended`` is what measured best. Each
-deviation of ``recommended`` is listed in docs/method.md with the measurement that earned it.
+``paper`` is the most literal reading of the paper; ``recommended`` is what measured best.
+docs/method.md lists each deviation of ``recommended`` with its measurement.
 """
 
 from __future__ import annotations

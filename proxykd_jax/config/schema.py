@@ -1,6 +1,6 @@
 """Every key of a run, with its type, range and meaning.
 
-One YAML file describes a whole run. A key without a value here takes it from the preset
+One YAML file describes a whole run. A key without a default here takes its value from the preset
 (``presets.py``); ``preset`` itself has no default. The descriptions are the text of ``--help``.
 """
 
@@ -86,14 +86,14 @@ class SourceConfig(Section):
         "of each",
     )
     prompt_tokens: PositiveInt | None = Field(
-        None, description="text format: the prompt is the first so many tokens"
+        None, description="text format: number of first tokens that form the prompt"
     )
     prompt_sentences: PositiveInt | None = Field(
         None,
-        description="text format: the prompt is the first so many sentences (one, where neither "
+        description="text format: number of first sentences that form the prompt (1 if neither "
         "this nor prompt_tokens is given)",
     )
-    limit: PositiveInt | None = Field(None, description="read at most so many rows")
+    limit: PositiveInt | None = Field(None, description="most rows to read")
 
     @model_validator(mode="after")
     def _one_place(self) -> SourceConfig:
@@ -105,7 +105,7 @@ class SourceConfig(Section):
 
 
 class SharesConfig(Section):
-    """How the corpus is cut, by a hash of the first user message (paper, 3.1: 10/45/45)."""
+    """How the corpus is split, by a hash of the first user message (paper, 3.1: 10/45/45)."""
 
     warmup: Share = Field(0.10, description="share of D_w, the proxy's warm-up")
     align: Share = Field(0.45, description="share of D_p, the proxy's alignment")
@@ -124,32 +124,32 @@ class BeamConfig(Section):
     runner: str = Field(
         "DirectRunner",
         description="what runs the pipelines: DirectRunner (this machine), DataflowRunner, "
-        "FlinkRunner, SparkRunner or another one that Beam knows",
+        "FlinkRunner, SparkRunner or another runner of Beam",
     )
     options: tuple[str, ...] = Field(
-        (), description="the runner's options, as Beam's own command line takes them"
+        (), description="the runner's options, as on Beam's own command line"
     )
 
 
 class CorpusConfig(Section):
-    """The teacher's answers: where they are, how they become tokens, how they are split."""
+    """The teacher's answers: where they are, how they are tokenised and split."""
 
     sources: tuple[SourceConfig, ...] = Field(
         min_length=1, description="the teacher's answers; many sources are mixed"
     )
     fresh_prompts: tuple[SourceConfig, ...] = Field(
         (),
-        description="prompts without any teacher's answer, answered and scored by the aligned "
-        "proxy (beyond the paper)",
+        description="prompts without a teacher's answer; the aligned proxy answers and scores them "
+        "(beyond the paper)",
     )
     test: tuple[SourceConfig, ...] = Field(
-        (), description="rows of an own test set; no other split may hold their prompts"
+        (), description="rows of a separate test set; their prompts occur in no other split"
     )
     benchmarks: tuple[str, ...] = Field(
         (), description="files whose questions must not occur in the corpus"
     )
     contamination: Literal["refuse", "drop"] = Field(
-        "refuse", description="what a benchmark question in the corpus does: stop, or drop the row"
+        "refuse", description="on a benchmark question in the corpus: stop, or drop the row"
     )
     template: str = Field(
         "auto",
@@ -158,29 +158,29 @@ class CorpusConfig(Section):
     )
     end_tokens: tuple[int | str, ...] | None = Field(
         None,
-        description="ids or texts of tokens that end an answer; the first is appended where the "
-        "template ends without one (default: the tokenizer's EOS)",
+        description="ids or texts of tokens that end an answer; the first is appended if the "
+        "template writes none (default: the tokenizer's EOS)",
     )
     max_length: PositiveInt = Field(
         1024, description="longer rows (prompt and answer, in tokens) are dropped and counted"
     )
     deduplicate: bool = Field(True, description="drop repeated (prompt, answer) pairs")
-    shares: SharesConfig = Field(SharesConfig(), description="the three parts of the corpus")
+    shares: SharesConfig = Field(SharesConfig(), description="shares of the three splits")
     validation_fraction: Share = Field(description="share set aside for validation")
     validation_rows: NonNegativeInt = Field(
-        description="at least so many validation rows, where the corpus has ten times as many"
+        description="least number of validation rows, if the corpus has ten times as many"
     )
     validation_max_rows: PositiveInt = Field(
-        2048, description="at most so many validation rows are looked at when validating"
+        2048, description="most validation rows to use in a validation"
     )
     max_rows: PositiveInt | None = Field(
         None,
-        description="keep at most so many of the rows that fit max_length, chosen by hash",
+        description="most rows to keep of those that fit max_length, chosen by hash",
     )
-    shard_rows: PositiveInt = Field(50_000, description="rows a file of the tokenised corpus")
+    shard_rows: PositiveInt = Field(50_000, description="rows per file of the tokenised corpus")
     beam: BeamConfig | None = Field(
         None,
-        description="make the corpus with Apache Beam, to the same bytes; for corpora that are "
+        description="make the corpus with Apache Beam, with the same bytes; for corpora that are "
         "too large for one machine",
     )
 
@@ -199,20 +199,22 @@ class LoraSettings(Section):
 
 
 class InitConfig(Section):
-    """A student cut out of a larger model."""
+    """A model cut out of a larger one."""
 
     path: str = Field(description="folder of the larger model")
-    first_layers: PositiveInt = Field(description="how many of its layers to keep, from the first")
+    first_layers: PositiveInt = Field(description="number of first layers to keep")
 
 
 class ModelSection(Section):
     """A model: the proxy or the student."""
 
     path: str | None = Field(None, description="Hugging Face folder (or hub name) of the model")
-    init: InitConfig | None = Field(None, description="cut the model out of another, not path")
+    init: InitConfig | None = Field(
+        None, description="cut the model out of a larger one, instead of path"
+    )
     config: str | None = Field(
         None,
-        description="folder of the model's config.json, for shapes in a dry run where the model "
+        description="folder of the model's config.json, for shapes in a dry run if the model "
         "itself is absent",
     )
     adapter: str | None = Field(None, description="PEFT LoRA folder to start from")
@@ -223,14 +225,14 @@ class ModelSection(Section):
     )
     quantize: Literal["none", "int8", "nf4"] = Field(
         "none",
-        description="bits of the frozen linear layers, with trainable: lora: as dtype says, 8 or "
-        "4 a weight; made while loading",
+        description="quantisation of the frozen linear layers (trainable: lora): none, or 8 or 4 "
+        "bits per weight; done while loading",
     )
     remat: Literal["none", "dots", "outputs", "full"] = Field(
         "none",
-        description="less memory for more time; what the backward pass finds of a layer beside its "
-        "input: its matrix products, the outputs of its linear layers, of attention and MLP, or "
-        "nothing",
+        description="saves memory at the cost of time; what the backward pass finds besides a "
+        "layer's input: none = its matrix products, dots = outputs of its linear layers, "
+        "outputs = outputs of attention and MLP, full = nothing",
     )
 
     @model_validator(mode="after")
@@ -243,7 +245,7 @@ class ModelSection(Section):
     def _frozen(self) -> ModelSection:
         if self.quantize != "none" and self.trainable == "full":
             raise ValueError(
-                f"quantize: {self.quantize} is for weights that stay as they are: "
+                f"quantize: {self.quantize} is only for frozen weights: "
                 "give trainable: lora, or quantize: none"
             )
         return self
@@ -259,7 +261,7 @@ class OptimizerConfig(Section):
     weight_decay: NonNegativeFloat = Field(0.0, description="decoupled weight decay")
     clip_norm: PositiveFloat | None = Field(description="largest gradient norm; null: no clipping")
     schedule: Literal["constant", "cosine", "linear"] = Field(
-        "constant", description="course of the learning rate after warm-up"
+        "constant", description="learning-rate schedule after warm-up"
     )
     warmup_steps: NonNegativeInt = Field(0, description="steps of linear warm-up")
 
@@ -271,16 +273,16 @@ class StopConfig(Section):
     every: PositiveInt = Field(50, description="steps between validations")
     patience: PositiveInt = Field(3, description="validations without improvement before stopping")
     min_delta: NonNegativeFloat = Field(
-        0.0, description="an improvement is a fall by more than so many nats a token"
+        0.0, description="smallest fall that counts as an improvement, nats per token"
     )
 
 
 class ConnectionSection(Section):
-    """How patiently a server is asked."""
+    """Timeout, retries and key for requests to a server."""
 
     timeout_s: PositiveFloat = Field(600.0, description="seconds to wait for one reply")
     retries: NonNegativeInt = Field(
-        5, description="times a request is sent again after a time-out or a failure that may pass"
+        5, description="retries of a request after a timeout or a temporary failure"
     )
     api_key_env: str | None = Field(
         None, description="environment variable that holds the server's API key"
@@ -288,28 +290,28 @@ class ConnectionSection(Section):
 
 
 class SamplingServer(ConnectionSection):
-    """An OpenAI-compatible server that draws y-hat in place of the sampler here."""
+    """An OpenAI-compatible server that draws y-hat instead of the built-in sampler."""
 
     url: Annotated[str, Field(pattern=r"^https?://[^/?#@\s]+(/[^?#@\s]*)?$")] = Field(
-        description="where it answers, without /v1, as http://127.0.0.1:8000"
+        description="its address without /v1, such as http://127.0.0.1:8000"
     )
     api: Literal["vllm", "sglang", "transformers"] = Field(
-        description="whose server it is: what it loads, and by which calls, differs"
+        description="kind of server; it decides what is loaded and by which calls"
     )
     serves: Literal["adapter", "merged"] = Field(
         "adapter",
-        description="what is written and loaded for each round: the adapter (vllm, sglang) or the "
-        "whole model with the adapter merged into it (sglang, transformers)",
+        description="what each round loads: the adapter (vllm, sglang), or the whole model with "
+        "the adapter merged into it (sglang, transformers)",
     )
     model: str | None = Field(
         None, description="name of the base model on the server (default: proxy.path)"
     )
     prompt_as: Literal["ids", "text"] = Field(
         "ids",
-        description="how prompts are sent: as token ids, or as text where it stands for the same "
-        "ids (transformers takes text alone)",
+        description="how prompts are sent: as token ids, or as text if it encodes to the same ids "
+        "(transformers takes only text)",
     )
-    concurrency: PositiveInt = Field(64, description="requests under way at once")
+    concurrency: PositiveInt = Field(64, description="requests in flight at once")
 
     @model_validator(mode="after")
     def _able(self) -> SamplingServer:
@@ -320,7 +322,7 @@ class SamplingServer(ConnectionSection):
         return self
 
 
-# Where the server is and how hard it is asked: keys that do not decide what is drawn.
+# Address and load of the server: keys that do not affect what is drawn.
 _OF_THE_SERVER_ALONE = {"url", "concurrency", "timeout_s", "retries", "api_key_env"}
 NOT_DECISIVE = {"sampling": {"server": _OF_THE_SERVER_ALONE}}
 
@@ -338,12 +340,12 @@ class SamplingConfig(Section):
         256, description="rows written together; a restarted run loses at most one part"
     )
     server: SamplingServer | None = Field(
-        None, description="a server that draws instead; without it the sampler here does"
+        None, description="a server that draws the answers instead of the built-in sampler"
     )
 
     @property
     def decisive(self) -> dict[str, Any]:
-        """The keys that decide what is drawn, as JSON."""
+        """The keys that determine what is drawn, as JSON."""
         return self.model_dump(mode="json", exclude=NOT_DECISIVE["sampling"])
 
 
@@ -356,12 +358,12 @@ class PreferenceConfig(Section):
     beta: PositiveFloat = Field(description="strength of the preference loss")
     margin: NonNegativeFloat = Field(0.0, description="SimPO: target margin (its gamma)")
     length_normalize: bool = Field(
-        False, description="DPO and IPO on token means instead of sums (the others always do)"
+        False, description="DPO and IPO on token means instead of sums (as the others always are)"
     )
     share_prompt: Literal["auto", True, False] = Field(
         "auto",
-        description="both answers of a pair in one row, their prompt computed once; "
-        "by default where that is less work",
+        description="put both answers of a pair into one row and compute their prompt once; "
+        "auto: if that is less work",
     )
 
     @model_validator(mode="after")
@@ -374,9 +376,9 @@ class PreferenceConfig(Section):
 
 
 class TrainingSection(Section):
-    """What both training stages have: their batches, their optimizer, how often things happen."""
+    """Keys of both training stages: batches, optimizer, and how often things happen."""
 
-    batch_size: PositiveInt = Field(32, description="rows (or pairs) a step, over all devices")
+    batch_size: PositiveInt = Field(32, description="rows (or pairs) per step, over all devices")
     microbatch_size: PositiveInt | None = Field(
         None, description="rows computed at once; the gradients of a step are accumulated"
     )
@@ -393,7 +395,7 @@ class TrainingSection(Section):
 
     @property
     def microbatches(self) -> int:
-        """Parts that a batch is computed in."""
+        """Number of parts in which a batch is computed."""
         return self.batch_size // (self.microbatch_size or self.batch_size)
 
     @model_validator(mode="after")
@@ -414,10 +416,10 @@ class AlignConfig(TrainingSection):
     num_rounds: PositiveInt = Field(description="rounds, each on its own slice of D_p (paper: 16)")
     epochs_per_round: PositiveInt = Field(description="passes over the slice of a round")
     warmup_epochs: PositiveInt = Field(description="passes over D_w before the rounds")
-    warmup_max_steps: PositiveInt | None = Field(None, description="at most so many warm-up steps")
-    round_max_steps: PositiveInt | None = Field(None, description="at most so many steps a round")
+    warmup_max_steps: PositiveInt | None = Field(None, description="most warm-up steps")
+    round_max_steps: PositiveInt | None = Field(None, description="most steps per round")
     stop_rounds: bool = Field(
-        description="end after a round that brought no new best validation NLL"
+        description="end the rounds after one without a new best validation NLL"
     )
     nll_weight: NonNegativeFloat = Field(1.0, description="weight of the NLL (paper, eq. 6)")
     preference_weight: NonNegativeFloat = Field(
@@ -428,14 +430,14 @@ class AlignConfig(TrainingSection):
 
     @property
     def uses_pairs(self) -> bool:
-        """Whether rounds draw y-hat and prefer y over it."""
+        """Whether rounds draw y-hat and prefer y to it."""
         return self.alignment == "nll_preference" and self.preference.loss != "none"
 
 
 class ScoreConfig(Section):
     """Soft labels of the aligned proxy (paper, A.1: top 10, stored offline)."""
 
-    top_k: PositiveInt = Field(10, description="log-probs stored a position")
+    top_k: PositiveInt = Field(10, description="log-probs stored per position")
     temperature: PositiveFloat = Field(1.0, description="softmax temperature of the soft labels")
     store_dtype: Literal["float16", "float32"] = Field(
         "float16", description="precision of stored log-probs"
@@ -451,7 +453,7 @@ class WeightConfig(Section):
 
     enabled: bool = Field(True, description="weight each example's KL; off: the weight is 1")
     loglik: Literal["sum", "token_mean"] = Field(
-        description="log-likelihood in eq. 9: summed (as printed) or a token"
+        description="log-likelihood in eq. 9: summed (as printed) or per token"
     )
     normalize: bool = Field(description="scale the weights to mean 1")
 
@@ -462,51 +464,51 @@ class DistillConfig(TrainingSection):
     alpha: NonNegativeFloat = Field(description="weight of the KL (paper, eq. 11: 100)")
     nll_weight: NonNegativeFloat = Field(1.0, description="weight of the NLL")
     tail: Literal["bucket", "renormalize", "renormalize_proxy", "zero"] = Field(
-        description="what becomes of the probability outside the top k"
+        description="how the probability outside the top k is treated"
     )
     weights: WeightConfig = Field(description="sample weights")
     data: Literal["distill", "all"] = Field(
         description="teacher rows the student sees: D_s, or all of D_w, D_p and D_s"
     )
     epochs: PositiveInt = Field(description="passes over the data, if nothing stops it earlier")
-    max_steps: PositiveInt | None = Field(None, description="at most so many steps")
+    max_steps: PositiveInt | None = Field(None, description="most steps")
 
 
 class EndpointConfig(ConnectionSection):
-    """How an OpenAI-compatible server is asked that ``evaluate`` names as a model."""
+    """An OpenAI-compatible server that ``evaluate`` names as a model."""
 
-    concurrency: PositiveInt = Field(16, description="requests under way at once")
+    concurrency: PositiveInt = Field(16, description="requests in flight at once")
 
 
 class DuringConfig(Section):
-    """Benchmarks that the student answers while it is trained (the paper's Figs. 6 and 7)."""
+    """Benchmarks that the student answers during training (the paper's Figs. 6 and 7)."""
 
     every: PositiveInt = Field(
-        description="optimizer steps between two looks; there is one before the first step and one "
-        "after the last as well"
+        description="optimizer steps between two evaluations; there is also one before the first "
+        "step and one after the last"
     )
     tasks: tuple[str, ...] | None = Field(
         None, description="which of the named benchmarks (default: all)"
     )
     items: PositiveInt = Field(
-        100, description="questions of each benchmark at most, drawn once by the seed"
+        100, description="most questions per benchmark, drawn once by the seed"
     )
     max_new_tokens: PositiveInt = Field(256, description="length budget of an answer")
 
 
 class BenchmarksConfig(Section):
-    """Benchmarks whose questions models answer, and how."""
+    """Benchmarks, the models that answer them, and how."""
 
     agieval: str | None = Field(
         None,
-        description="files of AGIEval: file, folder or glob; or a dataset of the hub, as "
-        "hub:NAME#SPLIT or hub:NAME#SUBSET/SPLIT, * for all subsets; the others likewise",
+        description="files of AGIEval: file, folder or glob; or a hub dataset as hub:NAME#SPLIT or "
+        "hub:NAME#SUBSET/SPLIT, with * for all subsets; likewise for the others",
     )
     arc: str | None = Field(None, description="files of ARC-Challenge")
-    bbh: str | None = Field(None, description="files of BIG-Bench Hard, one a sub-task")
+    bbh: str | None = Field(None, description="files of BIG-Bench Hard, one per sub-task")
     csqa: str | None = Field(None, description="files of CommonsenseQA")
     gsm8k: str | None = Field(None, description="files of GSM8K")
-    mmlu: str | None = Field(None, description="files of MMLU, one a subject")
+    mmlu: str | None = Field(None, description="files of MMLU, one per subject")
     models: tuple[str, ...] = Field(
         ("student",),
         description="who answers: student, proxy, either with :best, :last or :exported, "
@@ -515,15 +517,15 @@ class BenchmarksConfig(Section):
     )
     mode: Literal["generate", "loglikelihood", "both"] = Field(
         "generate",
-        description="answers are generated and read, or choices are compared by the log-likelihood "
-        "of their texts",
+        description="generate answers and extract them, or compare choices by the log-likelihood "
+        "of their texts, or both",
     )
     harness: bool = Field(
         False,
-        description="local models answer the same questions through EleutherAI's harness too, "
-        "which reads and scores by itself (extra lm-eval)",
+        description="let local models also answer the same questions through EleutherAI's harness, "
+        "with its own extraction and scoring (extra lm-eval)",
     )
-    limit: PositiveInt | None = Field(None, description="of each sub-task at most so many items")
+    limit: PositiveInt | None = Field(None, description="most items per sub-task")
     max_new_tokens: PositiveInt = Field(1024, description="length budget of an answer")
     batch_size: PositiveInt = Field(32, description="items answered together")
     items_per_part: PositiveInt = Field(
@@ -531,7 +533,7 @@ class BenchmarksConfig(Section):
     )
     endpoint: EndpointConfig = Field(EndpointConfig(), description="how a server is asked")
     during: DuringConfig | None = Field(
-        None, description="what the student answers while distill trains it"
+        None, description="benchmarks that the student answers during distill"
     )
 
     @model_validator(mode="after")
@@ -544,7 +546,7 @@ class BenchmarksConfig(Section):
 
     @property
     def paths(self) -> dict[str, str]:
-        """Where the files of each benchmark are that is named."""
+        """Where the files of each configured benchmark are."""
         named = {
             "agieval": self.agieval,
             "arc": self.arc,
@@ -557,17 +559,17 @@ class BenchmarksConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """What is measured on held-out rows, and with benchmarks."""
+    """What is measured on held-out rows and on benchmarks."""
 
     batch_size: PositiveInt = Field(32, description="rows computed together")
-    max_rows: PositiveInt | None = Field(None, description="at most so many rows")
+    max_rows: PositiveInt | None = Field(None, description="most rows to measure")
     rounds: bool = Field(
         True, description="measure the proxy after each round, not only raw, warmed up and aligned"
     )
     teacher_logps: str | None = Field(
         None,
-        description="folder of the teacher's true distribution on the test rows, where the "
-        "teacher is a known process: exact KL is measured",
+        description="folder of the teacher's true distribution on the test rows, if the teacher is "
+        "a known process; then exact KL is measured",
     )
     benchmarks: BenchmarksConfig | None = Field(None, description="benchmarks to answer")
 
@@ -577,16 +579,16 @@ class ExportConfig(Section):
 
     dtype: Dtype = Field("bfloat16", description="precision of exported weights")
     state: Literal["best", "last"] = Field(
-        description="use the state with the best validation NLL, or the last one: of the proxy "
-        "for soft labels, of the student for export"
+        description="use the state with the best validation NLL or the last one, of the proxy for "
+        "soft labels and of the student for export"
     )
     proxy: Literal["adapter", "merged", "none"] = Field(
-        "adapter", description="what of the proxy is exported (with trainable: full, the model)"
+        "adapter", description="what to export of the proxy (with trainable: full, the model)"
     )
     max_shard_gb: PositiveFloat = Field(5.0, description="largest safetensors file")
 
 
-# What devices may be arranged for.
+# Kinds of work for which devices can be arranged.
 Work = Literal["align", "sample", "score", "distill", "evaluate"]
 
 
@@ -594,26 +596,26 @@ class AxesConfig(Section):
     """An arrangement of the devices; the product of its axes must be their number."""
 
     data: PositiveInt | Literal["rest"] = Field(
-        "rest", description="copies that see other rows; rest: what the other axes leave"
+        "rest", description="number of data-parallel copies; rest: all devices that remain"
     )
-    fsdp: PositiveInt = Field(1, description="ways in which weights and rows are split")
-    tensor: PositiveInt = Field(1, description="ways in which heads and hidden units are split")
+    fsdp: PositiveInt = Field(1, description="number of shards of weights and rows")
+    tensor: PositiveInt = Field(1, description="number of shards of heads and hidden units")
 
 
 class MeshConfig(AxesConfig):
-    """How the devices are arranged, for all work or for some of it."""
+    """How the devices are arranged, for all work or for one kind."""
 
     sample: AxesConfig | None = Field(
         None,
-        description="another arrangement while answers are drawn: fsdp gathers the weights for "
+        description="another arrangement for drawing answers: fsdp gathers the weights for "
         "every token, tensor does not",
     )
     score: AxesConfig | None = Field(None, description="another arrangement for score")
     distill: AxesConfig | None = Field(None, description="another arrangement for distill")
     evaluate: AxesConfig | None = Field(
         None,
-        description="another arrangement for evaluate, where answers are drawn too; for a model "
-        "that fits a device {} (all by data) is fastest",
+        description="another arrangement for evaluate, which also draws answers; {} (data only) is "
+        "fastest for a model that fits a device",
     )
 
     def of(self, work: Work) -> AxesConfig:
@@ -622,7 +624,7 @@ class MeshConfig(AxesConfig):
 
 
 class LoggingConfig(Section):
-    """Where figures go beside metrics.jsonl; failures of a tracker never stop a run."""
+    """Where metrics go beside metrics.jsonl; a failing tracker never stops a run."""
 
     tensorboard: bool = Field(False, description="write TensorBoard events (extra: tensorboard)")
     wandb_project: str | None = Field(
@@ -667,7 +669,7 @@ class Config(Section):
 
     @property
     def needs(self) -> Needs:
-        """What the student learns from beside the teacher's texts: what must be made first."""
+        """What the student needs beside the teacher's texts, and what must be made first."""
         return self.method.needed(self.distill.alpha)
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""What every section of the config is made of: its base class and the ranges of numbers."""
+"""Base class of the config's sections, and the ranges of numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A file of rows: the runs that a table of the paper is made of. Pydantic and yaml alone."""
+"""The file of a table of the paper: one run per row. Imports only pydantic and yaml."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ NONE = "–"
 
 
 class TableRow(Section):
-    """A row: its first columns as the paper prints them, and the run that it is measured on."""
+    """A row: its first columns as printed in the paper, and the run that is measured."""
 
-    name: Name = Field(description="of the row's run, and for --only")
-    group: str = Field(NONE, description="the heading that it stands under")
+    name: Name = Field(description="name of the row's run, also for --only")
+    group: str = Field(NONE, description="heading above the row")
     method: str = Field(description="the paper's column (Table 3: model and method)")
     student: str = Field(NONE, description="the paper's column")
     proxy: str = Field(NONE, description="the paper's column, in Table 5")
     teacher: str = Field(NONE, description="the paper's column")
     config: str | None = Field(
-        None, description="the run's recipe, seen from the table's file (default: the table's)"
+        None, description="the run's recipe, relative to the table's file (default: the table's)"
     )
-    set: tuple[str, ...] = Field((), description="keys changed in it, as --set takes them")
+    set: tuple[str, ...] = Field((), description="keys changed in it, in the form of --set")
     model: str = Field(
         "student",
-        description="who answers the benchmarks: as in evaluate.benchmarks.models; a .jsonl of "
-        "collected outputs that is not there leaves the row out",
+        description="the model that answers the benchmarks, as in evaluate.benchmarks.models; the "
+        "row is left out if it is a .jsonl of collected outputs that does not exist",
     )
     phase: Literal["warmup", "rounds", "student"] | None = Field(
-        None, description="Table 3: the steps that are timed"
+        None, description="Table 3: the phase that is timed"
     )
     after: Name | None = Field(
-        None, description="a row above with which it shares stages: as a job of its own it waits"
+        None, description="an earlier row whose stages it shares; as a separate job it waits for it"
     )
 
 
@@ -49,12 +49,16 @@ class TableFile(Section):
     """A table of the paper."""
 
     table: Literal[1, 2, 3, 5] = Field(description="number of the paper's table")
-    name: Name = Field(description="of the table; runs lie in runs/<name>/<row>")
-    runs: str = Field("runs", description="a run links the finished stages of others below it")
-    config: str | None = Field(None, description="recipe of rows that name none")
-    set: tuple[str, ...] = Field((), description="keys changed in all rows, before the row's own")
+    name: Name = Field(description="name of the table; its runs are in runs/<name>/<row>")
+    runs: str = Field(
+        "runs", description="folder of the runs; runs link finished stages of other runs in it"
+    )
+    config: str | None = Field(None, description="recipe of the rows that name none")
+    set: tuple[str, ...] = Field(
+        (), description="keys changed in all rows, before the row's own changes"
+    )
     note: str = Field("", description="a sentence above the table")
-    rows: tuple[TableRow, ...] = Field(min_length=1, description="rows, as the paper orders them")
+    rows: tuple[TableRow, ...] = Field(min_length=1, description="the rows, in the paper's order")
 
     _place: Path = PrivateAttr(Path())
 
@@ -76,11 +80,11 @@ class TableFile(Section):
 
     @property
     def folder(self) -> Path:
-        """Of the table and its runs."""
+        """Folder of the table and its runs."""
         return Path(os.path.expandvars(self.runs)).expanduser() / self.name
 
     def chosen(self, names: Sequence[str]) -> list[TableRow]:
-        """Rows by name, in the table's order; all, where none is named.
+        """Rows by name, in the table's order; all rows if no name is given.
 
         Raises:
           UserError: there is no such row.
@@ -95,7 +99,7 @@ class TableFile(Section):
         """The config of a row's run; ``overrides`` come last.
 
         Raises:
-          UserError: as ``load_config``, with the row's name.
+          UserError: see ``load_config``; the message gives the row's name.
         """
         path = self._place / str(row.config or self.config)
         changes = [*self.set, *row.set, *overrides]
@@ -112,8 +116,8 @@ def load_table(path: str | Path) -> TableFile:
     """Reads a table's file and checks it; its rows' configs are read by ``run_of``.
 
     Raises:
-      UserError: the file cannot be read, or a key is unknown, repeated or of a wrong type; every
-        problem is in the one message.
+      UserError: the file cannot be read, or a key is unknown, repeated or of a wrong type; one
+        message names all problems.
     """
     data, problems = _read_yaml(path, "table")
     try:

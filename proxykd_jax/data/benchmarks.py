@@ -1,7 +1,8 @@
-"""Benchmark files: their questions, the prompts made of them, and teacher answers from a file.
+"""Reads benchmark files, makes prompts of their questions, and adds a teacher's answers from a
+file.
 
-Each benchmark is read in its official form and in the layout of its public re-dump. Gold answers
-are never read as a teacher's answers.
+Each benchmark is read in its official form and in the layout of its public copy. Gold answers are
+never taken as a teacher's answers.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ BENCHMARK_KEYS = {
 }
 _LETTERS = "ABCDEFGHIJ"
 _LABELLED = re.compile(r"\(([A-Z0-9])\)\s*(.*)", re.DOTALL)
-# A question of fewer words is also looked for together with its choices: alone it says little.
+# A question with fewer words is also searched together with its choices: alone it is too general.
 _TELLING_WORDS = 13
 
 
@@ -49,7 +50,7 @@ class Question(NamedTuple):
 
     @property
     def prompt(self) -> str:
-        """The question, then one labelled choice a line."""
+        """The question, then its labelled choices, one per line."""
         if not self.choices:
             return self.question
         listed = "\n".join(f"{label}. {text}" for label, text in self.choices)
@@ -57,7 +58,7 @@ class Question(NamedTuple):
 
 
 def benchmark_format(record: Record) -> str | None:
-    """The benchmark whose form a record has, or None."""
+    """The benchmark whose form the record has, or None."""
     question = record.get("question")
     if isinstance(question, Mapping) and {"stem", "choices"} <= question.keys():
         return "csqa" if "question_concept" in question else "arc"
@@ -81,7 +82,7 @@ def benchmark_format(record: Record) -> str | None:
 
 
 def benchmark_examples(name: str, record: Record, origin: str) -> Iterator[tuple[Record, str]]:
-    """The items of a record: BBH keeps all of a task in one object, the others one each."""
+    """The items of a record: BBH stores a whole task in one object; the others store one item."""
     if name == "bbh" and isinstance(record.get("examples"), list):
         for index, example in enumerate(record["examples"], 1):
             yield (example if isinstance(example, Mapping) else {}), f"{origin}[{index}]"
@@ -93,7 +94,7 @@ def benchmark_item(name: str, record: Record) -> Question:
     """The question of one item.
 
     Raises:
-      RowProblem: a part of it is missing or no text.
+      RowProblem: a part of it is missing or is not text.
     """
     if name == "bbh":
         return Question(checked_text(record.get("input"), "empty prompt"))
@@ -136,7 +137,7 @@ def _choices(labels: Any, texts: Any) -> tuple[tuple[str, str], ...]:
     ):
         raise RowProblem("question without its choices")
     return tuple(
-        # Re-dumps hold some choices as numbers.
+        # Public copies store some choices as numbers.
         (str(label), checked_text(None if text is None else str(text), "choice without text"))
         for label, text in zip(labels, texts, strict=False)
     )
@@ -153,17 +154,17 @@ def _agieval_choices(options: Any) -> tuple[tuple[str, str], ...]:
 
 @dataclass
 class Answers:
-    """A teacher's answers for prompts that stand elsewhere, by id and by prompt.
+    """A teacher's answers to prompts that are stored elsewhere, by id and by prompt.
 
-    Ids are compared as texts, so 7 and "7" are one. A prompt may have several answers. All are
-    held in memory: a benchmark's training set is small.
+    Ids are compared as texts, so 7 equals "7". A prompt may have several answers. All answers are
+    in memory, because a benchmark's training set is small.
     """
 
     by_id: dict[str, list[Any]] = field(default_factory=dict)
     by_prompt: dict[bytes, list[Any]] = field(default_factory=dict)
 
     def find(self, identity: str | None, prompt: str) -> list[Any]:
-        """The answers for a prompt, by its id where that is known, else by its text.
+        """The answers to a prompt, by its id if known, otherwise by its text.
 
         Raises:
           RowProblem: there is none.
@@ -221,8 +222,8 @@ def benchmark_conversations(
 ) -> list[RawTurns]:
     """The conversations of one item: its prompt, with each of the teacher's answers.
 
-    An item's id is its own (``id``, ``question_id``), or ``<file name without ending>-<line>`` as
-    in its origin; an answer is found by id or by the prompt's text.
+    An item's id is its own (``id``, ``question_id``), or ``<file name without ending>-<line>``,
+    taken from its origin. An answer is found by id or by the prompt's text.
 
     Raises:
       RowProblem: the item is damaged or has no answer.
@@ -238,7 +239,7 @@ def benchmark_conversations(
 
 
 def item_id(origin: str) -> str:
-    """The id of an item that has none of its own: ``.../train.jsonl:12`` is ``train-12``."""
+    """The id of an item without one: ``.../train.jsonl:12`` becomes ``train-12``."""
     path, _, line = origin.rpartition(":")
     return f"{Path(path).name.split('.')[0]}-{line}"
 
@@ -247,7 +248,7 @@ def mt_bench_turns(record: Record) -> list[str]:
     """The user's turns of a FastChat question.
 
     Raises:
-      RowProblem: there are none, or one is no text.
+      RowProblem: there are none, or one is not text.
     """
     turns = record.get("turns")
     if not isinstance(turns, list) or not turns:
@@ -258,7 +259,7 @@ def mt_bench_turns(record: Record) -> list[str]:
 def _mt_bench(record: Record, answers: Answers | None, prompts_only: bool) -> list[RawTurns]:
     turns = mt_bench_turns(record)
     if prompts_only or answers is None:
-        # Later turns refer to an answer that is not there.
+        # Later turns refer to an answer that does not exist here.
         return [[("user", turns[0])]]
     conversations: list[RawTurns] = []
     for replies in answers.find(str(record.get("question_id")), str(turns[0])):
@@ -276,11 +277,11 @@ def _mt_bench(record: Record, answers: Answers | None, prompts_only: bool) -> li
 
 
 class SoughtText(NamedTuple):
-    """A text that is looked for in a corpus.
+    """A text to search for in a corpus.
 
     Attributes:
       text: a question, or a question with its choices.
-      whole_only: it is so general that only a message that is this text and no more counts.
+      whole_only: the text is so general that only a message equal to it counts.
     """
 
     text: str
@@ -288,7 +289,7 @@ class SoughtText(NamedTuple):
 
 
 def sought_texts(question: Question) -> Iterator[SoughtText]:
-    """A question; a short one of several choices ("Which is true?") also with its choices."""
+    """A question; a short multiple-choice one ("Which is true?") also with its choices."""
     short = len(normalised_words(question.question)) < _TELLING_WORDS
     yield SoughtText(question.question, short and bool(question.choices))
     if short and question.choices:

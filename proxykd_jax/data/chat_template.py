@@ -1,4 +1,4 @@
-"""Chat templates: the built-in ones, and Jinja text run in a sandbox."""
+"""Chat templates: the built-in ones, and Jinja text that runs in a sandbox."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 from proxykd_jax.data.special_text import MARK_END, MARK_START
 from proxykd_jax.errors import UserError
 
-# Llama 3.1's is 4 KB, gpt-oss's 16 KB. Beyond this a template is an attack or a mistake.
+# Llama 3.1's has 4 KB, gpt-oss's 16 KB. A longer one is an attack or a mistake.
 _MOST_CHARACTERS = 100_000
-# Templates that print today's date would make other tokens every day; this is the day that
+# A template that prints today's date would give other tokens every day. This is the date that
 # Llama 3.1's template falls back to.
 _DATE = datetime.datetime(2024, 7, 26)
 
@@ -97,12 +97,11 @@ class ChatTemplate:
     """A compiled template.
 
     Args:
-      text: Jinja. ``{% generation %}`` ... ``{% endgeneration %}`` may mark what the assistant
-        writes.
+      text: Jinja. ``{% generation %}`` ... ``{% endgeneration %}`` may mark the assistant's text.
       variables: texts of special tokens by name.
 
     Raises:
-      UserError: the text is no Jinja template.
+      UserError: the text is not valid Jinja.
     """
 
     def __init__(self, text: str, variables: Mapping[str, str]) -> None:
@@ -116,10 +115,10 @@ class ChatTemplate:
             raise UserError(f"The chat template is not valid Jinja: {error}") from error
 
     def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
-        """The rendered text; what ``generation`` marks stands between the marks.
+        """The rendered text; marks enclose each ``generation`` block.
 
         Raises:
-          UserError: the template refuses the messages, or does what is not allowed.
+          UserError: the template rejects the messages, or does something forbidden.
         """
         try:
             return self._compiled.render(
@@ -127,16 +126,16 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self.variables,
             )
-        except Exception as error:  # a template can raise anything Python can
+        except Exception as error:  # a template can raise any Python exception
             reason = str(error) or type(error).__name__
             raise UserError(f"the chat template fails: {reason}") from error
 
 
 def split_marks(rendered: str) -> tuple[str, tuple[int, int] | None]:
-    """Takes the marks out of a rendered text.
+    """Removes the marks from a rendered text.
 
     Returns:
-      The text, and where in it the last marked piece begins and ends (None: nothing is marked).
+      The text, and start and end of the last marked piece in it (None if nothing is marked).
     """
     pieces = rendered.split(MARK_START)
     text, span = pieces[0], None

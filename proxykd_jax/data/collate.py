@@ -1,4 +1,4 @@
-"""Rows of tokens as the arrays of a batch."""
+"""Turns rows of tokens into the arrays of a batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class TokenRow:
 
     Attributes:
       tokens: int32[T]; the rendered prompt, then the answer with its end token.
-      prompt_length: P, so that ``tokens[P:]`` is the answer.
+      prompt_length: P; ``tokens[P:]`` is the answer.
       row_id: ``row_id_of(tokens, prompt_length)``, in hex.
     """
 
@@ -37,30 +37,30 @@ class TokenRow:
 
 
 class Rows(Protocol):
-    """What is read of a split of the corpus, or of rows chosen from splits."""
+    """Interface of a split of the corpus, or of rows chosen from splits."""
 
     @property
     def lengths(self) -> np.ndarray:
-        """int32[n], tokens T of each row."""
+        """int32[n], tokens of each row."""
         ...
 
     @property
     def prompt_lengths(self) -> np.ndarray:
-        """int32[n], tokens P of each prompt."""
+        """int32[n], tokens of each prompt."""
         ...
 
     def __len__(self) -> int: ...
 
     def read(self, indices: Sequence[int]) -> list[TokenRow]:
-        """Rows by number, in the order asked for."""
+        """Reads rows by number, in the given order."""
         ...
 
 
 class RowsInMemory:
-    """Rows that are at hand, read like those of a corpus.
+    """Rows in memory, with the interface of a split.
 
     Args:
-      rows: in their order.
+      rows: the rows, in order.
     """
 
     def __init__(self, rows: Sequence[TokenRow]) -> None:
@@ -80,7 +80,7 @@ class RowsInMemory:
         return len(self._rows)
 
     def read(self, indices: Sequence[int]) -> list[TokenRow]:
-        """Rows by number, in the order asked for."""
+        """Reads rows by number, in the given order."""
         return [self._rows[index] for index in indices]
 
 
@@ -97,19 +97,19 @@ def collate_rows(
     """Puts examples into rows of one length.
 
     Args:
-      rows: the examples of each row, side by side in this order; rows that are missing at the
-        end, like empty ones, become padding.
+      rows: the examples of each row, in order. Empty rows, and rows missing at the end, become
+        padding.
       length: L.
       num_segments: S.
       batch_size: B.
-      answers: A, where the positions inside the mask shall be listed.
-      together: how many rows, side by side, have one list: G = B / together.
-      share_prompt: the examples of a row have the same prompt. Those after the first begin with
-        its last token (whose position they keep) and see what is before it in the first.
+      answers: A; if given, the positions inside the mask are listed.
+      together: number of consecutive rows that share one list: G = B / together.
+      share_prompt: the examples of a row have the same prompt. Each one after the first starts with
+        the prompt's last token, at its original position, and sees the rest in the first example.
 
     Returns:
-      A ``TokenBatch`` of NumPy arrays. Examples are numbered 1..S within their row and their
-      positions begin at 0; an example of T tokens takes T - 1 places, but what it shares.
+      A ``TokenBatch`` of NumPy arrays. Examples are numbered 1..S within their row, and their
+      positions start at 0. An example of T tokens takes T - 1 positions, minus what it shares.
 
     Raises:
       ValueError: a row's examples do not fit.
@@ -135,7 +135,7 @@ def collate_rows(
                 raise ValueError(f"Examples of {end} positions do not fit a row of {length}.")
             tokens_BL[b, begin:end] = example.tokens[skipped:-1]
             labels_BL[b, begin:end] = example.tokens[skipped + 1 :]
-            # Position t predicts token t + 1, so the first answer token is a label at P - 1.
+            # Position t predicts token t + 1, so the first answer token is the label at P - 1.
             mask_BL[b, begin + prompt - skipped : end] = True
             segment_ids_BL[b, begin:end] = s + 1
             positions_BL[b, begin:end] = np.arange(skipped, skipped + end - begin)

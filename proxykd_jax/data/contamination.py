@@ -1,25 +1,25 @@
-"""Benchmark questions inside a corpus, found by their words.
+"""Finds benchmark questions inside a corpus by their words.
 
-Texts are compared as words without case, punctuation and white space. A row matches a question
-where a user's message (of a plain text: its prompt, or the text)
+Texts are compared as words without case, punctuation and white space. A row matches a question if
+a user's message (for a plain text: its prompt, or the text)
 
-- ``whole``: is the question, however short;
-- ``contained``: has the whole question of at least ``CONTAINED_WORDS`` words in it;
-- ``overlap``: shares ``OVERLAP_WORDS`` words in a row with it (Brown et al. 2020, appendix C, use
-  13 too).
+- ``whole``: equals the question, however short;
+- ``contained``: contains the whole question, which has at least ``CONTAINED_WORDS`` words;
+- ``overlap``: shares ``OVERLAP_WORDS`` consecutive words with it (Brown et al. 2020, appendix C,
+  also use 13).
 
-Three rules keep ordinary text from being taken for a benchmark's:
+Three rules keep ordinary text from matching:
 
-- "What is the capital of France?" inside a longer message says nothing: a question of fewer than
+- "What is the capital of France?" inside a longer message proves nothing. A question of fewer than
   ``CONTAINED_WORDS`` words must be the whole message. So must a question of fewer than 13 words
-  that has choices ("Which one of the following statements is true?"); with its choices it may
-  stand anywhere.
-- Word runs that more than ``BOILERPLATE_QUESTIONS`` questions share are the benchmark's own
+  that has choices ("Which one of the following statements is true?"); together with its choices it
+  may stand anywhere.
+- Word runs that more than ``BOILERPLATE_QUESTIONS`` questions share are the benchmark's
   boilerplate ("the following paragraphs each describe a set of ...") and do not count as overlap.
-- Nor do runs with fewer than ``TELLING_WORDS`` different words of three letters or more, such as
-  a loop in C ("for int i 0 i 3 i for int j 0") or "A I only B II only C III only".
+- Runs with fewer than ``TELLING_WORDS`` different words of three letters or more do not count
+  either, such as a loop in C ("for int i 0 i 3 i for int j 0") or "A I only B II only C III only".
 
-A row costs time in proportion to its words; memory is in proportion to the benchmark's words.
+Time per row is proportional to the row's words, memory to the benchmark's words.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ OVERLAP_WORDS = 13
 CONTAINED_WORDS = 8
 BOILERPLATE_QUESTIONS = 10
 TELLING_WORDS = 5
-_MULTIPLIER = 0x9E3779B97F4A7C15  # odd: multiplication modulo 2^64 loses nothing
+_MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so that multiplication modulo 2^64 is invertible
 _SHOWN = 120
 
 
@@ -47,9 +47,9 @@ class Match(NamedTuple):
     """A benchmark question found in a row.
 
     Attributes:
-      origin: the row's.
-      question: the question's beginning.
-      how: see the module's text.
+      origin: origin of the row.
+      question: the beginning of the question.
+      how: kind of match; see the module's docstring.
     """
 
     origin: str
@@ -58,10 +58,10 @@ class Match(NamedTuple):
 
 
 class ContaminationIndex:
-    """The questions of benchmarks, ready to be looked for.
+    """The questions of benchmarks, indexed for search.
 
     Args:
-      questions: their texts. Repeated ones count once.
+      questions: their texts. Repeated texts count once.
     """
 
     def __init__(self, questions: Iterable[SoughtText | str]) -> None:
@@ -96,7 +96,7 @@ class ContaminationIndex:
         """Reads benchmark files, folders or globs (``readers.sought_in_corpus``).
 
         Raises:
-          UserError: a path names nothing, or a file is damaged or of no known form.
+          UserError: a path matches nothing, or a file is damaged or of unknown form.
         """
         return cls(sought for path in paths for sought in sought_in_corpus(path))
 
@@ -135,11 +135,11 @@ class ContaminationIndex:
 
 
 def contamination_report(matches: Sequence[Match], count: int) -> str:
-    """Sentences for a user whose corpus holds benchmark questions.
+    """Sentences for a user whose corpus contains benchmark questions.
 
     Args:
-      matches: the first few.
-      count: of all rows that match.
+      matches: the first few matches.
+      count: number of all rows that match.
     """
     listed = "\n  ".join(f"{m.origin}: {m.how}: {m.question!r}" for m in matches)
     return (
@@ -151,7 +151,7 @@ def contamination_report(matches: Sequence[Match], count: int) -> str:
 
 
 class _Keys:
-    """Tells in one look-up that a hash is no key: a table of which leading bits occur."""
+    """A table of the keys' leading bits; one look-up shows that most hashes are not keys."""
 
     _BITS = 23
 
@@ -161,7 +161,7 @@ class _Keys:
             self._occurs[key >> (64 - self._BITS)] = True
 
     def places_in(self, hashes: np.ndarray) -> list[int]:
-        """Places whose hashes may be keys."""
+        """Indices of the hashes that may be keys."""
         return np.flatnonzero(self._occurs[hashes >> np.uint64(64 - self._BITS)]).tolist()
 
 
@@ -174,9 +174,9 @@ def _word_hashes(words: list[bytes]) -> np.ndarray:
 
 
 def _run_hashes(word_hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of every run of 8 and of 13 words: polynomials in the words' hashes.
+    """Polynomial hashes of all runs of 8 and of 13 words.
 
-    Joined from runs of 1, 2, 4 and 8 words, which takes 5 steps over the text instead of 21.
+    They are built from runs of 1, 2, 4 and 8 words, in 5 passes over the text instead of 21.
     """
     runs = {1: word_hashes}
     for length in (1, 2, 4):
@@ -185,14 +185,14 @@ def _run_hashes(word_hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _joined(left: np.ndarray, left_words: int, right: np.ndarray, right_words: int) -> np.ndarray:
-    """Hashes of runs made of a run and the one right after it."""
+    """Hashes of runs made by joining a run with the one right after it."""
     count = max(len(right) - left_words, 0)
     power = np.uint64(pow(_MULTIPLIER, right_words, 1 << 64))
     return left[:count] * power + right[left_words : left_words + count]
 
 
 def _telling_runs(words: list[bytes]) -> np.ndarray:
-    """Which runs of OVERLAP_WORDS words have enough different words that say something."""
+    """Which runs of OVERLAP_WORDS words contain enough different long words."""
     long = [word if len(word) >= 3 else None for word in words]  # bytes: a Han letter has three
     return np.array(
         [

@@ -1,4 +1,4 @@
-"""From turns as a file gives them to rows: checked roles and texts, one row an answer."""
+"""Turns from a file become rows: roles and texts are checked, one row per answer."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from typing import Any, Literal, cast
 
 from proxykd_jax.data.records import Message, Role, RowProblem
 
-# (role, content) as found: the role not yet checked, the content of any type.
+# (role, content) as found: the role is unchecked, the content may have any type.
 RawTurns = Sequence[tuple[Any, Any]]
 
 
 def expand_turns(
     turns: RawTurns, *, keep: Literal["last", "each"], prompts_only: bool
 ) -> Iterator[tuple[Message, ...]]:
-    """One conversation as the rows it makes.
+    """The rows that one conversation gives.
 
     Args:
-      turns: an optional system message, then user and assistant in turn. An empty system message
-        is left out. In the last place an assistant's content may be missing.
-      keep: ``each`` gives one row for each answer, with everything before it as the prompt;
-        ``last`` gives the last alone.
-      prompts_only: rows end with the user instead; a last answer is left off unread.
+      turns: an optional system message, then user and assistant alternating. An empty system
+        message is dropped. The content of a final assistant turn may be missing.
+      keep: ``each`` gives one row per answer, with everything before it as the prompt; ``last``
+        gives only the last answer.
+      prompts_only: rows end with the user instead; a final answer is dropped unread.
 
     Raises:
-      RowProblem: the conversation is no such thing, with the reason. The whole of it is left
-        out: an answer is not to be trusted beside turns that are damaged.
+      RowProblem: the conversation is malformed, with the reason. All of it is dropped, because
+        answers next to damaged turns cannot be trusted.
     """
     if prompts_only and turns and turns[-1][0] == "assistant":
         turns = turns[:-1]
@@ -51,10 +51,11 @@ def expand_turns(
 
 
 def checked_text(content: Any, missing: str) -> str:
-    """A text with something in it that UTF-8 can hold, as it stands.
+    """A non-blank text that UTF-8 can encode, unchanged.
 
     Raises:
-      RowProblem: ``missing`` where it is null, absent or blank; or the text is none, or damaged.
+      RowProblem: ``missing`` if it is null, absent or blank; otherwise if it is not text, or is
+        damaged.
     """
     if content is None:
         raise RowProblem(missing)

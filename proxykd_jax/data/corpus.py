@@ -1,7 +1,7 @@
-"""The tokenised corpus on disk: TFDS's ArrayRecord layout, and an index that opens at once.
+"""The tokenised corpus on disk: TFDS's ArrayRecord layout, and an index that opens quickly.
 
-``tfds.builder_from_directory(<run>/corpus)`` reads the folder. This module reads it without
-TensorFlow, by row number, and holds no tokens: of a row only its two lengths are in memory.
+``tfds.builder_from_directory(<run>/corpus)`` can read the folder. This module reads it without
+TensorFlow, by row number. It keeps only two lengths per row in memory, and no tokens.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _READ_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 
 
 def row_id_of(tokens: np.ndarray, prompt_length: int) -> str:
-    """sha256, in hex, of the token ids as little-endian int32, then the prompt's length."""
+    """sha256 in hex of the token ids as little-endian int32, then the prompt's length."""
     state = hashlib.sha256(np.ascontiguousarray(tokens, "<i4").tobytes())
     state.update(np.array([prompt_length], "<i4").tobytes())
     return state.hexdigest()
 
 
 def shard_name(split: str, shard: int, num_shards: int) -> str:
-    """The file of a shard, as TFDS names it."""
+    """The file name of a shard, as in TFDS."""
     return f"{TFDS_NAME}-{split}.array_record-{shard:05d}-of-{num_shards:05d}"
 
 
@@ -43,7 +43,7 @@ def open_corpus(folder: Path | str) -> TokenCorpus:
     """Opens the corpus that ``prepare`` made.
 
     Raises:
-      UserError: it is missing, not complete or damaged.
+      UserError: it is missing, incomplete or damaged.
     """
     folder = Path(folder)
     return TokenCorpus(folder, finished_manifest(folder, "prepare", "corpus"))
@@ -53,13 +53,13 @@ class TokenCorpus:
     """A tokenised corpus.
 
     Attributes:
-      folder: where it is.
+      folder: its location.
       tokenizer_path: folder or hub name of the tokenizer.
       tokenizer_digest: digest of the tokenizer's files.
-      vocab_size: ids of the tokenizer; a model's rows beyond them are never sampled.
-      end_token_ids: tokens that end an answer; the first is the one that is appended.
+      vocab_size: number of the tokenizer's ids; a model's rows beyond it are never sampled.
+      end_token_ids: tokens that end an answer; the first is the one that gets appended.
       max_length: tokens of the longest row allowed.
-      counts: of the manifest: rows read, dropped and kept.
+      counts: the manifest's counts of rows read, dropped and kept.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
@@ -74,14 +74,14 @@ class TokenCorpus:
 
     @property
     def identity(self) -> str:
-        """What a later stage records as its input."""
+        """Identity that a later stage records as its input."""
         return stage_identity(self.folder)
 
     def split(self, name: str) -> TokenSplit:
-        """A part of the corpus; it may be empty.
+        """A split of the corpus; it may be empty.
 
         Raises:
-          ValueError: no part has this name.
+          ValueError: no split has this name.
         """
         if name not in SPLITS:
             raise ValueError(f"No split is called {name!r}; there are {', '.join(SPLITS)}.")
@@ -89,12 +89,12 @@ class TokenCorpus:
 
 
 class TokenSplit:
-    """Rows of one part of the corpus, by number.
+    """Rows of one split of the corpus, by number.
 
     Attributes:
-      name: of the split.
-      lengths: int32[n], tokens T of each row.
-      prompt_lengths: int32[n], tokens P of each prompt.
+      name: name of the split.
+      lengths: int32[n], tokens of each row.
+      prompt_lengths: int32[n], tokens of each prompt.
       row_ids: the ids in hex, by number.
     """
 
@@ -114,11 +114,11 @@ class TokenSplit:
         return len(self.lengths)
 
     def read(self, indices: Iterable[int]) -> list[TokenRow]:
-        """Reads rows by number, in the order asked for. May be called from several threads.
+        """Reads rows by number, in the given order. Safe to call from several threads.
 
         Raises:
           IndexError: there is no such row.
-          UserError: a file is missing, or is not as it was written.
+          UserError: a file is missing or has changed since it was written.
         """
         wanted = np.fromiter(indices, np.int64)
         if np.any((wanted < 0) | (wanted >= len(self))):
@@ -161,7 +161,7 @@ class TokenSplit:
 
 
 class RowIds(Sequence[str]):
-    """Row ids by number, kept as 32 bytes each in mapped files."""
+    """Row ids by number, stored as 32 bytes each in memory-mapped files."""
 
     def __init__(self, parts: Sequence[np.ndarray], starts: np.ndarray) -> None:
         self._parts = parts

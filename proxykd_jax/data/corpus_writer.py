@@ -1,7 +1,7 @@
 """Writes the tokenised corpus (``corpus.py``) so that a kill loses at most the open shards.
 
-Every shard is committed whole: first its ArrayRecord file, then its part of the index, which is
-what makes it count. What a killed process left is written again, to the same bytes.
+A shard's ArrayRecord file is committed first, then its part of the index; only then the shard
+counts. Shards that a killed process did not finish are written again, with the same bytes.
 """
 
 from __future__ import annotations
@@ -28,19 +28,20 @@ from proxykd_jax.data.records import Drops
 from proxykd_jax.errors import UserError
 
 _VERSION = "1.0.0"
-# One record a chunk: a row is read without unpacking its neighbours.
+# One record per chunk, so a row can be read without unpacking its neighbours.
 _WRITE_OPTIONS = "group_size:1"
 
 
 class CorpusWriter:
     """Writes a corpus shard by shard into the folder of an open stage.
 
-    How many shards a split will have is known at the end only, so shards bear the names of TFDS
-    from ``finish`` on.
+    The number of shards of a split is known only at the end, so ``finish`` gives shards their TFDS
+    names.
 
     Args:
       folder: the stage's folder.
-      one_of_several: others write shards there at the same time, so what is half-written stays.
+      one_of_several: other processes write shards there at the same time, so half-written files
+        are kept.
     """
 
     def __init__(self, folder: Path, *, one_of_several: bool = False) -> None:
@@ -59,15 +60,15 @@ class CorpusWriter:
         return shard in self._done[split]
 
     def committed(self, split: CorpusSplit) -> list[int]:
-        """The shards of a split that are committed, in order."""
+        """Numbers of a split's committed shards, in order."""
         return sorted(self._done[split])
 
     def open_shard(self, split: CorpusSplit, shard: int) -> ShardWriter:
-        """Begins a shard that is not committed yet."""
+        """Starts a shard that is not committed yet."""
         return ShardWriter(self, split, shard)
 
     def working_name(self, split: str, shard: int) -> Path:
-        """Where a shard's records lie until ``finish``."""
+        """Path of a shard's records until ``finish``."""
         return self.folder / f"{TFDS_NAME}-{split}.array_record-{shard:05d}"
 
     def parts(self, split: CorpusSplit) -> list[Part]:
@@ -81,12 +82,12 @@ class CorpusWriter:
         arrays: Mapping[str, np.ndarray],
         metadata: Mapping[str, Any],
     ) -> None:
-        """Commits the index of a shard, whose records are on disk."""
+        """Commits the index of a shard whose records are on disk."""
         self._index[split].commit(shard, arrays, metadata)
         self._done[split].add(shard)
 
     def finish(self, counts: dict[str, Any], **extra: Any) -> None:
-        """Gives the shards their names, writes what TFDS reads, and completes the stage.
+        """Names the shards, writes the files that TFDS reads, and completes the stage.
 
         Raises:
           UserError: a shard's records are missing.
@@ -126,14 +127,14 @@ class CorpusWriter:
 
 
 class ShardWriter:
-    """One shard while it is written; it counts from ``commit`` on."""
+    """One shard during writing; it counts once ``commit`` is done."""
 
     def __init__(self, corpus: CorpusWriter, split: CorpusSplit, shard: int) -> None:
         from array_record.python import array_record_module
 
         self._corpus, self._split, self._shard = corpus, split, shard
         self._final = corpus.working_name(split, shard)
-        # Its own name: a scheduler may let two workers try the same shard.
+        # A unique name, because a scheduler may let two workers try the same shard.
         self._temporary = self._final.with_name(f".{self._final.name}.{secrets.token_hex(4)}.tmp")
         self._records = array_record_module.ArrayRecordWriter(str(self._temporary), _WRITE_OPTIONS)
         self._lengths: list[int] = []
@@ -143,7 +144,7 @@ class ShardWriter:
         self._sources: dict[str, int] = {}
 
     def write(self, tokens: np.ndarray, prompt_length: int, source: str) -> None:
-        """Adds a row; ``source`` is what it is counted under."""
+        """Adds a row and counts it under ``source``."""
         row_id = row_id_of(tokens, prompt_length)
         self._records.write(
             encode_example(
@@ -160,7 +161,7 @@ class ShardWriter:
         self._sources[source] = self._sources.get(source, 0) + 1
 
     def drop(self, reason: str, origin: str, source: str) -> None:
-        """Counts a row of this shard's that is left out."""
+        """Counts a row of this shard that is dropped."""
         self._drops.setdefault(source, Drops()).add(reason, origin)
 
     def commit(self) -> None:
@@ -190,7 +191,7 @@ class ShardWriter:
         )
 
     def abandon(self) -> None:
-        """Gives the shard up."""
+        """Discards the shard."""
         self._records.close()
         self._temporary.unlink(missing_ok=True)
 

@@ -1,7 +1,7 @@
-"""Sets of rows and of prompts in little memory: 64-bit digests in an open-addressing table.
+"""Compact sets of rows and prompts: 64-bit digests in a hash table with open addressing.
 
-Two different texts share a digest with probability n^2 / 2^65 among n (3e-8 at one million rows);
-then one row too many is dropped.
+Among n texts two different ones share a digest with probability n^2 / 2^65 (3e-8 at one million
+rows); then one row too many is dropped.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ _EMPTY = 0
 
 
 class DigestSet:
-    """A set of unsigned 64-bit numbers that are spread evenly, such as digests.
+    """A set of evenly distributed unsigned 64-bit numbers, such as digests.
 
-    It takes 10 to 20 bytes an element (and half as much again while it grows), where a Python set
-    takes about 80.
+    It takes 10 to 20 bytes per element (and half as much again while it grows); a Python set takes
+    about 80.
     """
 
     def __init__(self) -> None:
         self._slots = array("Q", bytes(8 * 1024))
         self._size = 0
-        self._has_empty = False  # the number that marks an empty slot may itself be an element
+        self._has_empty = False  # the number that marks an empty slot may be an element
 
     def __len__(self) -> int:
         return self._size + self._has_empty
@@ -55,12 +55,12 @@ class DigestSet:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the table takes."""
+        """Size of the table in bytes."""
         return 8 * len(self._slots)
 
     @staticmethod
     def _find(slots: array[int], digest: int) -> int:
-        """Where a digest is, or the empty slot where it would go (linear probing)."""
+        """The slot of a digest, or the empty slot where it would go (linear probing)."""
         last = len(slots) - 1
         place = digest & last
         while (found := slots[place]) != _EMPTY and found != digest:
@@ -78,7 +78,7 @@ class DigestSet:
 def row_digest(row: TextRow) -> int:
     """64-bit digest of the normalised (prompt, answer): all turns with their roles.
 
-    The prompt alone would not do: several answers to one prompt are different rows.
+    The prompt alone is not enough, because several answers to one prompt are different rows.
     """
     state = xxhash.xxh3_64()
     for role, content in row_parts(row):
@@ -87,7 +87,7 @@ def row_digest(row: TextRow) -> int:
 
 
 class Deduplicator:
-    """Remembers rows; ``is_new`` is False for a (prompt, answer) seen before."""
+    """Remembers rows; ``is_new`` is False for a (prompt, answer) that it has seen."""
 
     def __init__(self) -> None:
         self._seen = DigestSet()
@@ -102,9 +102,9 @@ class Deduplicator:
 class PromptSet:
     """The first user messages of some rows, compared as the split compares them.
 
-    For prompts of validation and test that must not occur elsewhere, in fresh prompts above all.
-    Of a plain text, all of it counts as well as its prompt: another source may cut the same text
-    at another place.
+    Finds prompts of validation and test that must not occur elsewhere, above all in fresh prompts.
+    For a plain text, both its prompt and the whole text count, because another source may cut the
+    same text at another position.
     """
 
     def __init__(self, rows: Iterable[TextRow] = ()) -> None:
@@ -124,7 +124,8 @@ class PromptSet:
 
 
 def prompt_digests(row: TextRow | str) -> set[int]:
-    """The 64-bit digests that a ``PromptSet`` keeps of a row: one, of a plain text up to two."""
+    """The 64-bit digests that a ``PromptSet`` keeps of a row: one, or up to two for a plain
+    text."""
     if isinstance(row, str):
         keys = {normalise_text(row)}
     else:

@@ -1,9 +1,9 @@
 """Soft labels drawn at random (RS-KD), on disk: distinct ids and how often each was drawn.
 
 ``<folder>/<split>/part_00000.safetensors`` holds for each position of each answer its distinct ids,
-their counts, and, for draws from another proposal than p, the weights p over the proposal; for each
-row the sha256 of its tokens. At 50 draws of 8-bit counts and 16-bit ids a slot costs 3 bytes, and a
-position has about a dozen.
+their counts and, for draws from a proposal other than p, the weights p / proposal; and for each row
+the sha256 of its tokens. With 50 draws, 8-bit counts and 16-bit ids, a slot costs 3 bytes, and a
+position has about a dozen slots.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _ROW_ID_BYTES = 32
 
 @dataclass(frozen=True)
 class DrawnRow:
-    """The draws of one answer of R tokens, K slots a position; a slot of count 0 is empty.
+    """The draws of one answer of R tokens, with K slots per position; count 0 marks an empty slot.
 
     Attributes:
-      row_id: of the row (prompt and answer).
+      row_id: id of the row (prompt and answer).
       ids: int32 ``[R, K]``.
-      counts: int32 ``[R, K]``, adding up to the number of draws at each position.
-      weights: float32 ``[R, K]``, p over the proposal; 1 where ids are drawn from p.
+      counts: int32 ``[R, K]``; they add up to the number of draws at each position.
+      weights: float32 ``[R, K]``, p / proposal; 1 if ids are drawn from p.
     """
 
     row_id: str
@@ -44,12 +44,12 @@ class DrawnRow:
 
 
 class DrawnLabels:
-    """The draws of one split, written part by part and read at random.
+    """The draws of one split, written part by part; rows can be read in any order.
 
     Args:
-      folder: of the store.
+      folder: the store's folder.
       split: name of the split.
-      vocab_size: ids lie below it.
+      vocab_size: ids are below it.
       num_draws: N at each position.
       weighted: whether weights are stored.
     """
@@ -63,18 +63,18 @@ class DrawnLabels:
 
     @property
     def slots(self) -> int:
-        """K: most distinct ids a position."""
+        """K: largest number of distinct ids per position."""
         return min(self._num_draws, self._vocab_size)
 
     def missing(self, num_parts: int) -> list[int]:
-        """Parts still to be made, after removal of what a kill left half-written."""
+        """Parts still to make, after removing what a kill left half-written."""
         return self._parts.resume(num_parts)
 
     def commit(self, index: int, rows: Sequence[DrawnRow]) -> None:
         """Writes a whole part or nothing.
 
         Raises:
-          UserError: weights that are not numbers.
+          UserError: weights are NaN.
         """
         counts = np.concatenate([np.zeros((0, self.slots), np.int32), *(r.counts for r in rows)])
         ids = np.concatenate([np.zeros((0, self.slots), np.int32), *(r.ids for r in rows)])
@@ -103,11 +103,11 @@ class DrawnLabels:
         )
 
     def read(self, indices: Sequence[int], row_ids: Sequence[str]) -> list[DrawnRow]:
-        """Draws of rows, in the order asked for; may be called from several threads.
+        """Reads draws of rows, in the given order; safe to call from several threads.
 
         Args:
           indices: row numbers.
-          row_ids: of the rows that the draws shall belong to.
+          row_ids: ids of the rows that the draws must belong to.
 
         Raises:
           UserError: they belong to other rows, or a file is damaged.

@@ -1,4 +1,4 @@
-"""Selected rows to shards of tokens: batches through the tokenizer, one shard a split open."""
+"""Tokenises selected rows in batches and writes them to shards; each split has one open shard."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from proxykd_jax.data.row_limit import length_problem
 from proxykd_jax.data.selection import SelectedRow
 from proxykd_jax.data.template import Encoded, Renderer
 
-# Enough rows for the tokenizer's threads to be worth starting, few enough to be held.
+# Enough rows to make the tokenizer's threads worth starting, few enough to fit in memory.
 BATCH_ROWS = 512
 _Place = tuple[SelectedRow, int]  # a row and the shard it belongs to
 
@@ -26,26 +26,26 @@ def encode_rows(
     shard_rows: int,
     progress: Callable[[str, int], Any] = lambda what, rows: None,
 ) -> None:
-    """Writes all rows; shards that are committed already are passed over.
+    """Writes all rows and skips shards that are already committed.
 
-    A shard holds ``shard_rows`` selected rows less those that are too long, so which row is in
-    which shard does not depend on where an earlier run was stopped.
+    A shard holds ``shard_rows`` selected rows minus those that are too long. So a row's shard does
+    not depend on where an earlier run stopped.
 
     Args:
-      rows: what to write, in a reproducible order.
+      rows: the rows, in a reproducible order.
       renderer: turns text into tokens.
-      writer: of the corpus.
+      writer: the corpus's writer.
       max_length: longer rows are dropped and counted.
-      shard_rows: rows a shard.
-      progress: called with what is done and how many rows so far.
+      shard_rows: rows per shard.
+      progress: called with what is done and the number of rows so far.
 
     Raises:
       UserError: a row cannot be rendered.
     """
     shards = _Shards(writer, max_length)
     try:
-        # One batch is cut into tokens, in the tokenizer's own threads, while the rows of the next
-        # are read; results are written in order.
+        # One batch is tokenised, in the tokenizer's own threads, while the rows of the next are
+        # read. Results are written in order.
         with ThreadPoolExecutor(1) as pool:
             pending: tuple[list[_Place], Future[list[Encoded]]] | None = None
             for batch in _batches(_missing(rows, writer, shard_rows, progress)):
@@ -66,7 +66,7 @@ def encode_rows(
 
 
 def left_out(row: Encoded, max_length: int) -> str | None:
-    """Why a row is not written, or None."""
+    """The reason for dropping a row, or None."""
     return row.drop or length_problem(len(row.tokens), row.prompt_length, max_length)
 
 
@@ -88,7 +88,7 @@ def _missing(
 
 
 def _batches(places: Iterator[_Place]) -> Iterator[list[_Place]]:
-    """Runs of rows of one source and kind."""
+    """Groups consecutive rows of one source and kind."""
     batch: list[_Place] = []
     for place in places:
         if batch and (len(batch) == BATCH_ROWS or place[0].label != batch[0][0].label):
@@ -100,7 +100,7 @@ def _batches(places: Iterator[_Place]) -> Iterator[list[_Place]]:
 
 
 class _Shards:
-    """The open shard of every split."""
+    """The open shard of each split."""
 
     def __init__(self, writer: CorpusWriter, max_length: int) -> None:
         self._writer = writer

@@ -1,15 +1,15 @@
-"""One example of the corpus as bytes: a tf.train.Example, without TensorFlow.
+"""Encodes one example of the corpus as a tf.train.Example, without TensorFlow.
 
-The format is protobuf's. An Example is a map from names to lists; integers are varints of seven
-bits a byte, least significant first, the high bit set on all but the last. The entries are sorted
-by name, so that equal rows have equal bytes.
+The format is protobuf's. An Example is a map from names to lists. Integers are varints of seven
+bits per byte, least significant first; the high bit is set on all bytes but the last. Entries are
+sorted by name, so that equal rows have equal bytes.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-# Tags of protobuf: field number times 8 plus wire type (2: a length, then so many bytes).
+# Protobuf tags: field number times 8 plus wire type (2: a length, then that many bytes).
 _FIELD_1, _FIELD_2, _FIELD_3 = b"\x0a", b"\x12", b"\x1a"
 
 
@@ -65,7 +65,7 @@ def encode_varints(values: np.ndarray) -> bytes:
     while values.max() >> np.uint64(7 * places):
         places += 1
     shifts = np.arange(places, dtype=np.uint64) * np.uint64(7)
-    groups = values[:, None] >> shifts  # [n, places]: what is left from each place on
+    groups = values[:, None] >> shifts  # [n, places]: the bits from each place on
     present = groups > 0
     present[:, 0] = True
     more = np.zeros_like(present)
@@ -103,7 +103,7 @@ def _sized(data: bytes) -> bytes:
 
 
 def _take(data: memoryview, tag: bytes) -> tuple[memoryview, memoryview]:
-    """The content of the first field, which must have this tag, and what follows it."""
+    """The content of the first field, which must have this tag, and the bytes after it."""
     if data[:1] != tag:
         raise ValueError("not an example of this corpus")
     size = shift = 0

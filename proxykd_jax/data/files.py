@@ -1,4 +1,4 @@
-"""Which files a path of the config names, and their rows by what the files hold."""
+"""Lists the files that a path of the config names, and reads their rows by content type."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _MMLU_COLUMNS = 6
 
 
 def list_files(pattern: str) -> list[Path]:
-    """The files of a path: itself, a folder's (with those below it), or a glob's, sorted.
+    """The files of a path, sorted: a file, all files below a folder, or the matches of a glob.
 
-    In folders, hidden files and files with other endings than ``ENDINGS`` are passed over; a
-    file that is named, or that a glob matches, is always read.
+    In folders, hidden files and files with endings other than ``ENDINGS`` are skipped. A file that
+    is named, or that a glob matches, is always read.
 
     Raises:
       UserError: there are none.
@@ -48,7 +48,7 @@ def list_files(pattern: str) -> list[Path]:
 
 
 def read_file(path: Path) -> Iterator[tuple[Record, str]]:
-    """Yields ``(record, origin)`` of one file: Parquet, CSV of MMLU's form, or JSON.
+    """Yields ``(record, origin)`` of one file: Parquet, CSV in MMLU's form, or JSON.
 
     Raises:
       UserError: the file is damaged.
@@ -68,7 +68,7 @@ def read_file(path: Path) -> Iterator[tuple[Record, str]]:
 
 
 def _read_mmlu_csv(path: Path) -> Iterator[tuple[Record, str]]:
-    """Question, four choices and answer; the answer is a letter, or 0 to 3 below a header."""
+    """Question, four choices and answer: a letter, or 0 to 3 if the file has a header."""
     with open_decompressed(path) as binary:
         lines = (line.decode("utf-8-sig") for line in binary)
         reader = csv.reader(lines, strict=True)

@@ -1,6 +1,6 @@
-"""Schemas of corpora: recognised from a row, turned into conversations.
+"""Formats of corpora: recognises a row's format and turns the row into conversations.
 
-Every format is three things: the keys it needs (for messages to the user), a test whether a row
+A format has three parts: the keys that it needs (for messages to the user), a test whether a row
 has them, and a function from a row to conversations. Benchmark formats are in ``benchmarks.py``.
 """
 
@@ -20,13 +20,13 @@ Record = Mapping[str, Any]
 
 
 class Format(NamedTuple):
-    """How rows of one schema are read.
+    """How rows of one format are read.
 
     Attributes:
-      keys: the keys a row needs, in words.
+      keys: the keys that a row needs, in words.
       fits: whether a row has them.
-      conversations: the conversations of a row; ``prompts_only`` rows may lack the answer. Raises
-        RowProblem for a row that cannot be used.
+      conversations: the conversations of a row; with ``prompts_only`` the answer may be missing.
+        Raises RowProblem for an unusable row.
     """
 
     keys: str
@@ -52,7 +52,7 @@ _NECTAR_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 def _as_list(value: Any) -> list[Any] | None:
-    """A list of objects, also where a library keeps it as an object of lists."""
+    """A list of objects; some libraries store it as an object of lists."""
     if isinstance(value, Mapping) and value and all(isinstance(v, list) for v in value.values()):
         lengths = {len(column) for column in value.values()}
         if len(lengths) == 1:
@@ -67,7 +67,7 @@ def _first_of(row: Record, keys: tuple[str, ...]) -> Any:
 
 
 def _content(content: Any) -> Any:
-    """OpenAI's list of parts is joined where all parts are text."""
+    """Joins OpenAI's list of parts if all parts are text."""
     parts = _as_list(content)
     if not parts:
         return content
@@ -85,7 +85,7 @@ def _chat(value: Any, role_key: str, content_key: str, roles: Mapping[str, str])
         raise RowProblem("no prompt")
     if not all(isinstance(turn, Mapping) for turn in turns):
         raise RowProblem("content that is not text")
-    # A call of a tool comes without content; it is no answer that a student could learn.
+    # A tool call has no content. It is not an answer that a student could learn.
     return [
         (
             roles.get(turn.get(role_key), turn.get(role_key))
@@ -187,7 +187,7 @@ def _nectar(row: Record, source: SourceConfig, prompts_only: bool) -> list[RawTu
         turns.pop()
     if prompts_only:
         return [turns]
-    # By name, not by rank: the teacher is seldom ranked first.
+    # Selected by model name, not by rank: the teacher is rarely ranked first.
     answers = [
         answer.get("answer")
         for answer in _as_list(row.get("answers")) or []
@@ -214,7 +214,7 @@ def _no_conversations(row: Record, source: SourceConfig, prompts_only: bool) -> 
     raise AssertionError("plain texts are rows themselves")
 
 
-# Tried from the first to the last where the config says auto: the more special schemas first.
+# With format auto they are tried in this order, the most specific first.
 FORMATS: dict[str, Format] = {
     "nectar": Format("prompt, answers [{answer, model}]", _fits_nectar, _nectar),
     "openorca": Format(
@@ -243,11 +243,11 @@ FORMATS: dict[str, Format] = {
 
 
 def check_teacher(source: SourceConfig, place: str) -> None:
-    """OpenOrca has no column for the model: GPT-4's answers are told by the name of the file.
+    """Checks OpenOrca's teacher by file name, because OpenOrca has no column for the model.
 
     Args:
-      source: its ``teacher`` is what the answers should come from.
-      place: file or dataset that is read.
+      source: its ``teacher`` is the model whose answers are wanted.
+      place: name of the file or dataset.
 
     Raises:
       UserError: the name says that the answers are another model's, or that they are mixed.

@@ -1,4 +1,4 @@
-"""How many rows came in, why some went, and where the others are."""
+"""Counts the rows that were read, the reasons for dropping some, and the splits of the others."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def corpus_counts(
 
     Args:
       corpus: the section of the config.
-      read: what became of every source before tokens, by its label.
+      read: counts of each source before tokenisation, by its label.
       validation_fraction: the share that was set aside.
-      writer: of the corpus.
+      writer: the corpus's writer.
 
     Returns:
-      ``sources``: by label, rows ``read`` and ``kept`` and the ``drops`` by reason; ``splits``: by
+      ``sources``: by label, rows ``read`` and ``kept``, and ``drops`` by reason. ``splits``: by
       name, ``rows``, ``tokens``, ``answer_tokens``, and the ``expected_share`` of the rows that
-      validation leaves; ``validation_fraction``: the share that was set aside.
+      validation leaves. ``validation_fraction``: the share that was set aside.
     """
     drops = {label: Drops() for label in read}
     for label, count in read.items():
@@ -64,7 +64,7 @@ def corpus_counts(
 
 
 def describe_counts(counts: dict[str, Any]) -> str:
-    """The counts as a page."""
+    """The counts as text."""
     lines = ["rows by source"]
     for label, source in counts["sources"].items():
         lines.append(f"  {label}: {source['read']:,} read, {source['kept']:,} kept")

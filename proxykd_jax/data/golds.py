@@ -1,8 +1,8 @@
-"""Gold answers: what a question's correct final answer is, where its source says so.
+"""Gold answers: the correct final answer to a question, if its source gives one.
 
-Benchmark formats know it; a row of another format may say it under ``gold``. Golds are no part of
-the corpus: they are read from the sources again, whose digests the corpus pins, and found by the
-tokens of a row's prompt. They never become text that a model sees.
+Benchmark formats contain it; rows of other formats may have it under ``gold``. Golds are not part
+of the corpus. They are read again from the sources, whose digests the corpus records, and looked up
+by the tokens of a row's prompt. A model never sees them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from proxykd_jax.data.tokenizer import Tokenizer
 
 Golds = Mapping[bytes, list["Gold"]]
 _BATCH_ROWS = 512
-# What stands before a final answer; the last of them counts.
+# Text that introduces a final answer; the last occurrence counts.
 _MARKS = re.compile(r"-->|####|answer\s*(?:is|:)", re.IGNORECASE)
 _NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?")
 _LABEL = re.compile(r"\(([A-Z0-9])\)|(?<!\w)([A-Z0-9])(?!\w)")
@@ -45,7 +45,7 @@ class Gold(NamedTuple):
 
 
 def read_golds(config: Config, tokenizer: Tokenizer) -> Golds:
-    """The golds of the corpus's sources, by the bytes of the int32 tokens of a row's prompt.
+    """The golds of the corpus's sources, keyed by the bytes of a prompt's int32 tokens.
 
     Raises:
       UserError: a source is missing or damaged.
@@ -66,15 +66,15 @@ def read_golds(config: Config, tokenizer: Tokenizer) -> Golds:
 
 
 def prompt_key(prompt: np.ndarray) -> bytes:
-    """What a prompt's golds are found by."""
+    """The key under which a prompt's golds are stored."""
     return np.ascontiguousarray(prompt, "<i4").tobytes()
 
 
 def gold_of(name: str, record: Mapping[str, Any]) -> Gold | None:
-    """The gold of an item of a benchmark, or of a row's key ``gold``; None where there is none.
+    """The gold of a benchmark item, or of a row's key ``gold``; None if there is none.
 
     Args:
-      name: of the format.
+      name: name of the format.
       record: one item.
     """
     if name not in BENCHMARK_KEYS:
@@ -100,9 +100,9 @@ def gold_of(name: str, record: Mapping[str, Any]) -> Gold | None:
 
 
 def _labels(given: Any, choices: tuple[tuple[str, str], ...], *, by_place: bool) -> str:
-    """The right labels in the order of the choices, "B" or "ACD"; "" where they are not known.
+    """The right labels in the order of the choices, "B" or "ACD"; "" if unknown.
 
-    AGIEval writes them as "B", "ACD", "A C" or a list; re-dumps as places from 0.
+    AGIEval writes them as "B", "ACD", "A C" or a list; public copies as indices from 0.
     """
     known = [label for label, _ in choices]
     places = given if isinstance(given, list) else [given]
@@ -116,11 +116,11 @@ def _labels(given: Any, choices: tuple[tuple[str, str], ...], *, by_place: bool)
 
 
 def is_correct(answer: str, gold: Gold) -> bool:
-    """Whether an answer's final answer is the gold one.
+    """Whether the final answer in a text is the gold one.
 
-    The final answer is what follows the last of "-->", "####", "answer is" and "answer:". Without
+    The final answer is the text after the last "-->", "####", "answer is" or "answer:". Without
     such a mark it is the last number, the last bracketed label of a choice (or the whole text, if
-    it is a label or a choice), or the last words.
+    that is a label or a choice), or the last words.
     """
     marks = list(_MARKS.finditer(answer))
     tail = answer[marks[-1].end() :] if marks else answer
@@ -135,7 +135,7 @@ def is_correct(answer: str, gold: Gold) -> bool:
 
 
 def _chosen(tail: str, gold: Gold, *, marked: bool) -> str | None:
-    """The label that a text chooses."""
+    """The label of the choice that a text selects."""
     labels = {label for label, _ in gold.choices}
     whole = normalised_words(tail)
     by_text = [label for label, text in gold.choices if normalised_words(text) == whole]

@@ -1,9 +1,9 @@
-"""A strict reader of JSON Lines and of JSON arrays, one record at a time.
+"""A strict reader of JSON Lines and JSON arrays, one record at a time.
 
-Loaders that guess types turn date-like texts into dates and mixed ids into numbers; this one
-returns what the file says or an error with file and line. UTF-8 only (a byte order mark is
-skipped), objects only, no repeated keys, no NaN. Compression is seen from the content, not the
-name. Memory is bounded by ``MAX_RECORD_BYTES`` whatever the file's size.
+Loaders that guess types turn date-like texts into dates and mixed ids into numbers. This one
+returns what the file contains, or an error with file and line. It accepts UTF-8 only (a byte order
+mark is skipped), objects only, no repeated keys and no NaN. It detects compression by content, not
+by name. Memory is bounded by ``MAX_RECORD_BYTES``, whatever the file's size.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def read_json_records(
 ) -> Iterator[tuple[Record, str]]:
     """Yields ``(record, "file:line")`` of a JSON Lines file or of a file that is one JSON array.
 
-    Which of the two it is shows in its first character, so the name does not matter. A file that
+    The first character decides between the two forms, so the file name does not matter. A file that
     is one object over several lines is one record.
 
     Raises:
-      UserError: the file is empty, cut off, not UTF-8, not JSON, or holds something else than
+      UserError: the file is empty, truncated, not UTF-8, not JSON, or contains something other than
         objects; a record is longer than ``max_record_bytes``.
     """
     try:
@@ -63,7 +63,7 @@ def read_json_records(
 
 
 def open_decompressed(path: Path) -> IO[bytes]:
-    """Opens a file for reading bytes; gzip is recognised by its first two bytes."""
+    """Opens a file for reading bytes; gzip is detected by its first two bytes."""
     with open(path, "rb") as file:
         compressed = file.read(2) == b"\x1f\x8b"
     return cast(IO[bytes], gzip.open(path, "rb") if compressed else open(path, "rb"))
@@ -111,8 +111,8 @@ def _skip_blank_lines(path: Path, file: IO[bytes], limit: int) -> tuple[int, byt
     blank = 0
     while line := file.readline(_CHUNK):
         if line.strip():
-            # A line longer than the chunk is joined here; an array may be one long line, so it
-            # is read no further than its first bytes.
+            # Read a line longer than the chunk to its end, except for an array, which may be one
+            # long line and is only needed up to its first bytes.
             if not line.endswith(b"\n") and line.lstrip()[:1] != b"[":
                 line += file.readline(limit + 1)
                 _check_length(path, blank + 1, line, limit)
@@ -199,7 +199,7 @@ def _read_array(
     text, place, count, ended = _decode_part(decoder, first, path), 0, 0, False
 
     def refill(size: int) -> None:
-        """Drops what is consumed and reads on."""
+        """Drops the consumed text and reads more."""
         nonlocal text, place, ended
         data = file.read(size)
         ended = not data
@@ -240,8 +240,8 @@ def _read_array(
             except RecursionError as error:
                 raise UserError(f"{path}:{number}: the nesting is too deep.") from error
             except ValueError as error:
-                # Either damaged, or its end has not been read yet. Doubling keeps the work of
-                # trying again proportional to the record's length.
+                # Either the record is damaged, or its end has not been read yet. Doubling the
+                # buffer keeps the cost of retries proportional to the record's length.
                 if not isinstance(error, json.JSONDecodeError):
                     raise UserError(f"{path}:{number}: {error}.") from error
                 if ended:

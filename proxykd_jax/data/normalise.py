@@ -1,11 +1,11 @@
-"""Texts made comparable. Only keys are normalised: what a model reads is the corpus as it is."""
+"""Normalises texts for comparison. Only keys are normalised; models read the corpus unchanged."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 
-# A letter of a script without spaces (kana, Han, Hangul) counts as a word of its own.
+# In scripts without spaces (kana, Han, Hangul) each letter counts as a word.
 _WORD = re.compile(
     r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af]"
     r"|[^\W_\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af]+"
@@ -13,12 +13,10 @@ _WORD = re.compile(
 
 
 def normalise_text(text: str) -> str:
-    """NFKC and case folded, runs of white space as one space, ends trimmed. Doing it twice
-    changes nothing more.
-    """
+    """NFKC, case folding, single spaces between words, no space at the ends. Idempotent."""
     if text.isascii():
         return " ".join(text.split()).lower()
-    # Folding can leave forms that NFKC composes, so it comes between two rounds of NFKC.
+    # Folding can leave forms that NFKC composes, so NFKC runs before and after it.
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return " ".join(folded.split())
 

@@ -1,7 +1,7 @@
-"""The order of an epoch: a pure function of (seed, epoch, lengths), never a state.
+"""The order of an epoch: a pure function of (seed, epoch, lengths), without state.
 
-A checkpoint therefore holds a step and no iterator, and every process computes the same global
-batches. Plans are NumPy arrays; a Python object is made only for the batch that is looked at.
+So a checkpoint stores a step and no iterator, and every process computes the same global batches.
+Plans are NumPy arrays; Python objects are made only for the batch that is accessed.
 """
 
 from __future__ import annotations
@@ -16,38 +16,39 @@ import numpy as np
 
 Batching = Literal["pad", "bucket", "pack"]
 
-# Rows are sorted by length, or packed, within windows of the shuffled order: what shares a batch
-# stays random. With 64 batches a window, neighbours in length are near enough that padding falls
-# to what the rounding up to buckets costs.
+# Rows are sorted by length, or packed, within windows of the shuffled order, so batches stay
+# random. With 64 batches per window, neighbours in length are so close that almost all padding
+# comes from rounding up to buckets.
 _WINDOW_BATCHES = 64
 _PACK_WINDOW_ROWS = 1024
 _MOST_SEGMENTS = 64
-# A is a multiple of such a part of its rows' positions. Each A is another program to compile: of 26
-# batches of GPT-4's answers on one device eighths make 24 programs and 1.10 places an answer,
-# sixteenths 26 and 1.04, parts of 32 26 and 1.03; of 81 batches of stories 23, 32 and 41 programs.
+# A is a multiple of this fraction of its rows' positions. Each A compiles another program. For 26
+# batches of GPT-4's answers on one device, eighths give 24 programs and 1.10 positions per answer
+# token, sixteenths 26 and 1.04, parts of 32 26 and 1.03. For 81 batches of stories the three give
+# 23, 32 and 41 programs.
 _ANSWER_PARTS = (32, 16, 8, 4, 2)
-# A program takes about as long to compile as 10 to 30 steps, of which closer lengths spare a tenth.
-# Fewer than 8 are no closer than the others; 32 leave 3 to 6 % of padding, and more would fill a
-# process with programs (``parallel/mappings.py``).
+# Compiling a program takes as long as 10 to 30 steps, and closer lengths save a tenth of a step.
+# Fewer than 8 lengths are no closer than the default ones. 32 leave 3 to 6 % padding; more would
+# fill a process with programs (``parallel/mappings.py``).
 _CLOSE_LENGTHS = (16, 32, 64, 128, 256)
 _STEPS_A_PROGRAM = 16
 _FEWEST_LENGTHS, _MOST_LENGTHS = 8, 32
-_MOST_PROGRAMS = 48  # of a first epoch; those that follow add some
-_ROWS, _BATCHES = 0, 1  # what a permutation is of: independent random streams
+_MOST_PROGRAMS = 48  # in the first epoch; later epochs add some
+_ROWS, _BATCHES = 0, 1  # purposes of a permutation: independent random streams
 
 
 @dataclass(frozen=True)
 class PlannedBatch:
-    """What one global batch holds.
+    """The contents of one global batch.
 
     Attributes:
-      rows: indices of the examples of every row; an empty tuple is a row of padding. There are
-        always ``batch_size`` rows.
-      length: positions a row.
-      num_segments: S, the most examples a row may hold; the same in all batches of a plan.
-      answers: A, places of ``together`` rows for positions inside the mask; None where nobody
-        counted them.
-      together: how many rows, side by side, share their places.
+      rows: indices of the examples of each row; an empty tuple is a padding row. There are always
+        ``batch_size`` rows.
+      length: positions per row.
+      num_segments: S, most examples per row; the same in all batches of a plan.
+      answers: A, size of the list of positions inside the mask for ``together`` rows; None if they
+        were not counted.
+      together: number of consecutive rows that share a list.
     """
 
     rows: tuple[tuple[int, ...], ...]
@@ -61,8 +62,8 @@ class EpochPlan(Sequence[PlannedBatch]):
     """All batches of an epoch, in order.
 
     Attributes:
-      batch_size: rows a batch.
-      num_segments: S of every batch.
+      batch_size: rows per batch.
+      num_segments: S of each batch.
     """
 
     def __init__(
@@ -86,23 +87,23 @@ class EpochPlan(Sequence[PlannedBatch]):
 
     @property
     def num_shapes(self) -> int:
-        """How many shapes its batches have: each is another program to compile."""
+        """Number of different batch shapes; each compiles a program."""
         answers = self._batch_lengths if self._batch_answers is None else self._batch_answers
         return len(set(zip(self._batch_lengths.tolist(), answers.tolist(), strict=True)))
 
     def with_answers(self, answers: np.ndarray, *, together: int, parts: int) -> EpochPlan:
-        """The same batches, which say how many places their answers take.
+        """The same batches, with the size of the list that their answers need.
 
         Args:
           answers: integer[n], positions inside the mask of each example.
-          together: how many rows of a batch share their places; it divides ``batch_size``.
-          parts: A is a multiple of the positions of ``together`` rows over this number.
+          together: number of rows of a batch that share a list; it divides ``batch_size``.
+          parts: A is a multiple of the positions of ``together`` rows divided by this number.
 
         Raises:
-          ValueError: rows that cannot be grouped.
+          ValueError: the rows cannot be grouped.
         """
         if self.batch_size % together:
-            raise ValueError(f"{self.batch_size} rows are no groups of {together}.")
+            raise ValueError(f"{self.batch_size} rows cannot be split into groups of {together}.")
         before = np.concatenate([[0], np.cumsum(np.asarray(answers, np.int64)[self._examples])])
         of_row = np.diff(before[self._row_starts])
         of_row = np.pad(of_row, (0, self.batch_size))  # the last batch may have fewer rows
@@ -151,15 +152,16 @@ class EpochPlan(Sequence[PlannedBatch]):
 def default_buckets(max_length: int, steps: int = 0) -> tuple[int, ...]:
     """Lengths that batches are padded to: 32, 48, 64, 96, ... up to what ``max_length`` needs.
 
-    Steps of 1.5 and 1.33 keep padding under a third of a row and the number of compiled shapes
-    logarithmic. Where no row needs 32 positions, the one length is the next multiple of 8.
+    Steps of 1.5 and 1.33 keep padding under a third of a row, and the number of compiled shapes
+    grows with the logarithm. If no row needs 32 positions, the only length is the next multiple of
+    8.
 
-    With many ``steps`` multiples of 256, 128, 64, 32 or 16 take their place, 32 of them at most,
-    the closest of which each is still compiled for 16 steps or more.
+    With many ``steps``, multiples of 256, 128, 64, 32 or 16 are used instead: at most 32 lengths,
+    as close as possible while each is compiled for 16 steps or more.
 
     Args:
       max_length: tokens of the longest row; it has one position fewer.
-      steps: that will be taken on the batches.
+      steps: number of steps to be taken on the batches.
     """
     longest = max(max_length - 1, 1)
     for step in _CLOSE_LENGTHS:
@@ -180,15 +182,15 @@ def default_buckets(max_length: int, steps: int = 0) -> tuple[int, ...]:
 def by_length(
     positions: np.ndarray, batch_size: int, buckets: Sequence[int]
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Batches for passes whose order does not matter: neighbours in length together.
+    """Batches for passes whose order does not matter: rows of similar length together.
 
     Args:
-      positions: integer[n], places that each example takes.
-      batch_size: rows a batch; the last may have fewer.
-      buckets: lengths that batches may have, ascending.
+      positions: integer[n], positions of each example.
+      batch_size: rows per batch; the last may have fewer.
+      buckets: allowed batch lengths, ascending.
 
     Yields:
-      (indices, length): which examples, and the smallest bucket that holds them.
+      (indices, length): the examples, and the smallest bucket that fits them.
     """
     order = np.argsort(positions, kind="stable")
     for start in range(0, len(order), batch_size):
@@ -197,10 +199,10 @@ def by_length(
 
 
 def permutation(count: int, *, seed: int, epoch: int, purpose: int = 0) -> np.ndarray:
-    """int64[count]: a random order that depends on the arguments alone.
+    """int64[count]: a random order that depends only on the arguments.
 
-    The raw bits of Philox are sorted, because they are the same in every version of NumPy, which
-    its ``permutation`` need not be.
+    It sorts the raw bits of Philox, which are the same in every version of NumPy; the results of
+    NumPy's ``permutation`` may change.
     """
     bits = np.random.Philox(
         key=np.array([seed, epoch], np.uint64), counter=np.array([0, 0, 0, purpose], np.uint64)
@@ -219,19 +221,18 @@ def plan_epoch(
 ) -> EpochPlan:
     """Puts every example of a split into exactly one batch.
 
-    ``pad``: batches of the shuffled order, each as long as the smallest bucket that holds its
-    longest row. ``bucket``: the same after sorting by length within windows of the shuffled
-    order; the order of the batches is shuffled again. ``pack``: several examples share a row as
-    long as the largest bucket, by first-fit decreasing within windows of the shuffled order; the
-    order of the rows is shuffled again. Nothing is left out: the batch that the data do not fill
-    has empty rows.
+    ``pad``: batches of the shuffled order, each as long as the smallest bucket that fits its
+    longest row. ``bucket``: the same after sorting by length within windows of the shuffled order;
+    the batches are then shuffled. ``pack``: several examples share a row as long as the largest
+    bucket, by first-fit decreasing within windows of the shuffled order; the rows are then
+    shuffled. No example is left out: a batch that is not full gets empty rows.
 
     Args:
-      lengths: integer[n], positions of each example (its tokens less one).
-      seed, epoch: what the order depends on.
-      batch_size: rows a batch, over all processes.
-      batching: the way.
-      buckets: lengths that batches may have, ascending.
+      lengths: integer[n], positions of each example (its tokens minus one).
+      seed, epoch: determine the order.
+      batch_size: rows per batch, over all processes.
+      batching: one of the three above.
+      buckets: allowed batch lengths, ascending.
 
     Raises:
       ValueError: an example is longer than the largest bucket.
@@ -265,18 +266,18 @@ def plan_epoch(
 def affordable_parts(
     plan: EpochPlan, answers: np.ndarray, *, together: int, steps: int
 ) -> int | None:
-    """How closely A may follow what batches hold, where so many steps are taken on them.
+    """How finely A may follow the contents of batches when this many steps are taken on them.
 
-    The most ``parts`` of which each program is compiled for 16 steps or more, or that make no more
-    programs than a plan that counts no answers.
+    The largest ``parts`` for which each program is compiled for 16 steps or more, or for which
+    there are no more programs than without counting answers.
 
     Args:
-      plan: of the first epoch.
+      plan: plan of the first epoch.
       answers, together: as in ``EpochPlan.with_answers``.
-      steps: that will be taken on batches of such plans.
+      steps: number of steps on batches of such plans.
 
     Returns:
-      The parts; None where no answers shall be counted.
+      The parts; None if answers should not be counted.
     """
     most = max(min(steps // _STEPS_A_PROGRAM, _MOST_PROGRAMS), plan.num_shapes)
     for parts in _ANSWER_PARTS:
@@ -286,9 +287,9 @@ def affordable_parts(
 
 
 def packed_segments(lengths: np.ndarray, capacity: int) -> int:
-    """S of packed rows: twice as many as examples of mean length fit, at most 64.
+    """S of packed rows: twice the number of examples of mean length that fit, at most 64.
 
-    It depends on the lengths alone, so that no epoch has a shape of its own.
+    It depends only on the lengths, so all epochs have the same shapes.
     """
     if len(lengths) == 0:
         return 1
@@ -305,7 +306,7 @@ def _plan_packed(
     capacity: int,
 ) -> EpochPlan:
     num_segments = packed_segments(lengths, capacity)
-    row_of = np.empty(len(order), np.int64)  # the packed row of each place in the order
+    row_of = np.empty(len(order), np.int64)  # the packed row of each index in the order
     num_rows = 0
     for start in range(0, len(order), _PACK_WINDOW_ROWS):
         window = slice(start, start + _PACK_WINDOW_ROWS)
@@ -331,12 +332,13 @@ def _plan_packed(
 
 
 def _first_fit_decreasing(lengths: np.ndarray, capacity: int, most: int) -> np.ndarray:
-    """int64[n]: the row of each example; rows hold ``capacity`` positions and ``most`` examples."""
+    """int64[n]: the row of each example; a row holds ``capacity`` positions and ``most``
+    examples."""
     assignment = np.empty(len(lengths), np.int64)
     free = np.full(len(lengths), capacity, np.int64)
     count = np.zeros(len(lengths), np.int64)
     for example in np.argsort(-lengths, kind="stable"):
-        # A row never used has room for anything, so argmax finds one.
+        # An unused row has room for every example, so argmax always finds one.
         row = int(np.argmax(free >= lengths[example]))
         assignment[example] = row
         free[row] -= lengths[example]

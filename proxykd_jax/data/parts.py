@@ -1,8 +1,8 @@
-"""A folder of arrays written part by part: a kill loses at most the part being written.
+"""A folder of arrays written part by part; a kill loses at most the part being written.
 
-A part is one safetensors file under a number. It is written under a temporary name, synced and
-renamed, so a file with a part's name is a whole one. Its header holds the digest of its arrays.
-The bytes of a part depend on its arrays and metadata alone.
+A part is one numbered safetensors file. It is written under a temporary name, synced and renamed,
+so a file with a part's name is complete. Its header holds the digest of its arrays. The bytes of a
+part depend only on its arrays and metadata.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from proxykd_jax.errors import UserError
 from proxykd_jax.peers import on_first
 
 _NAME = re.compile(r"part_(\d{5,})\.safetensors")
-# One key only: the writer keeps a header's metadata in a hash map, whose order changes from run
+# A single key: the writer keeps a header's metadata in a hash map, whose order changes from run
 # to run.
 _METADATA_KEY = "proxykd"
 _DTYPES = {
@@ -38,12 +38,12 @@ _DTYPES = {
 
 
 class Part:
-    """Arrays of one file, mapped into memory: what is not looked at is not read.
+    """Arrays of one file, memory-mapped: only accessed parts are read.
 
     Attributes:
       path: the file.
       arrays: by name, read-only.
-      metadata: what was given to ``PartFolder.commit``.
+      metadata: the value given to ``PartFolder.commit``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,10 +59,10 @@ class Part:
             raise damaged(path, str(error) or type(error).__name__) from error
 
     def verify(self) -> None:
-        """Reads everything once.
+        """Reads the whole file once and checks its digest.
 
         Raises:
-          UserError: the arrays are not those that were written.
+          UserError: the arrays differ from those that were written.
         """
         if digest_arrays(self.arrays) != self.digest:
             raise damaged(self.path, "its digest differs")
@@ -72,7 +72,7 @@ class PartFolder:
     """The parts of one folder.
 
     Args:
-      folder: where they are.
+      folder: its location.
       one_of_several: other processes may commit the same part at the same time.
     """
 
@@ -84,16 +84,16 @@ class PartFolder:
         return self.folder / f"part_{index:05d}.safetensors"
 
     def complete(self) -> list[int]:
-        """Numbers of the parts that are there, in order."""
+        """Numbers of the existing parts, in order."""
         if not self.folder.is_dir():
             return []
         matches = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
         return sorted(int(match.group(1)) for match in matches if match)
 
     def resume(self, num_parts: int) -> list[int]:
-        """Makes the folder ready to go on and names the parts still to be made.
+        """Prepares the folder for continuing; returns the parts still to make.
 
-        What a killed process left half-written is removed; the parts that are there are verified.
+        Half-written files of a killed process are removed, and existing parts are verified.
 
         Raises:
           UserError: a part is damaged, or there are more than ``num_parts``.
@@ -119,16 +119,17 @@ class PartFolder:
         arrays: Mapping[str, np.ndarray],
         metadata: Mapping[str, Any] | None = None,
     ) -> str:
-        """Writes a whole part or nothing, and returns the digest of its arrays.
+        """Writes a whole part or nothing; returns the digest of its arrays.
 
         Args:
           index: the part's number, from 0.
-          arrays: by name; bool, integers or floats of a type that JSON headers can name.
+          arrays: by name; bool, integers or floats of the dtypes in ``_DTYPES``.
           metadata: JSON values.
         """
         from safetensors.numpy import save
 
-        # The writer takes the memory of a transposed or strided array as it lies: wrong values.
+        # The writer ignores the strides of a transposed or strided array and would write wrong
+        # values.
         plain = {name: np.ascontiguousarray(array) for name, array in sorted(arrays.items())}
         for name, array in plain.items():
             if array.dtype not in [np.dtype(dtype) for dtype in _DTYPES.values()]:
@@ -161,8 +162,8 @@ def digest_arrays(arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def damaged(path: Path, what: str) -> UserError:
-    """The error for a file that is not as it was written."""
-    return UserError(f"{path} is damaged ({what}). Remove it and run again: it is made anew.")
+    """The error for a file that has changed since it was written."""
+    return UserError(f"{path} is damaged ({what}). Remove it and run again to rebuild it.")
 
 
 def _map_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -181,7 +182,7 @@ def _map_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     arrays = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        # A plain view: every slice of a memmap object pays for being one.
+        # A plain view: slicing a memmap object is slower.
         flat = np.asarray(memory[start + begin : start + end])
         arrays[name] = flat.view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return arrays, metadata

@@ -1,4 +1,4 @@
-"""A line that says how far a long loop over rows is: in place on a terminal, rarely elsewhere."""
+"""Reports how many rows a long loop has done: in place on a terminal, rarely elsewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _TERMINAL_SECONDS, _PLAIN_SECONDS = 0.5, 30.0
 
 
 class Progress:
-    """``progress("rows read", 1000)`` as often as one likes; writes to stderr now and then."""
+    """``progress("rows read", 1000)`` may be called often; it writes to stderr now and then."""
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()

@@ -1,4 +1,4 @@
-"""A source of the config as an iterator of rows. Memory does not grow with the source."""
+"""Reads a source of the config as an iterator of rows, in constant memory."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ Record = Mapping[str, Any]
 
 
 def source_pieces(source: SourceConfig) -> list[SourceConfig]:
-    """A source cut into its files, each a source of its own that is read by itself.
+    """Splits a source into its files, each as a source that can be read separately.
 
-    Read one after the other they give the source's rows. Whatever is no list of files stays whole,
-    and so does a source with a ``limit``: where that ends is known by reading it in order.
+    Read in order, they give the source's rows. A source stays whole if it is not a list of files,
+    or if it has a ``limit``, whose end is known only by reading in order.
 
     Raises:
-      UserError: its path names nothing.
+      UserError: its path matches nothing.
     """
     if source.path is None or source.limit is not None:
         return [source]
@@ -44,7 +44,7 @@ def source_pieces(source: SourceConfig) -> list[SourceConfig]:
 
 
 def no_usable_row(source: SourceConfig, drops: Drops) -> UserError:
-    """The error for a source that gives nothing; ``drops`` are its rows that were left out."""
+    """The error for a source without usable rows; ``drops`` counts the dropped rows."""
     return UserError(
         f"{source.path or source.dataset or source.tfds} gives no row that can be used. "
         f"Left out: {drops if drops.total else 'nothing, it is empty'}."
@@ -64,13 +64,12 @@ def read_source(
     Args:
       source: files, a Hugging Face dataset or a TFDS builder. ``source.limit`` counts the rows
         that are yielded.
-      prompts_only: yield prompts, which end with the user, and need no answers (answers that are
-        there are left off). Otherwise every row ends with the teacher's answer. Plain texts are
-        the same either way.
-      drops: counts rows that are left out: a damaged row does not stop the reading, a damaged
-        file does.
+      prompts_only: yield prompts, which end with the user; answers are not needed, and existing
+        ones are dropped. Otherwise every row ends with the teacher's answer. Plain texts are the
+        same in both cases.
+      drops: counts dropped rows. A damaged row does not stop the reading; a damaged file does.
       source_index: copied into the rows.
-      is_piece: the source is one of ``source_pieces`` and may give no row.
+      is_piece: the source comes from ``source_pieces`` and may give no row.
 
     Raises:
       UserError: the source is missing, damaged or of another format, or gives no row at all.
@@ -93,7 +92,7 @@ def read_source(
 
 
 def read_records(source: SourceConfig) -> Iterator[tuple[str, Record, str]]:
-    """(format, record, origin) of every row of a source or item of a benchmark, as it stands.
+    """(format, record, origin) of every row of a source or item of a benchmark, unchanged.
 
     Raises:
       UserError: the source is missing, damaged or of another format.
@@ -117,7 +116,7 @@ def _parts(source: SourceConfig) -> Iterator[tuple[str, Iterable[tuple[Record, s
     elif source.dataset is not None:
         yield source.dataset, read_dataset(source.dataset, source.split, source.subset)
     else:
-        assert source.tfds is not None  # one of the three, by the config's own check
+        assert source.tfds is not None  # the config requires one of the three
         yield source.tfds, read_tfds(source.tfds, source.split)
 
 
@@ -174,7 +173,7 @@ def _expand(
 
 
 def _format_of(record: Record, origin: str, source: SourceConfig) -> str:
-    """The format of a file, from its first row."""
+    """The format of a file, determined from its first row."""
     if source.format != "auto":
         fits = (
             benchmark_format(record) == source.format
@@ -203,7 +202,7 @@ def _format_of(record: Record, origin: str, source: SourceConfig) -> str:
 def _check_part(
     name: str, place: str, source: SourceConfig, prompts_only: bool, answers: Answers | None
 ) -> None:
-    """What must hold for a whole file before its rows are read."""
+    """Checks a whole file before its rows are read."""
     if name in BENCHMARK_KEYS:
         if answers is None and not prompts_only:
             raise UserError(
@@ -224,16 +223,16 @@ def _shown(record: Record) -> str:
 
 
 def sought_in_corpus(path: str) -> Iterator[SoughtText]:
-    """The questions of a benchmark's files, to be looked for in a corpus.
+    """The questions of a benchmark's files, to search for in a corpus.
 
-    Official forms and their re-dumps are recognised; of any other file that ``read_source`` can
-    read, the user's messages are the questions. Items without a question are passed over.
+    Official forms and their public copies are recognised. In any other file that ``read_source``
+    can read, the user's messages are the questions. Items without a question are skipped.
 
     Args:
       path: file, folder or glob.
 
     Raises:
-      UserError: nothing is there, a file is damaged, or of no known format.
+      UserError: there are no files, or a file is damaged or of unknown format.
     """
     for file in list_files(path):
         records = read_file(file)

@@ -1,4 +1,4 @@
-"""A row of a corpus as text, and the count of rows that were left out."""
+"""A row of a corpus as text, and the count of dropped rows."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class TextRow:
     """A conversation, or a plain text.
 
     Attributes:
-      messages: an optional system message, then user and assistant in turn. A teacher's row ends
-        with the assistant's answer, a prompt without answer with the user. Empty for a plain text.
+      messages: an optional system message, then user and assistant alternating. A teacher's row
+        ends with the assistant's answer, a prompt with the user. Empty for a plain text.
       text: the plain text; None for a conversation.
-      origin: where the row was read, ``file:line`` (``file:row`` where files have no lines).
-      source_index: which source of the config it came from.
-      prompt: of a plain text: the beginning that is its prompt; None where it has none or it was
-        not looked for (``text_prompts.with_prompts``).
+      origin: where the row was read, ``file:line`` (``file:row`` if files have no lines).
+      source_index: index of its source in the config.
+      prompt: for a plain text, the beginning that is its prompt; None if it has none, or if it was
+        not determined (``text_prompts.with_prompts``).
     """
 
     messages: tuple[Message, ...]
@@ -41,9 +41,10 @@ class TextRow:
 
     @property
     def first_user_message(self) -> str:
-        """The normalised key that decides the split: one question never lands in two splits.
+        """The normalised key that decides the split, so that one question never gets into two
+        splits.
 
-        Of a plain text it is the prompt, and the whole text where there is no prompt.
+        For a plain text it is the prompt, or the whole text if there is no prompt.
         """
         if self.text is not None:
             return normalise_text(self.text if self.prompt is None else self.prompt)
@@ -51,32 +52,32 @@ class TextRow:
 
     @property
     def user_texts(self) -> tuple[str, ...]:
-        """What the user says (a plain text: its prompt, and all of it), as it stands."""
+        """What the user says, unchanged; for a plain text its prompt and the whole text."""
         if self.text is not None:
             return (self.text,) if self.prompt is None else (self.prompt, self.text)
         return tuple(m.content for m in self.messages if m.role == "user")
 
     @property
     def without_answer(self) -> TextRow:
-        """The row as it is where it serves as a prompt alone: a plain text cut to its prompt."""
+        """The row when it serves only as a prompt: a plain text is cut to its prompt."""
         if self.text is None or self.prompt is None:
             return self
         return replace(self, text=self.prompt, prompt=None)
 
     @property
     def has_answer(self) -> bool:
-        """Whether the row ends with an answer. A plain text answers itself."""
+        """Whether the row ends with an answer. A plain text contains its own."""
         return self.text is not None or self.messages[-1].role == "assistant"
 
 
 @dataclass(slots=True)
 class Drops:
-    """Rows left out: how many for each reason, and where the first few of them stand.
+    """Dropped rows: the number for each reason, and the origins of the first few.
 
     Attributes:
       counts: reason -> rows.
       origins: reason -> origins of the first ``keep`` rows.
-      keep: origins kept a reason.
+      keep: number of origins kept per reason.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -99,7 +100,7 @@ class Drops:
 
     @property
     def total(self) -> int:
-        """Rows left out for any reason."""
+        """Rows dropped, over all reasons."""
         return sum(self.counts.values())
 
     def as_json(self) -> dict[str, Any]:
@@ -125,4 +126,4 @@ class Drops:
 
 
 class RowProblem(Exception):  # noqa: N818  (a verdict on one row, caught where rows are counted)
-    """Why one row is left out. The reason is counted in ``Drops``; reading goes on."""
+    """Why one row is dropped. The reason is counted in ``Drops``, and reading continues."""

@@ -1,8 +1,8 @@
-"""``corpus.max_rows``: which rows stay of a corpus that has more.
+"""``corpus.max_rows``: which rows of a larger corpus stay.
 
-Those of smallest hash among the rows that fit ``max_length``, so that as many rows are left as were
-asked for, whatever the order of the files. Only rows that may still be among them are cut into
-tokens: about ``max_rows`` times the logarithm of how many times too large the corpus is.
+Among the rows that fit ``max_length``, those with the smallest hashes stay. So as many rows
+stay as were asked for, whatever the order of the files. Only rows that may still be among them are
+tokenised: about ``max_rows`` times the logarithm of (corpus size / ``max_rows``).
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ _BATCH_ROWS = 512
 
 
 def length_problem(tokens: int, prompt_length: int, max_length: int) -> str | None:
-    """Why a row of this length is left out, or None. Cutting would leave answers without an end."""
+    """Why a row of this length is dropped, or None. Cutting would leave answers without an end."""
     if prompt_length >= max_length:
         return NO_ROOM
     return TOO_LONG if tokens > max_length else None
 
 
 def threshold_of(smallest: Sequence[int], max_rows: int) -> int:
-    """Hashes below it are those of at most ``max_rows`` rows that fit.
+    """A threshold; at most ``max_rows`` rows that fit have hashes below it.
 
     Args:
-      smallest: the ``max_rows + 1`` smallest hashes of rows that fit, or all, where fewer fit.
-      max_rows: rows to keep at most.
+      smallest: the ``max_rows + 1`` smallest hashes of rows that fit, or all if there are fewer.
+      max_rows: most rows to keep.
     """
     return max(smallest) if len(smallest) > max_rows else 1 << 64
 
 
 def below_threshold(hashes: np.ndarray, threshold: int) -> np.ndarray:
-    """bool[n]: which of some hashes (uint64[n]) are those of rows to keep."""
+    """bool[n]: which of these hashes (uint64[n]) belong to rows to keep."""
     return np.ones(len(hashes), bool) if threshold == 1 << 64 else hashes < np.uint64(threshold)
 
 
 class RowLimit:
-    """Sees the rows of a corpus one by one, then says which stay.
+    """Sees the rows of a corpus one by one, then decides which stay.
 
     Args:
-      max_rows: rows to keep at most.
+      max_rows: most rows to keep.
       max_length: tokens of the longest row that fits.
       renderer: turns text into tokens.
     """
@@ -63,7 +63,7 @@ class RowLimit:
         self._source: SourceConfig | None = None
 
     def add(self, row: TextRow, source: SourceConfig) -> None:
-        """The next row, of this source.
+        """Adds the next row, which belongs to this source.
 
         Raises:
           UserError: it cannot be rendered.
@@ -78,16 +78,16 @@ class RowLimit:
         self._waiting.append((number, row))
 
     def chosen(self) -> np.ndarray:
-        """bool, one a row in the order they came: whether it is among those to keep.
+        """bool per row, in the order of ``add``: whether to keep it.
 
-        Rows that do not fit count as kept where their hash is small enough, so that they are named
-        as too long and not as beyond ``max_rows``. Equal rows are kept or left together.
+        Rows that do not fit count as kept if their hash is small enough, so that they are reported
+        as too long and not as beyond ``max_rows``. Equal rows are all kept or all dropped.
         """
         return below_threshold(self.hashes, threshold_of(self.smallest(), self._max_rows))
 
     @property
     def hashes(self) -> np.ndarray:
-        """uint64[n], of the rows in the order they came."""
+        """uint64[n]: hashes of the rows, in the order of ``add``."""
         return np.frombuffer(self._hashes, np.uint64)
 
     def smallest(self) -> list[int]:
@@ -96,7 +96,7 @@ class RowLimit:
         return [-number for number in self._smallest]
 
     def _threshold(self) -> int:
-        """As ``threshold_of``, of what has been looked at."""
+        """``threshold_of`` the rows tokenised so far."""
         return -self._smallest[0] if len(self._smallest) > self._max_rows else 1 << 64
 
     def _look_at_waiting(self) -> None:

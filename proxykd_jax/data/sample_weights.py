@@ -1,4 +1,4 @@
-"""Sample weights of eq. 9, over all of a split."""
+"""Sample weights of eq. 9, over a whole split."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Weights:
-    """Sample weights of a split (eq. 9) and what they come from.
+    """Sample weights of a split (eq. 9) and the statistics behind them.
 
     Attributes:
       sample_weight: float32 ``[n]``.
@@ -35,8 +35,8 @@ def weights_of(
 ) -> Weights:
     """w(x, y) of eq. 9 for all rows of a split.
 
-    mu and gamma are taken over the whole split in float64, in two passes, and over finished
-    answers only: the likelihood of a truncated one is that of a beginning.
+    mu and gamma are computed over the whole split in float64, in two passes. Only finished answers
+    count, because the likelihood of a truncated answer is that of a beginning only.
 
     Args:
       seq_logliks: float64 ``[n]``, summed log-likelihoods in nats.
@@ -44,7 +44,7 @@ def weights_of(
       finished: bool ``[n]`` (default: all).
       loglik: ``sum``, as printed, or ``token_mean``.
       normalize: scale the weights to mean 1 over the split.
-      enabled: without, every weight is 1.
+      enabled: if False, every weight is 1.
     """
     from proxykd_jax.losses import alignment_weights, length_correlation, normalize_weights
 
@@ -60,7 +60,7 @@ def weights_of(
     if not enabled:
         weights = np.ones(len(values), np.float32)
     else:
-        # Centred in float64 first: float32 has few digits left of a difference of long sums.
+        # Subtract in float64: in float32 the difference of long sums keeps few digits.
         found = alignment_weights(values - mean, 0.0, std)
         weights = np.asarray(normalize_weights(found) if normalize else found)
     correlation = float(length_correlation(weights, lengths, example_mask_B=inside))

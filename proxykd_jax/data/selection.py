@@ -1,12 +1,13 @@
-"""Which rows of the sources stay, and which part of the corpus each belongs to.
+"""Decides which rows of the sources stay, and which split each belongs to.
 
-Two passes over the text, because the share of validation rows needs the number of rows: the first
-keeps one byte a row, the second yields the rows that stay. Test prompts are in no other split,
-validation prompts neither (the split is by prompt), and a fresh prompt is in neither of them.
+There are two passes over the text, because the share of validation rows needs the number of rows.
+The first keeps one byte per row, and the second yields the rows that stay. Test prompts occur in no
+other split, nor do validation prompts, because the split is by prompt. Fresh prompts occur in
+neither.
 
-The prompt of a conversation is its first user message, that of a plain text its first sentences or
-tokens; split, test set, fresh prompts and benchmarks all look at it. Repeated rows and ``max_rows``
-go by the whole row.
+The prompt of a conversation is its first user message. That of a plain text is its first sentences
+or tokens. Split, test set, fresh prompts and benchmarks all use the prompt; deduplication and
+``max_rows`` use the whole row.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ MATCHES_SHOWN = 5
 
 @dataclass
 class SourceCount:
-    """What became of one source before tokens.
+    """Counts of one source before tokenisation.
 
     Attributes:
-      read: rows found in it, those left out while reading included.
-      drops: rows left out, by reason.
+      read: rows found, including those dropped during reading.
+      drops: dropped rows, by reason.
     """
 
     read: int = 0
@@ -53,14 +54,14 @@ class SourceCount:
 
 @dataclass
 class Selection:
-    """What the first pass found.
+    """The result of the first pass.
 
     Attributes:
-      kept: one byte a row of ``corpus.sources``, in reading order: whether it stays.
-      rows: how many stay.
+      kept: one byte per row of ``corpus.sources``, in reading order: whether it stays.
+      rows: number of rows that stay.
       validation_fraction: share set aside.
       test_prompts: prompts of the test set.
-      benchmarks: the questions to look for, or None.
+      benchmarks: the questions to search for, or None.
       sources: counts by the source's label.
     """
 
@@ -76,9 +77,9 @@ class SelectedRow(NamedTuple):
     """A row that stays.
 
     Attributes:
-      split: the part it belongs to.
-      label: its source's, for counts.
-      source: where it came from.
+      split: its split.
+      label: label of its source, for counts.
+      source: its source.
       row: the row.
     """
 
@@ -89,25 +90,25 @@ class SelectedRow(NamedTuple):
 
 
 def source_label(group: str, index: int, source: SourceConfig) -> str:
-    """How a source is named in counts: its key in the config and its place."""
+    """The name of a source in counts: its config key and its index."""
     return f"{group}.{index} ({source.path or source.dataset or source.tfds})"
 
 
 def nothing_left(sources: Mapping[str, SourceCount]) -> UserError:
-    """The error for a corpus of which no row stays, with the reasons."""
+    """The error for a corpus without any row left, with the reasons."""
     listed = "\n  ".join(f"{label}: {count.drops}" for label, count in sources.items())
     return UserError(f"No row of the corpus is left. Left out:\n  {listed}")
 
 
 def source_changed() -> UserError:
-    """The error for a source that has other rows when it is read again."""
+    """The error for a source whose rows differ when it is read again."""
     return UserError(
-        "A source of the corpus changed while it was read. Run again when it is at rest."
+        "A source of the corpus changed while it was read. Run again when it no longer changes."
     )
 
 
 def count_beyond(drops: Drops, rows: int) -> None:
-    """Counts rows beyond ``max_rows``, of which no example says anything."""
+    """Counts rows beyond ``max_rows``, without examples, which would explain nothing."""
     if rows:
         drops.counts[BEYOND_MAX_ROWS] = rows
         drops.origins[BEYOND_MAX_ROWS] = ["chosen by hash"]
@@ -118,13 +119,13 @@ def select_rows(
     renderer: Renderer,
     progress: Callable[[str, int], Any] = lambda what, rows: None,
 ) -> Selection:
-    """The first pass: reads everything, decides what stays.
+    """The first pass: reads everything and decides which rows stay.
 
     Args:
       corpus: the section of the config.
-      renderer: finds prompts that are counted in tokens, and rows that are too long to count
-        among ``max_rows``.
-      progress: called with what is done and how many rows so far.
+      renderer: finds prompts that are counted in tokens, and rows that are too long for
+        ``max_rows``.
+      progress: called with what is done and the number of rows so far.
 
     Raises:
       UserError: a source cannot be read, benchmark questions are in the corpus and
@@ -140,11 +141,11 @@ def select_rows(
         None if corpus.max_rows is None else RowLimit(corpus.max_rows, corpus.max_length, renderer)
     )
     kept = bytearray()
-    ends: dict[str, int] = {}  # where in kept a source's rows end
+    ends: dict[str, int] = {}  # index in kept where a source's rows end
     yielded: dict[str, int] = {}
     matches: list[Match] = []
     contaminated = 0
-    # Cutting texts into tokens once more is worth it only where somebody asks for their prompts.
+    # Tokenising texts an additional time pays only if their prompts are needed.
     asked = renderer if corpus.test or corpus.benchmarks else None
     for label, row in _read("sources", corpus.sources, sources, asked):
         if len(kept) % 10_000 == 0:
@@ -190,7 +191,7 @@ def selected_rows(
 ) -> Iterator[SelectedRow]:
     """The second pass: the test set, then the corpus, then fresh prompts, in reading order.
 
-    Adds to the counts of ``selection`` what only this pass knows.
+    Adds the counts that only this pass knows to ``selection``.
 
     Raises:
       UserError: a source changed since the first pass.
@@ -268,15 +269,15 @@ def read_rows(
     """Rows of one source, or of one of its pieces, with their prompts.
 
     Args:
-      group: the key of the config that lists it: ``test``, ``sources`` or ``fresh_prompts``.
-      index: its place there.
+      group: the config key that lists it: ``test``, ``sources`` or ``fresh_prompts``.
+      index: its index in that list.
       source: the source.
-      count: filled while the rows are read.
+      count: filled during reading.
       renderer: finds prompts that are counted in tokens; without it they stay unknown.
-      is_piece: it is one of ``source_pieces`` and may give no row.
+      is_piece: it comes from ``source_pieces`` and may give no row.
 
     Raises:
-      UserError: as ``read_source``.
+      UserError: see ``read_source``.
     """
     drops = Drops()
     rows = read_source(

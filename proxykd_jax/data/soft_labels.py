@@ -1,17 +1,17 @@
-"""Soft labels on disk: what the student learns from, made once.
+"""Soft labels on disk, computed once, from which the student learns.
 
-``<folder>/<split>/part_00000.safetensors`` holds, for each position of each answer, the ids of the
+``<folder>/<split>/part_00000.safetensors`` holds for each position of each answer the ids of the
 proxy's most probable tokens, their log-probs under the full softmax, the log-prob of the actual
 token and the log of the probability outside the ids; and for each row the sha256 of its tokens and
-the log-likelihood of its answer. The manifest says which proxy, tokenizer, template and temperature
-they belong to. Files are mapped into memory, rows are read at random.
+the log-likelihood of its answer. The manifest records proxy, tokenizer, template and temperature.
+Files are memory-mapped, and rows can be read in any order.
 
-Precision of ``store_dtype: float16``. A log-prob is rounded by at most 2^-11 of itself, which a KL
-feels times the probability: p |log p| 2^-11, at most 1.8e-4 nats. Most of that is a change of the
-position's total probability, which is removed on reading by scaling the probabilities and the
-tail to sum to 1. What remains is 2^-11 of the KL's own log-ratios, with random sign. The tail is
-felt times its probability like the rest, so it has the same type. At top_k 10 a token costs 44
-bytes with 16-bit ids and 64 with 32-bit ones, a row 49.
+Precision of ``store_dtype: float16``: a log-prob is rounded by at most 2^-11 of itself. The KL
+weights this by the probability: p |log p| 2^-11, at most 1.8e-4 nats. Most of it changes the
+position's total probability; reading removes that by scaling the probabilities and the tail to sum
+to 1. What remains is 2^-11 of the KL's own log-ratios, with random sign. The tail is also weighted
+by its probability, so it has the same dtype. At top_k 10 a token costs 44 bytes with 16-bit ids and
+64 with 32-bit ids, and a row costs 49.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ __all__ = [
 
 _ROW_ID_BYTES = 32
 _LARGEST_16_BIT_VOCABULARY = 65_536
-# How far a sum of probabilities may be from 1 by summation in float32 alone.
+# Largest deviation of a sum of probabilities from 1 that float32 summation alone causes.
 _SUM_SLACK = 1e-4
 
 
@@ -50,11 +50,11 @@ class SoftLabels:
     """Soft labels of one answer of R tokens.
 
     Attributes:
-      row_id: of the row (prompt and answer).
-      ids: int32 ``[R, K]``, in falling order of probability.
-      logps: float32 ``[R, K]``, nats, of the full softmax at the store's temperature.
+      row_id: id of the row (prompt and answer).
+      ids: int32 ``[R, K]``, in descending order of probability.
+      logps: float32 ``[R, K]``, nats, under the full softmax at the store's temperature.
       gold_logps: float32 ``[R]``, of the actual token, at temperature 1.
-      tail_logps: float32 ``[R]``, log of the probability outside the ids; -inf for none.
+      tail_logps: float32 ``[R]``, log of the probability outside the ids; -inf if zero.
       finished: the answer has an end token.
     """
 
@@ -67,7 +67,7 @@ class SoftLabels:
 
     @property
     def seq_loglik(self) -> float:
-        """log pi_p(y|x), summed in float64."""
+        """log pi_p(y|x); the sum is float64."""
         return float(np.sum(self.gold_logps, dtype=np.float64))
 
 
@@ -75,11 +75,11 @@ class SoftLabelWriter:
     """Writes the parts of one split.
 
     Args:
-      folder: of the store.
+      folder: the store's folder.
       split: name of the split.
-      vocab_size: ids lie below it.
+      vocab_size: ids are below it.
       top_k: K.
-      store_dtype: ``float16`` or ``float32``, of all stored log-probs.
+      store_dtype: dtype of all stored log-probs, ``float16`` or ``float32``.
     """
 
     def __init__(
@@ -91,14 +91,14 @@ class SoftLabelWriter:
         self._top_k = top_k
 
     def missing(self, num_parts: int) -> list[int]:
-        """Parts still to be made, after removal of what a kill left half-written."""
+        """Parts still to make, after removing what a kill left half-written."""
         return self.parts.resume(num_parts)
 
     def commit(self, index: int, rows: Sequence[SoftLabels]) -> None:
         """Writes a whole part or nothing.
 
         Raises:
-          UserError: log-probs that are not numbers.
+          UserError: log-probs are NaN.
         """
         offsets = np.zeros(len(rows) + 1, np.int64)
         offsets[1:] = np.cumsum([len(row.gold_logps) for row in rows])
@@ -137,7 +137,7 @@ class SoftLabelWriter:
 
 
 def ids_dtype(vocab_size: int) -> np.dtype:
-    """The narrowest type that holds every id."""
+    """The smallest integer dtype that holds every id."""
     return np.dtype(np.uint16 if vocab_size <= _LARGEST_16_BIT_VOCABULARY else np.uint32)
 
 
@@ -145,7 +145,7 @@ def open_soft_labels(folder: Path | str) -> SoftLabelStore:
     """Opens a complete store.
 
     Raises:
-      UserError: it is missing, not complete or damaged.
+      UserError: it is missing, incomplete or damaged.
     """
     folder = Path(folder)
     return SoftLabelStore(folder, finished_manifest(folder, "score", "soft labels"))
@@ -155,11 +155,11 @@ class SoftLabelStore:
     """Soft labels by split and row number.
 
     Attributes:
-      folder: where they are.
-      settings: what they were made with: ``top_k``, ``temperature``, ``store_dtype``,
+      folder: its location.
+      settings: settings it was made with: ``top_k``, ``temperature``, ``store_dtype``,
         ``vocab_size``.
-      inputs: what they were made from: ``proxy``, ``corpus``, ``tokenizer``, ``template``.
-      figures: by split, of the manifest.
+      inputs: identities of its inputs: ``proxy``, ``corpus``, ``tokenizer``, ``template``.
+      figures: the manifest's figures, by split.
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -172,23 +172,23 @@ class SoftLabelStore:
         self.vocab_size: int = self.settings["vocab_size"]
         self._slack = _SUM_SLACK
         if self.settings["store_dtype"] == "float16":
-            # Rounding changes the sum by at most 2^-11 of the entropy of K ids and the tail.
+            # Rounding changes the sum by at most 2^-11 of the entropy of the K ids and the tail.
             self._slack += 2**-11 * math.log(self.top_k + 1)
         self._splits: dict[str, tuple[list[Part], np.ndarray]] = {}
 
     @classmethod
     def unfinished(cls, folder: Path) -> SoftLabelStore:
-        """The store of a stage that is still running, for its own figures."""
+        """The store of a stage that is still running, to compute its figures."""
         return cls(folder, read_json(Path(folder) / MANIFEST))
 
     def check(self, **expected: Any) -> None:
-        """Refuses a store that was made with or from something else.
+        """Refuses a store that was made with other settings or inputs.
 
         Args:
-          **expected: values of ``settings`` or ``inputs`` that must be equal.
+          **expected: required values of ``settings`` or ``inputs``.
 
         Raises:
-          UserError: some differ; all are named.
+          UserError: some differ; the message names all of them.
         """
         made = {**self.inputs, **self.settings}
         wrong = [
@@ -204,11 +204,11 @@ class SoftLabelStore:
             )
 
     def num_rows(self, split: str) -> int:
-        """Rows of a split."""
+        """Number of rows of a split."""
         return int(self._open(split)[1][-1])
 
     def seq_logliks(self, split: str) -> np.ndarray:
-        """float64 ``[n]`` log pi_p(y|x) of a split's rows, nats; no token is read."""
+        """float64 ``[n]``: log pi_p(y|x) of a split's rows, in nats; reads no tokens."""
         return self._column(split, "seq_logliks", np.float64)
 
     def finished(self, split: str) -> np.ndarray:
@@ -216,7 +216,7 @@ class SoftLabelStore:
         return self._column(split, "finished", np.bool_)
 
     def lengths(self, split: str) -> np.ndarray:
-        """int32 ``[n]`` response tokens of a split's rows."""
+        """int32 ``[n]``: response tokens of a split's rows."""
         parts = self._open(split)[0]
         lengths = [np.diff(part.arrays["offsets"]).astype(np.int32) for part in parts]
         return np.concatenate(lengths) if lengths else np.zeros(0, np.int32)
@@ -227,16 +227,16 @@ class SoftLabelStore:
         indices: Sequence[int] | np.ndarray,
         row_ids: Sequence[str] | None = None,
     ) -> list[SoftLabels]:
-        """Soft labels of rows, in the order asked for; may be called from several threads.
+        """Soft labels of rows, in the given order; safe to call from several threads.
 
         Args:
           split: name of the split.
           indices: row numbers.
-          row_ids: ids of the rows that these labels shall belong to, to be checked.
+          row_ids: if given, checks that the labels belong to the rows with these ids.
 
         Raises:
           IndexError: there is no such row.
-          UserError: a row's labels belong to other tokens, or are no probabilities.
+          UserError: a row's labels belong to other tokens, or are not probabilities.
         """
         parts, ends = self._open(split)
         out = []
@@ -255,12 +255,12 @@ class SoftLabelStore:
         return out
 
     def top_k_mass(self, split: str, part: int) -> np.ndarray:
-        """float32: probability inside the ids, at every position of one part."""
+        """float32: probability of the stored ids at every position of one part."""
         logps = self._open(split)[0][part].arrays["logps"].astype(np.float32)
         return np.exp(logps).sum(axis=-1)
 
     def num_parts(self, split: str) -> int:
-        """Parts of a split."""
+        """Number of parts of a split."""
         return len(self._open(split)[0])
 
     def _row(self, part: Part, place: int) -> SoftLabels:
@@ -292,7 +292,7 @@ class SoftLabelStore:
         )
 
     def _problem(self, labels: SoftLabels) -> str | None:
-        """What makes these no top-k of a distribution; None if nothing does."""
+        """Why these labels are not the top k of a distribution; None if they are."""
         if labels.ids.size == 0:
             return None
         if labels.ids.min() < 0 or labels.ids.max() >= self.vocab_size:
@@ -304,7 +304,7 @@ class SoftLabelStore:
             if (labels.logps[:, 1:] > labels.logps[:, :-1]).any():
                 return "log-probs are not in falling order"
         probs = np.exp(labels.logps).sum(axis=-1) + np.exp(labels.tail_logps)
-        # Written so that NaN fails too.
+        # Written so that NaN fails as well.
         if not (probs <= 1 + self._slack).all():
             return "probabilities add up to more than 1"
         if not (probs >= 1 - self._slack).all():
@@ -320,7 +320,7 @@ class SoftLabelStore:
         )
 
     def _open(self, split: str) -> tuple[list[Part], np.ndarray]:
-        """The parts of a split and the row numbers at which they begin, with the end."""
+        """The parts of a split and their first row numbers, followed by the number of rows."""
         if split not in self._splits:
             folder = PartFolder(self.folder / split)
             numbers = folder.complete()
@@ -337,7 +337,7 @@ class SoftLabelStore:
         return self._splits[split]
 
     def _check_part(self, part: Part) -> None:
-        """Raises UserError for a part whose arrays do not fit together or to the manifest."""
+        """Raises UserError if a part's arrays do not fit together or do not fit the manifest."""
         arrays = part.arrays
         try:
             rows, tokens = len(arrays["seq_logliks"]), len(arrays["gold_logps"])
@@ -362,7 +362,7 @@ class SoftLabelStore:
 
 
 def _narrowed(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Log-probs in the store's type; finite ones stay finite, none becomes positive."""
+    """Log-probs in the store's dtype; finite ones stay finite, and none becomes positive."""
     values = np.minimum(values, 0.0)
     lowest = float(np.finfo(dtype).min)
     return np.where(np.isneginf(values), values, np.maximum(values, lowest)).astype(dtype)

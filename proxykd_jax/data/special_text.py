@@ -1,15 +1,17 @@
 """Keeps text that looks like a control token from becoming one.
 
 A prompt that quotes ``</s>`` or ``<|im_end|>`` must stay text: as a token it would end the turn.
-Tokenizers offer no way to say which occurrence is meant, so rows with such text take a detour:
+Tokenizers cannot be told which occurrence is meant, so rows with such text are handled in three
+steps:
 
-1. every occurrence in a message is replaced by a stand-in character before the template runs;
-2. in the rendered text, what is left was written by the template: it is replaced by a private
-   name, and the stand-ins become the plain text again;
-3. a copy of the tokenizer that knows its control tokens by their private names alone cuts it.
+1. Every occurrence in a message is replaced by a stand-in character before the template runs.
+2. Occurrences that remain in the rendered text come from the template. They get a private name, and
+   the stand-ins become plain text again.
+3. A copy of the tokenizer that knows its control tokens only by their private names tokenises the
+   result.
 
-The characters come from the last private-use plane of Unicode. A row that holds one of them
-already cannot be told apart and is left out (``has_reserved``).
+The stand-ins come from Unicode's last private-use plane. A row that already contains one of them is
+dropped, because it could not be told apart (``has_reserved``).
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ from typing import Any
 _STAND_IN, _NAME = 0x108000, 0x10B000
 _MOST = _NAME - _STAND_IN
 MARK_START, MARK_END = "\U0010f000", "\U0010f001"
-# Put behind an answer, it shows where the answer ends in what a template makes of it.
+# Appended to an answer, it shows where the answer ends in the rendered text.
 ANSWER_END = "\U0010efff"
 _RESERVED = re.compile("[\U00108000-\U0010f001]")
 
 
 def has_reserved(text: str) -> bool:
-    """Whether a text holds a character that this module needs for itself."""
+    """Whether a text contains a character that this module reserves."""
     return _RESERVED.search(text) is not None
 
 
@@ -51,25 +53,26 @@ class SpecialText:
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     def occurs_in(self, text: str) -> bool:
-        """Whether a text holds the text of a control token."""
+        """Whether a text contains the text of a control token."""
         return self._pattern.search(text) is not None
 
     def hide(self, text: str) -> str:
-        """A message's text with stand-ins."""
+        """A message's text, with stand-ins for control tokens."""
         return self._pattern.sub(lambda found: self._hide[found.group()], text)
 
     def reveal(self, rendered: str) -> str:
-        """The rendered text: the template's control tokens by private name, the rest as text."""
+        """The rendered text, with the template's control tokens by private name, the rest as
+        text."""
         named = self._pattern.sub(lambda found: self._names[found.group()], rendered)
         return named.translate(self._show)
 
     def plain(self, revealed: str) -> str:
-        """What ``reveal`` gave, for a reader: control tokens by their own texts again."""
+        """The inverse of the private names in ``reveal``'s result, for readers."""
         return revealed.translate({ord(name): text for text, name in self._names.items()})
 
     @property
     def backend(self) -> Any:
-        """The copy of the tokenizer that knows control tokens by private name."""
+        """A copy of the tokenizer that knows control tokens only by private name."""
         if self._copy is None:
             import tokenizers
 
@@ -97,6 +100,6 @@ class SpecialText:
         unknown = model.get("unk_token")
         if isinstance(unknown, str):
             model["unk_token"] = names.get(unknown, unknown)
-        # Nothing is added around a rendered text, and the processor names tokens by text.
+        # Nothing is added around a rendered text, and the post-processor uses the old names.
         data["post_processor"] = None
         return data

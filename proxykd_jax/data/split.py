@@ -1,9 +1,9 @@
-"""Which part of the corpus a row belongs to, by a hash of its first user message alone.
+"""Assigns a row to a split by a hash of its first user message.
 
-Of a plain text it is the prompt (``text_prompts.py``). Order, machine and the other rows do not
-matter, and one question never lands in two splits. The shares hold in expectation: n rows land in
-a split of share p with standard deviation sqrt(n p (1 - p)), and more where prompts repeat, since
-their rows go together.
+For a plain text the hash is that of its prompt (``text_prompts.py``). Order, machine and the other
+rows do not matter, and one question never gets into two splits. The shares hold in expectation: of
+n rows, a split of share p gets n p with standard deviation sqrt(n p (1 - p)), and more where
+prompts repeat, because their rows stay together.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def split_name(
     """The split of a row.
 
     Args:
-      first_message_key: ``TextRow.first_user_message``; a text that is not normalised yet gives
-        the same answer.
-      shares: shares of what validation leaves.
-      validation_fraction: share set aside first, by bytes of the hash that the cut does not use.
-        A row that is held out at one fraction is held out at every larger one.
+      first_message_key: ``TextRow.first_user_message``; a text that is not normalised gives the
+        same result.
+      shares: shares of the rows that validation leaves.
+      validation_fraction: share set aside first, by bytes of the hash that the shares do not use. A
+        row that is held out at one fraction is also held out at every larger one.
     """
     return split_at(
         split_places(first_message_key), shares=shares, validation_fraction=validation_fraction
@@ -37,9 +37,9 @@ def split_name(
 
 
 def split_places(first_message_key: str) -> tuple[float, float]:
-    """Two numbers in [0, 1) from the hash: where a row stands for validation, and for the shares.
+    """Two numbers in [0, 1) from the hash: one for validation, one for the shares.
 
-    They are all of a row that ``split_at`` needs, once the fraction is known.
+    ``split_at`` needs nothing else of a row once the fraction is known.
     """
     digest = hashlib.sha256(normalise_text(first_message_key).encode("utf-8")).digest()
     return _uniform(digest[:8]), _uniform(digest[8:16])
@@ -56,17 +56,17 @@ def split_at(
         return "warmup"
     if place < shares.warmup + shares.align:
         return "align"
-    # The shares add up to 1 within 1e-6 only; a share of 0 must stay empty all the same.
+    # The shares add up to 1 only within 1e-6. A share of 0 must still stay empty.
     return "distill" if shares.distill > 0 else "align" if shares.align > 0 else "warmup"
 
 
 def effective_validation_fraction(
     rows: int, *, validation_fraction: float, validation_rows: int
 ) -> float:
-    """``validation_fraction``, or more where it leaves fewer than ``validation_rows`` rows.
+    """``validation_fraction``, or more if it gives fewer than ``validation_rows`` rows.
 
-    The rise ends at 10 % of the corpus, so a corpus of fewer than ten times ``validation_rows``
-    gives a tenth of itself.
+    It rises to 10 % at most, so a corpus of fewer than ten times ``validation_rows`` rows gives a
+    tenth of its rows.
     """
     if rows <= 0:
         return validation_fraction
@@ -85,7 +85,7 @@ def selection_hash(row: TextRow) -> int:
 
 
 def row_parts(row: TextRow) -> list[tuple[str, str]]:
-    """Role and normalised content of every turn; a plain text is one part."""
+    """Role and normalised content of each turn; a plain text is one part."""
     if row.text is not None:
         return [("text", normalise_text(row.text))]
     return [(message.role, normalise_text(message.content)) for message in row.messages]

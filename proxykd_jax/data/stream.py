@@ -1,9 +1,8 @@
 """Batches from any global step on, collated and prefetched by tf.data.
 
-The order is a plan (``order.py``), so the stream has no state to save: the batch of a step is a
-function of the step. tf.data runs collation in threads ahead of the training step. Importing it
-takes seconds, which the first steps do not wait for: until it is there, a batch is collated when it
-is asked for.
+The order is a plan (``order.py``), so the stream has no state to save: a step determines its batch.
+tf.data collates in threads, ahead of the training step. Importing TensorFlow takes seconds. Until
+it is imported, batches are collated on demand, so the first steps do not wait.
 """
 
 from __future__ import annotations
@@ -26,21 +25,22 @@ _ENDLESS = 1 << 62
 
 
 class BatchStream:
-    """An iterable of collated batches. Iterating again begins again at ``start_step``.
+    """An iterable of collated batches. Each iteration starts at ``start_step``.
 
     Step g counts batches over all epochs from 0: epoch 0 has the steps below
     ``len(plan_of_epoch(0))``, and so on.
 
     Args:
       plan_of_epoch: the batches of an epoch, the same on every process.
-      collate: a planned batch to a pytree of NumPy arrays. It gets this process's rows of the
-        global batch, may run in several threads at once, and must give the same structure and
-        types for every batch (shapes may differ).
+      collate: maps a planned batch to a pytree of NumPy arrays. It gets this process's rows of the
+        global batch, may run in several threads at once, and must return the same structure and
+        dtypes for every batch (shapes may differ).
       start_step: first step to yield.
-      num_steps: the step to stop before, so that a resumed stream differs in ``start_step`` alone
-        (None: never stops).
-      process_index, process_count: which of how many equal parts of each batch's rows to yield.
-      prefetch: batches made ahead.
+      num_steps: the step to stop before, so that a resumed stream differs only in ``start_step``
+        (None: never stop).
+      process_index, process_count: this process and the number of processes, which get equal parts
+        of each batch's rows.
+      prefetch: number of batches made ahead.
 
     Raises:
       UserError: the rows of a batch cannot be divided among the processes.
@@ -65,7 +65,7 @@ class BatchStream:
         self._process_count = process_count
         self._prefetch = prefetch
         self._lock = threading.Lock()
-        self._starts = [0]  # first step of every epoch seen so far, and of the one after
+        self._starts = [0]  # first step of each epoch seen so far, and of the next one
         self._plans: dict[int, Sequence[PlannedBatch]] = {}
 
     def planned(self, step: int) -> PlannedBatch:
@@ -102,7 +102,7 @@ class BatchStream:
                 failure.append(error)
                 raise
 
-        # No daemon: a process that ended within an import of compiled code could crash.
+        # Not a daemon: a process that ends during an import of compiled code could crash.
         importing = threading.Thread(target=import_tensorflow, name="import tensorflow")
         importing.start()
         step = self._start_step
@@ -128,19 +128,19 @@ class BatchStream:
             for leaves in dataset.with_options(options).as_numpy_iterator():
                 yield jax.tree.unflatten(structure, leaves)
         except tf.errors.OpError as error:
-            # The user is owed the exception that was raised, not TensorFlow's account of it.
+            # Raise the original exception, not TensorFlow's report of it.
             raise (failure[0] if failure else error) from None
 
     def _plan(self, epoch: int) -> Sequence[PlannedBatch]:
         if epoch not in self._plans:
-            # Steps are in order but for what is in flight, so two epochs are all that is needed.
+            # Steps come in order except for prefetched ones, so two epochs are enough.
             self._plans = {e: plan for e, plan in self._plans.items() if e == epoch - 1}
             self._plans[epoch] = self._plan_of_epoch(epoch)
         return self._plans[epoch]
 
 
 def process_rows(batch: PlannedBatch, process_index: int, process_count: int) -> PlannedBatch:
-    """The rows of a global batch that one process computes: a contiguous part, all equal.
+    """The rows of a global batch that one process computes: contiguous and equally many.
 
     Raises:
       UserError: the rows cannot be divided.
@@ -156,7 +156,7 @@ def process_rows(batch: PlannedBatch, process_index: int, process_count: int) ->
 
 
 def import_tensorflow() -> Any:
-    """TensorFlow, kept away from the devices that jax uses. The first call takes seconds."""
+    """TensorFlow, restricted to the CPU because jax uses the devices. First call takes seconds."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow as tf
 
@@ -164,6 +164,6 @@ def import_tensorflow() -> Any:
         for kind in ("GPU", "TPU"):
             tf.config.set_visible_devices([], kind)
     except RuntimeError:
-        # Too late: somebody else ran TensorFlow before. That is theirs to answer for.
+        # Too late: other code has already initialised TensorFlow's devices.
         pass
     return tf

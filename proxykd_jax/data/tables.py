@@ -1,4 +1,4 @@
-"""Rows of Parquet files, Hugging Face datasets and TFDS builders. Nothing is read ahead."""
+"""Reads rows of Parquet files, Hugging Face datasets and TFDS builders, without reading ahead."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BUFFER_BYTES = 1 << 20
 
 
 def read_parquet(path: Path) -> Iterator[tuple[Record, str]]:
-    """Yields ``(record, "file:row")``, rows counted from 1, one batch at a time.
+    """Yields ``(record, "file:row")`` in batches; rows count from 1.
 
     Raises:
       UserError: the file is damaged.
@@ -26,8 +26,8 @@ def read_parquet(path: Path) -> Iterator[tuple[Record, str]]:
 
     row = 0
     try:
-        # A buffer instead of pre-buffering bounds memory by the pages of a batch, not by a row
-        # group; a memory map would count every page read towards the process.
+        # A buffer without pre-buffering limits memory to the pages of a batch, not a row group. A
+        # memory map would count every page read as the process's memory.
         with pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
             for batch in file.iter_batches(batch_size=_BATCH_ROWS):
                 for record in batch.to_pylist():
@@ -42,12 +42,12 @@ def read_parquet(path: Path) -> Iterator[tuple[Record, str]]:
 def read_dataset(name: str, split: str, subset: str | None) -> Iterator[tuple[Record, str]]:
     """Yields ``(record, "name:row")`` of a Hugging Face dataset.
 
-    A folder written by ``save_to_disk`` is memory-mapped; any other folder, and a name on the
-    hub, is streamed. Datasets kept as JSON or CSV are refused: the library guesses their types
-    and changes texts that look like dates.
+    A folder written by ``save_to_disk`` is memory-mapped; other folders and hub names are streamed.
+    Datasets stored as JSON or CSV are refused, because the library guesses their types and changes
+    texts that look like dates.
 
     Raises:
-      UserError: no such dataset, split or subset, or one kept as JSON or CSV.
+      UserError: no such dataset, split or subset, or one stored as JSON or CSV.
     """
     import datasets
 
@@ -90,7 +90,7 @@ def _stream_dataset(name: str, split: str, subset: str | None) -> Any:
 
 
 def read_tfds(name: str, split: str) -> Iterator[tuple[Record, str]]:
-    """Yields ``(record, "name:row")`` of a TFDS builder that is prepared already.
+    """Yields ``(record, "name:row")`` of a TFDS builder that is already prepared.
 
     Args:
       name: a builder's name, or the folder that ``download_and_prepare`` wrote.
@@ -130,7 +130,7 @@ def _records(rows: Iterator[Any], name: str) -> Iterator[tuple[Record, str]]:
 
 
 def _version_folder(name: str) -> str:
-    """The folder with the data: the named one, or its latest version."""
+    """The folder with the data: the given one, or its latest version."""
     versions = sorted(
         Path(name).glob("**/dataset_info.json"),
         key=lambda path: [int(part) for part in path.parent.name.split(".") if part.isdigit()],
@@ -151,7 +151,7 @@ def _tfds_rows(builder: Any, split: str) -> Iterator[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Texts, numbers, lists and dicts instead of bytes and arrays."""
+    """Converts bytes and arrays to texts, numbers, lists and dicts."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):
@@ -167,7 +167,7 @@ _Result = TypeVar("_Result")
 
 
 def _call(what: str, function: Callable[[], _Result]) -> _Result:
-    """Runs a call into a library whose errors are the user's to mend (names, files, network)."""
+    """Calls a library whose errors the user can fix (names, files, network)."""
     try:
         return function()
     except UserError:

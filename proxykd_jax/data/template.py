@@ -1,16 +1,16 @@
-"""From a conversation to tokens, and where in them the answer is.
+"""From a conversation to tokens, and the position of the answer in them.
 
-A row is rendered once and cut into tokens with nothing added around it, so a BOS is never
-doubled. Where the answer lies is a matter of positions, never of ids:
+A row is rendered once and tokenised without adding anything, so a BOS is never doubled. The answer
+is found by position, never by token ids:
 
 - a template with ``{% generation %}`` marks it;
-- otherwise the prompt, rendered with ``add_generation_prompt``, must be the beginning of the whole
-  conversation, token for token, and the answer is what follows;
-- a plain text is cut into tokens as a whole, and the prompt is its first tokens or sentences.
+- otherwise the prompt, rendered with ``add_generation_prompt``, must match the beginning of the
+  whole conversation token for token, and the answer is the rest;
+- a plain text is tokenised as a whole, and the prompt is its first tokens or sentences.
 
-The answer ends with its end token, which is part of it; one is added where the template writes
-none. What a template writes after it is cut off: nobody generates it. Where only the answer's text
-counts (``with_end=False``), everything behind that text is cut off before tokens are made.
+The answer includes its end token, which is added if the template writes none. Text that a template
+writes after the end token is cut off, because no model generates it. If only the answer's text
+counts (``with_end=False``), everything after that text is cut off before tokenisation.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _NO_TOKENS = np.zeros(0, np.int32)
 
 
 class Encoded(NamedTuple):
-    """A row as tokens, or why there are none.
+    """A row as tokens, or the reason why there are none.
 
     Attributes:
       tokens: int32[T].
-      prompt_length: P; ``tokens[P:]`` is the answer, with its end token unless that was not wanted
+      prompt_length: P; ``tokens[P:]`` is the answer, with its end token unless ``with_end=False``
         (empty for a prompt alone).
-      drop: why the row is left out; None if it is not.
+      drop: why the row is dropped; None if it is not.
     """
 
     tokens: np.ndarray
@@ -54,30 +54,30 @@ class Encoded(NamedTuple):
 
 
 class _Rendered(NamedTuple):
-    """One row on its way: texts to be cut into tokens."""
+    """One row after rendering: texts to be tokenised."""
 
     row: TextRow
     whole: str
-    prompt: str | None  # None where span or the text itself tells the answer
+    prompt: str | None  # None if span or the text itself determines the answer
     span: tuple[int, int] | None
-    renamed: bool  # control tokens bear their private names
+    renamed: bool  # control tokens have their private names
     drop: str | None = None
 
 
 class Renderer:
-    """Turns rows of text into tokens by one tokenizer and one template.
+    """Turns rows of text into tokens with one tokenizer and one template.
 
     Args:
       tokenizer: the tokenizer.
       template: ``auto`` (the tokenizer's own), ``plain``, ``alpaca``, ``chatml``, ``llama2``, or a
         Jinja file.
-      end_tokens: ids or texts of tokens that end an answer; the first is appended where the
-        template writes none. Default: the tokenizer's EOS (``chatml``: ``<|im_end|>``).
+      end_tokens: ids or texts of tokens that end an answer; the first is appended if the template
+        writes none. Default: the tokenizer's EOS (``chatml``: ``<|im_end|>``).
 
     Attributes:
-      end_token_ids: the ids of the end tokens.
+      end_token_ids: ids of the end tokens.
       template_text: the template; None without one (plain texts need none).
-      template_digest: of it.
+      template_digest: digest of the template.
 
     Raises:
       UserError: no such template or token.
@@ -98,8 +98,8 @@ class Renderer:
             end_tokens = end_tokens or ("<|im_end|>",)
         self.end_token_ids = self._end_ids(end_tokens)
         self._special_ends = [token for token in self.end_token_ids if token in self._special.ids]
-        # Built-in templates begin with a BOS only where the tokenizer does so by itself; a
-        # tokenizer's own template and a file decide for themselves.
+        # Built-in templates start with a BOS only if the tokenizer adds one by itself. A
+        # tokenizer's own template, or one from a file, decides for itself.
         variables = dict(tokenizer.special_texts)
         variables.setdefault("eos_token", "")
         variables.setdefault("bos_token", "")
@@ -114,7 +114,7 @@ class Renderer:
         """Tokens and prompt length of one row. A row without an answer is all prompt.
 
         Raises:
-          UserError: the row cannot be rendered, its answer cannot be found or is empty.
+          UserError: the row cannot be rendered, or its answer is empty or cannot be found.
         """
         (encoded,) = self.encode_batch([row], source)
         if encoded.drop:
@@ -129,17 +129,17 @@ class Renderer:
         prompts_only: bool = False,
         with_end: bool = True,
     ) -> list[Encoded]:
-        """Tokens of many rows of one source, over all cores.
+        """Tokens of many rows of one source, tokenised on all cores.
 
         Args:
           rows: the rows.
-          source: says how long the prompt of a plain text is (default: one sentence).
-          prompts_only: of a plain text too, keep the prompt alone.
-          with_end: False leaves a conversation's answer open behind its text: neither an end token
-            nor anything else that the template writes there.
+          source: gives the length of a plain text's prompt (default: one sentence).
+          prompts_only: keep only the prompt, also of a plain text.
+          with_end: False leaves a conversation's answer open: no end token, and no other text that
+            the template writes after it.
 
         Raises:
-          UserError: as ``encode``; the message names the row.
+          UserError: see ``encode``; the message names the row.
         """
         rendered = [self._render(row, with_end) for row in rows]
         tokens, offsets = self._tokenize(rendered, source)
@@ -152,7 +152,8 @@ class Renderer:
         ]
 
     def text(self, row: TextRow) -> str:
-        """What ``encode_batch`` cuts into tokens without an end, for a reader and for other tools.
+        """The text that ``encode_batch`` tokenises with ``with_end=False``, for readers and other
+        tools.
 
         Raises:
           UserError: the row cannot be rendered.
@@ -163,7 +164,7 @@ class Renderer:
         return self._special.plain(rendered.whole) if rendered.renamed else rendered.whole
 
     def describe(self, row: TextRow, source: SourceConfig | None = None) -> str:
-        """A row as a reader wants to see it: what is prompt, what is answer, what was added."""
+        """Shows a reader what is prompt, what is answer, and what was added."""
         tokens, prompt_length = self.encode(row, source)
         show = self.tokenizer.decode
         lines = [
@@ -225,7 +226,7 @@ class Renderer:
     def _tokenize(
         self, rendered: Sequence[_Rendered], source: SourceConfig | None
     ) -> tuple[list[np.ndarray], dict[int, np.ndarray]]:
-        """int32[T] of every row, and int64[T, 2] character offsets where they are needed."""
+        """int32[T] of every row, and int64[T, 2] character offsets where needed."""
         by_sentence = source is None or source.prompt_tokens is None
         tokens = [_NO_TOKENS] * len(rendered)
         offsets: dict[int, np.ndarray] = {}
@@ -257,8 +258,8 @@ class Renderer:
     def _cut(self, texts: list[str], renamed: bool, with_offsets: bool) -> list:
         if not texts:
             return []
-        # The threads are the tokenizer's own and end with the call; this only says so, since it
-        # warns where a process forks afterwards and nothing is said.
+        # The tokenizer's threads end with the call. This setting avoids its warning when a process
+        # forks afterwards.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         backend = self._special.backend if renamed else self.tokenizer.backend
         encode = backend.encode_batch if with_offsets else backend.encode_batch_fast
@@ -307,7 +308,7 @@ class Renderer:
             start = source.prompt_tokens if source and source.prompt_tokens else 0
         else:
             end = sentences_end(text, source)
-            # A token that reaches over the end of the sentence belongs to the prompt.
+            # A token that extends past the end of the sentence belongs to the prompt.
             start = len(tokens) if end is None else int(np.sum(offsets[:, 0] < end))
         if start >= len(tokens) and not prompts_only:
             return Encoded(_NO_TOKENS, 0, TEXT_IS_ALL_PROMPT)
@@ -338,8 +339,8 @@ class Renderer:
             show = self.tokenizer.decode
             raise UserError(
                 f"{row.origin}: the answer cannot be found, because the rendered prompt is not "
-                f"the beginning of the rendered conversation. They part at token {at}: the prompt "
-                f"goes on with {show(prompt[at : at + 8])!r}, the conversation with "
+                f"the beginning of the rendered conversation. They differ from token {at} on: "
+                f"the prompt has {show(prompt[at : at + 8])!r} there, the conversation "
                 f"{show(tokens[at : at + 8])!r}. Use a template that marks the answer with "
                 "{% generation %}, or another corpus.template."
             )
@@ -350,7 +351,7 @@ class Renderer:
         ends = np.flatnonzero(np.isin(tokens[start:], self._special_ends))
         if len(ends):
             return tokens[: start + int(ends[0]) + 1]
-        # An end token that is ordinary text ends the answer only where nothing follows.
+        # An end token that is ordinary text ends the answer only if nothing follows.
         if len(tokens) > start and tokens[-1] in self.end_token_ids:
             return tokens
         return np.append(tokens, np.int32(self.end_token_ids[0]))

@@ -1,9 +1,9 @@
-"""The prompt of a plain text: its first sentences, or its first tokens.
+"""The prompt of a plain text: its first sentences or tokens.
 
-It decides the row's split, as the first user message of a conversation does, so it must be a
-function of what the model is given as the prompt and of nothing after it: two texts that begin
-alike belong together. Sentences are found in the text itself. The first tokens are decoded: where
-they end within a character, the text alone would let the rest of the character in.
+The prompt decides the row's split, like a conversation's first user message. So it must depend only
+on what the model gets as the prompt and on nothing after it: two texts that begin alike belong
+together. Sentences are found in the text itself. Tokens are decoded, because they may end within a
+character, and cutting the text would include the rest of that character.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from proxykd_jax.data.records import TextRow
 if TYPE_CHECKING:
     from proxykd_jax.data.template import Renderer
 
-# A sentence ends with a full stop and what closes after it, before white space; in scripts that
-# write without spaces, with theirs.
+# A sentence ends with a full stop and closing marks before white space; in scripts without spaces,
+# with their own full stops.
 _SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s|$)|[。！？]+[”’」』）]*")
 _BATCH_ROWS = 512
 
 
 def sentence_end(text: str, count: int) -> int | None:
-    """Where the first ``count`` sentences end, as a character index; None if there are fewer."""
+    """Character index where the first ``count`` sentences end; None if there are fewer."""
     ends = (match.end() for match in _SENTENCE_END.finditer(text))
     return next(islice(ends, count - 1, None), None)
 
 
 def sentences_end(text: str, source: SourceConfig | None) -> int | None:
-    """Where the prompt of a text ends that is counted in sentences: one, if nothing is said."""
+    """End of a prompt that is counted in sentences; one sentence by default."""
     count = source.prompt_sentences if source is not None else None
     return sentence_end(text, count or 1)
 
@@ -41,12 +41,12 @@ def sentences_end(text: str, source: SourceConfig | None) -> int | None:
 def with_prompts(
     rows: Iterator[TextRow], source: SourceConfig, renderer: Renderer | None
 ) -> Iterator[TextRow]:
-    """The rows, plain texts with their ``prompt``, in order.
+    """Yields the rows in order, with the ``prompt`` of plain texts.
 
     Args:
-      rows: of the source.
-      source: how long the prompt of its plain texts is.
-      renderer: cuts texts into tokens. Without it, prompts that are counted in tokens stay unknown.
+      rows: rows of the source.
+      source: gives the length of its plain texts' prompts.
+      renderer: tokenises texts. Without it, prompts that are counted in tokens stay unknown.
     """
     if source.prompt_tokens is None:
         for row in rows:
@@ -70,6 +70,6 @@ def _by_tokens(rows: list[TextRow], source: SourceConfig, renderer: Renderer) ->
             yield row
             continue
         tokens, _, drop = next(encoded)
-        # Control tokens that the text quotes are ordinary tokens; only the BOS is left off.
+        # Control tokens that the text quotes are ordinary tokens here; only the BOS is removed.
         prompt = None if drop else renderer.tokenizer.decode(tokens, skip_special=True)
         yield dataclasses.replace(row, prompt=prompt)

@@ -1,4 +1,4 @@
-"""Tokenizers: from a folder or the hub, their conventions, and whether two are the same."""
+"""Loads tokenizers from a folder or the hub, finds their conventions, and compares them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from proxykd_jax.models.folder import TOKENIZER_FILES, local_folder
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A fast tokenizer with what the rest needs to know of it.
+    """A fast tokenizer and the properties that other modules need.
 
     Attributes:
       path: folder or hub name.
-      digest: of its files.
+      digest: digest of its files.
       backend: ``tokenizers.Tokenizer`` without padding and truncation.
       special_texts: names of special tokens (``bos_token`` ...) to their texts, for templates.
-      bos_id, eos_id: None where there is none.
-      adds_bos: whether it begins a text with its BOS token by itself.
+      bos_id, eos_id: None if there is none.
+      adds_bos: whether it starts a text with its BOS token by itself.
       chat_template: Jinja text, or None.
     """
 
@@ -51,7 +51,7 @@ class Tokenizer:
         return max(self._vocabulary.values()) + 1
 
     def encode(self, text: str) -> np.ndarray:
-        """int32[T]: the tokens of a text, nothing added."""
+        """int32[T]: the tokens of a text, with nothing added."""
         return np.array(self.backend.encode(text, add_special_tokens=False).ids, np.int32)
 
     def decode(self, tokens: Sequence[int] | np.ndarray, *, skip_special: bool = False) -> str:
@@ -67,8 +67,8 @@ class Tokenizer:
         if isinstance(token, int):
             if not 0 <= token < self.vocab_size:
                 raise UserError(
-                    f"corpus.end_tokens: {token} is no id of the tokenizer {self.path}, which has "
-                    f"{self.vocab_size}."
+                    f"corpus.end_tokens: {token} is not an id of the tokenizer {self.path}, which "
+                    f"has {self.vocab_size}."
                 )
             return token
         if token not in self._vocabulary:
@@ -77,7 +77,7 @@ class Tokenizer:
 
 
 def tokenizer_place(config: Config) -> str:
-    """Where a run's tokenizer is: ``tokenizer``, or else the folder of the proxy."""
+    """The location of a run's tokenizer: the key ``tokenizer``, or the proxy's folder."""
     if config.tokenizer:
         return config.tokenizer
     if config.proxy.path:
@@ -111,7 +111,7 @@ def load_tokenizer(place: Config | str | Path) -> Tokenizer:
             loaded = _from_json_alone(folder)
     except UserError:
         raise
-    except Exception as error:  # the loaders raise whatever a broken file makes them stumble on
+    except Exception as error:  # on a broken file the loaders raise many kinds of exceptions
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"The tokenizer in {place} cannot be read: {reason}") from error
     backend, special_texts, chat_template = loaded
@@ -133,10 +133,10 @@ def load_tokenizer(place: Config | str | Path) -> Tokenizer:
 
 
 def check_same_vocabulary(first: Tokenizer, second: Tokenizer) -> None:
-    """Soft labels are token ids: corpus, proxy and student must mean the same by them.
+    """Checks that corpus, proxy and student give token ids the same meaning, as soft labels need.
 
     Raises:
-      UserError: the maps from tokens to ids differ; names the first differences.
+      UserError: the maps from tokens to ids differ; the message names the first differences.
     """
     difference = vocabulary_difference(first, second)
     if difference:
@@ -148,7 +148,7 @@ def check_same_vocabulary(first: Tokenizer, second: Tokenizer) -> None:
 
 
 def vocabulary_difference(a: Tokenizer, b: Tokenizer, *, shown: int = 3) -> str | None:
-    """How two maps from tokens to ids differ, or None."""
+    """How two maps from tokens to ids differ, or None if they do not."""
     left, right = a.vocabulary, b.vocabulary
     if left == right:
         return None
@@ -169,7 +169,7 @@ def vocabulary_difference(a: Tokenizer, b: Tokenizer, *, shown: int = 3) -> str 
 
 
 def check_embedding_rows(tokenizer: Tokenizer, rows: int, model: str) -> None:
-    """A model must have an embedding for every id. More rows are padding and never sampled.
+    """Checks that a model has an embedding for every id. Extra rows are padding, never sampled.
 
     Raises:
       UserError: there are fewer rows than ids.
@@ -208,7 +208,7 @@ def _with_transformers(folder: Path) -> _Loaded:
 
 
 def _from_json_alone(folder: Path) -> _Loaded:
-    """A folder with tokenizer.json only: BOS and EOS are the ids that the model's config names."""
+    """A folder with only tokenizer.json; BOS and EOS are the ids in the model's config."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{folder} has neither tokenizer.json nor tokenizer_config.json.")

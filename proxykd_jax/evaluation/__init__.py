@@ -1,4 +1,5 @@
-"""What is measured: alignment with the teacher on held-out rows.
+"""Measures alignment with the teacher on held-out rows, and answers to benchmarks.
 
-``measures`` for any model and split, ``teacher`` for a teacher whose distribution is known.
+``measures`` works for any model and split; ``teacher`` is for a teacher whose distribution is
+known.
 """

@@ -1,7 +1,7 @@
-"""How items are answered: by a model's greedy generation, by a server, or from a file.
+"""Answers items by a model's greedy generation, by a server, or from a file.
 
-Each way gives ``Answering``: places of items to lines of (id, prompt_hash, output, finished), or,
-for log-likelihoods, (id, prompt_hash, logliks, bytes).
+Each way returns an ``Answering``. It maps indices of items to lines of (id, prompt_hash, output,
+finished), or, for log-likelihoods, (id, prompt_hash, logliks, bytes).
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from proxykd_jax.peers import on_first
 from proxykd_jax.training.answers import make_draw
 from proxykd_jax.training.model import Model
 
-# A prompt's answer must have room for a few tokens, or nothing was asked.
+# An answer needs room for at least a few tokens.
 FEWEST_TOKENS = 8
-# Raised whenever a choice's log-likelihood is another: those of two versions do not compare.
+# Increase it when choices get other log-likelihoods: results of two versions are not comparable.
 COMPARING_VERSION = 2
 
 
 @dataclass(frozen=True)
 class Speaker:
-    """A model on the mesh with the tokenizer and template that speak to it."""
+    """A model on the mesh, with its tokenizer and template."""
 
     model: Model
     renderer: Renderer
@@ -52,7 +52,7 @@ class Speaker:
 
     @property
     def vocab_size(self) -> int:
-        """Ids that may be drawn."""
+        """Number of ids that may be drawn."""
         return self.renderer.tokenizer.vocab_size
 
     @property
@@ -63,7 +63,7 @@ class Speaker:
     def drawing(
         self, *, seed: int, batch_size: int, temperature: float = 0.0, top_p: float = 1.0
     ) -> SampleFunction:
-        """The sampler bound to the model, rows split over the mesh; greedy at temperature 0."""
+        """The model's sampler, with rows split over the mesh; greedy at temperature 0."""
         return make_draw(
             self.model.config,
             self.model.params,
@@ -90,13 +90,13 @@ class Speaker:
         )
 
     def text_of(self, answer: Sample) -> str:
-        """What was said, without control tokens."""
+        """The answer's text, without control tokens."""
         tokens = answer.tokens[:-1] if answer.finished else answer.tokens
         return self.renderer.tokenizer.decode(tokens, skip_special=True)
 
 
 def speaker(config: Config, candidate: Candidate, mesh: Mesh) -> Speaker:
-    """Loads a model to be asked as the corpus asks.
+    """Loads a model, to be asked in the corpus's format.
 
     Raises:
       UserError: files are missing or do not fit.
@@ -108,9 +108,10 @@ def speaker(config: Config, candidate: Candidate, mesh: Mesh) -> Speaker:
 
 
 def renderer_of(config: Config, own_tokenizer: Path | None = None) -> Renderer:
-    """The run's template with the run's tokenizer, or with the model's own where it has another.
+    """The run's template with the run's tokenizer, or with the model's own tokenizer if it differs.
 
-    The corpus's end tokens belong to the run's tokenizer; with another one its EOS ends an answer.
+    The corpus's end tokens belong to the run's tokenizer. With another tokenizer its EOS ends an
+    answer.
     """
     tokenizer, ends = load_tokenizer(config), config.corpus.end_tokens
     if own_tokenizer is not None:
@@ -124,9 +125,9 @@ def renderer_of(config: Config, own_tokenizer: Path | None = None) -> Renderer:
 def generating(
     speaker: Speaker, items: Sequence[Item], *, seed: int, max_new_tokens: int, batch_size: int
 ) -> Answering:
-    """Greedy answers by the sampler here, rows split over the mesh.
+    """Greedy answers by the built-in sampler, with rows split over the mesh.
 
-    Where a prompt leaves no room in the model's context, the output is empty and unfinished.
+    If a prompt leaves no room in the model's context, the output is empty and unfinished.
     """
     model = speaker.model
     draw = speaker.drawing(seed=seed, batch_size=batch_size)
@@ -148,7 +149,7 @@ def generating(
 def comparing(speaker: Speaker, items: Sequence[Item], *, batch_size: int) -> Answering:
     """Log-likelihoods of the choices' texts as answers to the question alone.
 
-    Only the text counts: neither the token that ends an answer nor anything else behind the text.
+    Only the text counts, not the end token or anything else after it.
     """
     model = speaker.model
 
@@ -162,7 +163,7 @@ def comparing(speaker: Speaker, items: Sequence[Item], *, batch_size: int) -> An
             TokenRow(found.tokens, found.prompt_length, "")
             for found in speaker.renderer.encode_batch(rows, with_end=False)
         ]
-        # The last token is predicted and never read.
+        # The last token is predicted but never an input.
         kept = [len(row.tokens) - 1 <= model.config.max_positions for row in encoded]
         logliks = np.full(len(encoded), np.nan)
         fitting = [row for row, fits in zip(encoded, kept, strict=True) if fits]
@@ -176,7 +177,7 @@ def comparing(speaker: Speaker, items: Sequence[Item], *, batch_size: int) -> An
 def asking(
     server: Server, endpoint: EndpointConfig, items: Sequence[Item], *, max_new_tokens: int
 ) -> Answering:
-    """Answers of an OpenAI-compatible server, greedy, several requests at once."""
+    """Greedy answers of an OpenAI-compatible server, several requests at once."""
     connection = Connection(
         server.url,
         retries=endpoint.retries,
@@ -211,11 +212,11 @@ def asking(
 
 
 def looking_up(collected: Collected, items: Sequence[Item]) -> Answering:
-    """Outputs from a file: ``{output}`` with ``prompt_hash``, or ``id`` and, where ids of several
-    tasks meet, ``task``.
+    """Outputs from a file: ``{output}`` with ``prompt_hash`` or ``id``, and with ``task`` if ids
+    repeat between tasks.
 
     Raises:
-      UserError: a line is no such object, or an item has no output.
+      UserError: a line is not such an object, or an item has no output.
     """
     by_hash: dict[str, Line] = {}
     by_id: dict[tuple[str | None, str], Line] = {}

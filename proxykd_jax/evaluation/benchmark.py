@@ -1,9 +1,9 @@
 """Benchmarks of several models: answers, scored samples, and a summary with paired differences.
 
-``<run>/eval/benchmarks/<model>/<task>/`` holds what came back, part by part, ``<task>.jsonl``
-beside it one scored sample a line, made anew from that, and ``summary.json`` the accuracies of the
-models of one call. Log-likelihoods of choices stand under ``<task>_loglikelihood``, and what
-EleutherAI's harness says of the same questions behind ``_harness``.
+``<run>/eval/benchmarks/<model>/<task>/`` holds the answers, part by part. ``<task>.jsonl`` beside
+it has one scored sample per line and is rebuilt from the answers. ``summary.json`` holds the
+accuracies of the models of one call. Names with ``_loglikelihood`` hold log-likelihoods of choices;
+names ending in ``_harness`` hold the results of EleutherAI's harness on the same questions.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ GENERATE, COMPARE = "generate", COMPARED
 
 @dataclass(frozen=True)
 class Ask:
-    """One task, asked in one way.
+    """One task, asked in one mode.
 
     Attributes:
-      task: of the benchmarks.
+      task: one of the benchmarks.
       mode: ``GENERATE`` or ``COMPARE``.
-      items: what is asked.
+      items: the questions.
     """
 
     task: str
@@ -71,26 +71,26 @@ class Ask:
 
     @property
     def name(self) -> str:
-        """Of the folder and in the summary."""
+        """Name of the folder and in the summary."""
         return self.task if self.mode == GENERATE else f"{self.task}_{COMPARE}"
 
 
 def run_benchmarks(
     config: Config, models: Sequence[str] = (), tasks: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Lets models answer benchmarks; what they answered already is not asked again.
+    """Lets models answer benchmarks; existing answers are not asked for again.
 
     Args:
       config: with ``evaluate.benchmarks``.
-      models: entries as of ``evaluate.benchmarks.models``, instead of those.
-      tasks: of the configured benchmarks, these alone (default: all).
+      models: entries as in ``evaluate.benchmarks.models``; they replace those.
+      tasks: only these of the configured benchmarks (default: all).
 
     Returns:
-      What ``<run>/eval/benchmarks/summary.json`` holds.
+      The content of ``<run>/eval/benchmarks/summary.json``.
 
     Raises:
-      UserError: the config names no benchmark, files, models or a server cannot be used, or
-        lm-eval is wanted and not installed.
+      UserError: the config names no benchmark; files, models or a server cannot be used; or lm-eval
+        is requested and not installed.
     """
     settings = config.evaluate.benchmarks
     if settings is None:
@@ -156,9 +156,9 @@ def _of_model(
     who: Who,
     asks: Sequence[Ask],
 ) -> tuple[dict[str, list[Line]], dict[str, Any]]:
-    """The scored samples of one model, and what the harness says of them, by ``Ask.name``."""
+    """The scored samples of one model, and the harness's results on them, by ``Ask.name``."""
 
-    # Loaded for the first part that is missing, and then for all tasks.
+    # Loaded at the first missing part, then shared by all tasks.
     @functools.cache
     def load() -> Speaker:
         assert isinstance(who, Candidate)
@@ -168,7 +168,7 @@ def _of_model(
 
     scored, checks = {}, {}
     if settings.harness and not isinstance(who, Candidate):
-        say(f"evaluate: {name} is no model on this machine; the harness does not ask it")
+        say(f"evaluate: {name} is not a model on this machine; the harness does not ask it")
     for ask in asks:
         if ask.mode == COMPARE and not isinstance(who, Candidate):
             say(f"evaluate: {name} gives no log-likelihoods; {ask.name} is left out")
@@ -206,7 +206,7 @@ def _of_model(
 
 
 def _decisive(config: Config, settings: BenchmarksConfig, who: Who, ask: Ask) -> dict[str, Any]:
-    """What decides answers beside the model."""
+    """The settings that determine answers, beside the model."""
     hashes = [(item.id, prompt_hash(_prompt(ask, item))) for item in ask.items]
     found: dict[str, Any] = {
         "mode": ask.mode,
@@ -256,7 +256,7 @@ def _answering(
 
 
 def _scored(folder: Path, ask: Ask) -> list[Line]:
-    """The samples of a task with their scores; written beside the answers."""
+    """The samples of a task with their scores; also written beside the answers."""
     lines = read_answers(folder / ask.name)
     score: Callable[[Item, Line], Line] = _score if ask.mode == GENERATE else _score_compared
     samples = [score(item, line) for item, line in zip(ask.items, lines, strict=True)]
@@ -280,7 +280,7 @@ def _score(item: Item, line: Line) -> Line:
 
 
 def _score_compared(item: Item, line: Line) -> Line:
-    """By the highest log-likelihood, and by the highest a byte of the choice's text."""
+    """Scores by the highest log-likelihood, and by the highest per byte of the choice's text."""
     labels = [label for label, _ in item.choices]
     logliks, sizes = line["logliks"], line["bytes"]
     raw = by_length = None

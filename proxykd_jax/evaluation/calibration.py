@@ -1,9 +1,9 @@
-"""Whether a model is as sure of its first choice as the teacher's tokens bear out.
+"""Calibration: whether a model's confidence matches its agreement with the teacher's tokens.
 
-At each place of an answer the model's confidence is the probability of its most probable token, and
-it is right where that is the teacher's token. Places are put in bins of equal width by their
-confidence; the expected calibration error is the mean distance between confidence and agreement
-over bins, each weighed by its places (Guo et al., 2017, eq. 5, with their 15 bins).
+At each position of an answer the confidence is the probability of the model's most probable token,
+and the model is right if that is the teacher's token. Positions are grouped into bins of equal
+width by confidence. The expected calibration error is the mean distance between confidence and
+agreement over bins, weighted by their positions (Guo et al., 2017, eq. 5, with their 15 bins).
 
 Axes: n rows (examples), M bins, 3 sums: tokens, confidence, agreement.
 """
@@ -22,9 +22,9 @@ def binned(confidence_BL: np.ndarray, agreement_BL: np.ndarray, mask_BL: np.ndar
     """float64 ``[B, M, 3]``: tokens, summed confidence and agreement of each row by bin.
 
     Args:
-      confidence_BL: in [0, 1]; a confidence on an edge belongs to the bin above, 1 to the last.
-      agreement_BL: whether the first choice is the teacher's token.
-      mask_BL: places of answers; others count nowhere.
+      confidence_BL: in [0, 1]; a value on an edge belongs to the bin above, 1 to the last bin.
+      agreement_BL: whether the most probable token is the teacher's.
+      mask_BL: positions of answers; others do not count.
     """
     rows, places = np.nonzero(mask_BL)
     confidence = np.asarray(confidence_BL, np.float64)[rows, places]
@@ -37,7 +37,7 @@ def binned(confidence_BL: np.ndarray, agreement_BL: np.ndarray, mask_BL: np.ndar
 
 
 def expected_error(bins_M3: np.ndarray) -> np.ndarray:
-    """Expected calibration error of summed bins, in [0, 1]; further leading axes will do."""
+    """Expected calibration error of summed bins, in [0, 1]; more leading axes are allowed."""
     gaps = np.abs(bins_M3[..., 1] - bins_M3[..., 2]).sum(axis=-1)
     return np.asarray(gaps / bins_M3[..., 0].sum(axis=-1))
 
@@ -46,10 +46,10 @@ def calibration(bins_nM3: np.ndarray) -> dict[str, Any]:
     """Calibration over all rows, ready for JSON.
 
     Returns:
-      ``ece`` with ``ece_se``, its spread over 200 draws of the rows with replacement (None for
-      fewer than two rows; bins with few places make the error itself too large); ``confidence``,
-      the mean (above agreement: too sure); and ``bins``, those that have places: ``{from, to,
-      tokens, confidence, agreement}``.
+      ``ece``, and ``ece_se``: its spread over 200 bootstrap draws of the rows (None for fewer than
+      two rows). Bins with few positions bias ``ece`` upwards. ``confidence``: the mean; above
+      agreement means overconfident. ``bins``: the non-empty ones, as ``{from, to, tokens,
+      confidence, agreement}``.
     """
     total_M3 = bins_nM3.sum(axis=0)
     num = len(bins_nM3)

@@ -1,4 +1,4 @@
-"""Who answers or is measured: a run's models, a model's folder, a server, or collected outputs."""
+"""The models that answer or are measured: a run's, a folder, a server, or collected outputs."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Candidate:
     """A model that can be measured.
 
     Attributes:
-      identity: what it is; a model of the same identity is not measured again.
-      load: puts it on the mesh.
+      identity: identifies the model; an equal identity is not measured again.
+      load: loads it onto the mesh.
       tokenizer: folder of its own tokenizer; None for the run's.
     """
 
@@ -49,7 +49,7 @@ class Server:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The server may move; its model's name is what it is known by."""
+        """The name of the model; the server's address may change."""
         return {"endpoint": self.model}
 
 
@@ -66,7 +66,7 @@ class Collected:
 
 
 def from_section(config: Config, role: str, section: ModelSection) -> Candidate:
-    """A model as a section of the config names it, untrained."""
+    """The untrained model that a section of the config names."""
     identity = {
         "model": model_identity(section),
         "first_layers": section.init.first_layers if section.init else None,
@@ -78,10 +78,10 @@ def from_section(config: Config, role: str, section: ModelSection) -> Candidate:
 
 
 def named_candidate(config: Config, text: str) -> tuple[str, Candidate | Server | Collected]:
-    """(name, who) of an entry of ``evaluate.benchmarks.models``.
+    """(name, model) of an entry of ``evaluate.benchmarks.models``.
 
     Raises:
-      UserError: it names nothing that is there.
+      UserError: it names nothing that exists.
     """
     match = _NAMED.fullmatch(text)
     name, what = (match[1], match[2]) if match else (None, text)

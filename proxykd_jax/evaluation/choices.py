@@ -1,7 +1,7 @@
 r"""Which of a question's choices a text names: "(B)", "B.", "Option B", "\boxed{B}", "city".
 
-A question may have several right choices, so that what is found is the labels in order: "B",
-"ACD". A text that names two with "or" chooses none.
+A question may have several right choices, so the result is the labels in order: "B", "ACD". A text
+that names two with "or" chooses none.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _NEGATES = re.compile(r"\b(?:not|except|cannot|none)\b|n't\b", re.IGNORECASE)
 _ONLY_LABELS = re.compile(
     r"[A-Z]{2,}[.)]?|(?:[(\[]?[A-Z0-9][)\]]?[\s,、;/&]*(?:and\s+)?){2,}[.。]?"
 )
-# What may follow a bare "A" or "I" that is a label and no word.
+# What may follow a bare "A" or "I" that is a label and not a word.
 _AFTER_LABEL = re.compile(
     r"\s*(?:$|[^\w\s]|(?:because|since|as|is|are|and|or|for|due|with|which)\b)"
 )
@@ -60,13 +60,13 @@ _AFTER_LABEL = re.compile(
 def choice_in(output: str, choices: Choices) -> str | None:
     """The labels that a text gives as its final answer; None if it gives none.
 
-    The choice that the last mark points at, by label or by its text; else what the whole text or
-    its first line is; what is called correct or stands in bold at the end; the one choice that the
-    last sentences of the last paragraph name.
+    Tried in this order: the choice that the last mark points at, by label or by text; the choice
+    that the whole text or its first line consists of; the one called correct, or in bold at the
+    end; the only choice named by the last sentences of the last paragraph.
 
     Args:
-      output: of ``cleaned``.
-      choices: (label, text) of each.
+      output: a text from ``cleaned``.
+      choices: (label, text) of each choice.
     """
     text = without_emphasis(output)
     for span in marked_spans(text):
@@ -87,13 +87,13 @@ def choice_in(output: str, choices: Choices) -> str | None:
 
 
 def named(span: str, choices: Choices, *, whole: bool = False) -> str | None:
-    """The labels at the start of a span, or else of the one choice whose text it says.
+    """The labels at the start of a span, or otherwise the one choice whose text it contains.
 
     Args:
-      whole: the span is nothing but an answer, so that letters in it are labels.
+      whole: the span is nothing but an answer, so letters in it are labels.
 
     Returns:
-      "" where it names several and leaves it open which; None where it names none.
+      "" if it names several without deciding; None if it names none.
     """
     text = unwrapped(span)
     if whole and (several := _labels_throughout(text, choices)) is not None:
@@ -106,7 +106,7 @@ def named(span: str, choices: Choices, *, whole: bool = False) -> str | None:
 
 
 def _labels_throughout(text: str, choices: Choices) -> str | None:
-    """The labels of "(A) city, (C) street"; "" with "or" between them, None for fewer than two."""
+    """The labels of "(A) city, (C) street"; "" if joined by "or", None for fewer than two."""
     labels = [label for label, _ in choices]
     places = [(m, as_label(m[1], choices)) for m in _BRACKETED.finditer(text)]
     found = [(match, label) for match, label in places if label is not None]
@@ -148,7 +148,7 @@ def _labels_at_start(text: str, choices: Choices, *, whole: bool) -> str | None:
 def _label_at(
     text: str, place: int, choices: Choices, *, first: bool, whole: bool
 ) -> tuple[str, int] | None:
-    """A label at a place and where it ends."""
+    """A label at a position, and the position of its end."""
     for pattern in (_BRACKETED, _BARE, _LOWER):
         match = pattern.match(text, place)
         if match is None:
@@ -166,7 +166,7 @@ def _label_at(
 
 
 def as_label(said: str, choices: Choices) -> str | None:
-    """The label that is meant; letters also count the choices that have numbers as labels."""
+    """The label that is meant; letters also stand for choices that have numbers as labels."""
     labels = [label for label, _ in choices]
     said = said.upper()
     if said in labels:
@@ -176,7 +176,7 @@ def as_label(said: str, choices: Choices) -> str | None:
 
 
 def _is_label(said: str, label: str, rest: str, choices: Choices, first: bool) -> bool:
-    """Whether a bare letter or digit is a label: not the article, not a number, not "I"."""
+    """Whether a bare letter or digit is a label, and not the article, a number or "I"."""
     if re.match(r"[.,]\d|\s*[%=+*/^<>]|-\w", rest):
         return False
     if not first:
@@ -190,7 +190,7 @@ def _is_label(said: str, label: str, rest: str, choices: Choices, first: bool) -
 
 
 def _by_text(text: str, choices: Choices) -> str | None:
-    """The one choice whose text a span says, in words or as a value."""
+    """The only choice whose text a span contains, in words or as a value."""
     words = normalised_words(text)
     texts = {label: normalised_words(choice) for label, choice in choices}
     exact = [label for label, choice in texts.items() if choice and choice == words]
@@ -224,7 +224,7 @@ def _denied(text: str, choice: str) -> bool:
 
 
 def _called_right(text: str, choices: Choices) -> str | None:
-    """The choice that the last sentence which calls one correct calls so."""
+    """The choice that is called correct in the last sentence that calls one so."""
     for sentence in sentences(unwrapped(text))[::-1]:
         if _NEGATES.search(sentence):
             continue
@@ -236,8 +236,8 @@ def _called_right(text: str, choices: Choices) -> str | None:
 
 
 def _as_a_whole(text: str, choices: Choices) -> str | None:
-    """The answer of a text that is one: a label, "B. city", the text of a choice, perhaps with an
-    explanation under it. A text that begins to go through the choices is none.
+    """The answer of a text that is nothing but an answer: a label, "B. city", or a choice's text,
+    perhaps with an explanation below. A text that starts to go through the choices does not count.
     """
     first, _, rest = text.partition("\n")
     plain = unwrapped(first)
@@ -262,7 +262,7 @@ def _as_a_whole(text: str, choices: Choices) -> str | None:
 
 
 def _without_list(text: str, choices: Choices) -> str:
-    """A text without the lines that only repeat the choices, where several do."""
+    """The text without lines that only repeat the choices, if there are several such lines."""
     own = {(label, *normalised_words(choice)) for label, choice in choices}
     lines = text.split("\n")
     listed = [
@@ -276,7 +276,7 @@ def _without_list(text: str, choices: Choices) -> str:
 
 
 def _concluded(sentence: str, choices: Choices) -> str | None:
-    """The one choice that a concluding sentence names, by label, words or value."""
+    """The only choice that a concluding sentence names, by label, words or value."""
     plain = unwrapped(sentence)
     if (alone := re.fullmatch(r"[(\[]?([A-Z0-9])[)\].:]*", plain)) is not None:
         return as_label(alone[1], choices)

@@ -1,4 +1,4 @@
-"""Benchmarks that a student answers while it is trained: curves as the paper's Figs. 6 and 7."""
+"""Benchmarks that a student answers during training: curves as in the paper's Figs. 6 and 7."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from proxykd_jax.training.model import Model
 
 
 def accuracy_while_training(config: Config, mesh: Mesh) -> Periodic | None:
-    """``benchmark/<task>`` every so many steps, shares of right answers; None where none is asked.
+    """``benchmark/<task>``, the share of right answers, at intervals; None if none are configured.
 
-    The questions are the same each time: of every task so many, drawn by the run's seed.
-    ``benchmark/mean`` is the mean over tasks where there are several.
+    The questions are the same each time: a fixed number per task, drawn by the run's seed. With
+    several tasks ``benchmark/mean`` is their mean.
 
     Args:
-      config: ``evaluate.benchmarks.during`` says what is asked, and when.
-      mesh: on which the student is trained.
+      config: ``evaluate.benchmarks.during`` gives the questions and the interval.
+      mesh: the mesh on which the student is trained.
 
     Raises:
       UserError: files are missing or do not fit, or rows do not divide over the mesh.
@@ -66,6 +66,6 @@ def accuracy_while_training(config: Config, mesh: Mesh) -> Periodic | None:
 
 
 def drawn(items: list[Item], count: int, seed: int) -> list[Item]:
-    """So many of the items at most, in their order; a smaller draw is part of a larger one."""
+    """At most ``count`` items, in their order; a smaller draw is part of a larger one."""
     places = permutation(len(items), seed=seed, epoch=0)[:count]
     return [items[place] for place in sorted(places.tolist())]

@@ -1,8 +1,8 @@
-r"""The value of a formula: LaTeX or plain text to a complex number, letters standing for numbers.
+r"""Evaluates a formula in LaTeX or plain text to a complex number, with numbers for its letters.
 
-Two formulas are equal if they have the same values for several values of their letters:
-``\frac{\sqrt{3}}{2}`` and ``\sqrt3/2``, ``2x(x-1)`` and ``2x^2 - 2x``. Nothing is executed: the
-formula is parsed here by descent.
+Two formulas count as equal if they have the same values for several values of their letters:
+``\frac{\sqrt{3}}{2}`` and ``\sqrt3/2``, ``2x(x-1)`` and ``2x^2 - 2x``. Nothing is executed: a
+recursive-descent parser reads the formula.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ _CONSTANTS = {"pi": complex(math.pi), "infty": complex(math.inf)}
 _TOKEN = re.compile(r"\\?[A-Za-z]+|\d+\.?\d*|\.\d+|[-+*/^(){}\[\]!|_,]|\\[a-z]+")
 _DEGREE = math.pi / 180
 _LONGEST = 400
-# Powers and factorials beyond these are no answer of a benchmark, and slow.
+# Larger powers and factorials do not occur in benchmark answers, and are slow.
 _LARGEST_POWER, _LARGEST_FACTORIAL = 10_000, 100
 
 
 class _FormulaError(Exception):
-    """The text is no formula that is understood here."""
+    """The text is not a formula that this parser understands."""
 
 
 def value(text: str, letters: Mapping[str, complex]) -> complex | None:
-    """The value of a formula; None where the text is none or has no finite value.
+    """The value of a formula; None if the text is not a formula or has no finite value.
 
     Args:
-      text: LaTeX without ``\\left`` and spacing commands, or plain.
-      letters: the value of each letter; i and e are the constants unless they are given.
+      text: LaTeX without ``\\left`` and spacing commands, or plain text.
+      letters: the value of each letter; i and e are the constants unless given.
     """
     if len(text) > _LONGEST or not text.strip():
         return None
@@ -98,7 +98,7 @@ def _tokens(text: str) -> list[str]:
 
 
 class _Parser:
-    """Sums of products of powers; a product needs no sign between its factors."""
+    """Parses sums of products of powers; factors need no sign between them."""
 
     def __init__(self, tokens: list[str], letters: Mapping[str, complex]) -> None:
         self._tokens, self._letters, self._place = tokens, letters, 0
@@ -118,7 +118,7 @@ class _Parser:
         while (token := self.peek()) in ("+", "-", "pm"):
             self._take()
             term = self._product()
-            # Plus or minus: a letter of its own, so that both sides must mean the same.
+            # Plus-minus is a letter of its own, so that both sides must use it alike.
             sign = {"+": 1, "-": -1}.get(str(token), self._letters.get("pm", 0.7310585))
             total += sign * term
         return total
@@ -178,7 +178,7 @@ class _Parser:
         return found
 
     def _argument(self, *, signed: bool = False) -> complex:
-        r"""What a command applies to: a group, or one digit or letter as in ``\frac12``."""
+        r"""The argument of a command: a group, or one digit or letter as in ``\frac12``."""
         if self.peek() == "{":
             return self._group("{", "}")
         if signed and self.peek() in ("-", "+"):
@@ -249,7 +249,7 @@ class _Parser:
         return found**power
 
     def _inside(self) -> complex:
-        """What a function without brackets applies to: ``sin 2x``."""
+        """The argument of a function without brackets: ``sin 2x``."""
         total = self._power()
         while (
             (token := self.peek()) is not None

@@ -1,8 +1,8 @@
-"""The final answer of a model's text: one extractor a benchmark.
+"""Extracts the final answer from a model's text, with one extractor per benchmark.
 
-An extractor knows the question and what kind of answer it wants, never the gold answer, the model
-or the file. A text that gives no answer, or refuses, gives None. ``docs/extraction.md`` compares
-what is extracted from public generations with what their authors recorded.
+An extractor knows the question and the kind of answer, but never the gold answer, the model or the
+file. It returns None for a text that gives no answer or refuses. ``docs/extraction.md`` compares
+its results on public generations with those that their authors recorded.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from proxykd_jax.evaluation.numbers import number_in
 from proxykd_jax.evaluation.tasks import Item
 from proxykd_jax.evaluation.words import PAIRS, brackets_in, listed_words, one_of
 
-# Raised whenever a text may give another answer than before: scores of two versions do not compare.
+# Increase it when a text may give another answer: scores of two versions are not comparable.
 EXTRACTION_VERSION = 1
 
 Extractor = Callable[[str, Item], str | None]
 
 
 def extract(item: Item, output: str) -> str | None:
-    """The final answer that a model's text gives to an item, canonical; None if it gives none."""
+    """The final answer that a text gives to an item, in canonical form; None if it gives none."""
     text = cleaned(output)
     return EXTRACTORS[item.task](text, item) if text else None
 

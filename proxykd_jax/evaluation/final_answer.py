@@ -1,9 +1,9 @@
-r"""Where a model's text says its final answer.
+r"""Finds where a model's text states its final answer.
 
 Models mark a final answer in a few ways: ``\boxed{..}``, ``#### ..``, "the answer is ..",
-"Answer: ..", "the best choice would be ..", their Chinese forms. ``marked_spans`` finds what
-follows such marks, the last first; ``closing_sentences`` is where a text without a mark concludes.
-What a span holds (a number, a label, words) is for the modules of the kinds of answers.
+"Answer: ..", "the best choice would be ..", and Chinese forms. ``marked_spans`` returns the text
+after such marks, last mark first. ``closing_sentences`` returns the conclusion of a text without
+marks. The modules for the kinds of answers interpret a span (a number, a label, words).
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ _HEADED = re.compile(
 )
 _HASHED = re.compile(_HASHES, re.MULTILINE)
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
-# A text that repeats itself to the end of its budget holds thousands; the last ones count.
+# A text that repeats itself up to its budget has thousands of marks; only the last ones count.
 _MOST_MARKS = 32
-# Characters of what follows a mark that are looked at.
+# Characters after a mark that are searched.
 _LONGEST_REST = 4000
 _BOLD = re.compile(r"\*\*(.+?)\*\*", re.DOTALL)
 _WRAPPED = re.compile(
@@ -80,12 +80,12 @@ _MARKS = (_BOXED, _STATED, _HEADED, _HASHED)
 
 
 class Span(NamedTuple):
-    """What a mark points at.
+    """The text that a mark points at.
 
     Attributes:
-      text: up to the end of the line.
-      start: where the mark stands.
-      boxed: the text is the whole of what was boxed.
+      text: the text up to the end of the line.
+      start: position of the mark.
+      boxed: the text is the whole content of a box.
     """
 
     text: str
@@ -94,10 +94,10 @@ class Span(NamedTuple):
 
 
 def cleaned(output: str) -> str:
-    """A model's text as it is searched.
+    """A model's text, prepared for the search.
 
-    ASCII forms of full-width signs, without hidden thoughts, and without the questions that a base
-    model goes on to ask itself once it has marked an answer.
+    Full-width signs become ASCII. Hidden thoughts are removed, and so are the questions that a base
+    model goes on to ask itself after marking an answer.
     """
     text = output.translate(_ASCII)
     text = text.rpartition("</think>")[2].strip()
@@ -107,12 +107,12 @@ def cleaned(output: str) -> str:
 
 
 def marked_spans(text: str) -> list[Span]:
-    """What the marks of a final answer point at, the last mark first.
+    """The spans after the marks of a final answer, last mark first.
 
-    Nothing that was stated before a closing refusal counts, except what was boxed.
+    Statements before a closing refusal do not count, except for boxes.
 
     Args:
-      text: of ``cleaned``.
+      text: a text from ``cleaned``.
     """
     spans = [Span(content, start, True) for start, content in boxed_contents(text)]
     for start, end, headed in _positions(text)[-_MOST_MARKS:]:
@@ -126,7 +126,7 @@ def marked_spans(text: str) -> list[Span]:
 
 
 def boxed_contents(text: str) -> list[tuple[int, str]]:
-    r"""(start, content) of every ``\boxed{content}``, braces matched; an unclosed one runs on."""
+    r"""(start, content) of each ``\boxed{content}`` with braces matched; unclosed ones run on."""
     found = []
     for match in list(_BOXED.finditer(text))[-_MOST_MARKS:]:
         depth = 0
@@ -141,22 +141,22 @@ def boxed_contents(text: str) -> list[tuple[int, str]]:
 
 
 def bold_spans(text: str) -> list[str]:
-    """What stands in bold in the last paragraph, the last first."""
+    """The bold spans of the last paragraph, last first."""
     return [match[1].strip() for match in _BOLD.finditer(last_paragraph(text))][::-1]
 
 
 def last_paragraph(text: str) -> str:
-    """What follows the last empty line."""
+    """The text after the last empty line."""
     return re.split(r"\n\s*\n", text.strip())[-1]
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a text; a line's end ends one."""
+    """The sentences of a text; the end of a line ends a sentence."""
     return [part.strip() for part in _SENTENCE_END.split(text) if part and part.strip()]
 
 
 def closing_sentences(text: str) -> list[str]:
-    """The sentences of the last paragraph, the last first; none if the text ends in a refusal."""
+    """The sentences of the last paragraph, last first; none if the text ends in a refusal."""
     found = sentences(last_paragraph(text))[::-1]
     return [] if found and refuses(found[0]) else found
 
@@ -167,12 +167,12 @@ def refuses(text: str) -> bool:
 
 
 def without_emphasis(text: str) -> str:
-    """A text without Markdown's bold."""
+    """A text without Markdown's bold markers."""
     return text.replace("**", "").replace("__", "")
 
 
 def unwrapped(text: str) -> str:
-    r"""A text without LaTeX's fonts and mathematics: "\text{(C) city}" is "(C) city"."""
+    r"""A text without LaTeX's fonts and mathematics: "\text{(C) city}" becomes "(C) city"."""
     before = None
     while before != text:
         before, text = text, _WRAPPED.sub(r"\1", text)
@@ -183,7 +183,7 @@ def unwrapped(text: str) -> str:
 
 
 def _positions(text: str) -> list[tuple[int, int, bool]]:
-    """(start, end, is a heading) of every mark that is no box."""
+    """(start, end, whether it is a heading) of each mark other than boxes."""
     found = [(m.start(), m.end(), False) for m in _STATED.finditer(text)]
     found += [(m.start(), m.end(), True) for m in _HEADED.finditer(text)]
     found += [(m.start(), m.end(), False) for m in _HASHED.finditer(text)]
@@ -191,7 +191,7 @@ def _positions(text: str) -> list[tuple[int, int, bool]]:
 
 
 def _rest_of_line(text: str, start: int) -> str:
-    """The rest of the line; of the next line that says something, if this one says nothing."""
+    """The rest of the line, or the next non-empty line if the rest is empty."""
     for line in text[start : start + _LONGEST_REST].split("\n"):
         if re.search(r"[\w()\[\]{}<>]", line.replace("\\[", "").replace("\\(", "")):
             return line.strip()
@@ -199,6 +199,6 @@ def _rest_of_line(text: str, start: int) -> str:
 
 
 def _is_prose(rest: str) -> bool:
-    """Whether what follows "Answer:" is an explanation of several sentences, not an answer."""
+    """Whether the text after "Answer:" is an explanation of several sentences, not an answer."""
     parts = sentences(rest)
     return len(parts) > 1 and len(parts[0].split()) > 6

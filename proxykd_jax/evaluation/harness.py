@@ -1,15 +1,15 @@
-"""The benchmarks once more, asked, read and scored by EleutherAI's harness (lm-eval).
+"""The benchmarks asked, read and scored a second time, by EleutherAI's harness (lm-eval).
 
 With ``evaluate.benchmarks.harness`` each local model answers the same questions of the same files
-through the harness. Shared are the files' reading, the prompts, and the model with its tokenizer
-and template (``harness_model.py``). The harness's own are the requests, the reading of answers by
-the regular expressions below, the comparison with the gold, the choice by log-likelihood and the
-accuracies: two programs that agree on them are hardly wrong in the same way.
+through the harness. Both share the reading of files, the prompts, and the model with its tokenizer
+and template (``harness_model.py``). The harness has its own requests, answer extraction (by the
+regular expressions below), comparison with the gold, choice by log-likelihood, and accuracies. Two
+programs that agree on these are unlikely to have the same error.
 
     python -m proxykd_jax.evaluation.harness run --model proxykd_jax \\
         --model_args config=run.yaml,model=student --tasks my_task --include_path tasks
 
-is the harness's own command line with this project's models: any other task that lm-eval knows.
+is the harness's own command line with this project's models, for any other task of lm-eval.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from proxykd_jax.evaluation.scoring import BY_LENGTH, accuracy
 from proxykd_jax.evaluation.tasks import Item
 from proxykd_jax.peers import on_first
 
-# Raised whenever the harness is asked otherwise: responses to two versions do not compare.
+# Increase it when requests to the harness change: responses of two versions are not comparable.
 HARNESS_VERSION = 1
 
 _LETTER = r"[Tt]he answer is:? *\(?([A-Z0-9])\b"
-# How the harness finds an answer: the last match. These are the forms that the prompts ask for,
-# as its published tasks have them; nothing of this project's own extraction is used.
+# How the harness finds an answer: the last match. These are the forms that the prompts request, as
+# in the harness's published tasks. None of this project's extraction is used.
 PATTERNS: Mapping[str, str] = {
     "agieval": r"[Tt]he answer is:? *(?:\$?\\boxed\{(.*)\}|\(?([A-Z]+)\)?(?:\.|$))",
     "arc": _LETTER,
@@ -48,19 +48,19 @@ PATTERNS: Mapping[str, str] = {
     "gsm8k": r"#### *\$?(-?[0-9.,]*[0-9])",
     "mmlu": _LETTER,
 }
-# What is not compared: thousands separators, and spaces within formulas and lists.
+# Ignored in comparisons: thousands separators, and spaces within formulas and lists.
 _IGNORED: Mapping[str, list[str]] = {"agieval": [r"\s"], "bbh": [",", r"\s"], "gsm8k": [","]}
 _FILTER = "last"
-# A metric of the harness -> the score here that it is held against.
+# A metric of the harness -> our score to compare it with.
 GENERATED_METRICS = {"exact_match": "score"}
 COMPARED_METRICS = {"acc": "score", "acc_norm": BY_LENGTH, "acc_bytes": BY_LENGTH}
-# Sums of float32 log-probs in batches of other lengths.
+# Tolerance for sums of float32 log-probs from batches of other lengths.
 _SAME_NATS = 1e-3
 _SHOWN = 20
 
 
 def require_harness() -> None:
-    """Raises UserError where lm-eval is not installed."""
+    """Raises UserError if lm-eval is not installed."""
     missing = missing_harness()
     if missing:
         raise UserError(f"evaluate.benchmarks.harness: {missing}")
@@ -69,12 +69,12 @@ def require_harness() -> None:
 def task_config(
     name: str, items: Sequence[Item], *, compared: bool, max_new_tokens: int
 ) -> dict[str, Any]:
-    """A task of the harness, zero-shot, with its documents in memory.
+    """A zero-shot task of the harness, with its documents in memory.
 
     Args:
-      name: of the task.
-      items: of one benchmark; with ``compared`` each with exactly one right choice.
-      compared: log-likelihoods of choices instead of generated answers.
+      name: name of the task.
+      items: items of one benchmark; with ``compared`` each has exactly one right choice.
+      compared: compare log-likelihoods of choices instead of generating answers.
       max_new_tokens: length budget of an answer.
     """
     if compared:
@@ -93,7 +93,7 @@ def task_config(
             "metric_list": [_metric(metric) for metric in COMPARED_METRICS],
         }
     task = items[0].task
-    # group_select -1: what is said last.
+    # group_select -1: the last match.
     found = {"function": "regex", "regex_pattern": PATTERNS[task], "group_select": -1}
     matched = {"ignore_case": True, "regexes_to_ignore": _IGNORED.get(task, [])}
     return {
@@ -138,25 +138,25 @@ def check(
     max_new_tokens: int,
     label: str,
 ) -> dict[str, Any]:
-    """Lets the harness ask, read and score one task; what was answered already is not asked again.
+    """Lets the harness ask, read and score one task; existing responses are reused.
 
-    Responses are kept under ``<name>_harness/`` and samples written as ``<name>_harness.jsonl``.
+    Responses are stored under ``<name>_harness/``, samples in ``<name>_harness.jsonl``.
 
     Args:
-      folder: of the model.
-      name: of the task, as the samples here are called.
-      items: what is asked.
-      ours: the scored samples here, in the same order; log-likelihoods where they have some.
-      respondent: answers.
-      settings, inputs: what decides answers, as for those here.
-      items_per_part, max_new_tokens: as for those here.
-      label: for progress.
+      folder: the model's folder.
+      name: name of the task, as for our samples.
+      items: the questions.
+      ours: our scored samples, in the same order; with log-likelihoods if they have them.
+      respondent: answers the requests.
+      settings, inputs: what determines answers, as for ours.
+      items_per_part, max_new_tokens: as for ours.
+      label: for progress reports.
 
     Returns:
       For each metric of the harness its accuracy, ours, and where the two differ.
 
     Raises:
-      UserError: responses on disk are of another model or other settings.
+      UserError: responses on disk belong to another model or other settings.
     """
     compared = "logliks" in ours[0]
     kept = f"{name}_harness"
@@ -199,11 +199,11 @@ def check(
 
 
 def run_task(model: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The harness's results, with ``samples``, of one task.
+    """The harness's results for one task, with ``samples``.
 
     Args:
       model: an object of ``harness_model()``.
-      config: as of ``task_config``.
+      config: from ``task_config``.
     """
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.evaluator import evaluate
@@ -215,7 +215,7 @@ def run_task(model: Any, config: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the harness's remarks on options of its command line."""
+    """Silences the harness's remarks on its command-line options."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -283,7 +283,7 @@ def _ids(samples: Any) -> list[str]:
 
 
 def described_checks(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The checks of each model and task as lines for a person."""
+    """The checks of each model and task, as lines of text."""
     lines = []
     for name, tasks in models.items():
         for task, found in tasks.items():
@@ -302,15 +302,15 @@ def _share(found: Mapping[str, Any]) -> str:
 
 
 def main() -> int:
-    """The harness's own command line, which knows ``--model proxykd_jax``.
+    """The harness's own command line, extended by ``--model proxykd_jax``.
 
     Returns:
-      The exit code: 0, or 2 after a mistake of the user's, which is one sentence.
+      The exit code: 0, or 2 after a user error, which is reported in one sentence.
     """
-    # Of a GPU's memory, what plans count with; XLA would take 75 %.
+    # The share of GPU memory that plans assume; XLA's default is 75 %.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
-    # A process with JAX's threads must not fork. The harness forks for bootstrapped errors, and
-    # what writes its tables for columns.
+    # A process with JAX's threads must not fork. The harness would fork for bootstrapped errors,
+    # and its table writer would for columns.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     before = multiprocessing.get_start_method()
     multiprocessing.set_start_method("spawn", force=True)

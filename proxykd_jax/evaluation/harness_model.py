@@ -1,15 +1,15 @@
-"""A model of this project as EleutherAI's harness (lm-eval) asks it.
+"""A model of this project behind the interface of EleutherAI's harness (lm-eval).
 
-The harness sends texts. This is how they become tokens:
+The harness sends texts. They become tokens as follows:
 
-- A prompt that ``apply_chat_template`` wrote (``ChatText``) has exactly the tokens that the
-  renderer gives the same conversation, and a continuation of it those of the assistant's answer.
-- Any other text is cut as it stands, control tokens in it included, behind a BOS where the
-  tokenizer adds one and the text does not begin with it. Of a context and its continuation the
-  joint text is cut; trailing spaces of the context count to the continuation.
-- What is longer than the model's context is cut from the left.
+- A prompt from ``apply_chat_template`` (``ChatText``) gets exactly the tokens that the renderer
+  gives the same conversation. A continuation of it gets those of the assistant's answer.
+- Any other text is tokenised as it is, including its control tokens. It follows a BOS if the
+  tokenizer adds one and the text does not start with it. A context and its continuation are
+  tokenised together; trailing spaces of the context count to the continuation.
+- Text longer than the model's context is cut from the left.
 
-``lm_eval`` is imported inside functions only: it comes with the extra ``lm-eval``.
+``lm_eval`` is imported only inside functions, because it belongs to the extra ``lm-eval``.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from proxykd_jax.errors import UserError
 from proxykd_jax.evaluation.answering import FEWEST_TOKENS, Speaker
 from proxykd_jax.peers import say, stop_if_wanted
 
-# Of a request that does not say; as in the harness's own models.
+# Default of a request, as in the harness's own models.
 _MAX_NEW_TOKENS = 256
 _LENGTH_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-# Settings that name what the sampler does anyway.
+# Settings that the sampler fulfils anyway.
 _USUAL = (("num_beams", 1), ("top_k", 0), ("top_k", -1), ("repetition_penalty", 1))
 _REQUESTS_AT_ONCE = 256
 _NOTHING = np.zeros(0, np.int32)
 
-# (arguments of requests) -> a response each.
+# (arguments of requests) -> one response each.
 Answer = Callable[[Sequence[tuple[Any, ...]]], list[Any]]
 
 
 class ChatText(str):
-    """A prompt as the template writes it, which remembers the conversation that it is made of.
+    """A prompt as rendered by the template, together with its conversation.
 
-    The text alone does not say which control tokens the template wrote and which a message merely
-    quotes, nor what the template writes before an answer.
+    The text alone shows neither which control tokens come from the template and which are quoted in
+    a message, nor what the template writes before an answer.
     """
 
     row: TextRow
@@ -58,7 +58,7 @@ class ChatText(str):
 
 
 class Wish(NamedTuple):
-    """How an answer is wanted: the sampler's settings, and texts before which it is cut."""
+    """The wanted answer: the sampler's settings, and texts before which it is cut."""
 
     until: tuple[str, ...]
     max_new_tokens: int
@@ -70,7 +70,7 @@ def wish_of(kwargs: Mapping[str, Any]) -> Wish:
     """What the harness's ``generation_kwargs`` ask for. Greedy unless they ask for sampling.
 
     Raises:
-      UserError: they ask for what the sampler here does not do.
+      UserError: they ask for something that the sampler does not support.
     """
     left = dict(kwargs)
     until = left.pop("until", None) or ()
@@ -97,13 +97,13 @@ def wish_of(kwargs: Mapping[str, Any]) -> Wish:
 
 
 class Respondent:
-    """Answers requests with a model, which is loaded when the first one comes.
+    """Answers requests with a model, which is loaded at the first request.
 
     Args:
       renderer: the model's tokenizer and template.
       load: loads the model.
       batch_size: rows computed together.
-      seed: of sampling, where a request asks for it.
+      seed: seed of sampling, if a request asks for sampling.
     """
 
     def __init__(
@@ -113,20 +113,20 @@ class Respondent:
         self._load = load
         self._batch_size = batch_size
         self._seed = seed
-        # Two draws from one prompt are two draws.
+        # Number the requests, so that two draws from one prompt differ.
         self._numbers = itertools.count()
 
     def generate(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-        """Texts that follow contexts, each cut before the first of its stop strings.
+        """Texts that follow the contexts, each cut before the first of its stop strings.
 
-        A context that leaves no room for a few tokens is cut from the left until half of the
-        model's context is free, or all the tokens wanted.
+        A context that leaves too little room is cut from the left until half of the model's context
+        is free, or enough for all tokens wanted.
 
         Args:
           requests: (context, generation_kwargs).
 
         Raises:
-          UserError: a request asks for what the sampler does not do.
+          UserError: a request asks for something that the sampler does not support.
         """
         wishes = [wish_of(kwargs) for _, kwargs in requests]
         contexts = self.encode([context for context, _ in requests])
@@ -156,7 +156,7 @@ class Respondent:
         return responses
 
     def logliks(self, requests: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-        """(log-likelihood in nats, whether greedy decoding says it) of continuations of contexts.
+        """(log-likelihood in nats, whether greedy decoding gives it) of continuations of contexts.
 
         Args:
           requests: (context, continuation).
@@ -167,10 +167,10 @@ class Respondent:
         return self._measured([self._continued(context, after) for context, after in requests])
 
     def rolling_logliks(self, requests: Sequence[tuple[str]]) -> list[float]:
-        """Log-likelihoods of whole texts, nats, each token predicted once.
+        """Log-likelihoods of whole texts in nats; each token is predicted once.
 
-        A text begins behind BOS (or, without one, the end token) and is cut into pieces of the
-        model's length; the last piece has as much context as fits.
+        A text follows a BOS (or, without one, the end token) and is split into pieces of the
+        model's length. The last piece gets as much context as fits.
 
         Args:
           requests: (text,).
@@ -205,11 +205,11 @@ class Respondent:
 
         Args:
           messages: with ``role`` and ``content``.
-          open_turn: the assistant's turn follows: a ``ChatText``. Otherwise the last message is
-            the beginning of the assistant's answer, and the text ends with it.
+          open_turn: True if the assistant's turn follows; the result is a ``ChatText``. Otherwise
+            the last message is the beginning of the assistant's answer, and the text ends with it.
 
         Raises:
-          UserError: there is no template, or it refuses the conversation.
+          UserError: there is no template, or it rejects the conversation.
         """
         turns = [Message(cast(Any, each["role"]), each["content"]) for each in messages]
         row = TextRow(tuple(turns), None, "a prompt of the harness")
@@ -217,7 +217,7 @@ class Respondent:
 
     @property
     def _prefix(self) -> int:
-        """What stands before a text without context."""
+        """The token before a text that has no context."""
         bos = self.renderer.tokenizer.bos_id
         return self.renderer.end_token_ids[0] if bos is None else bos
 
@@ -229,7 +229,7 @@ class Respondent:
         return tokens
 
     def _continued(self, context: str, continuation: str) -> tuple[np.ndarray, int]:
-        """int32[T] and where in it the continuation begins."""
+        """int32[T], and the index where the continuation starts."""
         if not continuation:
             return _NOTHING, 0
         if isinstance(context, ChatText):
@@ -253,10 +253,10 @@ class Respondent:
         return prompt[-(length - budget) :], budget
 
     def _measured(self, rows: Sequence[tuple[np.ndarray, int]]) -> list[tuple[float, bool]]:
-        """Of rows of (int32[T], S) the log-likelihood of ``tokens[S:]``; nothing has that of 0."""
+        """For rows (int32[T], S) the log-likelihood of ``tokens[S:]``; an empty one has 0."""
         speaker = self._load()
         model = speaker.model
-        # The last token is predicted and never read.
+        # The last token is predicted but never an input.
         longest = model.config.max_positions + 1
         found = [(0.0, True)] * len(rows)
         asked = {
@@ -294,17 +294,17 @@ def _in_parts(requests: Sequence[Any], answer: Answer) -> list[Any]:
 
 @functools.cache
 def harness_model() -> Any:
-    """The class that the harness knows our models by, a subclass of ``lm_eval``'s ``LM``.
+    """The class of our models in the harness, a subclass of ``lm_eval``'s ``LM``.
 
-    Its arguments are a ``Respondent`` and ``keep(requests, answer) -> responses``, which may keep
-    responses. By name (``create_from_arg_obj``) it takes ``config``, a run's file, and ``model``,
-    an entry as of ``evaluate.benchmarks.models``.
+    Its arguments are a ``Respondent`` and ``keep(requests, answer) -> responses``, which may store
+    responses. When created by name (``create_from_arg_obj``) it takes ``config``, a run's file, and
+    ``model``, an entry as in ``evaluate.benchmarks.models``.
     """
     from lm_eval.api.model import LM
     from lm_eval.utils import simple_parse_args_string
 
     class ProxyKDModel(LM):
-        """A model of a run, a model's folder, or an export, on this machine."""
+        """A model of a run, from a folder, or exported, on this machine."""
 
         def __init__(
             self,
@@ -365,7 +365,7 @@ def _named_respondent(arguments: Mapping[str, Any], batch_size: Any) -> Responde
 
     if not {"config"} <= set(arguments) <= {"config", "model"}:
         raise UserError(
-            "--model_args takes config=run.yaml and model=student (or another entry as of "
+            "--model_args takes config=run.yaml and model=student (or another entry as in "
             f"evaluate.benchmarks.models); it has {', '.join(arguments) or 'nothing'}."
         )
     config = load_config(str(arguments["config"]))
@@ -386,7 +386,7 @@ def _named_respondent(arguments: Mapping[str, Any], batch_size: Any) -> Responde
 
 
 def missing_harness() -> str | None:
-    """What to do where the harness is not installed; None where it is."""
+    """How to install the harness; None if it is installed."""
     try:
         import lm_eval  # noqa: F401
     except ModuleNotFoundError:

@@ -1,4 +1,4 @@
-r"""Answers in mathematics: what a text gives as its result, and whether two results are equal."""
+r"""Mathematical answers: the result that a text gives, and whether two results are equal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from proxykd_jax.evaluation.final_answer import (
     without_emphasis,
 )
 
-# Two values for each letter, far from the places where formulas of answers are singular.
+# Two values for each letter, far from singular points of answers' formulas.
 _POINTS = (0.8371, 1.4143 + 0.17j), (0.6113, 2.2171 - 0.29j)
 _TOLERANCE = 1e-9
 _MATHS = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
@@ -41,13 +41,13 @@ _ASSIGNED = re.compile(
 
 
 def maths_in(output: str, question: str) -> str | None:
-    r"""The result that a text gives: the last box, what the last mark points at, or the last
-    formula of the last sentences; None if it gives none.
+    r"""The result that a text gives; None if it gives none.
 
-    A question with several blanks asks for as many results; they are joined with ";".
+    The last box, or the span after the last mark, or the last formula of the last sentences. A
+    question with several blanks asks for as many results, which are joined with ";".
 
     Args:
-      output: of ``cleaned``.
+      output: a text from ``cleaned``.
       question: its blanks are "(\quad)" or underscores.
     """
     blanks = len(_BLANK.findall(question))
@@ -92,13 +92,13 @@ def same_value(one: str, other: str) -> bool:
 
 
 def is_mathematical(text: str) -> bool:
-    """Whether a text is a formula or a number and not words."""
+    """Whether a text is a formula or a number, not words."""
     bare = re.sub(r"\\[A-Za-z]+", "", plain(text))
     return bool(re.search(r"[\d\\]", text)) and not re.search(r"[A-Za-z]{3}", bare)
 
 
 def plain(text: str) -> str:
-    r"""A result without typography, units and the dollars around it."""
+    r"""A result without typography, units and surrounding dollar signs."""
     text = re.sub(r"\\textcircled\s*\{?(\d)\}?", lambda m: chr(0x245F + int(m[1])), text)
     text = text.replace("\\\\", "⏎").replace("{,}", ",").replace(",\\!", ",").replace("\\!", "")
     for sign, latex in {"−": "-", "√": "\\sqrt ", "π": "\\pi ", "∞": "\\infty ", "°": ""}.items():
@@ -122,7 +122,7 @@ def _tight(text: str) -> str:
 
 
 def _of_line(text: str, blanks: int) -> str | None:
-    """The result that stands first in what a mark points at."""
+    """The result at the start of a mark's span."""
     first = sentences(text)[0] if sentences(text) else ""
     if re.match(r"(?:in)?correct\b|right\b|wrong\b", first):
         return None
@@ -133,7 +133,7 @@ def _of_line(text: str, blanks: int) -> str | None:
 
 
 def concluded_value(sentence: str, blanks: int = 1) -> str | None:
-    """What the last formula of a sentence comes to, or its last number."""
+    """The result of the last formula of a sentence, or its last number."""
     formulas = [next(g for g in m.groups() if g) for m in _MATHS.finditer(sentence)]
     if formulas:
         return ";".join(formulas[-blanks:]) if blanks > 1 else _right_side(formulas[-1])
@@ -142,7 +142,7 @@ def concluded_value(sentence: str, blanks: int = 1) -> str | None:
 
 
 def _right_side(formula: str) -> str:
-    """What a chain of equations ends in; one equation in letters stays as it is."""
+    """The end of a chain of equations; a single equation with letters stays as it is."""
     if formula.count("=") == 1 and letters_in(formula):
         return formula
     return formula.rpartition("=")[2].strip()
@@ -155,7 +155,8 @@ def _equation(text: str) -> bool:
 
 
 def _same_equation(one: str, other: str) -> bool:
-    r"""Whether two equations have the same zeros: their differences are proportional."""
+    r"""Whether two equations have the same zeros, that is, proportional differences of their
+    sides."""
     sides = [part.split("=") for part in (one, other)]
     letters = sorted(letters_in(one) | letters_in(other))
     ratios = []
@@ -189,7 +190,7 @@ def _letter_values(letters: Sequence[str], shift: int) -> dict[str, complex]:
 
 
 def _group(text: str) -> tuple[str, list[str]] | None:
-    """(brackets, parts) of an interval, tuple, set or list; None where a text is one value."""
+    """(brackets, parts) of an interval, tuple, set or list; None if the text is a single value."""
     text = text.strip()
     if "\\cup" in text:
         return "u", text.split("\\cup")
@@ -225,7 +226,7 @@ def _same_groups(
 ) -> bool:
     if first is None or second is None:
         found = first or second
-        # A set of one is its element; anything else is more than one value.
+        # A set of one element equals the element; other groups are more than one value.
         if found is None or len(found[1]) != 1:
             return False
         return same_value(found[1][0], other if first is not None else one)

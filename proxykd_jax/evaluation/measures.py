@@ -1,15 +1,14 @@
-"""How near a model is to the teacher on held-out rows, from the teacher's text alone.
+"""How close a model is to the teacher on held-out rows, measured from the teacher's text alone.
 
-- ``nll``: teacher-token NLL, nats. Table 4 of the paper reports KL(teacher || proxy), which needs
-  the teacher's distribution; from text alone only differences of it can be had, because the
+- ``nll``: NLL of the teacher's tokens, nats. Table 4 of the paper reports KL(teacher || proxy),
+  which needs the teacher's distribution. Text alone gives only differences of it, because the
   teacher's entropy cancels in the difference of two models' NLL on the same rows.
-- ``agreement``: share of the teacher's tokens that are the model's most probable ones (Fig. 5); of
-  equally probable tokens the one with the lowest id counts, as ``argmax`` and greedy decoding have
-  it.
-- ``top_mass``: share of places whose K most probable tokens hold more than 0.95 (Fig. 4).
-- ``calibration``: how sure the model is of its first choice beside how often that is the teacher's
+- ``agreement``: share of the teacher's tokens that are the model's most probable ones (Fig. 5).
+  Among equally probable tokens the lowest id counts, as in ``argmax`` and greedy decoding.
+- ``top_mass``: share of positions whose K most probable tokens hold more than 0.95 (Fig. 4).
+- ``calibration``: the model's confidence compared with its agreement
   (``evaluation/calibration.py``).
-- ``kl``: exact KL(teacher || model), nats a token, where the teacher is a known process.
+- ``kl``: exact KL(teacher || model), nats per token, if the teacher is a known process.
 
 Axes: n rows (examples), J values of K.
 """
@@ -40,7 +39,7 @@ from proxykd_jax.types import TokenBatch
 
 TOP_KS = (1, 5, 10, 20, 50)
 MASS = 0.95
-# float32 logits of this many elements (256 MiB) are kept at once.
+# Elements of float32 logits that exist at a time (256 MiB).
 _LOGITS_AT_ONCE = 1 << 26
 
 
@@ -51,10 +50,10 @@ class RowMeasures:
     Attributes:
       tokens: ``[n]`` tokens of each answer.
       nll: ``[n]`` nats.
-      agreement: ``[n]`` tokens that are the model's first choice.
-      top_mass: ``[n, J]`` places at which the K most probable tokens hold more than ``MASS``.
+      agreement: ``[n]`` tokens that are the model's most probable ones.
+      top_mass: ``[n, J]`` positions where the K most probable tokens hold more than ``MASS``.
       bins: ``[n, M, 3]`` tokens, confidence and agreement by bin of the confidence.
-      kl: ``[n]`` nats, or None where the teacher's distribution is not known.
+      kl: ``[n]`` nats, or None if the teacher's distribution is unknown.
       top_ks: the J values of K.
     """
 
@@ -69,7 +68,7 @@ class RowMeasures:
     def summary(self) -> dict[str, Any]:
         """Means with standard errors over rows, ready for JSON.
 
-        ``token_mean`` weighs each token alike and ``example_mean`` each row.
+        ``token_mean`` weights tokens equally, ``example_mean`` rows.
         """
         quantities = {"nll": self.nll, "agreement": self.agreement}
         if self.kl is not None:
@@ -101,7 +100,7 @@ class RowMeasures:
 
     @staticmethod
     def from_arrays(arrays: Mapping[str, np.ndarray]) -> RowMeasures:
-        """From what ``to_arrays`` gave."""
+        """The inverse of ``to_arrays``."""
         values: dict[str, Any] = {"kl": None, **arrays}
         values["top_ks"] = tuple(values["top_ks"].tolist())
         return RowMeasures(**values)
@@ -117,8 +116,8 @@ def mean(values: np.ndarray) -> tuple[float, float | None]:
 def token_mean(sums: np.ndarray, tokens: np.ndarray) -> tuple[float, float | None]:
     """Mean over all tokens, and its standard error with rows as the independent units.
 
-    The ratio estimator: tokens of one row are not independent, and the number of tokens is random
-    as well.
+    This is the ratio estimator: tokens of one row are not independent, and the number of tokens is
+    random, too.
     """
     ratio = float(sums.sum()) / float(tokens.sum())
     num = len(tokens)
@@ -131,11 +130,11 @@ def token_mean(sums: np.ndarray, tokens: np.ndarray) -> tuple[float, float | Non
 def paired_differences(first: RowMeasures, second: RowMeasures) -> dict[str, Any]:
     """``first`` minus ``second`` on the same rows: token means with paired standard errors.
 
-    The difference in ``nll`` is that in KL(teacher || model) up to sampling noise: the paper's
-    Table 4 steps are 0.66 and 0.31.
+    The difference in ``nll`` equals that in KL(teacher || model) up to sampling noise; the steps in
+    the paper's Table 4 are 0.66 and 0.31.
 
     Raises:
-      ValueError: not the same rows.
+      ValueError: the rows differ.
     """
     if not np.array_equal(first.tokens, second.tokens):
         raise ValueError("the measures are of different rows")
@@ -167,17 +166,17 @@ def measure(
       config, params, adapter: the model.
       rows: a ``TokenSplit``.
       batch_size: rows computed together.
-      max_rows: look at the first so many rows only.
-      top_ks: values of K for ``top_mass``; those above the vocabulary count as all of it.
-      teacher: its true distribution on these rows, where it is known.
-      mesh: over which rows are split; None for the default device.
-      progress: told how many of the rows are done.
+      max_rows: measure only this many first rows.
+      top_ks: values of K for ``top_mass``; larger ones than the vocabulary count as all of it.
+      teacher: its true distribution on these rows, if known.
+      mesh: mesh over which rows are split; None for the default device.
+      progress: called with the number of rows done and in all.
 
     Returns:
       Sums by row, in the order of the split.
 
     Raises:
-      UserError: no rows, or a teacher that lacks one of them or knows more tokens than the model.
+      UserError: no rows, or a teacher that lacks one of them or has more tokens than the model.
     """
     num = len(rows) if max_rows is None else min(len(rows), max_rows)
     if num == 0:
@@ -203,7 +202,7 @@ def measure(
         if mesh is not None:
             batch, teacher_logps = (put_rows(x, mesh) for x in (batch, teacher_logps))
         found = compute(params, adapter, batch, teacher_logps)
-        # Summed on the host while the device works on the next batch.
+        # Sum on the host while the device works on the next batch.
         done += _add(sums, waiting)
         progress(done, num)
         waiting = (indices, mask_BL, found)
@@ -215,25 +214,25 @@ def measure(
 
 
 def first_choice(logps_BLV: jax.Array, labels_BL: jax.Array) -> jax.Array:
-    """bool ``[B, L]``: the label is the argmax, the lowest id among equals; never where NaN is.
+    """bool ``[B, L]``: whether the label is the argmax (lowest id among equals); False for NaN.
 
-    ``argmax(...) == labels`` as one reduction: XLA's argmax over 32,000 tokens takes 147 ms for 512
-    places on a CPU, where this takes 8 (49,152: 224 and 15).
+    It is ``argmax(...) == labels`` as one reduction. XLA's argmax over 32,000 tokens takes 147 ms
+    for 512 positions on a CPU, this takes 8 (49,152 tokens: 224 and 15).
     """
     label_logps = jnp.take_along_axis(logps_BLV, labels_BL[..., None], axis=-1)
     ids = jax.lax.broadcasted_iota(labels_BL.dtype, logps_BLV.shape, logps_BLV.ndim - 1)
     later = ids >= labels_BL[..., None]
-    # Written as what must hold everywhere, so that NaN fails.
+    # A condition that must hold for all tokens, so that NaN fails.
     return ((logps_BLV < label_logps) | ((logps_BLV == label_logps) & later)).all(axis=-1)
 
 
 def validation_figures(
     batch_size: int, mesh: Mesh | None
 ) -> Callable[[Model, Rows, int], dict[str, float]]:
-    """What training looks at on held-out rows: ``(model, rows, most) -> figures``.
+    """Figures on held-out rows during training: ``(model, rows, most) -> figures``.
 
-    ``most`` is how many of the rows are looked at. The figures are means over the answers' tokens:
-    ``nll`` in nats and ``agreement``.
+    ``most`` limits the number of rows. The figures are means over the answers' tokens: ``nll`` in
+    nats, and ``agreement``.
     """
 
     def figures(model: Model, rows: Rows, most: int) -> dict[str, float]:
@@ -259,7 +258,7 @@ def validation_figures(
 def _batches(
     rows: Rows, num: int, batch_size: int, config: ModelConfig, teacher: TeacherLogps | None
 ) -> Iterator[tuple[np.ndarray, TokenBatch, np.ndarray | None]]:
-    """Row indices, their batch, and the teacher's log-probs at its places; similar lengths."""
+    """Row indices, their batch, and the teacher's log-probs at its positions; similar lengths."""
     lengths = np.asarray(rows.lengths)[:num]
     buckets = default_buckets(int(lengths.max()))
     for indices, length in by_length(lengths - 1, batch_size, buckets):
@@ -305,10 +304,11 @@ def place_figures(
     top_ks: Sequence[int] = (),
     confidence: bool = False,
 ) -> dict[str, jax.Array]:
-    """The figures at every place of a batch, ``{name: [B, L] or [B, L, J]}``; traceable.
+    """Figures at each position of a batch, ``{name: [B, L] or [B, L, J]}``; traceable.
 
-    ``nll``, ``agreement``, with ``top_ks`` (each at most the vocabulary) ``top_mass``, with
-    ``confidence`` the probability of the first choice, and with the teacher's log-probs ``kl``.
+    Always ``nll`` and ``agreement``; with ``top_ks`` (each at most the vocabulary) ``top_mass``;
+    with ``confidence`` the probability of the most probable token; with the teacher's log-probs
+    ``kl``.
     """
     hidden_BLD = batch_hidden_states(params, adapter, batch, config=config)
     length = batch.tokens_BL.shape[1]
@@ -325,7 +325,7 @@ def place_figures(
             mass = jnp.cumsum(largest, axis=-1)
             figures["top_mass"] = jnp.stack([mass[..., k - 1] > MASS for k in top_ks], axis=-1)
         for teacher_logps in teacher:
-            # Where the teacher never says a token the term is 0, whatever the model says.
+            # For a token that the teacher never says the term is 0, whatever the model says.
             says = teacher_logps > -jnp.inf
             gap = jnp.where(says, teacher_logps - logps, 0.0)
             figures["kl"] = (jnp.exp(teacher_logps) * gap).sum(axis=-1)

@@ -28,10 +28,10 @@ _NUMBER = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 _SCALES = {"thousand": 1000, "million": 10**6, "billion": 10**9}
-# Calculator annotations: the result after them is kept, or the one inside where none follows.
+# Calculator annotations: keep the result after them, or the one inside if none follows.
 _CALCULATION = re.compile(r"<<([^<>]*)>>(\s*[$€£]?[\d,.]*\d)?")
 _FRACTION = re.compile(r"\\[dtc]?frac\s*\{?\s*(-?[\d.,]+)\s*\}?\s*\{?\s*([\d.,]+)\s*\}?")
-# "in 5 days", "for the 3 of them": a number that says when, for whom or out of what.
+# "in 5 days", "for the 3 of them": a number that says when, for whom or out of how many.
 _ADJUNCT = re.compile(
     r"\b(?:in|after|for|within|over|at|every|per|during|from|out\s+of|of\s+the|of\s+(?:his|her|"
     r"their|its|these|those)|each)\s+(?:(?:the|his|her|their|its|these|those|only|just|about|"
@@ -40,9 +40,9 @@ _ADJUNCT = re.compile(
 )
 _STANDS_ALONE = re.compile(r"[^\w(]*")
 _OPERATOR = re.compile(r"\s*(?:[-+*/×÷^=]|x\s*\d|times\b|plus\b|minus\b|divided\b)")
-# Longer ones are no answers, and Python refuses to read much longer ones.
+# Longer ones are not answers, and Python refuses to parse much longer ones.
 _ENDLESS = re.compile(r"\d{200,}")
-# What follows concludes from what stands before.
+# The part after such a word concludes from the part before.
 _CLAUSE = re.compile(
     r"[,;]\s+(?:and\s+)?(?:so|thus|therefore|hence|which\s+means|meaning)\b", re.IGNORECASE
 )
@@ -55,11 +55,11 @@ _WORD = re.compile(rf"\b({_UP_TO_TWENTY})\b", re.IGNORECASE)
 
 
 def number_in(output: str) -> str | None:
-    """The number that a text gives as its final answer, canonical; None if it gives none.
+    """The number that a text gives as its final answer, in canonical form; None if it gives none.
 
-    The number that the last mark points at; without a mark the one in bold in the last paragraph;
-    else that of the last sentence that has one: what follows its "=", or its last number, those
-    apart that say when or for how many ("in 1 week").
+    The number after the last mark. Without marks, the bold number in the last paragraph. Otherwise
+    that of the last sentence with a number: what follows its "=", or its last number, except those
+    that say when or for how many ("in 1 week").
     """
     text = _readable(output)
     for span in marked_spans(without_emphasis(text)):
@@ -82,9 +82,9 @@ def number_in(output: str) -> str | None:
 
 
 def canonical(text: str) -> str | None:
-    """The canonical form of a text that is one number: "$1,050.00" is "1050"; None if it is none.
+    """The canonical form of a text that is one number: "$1,050.00" is "1050"; otherwise None.
 
-    Integers and finite decimals are written out, other fractions as "1/3".
+    Integers and finite decimals are written out; other fractions look like "1/3".
     """
     found = list(_NUMBER.finditer(_readable(text)))
     return _written(found[0]) if len(found) == 1 else None
@@ -96,13 +96,13 @@ def _readable(text: str) -> str:
     text = text.replace("{,}", ",").replace("\\!", "").replace("\\,", "").replace(",\\", ",")
     text = text.replace("\\$", "$").replace("\\%", "%")
     text = _FRACTION.sub(r"\1/\2", text)
-    # What is left of LaTeX separates, so that "\text{ab}5" and "$-3$" are read.
+    # Other LaTeX becomes a separator, so that "\text{ab}5" and "$-3$" can be read.
     text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*\{", " {", text)
     return re.sub(r"\$(?=\D)(?![-.]\d|\s?\d)", " ", text)
 
 
 def _of_span(text: str, *, boxed: bool) -> str | None:
-    """The number of a marked span: the one it begins with; else after its last "=" the first."""
+    """The number of a marked span: at its start, or otherwise the first one after its last "="."""
     if not boxed:
         text = sentences(text)[0] if sentences(text) else ""
         leading = _NUMBER.search(text)
@@ -123,7 +123,7 @@ def _concluded(sentence: str) -> str | None:
         _, equals, after = clause.rpartition("=")
         if equals and (found := _NUMBER.search(after)) is not None:
             return _written(found)
-        # "the 3rd day" says which; only a mark can make "18th" an answer.
+        # "the 3rd day" says which one; "18th" can be an answer only after a mark.
         numbers = [each for each in _NUMBER.finditer(clause) if not each["ordinal"]]
         main = [each for each in numbers if not _ADJUNCT.search(clause[: each.start()])]
         chosen = main or numbers

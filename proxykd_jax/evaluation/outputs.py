@@ -1,7 +1,7 @@
-"""What a model answered, on disk part by part, so that a restarted run asks for the rest alone.
+"""A model's answers on disk, part by part, so that a restarted run asks only for the rest.
 
-``part_00000.jsonl`` holds one line an item: its id, the hash of its prompt and what came back. It
-is written whole or not at all. Answers are kept as they came: what they score is computed anew.
+``part_00000.jsonl`` holds one line per item: its id, the hash of its prompt, and the response. It
+is written whole or not at all. Answers are stored unchanged; scores are computed from them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from proxykd_jax.errors import UserError
 from proxykd_jax.peers import on_first, say, stop_if_wanted
 
 Line = dict[str, Any]
-# (places of items) -> a line an item, in this order; the same on every process.
+# (indices of items) -> one line per item, in this order; the same on every process.
 Answering = Callable[[Sequence[int]], list[Line]]
 
 
@@ -31,15 +31,15 @@ def collect_answers(
     items_per_part: int,
     label: str,
 ) -> None:
-    """Makes the parts of a folder that are not there yet; does nothing if all are.
+    """Makes the missing parts of a folder, if any.
 
     Args:
-      folder: of the parts.
-      count: how many items there are.
-      answer: loads who answers; called only where a part is missing.
-      settings, inputs: what decides the answers, as in ``open_stage``.
-      items_per_part: a killed run loses at most so many.
-      label: for progress.
+      folder: folder of the parts.
+      count: number of items.
+      answer: loads the model that answers; called only if a part is missing.
+      settings, inputs: what determines the answers, as in ``open_stage``.
+      items_per_part: most items that a killed run loses.
+      label: for progress reports.
 
     Raises:
       UserError: the folder was made with other settings or by another model.
@@ -72,8 +72,8 @@ def read_answers(folder: Path) -> list[Line]:
 
 
 def lines_to_bytes(lines: Sequence[Mapping[str, Any]]) -> bytes:
-    """JSON Lines, keys as they stand."""
-    # What a server sends may hold halves of surrogate pairs, which UTF-8 has not.
+    """JSON Lines, with keys in the given order."""
+    # Escape: a server may send halves of surrogate pairs, which UTF-8 cannot encode.
     return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
 

@@ -6,7 +6,7 @@ import hashlib
 
 from proxykd_jax.evaluation.tasks import Item
 
-# Raised whenever an item's prompt changes: answers to two versions do not compare.
+# Increase it when an item's prompt changes: answers to two versions are not comparable.
 PROMPT_VERSION = 1
 
 _FORMS = {
@@ -23,7 +23,8 @@ _SEVERAL = "The answer is X.\nwhere X is the labels of all right choices, such a
 
 
 def prompt_of(item: Item) -> str:
-    """The question, its choices one a line, and how to answer: reasoning, then a last line."""
+    """The question, its choices (one per line), and the answer's format: reasoning, then a last
+    line."""
     parts = [item.question.strip()]
     if item.choices and not _lists_choices(item):
         parts.append("\n".join(f"({label}) {text}" for label, text in item.choices))
@@ -40,7 +41,7 @@ def question_alone(item: Item) -> str:
 
 
 def prompt_hash(prompt: str) -> str:
-    """What an answer is found by: 32 hex digits of the prompt's SHA-256."""
+    """The key of an answer: 32 hex digits of the prompt's SHA-256."""
     return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 

@@ -1,4 +1,4 @@
-"""Accuracies of benchmarks: by sub-task, by task, over tasks, and between models on one sample."""
+"""Accuracies of benchmarks by sub-task, by task and over tasks, and differences between models."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import numpy as np
 
 from proxykd_jax.evaluation.measures import mean
 
-# The way of asking in which texts of choices are compared, and the score by length of it.
+# The mode that compares texts of choices, and its score by length.
 COMPARED, BY_LENGTH = "loglikelihood", "score_by_length"
-# A scored sample, as it stands in a line of <task>.jsonl.
+# A scored sample: one line of <task>.jsonl.
 Sample = Mapping[str, Any]
 
 
 def accuracy(samples: Sequence[Sample], key: str = "score") -> dict[str, Any]:
-    """Share of right samples, its standard error, and how the answers were.
+    """Share of right samples, its standard error, and properties of the answers.
 
     Args:
-      samples: of one task.
-      key: which of a sample's scores.
+      samples: samples of one task.
+      key: which of a sample's scores to use.
 
     Returns:
-      ``accuracy``, ``se`` (None for fewer than two), ``n``; ``answered`` and ``finished``, the
-      shares of texts that give an answer and that ended by themselves; with several sub-tasks
-      ``subtasks`` and ``subtask_mean``, in which each counts the same.
+      ``accuracy``, ``se`` (None for fewer than two samples), ``n``; ``answered`` and ``finished``,
+      the shares of texts that give an answer and that ended by themselves; with several sub-tasks
+      ``subtasks`` and ``subtask_mean``, which weights sub-tasks equally.
     """
     result = {
         **_mean([float(sample[key]) for sample in samples]),
@@ -45,7 +45,7 @@ def accuracy(samples: Sequence[Sample], key: str = "score") -> dict[str, Any]:
 
 
 def macro_average(tasks: Mapping[str, Mapping[str, Any]], key: str = "accuracy") -> dict[str, Any]:
-    """Mean over tasks, each the same, with its standard error (tasks are independent)."""
+    """Mean over tasks with equal weights, and its standard error (tasks are independent)."""
     errors = [task["se"] for task in tasks.values()]
     known = all(error is not None for error in errors)
     return {
@@ -58,10 +58,10 @@ def macro_average(tasks: Mapping[str, Mapping[str, Any]], key: str = "accuracy")
 def paired_difference(
     first: Sequence[Sample], second: Sequence[Sample], key: str = "score"
 ) -> dict[str, Any] | None:
-    """``first`` minus ``second`` on the items that both have; None where there is none.
+    """``first`` minus ``second`` on the items that both have; None if there are none.
 
-    Pairing by item takes out what makes some items hard for both: the standard error is that of
-    the differences.
+    Pairing by item removes the variation from items that are hard for both; the standard error is
+    that of the differences.
     """
     others = {sample["id"]: sample for sample in second}
     gaps = [
@@ -120,7 +120,7 @@ def _is_compared(name: str) -> bool:
 
 
 def described(summary: Mapping[str, Any]) -> list[str]:
-    """A summary as lines for a person."""
+    """A summary as lines of text."""
     lines = []
     for name, ways in summary["models"].items():
         tables = {"generate": ways.get("generate")}

@@ -1,4 +1,4 @@
-"""The six benchmarks: their items with gold answers, from official files, re-dumps and the hub."""
+"""The six benchmarks: items with gold answers, from official files, public copies and the hub."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ TASKS = ("agieval", "arc", "bbh", "csqa", "gsm8k", "mmlu")
 Kind = Literal["number", "choice", "maths", "true", "yes", "valid", "brackets", "words"]
 
 _OPTION = re.compile(r"^\(([A-Z])\)[ \t]*(.*)$", re.MULTILINE)
-# "abstract_algebra_test.csv" is of the subject abstract_algebra.
+# "abstract_algebra_test.csv" belongs to the subject abstract_algebra.
 _PART = re.compile(r"[_-](?:test|dev|val|validation|train|rand_split)$")
 _HUB = re.compile(r"hub:([^#]+)#(?:([^/#]+)/)?([^/#]+)")
 _MOST_PROBLEMS = 0.1
 
 
 class Item(NamedTuple):
-    """One question of a benchmark with what is right.
+    """One question of a benchmark with its gold answer.
 
     Attributes:
       task: one of ``TASKS``.
-      subtask: the subject or sub-task, "" for a benchmark that has none.
-      id: its own, or its file and line; unique within its task.
-      question: with its passage and, where it brings them in its text, its choices.
-      choices: (label, text), none for an open question.
+      subtask: the subject or sub-task; "" if the benchmark has none.
+      id: its own id, or its file and line; unique within its task.
+      question: the question with its passage, and its choices if the text contains them.
+      choices: (label, text); empty for an open question.
       gold: the right labels ("B", "ACD"), a canonical number, a word, LaTeX, brackets or words.
-      kind: what an answer is.
+      kind: the kind of answer.
       several: items of this sub-task may have several right choices.
     """
 
@@ -63,11 +63,12 @@ def read_items(task: str, path: str, limit: int | None = None) -> list[Item]:
 
     Args:
       task: one of ``TASKS``.
-      path: file, folder or glob, official form or re-dump; or a dataset, as of ``hub_place``.
-      limit: of each sub-task at most so many.
+      path: file, folder or glob, in official form or a public copy; or a dataset as in
+        ``hub_place``.
+      limit: most items per sub-task.
 
     Raises:
-      UserError: nothing is there, or a file is damaged, of another benchmark or without golds.
+      UserError: there are no files, or one is damaged, of another benchmark or without golds.
     """
     items: list[Item] = []
     for part, records in _parts(path):
@@ -78,15 +79,15 @@ def read_items(task: str, path: str, limit: int | None = None) -> list[Item]:
 
 
 def files_of(settings: BenchmarksConfig, tasks: Sequence[str], where: str) -> dict[str, str]:
-    """Where the files of the named tasks are, of all where none is named.
+    """The files of the named tasks, or of all tasks if none is named.
 
     Args:
       settings: with the files.
-      tasks: some of the tasks that it names.
-      where: they were named, for the message.
+      tasks: some of the configured tasks.
+      where: the place that names them, for the message.
 
     Raises:
-      UserError: it has no files of one of them.
+      UserError: a task has no files.
     """
     unknown = [task for task in tasks if task not in settings.paths]
     if unknown:
@@ -100,11 +101,11 @@ def files_of(settings: BenchmarksConfig, tasks: Sequence[str], where: str) -> di
 def hub_place(text: str) -> tuple[str, str | None, str] | None:
     """(dataset, subset, split) of ``hub:NAME#SPLIT`` or ``hub:NAME#SUBSET/SPLIT``.
 
-    NAME is a dataset of the Hugging Face hub or a local folder of its form, and the subset ``*``
-    stands for all. None for what does not begin with ``hub:``.
+    NAME is a dataset of the Hugging Face hub or a local folder of the same form. The subset ``*``
+    stands for all subsets. None for a text that does not start with ``hub:``.
 
     Raises:
-      UserError: it does, and is neither of these.
+      UserError: it starts with ``hub:`` but has neither form.
     """
     if not text.startswith("hub:"):
         return None
@@ -118,7 +119,7 @@ def hub_place(text: str) -> tuple[str, str | None, str] | None:
 
 
 def _parts(path: str) -> Iterator[tuple[str, Iterator[tuple[Mapping[str, Any], str]]]]:
-    """(name, records with their origins) of each file or subset; the name says the sub-task."""
+    """(name, records with origins) of each file or subset; the name determines the sub-task."""
     place = hub_place(path)
     if place is None:
         for file in list_files(path):
@@ -130,7 +131,7 @@ def _parts(path: str) -> Iterator[tuple[str, Iterator[tuple[Mapping[str, Any], s
 
 
 def item_of(task: str, record: Mapping[str, Any], subtask: str, identity: str) -> Item | None:
-    """The item of a record; None where it has no gold.
+    """The item of a record; None if it has no gold.
 
     Raises:
       RowProblem: the record is damaged.
@@ -201,7 +202,7 @@ def _subtask(task: str, part: str, record: Mapping[str, Any]) -> str:
 
 
 def _numbered(items: list[Item]) -> list[Item]:
-    """Items whose ids are unique within their task: repeated ones get the sub-task and a number."""
+    """Makes ids unique within the task: repeated ones get the sub-task and a number."""
     seen: dict[str, int] = {}
     unique = []
     for item in items:
@@ -217,7 +218,8 @@ def _options(question: str) -> tuple[tuple[str, str], ...]:
 
 
 def _label_of(target: str, choices: tuple[tuple[str, str], ...]) -> str:
-    """The label of a target: "(B)", or, of the few that have no letter, the choice it repeats."""
+    """The label of a target: "(B)", or, for the few without a letter, the choice that it
+    repeats."""
     bare = target.strip("() ")
     if any(bare == label for label, _ in choices):
         return bare

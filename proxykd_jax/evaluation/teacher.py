@@ -1,13 +1,13 @@
 """The true distribution of a teacher that is a known process: a folder of exact log-probs.
 
-Only evaluation opens it. ``teacher.safetensors`` holds, for n rows of T tokens each of which
-R = T - prompt length are the answer's:
+Only evaluation opens it. ``teacher.safetensors`` holds, for n rows of T tokens of which
+R = T - prompt length belong to the answer:
 
     tokens          int32   [sum of T]     rows end to end, prompt and answer
     lengths         int32   [n]            T
     prompt_lengths  int32   [n]
-    logps           float32 [sum of R, V]  log-probs of every token at each place of the answers;
-                                           -inf where the teacher never says it
+    logps           float32 [sum of R, V]  log-probs of all tokens at each position of the answers;
+                                           -inf for tokens that the teacher never says
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from proxykd_jax.artifacts import write_bytes
 from proxykd_jax.errors import UserError
 
 TEACHER_FILE = "teacher.safetensors"
-# A row of float32 log-probs of 10^5 tokens sums to 1 within this.
+# The probabilities of a row of 10^5 float32 log-probs sum to 1 within this.
 _SUM_TOLERANCE = 1e-4
 
 
@@ -35,7 +35,7 @@ def write_teacher_logps(
     """Writes the folder that ``evaluate.teacher_logps`` names.
 
     Args:
-      folder: made if need be.
+      folder: created if it does not exist.
       tokens: n integer arrays ``[T]``.
       prompt_lengths: n lengths P.
       logps: n arrays ``[T - P, V]`` of normalised log-probs, in nats.
@@ -63,10 +63,10 @@ def write_teacher_logps(
 
 
 class TeacherLogps:
-    """The folder, opened; rows are found by their tokens. Log-probs are read when asked for."""
+    """The opened folder. Rows are found by their tokens; log-probs are read on demand."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises UserError if the folder is not as the module describes it."""
+        """Raises UserError if the folder does not have the form in the module's docstring."""
         from safetensors import SafetensorError, safe_open
 
         path = folder / TEACHER_FILE
@@ -101,7 +101,7 @@ class TeacherLogps:
         """float32 ``[R, V]`` of a row.
 
         Raises:
-          UserError: the folder does not hold this row.
+          UserError: the folder does not contain this row.
         """
         found = self._places.get(_key(tokens, prompt_length))
         if found is None:

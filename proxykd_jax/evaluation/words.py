@@ -15,7 +15,7 @@ from proxykd_jax.evaluation.final_answer import (
 )
 
 PAIRS = (("true", "false"), ("yes", "no"), ("valid", "invalid"))
-# Other ways to say one of a pair; what denies them means the other one.
+# Synonyms of the words of a pair; a denied synonym means the other word.
 _SYNONYMS = {
     "yes": r"yes|plausible|correct|true",
     "no": r"no|implausible|incorrect|false",
@@ -30,15 +30,15 @@ _LISTED = re.compile(r"^\s*(?:\d+[.):]|[-*•])\s*(.+?)\s*$")
 
 
 def pair_of(word: str) -> tuple[str, str] | None:
-    """The pair that a word belongs to, whatever its case."""
+    """The pair that contains a word, in any case."""
     return next((pair for pair in PAIRS if word.strip().lower() in pair), None)
 
 
 def one_of(output: str, pair: tuple[str, str]) -> str | None:
-    """Which of two words a text gives as its final answer; "not valid" is "invalid".
+    """Which of two words a text gives as its final answer; "not valid" means "invalid".
 
-    What the last mark points at; else the first word of the text, if it is one of them; else the
-    last that the last sentences of the last paragraph say.
+    The word after the last mark. Otherwise the first word of the text, if it is one of the two.
+    Otherwise the last one in the last sentences of the last paragraph.
     """
     text = without_emphasis(output)
     for span in marked_spans(text):
@@ -54,7 +54,7 @@ def one_of(output: str, pair: tuple[str, str]) -> str | None:
     for sentence in closing_sentences(text):
         if found := _said(sentence, pair):
             return found[-1]
-        if "=" in sentence:  # the text stops amid an expression
+        if "=" in sentence:  # the text stops in the middle of an expression
             return None
     return None
 
@@ -62,8 +62,8 @@ def one_of(output: str, pair: tuple[str, str]) -> str | None:
 def _said(text: str, pair: tuple[str, str]) -> list[str]:
     """The words of the pair that a text says, in order.
 
-    What a chain of expressions ends in counts only where it is a value alone: "= False" is one,
-    "= not False and" is none.
+    The end of a chain of expressions counts only if it is a single value: "= False" does,
+    "= not False and" does not.
     """
     ways = "|".join(f"(?P<{word}>{_SYNONYMS[word]})" for word in pair)
     pattern = rf"(?P<denied>\b(?:not|n't)\s+(?:\w+ly\s+)?)?\b(?:{ways})\b"
@@ -71,7 +71,7 @@ def _said(text: str, pair: tuple[str, str]) -> list[str]:
     found: list[str] = []
     for match in re.finditer(pattern, text, re.IGNORECASE):
         word = pair[0] if match[pair[0]] else pair[1]
-        # "not True" is an expression; only adjectives are denied.
+        # "not True" is an expression; "not" denies only adjectives.
         denied = bool(match["denied"]) and pair != PAIRS[0]
         found.append(pair[1 - pair.index(word)] if denied else word)
     value = re.fullmatch(r"\W*\w+\W*", text) is not None
@@ -79,9 +79,9 @@ def _said(text: str, pair: tuple[str, str]) -> list[str]:
 
 
 def brackets_in(output: str, question: str) -> str | None:
-    """The brackets that a text gives as its final answer, one space between them.
+    """The brackets that a text gives as its final answer, separated by single spaces.
 
-    An answer that repeats the question's brackets before it closes them is cut to the closing.
+    An answer that repeats the question's brackets is cut to the closing ones.
     """
     text = without_emphasis(output)
     spans = [(span.text, span.boxed) for span in marked_spans(text)]
@@ -110,8 +110,8 @@ def _closing(run: str, question: str) -> str:
 def listed_words(output: str, question: str) -> str | None:
     """The words of a question's list in the order that a text gives them.
 
-    Commas, numbering and one word a line are all ways to write a list. What is read goes from the
-    first word that the question has to the last one.
+    The list may use commas, numbering or one word per line. It runs from the first to the last word
+    that occurs in the question.
     """
     asked = [_bare(word) for word in question.rpartition(":")[2].split()]
     text = without_emphasis(output)
@@ -130,7 +130,7 @@ def listed_words(output: str, question: str) -> str | None:
 
 
 def _following_list(text: str) -> list[str]:
-    """The lines after a mark, while each is an item or one word."""
+    """The lines after a mark, as long as each is a list item or one word."""
     lines = []
     for line in text.split("\n")[1:]:
         if line.strip() and not _LISTED.match(line) and len(line.split()) > 1:

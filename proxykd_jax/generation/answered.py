@@ -13,21 +13,21 @@ from proxykd_jax.generation.samples import KEPT, SampleStore
 
 
 class AnsweredSplit:
-    """Rows (prompt, the proxy's answer) of the answers that were kept.
+    """Rows (prompt, proxy's answer), without the answers that were dropped.
 
     Attributes:
-      name: of the split that the prompts come from.
-      lengths: int32 ``[n]``, tokens T of each row.
-      prompt_lengths: int32 ``[n]``, tokens P of each prompt.
+      name: name of the split that holds the prompts.
+      lengths: int32 ``[n]``, tokens of each row.
+      prompt_lengths: int32 ``[n]``, tokens of each prompt.
 
     Args:
       prompts: the split of prompts.
-      store: their answers, complete.
+      store: their answers; it must be complete.
     """
 
     def __init__(self, prompts: TokenSplit, store: SampleStore) -> None:
         if not store.is_complete:
-            raise UserError(f"{store.folder} is not complete; run score, which goes on with it.")
+            raise UserError(f"{store.folder} is not complete; run score to continue it.")
         self.name = prompts.name
         self._prompts = prompts
         self._store = store
@@ -41,7 +41,7 @@ class AnsweredSplit:
 
     @property
     def row_ids(self) -> Sequence[str]:
-        """Ids of the rows, prompt and answer. Reads all of them."""
+        """Ids of the rows, one per prompt with its answer. Reads all rows."""
         return [row.row_id for row in self.read(range(len(self)))]
 
     @property
@@ -50,11 +50,11 @@ class AnsweredSplit:
         return self._store.finished[self._places]
 
     def read(self, indices: Iterable[int]) -> list[TokenRow]:
-        """Reads rows by number, in the order asked for.
+        """Reads rows by number, in the given order.
 
         Raises:
           IndexError: there is no such row.
-          UserError: an answer belongs to another prompt: the corpus has changed.
+          UserError: an answer belongs to another prompt, because the corpus has changed.
         """
         wanted = np.fromiter(indices, np.int64)
         if np.any((wanted < 0) | (wanted >= len(self))):

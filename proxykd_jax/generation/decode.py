@@ -1,9 +1,9 @@
-"""Decoding on the device: draw a token a row, run it through the cache, until rows are done.
+"""Decoding on the device: draws a token per row and runs it through the cache, until rows are done.
 
-The random key of a token is folded from (seed, round, row id, place in the answer) alone, and a
-row's key never meets another row. So batch, padding, order of work and resumption cannot change
-what is drawn, but for rounding: two programs of different shape may give logits that differ in
-the last bits, which matters where two tokens' perturbed logits lie within those bits.
+A token's random key depends only on (seed, round, row id, position in the answer). So batches,
+padding, order of work and resumption cannot change what is drawn, except through rounding: programs
+of different shapes may give logits that differ in the last bits. That matters only where two
+tokens' perturbed logits are that close.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.llama import KVCache, forward_cached, init_cache, layers_apart, unembed
 from proxykd_jax.parallel.sharding import CACHE, ROWS, constrain
 
-# Fixed, so that a changed default of the random generator cannot change samples.
+# Named here, so that a changed default of JAX cannot change the samples.
 _KEY_IMPLEMENTATION = "threefry2x32"
-# Fields of a state that are caches.
+# Fields of a state that hold caches.
 _CACHES = ("cache", "other_cache")
-# Those with a place for each slot of the caches.
+# Fields with an entry per slot of the caches.
 _BY_SLOT = ("tokens_BS", "logps_BS")
 
 
@@ -38,9 +38,9 @@ class DrawSettings:
 
     Attributes:
       temperature: 0 is greedy.
-      top_p: the smallest set of tokens whose probability (at the temperature) reaches it is
-        drawn from; ties go to the lower id. 1 leaves all.
-      vocab_size: ids from here on are never drawn (rows of the embedding without a token).
+      top_p: draw from the smallest set of tokens whose probability (at the temperature) reaches
+        this; ties go to the lower id. 1 keeps all tokens.
+      vocab_size: larger or equal ids are never drawn (rows of the embedding without a token).
       end_token_ids: tokens that end an answer.
     """
 
@@ -52,11 +52,11 @@ class DrawSettings:
 
 @dataclass(frozen=True)
 class Mixing:
-    """Tokens are drawn from share x another model + (1 - share) x the first; static under jit.
+    """Draws from share x another model + (1 - share) x the first model; static under jit.
 
     Attributes:
-      config: the other model's shapes; it has the first one's token ids.
-      share: of its probabilities, 0 to 1.
+      config: the other model's shapes; both models use the same token ids.
+      share: weight of its probabilities, 0 to 1.
     """
 
     config: ModelConfig
@@ -65,22 +65,22 @@ class Mixing:
 
 @flax.struct.dataclass
 class DecodeState:
-    """B rows in the middle of decoding. All have seen the same number of steps.
+    """B rows in the middle of decoding, all after the same number of steps.
 
-    The caches have S slots, which may be fewer than the longest answer needs: decoding stops at the
-    last one, and ``move_rows`` gives more.
+    The caches have S slots, which may be too few for the longest answer. Decoding stops at the last
+    slot, and ``move_rows`` adds more.
 
     Attributes:
       cache: keys and values of prompts and answers so far.
-      other_cache: those of the model that is mixed in; None without one.
-      step: int32 scalar, tokens drawn so far by a row that is not done.
+      other_cache: cache of the model that is mixed in, or None.
+      step: int32 scalar, tokens drawn so far in each row that is not done.
       token_B: int32, the last token drawn.
-      done_B: bool, ended or at its budget.
+      done_B: bool, ended or out of budget.
       finished_B: bool, an end token was drawn.
       count_B: int32, tokens of the answer.
       tokens_BS, logps_BS: the answer and the log-probs of its tokens; zero from ``count_B`` on.
       row_keys_B: random keys.
-      budgets_B: int32, the most tokens of a row; 0 for rows of padding.
+      budgets_B: int32, most tokens per row; 0 for padding rows.
       prompt_lengths_B: int32.
     """
 
@@ -100,12 +100,12 @@ class DecodeState:
 
 @flax.struct.dataclass
 class PromptBatch:
-    """Prompts, padded on the left so that their ends align.
+    """Prompts, padded on the left so that they end together.
 
     Attributes:
       tokens_BL: int32, ``valid_BL``: bool.
-      row_words_BW: uint32, the row ids' digests.
-      budgets_B: int32; 0 for a row of padding.
+      row_words_BW: uint32, digests of the row ids.
+      budgets_B: int32; 0 for a padding row.
     """
 
     tokens_BL: Any
@@ -131,21 +131,21 @@ def row_keys(seed: jax.Array, round_index: jax.Array, row_words_BW: jax.Array) -
 def draw_tokens(
     logits_BV: jax.Array, keys_B: jax.Array, settings: DrawSettings
 ) -> tuple[jax.Array, jax.Array]:
-    """Draws one token a row (``losses.draw_ids``), or takes the most probable.
+    """Draws one token per row (``losses.draw_ids``), or takes the most probable one.
 
     Args:
       logits_BV: float32.
-      keys_B: a random key a row.
+      keys_B: one random key per row.
       settings: see ``DrawSettings``.
 
     Returns:
-      ``token_B`` int32, and ``logp_B`` float32: its log-prob at temperature 1 under the softmax
-      over all V entries, which is what the training forward computes, whatever was left out of
-      the draw.
+      ``token_B`` int32 and ``logp_B`` float32. The log-prob is taken at temperature 1 under the
+      softmax over all V entries, whatever was excluded from the draw, because that is what the
+      training forward pass computes.
     """
     ids_BV = jax.lax.broadcasted_iota(jnp.int32, logits_BV.shape, 1)
     scores_BV = logits_BV
-    if settings.vocab_size < logits_BV.shape[-1]:  # on a CPU a comparison costs more than a draw
+    if settings.vocab_size < logits_BV.shape[-1]:  # on a CPU this comparison costs more than a draw
         scores_BV = jnp.where(ids_BV < settings.vocab_size, logits_BV, -jnp.inf)
     if settings.temperature > 0:
         scores_BV = scores_BV / settings.temperature
@@ -153,8 +153,8 @@ def draw_tokens(
             scores_BV = jnp.where(nucleus(scores_BV, settings.top_p), scores_BV, -jnp.inf)
         token_B = jax.vmap(lambda scores_V, key: draw_ids(scores_V, key, 1)[0])(scores_BV, keys_B)
     else:
-        # The argmax as two plain reductions: XLA's own takes four times as long on a CPU, where it
-        # was 40 % of a decoding step (15M parameters, 32 rows, 32,000 tokens).
+        # The argmax as two plain reductions. XLA's argmax takes four times as long on a CPU, where
+        # it was 40 % of a decoding step (15M parameters, 32 rows, 32,000 tokens).
         best_BV = scores_BV == jnp.max(scores_BV, axis=-1, keepdims=True)
         token_B = jnp.min(jnp.where(best_BV, ids_BV, logits_BV.shape[-1]), axis=-1)
     chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1, mode="clip")[:, 0]
@@ -162,9 +162,9 @@ def draw_tokens(
 
 
 def nucleus(scores_BV: jax.Array, top_p: float) -> jax.Array:
-    """Which tokens belong to the smallest set whose probability reaches ``top_p``, bool ``[B, V]``.
+    """bool ``[B, V]``: the smallest set of tokens whose probability reaches ``top_p``.
 
-    The most probable token always does; of equally probable ones the lower id comes first.
+    The set always contains the most probable token. Among equal probabilities lower ids come first.
     """
     order_BV = jnp.argsort(-scores_BV, axis=-1, stable=True)
     probs_BV = jax.nn.softmax(jnp.take_along_axis(scores_BV, order_BV, axis=-1), axis=-1)
@@ -213,9 +213,9 @@ def prefill(
 ) -> DecodeState:
     """Runs the prompts through the model and draws the first token of each row.
 
-    With ``mixing`` the other model's (params, adapter) are in ``other``. With ``apart`` each layer
-    of the caches has arrays of its own, and ``decode`` goes through the layers one by one instead
-    of scanning them: twice as fast on one CPU device, and as many times more to compile.
+    With ``mixing``, ``other`` holds the other model's (params, adapter). With ``apart``, each layer
+    of the caches has its own arrays, and ``decode`` unrolls the layers instead of scanning them. On
+    one CPU device that is twice as fast, and compiling takes longer by the number of layers.
     """
     num_rows = batch.tokens_BL.shape[0]
     positions_BL = jnp.cumsum(batch.valid_BL, axis=1, dtype=jnp.int32) - 1
@@ -266,9 +266,9 @@ def _next_logits(
     mixing: Mixing | None,
     **places: Any,
 ) -> tuple[jax.Array, KVCache, KVCache | None]:
-    """Logits of the token after the last one of each row, and the caches with the new tokens.
+    """Logits of the token after each row's last one, and the caches with the new tokens.
 
-    Of a mixture they are its log-probs.
+    With mixing these are the mixture's log-probs.
     """
 
     def logits(
@@ -281,7 +281,7 @@ def _next_logits(
     if mixing is None or other is None or other_cache is None:
         return logits_BV, cache, None
     other_BV, other_cache = logits(other, other_cache, mixing.config)
-    # Rows of a vocabulary that only one of the two has stand for no token.
+    # Entries that exist in only one of the two vocabularies stand for no token.
     most = min(logits_BV.shape[-1], other_BV.shape[-1])
     logps_BV, other_logps_BV = (jax.nn.log_softmax(x[:, :most]) for x in (logits_BV, other_BV))
     mixed_BV = mixture_logps(other_logps_BV, logps_BV, scorer_share=mixing.share)
@@ -289,12 +289,12 @@ def _next_logits(
 
 
 def _of_cache(cache: KVCache, change: Callable[[Any], Any]) -> KVCache:
-    """The cache with its keys and values changed."""
+    """The cache after applying ``change`` to its keys and values."""
     return dataclasses.replace(cache, k_NBGSC=change(cache.k_NBGSC), v_NBGSC=change(cache.v_NBGSC))
 
 
 def decode_specs(state: DecodeState) -> DecodeState:
-    """The PartitionSpec of every array of a state (or of its shapes)."""
+    """The PartitionSpec of each array of a state (or of its shapes)."""
     specs = jax.tree.map(lambda x: ROWS if x.ndim else PartitionSpec(), state)
 
     def of_cache(name: str) -> Any:
@@ -326,9 +326,9 @@ def decode(
     settings: DrawSettings,
     mixing: Mixing | None = None,
 ) -> DecodeState:
-    """Goes on until at most ``few`` rows (int32 scalar) are not done, or all slots are filled.
+    """Decodes until at most ``few`` rows (int32 scalar) are not done, or all slots are filled.
 
-    Weights, also ``other``'s, are ``weights_apart`` where the state's caches have layers apart.
+    If the caches' layers are apart, pass weights (and ``other``'s) from ``weights_apart``.
     """
     num_slots = state.cache.positions_BS.shape[1]
     weights = (params, adapter)
@@ -358,11 +358,11 @@ def decode(
 
 @functools.partial(jax.jit, static_argnames="config")
 def weights_apart(params: Any, adapter: Any, *, config: ModelConfig) -> tuple[Any, Any]:
-    """The weights as ``decode`` takes them where caches have layers apart.
+    """The weights in the form that ``decode`` needs when the caches' layers are apart.
 
-    Each layer has arrays of its own, and tied embeddings stand beside themselves as a projection
-    [D, V]: a product with few rows would turn them round for every token (8.3 ms in place of 9.8
-    with 32 rows of 288 and 32,000 entries, 3.7 in place of 5.2 with 8).
+    Each layer has its own arrays. Tied embeddings also get a transposed copy as a projection [D,
+    V]: otherwise a product with few rows would transpose them at every token (9.8 instead of 8.3 ms
+    with 32 rows of 288 and 32,000 entries, 5.2 instead of 3.7 with 8 rows).
     """
     params, adapter = (
         tree if tree is None else {**tree, "layers": layers_apart(tree["layers"])}
@@ -377,18 +377,18 @@ def weights_apart(params: Any, adapter: Any, *, config: ModelConfig) -> tuple[An
 def join_rows(
     states: tuple[DecodeState, ...], rows_B: jax.Array, *, filled: int, slots: int
 ) -> DecodeState:
-    """One state of the rows of several, whose prompts were run apart and nothing else.
+    """Joins rows of several states that have run their prompts and nothing more.
 
     Args:
-      states: with layers apart, and caches that are as long as their prompts.
-      rows_B: int32, places in the rows of all states together, in the order wanted; below 0 for a
-        row of padding, which is done.
-      filled: slots of the new caches that prompts take, no fewer than the longest has tokens.
-      slots: of the new caches.
+      states: with layers apart, and caches as long as their prompts.
+      rows_B: int32 indices into the rows of all states together, in the wanted order; a negative
+        index stands for a padding row, which is done.
+      filled: slots of the new caches that hold prompts, at least the longest prompt's tokens.
+      slots: slots of the new caches.
     """
 
     def padded(array: jax.Array, axis: int, before: int, fill: int = 0) -> jax.Array:
-        """With so many entries before (or less of them), and ``slots`` in all."""
+        """Adds ``before`` entries in front (or cuts them off) and pads to ``slots`` in all."""
         after = slots - before - array.shape[axis]
         widths = [(0, 0, 0)] * array.ndim
         widths[axis] = (before, after, 0)
@@ -408,7 +408,7 @@ def join_rows(
         return dataclasses.replace(state, **changed)
 
     def together(*arrays: jax.Array) -> jax.Array:
-        # Numbers are the step and the caches' index, the same in all.
+        # The scalars are the step and the caches' index, which are equal in all states.
         return jnp.concatenate(arrays) if arrays[0].ndim else arrays[0]
 
     state: DecodeState = jax.tree.map(together, *(of_state(state) for state in states))
@@ -418,7 +418,7 @@ def join_rows(
 
 @functools.partial(jax.jit, static_argnames="slots")
 def move_rows(state: DecodeState, rows_B: jax.Array, *, slots: int) -> DecodeState:
-    """The state of some rows (int32 indices), in the order given, with at least as many slots."""
+    """The state of some rows (int32 indices), in the given order, with at least as many slots."""
     more = slots - state.cache.positions_BS.shape[1]
 
     def wider(array: jax.Array, axis: int, fill: int = 0) -> jax.Array:

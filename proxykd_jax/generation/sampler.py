@@ -1,13 +1,13 @@
 """Batched sampling: answers for many prompts of mixed lengths.
 
 Prompts are sorted by length and decoded in batches. When half of a batch's rows are done, the
-others move to a batch of half the size, so that the cost follows the tokens really produced.
-Shapes come from a short ladder, so few programs are compiled: one prefill for each (rows, prompt
-length, slots) and one decoding loop for each (rows, slots) that occurs.
+others move to a batch of half the size, so the cost follows the tokens that are really produced.
+Shapes come from a short ladder, so few programs are compiled: one prefill per (rows, prompt length,
+slots) and one decoding loop per (rows, slots).
 
-On a CPU a batch is dealt to its cores, and each decodes a part, which shrinks by quarters. Its
-cache begins small and gets more slots when they are filled, which copies it: on other devices that
-would need the memory of both.
+On a CPU, the rows of a batch are divided among the cores, and each part shrinks by quarters. Its
+cache starts small and grows when it is full. Growing copies the cache, so on other devices it would
+need the memory of both copies.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ from proxykd_jax.parallel import cpu
 from proxykd_jax.parallel.mappings import make_room
 from proxykd_jax.parallel.processes import fetch
 
-# A batch is not made smaller than this: a step is then bound by reading the weights, and another
-# shape to compile would cost more than it saves.
+# Smallest batch: below this, reading the weights takes a step's time, and compiling another shape
+# would cost more than it saves.
 _SMALLEST_BATCH = 8
-# Nor is a batch dealt to more cores than leave each so many rows.
+# A batch is divided among cores only while each core gets at least this many rows.
 _FEWEST_ROWS_OF_A_CORE = 16
 _SHORTEST_PROMPT = 16
 _FEWEST_SLOTS = 32
-# Slots to begin with, and how many are added at least: each size is compiled.
+# Initial slots, and the least number added at once; each size is compiled.
 _FIRST_SLOTS = 64
 _FEWEST_MORE = 32
-# Models with more layers go through fewer sizes: 30 layers, one by one, take 7 s to compile.
+# Models with more layers use fewer sizes: 30 unrolled layers take 7 s to compile.
 _FEW_LAYERS = 12
-# Short prompts of a batch are run apart where this spares so many FLOPs: another shape is compiled.
+# Short prompts of a batch run separately if that saves this many FLOPs, since it compiles a shape.
 _WORTH_A_PROGRAM = 2e10
-# Words of a row id's digest in its random key: 128 bits.
+# Words of a row id's digest in the random key: 128 bits.
 _ROW_WORDS = 4
 
 
@@ -63,11 +63,11 @@ class Sample:
     """An answer.
 
     Attributes:
-      tokens: int32 ``[R]``, with the end token that was drawn, if one was.
+      tokens: int32 ``[R]``, including the end token if one was drawn.
       finished: an end token was drawn. A truncated answer has none and must not be given one.
       logps: float32 ``[R]``, log-prob of each token at temperature 1 under the full softmax; NaN
-        where a server drew it, which does not say.
-      spelled: False where a server's text could not be told in tokens; there are none then.
+        if a server drew the answer, because it does not report them.
+      spelled: False if a server's text could not be turned into tokens; there are none then.
     """
 
     tokens: np.ndarray
@@ -77,27 +77,27 @@ class Sample:
 
     @property
     def loglik(self) -> float:
-        """Log-prob of the answer, summed in float64."""
+        """Log-prob of the answer; the sum is float64."""
         return float(np.sum(self.logps, dtype=np.float64))
 
 
 def prompt_bucket(length: int) -> int:
-    """The smallest of 16, 32, 64, 128, ... that holds ``length``."""
+    """The smallest of 16, 32, 64, 128, ... that is at least ``length``."""
     return max(_SHORTEST_PROMPT, 1 << (length - 1).bit_length())
 
 
 def slot_bucket(slots: int) -> int:
-    """The smallest of 32, 48, 64, 80, 96, 112, 128, 160, ... that holds ``slots``: four steps an
-    octave."""
+    """The smallest of 32, 48, 64, 80, 96, 112, 128, 160, ... that is at least ``slots``: four steps
+    per octave."""
     step = max(_SHORTEST_PROMPT, (1 << (slots - 1).bit_length()) // 8)
     return max(_FEWEST_SLOTS, -(-slots // step) * step)
 
 
 def next_slots(filled: int, most: int, between: bool) -> int:
-    """Slots of a cache whose first ``filled`` are in use and that needs ``most`` at last.
+    """Next size of a cache whose ``filled`` slots are full and that needs ``most`` in the end.
 
-    64, 128, 256, ...; with ``between`` 96, 192, ... too: every token reads all slots, and every
-    size is compiled.
+    Sizes are 64, 128, 256, ..., and with ``between`` also 96, 192, .... Small steps help because
+    every token reads all slots; few sizes help because each is compiled.
     """
     wanted = filled + _FEWEST_MORE
     size = 1 << (wanted - 1).bit_length()
@@ -128,34 +128,33 @@ def sample(
 ) -> list[Sample]:
     """Draws one answer for each prompt.
 
-    What is drawn for a row depends on (seed, round_index, its row id, its prompt) and on the
-    model, not on the other rows, their order or ``batch_size`` (but for rounding, see
-    ``decode.py``).
+    The draw for a row depends on (seed, round_index, row id, prompt) and the model. The other rows,
+    their order and ``batch_size`` do not matter, except through rounding (see ``decode.py``).
 
     Args:
-      params, adapter: the model; already where they shall be.
-      prompts: token ids, each at least one.
-      row_ids: any text that names the row; rows of the same id and prompt get the same answer.
+      params, adapter: the model, already on its devices.
+      prompts: token ids, at least one each.
+      row_ids: any text that names the row; rows with equal id and prompt get the same answer.
       config: the model's shapes.
       seed, round_index: integers in [0, 2**31).
       end_token_ids: tokens that end an answer.
-      max_new_tokens: budget of each row in tokens, the end token included. 0 gives no token.
+      max_new_tokens: budget of each row in tokens, including the end token. 0 draws nothing.
       temperature: 0 is greedy.
-      top_p: nucleus; 1 draws from everything.
-      batch_size: rows decoded together at most.
-      vocab_size: ids from here on are never drawn (default: all of the model's may be).
+      top_p: nucleus; 1 draws from all tokens.
+      batch_size: most rows decoded together.
+      vocab_size: larger or equal ids are never drawn (default: all of the model's ids may be).
       put: places a batch of prompts on devices; by default jax decides.
-      rows_multiple: every batch has a multiple of so many rows (the ways in which the mesh splits
-        them); ``batch_size`` must be one.
-      other, mixing: another model's (params, adapter), and how it is mixed in; both or neither.
+      rows_multiple: every batch has a multiple of this many rows (the number of data shards);
+        ``batch_size`` must be a multiple, too.
+      other, mixing: another model's (params, adapter) and how to mix it in; both or neither.
         Log-probs are then the mixture's.
 
     Returns:
-      A sample a prompt, in the order given.
+      One sample per prompt, in the given order.
 
     Raises:
       ValueError: lists of different lengths, an empty prompt, arguments out of range.
-      UserError: the model gives log-probs that are not numbers.
+      UserError: the model gives NaN log-probs.
     """
     if (other is None) != (mixing is None):
         raise ValueError("other and mixing are given together, or neither.")
@@ -199,7 +198,7 @@ def sample(
     parts = []
     for start in range(0, len(todo), batch_size):
         rows = todo[start : start + batch_size]
-        # The last ones, too, are dealt to as many cores as there are rows for.
+        # The last batch, too, is divided among as many cores as its rows allow.
         count = max(-(-len(rows) // part_size), min(cores, len(rows) // _FEWEST_ROWS_OF_A_CORE))
         parts += [rows[first::count] for first in range(count)]  # short and long ones in each
     for found in _side_by_side(batches.answers, parts, cores):
@@ -210,15 +209,15 @@ def sample(
 
 @dataclass(frozen=True)
 class _Batches:
-    """Runs batches of prompts to the end of their answers, several at a time if wanted.
+    """Runs batches of prompts until their answers are done, several batches at a time on a CPU.
 
     Attributes:
       params, adapter, other, config, mixing, seed, round_index, settings: as in ``sample``.
       prompts, row_ids, budgets: of all rows.
-      put: places a batch of prompts.
-      one_cpu: one CPU device computes: layers have arrays of their own, caches grow.
-      between: rows and slots go through sizes between the powers of two, too.
-      row_counts: the numbers of rows that a batch goes through, the largest first.
+      put: places a batch of prompts on devices.
+      one_cpu: one CPU device computes: layers have their own arrays, and caches grow.
+      between: rows and slots also use sizes between the powers of two.
+      row_counts: the sizes that a batch shrinks through, largest first.
     """
 
     params: Any
@@ -236,11 +235,11 @@ class _Batches:
     one_cpu: bool
     between: bool
     row_counts: list[int]
-    # Held while a program is compiled and begun, not while it runs.
+    # Held while a program is compiled and started, not while it runs.
     turns: threading.Lock = field(default_factory=threading.Lock)
 
     def answers(self, rows: list[int]) -> list[tuple[int, Sample]]:
-        """The answers to the prompts of a batch, in ever smaller batches with ever more slots."""
+        """The answers to a batch of prompts, in ever smaller batches with ever more slots."""
         state, most_slots = self._begin(rows)
         answers: list[tuple[int, Sample]] = []
         places: list[int | None] = [*rows, *[None] * (state.done_B.shape[0] - len(rows))]
@@ -259,7 +258,7 @@ class _Batches:
                 return answers
             if filled == slots:
                 slots = self._more_slots(slots, most_slots)
-            # A place without a row repeats one that is done, and stays so.
+            # Fill empty rows with copies of a finished row; they stay finished.
             size = min(count for count in self.row_counts if count >= left.size)
             idle = np.repeat(np.flatnonzero(done_B)[:1], size - left.size)
             places = [places[place] for place in left] + [None] * len(idle)
@@ -268,7 +267,7 @@ class _Batches:
                 state = move_rows(state, chosen, slots=slots)
 
     def _begin(self, rows: list[int]) -> tuple[DecodeState, int]:
-        """The state after the prompts, and the slots that it needs at last."""
+        """The state after the prompts, and the number of slots that it needs in the end."""
         batch, most_slots = self._prompts_of(rows)
         num_rows, length = batch.tokens_BL.shape
         if not self.one_cpu:
@@ -332,7 +331,7 @@ class _Batches:
 
     @functools.cached_property
     def _decoding_weights(self) -> tuple[tuple[Any, Any], tuple[Any, Any] | None]:
-        """(params, adapter), and the other model's, as ``decode`` takes them."""
+        """(params, adapter), and the other model's, in the form that ``decode`` takes."""
         weights = (self.params, self.adapter)
         if not self.one_cpu:
             return weights, self.other
@@ -346,7 +345,7 @@ class _Batches:
 
 
 def _answers_of(state: DecodeState, places: np.ndarray) -> Iterator[tuple[int, Sample]]:
-    """The answers so far of some rows of a state, with their places."""
+    """The answers so far at some rows of a state, with the indices of those rows."""
     finished_B, count_B, tokens_BS, logps_BS = fetch(
         (state.finished_B, state.count_B, state.tokens_BS, state.logps_BS)
     )
@@ -377,11 +376,11 @@ def _is_one_cpu(params: Any) -> bool:
 
 
 def _cores(batch_size: int) -> int:
-    """To how many cores a batch is dealt, where one CPU device computes.
+    """Number of cores among which one CPU device's batch is divided.
 
-    With one query a row attention is two small products for each row and head, which XLA runs one
-    after another on one core; programs of two threads run on two (64 rows, 256 slots, 6 layers of
-    6 heads of 48: 18 ms on one core, 9 on two).
+    With one query per row, attention is two small products per row and head, and XLA runs them one
+    after another on one core. Programs of two threads use two cores (64 rows, 256 slots, 6 layers
+    of 6 heads of 48: 18 ms on one core, 9 on two).
     """
     return max(1, min(len(cpu.cores()), batch_size // _FEWEST_ROWS_OF_A_CORE))
 
@@ -389,7 +388,7 @@ def _cores(batch_size: int) -> int:
 def _side_by_side(
     work: Callable[[list[int]], list[tuple[int, Sample]]], parts: list[list[int]], cores: int
 ) -> Iterator[list[tuple[int, Sample]]]:
-    """``work`` of each part, in order, up to ``cores`` at a time; none is begun after an error."""
+    """``work`` of each part, in order, at most ``cores`` at a time; none starts after an error."""
     if cores == 1:
         yield from map(work, parts)
         return
@@ -442,16 +441,16 @@ def _prompt_batch(
     row_counts: list[int],
     configs: list[ModelConfig],
 ) -> tuple[PromptBatch, int]:
-    """The prompts on the shapes' ladder, and the slots that a cache of each model needs."""
+    """The prompts padded to the ladder's shapes, and the number of cache slots they need."""
     num_rows = min(count for count in row_counts if count >= len(prompts))
     longest = max(len(prompt) for prompt in prompts)
     needed = longest + max(budgets)
-    # The padding must not push a model beyond the positions it has.
+    # Padding must not exceed a model's positions.
     most = min(config.max_positions for config in configs)
     length = min(prompt_bucket(longest), max(longest, most - max(budgets)))
     slots = slot_bucket(length + max(budgets))
     for config in configs:
-        if config.rope.kind == "dynamic":  # not defined beyond, not even for slots that stay empty
+        if config.rope.kind == "dynamic":  # undefined beyond, even for slots that stay empty
             slots = min(slots, max(needed, config.max_positions))
     tokens_BL = np.zeros((num_rows, length), np.int32)
     valid_BL = np.zeros((num_rows, length), bool)
@@ -467,16 +466,16 @@ def _prompt_batch(
 
 
 def row_words(row_id: str) -> np.ndarray:
-    """uint32 ``[W]``: a row's part of its random key."""
+    """uint32 ``[W]``: the part of a row's random key that comes from its id."""
     digest = hashlib.sha256(row_id.encode()).digest()
     return np.frombuffer(digest[: 4 * _ROW_WORDS], "<u4")
 
 
 def _row_counts(batch_size: int, multiple: int, between: bool) -> list[int]:
-    """The numbers of rows that a batch goes through, the largest first.
+    """The sizes that a batch shrinks through, largest first.
 
-    Halves of ``batch_size``, and with ``between`` three quarters of each, down to eight rows and as
-    far as ``multiple`` divides them.
+    These are halves of ``batch_size``, and with ``between`` also three quarters of each, down to
+    eight rows and as long as ``multiple`` divides them.
     """
     counts, half = [batch_size], batch_size
     while half % 2 == 0:
@@ -491,8 +490,8 @@ def _row_counts(batch_size: int, multiple: int, between: bool) -> list[int]:
 def _cut_by_length(
     lengths: list[int], row_counts: list[int], whole: int, flops_a_position: float
 ) -> int | None:
-    """How many of the shortest prompts are run apart from the others; None for all together, which
-    takes ``whole`` positions with their padding."""
+    """How many of the shortest prompts run separately from the others; None to run all together,
+    which takes ``whole`` positions with padding."""
     ordered = sorted(lengths)
 
     def positions(some: list[int]) -> int:

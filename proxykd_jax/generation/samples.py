@@ -1,9 +1,9 @@
-"""The proxy's answers of one round, on disk, so that a restarted run never samples again.
+"""The proxy's answers of one round on disk, so that a restarted run does not sample again.
 
-One folder a round (``samples/round_01``), or one for fresh prompts (``samples/fresh``), committed
-part by part. A part is a pure function of the model, the rows and the settings, so a killed run
-that goes on writes the same bytes. A round's reference log-probs stand beside its answers, in
-parts of their own (``samples/round_01/reference``).
+There is one folder per round (``samples/round_01``), and one for fresh prompts (``samples/fresh``),
+committed part by part. A part is a pure function of the model, the rows and the settings, so a
+killed run continues with the same bytes. A round's reference log-probs lie beside its answers, in
+separate parts (``samples/round_01/reference``).
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class SampledRow:
     """The proxy's answer to a prompt.
 
     Attributes:
-      row: index into the split that the prompts came from.
+      row: index into the split that holds the prompt.
       row_id: id of that row.
       tokens: int32 ``[R]``, with the end token if ``finished``.
       finished: an end token was drawn.
       drop: 0 kept, 1 empty (no token before the end), 2 equal to the teacher's answer, 3 a
-        server's text that our tokens do not spell within the budget.
-      loglik: log-prob of the answer, summed while it was sampled; NaN where a server drew it.
+        server's text that our tokens cannot spell within the budget.
+      loglik: log-prob of the answer, summed during sampling; NaN if a server drew it.
     """
 
     row: int
@@ -57,12 +57,12 @@ class SampledRow:
 
 
 class SampleStore:
-    """The answers of one round in ``folder``. Rows keep the order in which they were sampled.
+    """The answers of one round in ``folder``, in the order in which they were sampled.
 
     Args:
-      folder: of the answers.
-      references: of their reference log-probs, where those are of another model than the one
-        that answered (default: a folder beside the answers).
+      folder: where the answers are.
+      references: where their reference log-probs are, if these come from another model than the
+        one that answered (default: a folder beside the answers).
     """
 
     def __init__(self, folder: Path, references: Path | None = None) -> None:
@@ -72,19 +72,19 @@ class SampleStore:
         self._open: list[Part] | None = None
 
     def begin(self, settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> bool:
-        """Opens or makes the store, and says whether it is complete.
+        """Opens or creates the store; returns whether it is complete.
 
         Args:
-          settings: what decides the answers (seed, round, temperature, budgets, ...).
-          inputs: identities of what they are made from (corpus, model).
+          settings: everything that determines the answers (seed, round, temperature, budgets, ...).
+          inputs: identities of the inputs (corpus, model).
 
         Raises:
-          UserError: the folder was made with others.
+          UserError: the folder was made with other settings or inputs.
         """
         return open_stage(self.folder, "sample", settings, inputs)
 
     def missing(self, num_parts: int) -> list[int]:
-        """Parts still to be made, after removal of what a kill left half-written."""
+        """Parts still to make, after removing what a kill left half-written."""
         return self._parts.resume(num_parts)
 
     def append(self, index: int, rows: Sequence[SampledRow]) -> None:
@@ -93,7 +93,7 @@ class SampleStore:
         self._parts.commit(index, _to_arrays(rows))
 
     def check_rows(self, index: int, rows: np.ndarray) -> None:
-        """Raises UserError where a part that is there holds other rows than it should."""
+        """Raises UserError if an existing part holds other rows than it should."""
         there = self._parts.open(index).arrays["rows"]
         if not np.array_equal(there, rows):
             raise UserError(
@@ -102,7 +102,7 @@ class SampleStore:
             )
 
     def missing_references(self, num_parts: int) -> list[int]:
-        """Parts of reference log-probs still to be made, as ``missing`` has it of answers."""
+        """Parts of reference log-probs still to make; see ``missing``."""
         return self._reference_parts.resume(num_parts)
 
     def append_references(
@@ -112,12 +112,12 @@ class SampleStore:
 
         Args:
           index: the part's number.
-          places: int32[m], of the store's answers.
+          places: int32[m], indices into the store's answers.
           chosen: float32[m], summed log-probs of the teacher's answers.
-          rejected: float32[m], of the proxy's own; 0 for a dropped one.
+          rejected: float32[m], those of the proxy's answers; 0 for a dropped answer.
 
         Raises:
-          UserError: a log-prob is no finite number.
+          UserError: a log-prob is not finite.
         """
         if not np.isfinite([chosen, rejected]).all():
             raise UserError(
@@ -129,14 +129,14 @@ class SampleStore:
 
     @property
     def num_references(self) -> int:
-        """Answers whose reference log-probs are there, or were found to have none."""
+        """Number of answers whose reference log-probs are stored, or that cannot have any."""
         parts = [self._reference_parts.open(i) for i in self._reference_parts.complete()]
         return len(set().union(*(part.arrays["places"].tolist() for part in parts)))
 
     def references(self) -> tuple[np.ndarray, np.ndarray]:
-        """(of the teacher's answers, of the proxy's), float32, in the store's order.
+        """(log-probs of the teacher's answers, of the proxy's), float32, in the store's order.
 
-        0 where there is none: before it was computed, or of a dropped answer.
+        0 for a dropped answer, and where it is not computed yet.
         """
         chosen, rejected = np.zeros((2, len(self)), np.float32)
         for index in self._reference_parts.complete():
@@ -150,15 +150,15 @@ class SampleStore:
 
     @property
     def sampled_logps(self) -> np.ndarray:
-        """float32 log-prob of each answer, summed while it was sampled, in the store's order.
+        """float32 log-prob of each answer, summed during sampling, in the store's order.
 
-        NaN where a server drew it, 0 of a dropped one, as in ``references``.
+        NaN if a server drew it; 0 for a dropped answer, as in ``references``.
         """
         return np.where(self.drops == KEPT, self._column("logliks", np.float32), np.float32(0))
 
     def compare(self, places: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Log-probs of the proxy's answers at these places that were not dropped, float32 each:
-        summed while sampling, and as reference."""
+        """Two log-probs of each proxy's answer at these indices, float32: summed during sampling,
+        and the reference. Dropped answers are left out."""
         kept = np.asarray(places, np.int64)[self.drops[places] == KEPT]
         return self.sampled_logps[kept], self.references()[1][kept]
 
@@ -196,10 +196,10 @@ class SampleStore:
         return np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
 
     def read(self, indices: Sequence[int] | np.ndarray) -> list[SampledRow]:
-        """Answers at places of the store (0 to ``len - 1``).
+        """Reads answers by their index in the store (0 to ``len - 1``).
 
         Raises:
-          IndexError: a place beyond the store.
+          IndexError: an index beyond the store.
         """
         parts, ends = self._loaded(), self._ends()
         out = []
@@ -211,10 +211,10 @@ class SampleStore:
         return out
 
     def counts(self) -> dict[str, Any]:
-        """What was sampled and dropped, and how far sampling and training forward agree.
+        """Counts sampled and dropped answers, and compares sampling with the training forward pass.
 
-        ``reference_gap`` is the largest difference, in nats a sequence, between the log-prob
-        summed while sampling and the reference; absent where no reference was computed or a
+        ``reference_gap`` is the largest difference, in nats per sequence, between the log-prob
+        summed during sampling and the reference. It is absent if no reference was computed or a
         server drew the answers.
         """
         drops = self.drops
@@ -264,21 +264,21 @@ def sample_round(
     max_new_tokens: int | None = None,
     report: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Makes the parts of a store that are not there yet; does nothing if all are.
+    """Makes the missing parts of a store, if any.
 
     Call ``store.begin`` before and ``store.complete`` after.
 
     Args:
-      split: where prompts (and the teacher's answers) are read from.
-      rows: indices into it.
+      split: holds the prompts (and the teacher's answers).
+      rows: indices into the split.
       sample_fn: (prompts, row ids, budgets) -> samples; a pure function.
-      against_teacher: an answer equal to the teacher's is dropped. False for fresh prompts, which
+      against_teacher: drop an answer that equals the teacher's. False for fresh prompts, which
         have no teacher's answer.
-      rows_per_part: a killed run loses at most so many rows.
-      max_length: prompt and answer together have at most so many tokens, as the teacher's do.
-      end_token_ids: an answer of such tokens alone is empty.
-      max_new_tokens: a further bound on an answer.
-      report: called with (parts there, all parts) after each.
+      rows_per_part: most rows that a killed run loses.
+      max_length: most tokens of prompt and answer together, as for the teacher's answers.
+      end_token_ids: an answer that consists of these tokens only is empty.
+      max_new_tokens: another limit on an answer's tokens.
+      report: called with (parts done, all parts) after each part.
     """
     rows = np.asarray(rows, np.int32)
     num_parts = -(-len(rows) // rows_per_part)
@@ -352,7 +352,7 @@ def _to_arrays(rows: Sequence[SampledRow]) -> dict[str, np.ndarray]:
 
 
 def _check_arrays(part: Part) -> None:
-    """Raises UserError for a part whose arrays do not fit together."""
+    """Raises UserError if the arrays of a part do not fit together."""
     arrays = part.arrays
     try:
         number, offsets = len(arrays["rows"]), arrays["offsets"]

@@ -1,4 +1,4 @@
-"""Soft labels of a split: rows in, parts of a store out."""
+"""Computes soft labels of a split: rows in, parts of a store out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from proxykd_jax.parallel.processes import fetch
 from proxykd_jax.peers import stop_if_wanted
 from proxykd_jax.types import TokenBatch
 
-# Positions projected onto the vocabulary at once: float32 logits of 64 MiB, within bounds.
+# Logits projected at once: 64 MiB of float32, within the bounds below.
 _LOGITS_ALIVE = 1 << 24
 _FEWEST_POSITIONS, _MOST_POSITIONS = 128, 2048
 
@@ -43,22 +43,22 @@ def score_split(
     put: Callable[[TokenBatch], TokenBatch] | None = None,
     report: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Makes the parts of a split that are not there yet; does nothing if all are.
+    """Makes the missing parts of a split's soft labels, if any.
 
-    A part depends on the model, its own rows and the settings alone, so a killed run goes on to
-    the same bytes. While one part is computed the one before is written.
+    A part depends only on the model, its rows and the settings, so a killed run continues with the
+    same bytes. While one part is computed, the previous one is written.
 
     Args:
       rows: prompts with answers.
-      writer: where the labels go.
+      writer: receives the labels.
       params, adapter, config: the proxy.
       end_token_ids: an answer that ends with one of these is finished.
-      max_length: tokens of the longest row that may come; it bounds the shapes compiled.
+      max_length: tokens of the longest possible row; it bounds the compiled shapes.
       top_k, temperature, vocab_size: see ``scoring.soft_labels_of_logits``.
       batch_size: rows computed together.
       rows_per_part: a killed run loses at most the part being computed and the one being written.
       put: places a batch on devices; by default jax decides.
-      report: called with (parts there, all parts) after each.
+      report: called with (parts done, all parts) after each part.
     """
     num_parts = -(-len(rows) // rows_per_part)
     missing = writer.missing(num_parts)
@@ -89,18 +89,18 @@ def score_split(
 
 
 def positions_at_once(vocab_size: int) -> int:
-    """Positions that are projected onto the vocabulary together."""
+    """Number of positions that are projected onto the vocabulary together."""
     return min(max(_LOGITS_ALIVE // vocab_size, _FEWEST_POSITIONS), _MOST_POSITIONS)
 
 
 class Positions(NamedTuple):
-    """M positions of answers, whose number is always the same: the last ones may be padding.
+    """M positions of answers; M is always the same, so the last ones may be padding.
 
     Attributes:
-      hidden_MD: the proxy's hidden states, from which the label is predicted.
+      hidden_MD: the proxy's hidden states that predict the labels.
       labels_M: int32, the tokens that follow.
       row_words_M: uint32, the first four bytes of the row's id.
-      offsets_M: int32, the token's place in the answer.
+      offsets_M: int32, the token's position in the answer.
     """
 
     hidden_MD: jax.Array
@@ -111,14 +111,14 @@ class Positions(NamedTuple):
 
 @dataclass(frozen=True)
 class Piece:
-    """Labels still being computed, and which (row, token of the answer) they belong to."""
+    """Labels still being computed, with the (row, token of the answer) of each."""
 
     labels: Any
     rows: np.ndarray
     offsets: np.ndarray
 
     def by_row(self) -> Iterator[tuple[int, slice, slice]]:
-        """(row, its tokens, their places among the labels): those of one row lie side by side."""
+        """(row, its tokens, their indices among the labels); labels of one row are contiguous."""
         begins = np.flatnonzero(np.diff(self.rows, prepend=-1))
         for begin, end in zip(begins, [*begins[1:], len(self.rows)], strict=True):
             first = self.offsets[begin]
@@ -127,11 +127,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class RowScorer:
-    """Rows through the proxy, in batches of like length, and its hidden states through ``label``.
+    """Runs rows through the proxy in batches of similar length, and its hidden states through
+    ``label``.
 
     Attributes:
       params, adapter, config: the proxy.
-      label: what is made of some positions, not waited for.
+      label: computes the result for some positions asynchronously.
       batch_size, max_length, put: as in ``score_split``.
     """
 
@@ -144,7 +145,7 @@ class RowScorer:
     put: Callable[[TokenBatch], TokenBatch] | None
 
     def dispatch(self, token_rows: list[TokenRow]) -> list[Piece]:
-        """Starts the computation of all rows, neighbours in length together."""
+        """Starts the computation of all rows, batching rows of similar length."""
         lengths = np.array([len(row.tokens) - 1 for row in token_rows])
         buckets = default_buckets(self.max_length)
         size = positions_at_once(self.config.vocab_size)
@@ -183,7 +184,7 @@ def _top_k_labels(
 def _assemble(
     token_rows: list[TokenRow], pieces: list[Piece], top_k: int, ends: frozenset[int]
 ) -> list[SoftLabels]:
-    """Waits for the labels and sorts them into rows."""
+    """Waits for the labels and groups them by row."""
     out = []
     for row in token_rows:
         size = len(row.answer)

@@ -15,9 +15,9 @@ from proxykd_jax.models.decoder import batch_hidden_states, unembed
 from proxykd_jax.parallel.sharding import positions_within
 from proxykd_jax.types import TokenBatch
 
-# float32 logits of this many elements (64 MiB) are alive at a time.
+# Elements of float32 logits that exist at a time (64 MiB).
 _LOGITS_ALIVE = 1 << 24
-# Entries of the vocabulary that are looked at together, at most; a power of two.
+# Largest number of vocabulary entries in one block; a power of two.
 _WIDEST_BLOCK = 128
 
 
@@ -26,11 +26,11 @@ class TopKLabels:
     """Soft labels, with any leading axes; float32 in nats.
 
     Attributes:
-      ids_K: int32, the most probable tokens, in falling order.
+      ids_K: int32, the most probable tokens, in descending order.
       logps_K: their log-probs under the full softmax at the temperature.
-      gold_logps: log-prob of the label, at temperature 1 whatever the temperature: it is what
-        the likelihood of an answer is summed from.
-      tail_logps: log of the probability outside the ids, at the temperature; -inf for none.
+      gold_logps: log-prob of the label, always at temperature 1, because an answer's likelihood is
+        summed from it.
+      tail_logps: log of the probability outside the ids, at the temperature; -inf if zero.
     """
 
     ids_K: jax.Array
@@ -49,13 +49,13 @@ def soft_labels_of_logits(
 ) -> TopKLabels:
     """Soft labels from logits ``[..., V]`` and labels ``[...]``.
 
-    The tail is summed over the entries outside the ids: 1 - sum would leave no digits for a
-    confident model. All but two passes over the vocabulary (the maximum of each block of it and the
-    sum of each) look at the blocks with the k largest maxima alone: the top k are in them.
+    The tail is summed over the entries outside the ids: 1 - sum would lose all digits for a
+    confident model. Only two passes read the whole vocabulary (maximum and sum of each block). The
+    others read the blocks with the k largest maxima, which contain the top k.
 
     Args:
-      vocab_size: ids from here on are never among the top k; their probability belongs to the
-        tail (default: all may be).
+      vocab_size: larger or equal ids are never in the top k; their probability belongs to the tail
+        (default: all may be).
     """
     logits = logits.astype(jnp.float32)
     drawable = logits.shape[-1] if vocab_size is None else min(vocab_size, logits.shape[-1])
@@ -66,7 +66,7 @@ def soft_labels_of_logits(
     number, width = blocks.shape[-2:]
     maxima = jnp.concatenate([blocks.max(axis=-1), rest.max(axis=-1, keepdims=True)], axis=-1)
     _, chosen_K = _top_k(maxima, top_k)
-    chosen_K = jnp.sort(chosen_K, axis=-1)  # so that of equal entries the lower id is taken
+    chosen_K = jnp.sort(chosen_K, axis=-1)  # so that the lower id wins among equal entries
     some = jnp.take_along_axis(blocks, chosen_K[..., None], axis=-2, mode="clip")
     some = jnp.where(chosen_K[..., None] == number, rest[..., None, :], some)
     some = some.reshape(*some.shape[:-2], -1)
@@ -78,7 +78,7 @@ def soft_labels_of_logits(
         highest = jnp.maximum(highest, beyond.max(axis=-1, keepdims=True))
     lowest = values_K[..., -1:]
     head = jnp.exp((values_K - highest) / temperature).sum(axis=-1)
-    # Outside the ids: blocks without any of them as a whole, entries of the others one by one.
+    # Outside the ids: whole blocks without any id, and single entries of the other blocks.
     of_block, of_rest = (
         jnp.exp((part - top) / temperature).sum(axis=-1)
         for part, top in ((blocks, highest[..., None]), (rest, highest))
@@ -87,7 +87,7 @@ def soft_labels_of_logits(
     is_chosen = jax.nn.one_hot(chosen_K, number + 1, dtype=bool).any(axis=-2)
     tail = jnp.where(is_chosen, 0.0, of_block).sum(axis=-1)
     below = jnp.where(some < lowest, jnp.exp((some - highest) / temperature), 0.0)
-    # Of entries equal to the smallest kept one, some were taken; the others are outside.
+    # Of the entries equal to the smallest kept one, some were taken; the others are outside.
     left_out = (some >= lowest).sum(axis=-1) - top_k
     tail += below.sum(axis=-1)
     tail += left_out * jnp.exp((lowest[..., 0] - highest[..., 0]) / temperature)
@@ -107,8 +107,8 @@ def soft_labels_of_logits(
 
 
 def _blocks(scores: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
-    """``[..., V]`` in blocks ``[..., V // width, width]``, more than ``top_k`` of them, and what is
-    left over in one more, filled up with -inf: to fill up all of them would copy them."""
+    """``[..., V]`` in more than ``top_k`` blocks ``[..., V // width, width]``, and the remainder as
+    one block padded with -inf. Padding the whole array instead would copy it."""
     many = max(scores.shape[-1] // (4 * top_k), 1)
     width = min(1 << many.bit_length() - 1, _WIDEST_BLOCK)
     whole = scores.shape[-1] // width * width
@@ -118,11 +118,12 @@ def _blocks(scores: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _top_k(values: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
-    """Values and places of the largest, in falling order, of equal ones the first.
+    """The largest values and their indices, in descending order; the first among equal ones.
 
-    On a CPU this is a full sort until a rewrite recognises it, which it fails to do where slices
-    of the result are merged into it. Barriers keep them apart (19 against 2,500 ms for 512
-    positions over 32,000 tokens); one around both makes XLA abort where devices are several.
+    On a CPU this is a full sort unless an XLA rewrite recognises it, and the rewrite fails if
+    slices of the result are fused into it. Separate barriers prevent that (19 instead of 2,500 ms
+    for 512 positions over 32,000 tokens). One barrier around both makes XLA abort on several
+    devices.
     """
     values_K, places_K = map(jax.lax.optimization_barrier, jax.lax.top_k(values, top_k))
     return values_K, places_K
@@ -142,7 +143,7 @@ def topk_soft_labels(
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Soft labels of every position, inside the mask or not.
+    """Soft labels of every position, inside or outside the mask.
 
     Args:
       params, adapter: the proxy.
@@ -176,8 +177,8 @@ def soft_labels_of_hidden(
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> TopKLabels:
-    """Soft labels of M positions with these hidden states. The program depends on M alone, so
-    one serves batches of every length."""
+    """Soft labels of M positions with these hidden states. The program depends only on M, so it
+    serves batches of every length."""
     logits_MV = unembed(params, hidden_MD, config=config)
     return soft_labels_of_logits(
         logits_MV, labels_M, top_k=top_k, temperature=temperature, vocab_size=vocab_size

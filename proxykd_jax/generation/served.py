@@ -1,7 +1,7 @@
-"""Answers drawn by a server, as the tokens that the sampler here would have given.
+"""Answers drawn by a server, as the tokens that the built-in sampler would have given.
 
-Where the server tells the ids that it drew, they are the answer. Where it tells text alone, the
-text is cut into tokens again, and an answer for which that cannot be undone is left out.
+If the server reports the ids that it drew, they are the answer. If it reports only text, the text
+is tokenised again; an answer whose tokens do not decode to the same text is left out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from proxykd_jax.generation.sampler import Sample
 from proxykd_jax.generation.samples import SampleFunction
 from proxykd_jax.generation.server import Completion, ServerClient
 
-# Stands for bytes that are no character, as where a budget ends within one.
+# Stands for bytes that are not a complete character, for example where the budget ends within one.
 _NO_CHARACTER = "\ufffd"
 
 
@@ -37,20 +37,20 @@ def make_served_draw(
 ) -> SampleFunction:
     """``draw(prompts, row_ids, budgets) -> samples``, by a server that has loaded the weights.
 
-    The seed of a request is a function of (seed, round, row id): a rerun gives the same answers
-    as far as the server keeps to it.
+    A request's seed is a function of (seed, round, row id), so a rerun gives the same answers if
+    the server honours it.
 
     Args:
       client: the server.
-      name: what ``ServerClient.load`` loaded: the adapter's name or the folder of the model.
-      tokenizer: of the corpus.
-      end_token_ids: tokens that end an answer; the first is appended where the server stopped and
-        does not say at which.
+      name: what ``ServerClient.load`` loaded: the adapter's name or the model's folder.
+      tokenizer: the corpus's tokenizer.
+      end_token_ids: tokens that end an answer; the first is appended if the server stopped without
+        saying at which one.
       seed, round_index, temperature, top_p: as in ``sampler.sample``.
 
     Raises (when drawing):
-      UserError: the server fails for good, answers with another model, or reads a prompt as
-        another number of tokens.
+      UserError: the server fails permanently, answers with another model, or counts another number
+        of tokens in a prompt.
     """
 
     def ask(prompt: np.ndarray, row_id: str, budget: int) -> Sample:
@@ -97,15 +97,15 @@ def make_served_draw(
 
 
 def request_seed(seed: int, round_index: int, row_id: str) -> int:
-    """31 bits, since some servers hold a seed in an int32."""
+    """A seed of 31 bits, because some servers keep it in an int32."""
     digest = hashlib.sha256(f"{seed}/{round_index}/{row_id}".encode()).digest()
     return int.from_bytes(digest[:4], "little") >> 1
 
 
 # --- requests -------------------------------------------------------------------------------------
 
-# Servers take what a request leaves open from the model's generation_config.json, where top_k and
-# penalties are often set; eq. 5 draws from the whole softmax.
+# Servers fill in missing settings from the model's generation_config.json, which often sets top_k
+# and penalties. Eq. 5 draws from the whole softmax.
 _PLAIN = {
     "top_k": -1,
     "min_p": 0.0,
@@ -120,7 +120,7 @@ _PLAIN = {
 def _vllm(
     client: ServerClient, name: str, end_token_ids: Sequence[int], temperature: float
 ) -> dict[str, Any]:
-    # ignore_eos: the model's own EOS ends an answer only where it is one of ours.
+    # ignore_eos: the model's own EOS must end an answer only if it is among our end tokens.
     return {
         **_PLAIN,
         "stop_token_ids": list(end_token_ids),
@@ -132,7 +132,7 @@ def _vllm(
 def _sglang(
     client: ServerClient, name: str, end_token_ids: Sequence[int], temperature: float
 ) -> dict[str, Any]:
-    # Here ignore_eos would switch stop_token_ids off too.
+    # ignore_eos would also disable stop_token_ids in SGLang.
     particulars = {**_PLAIN, "model": client.base, "stop_token_ids": list(end_token_ids)}
     return {**particulars, "lora_path": name} if client.server.serves == "adapter" else particulars
 
@@ -140,7 +140,7 @@ def _sglang(
 def _transformers(
     client: ServerClient, name: str, end_token_ids: Sequence[int], temperature: float
 ) -> dict[str, Any]:
-    # Without do_sample it is greedy at any temperature, and without top_k it keeps 50 tokens.
+    # Without do_sample it is greedy at any temperature; without top_k it keeps 50 tokens.
     generation = {
         "do_sample": temperature > 0,
         "top_k": 0,
@@ -160,10 +160,10 @@ _PARTICULARS: dict[str, Callable[..., dict[str, Any]]] = {
 def _prompt(
     prompt: np.ndarray, client: ServerClient, tokenizer: Tokenizer
 ) -> dict[str, Any] | None:
-    """The keys that send a prompt; None where no text stands for its ids."""
+    """The keys of a request that hold the prompt; None if no text encodes to its ids."""
     if client.server.prompt_as == "ids":
         return {"prompt": [int(token) for token in prompt]}
-    if client.server.api == "vllm":  # the one that can be told to add no BOS
+    if client.server.api == "vllm":  # the only one that can be told to add no BOS
         text = tokenizer.decode(prompt)
         if np.array_equal(tokenizer.encode(text), prompt):
             return {"prompt": text, "add_special_tokens": False}
@@ -190,8 +190,8 @@ def _sample(
     finished, end = completion.finished, completion.end_token
     if completion.tokens is not None:
         answer = completion.tokens
-        # Servers differ in whether the token that ended the answer is among its ids, and some call
-        # an answer cut off whose end token took the last place of the budget.
+        # Servers differ in whether the ids include the end token. Some call an answer truncated
+        # whose end token took the last token of the budget.
         if answer and (answer[-1] in end_token_ids or (finished and answer[-1] == end)):
             answer, end, finished = answer[:-1], answer[-1], True
         known = all(0 <= token < tokenizer.vocab_size for token in answer)
@@ -210,11 +210,11 @@ def _sample(
 
 
 def spell(text: str, prompt: np.ndarray, tokenizer: Tokenizer, *, alone: bool) -> np.ndarray | None:
-    """int32[R]: tokens of an answer's text; None where there are none that give it back.
+    """int32[R]: tokens that decode to an answer's text; None if there are none.
 
-    A tokenizer that marks words by a leading space cuts a text otherwise at its beginning than
-    within: ``alone`` says that the text was made of the answer's tokens by themselves, in which
-    that space is lost, not as the continuation of the prompt.
+    A tokenizer that marks words by a leading space splits a text differently at its beginning than
+    in the middle. ``alone`` says that the server decoded the answer's tokens by themselves, which
+    loses that space, and not as a continuation of the prompt.
     """
     if _NO_CHARACTER in text:
         return None

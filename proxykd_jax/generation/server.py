@@ -1,7 +1,7 @@
-"""Talking to an OpenAI-compatible server: bounded retries, weights that come and go, completions.
+"""Client of an OpenAI-compatible server: bounded retries, loading of weights, completions.
 
-The calls are those of vLLM, SGLang and ``transformers serve``; ``docs/sampling_server.md`` names
-the pages that describe them.
+It covers vLLM, SGLang and ``transformers serve``; ``docs/sampling_server.md`` links the pages that
+describe their calls.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from proxykd_jax.config.schema import SamplingServer
 from proxykd_jax.errors import UserError
 
-# Answers of a server that is busy or starting; any other refusal would be repeated.
+# Status codes of a server that is busy or starting. Other refusals would only repeat.
 _MAY_PASS = {408, 425, 429, 500, 502, 503, 504}
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 _MOST_SHOWN = 200
@@ -34,11 +34,11 @@ class Completion:
     """A server's reply to one prompt.
 
     Attributes:
-      text: of the answer, without the token that ended it.
+      text: the answer, without the token that ended it.
       finished: an end token was drawn; otherwise the budget ran out.
-      tokens: ids of the answer where the server tells them, perhaps with the end token.
-      end_token: id that ended it where the server tells it.
-      prompt_length: tokens that the server read the prompt as, where it tells.
+      tokens: ids of the answer if the server reports them, perhaps with the end token.
+      end_token: id that ended it, if the server reports it.
+      prompt_length: tokens that the server counted in the prompt, if it reports that.
     """
 
     text: str
@@ -49,22 +49,22 @@ class Completion:
 
 
 class UnansweredError(UserError):
-    """The server was not reached, or kept failing in a way that may pass."""
+    """The server could not be reached, or kept failing in a way that may be temporary."""
 
 
 class StoppedError(Exception):
-    """Another request failed for good, so this one is given up."""
+    """Another request failed permanently, so this one is abandoned."""
 
 
 class Connection:
-    """A server's address and how patiently it is asked. Requests may come from many threads.
+    """A server's address, with limits on retries and waiting. Safe to use from many threads.
 
     Args:
       url: without /v1.
-      retries: times a request is sent again after a failure that may pass.
+      retries: how often a request is repeated after a failure that may be temporary.
       timeout_s: seconds to wait for one reply.
-      api_key_env: environment variable of the key, if there is one.
-      where: the key of the config that names the server, for messages.
+      api_key_env: environment variable that holds the key, if there is one.
+      where: the config key that names the server, for messages.
 
     Raises:
       UserError: the environment variable of the key is not set.
@@ -85,14 +85,14 @@ class Connection:
             )
 
     def stop(self) -> None:
-        """Lets requests in other threads end at their next failure instead of trying again."""
+        """Makes requests in other threads end at their next failure instead of retrying."""
         self._stopped.set()
 
     def chat(self, body: dict[str, Any]) -> Completion:
         """One reply to a conversation.
 
         Raises:
-          UserError, StoppedError: as ``send``.
+          UserError, StoppedError: see ``send``.
         """
         reply: Completion = self.send("POST", "/v1/chat/completions", body, read=_read_chat)
         return reply
@@ -107,12 +107,12 @@ class Connection:
         retries: int | None = None,
         timeout_s: float | None = None,
     ) -> Any:
-        """One request, repeated while its failure may pass.
+        """Sends one request, and repeats it while its failure may be temporary.
 
         Args:
-          method, path, body: what is sent; the body as JSON.
-          read: turns the reply's bytes into what is returned; ValueError counts as a failure.
-          retries, timeout_s: instead of the connection's own.
+          method, path, body: the request; the body goes out as JSON.
+          read: converts the reply's bytes to the result; ValueError counts as a failure.
+          retries, timeout_s: override the connection's own.
 
         Raises:
           UserError: the server refuses, or gives no usable reply (UnansweredError).
@@ -150,8 +150,8 @@ class Connection:
         times = "once" if tries == 1 else f"{tries} times"
         raise UnansweredError(
             f"{self._where}: {self.url} was asked {times} and gave no usable answer to "
-            f"{method} {path} ({trouble}); see that the server runs there, then run the same "
-            "command again: it goes on where it was."
+            f"{method} {path} ({trouble}); check that the server is running there, then run the "
+            "same command again to continue."
         )
 
     def _said(self, error: urllib.error.HTTPError) -> str:
@@ -161,7 +161,7 @@ class Connection:
             return "without a word"
 
     def _clean(self, text: str) -> str:
-        """One short line, without the key, which some servers repeat."""
+        """One short line without the key, which some servers repeat."""
         if self._key:
             text = text.replace(self._key, "***")
         text = " ".join(text.split()).rstrip(".")
@@ -169,11 +169,11 @@ class Connection:
 
 
 class ServerClient:
-    """One server, for one run. Requests may come from many threads.
+    """One server, for one run. Safe to use from many threads.
 
     Args:
-      server: where it is and how it is asked.
-      base: name of the base model on it, where it has one for good (vllm, sglang).
+      server: its address and options.
+      base: name of the base model on it, if that is fixed (vllm, sglang).
 
     Raises:
       UserError: the environment variable of the key is not set.
@@ -192,14 +192,15 @@ class ServerClient:
         self._url, self._send = self._connection.url, self._connection.send
 
     def check(self, *, retries: int | None = None, timeout_s: float | None = None) -> None:
-        """Looks whether the server answers and, where it has a base model for good, has ours.
+        """Checks that the server answers and, if its base model is fixed, that it is ours.
 
         Raises:
-          UserError: it does not answer (UnansweredError), or it has another base model.
+          UserError: it does not answer (UnansweredError), or its base model is another one.
         """
         patience: dict[str, Any] = {"retries": retries, "timeout_s": timeout_s}
         if self.server.api == "transformers":
-            # It loads what a request names; its /v1/models lists a cache, and fails without one.
+            # It loads whatever model a request names. Its /v1/models lists a cache and fails
+            # without one.
             self._send("GET", "/health", **patience)
             return
         listed = self._send("GET", "/v1/models", read=_read_models, **patience)
@@ -212,7 +213,7 @@ class ServerClient:
             )
 
     def load(self, name: str, folder: Path) -> None:
-        """Makes the server answer with the weights in ``folder``, a path that is the same to it.
+        """Makes the server use the weights in ``folder``, a path that must be valid there, too.
 
         Raises:
           UserError: it refuses, or does not answer.
@@ -222,10 +223,11 @@ class ServerClient:
             self._send("POST", self._lora_path("load"), {"lora_name": name, "lora_path": place})
         elif self.server.api == "sglang":
             self._send("POST", "/update_weights_from_disk", {"model_path": place})
-        # transformers serve loads the folder that a request names as its model.
+        # transformers serve loads the folder that a request names, so there is nothing to do.
 
     def unload(self, name: str) -> None:
-        """Frees what ``load`` took; a server that refuses keeps it, which harms nothing."""
+        """Frees what ``load`` took. If the server refuses it keeps the weights, which is
+        harmless."""
         with contextlib.suppress(UserError, StoppedError):
             if self.server.serves == "adapter":
                 self._send("POST", self._lora_path("unload"), {"lora_name": name}, retries=0)
@@ -248,7 +250,7 @@ class ServerClient:
         return reply
 
     def stop(self) -> None:
-        """As ``Connection.stop``."""
+        """See ``Connection.stop``."""
         self._connection.stop()
 
     def _lora_path(self, action: str) -> str:
@@ -257,34 +259,34 @@ class ServerClient:
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to wherever it points."""
+    """Refuses redirects, which would send the key to another address."""
 
     def redirect_request(self, *args: Any, **options: Any) -> None:
         return None
 
 
 def _read_models(content: bytes) -> list[str]:
-    """Names in the reply of ``/v1/models``; ValueError where it is none."""
+    """Names in the reply of ``/v1/models``; ValueError if there are none."""
     try:
         return [str(card["id"]) for card in json.loads(content)["data"]]
     except (KeyError, TypeError) as error:
-        raise ValueError("its list of models is no list") from error
+        raise ValueError("its list of models is not a list") from error
 
 
 def _read_chat(content: bytes) -> Completion:
-    """The one choice in a reply of ``/v1/chat/completions``; ValueError where there is none."""
+    """The one choice in a reply of ``/v1/chat/completions``; ValueError if there is none."""
     try:
         (choice,) = json.loads(content)["choices"]
         text, reason = choice["message"]["content"], choice.get("finish_reason")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError("its reply is no chat completion with one choice") from error
+        raise ValueError("its reply is not a chat completion with one choice") from error
     if text is not None and not isinstance(text, str):
         raise ValueError("its reply has no text")
     return Completion(text or "", reason == "stop", None, None, None)
 
 
 def _read_completion(content: bytes) -> tuple[Completion, str | None]:
-    """The one choice in a reply, and the model that it names; ValueError where there is none."""
+    """The one choice in a reply, and the model that it names; ValueError if there is none."""
     try:
         value = json.loads(content)
         (choice,) = value["choices"]
@@ -295,7 +297,7 @@ def _read_completion(content: bytes) -> tuple[Completion, str | None]:
         prompt_length = usage.get("prompt_tokens")
         named = value.get("model")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError("its reply is no completion with one choice") from error
+        raise ValueError("its reply is not a completion with one choice") from error
     if not isinstance(text, str):
         raise ValueError("its reply has no text")
     if reason not in ("stop", "length"):
@@ -303,7 +305,7 @@ def _read_completion(content: bytes) -> tuple[Completion, str | None]:
     if tokens is not None and not (
         isinstance(tokens, list) and all(isinstance(token, int) for token in tokens)
     ):
-        raise ValueError("its reply has token_ids that are no ids")
+        raise ValueError("its reply has token_ids that are not ids")
     completion = Completion(
         text,
         reason == "stop",

@@ -16,10 +16,10 @@ from proxykd_jax.parallel.sharding import is_for
 
 Backend = Literal["auto", "xla", "cudnn", "splash"]
 
-# What a checkpoint must keep, by this name, so that the backward pass does not attend once more.
+# Checkpointing keeps values of this name, so that the backward pass need not recompute attention.
 RESULT = "attention_result"
 
-# Finite, so that a row whose every slot is masked gives the mean of the values and not NaN.
+# Finite: a row with every slot masked then gives the mean of the values, not NaN.
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
@@ -31,21 +31,20 @@ def dot_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
 def choose_backend(
     backend: str, like: jax.Array, head_dim: int, num_groups: int, *, whole_rows: bool
 ) -> str:
-    """``xla``, ``cudnn`` or ``splash``; ``auto`` takes a flash kernel where one can serve.
+    """``xla``, ``cudnn`` or ``splash``; ``auto`` takes a flash kernel where one can run.
 
-    That is splash attention in programs for TPUs: bfloat16, ``whole_rows`` of 128 positions or
-    more, heads of 256 dimensions at most, rows and key heads that the mesh's axes divide. A
-    program is for what its mesh is made of, which need not be here; without a mesh, for JAX's
-    default devices. On GPUs it is cuDNN's flash attention.
+    On TPUs that is splash attention. It needs bfloat16, ``whole_rows`` of at least 128 positions,
+    heads of at most 256 dimensions, and mesh axes that divide rows and key heads. On GPUs it is
+    cuDNN's flash attention. The target is the mesh's kind of device, which need not be present;
+    without a mesh it is JAX's default device.
 
     Args:
-      like: activations ``[B, L, ...]`` of the queries' dtype and length, on their mesh.
-      num_groups: key heads.
-      whole_rows: queries see slots up to their own by index, and segments or a window alone say
-        what else is hidden.
+      like: activations ``[B, L, ...]`` with the queries' dtype and length, on their mesh.
+      num_groups: number of key heads.
+      whole_rows: the mask is causal by index, plus at most segments or one window.
 
     Raises:
-      ValueError: unknown backend, or one asked for where it has no kernel.
+      ValueError: unknown backend, or one that has no kernel for this case.
     """
     if backend not in ("auto", "xla", "cudnn", "splash"):
         raise ValueError(f"Attention backend {backend!r} is not one of auto, xla, cudnn, splash.")
@@ -65,10 +64,10 @@ def choose_backend(
             raise ValueError(obstacle)
         return backend
     num_queries = like.shape[1]
-    # Less than a tile of the kernel would be padding for the most part.
+    # A row shorter than one tile of the kernel would be mostly padding.
     if obstacle is None and num_queries >= splash.TILE and is_for("tpu", like):
         return "splash"
-    # One query a row is bound by reading the cache; flash attention gains nothing there.
+    # With one query per row, reading the cache takes the time; flash attention gains nothing.
     fits = half and head_dim % 8 == 0 and head_dim <= 128 and num_queries > 1
     return "cudnn" if fits and jax.default_backend() == "gpu" else "xla"
 
@@ -86,24 +85,24 @@ def attention(
 ) -> jax.Array:
     """softmax(q k / sqrt(C)) v with H query heads over G key heads, H a multiple of G.
 
-    The keys and values are never repeated in memory: queries of one group are batched against
-    their shared key head. The softmax is float32.
+    Keys and values are not repeated in memory: the queries of a group are batched against their
+    shared key head. The softmax is float32.
 
     Args:
       mask_BLS: bool, True where query L may see slot S; the leading axis may be 1.
-      segment_ids_BL: ``segment_mask`` of them (L == S), combined with the mask by "and". Splash
-        attention compares them and makes no mask; others make it, so where several layers share
-        one, give the mask.
+      segment_ids_BL: as in ``segment_mask`` (L == S); combined with the mask by "and". Splash
+        attention compares the ids without building a mask. Other backends build the mask here: if
+        several layers share one, pass the mask instead.
       causal: query l sees slots up to l (L == S); combined with the mask by "and".
-      window: with ``causal``, query l sees the last ``window`` slots up to l only.
+      window: with ``causal``, query l sees only the last ``window`` slots up to l.
       backend: see ``choose_backend``. ``splash`` takes causal rows without ``mask_BLS``.
 
     Returns:
-      ``out_BLHC`` in q's dtype. A query that may see nothing gets a finite vector without
-      meaning.
+      ``out_BLHC`` in q's dtype. For a query that sees no slot the result is finite but
+      meaningless.
 
     Raises:
-      ValueError: heads, slots or segments that do not fit, or see ``choose_backend``.
+      ValueError: heads, slots or segments that do not fit; see also ``choose_backend``.
     """
     num_batch, num_queries, num_heads, head_dim = q_BLHC.shape
     num_slots, num_groups = k_BSGC.shape[1:3]
@@ -133,7 +132,7 @@ def attention(
     q_BLGQC = q_BLHC.reshape(num_batch, num_queries, num_groups, -1, head_dim)
     if not causal:
         return _attend(q_BLGQC, k_BSGC, v_BSGC, mask_BLS).reshape(q_BLHC.shape)
-    # R: the queries and, for each, its heads of a group.
+    # Axis R: the queries, and for each query its heads of one group.
     q_BGRC = q_BLGQC.transpose(0, 2, 1, 3, 4).reshape(num_batch, num_groups, -1, head_dim)
     k_BGCS, v_BGCS = (x_BSGC.transpose(0, 2, 3, 1) for x_BSGC in (k_BSGC, v_BSGC))
     out_BGRC = _attend_causally(q_BGRC, k_BGCS, v_BGCS, mask_BLS, window)
@@ -142,11 +141,11 @@ def attention(
 
 
 def query_blocks(num_queries: int) -> int:
-    """How many blocks the queries of a causal row are cut into.
+    """Number of blocks that the queries of a causal row are cut into.
 
-    Eight at most (each is compiled), of 64 queries at least, all of one size. Blocks skip the half
-    of the scores that nobody may see, and what is left stays in the cache: forwards and backwards
-    2.3 times as fast as one block on two cores (32 rows of 256, 8 heads of 8).
+    At most eight, because each is compiled; all of one size, at least 64 queries. Blocks skip the
+    hidden half of the scores, and the rest stays in the CPU cache: forward and backward are 2.3
+    times as fast as with one block on two cores (32 rows of 256, 8 heads of 8).
     """
     even = (n for n in range(8, 1, -1) if num_queries % n == 0 and num_queries // n >= 64)
     return next(even, 1)
@@ -155,7 +154,7 @@ def query_blocks(num_queries: int) -> int:
 def _attend(
     q_BLGQC: jax.Array, k_BSGC: jax.Array, v_BSGC: jax.Array, mask_BLS: jax.Array | None
 ) -> jax.Array:
-    """Softmax attention with keys and values as a cache has them; nothing of it is moved."""
+    """Softmax attention with keys and values in the cache's layout; nothing is transposed."""
     precision = dot_precision(q_BLGQC.dtype)
     scores_BGLQS = jnp.einsum(
         "blgqc,bsgc->bglqs",
@@ -165,15 +164,15 @@ def _attend(
         preferred_element_type=jnp.float32,
     )
     scores_BGLQS = _scaled(scores_BGLQS, q_BLGQC.shape[-1], mask_BLS)
-    # The result does not depend on what is subtracted, so no gradient needs to pass here.
+    # The result does not depend on the maximum that is subtracted, so it needs no gradient.
     scores_BGLQS -= jax.lax.stop_gradient(scores_BGLQS.max(axis=-1, keepdims=True))
     exp_BGLQS = jnp.exp(scores_BGLQS)
     sum_BLGQ1 = exp_BGLQS.sum(axis=-1, keepdims=True).swapaxes(1, 2)
     weights_BGLQS = exp_BGLQS.astype(v_BSGC.dtype)
-    # No float32 result is asked for: one query against a cache in bfloat16 then has no kernel on a
-    # CPU, which is found out when it runs.
+    # Do not ask for a float32 result: for one query against a bfloat16 cache the CPU then has no
+    # kernel, and fails only at run time.
     out_BLGQC = jnp.einsum("bglqs,bsgc->blgqc", weights_BGLQS, v_BSGC, precision=precision)
-    # Divided at the end, where there is the least of it.
+    # Divide last, where the array is smallest.
     return (out_BLGQC / sum_BLGQ1).astype(v_BSGC.dtype)
 
 
@@ -188,7 +187,7 @@ def _scaled(scores_BGLQS: jax.Array, head_dim: int, mask_BLS: jax.Array | None) 
 
 
 class _Block(NamedTuple):
-    """Queries from ``first`` up to ``stop``, which see slots from ``start`` up to ``stop``."""
+    """Queries ``first`` to ``stop``, which see slots ``start`` to ``stop`` (ends excluded)."""
 
     first: int
     stop: int
@@ -198,7 +197,7 @@ class _Block(NamedTuple):
 def _blocks(num_queries: int, window: int | None) -> Iterator[_Block]:
     size = num_queries // query_blocks(num_queries)
     for first in range(0, num_queries, size):
-        # No slot past the block's last query is seen, nor one before its first query's window.
+        # No query of the block sees a slot after the last query or before the first query's window.
         yield _Block(first, first + size, max(first - window + 1, 0) if window else 0)
 
 
@@ -212,11 +211,10 @@ def _attend_causally(
 ) -> jax.Array:
     """Causal attention of whole rows, block by block; ``out_BGRC`` in q's dtype.
 
-    R runs over the row's S queries and, for each, its heads of a group. With the slots last no
-    product moves an array of the scores' size, forwards or backwards: the gradients of keys and
-    values are products whose left side is the small one. Backwards the weights are computed again,
-    as flash attention does it (Dao et al., 2022): kept, they would be written once more into the
-    arrays of all layers.
+    R runs over the row's S queries and, for each, its heads of one group. With the slots as the
+    last axis, no product transposes an array of the scores' size, forward or backward. The backward
+    pass recomputes the weights, as flash attention does (Dao et al., 2022). Storing them would mean
+    another write into the stacked arrays of all layers.
     """
     return _attend_causally_forward(q_BGRC, k_BGCS, v_BGCS, mask_BLS, window)[0]
 
@@ -246,29 +244,30 @@ def _attend_causally_backward(
 
 
 def _in_parts(compute: Callable[..., Any], q_BGRC: Any, k_BGCS: Any, *rest: Any) -> Any:
-    """A function of rows, so many rows at once as the cores' own caches hold scores of.
+    """Computes a function of rows in parts whose scores fit into the cores' own caches.
 
-    More go through the cache that all cores share: 6 MiB in place of two caches of 1 MiB make a
-    step of stories260K's shape 1.16 times as long. With fewer, products are too little to share.
+    Larger parts go through the cache that all cores share: parts of 6 MiB instead of two caches of
+    1 MiB make a step of stories260K's shape 1.16 times as long. Smaller parts make products too
+    small to split between cores.
     """
     num_batch, num_groups, num_rows = q_BGRC.shape[:3]
     num_slots = k_BGCS.shape[-1]
     row_bytes = 4 * num_groups * (num_rows // query_blocks(num_slots)) * num_slots
     fitting = max(second_caches() // row_bytes, 1)
     at_once = next(n for n in range(num_batch, 0, -1) if num_batch % n == 0 and n <= fitting)
-    # Rows that are spread over devices stay where they are.
+    # Leave rows alone that are sharded over devices.
     if at_once == num_batch or jax.device_count() > 1:
         return compute(q_BGRC, k_BGCS, *rest)
 
     def part_by_part(*given: Any) -> Any:
         def parts(x: jax.Array) -> jax.Array:
-            x = jnp.broadcast_to(x, (num_batch, *x.shape[1:]))  # a mask may be of all rows
+            x = jnp.broadcast_to(x, (num_batch, *x.shape[1:]))  # the mask may have one row for all
             return x.reshape(-1, at_once, *x.shape[1:])
 
         found = jax.lax.map(lambda part: compute(*part), jax.tree.map(parts, given))
         return jax.tree.map(lambda x: x.reshape(num_batch, *x.shape[2:]), found)
 
-    # By what the program is compiled for, which need not be what is here.
+    # Decide by the platform that the program is compiled for, not by the one it is compiled on.
     return jax.lax.platform_dependent(q_BGRC, k_BGCS, *rest, cpu=part_by_part, default=compute)
 
 
@@ -289,7 +288,7 @@ def _forward_blocks(
         sum_BGR1 = exp_BGRS.sum(axis=-1, keepdims=True)
         values_BGCS = v_BGCS[..., block.start : block.stop]
         out_BGRC = _product("bgrs,bgcs->bgrc", exp_BGRS.astype(v_BGCS.dtype), values_BGCS)
-        # Divided at the end, where there is the least of it.
+        # Divide last, where the array is smallest.
         outs.append((out_BGRC / sum_BGR1).astype(q_BGRC.dtype))
         log_sums.append(highest_BGR1 + jnp.log(sum_BGR1))
     return jnp.concatenate(outs, axis=2), jnp.concatenate(log_sums, axis=2)
@@ -306,10 +305,13 @@ def _backward_blocks(
     *,
     window: int | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v. With weights p and out = p v, that of a score is p (grad v - own)
-    with own = grad out."""
+    """Gradients of q, k and v.
+
+    With weights p and out = p v, the gradient of a score is p (grad v - own), where
+    own = grad out.
+    """
     num_slots = k_BGCS.shape[-1]
-    scale = q_BGRC.shape[-1] ** -0.5  # of the scores; multiplied where there is less of it
+    scale = q_BGRC.shape[-1] ** -0.5  # scale of the scores, applied to the smaller array
     of_queries: list[jax.Array] = []
     of_keys, of_values = jnp.zeros_like(k_BGCS), jnp.zeros_like(v_BGCS)
     for block in _blocks(num_slots, window):
@@ -366,7 +368,7 @@ def _block_scores(
 
 
 def _rows(x_BGRC: jax.Array, num_queries: int, block: _Block) -> jax.Array:
-    """The rows of a block's queries."""
+    """The rows that belong to a block's queries."""
     heads = x_BGRC.shape[2] // num_queries
     return x_BGRC[:, :, block.first * heads : block.stop * heads]
 
@@ -379,9 +381,9 @@ def _product(equation: str, left: jax.Array, right: jax.Array, **options: Any) -
 
 
 def segment_mask(segment_ids_BL: jax.Array, prefix_B: jax.Array | None = None) -> jax.Array:
-    """mask_BLS of packed or padded rows: the same positive segment id; 0 is padding.
+    """mask_BLS of packed or padded rows: True for equal positive segment ids; 0 is padding.
 
-    With ``prefix_B`` all segments of a row see so many of its first slots too.
+    With ``prefix_B``, all segments of a row also see that many of its first slots.
     """
     same = segment_ids_BL[:, :, None] == segment_ids_BL[:, None, :]
     seen_BLS = same & (segment_ids_BL > 0)[:, None, :]
@@ -394,5 +396,5 @@ def segment_mask(segment_ids_BL: jax.Array, prefix_B: jax.Array | None = None) -
 def window_mask(
     query_positions_BL: jax.Array, key_positions_BS: jax.Array, window: int
 ) -> jax.Array:
-    """mask_BLS of the sliding window: a query sees keys less than ``window`` positions back."""
+    """mask_BLS of the sliding window: a query sees keys fewer than ``window`` positions back."""
     return query_positions_BL[:, :, None] - key_positions_BS[:, None, :] < window

@@ -20,18 +20,18 @@ from proxykd_jax.parallel.sharding import constrain_rows
 
 @struct.dataclass
 class KVCache:
-    """Keys (rotated) and values of S slots a row, for every layer.
+    """Keys (rotated) and values of S slots per row, for every layer.
 
     ``k_NBGSC`` and ``v_NBGSC`` are arrays with a leading axis of layers, or tuples of N arrays
     ``[B, G, S, C]`` (``layers_apart``).
 
-    Slots lie next to the head dimension, as the matrix products over a head want them: with the
-    heads between them XLA turns the whole cache around at every token (measured on two cores, 32
-    rows, 6 heads of 48, 512 slots: 14 against 1.3 ms a layer).
+    Slots lie next to the head dimension, because the matrix products of one head need them so. With
+    heads between them XLA transposes the whole cache at every token: 14 instead of 1.3 ms a layer
+    (two cores, 32 rows, 6 heads of 48, 512 slots).
 
-    ``positions_BS`` is the rotary position of the token in a slot, -1 for an empty slot, which
-    is never attended to. ``index`` (int32 scalar) is the next slot to be written, the same in
-    every row.
+    ``positions_BS`` is the rotary position of the token in each slot, or -1 for an empty slot,
+    which is never attended to. ``index`` (int32 scalar) is the next slot to write, the same in all
+    rows.
     """
 
     k_NBGSC: jax.Array | tuple[jax.Array, ...]
@@ -41,12 +41,12 @@ class KVCache:
 
     @property
     def is_apart(self) -> bool:
-        """Whether each layer has arrays of its own."""
+        """Whether each layer has its own arrays."""
         return isinstance(self.k_NBGSC, tuple)
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int, dtype: Any = jnp.bfloat16) -> KVCache:
-    """An empty cache for ``batch`` rows of at most ``slots`` tokens, padding included."""
+    """An empty cache for ``batch`` rows of at most ``slots`` tokens, including padding."""
     check_length(config, slots)
     shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
     return KVCache(
@@ -58,11 +58,11 @@ def init_cache(config: ModelConfig, batch: int, slots: int, dtype: Any = jnp.bfl
 
 
 def layers_apart(stacked: Any) -> tuple[Any, ...]:
-    """A tree of arrays with a leading axis of layers, as a tuple of one tree a layer.
+    """Splits a tree of arrays with a leading layer axis into a tuple of one tree per layer.
 
-    A CPU copies a layer out of a stack before it multiplies with it. Where a token's time is that
-    of reading weights and cache, this is half of it: 64 rows and 256 slots of 6 layers (6 heads
-    of 48) have their attention in 18 ms from arrays of their own, 40 from stacks.
+    A CPU copies a layer out of a stack before multiplying with it. Separate arrays halve the time
+    of a token where reading weights and cache dominates: attention over 64 rows, 256 slots and 6
+    layers (6 heads of 48) takes 18 ms from separate arrays and 40 ms from stacks.
     """
     leaves, structure = jax.tree.flatten(stacked)
     layers = zip(*leaves, strict=True)
@@ -81,21 +81,21 @@ def forward_cached(
     attention: Backend = "auto",
     scan_unroll: int = 1,
 ) -> tuple[jax.Array, KVCache]:
-    """``hidden_BLD`` after the final norm of L new tokens a row, and the cache with them.
+    """Runs L new tokens per row; returns ``hidden_BLD`` after the final norm, and the new cache.
 
-    The tokens go into the slots from ``cache.index`` on, for all rows; each sees the valid slots
-    up to its own. L > 1 is prefill (left-pad the prompts, so that their ends align), L = 1
-    decoding. Equal to ``hidden_states`` of the same tokens.
+    The tokens are written into the slots from ``cache.index`` on, in all rows. Each token sees the
+    valid slots up to its own. L > 1 is prefill (left-pad the prompts, so that they end together),
+    L = 1 is decoding. The result equals ``hidden_states`` of the same tokens.
+
+    The caller must make the cache large enough. Under jit an overflow cannot be detected: the write
+    would be shifted back over earlier tokens.
 
     Args:
-      params, adapter: with a cache whose layers are apart, ``params["layers"]`` and
-        ``adapter["layers"]`` are so too.
+      params, adapter: if the cache's layers are apart, ``params["layers"]`` and
+        ``adapter["layers"]`` must be, too.
       positions_BL: int32 rotary positions, counted from 0 at each row's first valid token.
-      valid_BL: bool, False for padding and for rows that have ended; all valid by default. An
-        invalid token's slot stays empty and its hidden state has no meaning.
-
-    The caller sizes the cache: a slice past the last slot would be shifted back over earlier
-    tokens, which cannot be seen under jit.
+      valid_BL: bool, False for padding and for rows that have ended; default: all valid. The slot
+        of an invalid token stays empty, and its hidden state is meaningless.
 
     Raises:
       ValueError: more tokens than slots, or shapes that do not fit.
@@ -126,19 +126,19 @@ def forward_cached(
         windowed = full & window_mask(positions_BL, positions_BS, config.sliding_window)
 
     def body(carry: Any, xs: Any) -> tuple[Any, None]:
-        # The whole cache is carried and one slice of it written: as scanned input and output it
-        # would be copied once for every token.
+        # Carry the whole cache and write one slice of it. As scanned input and output it would be
+        # copied at every token.
         hidden_BLD, k_NBGSC, v_NBGSC = carry
         layer_index, flag, layer, updates = xs
         mask = decoder.layer_mask(full, windowed, flag, config)
-        assert mask is not None  # slots are not all filled
+        assert mask is not None  # some slots are always empty
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
             start = (layer_index, zero, zero, cache.index, zero)
             k_1BGLC, v_1BGLC = (jnp.swapaxes(new, 1, 2)[None] for new in (k, v))
             keys = jax.lax.dynamic_update_slice(k_NBGSC, k_1BGLC.astype(k_NBGSC.dtype), start)
             values = jax.lax.dynamic_update_slice(v_NBGSC, v_1BGLC.astype(v_NBGSC.dtype), start)
-            # The swap is folded into the products and moves nothing.
+            # XLA folds the swap into the products; no data moves.
             k_BSGC, v_BSGC = (
                 jnp.swapaxes(
                     jax.lax.dynamic_index_in_dim(stack, layer_index, 0, keepdims=False), 1, 2
@@ -159,7 +159,7 @@ def forward_cached(
         updates_N: Any = adapter_layers or ({},) * config.num_layers
         keys_N, values_N = [], []
         for n, caches in enumerate(zip(cache.k_NBGSC, cache.v_NBGSC, strict=True)):
-            # A stack of one layer, whose first is taken: no copy is made of it.
+            # Use it as a stack of one layer and take the first: XLA makes no copy.
             stacks = (own_BGSC[None] for own_BGSC in caches)
             xs = (zero, flags[n], params["layers"][n], updates_N[n])
             (hidden_BLD, keys, values), _ = body((hidden_BLD, *stacks), xs)

@@ -1,4 +1,4 @@
-"""Work over the vocabulary a few positions at a time, so that no [B, L, V] array lives."""
+"""Works over the vocabulary a few positions at a time, so that no [B, L, V] array exists."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import jax.numpy as jnp
 
 
 def map_positions(function: Callable[..., Any], *arrays_BL: jax.Array, chunk: int) -> Any:
-    """``function(*arrays)`` over equal slices of axis 1, ``chunk`` positions at most, put together.
+    """Applies ``function(*arrays)`` to equal slices of axis 1 and joins the results.
 
-    The backward pass computes each slice anew, so the peak holds the intermediates of one slice.
-    Rows are cut along L and not along B x L, because batches are sharded along B.
+    The backward pass recomputes each slice, so peak memory holds the intermediates of one slice.
+    Slices run along L and not B x L, because batches are sharded along B.
 
     Args:
       function: maps arrays ``[B, chunk, ...]`` to a tree of arrays ``[B, chunk, ...]``, position
         by position.
-      arrays_BL: arrays ``[B, L, ...]``; the last slice is padded with zeros, less than one position
-        a slice.
+      arrays_BL: arrays ``[B, L, ...]``. The end is padded with zeros, by less than one position
+        per slice.
+      chunk: largest number of positions in a slice.
 
     Raises:
       ValueError: chunk below 1.
@@ -39,12 +40,12 @@ def map_positions_once(
     *arrays_BL: jax.Array,
     chunk: int,
 ) -> jax.Array:
-    """``map_positions`` of one value a position, ``function(frozen, hidden, *arrays)``, of which
-    ``hidden`` alone gets a gradient.
+    """``map_positions`` of ``function(frozen, hidden, *arrays)``, one value per position; only
+    ``hidden`` gets a gradient.
 
-    A position's gradient is then that of its value, times a number: it is computed with the value,
-    slice by slice, so that nothing is kept of a slice but ``[B, chunk, D]``, and nothing computed
-    again. Differentiated in reverse alone.
+    The gradient of each value is computed together with the value, slice by slice. Only that
+    gradient, ``[B, chunk, D]`` per slice, is stored, and nothing is recomputed. The backward pass
+    multiplies it by the incoming gradient. Supports reverse-mode differentiation only.
     """
     return _values_once(function, chunk, frozen, hidden_BLD, arrays_BL)
 
@@ -89,7 +90,7 @@ def _sliced(function: Callable[..., Any], *arrays_BL: jax.Array, chunk: int) -> 
     num_chunks = -(-length // chunk)
     if num_chunks == 1:
         return function(*arrays_BL)
-    chunk = -(-length // num_chunks)  # equal slices: a short last one would be computed whole
+    chunk = -(-length // num_chunks)  # equal slices: a short last one would cost as much
 
     def cut(array: jax.Array) -> jax.Array:
         padding = [(0, 0), (0, num_chunks * chunk - length)] + [(0, 0)] * (array.ndim - 2)

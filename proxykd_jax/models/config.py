@@ -1,4 +1,4 @@
-"""What a decoder is made of: frozen, hashable records, so that they can be static under jit."""
+"""Architecture of a decoder as frozen, hashable records that can be static under jit."""
 
 from __future__ import annotations
 
@@ -23,13 +23,12 @@ LORA_TARGETS = ATTENTION_TARGETS + MLP_TARGETS
 class RopeConfig:
     """Rotary position embedding (Su et al., 2021) and its context extensions.
 
-    ``kind`` says which of the other fields count: ``linear`` and ``dynamic`` use ``factor``;
+    ``kind`` decides which other fields are used: ``linear`` and ``dynamic`` use ``factor``;
     ``llama3`` uses ``factor``, ``original_max_positions``, ``low_freq_factor`` and
-    ``high_freq_factor``; ``yarn`` (Peng et al., 2023) uses ``factor``,
-    ``original_max_positions``, the two betas, ``attention_factor`` or the two mscales, and
-    ``truncate``. ``dynamic`` stretches the rotation with the longest row of a batch, which would
-    make log-probs depend on batch mates: it is served up to the model's own ``max_positions``,
-    where it equals ``default``, and refused beyond.
+    ``high_freq_factor``; ``yarn`` (Peng et al., 2023) uses ``factor``, ``original_max_positions``,
+    the two betas, ``attention_factor`` or the two mscales, and ``truncate``. ``dynamic`` stretches
+    the rotation with the longest row of a batch, so log-probs would depend on the other rows. It is
+    accepted up to the model's ``max_positions``, where it equals ``default``, and refused beyond.
     """
 
     theta: float = 10_000.0
@@ -74,7 +73,7 @@ class LoraConfig:
     rslora: bool = False
 
     def __post_init__(self) -> None:
-        # A list would make the record unhashable; the order of targets carries no meaning.
+        # A list would not be hashable. The order of targets has no meaning.
         unknown = sorted(set(self.targets) - set(LORA_TARGETS))
         if unknown or not self.targets:
             raise UserError(
@@ -99,9 +98,9 @@ class ModelConfig:
     """One decoder of the Llama family.
 
     ``sliding_layers`` are the indices of the layers that see only the last ``sliding_window``
-    positions, themselves included; the others see everything before them. ``qkv_bias``,
-    ``o_bias`` and ``mlp_bias`` give the linear layers additive vectors, ``qk_norm`` puts an RMS
-    norm over the head dimension of queries and keys (Qwen 3).
+    positions, including their own. The other layers see all earlier positions. ``qkv_bias``,
+    ``o_bias`` and ``mlp_bias`` add a bias to the linear layers. ``qk_norm`` applies an RMS norm
+    over the head dimension of queries and keys (Qwen 3).
     """
 
     family: Family
@@ -161,18 +160,17 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, record: dict[str, Any], lora: LoraConfig | None = None) -> ModelConfig:
-        """The model of a Hugging Face ``config.json``, old or new spelling.
+        """Reads a Hugging Face ``config.json``, in the old or the new spelling.
 
         Raises:
-          UserError: for an architecture, activation, quantisation or rope type that is not
-            supported, and for missing keys.
+          UserError: unsupported architecture, activation, quantisation or rope type; missing keys.
         """
         from proxykd_jax.models.hf_config import config_from_hf
 
         return config_from_hf(record, lora=lora)
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
-        """A ``config.json`` that old and new readers accept; ``dtype`` names the weights' type."""
+        """A ``config.json`` that old and new readers accept; ``dtype`` names the weights' dtype."""
         from proxykd_jax.models.hf_config import config_to_hf
 
         return config_to_hf(self, dtype=dtype)
@@ -182,7 +180,7 @@ class ModelConfig:
 
     @property
     def num_params(self) -> int:
-        """Parameters of the base model, adapters not counted; a tied embedding counts once."""
+        """Parameters of the base model, without adapters; a tied embedding counts once."""
         attention = self.model_dim * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
         mlp = 3 * self.model_dim * self.ffn_dim
         layer = attention + mlp + 2 * self.model_dim

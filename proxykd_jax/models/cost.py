@@ -1,7 +1,7 @@
-"""Arithmetic of a model, counted from its shapes.
+"""Operations of a model, counted from its shapes.
 
-A compiler's own count takes a scanned layer once. Counted are matrix products, two operations a
-multiply-add; causal attention is taken at the half that is not hidden.
+A compiler's count includes a scanned layer only once. This module counts matrix products, at two
+operations per multiply-add, and for causal attention only the half that is not hidden.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import numpy as np
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.params import linear_shapes
 
-# Share of the layers' forward pass that the backward pass computes again, by remat policy.
+# Share of the layers' forward pass that the backward pass recomputes, by remat policy.
 _RECOMPUTED = {"none": 0.0, "dots": 0.0, "outputs": 1.0, "full": 1.0}
 
-# Attention has two products forwards and five backwards, two of which are the forward ones again.
+# Attention has two forward products and five backward ones, of which two repeat the forward ones.
 _PASSES_OF_ATTENTION = 3.5
-# What a score costs beside its products, in the time of so many operations of a linear layer.
+# Time of one score besides its products, as the number of linear-layer operations it would take.
 _FLOPS_OF_A_SOFTMAX = 200
 
 
 def layer_flops(config: ModelConfig, rows: int, length: int) -> float:
-    """The layers' forward pass over whole rows, without LoRA."""
+    """Forward pass of the layers over whole rows, without LoRA."""
     kernels = sum(a * b for a, b in linear_shapes(config).values())
-    attention = 2 * config.num_heads * config.head_dim * length  # scores and values, halved
+    attention = 2 * config.num_heads * config.head_dim * length  # scores and values, half hidden
     return 2.0 * rows * length * config.num_layers * (kernels + attention / 2)
 
 
@@ -35,7 +35,7 @@ def head_flops(config: ModelConfig, positions: int) -> float:
 
 
 def lora_flops(config: ModelConfig, rows: int, length: int) -> float:
-    """The adapter's forward pass."""
+    """Forward pass of the adapter."""
     if config.lora is None:
         return 0.0
     shapes = linear_shapes(config)
@@ -53,8 +53,8 @@ def forward_flops(config: ModelConfig, rows: int, length: int) -> float:
 
 
 def step_flops(config: ModelConfig, rows: int, length: int, *, full: bool, remat: str) -> float:
-    """A training step: the backward pass towards the inputs costs what the forward pass does, that
-    towards the weights once more, which frozen weights spare."""
+    """A training step. The backward pass costs one forward pass for the inputs and one for the
+    weights; frozen weights save the second."""
     forward = forward_flops(config, rows, length)
     adapter = lora_flops(config, rows, length)
     again = _RECOMPUTED[remat] * (layer_flops(config, rows, length) + adapter)
@@ -62,7 +62,7 @@ def step_flops(config: ModelConfig, rows: int, length: int, *, full: bool, remat
 
 
 def answer_flops(config: ModelConfig, rows: int, prompt: int, answer: int) -> float:
-    """Prefill of the prompts, then the answers token by token."""
+    """Prefill of the prompts, then decoding of the answers token by token."""
     attention = 4 * config.num_layers * config.num_heads * config.head_dim
     seen = answer * (prompt + answer / 2)
     kernels = layer_flops(config, rows, 1) - attention / 2 * rows
@@ -78,14 +78,14 @@ def answer_flops(config: ModelConfig, rows: int, prompt: int, answer: int) -> fl
 def sharing_pays(
     config: ModelConfig, prompts: np.ndarray, chosen: np.ndarray, rejected: np.ndarray
 ) -> bool:
-    """Whether a training step on pairs has less work with both answers in one row behind their
-    prompt than with a row each.
+    """Whether a training step on pairs is cheaper with both answers in one row behind a shared
+    prompt than with one row each.
 
-    One row spares a prompt and the padding of the shorter answer; attention between the answers,
-    which the mask hides, is computed all the same.
+    One row saves a prompt and the padding of the shorter answer. It pays for attention between the
+    answers, which is computed although the mask hides it.
 
     Args:
-      config: with ``lora`` set where an adapter is trained.
+      config: with ``lora`` set if an adapter is trained.
       prompts, chosen, rejected: integer[n], tokens of each pair's parts.
     """
     kernels = sum(a * b for a, b in linear_shapes(config).values())
@@ -101,6 +101,6 @@ def sharing_pays(
 
 
 def cache_bytes(config: ModelConfig, rows: int, slots: int, itemsize: int) -> int:
-    """Keys and values of so many slots a row."""
+    """Bytes of the keys and values of ``slots`` slots in each row."""
     shape = (2, config.num_layers, rows, config.num_kv_heads, slots, config.head_dim)
     return math.prod(shape) * itemsize

@@ -1,8 +1,8 @@
-"""The forward pass over whole rows: hidden states, logits, and the layer that both share.
+"""The forward pass over whole rows: hidden states, logits, and the decoder layer.
 
-Precision: matrix products in the type of the embedding, which the activations have (float32 ones
-in full float32 on every backend), norms, softmax and rotation in float32, logits float32; the
-factors of LoRA are float32, and their update is added in float32 (``lora_updates``).
+Precision: matrix products use the dtype of the embedding, which the activations share (float32
+products are full float32 on every backend). Norms, softmax, rotation and logits are float32. The
+LoRA factors are float32, and their update is added in float32 (``lora_updates``).
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ def _products(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name == "dot_general" or "dot_product_attention" in primitive.name
 
 
-# What the backward pass finds in memory, for each layer, beside the layer's input: the results of
-# linear layers and of attention, since what lies between is cheaper to compute again than to
-# write and read (forwards and backwards 0.8 of the time on a CPU, with half of the temporaries);
-# nothing (one more forward pass); the outputs of the seven linear layers (attention is computed
-# again); the outputs of the attention block and of the MLP.
+# What the backward pass finds in memory for each layer, beside the layer's input.
+# none: results of linear layers and attention; the operations between are cheaper to recompute
+#   than to write and read (0.8 of the time on a CPU, with half of the temporaries).
+# full: nothing, which costs one more forward pass.
+# dots: outputs of the seven linear layers; attention is recomputed.
+# outputs: outputs of the attention block and of the MLP.
 REMAT_POLICIES: dict[str, Any] = {
     "none": jax.checkpoint_policies.save_from_both_policies(
         _products, jax.checkpoint_policies.save_only_these_names(RESULT)
@@ -69,16 +70,15 @@ def _linear(
     lora: LoraConfig | None,
     dropout_key: jax.Array | None,
 ) -> list[jax.Array]:
-    """x W + b for linear layers of the same input, each with its LoRA update where the adapter has
-    one.
+    """x W + b for linear layers with the same input, each with its LoRA update if it has one.
 
-    Multiplied with one axis of rows: with more, the product for the kernel's gradient is made from
+    x is flattened to one axis of rows first. With more axes, the kernel's gradient is computed from
     transposed copies, and a backward pass on a CPU takes 1.4 times as long.
     """
     lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
     updates = {}
     if adapter:
-        assert lora is not None  # check_adapter saw to it
+        assert lora is not None  # check_adapter guarantees it
         own = {name: adapter[name] for name in names if name in adapter}
         updates = lora_updates(x, own, lora, dropout_key)
     outs = []
@@ -105,8 +105,8 @@ def decoder_layer(
 
     Args:
       layer: this layer's slice of ``params["layers"]``; ``adapter`` likewise, ``{}`` for none.
-      attend: (q_BLHC, k_BLGC, v_BLGC), rotated, to (out_BLHC, anything); the second is passed
-        on, so that a cache can travel through.
+      attend: maps rotated (q_BLHC, k_BLGC, v_BLGC) to (out_BLHC, anything); the second value is
+        returned unchanged, so that a cache can pass through.
     """
     num_batch, length, _ = hidden_BLD.shape
     attention_key, mlp_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
@@ -135,10 +135,10 @@ def decoder_layer(
 
 
 def check_adapter(adapter: Adapter | None, config: ModelConfig) -> dict[str, Any]:
-    """The adapter's stacked layers, ``{}`` for none.
+    """The adapter's stacked layers, or ``{}`` without an adapter.
 
     Raises:
-      ValueError: an adapter without ``config.lora``, whose scale it would need.
+      ValueError: there is an adapter but no ``config.lora``, which holds its scale.
     """
     if adapter is None:
         return {}
@@ -148,19 +148,19 @@ def check_adapter(adapter: Adapter | None, config: ModelConfig) -> dict[str, Any
 
 
 def embed(params: Params, tokens_BL: jax.Array) -> jax.Array:
-    """hidden_BLD of the tokens; an id outside the vocabulary gives NaN, not a wrong row."""
+    """hidden_BLD of the tokens; an id outside the vocabulary gives NaN, not some other row."""
     return jnp.take(params["embed"]["embedding"], tokens_BL, axis=0, mode="fill")
 
 
 def sliding_flags(config: ModelConfig) -> jax.Array:
-    """bool [N]: which layers have the sliding window."""
+    """bool [N]: which layers use the sliding window."""
     return jnp.array([n in config.sliding_layers for n in range(config.num_layers)])
 
 
 def layer_mask(
     full_BLS: jax.Array | None, windowed_BLS: jax.Array | None, flag: jax.Array, config: ModelConfig
 ) -> jax.Array | None:
-    """The mask of one scanned layer, whose flag says whether it slides."""
+    """The mask of one scanned layer; ``flag`` says whether it uses the sliding window."""
     if windowed_BLS is None:
         return full_BLS
     if len(config.sliding_layers) == config.num_layers:
@@ -184,27 +184,27 @@ def hidden_states(
     attention: Backend = "auto",
     scan_unroll: int = 1,
 ) -> jax.Array:
-    """The last layer's output after the final norm, ``hidden_BLD`` in the parameters' dtype.
+    """``hidden_BLD`` after the last layer and the final norm, in the parameters' dtype.
 
     Args:
       params: see ``params.py``; adapter: see ``lora.py``, or None for the bare base.
       tokens_BL: int32 token ids.
-      positions_BL: rotary positions, 0 to L-1 in each row by default. Packed and left-padded
-        rows give their own, which start at 0 in each segment and rise by one with the index.
-      segment_ids_BL: 0 for padding; tokens of equal positive id see each other (earlier ones
-        only, by index in the row). By default a row is one segment.
-      prefix_B: with segments, how many first tokens of a row all of its segments see.
+      positions_BL: rotary positions; default: 0 to L-1 in each row. For packed or left-padded rows
+        pass positions that start at 0 in each segment and rise by one with the index.
+      segment_ids_BL: 0 for padding; a token sees the tokens of the same positive id at earlier
+        indices of the row. By default a row is one segment.
+      prefix_B: with segments, the number of first tokens of a row that all of its segments see.
       remat: a name of ``REMAT_POLICIES``.
-      dropout_key: switches LoRA dropout on. Leave it out wherever log-probs are references.
+      dropout_key: switches LoRA dropout on. Omit it wherever log-probs serve as a reference.
       attention: ``auto``, ``xla``, ``cudnn`` (GPU, bfloat16) or ``splash`` (TPU, bfloat16; see
-        ``choose_backend``). Splash attention has no form for ``prefix_B``, for layers of which
-        only some slide, and for a window over positions that are given without segments: there
+        ``choose_backend``). Splash attention does not support ``prefix_B``, models in which only
+        some layers slide, or a window over given positions without segments. In these cases
         ``auto`` takes ``xla``.
-      scan_unroll: how many layers one turn of the scan holds.
+      scan_unroll: number of layers in one iteration of the scan.
 
     Raises:
-      ValueError: shapes that do not fit, an unknown remat or attention name, attention that
-        cannot serve here, an adapter without ``config.lora``.
+      ValueError: shapes that do not fit, an unknown remat or attention name, an attention backend
+        that cannot run here, an adapter without ``config.lora``.
       UserError: rows longer than dynamic rope scaling is defined for.
     """
     if tokens_BL.ndim != 2:
@@ -225,7 +225,7 @@ def hidden_states(
     hidden_BLD = constrain_rows(embed(params, tokens_BL))
     sliding = len(config.sliding_layers)
     all_slide = 0 < sliding == config.num_layers
-    # Within a segment, positions and indices differ by the same number.
+    # Within a segment, distances between positions equal distances between indices.
     by_index = all_slide and (plain or segment_ids_BL is not None)
     backend: Any = choose_backend(
         attention,
@@ -239,10 +239,10 @@ def hidden_states(
         segments = segment_ids_BL
         window = config.sliding_window if sliding else None
     else:
-        # Made once and not in every layer.
+        # Build the mask once, not in every layer.
         full = None if segment_ids_BL is None else segment_mask(segment_ids_BL, prefix_B)
         if sliding and plain and all_slide:
-            window = config.sliding_window  # by index, which a flash kernel can skip
+            window = config.sliding_window  # by index, so a flash kernel can skip blocks
         elif sliding:
             assert config.sliding_window is not None  # ModelConfig checked it
             windowed = window_mask(positions_BL, positions_BL, config.sliding_window)
@@ -268,7 +268,7 @@ def hidden_states(
         hidden_BLD, _ = decoder_layer(hidden_BLD, layer, updates, config, cos_sin, attend, key)
         return constrain_rows(hidden_BLD), None
 
-    # Inside a scan nothing can merge the two computations, so the barrier is not needed.
+    # Inside a scan XLA cannot merge the two computations, so no barrier is needed.
     body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
     xs = (jnp.arange(config.num_layers), sliding_flags(config), params["layers"], adapter_layers)
     hidden_BLD, _ = jax.lax.scan(body, hidden_BLD, xs, unroll=scan_unroll)
@@ -285,9 +285,9 @@ def batch_hidden_states(
 ) -> jax.Array:
     """``hidden_states`` of a batch of rows, packed or not.
 
-    A row that can hold one example alone has it at its beginning, so causality keeps the padding
-    out, and no mask is needed: attention by index is what flash kernels do without reading a mask,
-    and what skips blocks (hidden states of padding have no meaning).
+    Rows that can hold only one example start with it, so causality already hides the padding and no
+    mask is needed. Flash kernels and the skipping of blocks rely on such masks by index. Hidden
+    states of padding are meaningless.
     """
     packed = batch.example_mask_BS.shape[1] > 1
     return hidden_states(
@@ -305,7 +305,7 @@ def batch_hidden_states(
 def unembed(params: Params, hidden: jax.Array, *, config: ModelConfig) -> jax.Array:
     """float32 logits ``[..., V]`` of normed hidden states ``[..., D]``.
 
-    Tied embeddings are used as they are, unless ``lm_head`` holds them turned round.
+    Tied embeddings are used as they are, unless ``lm_head`` holds a transposed copy.
     """
     options: dict[str, Any] = {
         "precision": dot_precision(hidden.dtype),
@@ -327,6 +327,6 @@ def forward(
     config: ModelConfig,
     **options: Any,
 ) -> jax.Array:
-    """float32 ``logits_BLV``: ``unembed`` of ``hidden_states``, whose options it takes."""
+    """float32 ``logits_BLV``: ``unembed`` of ``hidden_states``, with the same options."""
     hidden_BLD = hidden_states(params, adapter, tokens_BL, config=config, **options)
     return unembed(params, hidden_BLD, config=config)

@@ -1,4 +1,4 @@
-"""What identifies a model: named in manifests and checkpoints instead of the weights."""
+"""Fingerprints of models. Manifests and checkpoints name them instead of holding the weights."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from proxykd_jax.parallel.processes import fetch
 def fingerprint(path: str | Path) -> str:
     """Identity of a model folder: its config.json and the bytes of its weight files.
 
-    xxh3-128 over the weights (6 GB/s where measured, sha256 0.35), sha256 over the list. The name
-    and the place of the folder do not matter; other tensor files with the same values do.
+    Uses xxh3-128 for the weights (6 GB/s where measured; sha256 gives 0.35) and sha256 for the list
+    of digests. The folder's name and location do not matter. Other tensor files with the same
+    values give another fingerprint.
 
     Raises:
       UserError: the folder holds no model.
@@ -35,7 +36,7 @@ def fingerprint(path: str | Path) -> str:
 
 
 def params_fingerprint(params: dict[str, Any]) -> str:
-    """Identity of a tree of arrays: paths, types, shapes and bits. Works for adapters too."""
+    """Identity of a tree of arrays, adapters included: paths, dtypes, shapes and bits."""
     import xxhash
 
     state = xxhash.xxh3_128()

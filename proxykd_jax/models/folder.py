@@ -1,4 +1,4 @@
-"""Where the files of a model or a tokenizer are: a folder, or a name on the Hugging Face hub."""
+"""Finds the files of a model or tokenizer: a local folder, or a name on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from proxykd_jax.errors import UserError
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
-# What a tokenizer is made of; other files of a model's folder do not matter to it.
+# The files of a tokenizer; changes to other files of the model folder do not affect it.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -25,14 +25,14 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def local_folder(name: str | Path, files: Iterable[str] = MODEL_FILES) -> Path:
-    """The folder of a model, which is downloaded (or found in the cache) for a hub name.
+    """The model's local folder. A hub name is downloaded, or found in the cache.
 
     Args:
       name: a local folder, or a name on the hub (``owner/model``; old ones have no owner).
-      files: patterns of what is wanted of a hub repository.
+      files: patterns of the files to fetch from a hub repository.
 
     Raises:
-      UserError: there is no such folder, and the hub does not give it.
+      UserError: there is no such folder, and the hub does not provide it.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -40,7 +40,7 @@ def local_folder(name: str | Path, files: Iterable[str] = MODEL_FILES) -> Path:
     if folder.exists():
         raise UserError(f"{name} is a file; a model or a tokenizer is named by its folder.")
     if not _HUB_NAME.fullmatch(str(name)):
-        raise UserError(f"{name}: there is no such folder, and it is no hub name (owner/model).")
+        raise UserError(f"{name}: there is no such folder, and it is not a hub name (owner/model).")
     from huggingface_hub import snapshot_download
 
     try:
@@ -48,6 +48,6 @@ def local_folder(name: str | Path, files: Iterable[str] = MODEL_FILES) -> Path:
     except Exception as error:  # network, cache and access errors share no base class
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"{name} is no local folder, and it cannot be had from the Hugging Face hub "
+            f"{name} is not a local folder, and it cannot be had from the Hugging Face hub "
             f"({reason}). Give a folder, or check the name and the connection."
         ) from error

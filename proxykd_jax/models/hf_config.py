@@ -1,8 +1,8 @@
-"""Hugging Face ``config.json``, in its old and new spellings, to and from ``ModelConfig``.
+"""Converts Hugging Face ``config.json``, in old and new spellings, to and from ``ModelConfig``.
 
-New files (transformers 5) keep rope in ``rope_parameters`` and the type in ``dtype``; old ones
+New files (transformers 5) keep rope in ``rope_parameters`` and the dtype in ``dtype``. Old ones
 have ``rope_theta``, ``rope_scaling`` and ``torch_dtype``. Absent keys take the defaults of the
-family's configuration class in transformers, because published files leave those out.
+family's class in transformers, because published files omit them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def read_config(folder: str | Path, lora: LoraConfig | None = None) -> ModelConf
     """The model described by ``folder/config.json`` (or by a path to such a file).
 
     Raises:
-      UserError: the file is absent, no JSON object, or describes an unsupported model.
+      UserError: the file is absent, is not a JSON object, or describes an unsupported model.
     """
     path = Path(folder)
     if path.is_dir() or path.suffix != ".json":
@@ -111,8 +111,8 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
     """See ``ModelConfig.to_hf``.
 
     Raises:
-      UserError: the family's class in transformers cannot express the model (say, Llama with a
-        bias on the queries only).
+      UserError: the family's class in transformers cannot express the model, for example Llama
+        with a bias on the queries only.
     """
     _check_expressible(config)
     eos = config.eos_token_ids
@@ -136,7 +136,7 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
         "pad_token_id": config.pad_token_id,
         "use_cache": True,
         "attention_dropout": 0.0,
-        # Readers before transformers 4.56 know torch_dtype only, later ones prefer dtype.
+        # Readers before transformers 4.56 know only torch_dtype; later ones prefer dtype.
         "dtype": dtype,
         "torch_dtype": dtype,
         "rope_theta": config.rope.theta,
@@ -144,7 +144,7 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
         "rope_parameters": _rope_parameters_to_hf(config.rope),
     }
     if record["rope_scaling"] is None:
-        # transformers 4 writes null here, but transformers 5 warns about a null, so leave it out.
+        # transformers 4 writes null here. transformers 5 warns about null, so leave the key out.
         del record["rope_scaling"]
     if config.family in ("llama", "qwen3"):
         record["attention_bias"] = config.qkv_bias
@@ -156,7 +156,7 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
         sliding = set(config.sliding_layers)
         record["use_sliding_window"] = bool(sliding)
         record["sliding_window"] = config.sliding_window if sliding else None
-        # Readers without layer_types take the layers from this index on as sliding ones.
+        # Readers that do not know layer_types let the layers from this index on slide.
         record["max_window_layers"] = min(sliding, default=config.num_layers)
         record["layer_types"] = [
             "sliding_attention" if layer in sliding else "full_attention"
@@ -206,8 +206,7 @@ def _sliding(
     if family == "llama":
         return None, ()
     if family == "mistral":
-        # An absent key means 4096, as in transformers' class; published files that use full
-        # attention say null.
+        # transformers takes 4096 for an absent key. Published files with full attention say null.
         window = record.get("sliding_window", 4096)
         return (None, ()) if window is None else (int(window), tuple(range(num_layers)))
     window = record.get("sliding_window", 4096)
@@ -263,7 +262,7 @@ def _rope_from(block: Any, record: dict[str, Any], max_positions: int) -> RopeCo
             raise UserError(f"Rope scaling {kind!r} needs a factor.")
         known["factor"] = float(factor)
     if kind in ("llama3", "yarn"):
-        # transformers gives the key beside rope_parameters priority over the one inside.
+        # As in transformers, the key beside rope_parameters overrides the one inside.
         known["original_max_positions"] = int(
             record.get("original_max_position_embeddings")
             or block.get("original_max_position_embeddings")
@@ -309,7 +308,7 @@ def _rope_scaling_to_hf(rope: RopeConfig) -> dict[str, Any] | None:
     if rope.kind == "default":
         return None
     if rope.kind in ("linear", "dynamic"):
-        # Readers before transformers 4.43 insist on exactly these two keys.
+        # Readers before transformers 4.43 accept exactly these two keys.
         return {"type": rope.kind, "factor": rope.factor}
     return {"rope_type": rope.kind, **_scaling_fields(rope)}
 

@@ -1,9 +1,8 @@
-"""Weights of Hugging Face model folders, in and out.
+"""Reads and writes the weights of Hugging Face model folders.
 
-torch keeps a linear layer as [out, in] and one tensor a layer; we keep [in, out] and the layers
-stacked. Reading goes tensor by tensor into the stacked array of one leaf, so that no file is in
-memory twice; with ``sharding`` a leaf is read device by device and only the part of it that the
-device holds.
+torch stores a linear layer as [out, in] and one tensor per layer. Here kernels are [in, out] and
+layers are stacked. Reading copies tensor by tensor into a leaf's stacked array, so no file is in
+memory twice. With ``sharding``, a leaf is read device by device, each time only that device's part.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ from proxykd_jax.peers import is_first
 
 Put = Callable[[ParamPath, np.ndarray], jax.Array]
 
-# Copied from the source folder byte for byte: re-saving a tokenizer changes its files.
+# Copied byte for byte from the source folder, because saving a tokenizer again changes its files.
 COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
 
 _NORMS = {
@@ -57,7 +56,7 @@ _BLOCKS = {"attention": "self_attn", "mlp": "mlp"}
 
 
 def hf_name(path: ParamPath, layer: int = 0) -> str:
-    """Hugging Face's name of a leaf, or of one layer of it: ``model.layers.3.mlp.up_proj.bias``."""
+    """Hugging Face's name of a leaf (of one layer of it): ``model.layers.3.mlp.up_proj.bias``."""
     fixed = {
         ("embed", "embedding"): "model.embed_tokens.weight",
         ("final_norm", "scale"): "model.norm.weight",
@@ -71,7 +70,7 @@ def hf_name(path: ParamPath, layer: int = 0) -> str:
 
 
 class StackedTensor:
-    """One leaf of the tree, still on disk: the tensors of all layers, in our orientation."""
+    """One leaf of the tree, still on disk: the tensors of all layers, as [in, out]."""
 
     def __init__(
         self, folder: TensorFolder, path: ParamPath, shape: tuple[int, ...], dtype: np.dtype
@@ -83,7 +82,7 @@ class StackedTensor:
         self.names = [hf_name(path, layer) for layer in range(shape[0] if self._stacked else 1)]
 
     def read(self, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """The leaf, or the part of it at ``index`` (one slice of step 1 an axis)."""
+        """The leaf, or its part at ``index`` (one slice of step 1 per axis)."""
         if index is None:
             index = tuple(slice(None) for _ in self.shape)
         bounds = [part.indices(size) for part, size in zip(index, self.shape, strict=True)]
@@ -110,22 +109,22 @@ def load_model(
     put: Put | None = None,
     sharding: Callable[[ParamPath], Sharding] | None = None,
 ) -> tuple[ModelConfig, Params]:
-    """The model in a Hugging Face folder.
+    """Loads the model in a Hugging Face folder.
 
     Args:
-      path: folder with ``config.json`` and safetensors, single or sharded.
-      dtype: type of all leaves, ``float32`` or ``bfloat16``.
-      config: instead of the folder's own, for instance with ``lora`` set; the shapes must fit.
-      first_layers: read only so many layers, as ``params.first_layers`` would cut them.
-      quantize: keep the linear layers of the blocks in so few bits (``quantized.py``), made layer
-        by layer from weights of ``dtype``.
+      path: folder with ``config.json`` and safetensors, in one file or sharded.
+      dtype: dtype of all leaves, ``float32`` or ``bfloat16``.
+      config: replaces the folder's own, for example to set ``lora``; the shapes must match.
+      first_layers: read only this many layers, as ``params.first_layers`` would keep them.
+      quantize: quantise the linear layers of the blocks (``quantized.py``), layer by layer, from
+        weights of ``dtype``.
       put: makes the device array of a leaf from its path and its whole NumPy array.
-      sharding: gives a leaf's sharding by path; each device's part is read and sent on its own,
-        so that no whole leaf is in host memory. Excludes ``put``.
+      sharding: gives a leaf's sharding by path. Each device's part is read and sent separately, so
+        no whole leaf is in host memory. Excludes ``put``.
 
     Raises:
-      UserError: the folder is not what it should be: files, names, shapes, types or values.
-      ValueError: ``put`` with ``sharding`` or ``quantize``.
+      UserError: files, names, shapes, dtypes or values in the folder are wrong.
+      ValueError: ``put`` together with ``sharding`` or ``quantize``.
     """
     if put is not None and (sharding is not None or quantize is not None):
         raise ValueError("Give put, or sharding and quantize, not both.")
@@ -157,7 +156,7 @@ def load_model(
 
 
 def cut_config(config: ModelConfig, num_layers: int) -> ModelConfig:
-    """The config that ``params.first_layers`` gives, without parameters."""
+    """The config that ``params.first_layers`` returns, without parameters."""
     from proxykd_jax.models.params import first_layers
 
     return first_layers(config, {"layers": {}}, num_layers)[0]
@@ -166,13 +165,13 @@ def cut_config(config: ModelConfig, num_layers: int) -> ModelConfig:
 def _parts(
     shape: tuple[int, ...], sharding: Sharding
 ) -> Iterator[tuple[jax.Device, tuple[slice, ...]]]:
-    """Each device here with its part of an array."""
+    """Each local device with its part of an array."""
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         yield device, index if index is not None else tuple(slice(None) for _ in shape)
 
 
 def _place(leaf: StackedTensor, sharding: Sharding) -> jax.Array:
-    # make_array_from_callback would hold the parts of all devices before sending the first.
+    # make_array_from_callback would hold all devices' parts before sending the first.
     parts = [
         jax.block_until_ready(jax.device_put(leaf.read(index), device))
         for device, index in _parts(leaf.shape, sharding)
@@ -181,12 +180,12 @@ def _place(leaf: StackedTensor, sharding: Sharding) -> jax.Array:
 
 
 def _place_quantized(leaf: StackedTensor, sharding: Sharding, method: Method) -> QuantizedKernel:
-    """A stacked kernel in few bits: each layer is made on the device that will hold it, and
-    collected here, where a whole device's part is small by now."""
+    """A quantised stacked kernel. Each layer is quantised on the device that will hold it. The
+    results are collected on the host, where a whole device's part is small by now."""
     shapes = quantized_shapes(leaf.shape, method)
     parts: list[QuantizedKernel] = []
     for device, (layers, *inner) in _parts(leaf.shape, sharding):
-        # Anew for each device: on a CPU the array will be this very memory.
+        # New arrays for each device: on a CPU the JAX array shares this memory.
         part = jax.tree.map(lambda x: np.empty(sharding.shard_shape(x.shape), x.dtype), shapes)
         for place, layer in enumerate(range(*layers.indices(leaf.shape[0]))):
             kernel = jax.device_put(leaf.read((slice(layer, layer + 1), *inner)), device)
@@ -223,13 +222,13 @@ def _check_names(
     unexpected = sorted(
         name
         for name in present - set(expected)
-        # Old Llama checkpoints store what the config already says.
+        # Old Llama checkpoints store these values, which follow from the config.
         if not name.endswith("rotary_emb.inv_freq")
         and not (cut and _layer_of(name) >= config.num_layers)
         and not (config.tie_embeddings and name == "lm_head.weight")
     )
     if unexpected:
-        problems.append(f"{len(unexpected)} tensors have no place, for instance {unexpected[0]}")
+        problems.append(f"{len(unexpected)} tensors are unexpected, for instance {unexpected[0]}")
     for name in sorted(set(expected) & present):
         if folder.shape(name) != expected[name]:
             problems.append(
@@ -264,26 +263,29 @@ def save_model(
     source: str | Path | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes a folder that transformers loads. It appears whole or not at all.
+    """Writes a folder that transformers can load. The folder appears complete or not at all.
 
-    Of several processes the first writes, and the others must call this too: they hold parts.
+    All processes must call this, because they hold parts of the weights; the first one writes.
 
     Args:
-      params: merged weights (see ``lora.merge``); adapters go out by ``peft.save_adapter``.
-      dtype: type of the tensors in the file, ``float32``, ``bfloat16`` or ``float16``.
+      params: merged weights (see ``lora.merge``); ``peft.save_adapter`` writes adapters.
+      dtype: dtype of the tensors in the file, ``float32``, ``bfloat16`` or ``float16``.
       source: model folder whose tokenizer files and ``generation_config.json`` are copied byte
         for byte.
-      overwrite: replace a folder that is there.
+      overwrite: replace an existing folder.
 
     Raises:
-      UserError: ``path`` is taken, ``source`` is no folder, or the model has no Hugging Face form.
-      ValueError: NaN or infinity in the weights (also by overflow in ``dtype``), or shapes that
-        are not the config's.
+      UserError: ``path`` is taken, ``source`` is not a folder, or the model has no Hugging Face
+        form.
+      ValueError: NaN or infinity in the weights (also from overflow in ``dtype``), or shapes that
+        differ from the config's.
     """
     target = numpy_dtype(dtype)
     record = config.to_hf(dtype=target.name)
     if source is not None and not Path(source).is_dir():
-        raise UserError(f"{source} is no folder; tokenizer files are copied from a model folder.")
+        raise UserError(
+            f"{source} is not a folder; tokenizer files are copied from a model folder."
+        )
     with new_folder(Path(path), overwrite) as folder:
         write_json(folder / "config.json", record)
         write_tensors(folder, _tensors(config, params), target, max_shard_bytes)
@@ -293,7 +295,7 @@ def save_model(
 
 
 def _tensors(config: ModelConfig, params: Params) -> list[Tensor]:
-    """Name, torch shape and maker of each tensor, in the order of the network."""
+    """Name, torch shape and maker of each tensor, in network order."""
     leaves = dict(flatten(params))
     shapes = dict(flatten(param_shapes(config)))
     if leaves.keys() != shapes.keys():
@@ -309,7 +311,7 @@ def _tensors(config: ModelConfig, params: Params) -> list[Tensor]:
 
         def make() -> np.ndarray:
             leaf = leaves[path] if layer is None else leaves[path][layer]
-            return fetch(leaf.T if turn else leaf)  # turned where it lies: many times as fast
+            return fetch(leaf.T if turn else leaf)  # transposed on its device: much faster
 
         return hf_name(path, layer or 0), shape[::-1] if turn else shape, make
 

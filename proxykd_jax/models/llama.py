@@ -1,10 +1,10 @@
-"""The decoder of the Llama family: Llama 1 to 3, Mistral, Qwen 2 to 3, as plain functions.
+"""The decoder of the Llama family as plain functions: Llama 1 to 3, Mistral, Qwen 2 to 3.
 
-``forward(params, adapter, tokens_BL, config=...)``: parameters are nested dicts with the layers
-stacked and scanned (``params.py``), the adapter is a tree of its own or ``None`` (``lora.py``),
-and the config is static under jit. This module gathers the names that other rooms use; they live
-in ``params.py``, ``decoder.py`` (whole rows), ``cache.py`` (generation) and ``chunked.py`` (the
-vocabulary in pieces).
+``forward(params, adapter, tokens_BL, config=...)``: parameters are nested dicts whose layers are
+stacked and scanned (``params.py``). The adapter is a separate tree or ``None`` (``lora.py``). The
+config is static under jit. This module collects the names that other rooms use from ``params.py``,
+``decoder.py`` (whole rows), ``cache.py`` (generation) and ``chunked.py`` (the vocabulary in
+pieces).
 """
 
 from proxykd_jax.models.cache import KVCache, forward_cached, init_cache, layers_apart

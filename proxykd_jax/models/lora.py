@@ -1,7 +1,7 @@
-"""LoRA adapters as a tree of their own, beside a base that never changes.
+"""LoRA adapters as a separate tree, beside a base that never changes.
 
 ``{"layers": {"attention": {"q_proj": {"a": [N, D, R], "b": [N, R, O]}, ...}, "mlp": {...}}}``,
-float32 over a base of any type. The update of a kernel is ``config.lora.scale * a @ b``.
+float32 whatever the base's dtype. The update of a kernel is ``config.lora.scale * a @ b``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _lora(config: ModelConfig) -> LoraConfig:
 
 
 def block_of(target: str) -> str:
-    """Which block of a layer a linear layer stands in: ``attention`` or ``mlp``."""
+    """The block of a layer that contains a linear layer: ``attention`` or ``mlp``."""
     return "attention" if target in ATTENTION_TARGETS else "mlp"
 
 
@@ -55,10 +55,10 @@ def abstract_adapter(config: ModelConfig, dtype: Any = jnp.float32) -> Adapter:
 
 
 def init_adapter(key: jax.Array, config: ModelConfig, dtype: Any = jnp.float32) -> Adapter:
-    """A fresh adapter, which changes nothing: b is zero.
+    """A fresh adapter; it changes nothing, because b is zero.
 
-    a is uniform in +-1/sqrt(fan in), the distribution of PEFT's default (Kaiming uniform with
-    negative slope sqrt(5)).
+    a is uniform in +-1/sqrt(fan in), as in PEFT's default (Kaiming uniform with negative slope
+    sqrt(5)).
     """
     leaves: dict[ParamPath, Any] = {}
     for index, (path, shape) in enumerate(flatten(adapter_shapes(config))):
@@ -73,11 +73,11 @@ def init_adapter(key: jax.Array, config: ModelConfig, dtype: Any = jnp.float32) 
 
 
 def merge(params: Params, adapter: Adapter, config: ModelConfig, dtype: Any = None) -> Params:
-    """The base with the adapter folded into its kernels, added in float32.
+    """Folds the adapter into the base's kernels; the sum is float32.
 
     Args:
-      dtype: type of the result's leaves; ``None`` keeps each leaf's own (float32 for a
-        quantised one, which is merged as it was trained: from its few bits).
+      dtype: dtype of the result's leaves. ``None`` keeps each leaf's own; quantised leaves become
+        float32 and are merged from their dequantised values, as they were trained.
     """
     scale = _lora(config).scale
     updates = dict(flatten(adapter))
@@ -108,17 +108,17 @@ def lora_updates(
 ) -> dict[str, jax.Array]:
     """``scale * dropout(x) a b`` for linear layers that read the same x.
 
-    x is multiplied by the factors a of all of them at once, and so is their gradient: it is read
-    and its gradient written once, and not for every layer. The factors are float32 and count as
-    such: beside a bfloat16 x they are cut into two bfloat16 halves (``_low_rank``).
+    One product covers the factors a of all these layers, in the gradient too, so x is read and its
+    gradient written only once. The factors keep float32 accuracy: beside a bfloat16 x each is split
+    into two bfloat16 halves (``_low_rank``).
 
     Args:
       x: ``[M, D]``.
       weights: by target, ``a`` ``[D, R]`` and ``b`` ``[R, O]``.
-      dropout_key: switches dropout on, drawn for each layer on its own.
+      dropout_key: switches dropout on; each layer draws its own mask.
 
     Returns:
-      ``[M, O]`` by target, in x's type.
+      ``[M, O]`` by target, in x's dtype.
     """
     if dropout_key is None or lora.dropout == 0:
         return _updates(x, weights, lora.scale)
@@ -150,17 +150,17 @@ def _updates(
 
 
 def _parts(inner_MR: jax.Array, b_RO: tuple[jax.Array, ...]) -> list[jax.Array]:
-    """What each layer's b is multiplied by."""
+    """The part of the inner product that each layer's b multiplies."""
     ends = np.cumsum([b.shape[0] for b in b_RO])
     return jnp.split(inner_MR, ends[:-1], axis=1)
 
 
 # --- float32 factors beside bfloat16 activations --------------------------------------------------
 #
-# x in float32 would be written and read twice as wide, four times a layer, and multiplied by the
-# slow units. Two bfloat16 halves of a factor hold 16 of its 24 digits, and products of bfloat16
-# numbers are summed in float32, so the update and its gradients are good to 2^-16; then the update
-# is rounded to bfloat16 once. On an H100 a LoRA step of 7B took 0.88 of the time (docs/log.md).
+# A float32 x would double the memory traffic, four times a layer, and use the slow units. Two
+# bfloat16 halves hold 16 of a factor's 24 bits, and products of bfloat16 numbers are summed in
+# float32. So the update and its gradients are accurate to 2^-16 before the update is rounded to
+# bfloat16 once. On an H100 a LoRA step of 7B took 0.88 of the time (docs/log.md).
 
 
 @jax.custom_vjp
@@ -203,14 +203,15 @@ _low_rank.defvjp(_low_rank_forward, _low_rank_backward)
 
 
 def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """x rounded to bfloat16, and what that left out. Not by a cast there and back, which XLA takes
-    out of programs for a GPU."""
+    """x rounded to bfloat16, and the remainder. ``reduce_precision``, because XLA removes a cast to
+    bfloat16 and back from programs for a GPU."""
     high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
     return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
 
 
 def _three(x: jax.Array, axis: int) -> jax.Array:
-    """(high, low, high): multiplied by ``_three_against`` of the other, all but low x low."""
+    """(high, low, high); times the other's ``_three_against`` this gives all terms but low x
+    low."""
     high, low = _halves(x)
     return jnp.concatenate([high, low, high], axis)
 

@@ -1,8 +1,8 @@
 """The parameter tree: its shapes, its initial values, and a student cut out of it.
 
-A tree is nested dicts; the layers are stacked on a leading axis N and scanned.
-Kernels are [in, out]. Paths (``layers/attention/q_proj/kernel``) are what sharding tables, weight
-files and fingerprints go by.
+A tree is nested dicts. Layers are stacked on a leading axis N and scanned. Kernels are [in, out].
+Sharding tables, weight files and fingerprints refer to leaves by path
+(``layers/attention/q_proj/kernel``).
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def param_shapes(config: ModelConfig) -> dict[str, Any]:
 
 
 def flatten(tree: dict[str, Any], prefix: ParamPath = ()) -> Iterator[tuple[ParamPath, Any]]:
-    """(path, leaf) of nested dicts, in the order of their keys."""
+    """(path, leaf) pairs of nested dicts, in the order of their keys."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from flatten(value, (*prefix, key))
@@ -93,7 +93,7 @@ def unflatten(leaves: dict[ParamPath, Any]) -> dict[str, Any]:
 
 
 def is_linear(path: ParamPath) -> bool:
-    """Whether a leaf is a kernel of a linear layer of the blocks: what can be quantised."""
+    """Whether a leaf is a kernel of a linear layer of the blocks; only these can be quantised."""
     return path[0] == "layers" and path[-1] == "kernel"
 
 
@@ -104,8 +104,8 @@ def abstract_params(
 
     Args:
       config: the architecture.
-      dtype: of all leaves that are not quantised.
-      quantize: how the linear layers of the blocks are kept, None for as they are.
+      dtype: dtype of all leaves that are not quantised.
+      quantize: how to quantise the linear layers of the blocks; None: not at all.
     """
 
     def leaf(path: ParamPath, shape: tuple[int, ...]) -> Any:
@@ -117,8 +117,8 @@ def abstract_params(
 
 
 def init_params(key: jax.Array, config: ModelConfig, dtype: Any = jnp.float32) -> Params:
-    """Random parameters: kernels and embeddings normal with ``initializer_range``, biases 0,
-    norms 1, as the family's classes in transformers do. Drawn in float32, then cast.
+    """Random parameters: kernels and embeddings normal with ``initializer_range``, biases 0, norms
+    1, as in transformers. Drawn in float32, then cast.
     """
     leaves: dict[ParamPath, Any] = {}
     for index, (path, shape) in enumerate(flatten(param_shapes(config))):

@@ -1,4 +1,4 @@
-"""LoRA adapters in the format of PEFT, both ways, without PEFT."""
+"""Reads and writes LoRA adapters in PEFT's format, without PEFT."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NAME = re.compile(
     r"(?:base_model\.model\.)?model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)"
     r"\.lora_([AB])(?:\.default)?\.weight"
 )
-# Options of PEFT that change the forward pass in ways that a plain LoRA tree cannot hold.
+# PEFT options that change the forward pass in ways that a plain LoRA tree cannot represent.
 _MUST_BE_EMPTY = (
     "use_dora",
     "rank_pattern",
@@ -46,7 +46,7 @@ _MUST_BE_EMPTY = (
     "velora_config",
     "megatron_config",
 )
-# Initialisations that leave the base as it is; the others subtract something from it.
+# Initialisations that do not change the base; the others subtract something from it.
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
@@ -58,17 +58,17 @@ def save_adapter(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Writes an adapter that ``peft.PeftModel.from_pretrained`` loads, float32.
+    """Writes an adapter in float32 that ``peft.PeftModel.from_pretrained`` loads.
 
-    Of several processes the first writes, and the others must call this too: they hold parts.
+    All processes must call this, because they hold parts of the weights; the first one writes.
 
     Raises:
       UserError: ``path`` is taken.
-      ValueError: the config has no ``lora``, or the adapter is not of its shape.
+      ValueError: the config has no ``lora``, or the adapter has another shape.
     """
     shapes = dict(flatten(adapter_shapes(config)))
     lora = config.lora
-    assert lora is not None  # adapter_shapes saw to it
+    assert lora is not None  # adapter_shapes checked it
     leaves = dict(flatten(adapter))
     if leaves.keys() != shapes.keys() or any(leaves[p].shape != shapes[p] for p in shapes):
         raise ValueError("The adapter does not have the shape of config.lora.")
@@ -101,14 +101,14 @@ def save_adapter(
 
 
 def load_adapter(path: str | Path, config: ModelConfig) -> tuple[LoraConfig, Adapter]:
-    """An adapter of PEFT's for the model ``config`` (whose own ``lora`` does not matter).
+    """Loads a PEFT adapter for the model ``config``, ignoring that config's own ``lora``.
 
     Returns:
-      its LoRA settings, to be put into the model config, and its tree in float32.
+      its LoRA settings, to put into the model config, and its tree in float32.
 
     Raises:
-      UserError: no PEFT LoRA folder; options that a plain LoRA cannot hold (DoRA, ranks or alphas
-        that differ between modules, trained biases, ...); tensors that do not fit the model.
+      UserError: not a PEFT LoRA folder; options that plain LoRA cannot represent (DoRA, ranks or
+        alphas that differ between modules, trained biases, ...); tensors that do not fit the model.
     """
     folder = Path(path)
     record = _read_record(folder)
@@ -186,6 +186,6 @@ def _read_record(folder: Path) -> dict[str, Any]:
     if unsupported:
         raise UserError(
             f"{path} uses {', '.join(unsupported)}, which is not supported: an adapter must be "
-            "plain LoRA of one rank and alpha over a base that it leaves as it is."
+            "plain LoRA with one rank and alpha that does not change the base."
         )
     return record

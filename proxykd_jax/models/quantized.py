@@ -1,13 +1,13 @@
-"""A frozen base in 8 or 4 bits a weight, for the linear layers of the blocks.
+"""A frozen base in 8 or 4 bits per weight, for the linear layers of the blocks.
 
-A kernel [in, out] is cut into blocks of 64 inputs of one output. A block is kept as codes and one
-scale, its largest magnitude, so that a weight costs 8.25 or 4.25 bits; what a code stands for is a
-multiple of the scale: k / 127 (``int8``), or one of sixteen quantiles of a normal distribution
-(``nf4``: QLoRA, arXiv 2305.14314, appendix E). Embeddings, norms, biases and the output projection
-stay as they are, and so do adapters, float32.
+A kernel [in, out] is cut into blocks of 64 inputs of one output. A block is stored as codes and one
+scale, its largest magnitude, so a weight costs 8.25 or 4.25 bits. A code stands for a multiple of
+the scale: k / 127 (``int8``), or one of sixteen quantiles of a normal distribution (``nf4``: QLoRA,
+arXiv 2305.14314, appendix E). Embeddings, norms, biases and the output projection are not
+quantised, nor are adapters, which are float32.
 
-Two 4-bit codes share a byte here rather than in an array of a 4-bit type: how such arrays are laid
-out, cut and indexed differs between backends.
+Two 4-bit codes share a byte, because backends differ in how they lay out, slice and index arrays of
+4-bit dtypes.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ _LARGEST_INT8 = 127
 
 @flax.struct.dataclass
 class QuantizedKernel:
-    """Kernels ``[..., in, out]`` in few bits; leading axes are those of the plain kernel.
+    """Quantised kernels ``[..., in, out]``; the leading axes are those of the plain kernel.
 
     Attributes:
-      codes: int8 ``[..., in, out]``, or uint8 ``[..., in / 2, out]`` for ``nf4``: of each block the
-        first half lies in the low four bits and the second half in the high ones.
+      codes: int8 ``[..., in, out]``, or uint8 ``[..., in / 2, out]`` for ``nf4``: the first half of
+        each block is in the low four bits, the second half in the high ones.
       scales: bfloat16 ``[..., in / block, out]``.
     """
 
@@ -59,12 +59,12 @@ class QuantizedKernel:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the kernel which it stands for."""
+        """Shape of the kernel that this stands for."""
         *lead, rows, size_out = self.codes.shape
         return (*lead, rows * codes_a_byte(self.method), size_out)
 
     def dequantize(self, dtype: Any) -> jax.Array:
-        """The kernel in a floating type, rounded to it once."""
+        """The kernel in a floating dtype, rounded once."""
         *lead, size_in, size_out = self.shape
         blocks = self.scales.shape[-2]
         codes = self.codes.reshape(*lead, blocks, -1, size_out)
@@ -78,15 +78,15 @@ class QuantizedKernel:
 
 
 def codes_a_byte(method: Method) -> int:
-    """Weights that share a byte."""
+    """Number of codes in one byte."""
     return 1 if method == "int8" else 2
 
 
 def block_size(size_in: int) -> int:
-    """Inputs a block: 64, or the largest power of two below it that divides them.
+    """Inputs per block: 64, or the largest smaller power of two that divides them.
 
     Raises:
-      UserError: an odd number of inputs, of which two cannot share a byte.
+      UserError: an odd number of inputs, which cannot share bytes in pairs.
     """
     block = math.gcd(size_in, BLOCK)
     if block == 1:
@@ -95,7 +95,7 @@ def block_size(size_in: int) -> int:
 
 
 def quantized_shapes(shape: tuple[int, ...], method: Method) -> QuantizedKernel:
-    """Shapes and types of what a kernel of this shape becomes, as ``jax.ShapeDtypeStruct``."""
+    """Shapes and dtypes of the quantised kernel, as ``jax.ShapeDtypeStruct``."""
     *lead, size_in, size_out = shape
     blocks = size_in // block_size(size_in)
     codes = (*lead, size_in // codes_a_byte(method), size_out)
@@ -107,18 +107,18 @@ def quantized_shapes(shape: tuple[int, ...], method: Method) -> QuantizedKernel:
 
 @functools.partial(jax.jit, static_argnames="method")
 def quantize(kernel: jax.Array, *, method: Method) -> QuantizedKernel:
-    """The nearest codes under each block's scale, which is rounded up to bfloat16 first.
+    """Takes the nearest codes under each block's scale, which is rounded up to bfloat16 first.
 
     Args:
-      kernel: ``[..., in, out]``, any floating type.
+      kernel: ``[..., in, out]``, any floating dtype.
       method: one of ``METHODS``.
     """
     *lead, size_in, size_out = kernel.shape
     block = block_size(size_in)
     blocks = kernel.astype(jnp.float32).reshape(*lead, size_in // block, block, size_out)
     largest = jnp.max(jnp.abs(blocks), axis=-2, keepdims=True)
-    # Rounded up: rounded down, the largest weight of a block would lie beyond the last code.
-    # Not by a cast to bfloat16 and back, which XLA takes out of programs for a GPU.
+    # Round up: under a scale rounded down, a block's largest weight would exceed the last code.
+    # XLA removes a cast to bfloat16 and back from programs for a GPU, so do not use one here.
     near = jax.lax.reduce_precision(largest, exponent_bits=8, mantissa_bits=7)
     bits = jax.lax.bitcast_convert_type(near, jnp.uint32) + (near < largest) * np.uint32(1 << 16)
     scales = jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
@@ -134,7 +134,7 @@ def quantize(kernel: jax.Array, *, method: Method) -> QuantizedKernel:
 
 
 def matmul(x: jax.Array, kernel: jax.Array | QuantizedKernel) -> jax.Array:
-    """``x W`` in x's type; a quantised W is made anew in the backward pass, never kept.
+    """``x W`` in x's dtype; the backward pass dequantises W again instead of storing it.
 
     Args:
       x: ``[..., in]``.

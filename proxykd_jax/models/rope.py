@@ -13,11 +13,11 @@ from proxykd_jax.models.config import ModelConfig, RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
-    """Radians a position for each pair of head dimensions, and the factor on cos and sin.
+    """Radians per position for each pair of head dimensions, and a factor on cos and sin.
 
     Returns:
-      ``(frequencies, factor)``: float32 ``[head_dim / 2]``, computed in float64, and a float
-      that is 1 except for yarn, where it sharpens the attention (Peng et al., 2023, eq. 22).
+      ``(frequencies, factor)``: float32 ``[head_dim / 2]``, computed in float64, and a float. The
+      factor is 1 except for yarn, where it sharpens the attention (Peng et al., 2023, eq. 22).
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     frequencies = rope.theta**-exponents
@@ -33,7 +33,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, fl
 
 
 def _llama3(rope: RopeConfig, frequencies: np.ndarray) -> np.ndarray:
-    """Slow components are divided by the factor, fast ones kept, those between are blended."""
+    """Divides slow components by the factor, keeps fast ones, and blends those between."""
     assert rope.original_max_positions is not None  # RopeConfig checked it
     turns = rope.original_max_positions * frequencies / (2 * math.pi)
     blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
@@ -42,7 +42,7 @@ def _llama3(rope: RopeConfig, frequencies: np.ndarray) -> np.ndarray:
 
 
 def _yarn(rope: RopeConfig, frequencies: np.ndarray, head_dim: int) -> np.ndarray:
-    """Components with fewer than beta_slow turns in the original context are interpolated."""
+    """Interpolates components with fewer than beta_slow turns in the original context."""
     assert rope.original_max_positions is not None  # RopeConfig checked it
 
     def dimension(turns: float) -> float:
@@ -54,7 +54,7 @@ def _yarn(rope: RopeConfig, frequencies: np.ndarray, head_dim: int) -> np.ndarra
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     if low == high:
-        high += 0.001  # as published, so that the ramp below has no division by zero
+        high += 0.001  # as published; avoids a division by zero below
     ramp = np.clip((np.arange(head_dim // 2, dtype=np.float64) - low) / (high - low), 0.0, 1.0)
     return ramp * frequencies / rope.factor + (1 - ramp) * frequencies
 
@@ -72,7 +72,7 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
 
 
 def check_length(config: ModelConfig, length: int) -> None:
-    """Refuse rows that the rotation is not defined for.
+    """Refuses rows that are too long for the rotation to be defined.
 
     Raises:
       UserError: rope scaling is ``dynamic`` and ``length`` exceeds the model's ``max_positions``.
@@ -86,14 +86,14 @@ def check_length(config: ModelConfig, length: int) -> None:
 
 
 def rotation(config: ModelConfig, positions_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of the rotation angles, each float32 ``[B, L, C/2]``."""
+    """cos and sin of the rotation angles, float32 ``[B, L, C/2]`` each."""
     frequencies, factor = inverse_frequencies(config.rope, config.head_dim)
     angles = positions_BL.astype(jnp.float32)[:, :, None] * jnp.asarray(frequencies)[None, None, :]
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def rotate(x_BLHC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate dimension i of each head together with i + C/2, in float32; dtype as given."""
+    """Rotates dimensions i and i + C/2 of each head together, in float32; keeps the dtype."""
     first, second = jnp.split(x_BLHC.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     rotated = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)

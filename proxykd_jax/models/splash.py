@@ -1,8 +1,8 @@
 """Flash attention on TPUs: JAX's splash kernel for causal rows, packed or not.
 
-The kernel is ``jax.experimental.pallas.ops.tpu.splash_attention``, with the derivative that comes
-with it. Scores are never in memory, blocks that causality or a window hides are skipped, and
-segments are compared inside, so that no mask of the scores' size is made.
+Uses ``jax.experimental.pallas.ops.tpu.splash_attention`` with the derivative that it defines.
+Scores are never in memory, blocks that causality or a window hides are skipped, and segments are
+compared inside the kernel, so no mask of the scores' size is built.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from jax.sharding import PartitionSpec as P
 from proxykd_jax.parallel.mesh import AXES
 from proxykd_jax.parallel.sharding import ROWS, fitting
 
-# The kernel works on tiles of so many positions.
+# Positions in one tile of the kernel.
 TILE = 128
-# Positions of a block at most: float32 scores of 1 MiB, of which a step of the kernel holds a few.
+# Most positions in a block: its float32 scores take 1 MiB, and a kernel step holds a few such.
 _BLOCK = 512
-# The fused backward kernel makes the scores once where two others make them twice, and writes a
-# gradient of the queries for each block of keys: good for so many blocks.
+# The fused backward kernel computes the scores once instead of twice, but writes a gradient of the
+# queries for each block of keys. It pays up to this many blocks.
 _FUSED = 4
-# Heads of 8 to 256 dimensions were compiled for TPUs, with each kind of kernel below.
+# Head sizes from 8 to this were compiled for TPUs, with both backward kernels.
 _LARGEST_HEAD = 256
 _HEADS = P(*ROWS, None, "tensor")
-# Tests set it: the kernel then runs on a CPU.
+# Tests set this to run the kernel on a CPU.
 _interpret = False
 
 
 def obstacle(like: jax.Array, head_dim: int, num_groups: int) -> str | None:
-    """Why the kernel cannot serve, as a sentence; None where it can.
+    """A sentence that says why the kernel cannot run; None if it can.
 
     Args:
       like: activations ``[B, ...]`` of the queries' dtype, on their mesh.
@@ -59,9 +59,9 @@ def obstacle(like: jax.Array, head_dim: int, num_groups: int) -> str | None:
 
 
 def block_size(length: int) -> tuple[int, int]:
-    """(positions of a block, blocks): as few as possible, as even as tiles allow.
+    """(positions per block, blocks): as few blocks as possible, as even as tiles allow.
 
-    Their product is the length that rows are padded to, at the end, where causality hides it.
+    Rows are padded at the end to the product of the two; causality hides the padding.
     """
     blocks = -(-length // _BLOCK)
     return -(-length // (blocks * TILE)) * TILE, blocks
@@ -78,19 +78,19 @@ def attend(
 ) -> jax.Array:
     """Causal softmax(q k / sqrt(C)) v; ``out_BLHC`` in q's dtype.
 
-    The compiler does not cut a kernel: on a mesh of ``AXES`` each device attends for its own rows
-    and heads.
+    The compiler does not partition a kernel. So on a mesh of ``AXES`` each device attends for its
+    own rows and heads.
 
     Args:
-      segment_ids_BL: positions of one id see each other, those of id 0 too.
-      window: a query sees so many last positions up to its own.
-      keep_as: the name by which a checkpoint may keep the result and the logarithms of the sums.
+      segment_ids_BL: positions with equal ids see each other, including those with id 0.
+      window: a query sees this many last positions, including its own.
+      keep_as: name under which checkpointing may keep the result and the log-sums.
     """
     local: Any = functools.partial(_attend_here, window=window, keep_as=keep_as)
     segments = () if segment_ids_BL is None else (segment_ids_BL,)
     mesh = jax.typeof(q_BLHC).sharding.mesh
     if not mesh.empty:
-        # JAX cannot follow which devices a kernel's result differs on.
+        # JAX cannot infer over which devices a kernel's result varies.
         local = jax.shard_map(
             local,
             mesh=mesh,
@@ -114,7 +114,7 @@ def _attend_here(
     length, num_heads, head_dim = q_BLHC.shape[1:]
     block, blocks = block_size(length)
     behind = block * blocks - length
-    # Scaled in float32, or the factor itself would be rounded.
+    # Scale in float32; otherwise the factor itself would be rounded.
     q_BLHC = (q_BLHC.astype(jnp.float32) * head_dim**-0.5).astype(q_BLHC.dtype)
     q_BHLC, k_BGLC, v_BGLC = (
         jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, behind), (0, 0)))
@@ -136,8 +136,8 @@ def _segments(ids_BL: jax.Array) -> Any:
 
 
 def _kernel(num_heads: int, block: int, blocks: int, window: int | None, keep_as: str) -> Any:
-    """JAX's kernel for one row; fewer key heads than heads are shared, not repeated."""
-    # A second to import, and only programs for TPUs need it.
+    """JAX's kernel for one row; it shares key heads between query heads without repeating them."""
+    # The import takes a second, and only programs for TPUs need it.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     shape = (block * blocks,) * 2
@@ -146,7 +146,7 @@ def _kernel(num_heads: int, block: int, blocks: int, window: int | None, keep_as
         if window is None or window >= shape[0]
         else splash.LocalMask(shape, (window - 1, 0), 0)
     )
-    # Of the second kernel, whose sizes the fused one does not take.
+    # Block sizes of the non-fused backward kernel; the fused one does not accept them.
     apart = block if blocks > _FUSED else None
     return splash.make_splash_mha(
         splash.MultiHeadMask([mask] * num_heads),

@@ -1,7 +1,7 @@
-"""Safetensors files, read with care and written so that a kill leaves the old folder or the new.
+"""Safetensors files: checked reading, and writing that leaves the old or the new folder if killed.
 
-Every mistake that a folder of weights can hold becomes one sentence: no safetensors but pickles,
-an index that names files elsewhere or tensors that are not there, a truncated file.
+Every mistake in a folder of weights becomes one sentence: pickles instead of safetensors, an index
+that names files elsewhere or missing tensors, a truncated file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from proxykd_jax.peers import is_first, on_first
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-# Safetensors' names of the types that weights may have.
+# Safetensors' names of the dtypes that weights may have.
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -54,10 +54,10 @@ class TensorFile:
         return tuple(self._file.get_slice(name).get_shape())
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """A tensor, or only the part of it that ``index`` asks for.
+        """A tensor, or the part of it that ``index`` selects.
 
         Raises:
-          UserError: the tensor is of a type that weights cannot have, or holds NaN or infinity.
+          UserError: the tensor's dtype is not one of weights, or it holds NaN or infinity.
         """
         part = self._file.get_slice(name)
         if part.get_dtype() not in _DTYPES:
@@ -72,13 +72,13 @@ class TensorFile:
 
 
 def bits(array: np.ndarray) -> np.ndarray:
-    """The same memory as unsigned integers, which NumPy moves and compares many times as fast as
+    """The same memory as unsigned integers, which NumPy copies and compares many times as fast as
     bfloat16."""
     return array.view(f"u{array.dtype.itemsize}")
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """No NaN and no infinity; looks at the bits of bfloat16, whose isfinite is slow."""
+    """Whether there is no NaN or infinity; inspects bits for bfloat16, whose isfinite is slow."""
     if array.dtype == ml_dtypes.bfloat16:
         return not np.any((bits(array) & 0x7F80) == 0x7F80)
     return bool(np.isfinite(array).all())
@@ -88,7 +88,7 @@ class TensorFolder:
     """The weights of a Hugging Face model folder, in one file or several with an index.
 
     Raises:
-      UserError: there are no safetensors, or index and files do not fit together.
+      UserError: there are no safetensors, or the index does not match the files.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -123,7 +123,7 @@ def weight_files(folder: Path) -> list[Path]:
       UserError: the folder or its weights are missing, or the index names a file outside it.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; a model is a Hugging Face folder.")
+        raise UserError(f"{folder} is not a folder; a model is a Hugging Face folder.")
     if (folder / SINGLE_FILE).exists():
         return [folder / SINGLE_FILE]
     index = _read_index(folder)
@@ -145,7 +145,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _read_index(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name; empty where the single file or no index is there."""
+    """Tensor name -> file name; empty if there is a single file or no index."""
     path = folder / INDEX_FILE
     if (folder / SINGLE_FILE).exists() or not path.exists():
         return {}
@@ -157,7 +157,7 @@ def _read_index(folder: Path) -> dict[str, str]:
             f"{path} is damaged ({type(error).__name__}: {error}); fetch it again."
         ) from None
     for name in names:
-        # A symlink is fine (the hub's cache is made of them); a path is not.
+        # A symlink is fine, because the hub's cache consists of them; a path is not.
         if not isinstance(name, str) or Path(name).name != name or "\\" in name:
             raise UserError(f"{path} names {name!r}, which lies outside of the folder; refused.")
         if not (folder / name).exists():
@@ -171,11 +171,11 @@ Tensor = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]
 def write_tensors(
     folder: Path, tensors: Sequence[Tensor], dtype: np.dtype, max_shard_bytes: float
 ) -> None:
-    """Writes tensors in order, as one file or as shards with an index, and reads each back.
+    """Writes tensors in order, in one file or in shards with an index, and reads each back.
 
     Args:
       tensors: (name, shape, function that makes the array); one shard is in memory at a time.
-      max_shard_bytes: a shard takes tensors until the next would pass this; a tensor is not cut.
+      max_shard_bytes: a shard ends before the tensor that would exceed this; tensors are not split.
     """
     shards: list[list[Tensor]] = [[]]
     filled = 0
@@ -200,19 +200,19 @@ def write_tensors(
 
 
 def write_file(path: Path, tensors: Sequence[Tensor], dtype: np.dtype) -> None:
-    """One safetensors file with the metadata that transformers asks for, checked after writing.
+    """Writes a safetensors file with the metadata that transformers needs, and reads it back.
 
-    Of several processes the first writes; all make each tensor, of which each may hold a part.
+    All processes must make each tensor, because each may hold a part; the first one writes.
 
     Raises:
-      ValueError: a tensor of another shape than announced, or with NaN or infinity in it.
+      ValueError: a tensor has another shape than announced, or holds NaN or infinity.
       OSError: what the disk gives back differs from what was written.
     """
     from safetensors.numpy import save_file
 
     arrays = {}
     for name, shape, make in tensors:
-        # save_file writes wrong values for an array that is not contiguous, without a word.
+        # save_file silently writes wrong values for an array that is not contiguous.
         made = make()
         if not is_first():
             continue
@@ -231,19 +231,19 @@ def write_file(path: Path, tensors: Sequence[Tensor], dtype: np.dtype) -> None:
         for name, array in arrays.items():
             back = written.read(name)
             if back.dtype != array.dtype or not np.array_equal(bits(back), bits(array)):
-                raise OSError(f"{path}: {name} reads back otherwise than it was written.")
+                raise OSError(f"{path}: {name} does not read back as it was written.")
 
     on_first(write)
 
 
 @contextlib.contextmanager
 def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder beside ``path`` that takes its place when the block ends well.
+    """A temporary folder that replaces ``path`` when the block ends without an error.
 
-    Of several processes the first makes it; to the others it is only a name.
+    The first process creates it; for the others it is only a name.
 
     Raises:
-      UserError: ``path`` exists and may not be overwritten, or is no folder.
+      UserError: ``path`` exists and may not be overwritten, or is not a folder.
     """
     if not is_first():
         yield path
@@ -251,9 +251,9 @@ def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
         return
     temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old.tmp")
     if old.exists() and not path.exists():
-        os.replace(old, path)  # killed between the two renames below: the old folder is whole
+        os.replace(old, path)  # killed between the two renames below: restore the old folder
     if path.exists() and not path.is_dir():
-        raise UserError(f"{path} exists and is no folder.")
+        raise UserError(f"{path} exists and is not a folder.")
     if path.exists() and any(path.iterdir()) and not overwrite:
         raise UserError(f"{path} exists and is not empty; remove it or choose another folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -270,11 +270,11 @@ def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
-    on_first(lambda: None)  # from here on the others find it
+    on_first(lambda: None)  # all processes wait until the first has renamed
 
 
 def numpy_dtype(dtype: Any) -> np.dtype:
-    """float32, bfloat16 or float16 by name or type.
+    """The dtype of float32, bfloat16 or float16, given by name or type.
 
     Raises:
       UserError: anything else.

@@ -1,4 +1,4 @@
-"""Programs compiled for devices that are not here: their memory, and what they exchange.
+"""Compiles programs for devices that are not present, to learn their memory and communication.
 
 A device's compiler comes as a plugin (extra ``plan``). ``prepare_process`` must run before jax is
 first imported.
@@ -22,24 +22,25 @@ from proxykd_jax.errors import UserError
 from proxykd_jax.parallel.collectives import count_collectives
 from proxykd_jax.parallel.devices import Device, gpu_target, topology_name
 
-# Changes when what is kept of a compilation changes.
+# Increase it when the stored results of a compilation change.
 _CACHE_VERSION = 1
-# The packages of the compilers; the CUDA one must be of jaxlib's version.
+# The packages of the compilers; the CUDA one must have jaxlib's version.
 _CUDA, _TPU = ("jax-cuda13-plugin", "jax-cuda12-plugin"), ("libtpu",)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a program, for one device.
+    """What the compiler reports about a program, for one device.
 
     Attributes:
-      argument_bytes, output_bytes, alias_bytes, temporary_bytes: outputs that take the place of
-        donated arguments are in both of the first two and in the third.
-      peak_bytes: the most that is alive at once, arguments included.
-      refused: the compiler found that it cannot fit (TPU); then only ``peak_bytes`` is known.
-      collectives: bytes that a device sends or receives, by kind; None where the compiler does
-        not show its program.
+      argument_bytes, output_bytes, alias_bytes, temporary_bytes: sizes. Outputs that reuse donated
+        arguments are included in the first two and in the third.
+      peak_bytes: most bytes alive at once, including arguments.
+      refused: the compiler found that the program cannot fit (TPU); then only ``peak_bytes`` is
+        set.
+      collectives: bytes that a device sends or receives, by kind; None if the compiler does not
+        show its program.
     """
 
     argument_bytes: int
@@ -55,7 +56,7 @@ def has_compiler(device: Device) -> bool:
     """Whether the device's own compiler is installed.
 
     Raises:
-      UserError: it is, but for another version of jaxlib.
+      UserError: it is installed, but for another version of jaxlib.
     """
     names = _CUDA if device.gpu else _TPU
     versions = {name: _version(name) for name in names}
@@ -81,7 +82,7 @@ def prepare_process(count: int) -> None:
     """Keeps jax away from real accelerators and gives it ``count`` CPU devices.
 
     Raises:
-      RuntimeError: jax was imported before; the compilers are not found then.
+      RuntimeError: jax was imported before, so the compilers cannot be found.
     """
     if "jax" in sys.modules:
         raise RuntimeError("a plan needs a process in which jax was not imported yet")
@@ -89,16 +90,16 @@ def prepare_process(count: int) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # else XLA tells how it saved memory
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # otherwise XLA reports how it saved memory
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}"
 
 
 def target_devices(device: Device, count: int) -> Sequence[Any]:
-    """Devices to compile for: the target's, or CPUs in their place without its compiler.
+    """Devices to compile for: the target's, or CPUs if its compiler is missing.
 
     Raises:
-      ValueError: no such number of them is known.
+      ValueError: no topology is known for this number of devices.
     """
     name = topology_name(device, count)
     if not has_compiler(device):
@@ -111,24 +112,24 @@ def target_devices(device: Device, count: int) -> Sequence[Any]:
         return topologies.get_topology_desc(
             platform="cuda", topology_name="", target_config=gpu_target(device), topology=name
         ).devices
-    # The compiler takes a host to have four chips, which one chip cannot fill.
+    # By default the compiler assumes hosts of four chips, which a single chip cannot fill.
     bounds = {"chips_per_host_bounds": (1, 1, 1)} if count == 1 else {}
     return topologies.get_topology_desc(platform="tpu", topology_name=name, **bounds).devices
 
 
 class Compiler:
-    """Compiles lowered programs, and remembers on disk what came of each.
+    """Compiles lowered programs and caches the results on disk.
 
     Args:
-      device: what they are lowered for.
-      cache: folder of results; None remembers nothing.
+      device: the device that they are lowered for.
+      cache: folder of results; None: no cache.
     """
 
     def __init__(self, device: Device, cache: Path | None) -> None:
         self._device, self._cache = device, cache
 
     def __call__(self, lowered: Any) -> Compiled:
-        """What the compiler says of a program."""
+        """What the compiler reports about a program."""
         import jax
         import jaxlib
 

@@ -1,4 +1,4 @@
-"""What the devices of a compiled program exchange, read from its text."""
+"""Reads from a compiled program's text what its devices exchange."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 def count_collectives(program: str) -> dict[str, int]:
-    """Bytes of a device's part in each kind of collective, in one run of a program.
+    """Bytes of each kind of collective on one device, in one run of a program.
 
-    Counted is the largest array of an operation: what is gathered, reduced, or scattered. A loop
-    counts as often as its known number of turns, a loop of unknown length once.
+    For each operation the largest array counts: what is gathered, reduced or scattered. A loop
+    counts as often as its trip count, or once if that is unknown.
 
     Args:
       program: HLO text, optimized.
@@ -66,7 +66,7 @@ def count_collectives(program: str) -> dict[str, int]:
 
 
 def _largest(types: str) -> int:
-    """Bytes of the largest array among the types of an operation's result."""
+    """Bytes of the largest array in an operation's result types."""
     sizes = [
         _BYTES.get(name, 4) * math.prod(int(n) for n in shape.split(",") if n)
         for name, shape in _ARRAY.findall(types)

@@ -13,19 +13,19 @@ _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 def cores() -> tuple[int, ...]:
     """Numbers of the cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # not everywhere
+    affinity = getattr(os, "sched_getaffinity", None)  # missing on some systems
     return tuple(range(os.cpu_count() or 1)) if affinity is None else tuple(sorted(affinity(0)))
 
 
 @functools.cache
 def second_caches() -> int:
-    """Bytes of the second-level caches of these cores together; 1 MiB a core where the system does
-    not tell."""
+    """Total bytes of these cores' second-level caches; 1 MiB per core if the system does not
+    say."""
     return _second_caches(_CORES, cores())
 
 
 def _second_caches(folder: Path, numbers: tuple[int, ...]) -> int:
-    found: dict[str, int] = {}  # by the cores that share it
+    found: dict[str, int] = {}  # keyed by the cores that share a cache
     for number in numbers:
         try:
             caches = sorted((folder / f"cpu{number}/cache").glob("index*"))

@@ -1,6 +1,6 @@
-"""Accelerators by name: the published figures that a plan needs, and nothing measured.
+"""Accelerators by name, with the published figures that a plan needs; nothing here is measured.
 
-Peaks are dense bfloat16. A link's rate is one device's to all others, in one direction.
+Peaks are dense bfloat16. A link's rate is from one device to all others, in one direction.
 """
 
 from __future__ import annotations
@@ -8,20 +8,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _GIB = 1 << 30
-# What XLA's GPU compiler calls a device of each generation: shared memory a core and at most for a
-# block, threads a core.
+# XLA's GPU compiler describes a generation by: shared memory per core, shared memory per block at
+# most, threads per core.
 _CORES = {(8, 0): (167_936, 166_912, 2048), (9, 0): (233_472, 232_448, 2048)}
 DEVICES_A_HOST = 8
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What XLA's compiler asks of a CUDA device.
+    """The description of a CUDA device that XLA's compiler needs.
 
     Attributes:
       capability: compute capability.
-      cores: streaming multiprocessors, of ``fpus`` float32 units each.
-      l2_bytes, clock_ghz: size of the second cache, boost clock.
+      cores: number of streaming multiprocessors, with ``fpus`` float32 units each.
+      l2_bytes, clock_ghz: size of the second-level cache, boost clock.
     """
 
     capability: tuple[int, int]
@@ -36,13 +36,13 @@ class Device:
     """An accelerator.
 
     Attributes:
-      name: what the command line calls it.
+      name: its name on the command line.
       title: its maker's name for it.
       memory_bytes: of one device; on a TPU the compiler itself refuses what does not fit.
-      flops: bfloat16 operations a second.
-      bandwidth, link: bytes a second from memory, and to the other devices.
+      flops: bfloat16 operations per second.
+      bandwidth, link: bytes per second from memory, and to the other devices.
       gpu: for XLA's CUDA compiler; None for a TPU.
-      tpu: generation, as libtpu calls it; None for a GPU.
+      tpu: generation, as libtpu names it; None for a GPU.
     """
 
     name: str
@@ -117,10 +117,10 @@ def gpu_target(device: Device) -> str:
 
 
 def topology_name(device: Device, count: int) -> str:
-    """What the compiler calls so many devices together.
+    """The compiler's name for this many devices together.
 
     Raises:
-      ValueError: no such arrangement is known.
+      ValueError: no such topology is known.
     """
     if device.gpu is not None:
         each = min(count, DEVICES_A_HOST)

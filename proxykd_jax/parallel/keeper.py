@@ -1,8 +1,8 @@
-"""A process that stands beside a working one and says how it ended.
+"""A process beside the working one that reports how it ended.
 
-jax ends a process from within (``abort``) when another process of the run has gone: no Python
-code runs then. The keeper is a fork from before jax was imported. It passes signals to the worker
-and the worker's stderr on, waits, and turns such an end into a sentence and an exit code.
+When another process of the run is lost, jax ends this one from within (``abort``), and no Python
+code runs. The keeper forks before jax is imported. It forwards signals to the worker and the
+worker's stderr to its own, waits, and reports such an end by a sentence and an exit code.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from types import FrameType
 from proxykd_jax.parallel.launchers import Launch
 
 TRY_AGAIN = 75
-# What jax says before it aborts for that reason, and for no other.
+# jax prints this before it aborts because another process is lost, and only then.
 _ABORTED_FOR_PEER = b"JAX distributed service detected fatal errors"
-# The call that it was in, if the processes had not even met.
+# The call that failed if the processes never connected.
 _NOT_MET = b"CoordinationService/RegisterTask"
 _KEPT_BYTES = 1 << 16
 PEER_LOST = (
-    "another process of this run has gone; the same command, on all processes, goes on from the "
+    "another process of this run has gone; the same command, on all processes, continues from the "
     "last checkpoint"
 )
 _PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -32,20 +32,20 @@ _PR_SET_PDEATHSIG = 1
 
 
 def split_off_worker(launch: Launch) -> int | None:
-    """Forks. The worker gets None at once; the keeper its exit code when it has ended.
+    """Forks. The worker returns None at once; the keeper returns an exit code when the worker ends.
 
     Args:
-      launch: how the process belongs to others, for the sentences.
+      launch: how the process belongs to others, for messages.
 
     Returns:
-      For the keeper: the worker's code, 75 if it was aborted because another process had gone,
+      In the keeper: the worker's code, 75 if it was aborted because another process was lost, or
       128 + n after signal n.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     keeper = os.getpid()
     reads, writes = os.pipe()
-    # A signal that comes meanwhile waits until there is somebody to pass it on.
+    # A signal that arrives now waits until there is a worker to forward it to.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
     worker = os.fork()
     if worker == 0:
@@ -66,7 +66,7 @@ def split_off_worker(launch: Launch) -> int | None:
 
     for number in _PASSED_ON:
         signal.signal(number, pass_on)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the worker as well
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the worker, too
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
     _, status = os.waitpid(worker, 0)
     copier.join(timeout=5)
@@ -74,7 +74,7 @@ def split_off_worker(launch: Launch) -> int | None:
 
 
 def _copy(source: int, tail: bytearray) -> None:
-    """Copies to stderr until the worker and its children have closed it; keeps the end."""
+    """Copies to stderr until the worker and its children close it; keeps the end."""
     while data := os.read(source, 1 << 16):
         with contextlib.suppress(OSError):
             os.write(2, data)
@@ -83,10 +83,10 @@ def _copy(source: int, tail: bytearray) -> None:
 
 
 def exit_code(status: int, last_words: bytes, launch: Launch) -> int:
-    """The code for a worker's wait status, with a sentence (stderr) where it was ended.
+    """The exit code for a worker's wait status; prints a sentence to stderr if it was killed.
 
     Args:
-      status: as ``os.waitpid`` gives it.
+      status: as returned by ``os.waitpid``.
       last_words: the end of its stderr.
       launch: see ``split_off_worker``.
     """
@@ -96,8 +96,8 @@ def exit_code(status: int, last_words: bytes, launch: Launch) -> int:
     if number == signal.SIGABRT and _ABORTED_FOR_PEER in last_words:
         not_met = (
             f"the {launch.count} processes ({launch.by}) did not meet in time at "
-            f"{launch.coordinator}: all must be running, and this be an address of process 0 that "
-            "the others reach, with a free port"
+            f"{launch.coordinator}: all must be running, and this must be an address of process 0 "
+            "that the others can reach, with a free port"
         )
         print(f"error: {not_met if _NOT_MET in last_words else PEER_LOST}", file=sys.stderr)
         return TRY_AGAIN
@@ -108,7 +108,7 @@ def exit_code(status: int, last_words: bytes, launch: Launch) -> int:
 
 
 def _die_with(keeper: int) -> None:
-    """A killed keeper takes its worker along (Linux)."""
+    """Makes the worker die when the keeper is killed (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != keeper:

@@ -1,7 +1,7 @@
-"""Who started this process, read from its environment: SLURM, MPI, Kubernetes, or by hand.
+"""Finds in the environment what started this process: SLURM, MPI, Kubernetes, or a user.
 
-Standard library alone: it is asked before jax is imported. Cloud TPU tells by the machine itself,
-and jax reads that.
+Uses only the standard library, because it runs before jax is imported. On Cloud TPU the machine
+itself knows, and jax asks it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ COORDINATOR, NUM_PROCESSES, PROCESS_INDEX = (
     "PROXYKD_NUM_PROCESSES",
     "PROXYKD_PROCESS_INDEX",
 )
-# Of an Indexed Job; it is the index of its pod.
+# Set in an Indexed Job: the index of the pod.
 _JOB_INDEX = "JOB_COMPLETION_INDEX"
-# Ports that a job may take are chosen by its number, so that two jobs on a machine do not meet.
+# A job's port follows from its number, so that two jobs on a machine do not collide.
 _FIRST_PORT, _NUM_PORTS = 61440, 4096
 _HOW_TO = (
     f"To start processes by hand set {COORDINATOR}=HOST:PORT (of process 0), "
@@ -35,10 +35,10 @@ class Launch:
     """One process among several.
 
     Attributes:
-      by: who started it.
+      by: what started it.
       coordinator: ``host:port`` of process 0; None: jax asks the machine (Cloud TPU).
-      count, index: how many processes there are and which this is; None likewise.
-      local_devices: devices of the machine that are this process's; None for all it sees.
+      count, index: the number of processes and this one's index; None likewise.
+      local_devices: the machine's devices that belong to this process; None for all visible ones.
     """
 
     by: str
@@ -49,9 +49,9 @@ class Launch:
 
 
 def find_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
-    """How this process belongs to others; None for a process of its own.
+    """How this process belongs to others; None for a single process.
 
-    Variables of ours come first, then SLURM's, Open MPI's and Cloud TPU's.
+    Our own variables come first, then those of SLURM, Open MPI and Cloud TPU.
 
     Raises:
       UserError: variables are missing or make no sense.
@@ -80,7 +80,7 @@ def _by_hand(environment: Mapping[str, str]) -> Launch | None:
 
 
 def _by_slurm(environment: Mapping[str, str]) -> Launch | None:
-    # Variables of a step: the batch script itself is none of the tasks.
+    # These variables belong to a step; the batch script itself is not one of the tasks.
     if "SLURM_STEP_NUM_TASKS" not in environment or "SLURM_PROCID" not in environment:
         return None
     count = _number(environment, "SLURM_STEP_NUM_TASKS", least=1)
@@ -108,8 +108,8 @@ def _by_mpi(environment: Mapping[str, str]) -> Launch | None:
         return Launch("Open MPI", count=1)
     coordinator = environment.get(COORDINATOR)
     if coordinator is None:
-        # 1531576320.0;tcp://10.96.0.1,10.148.0.1:34911;tcp6://[fd00::2]:60995, of mpirun, beside
-        # which process 0 runs.
+        # 1531576320.0;tcp://10.96.0.1,10.148.0.1:34911;tcp6://[fd00::2]:60995 is the address of
+        # mpirun, which runs on the machine of process 0.
         uri = environment.get("OMPI_MCA_orte_hnp_uri", "")
         found = re.match(r"(\d+)\..*?;(?:tcp://([^,:;]+)|tcp6://\[([^,\]]+))", uri)
         if found is None:
@@ -117,7 +117,7 @@ def _by_mpi(environment: Mapping[str, str]) -> Launch | None:
                 f"This release of Open MPI does not say where process 0 is. Set {COORDINATOR}="
                 f"HOST:PORT on every process: mpirun -x {COORDINATOR}=HOST:PORT ..."
             )
-        # Numbers of Open MPI's jobs are multiples of 4096.
+        # Open MPI's job numbers are multiples of 4096.
         coordinator = f"{found[2] or f'[{found[3]}]'}:{_port(int(found[1]) // _NUM_PORTS)}"
     several = _number(environment, "OMPI_COMM_WORLD_LOCAL_SIZE", least=1) > 1
     return _launch(
@@ -137,7 +137,7 @@ def _on_tpu_machine(environment: Mapping[str, str]) -> bool:
 
 
 def first_host(nodes: str) -> str:
-    """The first name of a SLURM node list such as ``gpu[007-015,020],login1``."""
+    """The first host in a SLURM node list such as ``gpu[007-015,020],login1``."""
     found = re.match(r"([^,\[]+)(?:\[([^,\-\]]+))?", nodes)
     if found is None:
         raise UserError(f"SLURM_STEP_NODELIST is {nodes!r}, which names no node.")
@@ -147,7 +147,7 @@ def first_host(nodes: str) -> str:
 def _local_devices(
     environment: Mapping[str, str], several: bool, local_index: str
 ) -> tuple[int, ...] | None:
-    """One device for each process of a machine that has several, unless they were dealt out."""
+    """One device for each of a machine's processes, unless the launcher has assigned them."""
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     dealt_out = bool(visible) and "," not in visible
     if not several or dealt_out or "JAX_LOCAL_DEVICE_IDS" in environment:

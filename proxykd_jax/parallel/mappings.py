@@ -1,8 +1,8 @@
-"""Room for compiled programs.
+"""Makes room for compiled programs.
 
-Linux allows a process so many mappings of memory (65,530 unless it is told otherwise), and a
-program compiled for a CPU keeps some hundreds of them: a training step of 6 layers about 500. With
-none left XLA does not raise, it aborts. Programs of GPUs and TPUs keep none.
+Linux limits a process's memory mappings (65,530 by default), and a program compiled for a CPU keeps
+some hundreds: a training step of 6 layers about 500. When none is left, XLA does not raise an error
+but aborts. Programs for GPUs and TPUs keep none.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ _MAPPINGS = Path("/proc/self/maps")
 
 
 def make_room() -> bool:
-    """Forgets this process's compiled programs if three quarters of its mappings are taken.
+    """Drops this process's compiled programs if three quarters of its mappings are in use.
 
-    Those that are called again are compiled again, or read from the compilation cache. To be called
+    Programs that are called again are compiled again, or read from the compilation cache. Call this
     where a stage is about to compile another shape.
 
     Returns:
-      Whether they were forgotten.
+      Whether programs were dropped.
     """
     try:
         allowed = int(_ALLOWED.read_text())
         taken = _MAPPINGS.read_bytes().count(b"\n")
-    except (OSError, ValueError):  # another system
+    except (OSError, ValueError):  # not Linux
         return False
     if taken < allowed * 3 // 4:
         return False

@@ -17,18 +17,18 @@ _AUTO = (jax.sharding.AxisType.Auto,) * len(AXES)
 
 
 def make_mesh(config: AxesConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Arranges the devices as the config says, neighbours on the inner axes.
+    """Arranges the devices as the config says, with neighbours on the inner axes.
 
     Raises:
       UserError: the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    # Without Auto the axes are explicit, and the embedding's gather is refused.
+    # Without Auto the axes are explicit, and JAX refuses the embedding's gather.
     return jax.make_mesh(axis_sizes(config, len(devices)), AXES, axis_types=_AUTO, devices=devices)
 
 
 def arrange(config: AxesConfig, devices: Sequence[Any]) -> Mesh:
-    """As ``make_mesh``, for devices that are described but not there.
+    """``make_mesh`` for devices that are only described.
 
     Raises:
       UserError: the axes do not multiply to the number of devices.
@@ -38,10 +38,10 @@ def arrange(config: AxesConfig, devices: Sequence[Any]) -> Mesh:
 
 
 def axis_sizes(config: AxesConfig, count: int) -> tuple[int, int, int]:
-    """Sizes of the axes for so many devices.
+    """Sizes of the axes for this number of devices.
 
     Raises:
-      UserError: they do not multiply to that number.
+      UserError: the sizes do not multiply to it.
     """
     inner = config.fsdp * config.tensor
     data = config.data if isinstance(config.data, int) else max(count // inner, 1)

@@ -1,8 +1,8 @@
-"""Several processes, one mesh: start-up, ends that all hear of, and arrays that span them.
+"""Several processes with one mesh: start, common end, and arrays that span processes.
 
-jax's coordination service, which process 0 runs, connects them. It also notices a process that
-fell silent, within ``_SILENCE_S``, and aborts the others; ``keeper`` says so. A process that ends
-with an error says so before, under ``failed/<index>``, and the others end for it.
+jax's coordination service connects them; it runs in process 0. It notices a silent process within
+``_SILENCE_S`` and aborts the others, which ``keeper`` reports. A process that ends with an error
+first announces it under ``failed/<index>``, and the others end because of it.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from proxykd_jax.parallel.keeper import PEER_LOST, TRY_AGAIN
 from proxykd_jax.parallel.launchers import Launch
 from proxykd_jax.parallel.sharding import ROWS, row_ways
 
-# A process that has not been heard of for so long is given up.
+# A process that is silent for this long counts as lost.
 _SILENCE_S = 30
 _CONNECT_S = int(os.environ.get("PROXYKD_CONNECT_SECONDS", "300"))
 _LEAVE_S = 60
-# Within this an error that all processes have is an error of each, not news of another.
+# Processes that fail within this time of one another are taken to have the same error.
 _SAME_ERROR_S = 3.0
 _LOOK_EVERY_S = 1.0
 _WAIT_MS = 2_000
-# What a lost connection looks like in the messages of gloo, gRPC and NCCL.
+# Words in the messages of gloo, gRPC and NCCL about a lost connection.
 _CONNECTION_WORDS = ("gloo", "connection", "socket closed", "unavailable", "deadline", "nccl")
-# Larger arrays are brought together a slice of their first axis at a time: each device holds what
-# it gathers.
+# Larger arrays are gathered in slices of their first axis, because each device holds the gathered
+# slice.
 _GATHERED_AT_ONCE = 1 << 28
 
 
 def start(launch: Launch) -> None:
-    """Connects this process with the others, before anything looks at a device.
+    """Connects this process with the others, before anything uses a device.
 
-    Where the others are not met in time jax aborts, and the keeper says so.
+    If the others do not appear in time, jax aborts and the keeper reports it.
 
     Raises:
       UserError: the processes do not fit together, or the port is taken.
@@ -61,7 +61,7 @@ def start(launch: Launch) -> None:
             "local_device_ids": launch.local_devices,
             "cluster_detection_method": "deactivate",
         }
-    # SIGTERM is handled by peers.py: jax's own agreement is missed by steps of a few milliseconds.
+    # peers.py handles SIGTERM: jax's own agreement misses it when steps take a few milliseconds.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -86,12 +86,12 @@ def start(launch: Launch) -> None:
 
 
 def finish(code: int) -> None:
-    """Leaves together with the others: all ended well, or all stopped at the same place."""
-    # A launcher that sees the first process go may send the others SIGTERM on their last steps.
+    """Leaves together with the others: all ended well, or all stopped at the same step."""
+    # A launcher that sees the first process end may send SIGTERM to the others in their last steps.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if peers.count() > 1:
         _over.set()
-        _listener.join()  # a thread inside of jax when the interpreter ends would abort it
+        _listener.join()  # a thread inside jax would abort the interpreter's exit
         with contextlib.suppress(Exception):
             _Channel().put(f"left/{peers.index()}", str(code))
         jax.distributed.shutdown()
@@ -99,16 +99,16 @@ def finish(code: int) -> None:
 
 
 def fail(code: int, error: BaseException) -> NoReturn:
-    """Ends a process of several for an error, and tells the others.
+    """Ends one process of several because of an error, and tells the others.
 
-    An error that is no more than the end of another process is told as that. The interpreter is
-    not asked to end: it would wait for the others.
+    An error that only follows from another process's end is reported as that. It exits without the
+    interpreter's shutdown, which would wait for the others.
     """
     channel, index = _Channel(), peers.index()
     text = str(error) if isinstance(error, UserError) else _first_line(error)
     lost = not isinstance(error, UserError) and _is_lost_connection(error)
     if lost:
-        time.sleep(_SAME_ERROR_S)  # the one that failed may be saying so
+        time.sleep(_SAME_ERROR_S)  # the process that failed may be about to say so
         for other, (its_code, its_text) in channel.failures().items():
             _say(f"process {other} ended: {its_text}")
             _exit(its_code)
@@ -122,7 +122,7 @@ def fail(code: int, error: BaseException) -> NoReturn:
             _tell(error, f"process {index}: ")
         _exit(code)
     _tell(error, "")
-    # With process 0 goes what connects the others: they are aborted. So they may go first.
+    # When process 0 ends, so does the service, and the others are aborted. So let them go first.
     end = time.monotonic() + 2 * _SAME_ERROR_S
     while time.monotonic() < end and len(channel.left()) < peers.count() - 1:
         time.sleep(0.1)
@@ -160,7 +160,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _hear_of_ends() -> None:
-    """Ends this process when another says that it failed, and passes a stop on to process 0."""
+    """Ends this process when another one reports an error, and forwards a stop to process 0."""
     channel = _Channel()
     told = False
     while not _over.wait(_LOOK_EVERY_S):
@@ -170,10 +170,10 @@ def _hear_of_ends() -> None:
                 told = True
                 os.kill(os.getpid(), signal.SIGTERM)
         except Exception:
-            return  # lost: jax aborts
+            return  # connection lost: jax aborts
         failures.pop(peers.index(), None)
         if failures:
-            time.sleep(_SAME_ERROR_S)  # this process may be about to say the same itself
+            time.sleep(_SAME_ERROR_S)  # this process may be about to report the same error
             other, (code, text) = next(iter(failures.items()))
             if peers.is_first() or 0 not in failures:
                 _say(f"process {other} ended: {text}")
@@ -185,10 +185,10 @@ _listener = threading.Thread(target=_hear_of_ends, daemon=True)
 
 
 class _Channel:
-    """``peers.Channel`` by the key-value store of jax's coordination service."""
+    """``peers.Channel`` over the key-value store of jax's coordination service."""
 
     def __init__(self) -> None:
-        from jax._src.distributed import global_state  # no public name leads to the client
+        from jax._src.distributed import global_state  # there is no public name for the client
 
         self._client: Any = global_state.client
 
@@ -209,14 +209,14 @@ class _Channel:
         return bool(self._client.key_value_dir_get(f"proxykd/{key}/"))
 
     def failures(self) -> dict[int, tuple[int, str]]:
-        """Process -> exit code and sentence, of those that ended with an error."""
+        """Process -> exit code and sentence, for processes that ended with an error."""
         return {
             int(key.rpartition("/")[2]): tuple(json.loads(text))
             for key, text in self._client.key_value_dir_get("proxykd/failed/")
         }
 
     def left(self) -> list[str]:
-        """Processes that are gone or about to go."""
+        """Processes that have ended or are about to."""
         return [key for key, _ in self._client.key_value_dir_get("proxykd/left/")]
 
 
@@ -224,9 +224,9 @@ class _Channel:
 
 
 def fetch(tree: Any) -> Any:
-    """NumPy arrays of a tree of arrays, the whole of each on every process.
+    """NumPy arrays of a tree of arrays, each whole on every process.
 
-    All processes must call it together where arrays span them.
+    If arrays span processes, all processes must call it together.
     """
     if jax.process_count() == 1:
         return jax.device_get(tree)
@@ -248,7 +248,7 @@ def _fetched(array: Any) -> Any:
 def own_part(mesh: Mesh) -> tuple[int, int]:
     """(index, count): this process's devices hold part ``index`` of ``count`` of a batch's rows.
 
-    (0, 1), all of them, where the mesh gives a process rows that do not lie side by side.
+    (0, 1), which means all rows, if the mesh gives a process rows that are not contiguous.
     """
     ways = row_ways(mesh.shape)
     places = NamedSharding(mesh, ROWS).addressable_devices_indices_map((ways,))
@@ -260,11 +260,11 @@ def own_part(mesh: Mesh) -> tuple[int, int]:
 
 
 def put_own_rows(batch: Any, mesh: Mesh, part: tuple[int, int]) -> Any:
-    """Places a batch of which this process has only its own part of the rows.
+    """Places a batch of which this process has only its own rows.
 
     Args:
-      batch: arrays of the rows of part ``index`` of ``count``.
-      mesh: of devices.
+      batch: arrays with the rows of part ``index`` of ``count``.
+      mesh: the devices.
       part: from ``own_part``.
     """
     index, count = part

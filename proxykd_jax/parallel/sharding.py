@@ -1,9 +1,9 @@
 """One table from parameter names to PartitionSpecs.
 
-Kernels are split along ``fsdp`` on the side of the residual stream and along ``tensor`` on the
+Kernels are split along ``fsdp`` on the side of the residual stream, and along ``tensor`` on the
 side of heads or hidden units. An adapter's factors follow the kernel's sides; its rank is never
-split. Optimizer moments carry the name of their parameter, so the same lines hold for them. A
-name that no line matches is an error: silent replication of a large array would be found too late.
+split. Optimizer moments have the name of their parameter, so the same lines apply. A name that
+matches no line is an error, because replicating a large array silently would be noticed too late.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TABLE: tuple[tuple[str, P], ...] = (
     (r"embed/embedding$", P("tensor", "fsdp")),
     (r"lm_head/kernel$", P("fsdp", "tensor")),
     (r"score_head/kernel$", P("fsdp")),
-    # The codes and scales of a quantised kernel are cut like the kernel.
+    # The codes and scales of a quantised kernel are split like the kernel.
     (rf"{_WIDE}/kernel(/codes|/scales)?$", P(None, "fsdp", "tensor")),
     (rf"{_BACK}/kernel(/codes|/scales)?$", P(None, "tensor", "fsdp")),
     (rf"{_WIDE}/bias$", P(None, "tensor")),
@@ -76,11 +76,11 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def bytes_per_device(tree: Any, axes: Mapping[str, int]) -> int:
-    """What one device holds of a tree of arrays (or shapes), by the table.
+    """Bytes that one device holds of a tree of arrays (or shapes), by the table.
 
     Args:
       tree: parameters, an adapter or a training state.
-      axes: sizes of the mesh's axes; those not named are 1.
+      axes: sizes of the mesh's axes; missing ones are 1.
 
     Raises:
       UserError: an axis does not divide an array.
@@ -95,7 +95,7 @@ def bytes_per_device(tree: Any, axes: Mapping[str, int]) -> int:
 
 
 def _ways(name: str, shape: tuple[int, ...], axes: Mapping[str, int]) -> int:
-    """In how many parts an array is cut."""
+    """Number of parts that an array is split into."""
     product = 1
     for size, axis in zip(shape, spec_of(name), strict=False):
         ways = axes.get(axis, 1) if axis else 1
@@ -109,7 +109,7 @@ def _ways(name: str, shape: tuple[int, ...], axes: Mapping[str, int]) -> int:
 
 
 def move(tree: Any, mesh: Mesh) -> Any:
-    """The arrays of a tree where the table puts them on this mesh; those that are there stay.
+    """Moves a tree's arrays to their places on this mesh; arrays that are there already stay.
 
     Raises:
       UserError: an axis of the mesh does not divide an array.
@@ -118,7 +118,7 @@ def move(tree: Any, mesh: Mesh) -> Any:
 
 
 def put_rows(batch: Any, mesh: Mesh) -> Any:
-    """Places a batch that every process has whole: rows are split over ``data`` and ``fsdp``."""
+    """Places a batch that every process has in full: rows are split over ``data`` and ``fsdp``."""
     sharding = NamedSharding(mesh, ROWS)
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
@@ -128,16 +128,16 @@ def put_rows(batch: Any, mesh: Mesh) -> Any:
 
 
 def num_devices(x: jax.Array, *axes: str) -> int:
-    """Devices along some axes (default: all) of the mesh that a traced array lives on; 1 without
-    a mesh."""
+    """Number of devices along some axes (default: all) of a traced array's mesh; 1 without a
+    mesh."""
     shape = jax.typeof(x).sharding.mesh.shape
     return math.prod(shape.get(axis, 1) for axis in axes or shape)
 
 
 def is_for(platform: Literal["cpu", "tpu"], x: jax.Array) -> bool:
-    """Whether a program with a traced array is for CPUs, or for TPUs.
+    """Whether a program with this traced array is for CPUs, or for TPUs.
 
-    Its mesh says so, whose devices may be described and not there; without one, JAX's default.
+    Its mesh decides, whose devices may be only described; without a mesh, JAX's default device.
     """
     device = jax.typeof(x).sharding.mesh.abstract_device
     kind = jax.default_backend() if device is None else device.device_kind
@@ -145,20 +145,20 @@ def is_for(platform: Literal["cpu", "tpu"], x: jax.Array) -> bool:
 
 
 def positions_within(elements: int, hidden_BLD: jax.Array, vocab_size: int) -> int:
-    """Positions a row, at least 1, whose logits are so many elements on each device."""
+    """Positions per row, at least 1, whose logits have this many elements on each device."""
     rows = hidden_BLD.shape[0] / num_devices(hidden_BLD, "data", "fsdp")
     entries = vocab_size / num_devices(hidden_BLD, "tensor")
     return max(int(elements / (rows * entries)), 1)
 
 
 def constrain(x: jax.Array, spec: P, like: jax.Array | None = None) -> jax.Array:
-    """Keeps a traced array where the spec says; an axis that does not divide it is left out.
+    """Constrains a traced array to a spec, without the axes that do not divide it.
 
     Args:
       x: the array.
       spec: with the names of ``AXES``.
-      like: an array of whose mesh it shall be (default: its own). Without a mesh, or with one of
-        other axes, nothing is done.
+      like: an array whose mesh is used (default: x itself). Without a mesh, or with one of other
+        axes, nothing is done.
     """
     mesh = jax.typeof(x if like is None else like).sharding.mesh
     if not set(AXES) <= set(mesh.axis_names):
@@ -179,16 +179,16 @@ def fitting(spec: P, shape: tuple[int, ...], mesh: Any) -> P:
 
 
 def constrain_rows(x: jax.Array) -> jax.Array:
-    """Keeps the rows of a traced array, its first axis, where ``put_rows`` put the batch's.
+    """Constrains the rows of a traced array (its first axis) to where ``put_rows`` put the batch's.
 
-    Left to itself the compiler lets the weights' sharding win: it gathers the batch, multiplies
-    slices of the residual stream and adds the products up on every device.
+    Otherwise the compiler follows the weights' sharding: it gathers the batch, multiplies slices of
+    the residual stream, and adds up the products on every device.
     """
     return constrain(x, ROWS)
 
 
 def row_ways(axes: Mapping[str, int]) -> int:
-    """Into how many parts a mesh of such axes (``mesh.shape``) splits the rows of a batch."""
+    """Number of data shards: parts into which a mesh of shape ``axes`` splits a batch's rows."""
     return axes["data"] * axes["fsdp"]
 
 

@@ -1,4 +1,4 @@
-"""The proxy: its training, and how near it came to the teacher."""
+"""The proxy: its training, and how close it came to the teacher."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ MODELS = {
     "student_before": "student, before",
     "student": "student",
 }
-# Values of K whose mass is shown by round: the paper keeps 10.
+# Values of K in the table by round; the paper keeps 10.
 _MASSES = (1, 10, 50)
 PROXIES = ("proxy_raw", "proxy_warmup", "proxy_aligned")
 
 
 def training(run: RunFolder) -> Section:
-    """Losses, rewards and validation by step, and what each round did."""
+    """Losses, rewards and validation by step, and a summary of each round."""
     title, lines = "Alignment of the proxy", run.of_stage("align")
     best, blocks = opening(run, "proxy", lines)
     if not lines:
@@ -94,12 +94,12 @@ def training(run: RunFolder) -> Section:
 
 
 def opening(run: RunFolder, part: str, lines: Sequence[Line]) -> tuple[int | None, list[Block]]:
-    """The step of the lowest validation NLL, and what a training section begins with.
+    """The step of the lowest validation NLL, and the first blocks of a training section.
 
     Args:
-      run: whose section it is.
+      run: the section's run.
       part: ``proxy`` or ``student``.
-      lines: of its stage.
+      lines: lines of its stage.
     """
     absent = run.absent(part)
     blocks: list[Block] = [] if absent is None else [Text(absent, missing=True)]
@@ -115,7 +115,7 @@ def opening(run: RunFolder, part: str, lines: Sequence[Line]) -> tuple[int | Non
 
 
 def _rounds(lines: Sequence[Line]) -> Table | None:
-    """What was sampled in each round, and the rewards after it."""
+    """The samples of each round, and the rewards after it."""
     columns = (
         ("prompts", "samples/rows"),
         ("kept", "samples/kept"),
@@ -204,9 +204,9 @@ def _agreement(models: dict[str, Any]) -> list[BarPlot]:
     titles = {
         "agreement": "Top-1 agreement with the teacher's tokens",
         "nll": "Teacher-token NLL, nats",
-        "kl": "KL(teacher || model), nats a token",
+        "kl": "KL(teacher || model), nats per token",
     }
-    note = "Lines are standard errors over rows."
+    note = "Lines show standard errors over rows."
     return [
         BarPlot(title, names, [(split, bars(split, name)) for split in splits], note)
         for name, title in titles.items()
@@ -215,7 +215,7 @@ def _agreement(models: dict[str, Any]) -> list[BarPlot]:
 
 
 def _mass(models: dict[str, Any]) -> list[LinePlot]:
-    """Share of places whose K most probable tokens hold more than 0.95."""
+    """Share of positions whose K most probable tokens hold more than 0.95."""
     plots = []
     for split in splits_of(models):
         series = []
@@ -225,14 +225,14 @@ def _mass(models: dict[str, Any]) -> list[LinePlot]:
                 xs, ys = zip(*mass, strict=True)
                 series.append(Series(MODELS[name], [float(x) for x in xs], list(ys), points=True))
         if series:
-            title = f"Places whose top K hold more than 0.95, {split} rows"
+            title = f"Positions whose top K hold more than 0.95, {split} rows"
             note = "Fig. 4 of the paper; it keeps K = 10."
             plots.append(LinePlot(title, "K", series, note=note))
     return plots
 
 
 def _reliability(models: dict[str, Any]) -> list[LinePlot]:
-    """How often the first choice is the teacher's token, by how probable the model holds it."""
+    """How often the most probable token is the teacher's, by the probability the model gives it."""
     plots = []
     for split in splits_of(models):
         series = []
@@ -244,13 +244,16 @@ def _reliability(models: dict[str, Any]) -> list[LinePlot]:
         if series:
             series.append(Series("as sure as right", [0.0, 1.0], [0.0, 1.0]))
             title = f"Agreement by confidence, {split} rows"
-            note = "Below the diagonal a model is surer than it is right."
-            plots.append(LinePlot(title, "probability of the first choice", series, note=note))
+            note = "Below the diagonal the model is overconfident."
+            plots.append(
+                LinePlot(title, "probability of the most probable token", series, note=note)
+            )
     return plots
 
 
 def _by_round(models: dict[str, Any]) -> Iterator[Block]:
-    """Figs. 4 and 5 and calibration of the proxy after each round; nothing without rounds."""
+    """Figs. 4 and 5 and calibration of the proxy after each round; nothing if there are no
+    rounds."""
     rounds = {name: _round_number(name) for name in models}
     states = [name for name, number in rounds.items() if number is not None]
     states.sort(key=lambda name: rounds[name] or 0)
@@ -275,8 +278,8 @@ def _by_round(models: dict[str, Any]) -> Iterator[Block]:
         *(f"top {top_k} > 0.95" for top_k in _MASSES),
     )
     note = (
-        "The last columns are the shares of places whose K most probable tokens hold more than "
-        "0.95 (Fig. 4); a round whose state is the aligned proxy has no line of its own."
+        "The last columns are the shares of positions whose K most probable tokens hold more than "
+        "0.95 (Fig. 4). A round whose state is the aligned proxy has no separate line."
     )
     yield Table("The proxy round by round", header, rows, note, digits=4)
 
@@ -305,7 +308,8 @@ def _measures(models: dict[str, Any]) -> Table:
     header += ["confidence", "calibration error", "±"]
     note = (
         "Means over tokens with standard errors over rows. Confidence is the probability of the "
-        "first choice; the calibration error is its mean distance from agreement over 15 bins."
+        "most probable token. The calibration error is its mean distance from agreement over 15 "
+        "bins."
     )
     return Table("Held-out measures", header, rows, note, digits=4)
 
@@ -329,7 +333,7 @@ def _differences(differences: dict[str, Any]) -> Table | None:
         "Differences between proxies on the same rows",
         ("models", "rows of", "NLL", "±", "paper: KL", "agreement", "±"),
         rows,
-        "From the teacher's text alone only differences of KL(teacher || proxy) can be had: its "
+        "The teacher's text alone gives only differences of KL(teacher || proxy): the teacher's "
         "entropy cancels in the difference of two proxies' NLL. The paper's differences are those "
         "of its Table 4 (1.53, 0.87 and 0.56), whose middle row is aligned by NLL alone, not only "
         "warmed up.",

@@ -27,7 +27,7 @@ MISPRINT = "†"
 
 @dataclass(frozen=True)
 class Score:
-    """A benchmark's accuracy, percent, with its standard error and questions where known."""
+    """A benchmark's accuracy in percent, with standard error and number of questions if known."""
 
     accuracy: float
     error: float | None = None
@@ -35,10 +35,10 @@ class Score:
 
 
 def read_benchmarks(run: RunFolder) -> dict[str, dict[str, Score]]:
-    """Scores by model and benchmark; empty where there are none.
+    """Scores by model and benchmark; empty if there are none.
 
-    ``eval/benchmarks/summary.json`` holds them under ``models``, by name; a model may have a
-    ``summary.json`` in a folder of its name instead. Answers in words count before compared
+    ``eval/benchmarks/summary.json`` holds them under ``models``, by name. Instead, a model may have
+    a ``summary.json`` in a folder of its name. Generated answers take precedence over compared
     log-likelihoods. A benchmark's entry is its accuracy (a share of 1), or a section with
     ``accuracy`` and perhaps ``se`` and ``n``.
     """
@@ -89,7 +89,8 @@ def benchmarks(runs: Sequence[RunFolder]) -> Section:
     ]
     if not any(own.values()):
         missing = Text(
-            "No benchmarks were measured: eval/benchmarks/summary.json is not there.", missing=True
+            "No benchmarks were measured: eval/benchmarks/summary.json does not exist.",
+            missing=True,
         )
         return Section(title, [missing, *paper])
     rows: list[tuple[Value, ...]] = []
@@ -98,7 +99,7 @@ def benchmarks(runs: Sequence[RunFolder]) -> Section:
             six = tuple(scores[n].accuracy if n in scores else None for n in BENCHMARKS)
             name = model if len(runs) == 1 else f"{run.label}: {model}"
             rows.append((name, *_models(run, model), *six, average(six)))
-    groups = {0: "measured here", len(rows): "paper, Proxy-KD and what it is compared with"}
+    groups = {0: "measured here", len(rows): "paper, Proxy-KD and its baselines"}
     compared = [row for row in TABLE_1 if row.method in ("GPT-4", "Black-Box KD", "Proxy-KD")]
     table = Table(
         "Accuracy, %",
@@ -118,7 +119,7 @@ def benchmarks(runs: Sequence[RunFolder]) -> Section:
 
 
 def _models(run: RunFolder, model: str) -> tuple[str | None, str | None]:
-    """What the measured model began as, and who taught it; None where that is not known."""
+    """The initial checkpoint of the measured model, and its teacher; None if unknown."""
     role = model.partition("_")[0]
     if role not in ("student", "proxy"):
         return None, None
@@ -128,7 +129,7 @@ def _models(run: RunFolder, model: str) -> tuple[str | None, str | None]:
 
 
 def _further(own: dict[str, dict[str, dict[str, Score]]], several: bool) -> Table | None:
-    """Standard errors and questions, and benchmarks that are none of the six."""
+    """Standard errors and numbers of questions, and other benchmarks than the six."""
     rows: list[tuple[Value, ...]] = [
         (f"{label}: {model}" if several else model, task, s.accuracy, s.error, s.questions)
         for label, models in own.items()
@@ -142,7 +143,7 @@ def _further(own: dict[str, dict[str, dict[str, Score]]], several: bool) -> Tabl
 
 
 def _differences(run: RunFolder, several: bool) -> Table | None:
-    """Between the models of a run, on the questions that both answered."""
+    """Differences between the models of a run, on the questions that both answered."""
     rows: list[tuple[Value, ...]] = []
     found = _read_summary(run.folder / "eval" / "benchmarks").get("differences", {})
     for pair, entry in found.items():
@@ -177,7 +178,7 @@ def _cells(row: PaperRow) -> tuple[Value, ...]:
 
 
 def misprints(rows: Sequence[PaperRow]) -> str:
-    """A sentence on the averages that do not follow from their rows; empty where all do."""
+    """A sentence on printed averages that do not match their rows; empty if all match."""
     wrong = [
         f"{row.method}, {row.student}: printed {row.printed:.2f}, the six scores give "
         f"{row.average:.2f}"

@@ -1,4 +1,4 @@
-"""What a page is made of. A section builder returns these; ``page.html`` knows how each looks."""
+"""Building blocks of a page. Section builders return them; ``page.html`` renders them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Value = str | int | float | None
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; with ``missing`` one that says what the run does not have."""
+    """A paragraph; ``missing`` marks one that says what the run does not have."""
 
     text: str
     missing: bool = False
@@ -21,7 +21,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Code:
-    """Text as it stands, in a box that scrolls."""
+    """Preformatted text in a box that scrolls."""
 
     text: str
 
@@ -32,11 +32,11 @@ class Table:
 
     Attributes:
       title: its caption.
-      header: a name a column.
-      rows: values; numbers are shown rounded, and whole in the CSV.
+      header: one name per column.
+      rows: values; numbers are rounded on the page and complete in the CSV.
       note: a sentence below it.
-      digits: after the point, of numbers that are no integers (default: as many as say something).
-      groups: rows (by number) that begin a group, with the group's name.
+      digits: decimals of numbers that are not integers (default: as many as are meaningful).
+      groups: numbers of rows that start a group, with the group's name.
     """
 
     title: str
@@ -51,13 +51,13 @@ class Table:
         return to_csv(self.header, self.rows)
 
     def numeric(self, column: int) -> bool:
-        """Whether a column holds numbers, which are set flush right."""
+        """Whether a column holds numbers, which are right-aligned."""
         values = [row[column] for row in self.rows if row[column] is not None]
         return bool(values) and all(isinstance(value, int | float) for value in values)
 
     @property
     def has_numbers(self) -> bool:
-        """Whether there is a column of numbers, and so something to compute with."""
+        """Whether any column holds numbers."""
         return any(self.numeric(column) for column in range(len(self.header)))
 
     def shown(self, value: Value) -> str:
@@ -70,9 +70,9 @@ class Series:
     """One line of a plot.
 
     Attributes:
-      name: in the legend.
-      xs, ys: its points, by rising x.
-      points: each is marked; for few of them.
+      name: name in the legend.
+      xs, ys: its points, by increasing x.
+      points: mark each point; for series with few points.
     """
 
     name: str
@@ -86,11 +86,11 @@ class LinePlot:
     """Curves over steps.
 
     Attributes:
-      title: what the y axis is, with its unit.
-      x_label: what the x axis is.
+      title: what the y axis shows, with its unit.
+      x_label: what the x axis shows.
       series: the curves, in the order of the legend.
-      ends: (x, name) of phases that end there.
-      rings: (x, y, text) of points to be pointed out.
+      ends: (x, name) of phases, at their ends.
+      rings: (x, y, text) of points to highlight.
       note: a sentence below the plot.
     """
 
@@ -102,7 +102,7 @@ class LinePlot:
     note: str = ""
 
     def csv(self) -> str:
-        """A row a point, of all that is drawn."""
+        """One line per point of all series."""
         rows = (
             (series.name, x, y)
             for series in self.series
@@ -113,12 +113,12 @@ class LinePlot:
 
 @dataclass(frozen=True)
 class BarPlot:
-    """Values of at least 0 side by side.
+    """Nonnegative values side by side.
 
     Attributes:
-      title: what the bars are, with their unit.
-      names: of the bars' groups.
-      series: (name, a value and its standard error or None for each group; None for no bar).
+      title: what the bars show, with their unit.
+      names: names of the groups of bars.
+      series: (name, for each group a value and its standard error or None; None for no bar).
       note: a sentence below the plot.
     """
 
@@ -128,7 +128,7 @@ class BarPlot:
     note: str = ""
 
     def csv(self) -> str:
-        """A row a bar."""
+        """One line per bar."""
         rows = [
             (group, name, *bar)
             for name, bars in self.series
@@ -146,8 +146,8 @@ class Histogram:
       title: what is counted.
       x_label: what the edges are.
       edges: ``n + 1`` numbers.
-      counts: ``n`` of them.
-      marks: (x, text) of values to be pointed out.
+      counts: ``n`` numbers.
+      marks: (x, text) of values to highlight.
       note: a sentence below the plot.
     """
 
@@ -159,7 +159,7 @@ class Histogram:
     note: str = ""
 
     def csv(self) -> str:
-        """A row a bin."""
+        """One line per bin."""
         rows = zip(self.edges[:-1], self.edges[1:], self.counts, strict=True)
         return to_csv(("from", "to", "count"), rows)
 
@@ -169,21 +169,21 @@ Plot = LinePlot | BarPlot | Histogram
 
 @dataclass(frozen=True)
 class Plots:
-    """Plots beside or below one another, as the width allows."""
+    """Plots side by side or below one another, depending on the page's width."""
 
     plots: Sequence[Plot]
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """A few figures, large: (what, the figure, what it is compared with or of)."""
+    """A few large figures: (label, figure, what to compare it with)."""
 
     tiles: Sequence[tuple[str, str, str]]
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Texts that belong together: (who, what they said, a remark)."""
+    """Texts that belong together: (speaker, text, remark)."""
 
     title: str
     answers: Sequence[tuple[str, str, str]]
@@ -191,7 +191,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Fold:
-    """Blocks that are shown when asked for."""
+    """Blocks that are hidden until the reader opens them."""
 
     summary: str
     blocks: Sequence[Block]
@@ -202,14 +202,14 @@ Block = Text | Code | Table | Plots | Tiles | Answers | Fold
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands under it."""
+    """A heading and the blocks below it."""
 
     title: str
     blocks: Sequence[Block]
 
 
 def shown(value: Value, digits: int | None = None) -> str:
-    """A value as a person reads it; a dash for none."""
+    """A value as text for readers; a dash for None."""
     if value is None:
         return "–"
     if isinstance(value, str):
@@ -228,7 +228,7 @@ def shown(value: Value, digits: int | None = None) -> str:
 
 
 def to_csv(header: Iterable[str], rows: Iterable[Iterable[Value]]) -> str:
-    """Comma-separated values; numbers as Python writes them, nothing for None."""
+    """Comma-separated values; numbers as Python writes them, empty for None."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(header)

@@ -1,4 +1,4 @@
-"""Several runs: what was set otherwise, what came of it, and their curves in one plot."""
+"""Compares several runs: settings that differ, results, and curves in shared plots."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _ABSENT = "(absent)"
 
 
 def settings(runs: Sequence[RunFolder]) -> Section:
-    """Keys whose values are not the same in all runs."""
+    """Keys whose values differ between the runs."""
     flat = [dict(_flattened(run.settings)) for run in runs]
     keys = list(dict.fromkeys(key for found in flat for key in found))
     rows: list[tuple[Value, ...]] = []
@@ -68,12 +68,12 @@ def _flattened(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def figures(runs: Sequence[RunFolder]) -> Section:
-    """Final figures, and how they differ from the first run's."""
+    """Final figures, and their differences from the first run's."""
     blocks: list[Block] = []
     found = [run.summary.get("models", {}) for run in runs]
     for measure, title in (("agreement", "Top-1 agreement with the teacher"),
                            ("nll", "Teacher-token NLL, nats"),
-                           ("kl", "KL(teacher || model), nats a token")):  # fmt: skip
+                           ("kl", "KL(teacher || model), nats per token")):  # fmt: skip
         rows: list[tuple[Value, ...]] = []
         for name, called in MODELS.items():
             for split in splits_of(
@@ -104,7 +104,7 @@ def figures(runs: Sequence[RunFolder]) -> Section:
 
 
 _NOTE = (
-    "Differences are to the first run. They are no paired differences: runs of other corpora are "
+    "Differences are from the first run. They are not paired, because runs with other corpora are "
     "measured on other rows."
 )
 

@@ -19,14 +19,14 @@ class PhaseTime:
     """The steps of a phase of training.
 
     Attributes:
-      stage, phase: which.
-      steps: logged ones.
-      seconds: of all of these.
-      typical: the median step, without the first, which compiles.
-      first: the first step.
-      samples: a step takes; None where rows are packed and their number is not known.
-      drawing: seconds in which the proxy's answer to one prompt was drawn, with its reference
-        log-probs; None where nothing was drawn or it was not timed.
+      stage, phase: identify the phase.
+      steps: number of logged steps.
+      seconds: their total time.
+      typical: median time of a step, without the first, which compiles.
+      first: time of the first step.
+      samples: samples per step; None if rows are packed and their number is unknown.
+      drawing: seconds to draw the proxy's answer to one prompt, with its reference log-probs; None
+        if nothing was drawn or timed.
     """
 
     stage: str
@@ -40,14 +40,14 @@ class PhaseTime:
 
     @property
     def hours_for_a_round(self) -> float | None:
-        """Hours for 40,000 samples at the typical step, the drawing of answers included."""
+        """Hours for 40,000 samples at the typical step, including the drawing of answers."""
         if self.samples is None:
             return None
         return SAMPLES_A_ROUND * (self.typical / self.samples + (self.drawing or 0)) / 3600
 
 
 def phase_times(run: RunFolder) -> list[PhaseTime]:
-    """Of every phase whose steps were timed."""
+    """Times of all phases whose steps were timed."""
     found = []
     for stage in ("align", "distill"):
         lines = run.of_stage(stage)
@@ -80,7 +80,7 @@ def _samples_a_step(run: RunFolder, stage: str, lines: Sequence[Line], phase: st
         return None
     if run.setting(f"{stage}.batching") != "pack" or pairs:
         return float(batch)
-    # Packed: known where the log says how many rows its planned steps take.
+    # Packed rows: known if the log says how many rows the planned steps take.
     rows, planned = (points(lines, name)[1] for name in ("rows", "planned_steps"))
     epochs, most = run.setting("distill.epochs"), run.setting("distill.max_steps")
     if stage == "distill" and rows and planned and epochs and (most is None or planned[0] < most):
@@ -89,7 +89,7 @@ def _samples_a_step(run: RunFolder, stage: str, lines: Sequence[Line], phase: st
 
 
 def cost(run: RunFolder) -> Section:
-    """What the phases took."""
+    """Time and tokens of the phases."""
     title, times = "Time and tokens", phase_times(run)
     blocks: list[Block] = []
     if times:
@@ -100,11 +100,11 @@ def cost(run: RunFolder) -> Section:
         ]  # fmt: skip
         header = (
             *("stage", "phase", "steps", "minutes", "median step, s", "first step, s"),
-            *("samples a step", "samples a second", "drawing an answer, s"),
+            *("samples per step", "samples per second", "drawing an answer, s"),
         )
         note = (
-            "Training steps as logged; the first of a phase compiles its program. Drawing is the "
-            "proxy's answer to a prompt with its reference log-probs, programs compiled included. "
+            "Training steps as logged; the first of a phase compiles its program. Drawing is one "
+            "answer of the proxy with its reference log-probs, including compilation. "
             "Validation and scoring are not timed."
         )
         blocks += [Table("Training", header, rows, note), _as_table_3(run, times)]
@@ -131,11 +131,11 @@ def _as_table_3(run: RunFolder, times: Sequence[PhaseTime]) -> Table:
             rows.append((name, None, statistics.median(hours)))
     measured = len(rows)
     rows += list(TABLE_3)
-    note = (
-        "From the median step of each phase, on the run's own devices, for models of its own size."
-    )
+    note = "From the median step of each phase, on the run's devices, for models of the run's size."
     if any(found.drawing is None for found in kinds["Pref"]):
-        note += " Sampling, which the paper's Pref holds, was not timed in all rounds of this run."
+        note += (
+            " Sampling, which the paper's Pref includes, was not timed in all rounds of this run."
+        )
     return Table(
         f"Hours for {SAMPLES_A_ROUND:,} samples (Table 3)",
         ("model and method", "GPUs", "hours"),

@@ -8,12 +8,12 @@ from typing import Any
 from proxykd_jax.reporting.blocks import LinePlot, Series
 from proxykd_jax.reporting.run_folder import Line, RunFolder
 
-# A curve of more points than this is drawn as means over neighbours.
+# Longer curves are drawn as means over neighbouring points.
 MOST_POINTS = 360
 
 
 def points(lines: Sequence[Line], name: str) -> tuple[list[float], list[float]]:
-    """Steps and values of a figure, where it was logged as a finite number."""
+    """Steps and values of a figure at the steps where a finite number was logged."""
     found = [
         (line["step"], line[name])
         for line in lines
@@ -23,12 +23,12 @@ def points(lines: Sequence[Line], name: str) -> tuple[list[float], list[float]]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a JSON value is a number; booleans are none."""
+    """Whether a JSON value is a number; booleans are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def thinned(xs: list[float], ys: list[float]) -> tuple[list[float], list[float], int]:
-    """Means over each ``n`` neighbours, so that at most ``MOST_POINTS`` are left; and ``n``."""
+    """Means over each ``n`` neighbours, so that at most ``MOST_POINTS`` remain; and ``n``."""
     width = -(-len(xs) // MOST_POINTS) if xs else 1
     if width == 1:
         return xs, ys, 1
@@ -53,15 +53,15 @@ def plot(
     ends: Sequence[tuple[float, str]] = (),
     note: str = "",
 ) -> LinePlot | None:
-    """A plot of the figures that are there; None if none is.
+    """A plot of the figures that exist; None if none does.
 
     Args:
-      lines: of one stage.
-      title: of the plot.
-      curves: (name in the legend, name in the log, whether its points are marked).
-      best: (name in the log, step, text) of a point to be ringed.
-      ends: of phases.
-      note: below the plot.
+      lines: lines of one stage.
+      title: title of the plot.
+      curves: (name in the legend, name in the log, whether to mark its points).
+      best: (name in the log, step, text) of a point to ring.
+      ends: ends of phases.
+      note: sentence below the plot.
     """
     series, widest = [], 1
     for legend, name, marked in curves:
@@ -90,7 +90,7 @@ def phase_ends(lines: Sequence[Line]) -> list[tuple[float, str]]:
 
 
 def phase_name(phase: str) -> str:
-    """``round_03`` as ``r3``; others as they are."""
+    """``round_03`` as ``r3``; other names unchanged."""
     head, _, number = phase.partition("_")
     return f"r{int(number)}" if head == "round" and number.isdigit() else phase.replace("_", " ")
 
@@ -107,7 +107,7 @@ def last_of_phase(lines: Sequence[Line], phase: str, name: str) -> float | None:
 
 
 def held_out_kind(lines: Sequence[Line]) -> str:
-    """What validation is called in the log: rows of its own, or D_s where there are none."""
+    """The log's name of validation: separate rows, or D_s if there are none."""
     with_rows = any("validation/nll" in line for line in lines)
     return "validation" if with_rows or not _any(lines, "held_out/nll") else "held_out"
 
@@ -117,7 +117,7 @@ def _any(lines: Sequence[Line], name: str) -> bool:
 
 
 def other_figures(run: RunFolder, stage: str, shown: set[str]) -> Iterator[tuple[str, LinePlot]]:
-    """Plots of all figures of a stage that are not shown elsewhere, by name."""
+    """Plots of all figures of a stage that are not in ``shown``, by name."""
     lines = run.of_stage(stage)
     names = dict.fromkeys(
         name

@@ -8,10 +8,10 @@ from proxykd_jax.reporting.blocks import Section, Table, Text
 
 
 def markdown(section: Section) -> str:
-    """A section of paragraphs and tables.
+    """Markdown of a section that consists of paragraphs and tables.
 
     Raises:
-      TypeError: another block is among them.
+      TypeError: it contains another kind of block.
     """
     parts = [f"# {section.title}"]
     for block in section.blocks:
@@ -36,6 +36,6 @@ def _table(table: Table) -> str:
 
 
 def _line(cells: Sequence[str]) -> str:
-    # A text that ends in a backslash, or holds a bar, would end a cell elsewhere.
+    # An unescaped final backslash or a bar would end a cell in the wrong place.
     escaped = (cell.replace("\\", "\\\\").replace("|", "\\|") for cell in cells)
     return f"| {' | '.join(escaped)} |"

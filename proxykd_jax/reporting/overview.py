@@ -1,4 +1,4 @@
-"""What was run, and what became of the corpus."""
+"""Settings of the run, and the counts of its corpus."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from proxykd_jax.reporting.blocks import (
 )
 from proxykd_jax.reporting.run_folder import STAGES, RunFolder
 
-# Keys that a reader looks for first: (name on the page, key).
+# The keys that readers look for first: (name on the page, key).
 HIGHLIGHTS = (
     ("preset", "preset"),
     ("method", "method.name"),
@@ -58,7 +58,7 @@ def _recipe(run: RunFolder) -> list[tuple[Value, ...]]:
     for name, key in HIGHLIGHTS:
         value = run.setting(key)
         if value is not None:
-            # As text: these are settings, not figures in a column.
+            # As text, because these are settings and not figures of a column.
             rows.append((name, _plain(value)))
     return rows
 
@@ -102,7 +102,7 @@ def _stages(run: RunFolder) -> Table:
 
 
 def at_a_glance(run: RunFolder) -> list[Block]:
-    """The figures that the run was made for."""
+    """The main results of the run."""
     tiles = []
     models = run.summary.get("models", {})
     for title, before, after in (
@@ -123,14 +123,14 @@ def at_a_glance(run: RunFolder) -> list[Block]:
 
 
 def _figure(models: dict[str, Any], model: str, name: str) -> float | None:
-    """Of the test rows, or else of the validation rows."""
+    """The figure on the test rows, or on the validation rows if there are none."""
     found = models.get(model, {})
     split = found.get("test") or found.get("validation")
     return None if not split or name not in split else float(split[name]["token_mean"])
 
 
 def corpus(run: RunFolder) -> Section:
-    """The funnel: read, left out by reason, kept, split."""
+    """Rows read, dropped by reason, kept, and split."""
     blocks: list[Block] = []
     absent = run.absent("corpus")
     if absent is not None:

@@ -22,9 +22,9 @@ class Chapter:
     """The sections of one run, or of the comparison.
 
     Attributes:
-      title: a heading above them; empty on a page of one run.
+      title: a heading above them; empty on the page of a single run.
       sections: in order.
-      folded: shown when asked for.
+      folded: hidden until the reader opens them.
     """
 
     title: str
@@ -33,9 +33,9 @@ class Chapter:
 
 
 def render(runs: Sequence[RunFolder]) -> str:
-    """The page of one run, or of several side by side and then one by one.
+    """The page of one run, or of several, first compared and then one by one.
 
-    Nothing of a run can keep it from having a page: a section that stumbles says so.
+    A run always gets a page: a section that fails is replaced by the reason.
     """
     if len(runs) == 1:
         return page(runs[0].label, "report of a run", [Chapter("", run_sections(runs[0]))])
@@ -46,7 +46,7 @@ def render(runs: Sequence[RunFolder]) -> str:
 
 
 def run_sections(run: RunFolder) -> list[Section]:
-    """All that is said of one run."""
+    """All sections of one run."""
     made = _guarded("At a glance", lambda: Section("At a glance", overview.at_a_glance(run)))
     found = [made] if made.blocks else []
     for title, make in (
@@ -94,8 +94,8 @@ def page(title: str, about: str, chapters: Sequence[Chapter]) -> str:
 
     Args:
       title: its heading.
-      about: what kind of page it is, in the line above.
-      chapters: what stands on it.
+      about: the kind of page, shown above the heading.
+      chapters: its content.
     """
     import jinja2
 

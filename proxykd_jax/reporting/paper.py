@@ -1,6 +1,6 @@
-"""What the paper prints: "Knowledge Distillation of Black-Box Large Language Models", its tables.
+"""Tables of the paper "Knowledge Distillation of Black-Box Large Language Models".
 
-Accuracies in percent, in the order of ``BENCHMARKS``; None where it prints a dash.
+Accuracies are in percent, in the order of ``BENCHMARKS``; None where the paper prints a dash.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ class PaperRow:
     """A row of a table of accuracies.
 
     Attributes:
-      group: the heading that it stands under.
+      group: the heading above the row.
       method, student, teacher: its first columns.
       scores: by benchmark.
       printed: the average that the paper prints.
-      proxy: a column of Table 5 alone.
+      proxy: a column of Table 5 only.
     """
 
     group: str
@@ -37,13 +37,13 @@ class PaperRow:
 
     @property
     def misprinted(self) -> bool:
-        """The printed average does not follow from the row (rounding apart)."""
+        """Whether the printed average does not match the row (apart from rounding)."""
         mean = self.average
         return mean is not None and self.printed is not None and abs(mean - self.printed) > 0.05
 
 
 def average(scores: tuple[float | None, ...]) -> float | None:
-    """The mean; None where a score is missing."""
+    """The mean; None if a score is missing."""
     known = [score for score in scores if score is not None]
     return sum(known) / len(known) if known and len(known) == len(scores) else None
 
@@ -109,8 +109,8 @@ TABLE_3 = (
 )
 SAMPLES_A_ROUND = 40_000
 
-# KL(teacher || proxy): 1.53 raw, 0.87 by NLL, 0.56 by NLL and preference. Their differences, by
-# the models of a run that are nearest to them.
+# KL(teacher || proxy): 1.53 raw, 0.87 by NLL, 0.56 by NLL and preference. Here are the differences,
+# under the run's models that correspond most closely.
 TABLE_4_STEPS = {
     ("proxy_aligned", "proxy_raw"): 0.56 - 1.53,
     ("proxy_warmup", "proxy_raw"): 0.87 - 1.53,

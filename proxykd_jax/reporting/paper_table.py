@@ -1,4 +1,4 @@
-"""Tables 1, 2, 3 and 5 of the paper beside what their rows' runs measured here."""
+"""Tables 1, 2, 3 and 5 of the paper, beside the measurements of their rows' runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from proxykd_jax.reporting.paper import (
 )
 from proxykd_jax.reporting.run_folder import UNREADABLE, RunFolder, read_run, told
 
-# What a finished row leaves in the folder of its run.
+# The file that a finished row leaves in its run's folder.
 ROW = "row.json"
 _ACCURACIES = {1: TABLE_1, 2: TABLE_2, 5: TABLE_5}
 _AVERAGE = "average"
@@ -36,15 +36,15 @@ _AVERAGE = "average"
 
 @dataclass(frozen=True)
 class Measured:
-    """What a row's run left.
+    """The results of a row's run.
 
     Attributes:
-      row: of the table's file.
-      run: its folder; None where the row is not finished.
-      record: ``row.json``: who answered (``model``), and the devices.
-      scores: of the benchmarks, by name, and their average where all six are there.
-      times: of the steps that Table 3 asks for.
-      problem: why there is nothing to show; empty where there is something.
+      row: the row in the table's file.
+      run: the run's folder; None if the row is not finished.
+      record: ``row.json``: the model that answered (``model``), and the devices.
+      scores: by benchmark, and their average if all six exist.
+      times: times of the steps that Table 3 asks for.
+      problem: why there is nothing to show; empty if there is something.
     """
 
     row: TableRow
@@ -74,13 +74,13 @@ def write_table(table: TableFile) -> Path:
     html = page(table.name, "a table of the paper", [Chapter("", [section])])
     for ending, content in (("html", html), ("csv", whole.csv()), ("md", text)):
         path = table.folder / f"{table.name}.{ending}"
-        # Rows may run as jobs of their own, each of which writes the table.
+        # Rows may run as separate jobs, each of which writes the table.
         write_bytes(path, content.encode(), one_of_several=True)
     return path
 
 
 def read_row(table: TableFile, row: TableRow) -> Measured:
-    """What there is of a row; whatever is wrong with it, the others stand."""
+    """The results of a row. An error in one row does not affect the others."""
     folder = table.folder / row.name
     if not (folder / ROW).is_file():
         outputs = row.model.endswith(".jsonl") and not Path(row.model).is_file()
@@ -93,7 +93,7 @@ def read_row(table: TableFile, row: TableRow) -> Measured:
             problem = "" if times else "no step of it was timed"
             return Measured(row, run, record, {}, times, problem)
         scores = read_benchmarks(run).get(record["model"], {})
-        problem = "" if scores else "its answers are gone: run the row again"
+        problem = "" if scores else "its answers are missing: run the row again"
         return Measured(row, run, record, _with_average(scores), (), problem)
     except UNREADABLE as error:
         return Measured(row, None, {}, {}, (), told(error))
@@ -113,7 +113,7 @@ def _with_average(scores: Mapping[str, Score]) -> dict[str, Score]:
 
 
 def paper_row(table: TableFile, row: TableRow) -> PaperRow | None:
-    """The row of the paper that a row stands for; None for one that the paper has not."""
+    """The paper's row that corresponds to a row; None if there is none."""
     for found in _ACCURACIES[table.table]:
         columns = (found.group, found.method, found.student, found.proxy or NONE, found.teacher)
         if columns == (row.group, row.method, row.student, row.proxy, row.teacher):
@@ -122,14 +122,14 @@ def paper_row(table: TableFile, row: TableRow) -> PaperRow | None:
 
 
 def _of_paper(found: PaperRow | None) -> dict[str, float | None]:
-    """Its scores; the average is that of the six, whatever is printed."""
+    """Its scores; the average is computed from the six, whatever the paper prints."""
     if found is None:
         return {}
     return {**dict(zip(BENCHMARKS, found.scores, strict=True)), _AVERAGE: found.average}
 
 
 def _accuracies(table: TableFile, rows: Sequence[Measured]) -> tuple[Table, Table]:
-    """The table as it is read, and as data."""
+    """The table for readers, and as data."""
     columns = (*BENCHMARKS, _AVERAGE)
     proxies = any(found.row.proxy != NONE for found in rows)
     lines: list[tuple[Value, ...]] = []
@@ -187,7 +187,7 @@ def _columns(row: TableRow, proxies: bool) -> tuple[str, ...]:
 
 
 def _here(found: Measured, proxies: bool, columns: Sequence[str]) -> tuple[Value, ...]:
-    """What was measured: the row's name, who answered, and the proxy behind it."""
+    """The measured row: its name, the model that answered, and the proxy behind it."""
     if found.problem or found.run is None:
         blank = [""] * (len(columns) + len(_columns(found.row, proxies)) - 2)
         return ("here", found.row.name, found.problem, *blank)
@@ -204,7 +204,7 @@ def _here(found: Measured, proxies: bool, columns: Sequence[str]) -> tuple[Value
 
 
 def _origin(run: RunFolder, role: str) -> str:
-    """The model that a role began as: its folder's name, and how much of it."""
+    """The initial checkpoint of a role: its folder's name, and its number of layers if cut."""
     path = run.setting(f"{role}.path") or run.setting(f"{role}.init.path") or "?"
     layers = run.setting(f"{role}.init.first_layers")
     return Path(path).name + (f", {layers} layers" if layers else "")
@@ -223,7 +223,7 @@ def _signed(value: float) -> str:
 
 
 def _timed(run: RunFolder, phase: str) -> list[PhaseTime]:
-    """The phases that a row of Table 3 asks for, as far as their hours are known."""
+    """The phases that a row of Table 3 asks for and whose hours are known."""
     wanted = {
         "warmup": lambda time: time.phase == "warmup",
         "rounds": lambda time: time.phase.startswith("round_"),
@@ -235,7 +235,7 @@ def _timed(run: RunFolder, phase: str) -> list[PhaseTime]:
 
 
 def _hours(table: TableFile, rows: Sequence[Measured]) -> tuple[Table, Table]:
-    """One table, which is its own data."""
+    """One table, which is also its own data."""
     theirs = {name: (gpus, hours) for name, gpus, hours in TABLE_3}
     ours: dict[str, tuple[int, float]] = {}
     for found in rows:
@@ -274,7 +274,7 @@ def _hours(table: TableFile, rows: Sequence[Measured]) -> tuple[Table, Table]:
 
 
 def _to_sft(name: str, hours: Mapping[str, tuple[int, float]]) -> float | None:
-    """Device-hours of a row over those of the SFT of its size; None where one is not known."""
+    """Device-hours of a row divided by those of the SFT of its size; None if one is unknown."""
     base = f"{name.rpartition('-')[0]}-SFT"
     if name not in hours or base not in hours:
         return None

@@ -1,4 +1,4 @@
-"""A run's folder as it is found: finished, half-finished, killed, or made by an older version."""
+"""Reads a run's folder in any state: finished, unfinished, killed, or from an older version."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from proxykd_jax.training.metrics import read_metrics
 
 # Folder of a stage -> the command that makes it.
 STAGES = {"corpus": "prepare", "proxy": "align", "soft_labels": "score", "student": "distill"}
-# What reading a file of an older or a killed run may stumble on.
+# Errors that reading a file of an older or killed run may raise.
 UNREADABLE = (UserError, OSError, KeyError, IndexError, TypeError, ValueError, AttributeError)
 
 Line = dict[str, Any]
@@ -23,17 +23,17 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What the files of a run say.
+    """The content of a run's files.
 
     Attributes:
       folder: the run.
-      label: what it is called on the page.
-      config: of the run; None where this version cannot read it.
-      settings: the resolved config as plain data; empty where there is none.
-      config_text: config.yaml; None where there is none.
-      manifests: of the stages that were begun, by folder.
-      lines: of metrics.jsonl, those of each stage by rising step.
-      problems: what could not be read, a sentence each.
+      label: its name on the page.
+      config: the run's config; None if this version cannot read it.
+      settings: the resolved config as plain data; empty if there is none.
+      config_text: config.yaml; None if there is none.
+      manifests: manifests of the started stages, by folder.
+      lines: lines of metrics.jsonl; those of each stage by increasing step.
+      problems: one sentence for each thing that could not be read.
     """
 
     folder: Path
@@ -46,7 +46,7 @@ class RunFolder:
     problems: list[str]
 
     def setting(self, key: str) -> Any:
-        """The value of ``align.num_rounds``, for example; None where it is not known."""
+        """The value of a key such as ``align.num_rounds``; None if unknown."""
         node: Any = self.settings
         for name in key.split("."):
             if not isinstance(node, dict) or name not in node:
@@ -63,38 +63,38 @@ class RunFolder:
         return [line for line in self.lines if line.get("stage") == stage]
 
     def absent(self, stage: str) -> str | None:
-        """Why a stage (by folder) has nothing to show; None where it is complete."""
+        """Why a stage (by folder) has nothing to show; None if it is complete."""
         if self.is_complete(stage):
             return None
         command = f"python -m proxykd_jax.{STAGES[stage]}"
         if stage in self.manifests:
-            return f"Not finished: {command} goes on with it."
+            return f"Not finished: {command} continues it."
         needs = None if self.config is None else self.config.needs
         if (stage == "proxy" and needs == "nothing") or (
             stage == "soft_labels" and needs not in (None, "labels")
         ):
-            return f"The method {self.setting('method.name')} does without it."
+            return f"The method {self.setting('method.name')} does not need it."
         return f"Not there: {command} makes it."
 
     @property
     def summary(self) -> dict[str, Any]:
-        """``eval/summary.json``; empty where there is none."""
+        """``eval/summary.json``; empty if there is none."""
         path = self.folder / "eval" / "summary.json"
         return dict(read_json(path)) if path.exists() else {}
 
 
 def read_run(folder: Path, label: str | None = None) -> RunFolder:
-    """Reads what is there.
+    """Reads the files that exist.
 
     Args:
-      folder: of the run.
-      label: what to call it (default: the folder's name).
+      folder: the run's folder.
+      label: its name (default: the folder's name).
 
     Raises:
       UserError: there is no such folder, or no run in it.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; a run is named by its folder, runs/<name>.")
+        raise UserError(f"{folder} is not a folder; a run is named by its folder, runs/<name>.")
     known = ("config.yaml", "metrics.jsonl", *(f"{stage}/{MANIFEST}" for stage in STAGES))
     if not any((folder / name).is_file() for name in known):
         inside = sorted(p.parent.name for p in folder.glob("*/config.yaml"))
@@ -125,10 +125,10 @@ def read_run(folder: Path, label: str | None = None) -> RunFolder:
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunFolder]:
-    """Several runs, each with a label of its own.
+    """Reads several runs and gives each a different label.
 
     Raises:
-      UserError: as ``read_run``; or one is named twice.
+      UserError: see ``read_run``; or one is named twice.
     """
     places = [folder.resolve() for folder in folders]
     for place in places:
@@ -149,9 +149,9 @@ def read_runs(folders: Sequence[Path]) -> list[RunFolder]:
 def _read_config(
     path: Path, problems: list[str]
 ) -> tuple[Config | None, dict[str, Any], str | None]:
-    """The config as this version reads it, as plain data, and as it stands."""
+    """The config as this version reads it, as plain data, and as text."""
     if not path.is_file():
-        problems.append("config.yaml is missing: what was asked for is not known.")
+        problems.append("config.yaml is missing, so the settings are unknown.")
         return None, {}, None
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
@@ -185,7 +185,7 @@ def _attempt(read: Callable[[], Any], problems: list[str], otherwise: Any) -> An
 
 
 def told(error: BaseException) -> str:
-    """An error as a sentence of a page."""
+    """An error as a sentence for a page."""
     if isinstance(error, UserError):
         return str(error)
     return f"Something in these files is not as expected ({type(error).__name__}: {error})."

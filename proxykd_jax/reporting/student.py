@@ -1,4 +1,4 @@
-"""The soft labels and their weights, the student's training, and the student beside the proxy."""
+"""Soft labels and their weights, the student's training, and the student beside the proxy."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ SHOWN = {
     *("validation/nll", "validation/agreement"),
 }
 _ONCE = ("weights/", "samples/")
-# Names by which evaluate may call the trained models, the likeliest first.
+# Names that evaluate may give the trained models, the likeliest first.
 _ALIGNED = ("proxy_aligned", "proxy", "proxy_best", "proxy_last", "proxy_exported")
 _TRAINED = ("student", "student_best", "student_last", "student_exported")
 
 
 def soft_labels(run: RunFolder) -> Section:
-    """Likelihoods of the answers under the proxy, and the weights of eq. 9 that follow."""
+    """Likelihoods of the answers under the proxy, and the resulting weights of eq. 9."""
     title = "Soft labels and weights"
     absent = run.absent("soft_labels")
     if absent is not None:
@@ -58,7 +58,7 @@ def soft_labels(run: RunFolder) -> Section:
     kind = settings.get("loglik", "sum")
     blocks: list[Block] = [_figures(store, splits, kind)]
     if not settings.get("enabled", True):
-        blocks.append(Text("The weights are switched off: every row counts alike."))
+        blocks.append(Text("The weights are switched off: all rows count equally."))
     else:
         learnt = [split for split in splits if split in _weighted(run)]
         blocks.append(Plots([_weights(store, split, settings) for split in learnt]))
@@ -66,7 +66,7 @@ def soft_labels(run: RunFolder) -> Section:
 
 
 def _weighted(run: RunFolder) -> tuple[str, ...]:
-    """Splits of the teacher's texts; an answer of the proxy itself has weight 1."""
+    """Splits with the teacher's texts; the proxy's own answers have weight 1."""
     return ("distill",) if run.setting("distill.data") == "distill" else (
         "warmup", "align", "distill")  # fmt: skip
 
@@ -111,7 +111,8 @@ def _weights(store: SoftLabelStore, split: str, settings: dict[str, Any]) -> His
 
 
 def training(run: RunFolder) -> Section:
-    """Losses by step and validation; the paper's Figs. 6 and 7 are its benchmark curves."""
+    """Losses and validation by step; the benchmark curves are those of the paper's Figs. 6 and
+    7."""
     title, lines = "Distillation of the student", run.of_stage("distill")
     best, blocks = opening(run, "student", lines)
     if not lines:
@@ -136,7 +137,7 @@ def training(run: RunFolder) -> Section:
         blocks.append(
             Text(
                 "The accuracy curves of the paper's Figs. 6 and 7 need benchmarks during training, "
-                "which this run did not log; validation agreement stands in their place.",
+                "which this run did not log; validation agreement replaces them.",
                 missing=True,
             )
         )
@@ -144,7 +145,7 @@ def training(run: RunFolder) -> Section:
 
 
 def _benchmark_curves(run: RunFolder) -> list[LinePlot]:
-    """Accuracies that were logged while the student trained: ``benchmark/<name>``."""
+    """Accuracies that were logged during the student's training: ``benchmark/<name>``."""
     lines = run.of_stage("distill")
     names = sorted({name for line in lines for name in line if name.startswith("benchmark/")})
     series = []
@@ -157,7 +158,7 @@ def _benchmark_curves(run: RunFolder) -> list[LinePlot]:
 
 
 def other_series(run: RunFolder, stage: str, shown: set[str]) -> Fold | None:
-    """All other figures of a stage, folded."""
+    """All other figures of a stage, hidden until opened."""
     found = [
         figure
         for name, figure in other_figures(run, stage, shown)
@@ -182,7 +183,7 @@ def beside_the_proxy(run: RunFolder) -> Section:
         note = "The paper's Fig. 3 shows it by proxy; compare several runs for that."
         blocks.append(Table("Gap between aligned proxy and student", header, rows, note))
     if not blocks:
-        text = "No figures of both an aligned proxy and a student are there."
+        text = "There are no figures of both an aligned proxy and a student."
         blocks.append(Text(text, missing=True))
     return Section(title, blocks)
 

@@ -1,6 +1,6 @@
-"""Plots as SVG text. Colours, dashes and fonts are the page's CSS, so that one drawing serves a
-light and a dark screen and paper; sizes are those of a phone, and wider pages set plots side by
-side. The same plot is always the same text.
+"""Plots as SVG text. Colours, dashes and fonts come from the page's CSS, so that one drawing works
+on light and dark screens and on paper. Sizes suit a phone; wider pages set plots side by side. The
+same plot always gives the same text.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from proxykd_jax.reporting.blocks import BarPlot, Histogram, LinePlot, Plot, Ser
 WIDTH = 360
 _HEIGHT = 226
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 14, 20, 40
-# Colours of style.css: further series begin again.
+# Number of colours in style.css; further series reuse them.
 NUM_COLOURS = 8
-# A mark has a tooltip up to so many points.
+# Marks get tooltips only up to this number of points.
 _TOOLTIPS = 80
-# Letters of 10.5 px are about so wide.
+# Approximate width of a letter of 10.5 px.
 _LETTER = 5.8
 
 
@@ -27,7 +27,7 @@ def draw(plot: Plot, name: str) -> str:
 
     Args:
       plot: what to draw.
-      name: for the ids of title and description; unique on the page.
+      name: prefix for the ids of title and description; unique on the page.
     """
     match plot:
         case LinePlot():
@@ -45,7 +45,7 @@ def draw(plot: Plot, name: str) -> str:
 
 
 def describe(plot: Plot) -> str:
-    """The plot in words, for those who do not see it."""
+    """The plot in words, for readers who cannot see it."""
     match plot:
         case LinePlot():
             return " ".join(_told(series, plot.x_label) for series in plot.series)
@@ -82,7 +82,7 @@ def _told(series: Series, x_label: str) -> str:
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
-    """At most ``most`` round numbers from ``low`` to ``high``, evenly apart."""
+    """At most ``most`` evenly spaced round numbers from ``low`` to ``high``."""
     if not high > low:
         return [low]
     rough = (high - low) / max(most - 1, 1)
@@ -105,7 +105,7 @@ def _scale(low: float, high: float, start: float, end: float) -> Scale:
 
 
 def _range(values: Sequence[float], *, zero: bool = False) -> tuple[float, float]:
-    """The values' range with some air; around a single value, one of a tenth of it."""
+    """The values' range with a margin; around a single value, a range of a tenth of it."""
     low, high = min(values), max(values)
     if zero:
         low = min(low, 0.0)
@@ -116,7 +116,7 @@ def _range(values: Sequence[float], *, zero: bool = False) -> tuple[float, float
 def _frame(
     xs: tuple[float, float], ys: tuple[float, float], x_label: str, *, whole: bool
 ) -> tuple[list[str], Scale, Scale]:
-    """Grid, ticks and names of the axes, and the scales; ``whole`` for x ticks at integers only."""
+    """Grid, ticks and axis labels, and the scales; ``whole``: x ticks only at integers."""
     bottom = _HEIGHT - _BOTTOM
     x_of = _scale(*xs, _LEFT, WIDTH - _RIGHT)
     y_of = _scale(*ys, bottom, _TOP)
@@ -175,7 +175,7 @@ def _lines(plot: LinePlot) -> str:
 
 
 def _marker(index: int, x: float, y: float, colour: str, tip: str) -> str:
-    """Shapes differ, so that colours need not be told apart."""
+    """Markers differ in shape, so that nobody has to tell colours apart."""
     shapes = (
         f'<circle class="mark {colour}" cx="{x:.1f}" cy="{y:.1f}" r="2.8">',
         f'<rect class="mark {colour}" x="{x - 2.6:.1f}" y="{y - 2.6:.1f}" '
@@ -189,7 +189,7 @@ def _marker(index: int, x: float, y: float, colour: str, tip: str) -> str:
 
 
 def _phases(plot: LinePlot, x_of: Scale) -> list[str]:
-    """A line where a phase ends, and its name above the middle of it where there is room."""
+    """A line where a phase ends, and its name above the middle of it if there is room."""
     parts, begin = [], x_of(min(x for series in plot.series for x in series.xs))
     free = 0.0
     for at, name in plot.ends:
@@ -224,7 +224,7 @@ def _histogram(plot: Histogram) -> str:
 
 
 def _bars(plot: BarPlot) -> tuple[str, int]:
-    """Bars lie, below their names: there is room for both on a phone."""
+    """Horizontal bars below their names, so that both fit on a phone."""
     bar, gap, name_height = 13, 10, 17
     values = [b for _, bars in plot.series for b in bars if b is not None]
     most = max((value + (error or 0) for value, error in values), default=0.0) or 1.0

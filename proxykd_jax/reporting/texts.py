@@ -14,7 +14,7 @@ from proxykd_jax.reporting.blocks import Answers, Block, Fold, Section, Text, sh
 from proxykd_jax.reporting.curves import phase_name
 from proxykd_jax.reporting.run_folder import UNREADABLE, RunFolder, told
 
-# Answers shown of each store, and letters of each text.
+# Number of answers shown of each store, and of letters of each text.
 _SHOWN, _LETTERS = 4, 1500
 # The store whose answers are the untrained student's (SODA).
 STUDENTS = "base_student"
@@ -44,8 +44,8 @@ def texts(run: RunFolder) -> Section:
         note = Text("The run stored no answers of its own; these are the teacher's.", missing=True)
         return Section(title, [note, *rows])
     intro = (
-        "Each round asks the proxy other prompts: the first round is the warmed-up proxy, a later "
-        "one the proxy that the rounds before it made. Special tokens are shown as they are."
+        "Each round asks the proxy other prompts: the first round asks the warmed-up proxy, a "
+        "later one the proxy after the rounds before it. Special tokens are shown as they are."
     )
     if not (run.folder / "samples" / STUDENTS).is_dir():
         intro += " Answers of the student were not stored."
@@ -53,7 +53,7 @@ def texts(run: RunFolder) -> Section:
 
 
 def _tokenizer(run: RunFolder, corpus: TokenCorpus) -> Tokenizer | None:
-    """The corpus's, or the copy that was exported with the student. Nothing is downloaded."""
+    """The corpus's tokenizer, or the copy exported with the student. Nothing is downloaded."""
     for place in (Path(corpus.tokenizer_path), run.folder / "export" / "student"):
         if place.is_dir():
             try:
@@ -78,7 +78,7 @@ def _of_store(folder: Path, corpus: TokenCorpus, tokenizer: Tokenizer) -> list[B
     count = len(store)
     if not count:
         return []
-    # Evenly over the store, whose order says nothing.
+    # Evenly spread over the store, whose order has no meaning.
     places = sorted({i * count // _SHOWN for i in range(min(_SHOWN, count))})
     sampled = store.read(places)
     prompts = _prompts(corpus, sampled[0])
@@ -94,7 +94,7 @@ def _of_store(folder: Path, corpus: TokenCorpus, tokenizer: Tokenizer) -> list[B
 
 
 def _prompts(corpus: TokenCorpus, sampled: SampledRow) -> TokenSplit | None:
-    """The split that an answer's prompt is from."""
+    """The split that contains an answer's prompt."""
     for name in SPLITS:
         split = corpus.split(name)
         if sampled.row < len(split) and split.row_ids[sampled.row] == sampled.row_id:

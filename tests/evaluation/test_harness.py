@@ -502,7 +502,7 @@ def test_outputs_and_servers_are_not_asked(
         assert run_benchmarks(config, models)["harness"] == {}
     said = capsys.readouterr().err
     for name in ("some", "far"):
-        assert f"{name} is no model on this machine; the harness does not ask it" in said
+        assert f"{name} is not a model on this machine; the harness does not ask it" in said
 
 
 def test_without_the_extra(

@@ -355,7 +355,7 @@ def test_a_failure_ends_the_other_requests(tokenizer):
 
 def test_nothing_listens():
     client = ServerClient(SamplingServer(url="http://127.0.0.1:9", api="vllm", retries=1), "base")
-    with pytest.raises(UnansweredError, match="see that the server runs there"):
+    with pytest.raises(UnansweredError, match="check that the server is running there"):
         client.check()
 
 

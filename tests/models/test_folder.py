@@ -40,7 +40,7 @@ def test_a_name_is_asked_of_the_hub(tmp_path, asked):
 def test_what_is_no_name_is_not_asked_of_the_hub(tmp_path, monkeypatch, asked, name):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="no such folder, and it is no hub name"):
+    with pytest.raises(UserError, match="no such folder, and it is not a hub name"):
         local_folder(name)
     assert asked == []
 

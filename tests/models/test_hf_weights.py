@@ -149,7 +149,7 @@ def test_tokenizer_files_are_copied_byte_for_byte(model, folder, tmp_path):
     for name, data in contents.items():
         assert (tmp_path / "out" / name).read_bytes() == data
     assert not (tmp_path / "out" / "notes.txt").exists()
-    with pytest.raises(UserError, match="no folder"):
+    with pytest.raises(UserError, match="not a folder"):
         save_model(tmp_path / "other", *model, source=tmp_path / "absent")
 
 
@@ -181,7 +181,7 @@ def test_a_folder_appears_whole_or_not_at_all(model, folder, tmp_path):
         save_model(folder, config, params)
     assert same(load_model(folder)[1], changed)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="no folder"):
+    with pytest.raises(UserError, match="not a folder"):
         save_model(tmp_path / "file", config, params, overwrite=True)
 
 
@@ -217,7 +217,7 @@ def test_names_and_shapes_are_checked(folder):
     with pytest.raises(UserError, match=r"1 tensors are missing.*layers\.1\.mlp\.up_proj"):
         load_model(folder)
     edit(weights, lambda t: t.update({"model.layers.7.x": np.zeros(3, np.float32)}))
-    with pytest.raises(UserError, match=r"no place, for instance model\.layers\.7\.x"):
+    with pytest.raises(UserError, match=r"unexpected, for instance model\.layers\.7\.x"):
         load_model(folder)
 
 

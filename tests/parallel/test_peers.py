@@ -105,7 +105,7 @@ def test_all_stop_at_the_boundary_that_the_first_says(as_process):
     assert [peers.stop_wanted() for _ in range(3)] == [False] * 3
     told.put("term/2", "")  # process 2 was told to stop
     assert peers.stop_wanted()
-    with pytest.raises(Stopped, match="the same command goes on"):
+    with pytest.raises(Stopped, match="the same command continues"):
         peers.stop_if_wanted()
     for index in (1, 2):
         as_process(index)

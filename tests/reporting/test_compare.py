@@ -107,7 +107,7 @@ def test_mistakes_are_sentences(made, other, tmp_path, capsys):
     for arguments, sentence in (
         (["--run", *runs], "name it by --out FILE"),
         (["--run", runs[0], runs[0], "--out", "x.html"], "is named twice"),
-        (["--run", str(tmp_path / "none")], "is no folder"),
+        (["--run", str(tmp_path / "none")], "is not a folder"),
         (["--run", str(tmp_path)], "holds no run"),
         (["--run", str(made.runs_dir)], f"It holds the runs {other.name}, {made.name}: name one."),
         (["--run", runs[0], "--out", str(tmp_path)], "--out names a file"),
@@ -131,5 +131,5 @@ def test_no_model_is_loaded(made, monkeypatch):
 
 def test_main_takes_a_config_and_gives_the_file(made):
     assert report.main(made) == made.folder / "report.html"
-    with pytest.raises(UserError, match="no folder"):
+    with pytest.raises(UserError, match="not a folder"):
         report.main(made.model_copy(update={"name": "never_run"}))

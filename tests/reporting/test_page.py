@@ -349,7 +349,7 @@ def test_a_killed_run_has_a_page(folder):
     run = read_run(folder)
     assert len(run.lines) == 18
     found = Page(render([run]))
-    assert "Not finished: python -m proxykd_jax.align goes on with it." in found.text
+    assert "Not finished: python -m proxykd_jax.align continues it." in found.text
     assert "1 of its lines" in found.text and "preference_loss_dpo.csv" in found.csvs
 
 

@@ -1,4 +1,4 @@
-"""Which rows stay and where they go, from columns; only ``max_rows`` needs a look at the text."""
+"""Decides from columns which rows stay and where they go; only ``max_rows`` needs their text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from proxykd_jax.data.split import split_at
 
 JUDGED, HELD_OUT, LIMITED, ASSIGNED = "judged", "held_out", "limited", "assigned"
 TEST, VALIDATION = 0, 1  # numbers of HELD_OUT
-# A verdict is one byte a row: 0 stays, any other is a reason by its place here.
+# A verdict is one byte per row: 0 means the row stays; another number is an index into REASONS.
 KEPT = 0
 REASONS = ("", IN_TEST, IN_VALIDATION, REPEATED, IN_BENCHMARK, BEYOND_MAX_ROWS)
 NO_SPLIT = 255
@@ -29,14 +29,14 @@ Block = tuple[int, np.ndarray, np.ndarray]  # a piece, uint64[n] digests, int64[
 
 
 def hold_out(job: Job, which: int, prompts: Iterable[np.ndarray]) -> None:
-    """Keeps the prompts that are in no other split: of the test set, or of validation."""
+    """Stores the prompts of the test set or of validation, which may occur in no other split."""
     found = [np.unique(array) for array in prompts]
     merged = np.unique(np.concatenate(found)) if found else np.zeros(0, np.uint64)
     job.commit(HELD_OUT, which, {"prompts": merged})
 
 
 def blocks_to_compare(folder: str, buckets: int, number: int) -> Iterator[tuple[str, Block]]:
-    """A piece's digests of rows that may repeat others, each with the bucket that compares it."""
+    """A piece's digests of rows that may be repeated, each with the bucket that compares it."""
     job = job_in(folder)
     group = job.pieces[number].group
     if group != "fresh_prompts" and not job.corpus.deduplicate:
@@ -50,7 +50,7 @@ def blocks_to_compare(folder: str, buckets: int, number: int) -> Iterator[tuple[
 
 
 def repeated_rows(bucket: tuple[str, Iterable[Block]]) -> Iterator[tuple[int, np.ndarray]]:
-    """The rows of a bucket whose digest an earlier row has, by piece: int64 row numbers."""
+    """Rows of a bucket whose digest an earlier row has, by piece, as int64 row numbers."""
     blocks = sorted(bucket[1], key=lambda block: block[0])
     digests = np.concatenate([block[1] for block in blocks])
     is_repeated = np.ones(len(digests), bool)
@@ -62,7 +62,7 @@ def repeated_rows(bucket: tuple[str, Iterable[Block]]) -> Iterator[tuple[int, np
 
 
 def judge(folder: str, repeated: tuple[int, Iterable[np.ndarray | None]]) -> None:
-    """Keeps the verdicts of a piece, uint8[n], and how many there are of each."""
+    """Stores the verdicts of a piece, uint8[n], and their counts."""
     job, number = job_in(folder), repeated[0]
     verdicts = _before_repeats(job, number)
     for rows in repeated[1]:
@@ -74,7 +74,7 @@ def judge(folder: str, repeated: tuple[int, Iterable[np.ndarray | None]]) -> Non
 
 
 def _before_repeats(job: Job, number: int) -> np.ndarray:
-    """uint8[n]: the verdicts that come before comparing rows, in the order of ``selection``."""
+    """uint8[n]: verdicts that precede the comparison of rows, in the order of ``selection``."""
     group, columns = job.pieces[number].group, job.found(SCAN, number).arrays
     verdicts = np.zeros(len(columns["digests"]), np.uint8)
     if group == "test":
@@ -105,7 +105,7 @@ def _counts(codes: np.ndarray, kinds: int) -> list[int]:
 
 
 def look_at_lengths(folder: str, number: int) -> None:
-    """For ``max_rows``: the ``hashes`` of the rows that stay, and the ``smallest`` that fit."""
+    """For ``max_rows``: ``hashes`` of the rows that stay, and the ``smallest`` that fit."""
     job = job_in(folder)
     if job.has_error(LIMITED, before=number):
         return
@@ -121,7 +121,8 @@ def look_at_lengths(folder: str, number: int) -> None:
 
 
 def smallest_hashes(job: Job, max_rows: int, numbers: Iterable[int]) -> list[int]:
-    """The ``max_rows + 1`` smallest hashes of rows that fit, over all pieces; memory as many."""
+    """The ``max_rows + 1`` smallest hashes of rows that fit, over all pieces, in that much
+    memory."""
     smallest = np.zeros(0, np.uint64)
     for number in numbers:
         found = job.found(LIMITED, number).arrays["smallest"]
@@ -130,7 +131,7 @@ def smallest_hashes(job: Job, max_rows: int, numbers: Iterable[int]) -> list[int
 
 
 def kept_below(job: Job, threshold: int, numbers: Iterable[int]) -> int:
-    """How many rows ``max_rows`` leaves."""
+    """Number of rows that ``max_rows`` leaves."""
     return sum(
         int(below_threshold(job.found(LIMITED, number).arrays["hashes"], threshold).sum())
         for number in numbers
@@ -138,10 +139,10 @@ def kept_below(job: Job, threshold: int, numbers: Iterable[int]) -> int:
 
 
 def assign(folder: str, fraction: float, threshold: int | None, number: int) -> None:
-    """Keeps a piece's final ``verdicts`` and ``splits``, uint8[n], and how many there are of each.
+    """Stores a piece's final ``verdicts`` and ``splits``, uint8[n], and their counts.
 
-    A split is its place in ``SPLITS``. Where fresh prompts must avoid them, the digests of its
-    validation ``prompts`` are kept too.
+    A split is stored as its index in ``SPLITS``. If fresh prompts must avoid validation, the
+    digests of the piece's validation ``prompts`` are stored, too.
     """
     job = job_in(folder)
     group = job.pieces[number].group

@@ -1,4 +1,4 @@
-"""What all workers know of a corpus that is being made, in a folder that all of them see."""
+"""State of a corpus in the making, in a folder that all workers see."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from proxykd_jax.data.tokenizer import load_tokenizer
 from proxykd_jax.errors import UserError
 
 GROUPS = ("test", "sources", "fresh_prompts")  # in the order in which they are read
-FOR_ALL = -1  # the number under which an error of every piece is noted
+FOR_ALL = -1  # the number for an error that affects every piece
 _JOB = "job.json"
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What one worker reads at a time: a file of a source, or a source that is no list of files.
+    """The unit that one worker reads: a file of a source, or a source that is not a list of files.
 
     Attributes:
-      group: the key of the config that lists its source, one of ``GROUPS``.
-      index: the source's place in that list.
-      label: the source's, for counts.
-      source: the piece as a source of its own.
+      group: the config key that lists its source, one of ``GROUPS``.
+      index: the source's index in that list.
+      label: the source's label, for counts.
+      source: the piece as a separate source.
     """
 
     group: str
@@ -47,15 +47,15 @@ class Piece:
 
 
 class Job:
-    """A corpus that is being made.
+    """A corpus in the making.
 
     Args:
-      folder: where ``begin_job`` was.
+      folder: the folder given to ``begin_job``.
 
     Attributes:
       corpus: the section of the config.
-      corpus_folder: of the open stage.
-      pieces: all of them, in reading order; steps name them by their numbers.
+      corpus_folder: folder of the open stage.
+      pieces: all pieces, in reading order; steps refer to them by number.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -75,7 +75,7 @@ class Job:
         self._tokenizer: str = record["tokenizer"]
         self._lock = threading.Lock()
 
-    # Made once a process, whose threads share them.
+    # Made once per process and shared by its threads.
 
     @property
     def renderer(self) -> Renderer:
@@ -84,10 +84,10 @@ class Job:
 
     @property
     def benchmarks(self) -> ContaminationIndex | None:
-        """The questions to look for, or None.
+        """The questions to search for, or None.
 
         Raises:
-          UserError: a file of theirs cannot be read.
+          UserError: one of their files cannot be read.
         """
         with self._lock:
             return self._made_benchmarks
@@ -103,7 +103,7 @@ class Job:
         return ContaminationIndex.from_files(files) if files else None
 
     def numbers(self, *groups: str) -> list[int]:
-        """The pieces of some groups."""
+        """Numbers of the pieces of these groups."""
         return [number for number, piece in enumerate(self.pieces) if piece.group in groups]
 
     # --- rows -------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ class Job:
         )
 
     def rows_again(self, number: int, rows: int) -> Iterator[TextRow]:
-        """The rows of a piece that had so many.
+        """The rows of a piece that had this many rows.
 
         Raises:
           UserError: it has more or fewer.
@@ -139,21 +139,21 @@ class Job:
         arrays: Mapping[str, np.ndarray],
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        """Keeps what a step found of a piece."""
+        """Stores what a step found for a piece."""
         folder = PartFolder(self.folder / step, one_of_several=True)
         folder.commit(number, arrays, metadata)
 
     def found(self, step: str, number: int) -> Part:
-        """What a step found of a piece: arrays and metadata."""
+        """What a step found for a piece: arrays and metadata."""
         return PartFolder(self.folder / step).open(number)
 
     # --- errors -----------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def notes_errors(self, step: str, number: int) -> Iterator[None]:
-        """Keeps a mistake of the user's for the leading process, to be said as it stands.
+        """Stores a UserError, so that the leading process can report it unchanged.
 
-        Beam would retry it, and wrap its sentence into tracebacks.
+        Beam would retry it and bury the message in tracebacks.
         """
         try:
             yield
@@ -163,12 +163,13 @@ class Job:
             write_bytes(path, text.encode(), one_of_several=True)
 
     def noted_error(self, step: str, number: int) -> UserError | None:
-        """The error of a piece, if it had one."""
+        """The error of a piece, or None."""
         path = self._error_path(step, number)
         return UserError(read_json(path)["error"]) if path.exists() else None
 
     def has_error(self, step: str, before: int | None = None) -> bool:
-        """Whether a piece had an error (one read before this piece: what follows is in vain)."""
+        """Whether a piece (one before ``before`` in reading order) had an error; if so, later work
+        is wasted."""
         noted = (int(path.stem) for path in self._error_path(step, 0).parent.glob("[!.]*.json"))
         return any(before is None or number < before for number in noted)
 
@@ -180,13 +181,13 @@ def begin_job(folder: Path, corpus: CorpusConfig, tokenizer: str, corpus_folder:
     """Lists the pieces of a corpus and writes what workers need into an empty folder.
 
     Args:
-      folder: for the columns; every worker sees it under this name.
+      folder: folder for the columns; every worker sees it under this path.
       corpus: the section of the config.
       tokenizer: folder or hub name.
-      corpus_folder: of the open stage.
+      corpus_folder: folder of the open stage.
 
     Raises:
-      UserError: a path names nothing.
+      UserError: a path matches nothing.
     """
     pieces = []
     for group in GROUPS:
@@ -210,7 +211,7 @@ _lock = threading.Lock()
 
 
 def job_in(folder: str) -> Job:
-    """The job of a folder, on a worker: threads of one process share its tokenizer."""
+    """The job of a folder, on a worker; threads of one process share its tokenizer."""
     with _lock:
         return _read_job(folder)
 

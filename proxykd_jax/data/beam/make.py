@@ -1,4 +1,4 @@
-"""Leads the steps of a corpus on Beam, and says what went wrong as the local path would say it."""
+"""Runs the steps of a corpus on Beam, and reports errors in the words of the local path."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from proxykd_jax.data.split import effective_validation_fraction
 from proxykd_jax.errors import UserError
 
 _WORK = ".prepare_beam.tmp"
-# 24 bytes a row: some 50 MB for one worker.
+# At 24 bytes per row about 50 MB per worker.
 _ROWS_A_BUCKET = 1 << 21
 _FEWEST_BUCKETS = 16
 
@@ -42,20 +42,20 @@ def write_with_beam(
     Args:
       corpus: the section of the config, with ``beam``.
       tokenizer: folder or hub name.
-      writer: of the corpus folder, whose parent takes the columns for as long as this runs.
+      writer: writer of the corpus folder; the columns lie in that folder's parent during this call.
 
     Returns:
-      What became of every source before tokens, by label, and the validation fraction.
+      Counts of every source before tokenisation, by label, and the validation fraction.
 
     Raises:
-      UserError: Beam or its runner is missing; a source, benchmark or row is as it must not be.
+      UserError: Beam or its runner is missing; a source, benchmark or row is invalid.
     """
     assert corpus.beam is not None
     work = writer.folder.resolve().parent / _WORK
-    shutil.rmtree(work, ignore_errors=True)  # a killed run's
+    shutil.rmtree(work, ignore_errors=True)  # left by a killed run
     work.mkdir()
     try:
-        # A new name, so that no worker takes an earlier run's job for this one.
+        # A new name, so that no worker mistakes an earlier run's job for this one.
         folder = tempfile.mkdtemp(dir=work)
         pipelines = Pipelines(corpus.beam, folder)
         job = begin_job(Path(folder), corpus, tokenizer, writer.folder.resolve())
@@ -105,11 +105,11 @@ def _raise_first(job: Job, step: str, numbers: Iterable[int]) -> None:
 
 
 def _check_scan(job: Job, numbers: Iterable[int], *before: int) -> None:
-    """The first thing that is wrong, in reading order.
+    """Raises the first error in reading order.
 
     Raises:
-      UserError: a piece, or what all need (numbers ``before``), cannot be read; or a source gives
-        no row.
+      UserError: a piece, or one that all others need (``before``), cannot be read; or a source has
+        no usable row.
     """
     _raise_first(job, scan.SCAN, before)
     by_source: dict[str, list[int]] = {}
@@ -138,7 +138,7 @@ def _prompts(job: Job, step: str, numbers: Iterable[int]) -> Iterable:
 
 
 def _judged(job: Job, number: int, reason: str = "") -> int:
-    """How many rows of a piece were left out for a reason; without one, how many stay."""
+    """Rows of a piece dropped for a reason; without a reason, the rows that stay."""
     return job.found(decide.JUDGED, number).metadata["counts"][decide.REASONS.index(reason)]
 
 
@@ -163,7 +163,7 @@ def _matches(job: Job, number: int) -> Iterable[Match]:
 
 
 def _limit(job: Job, pipelines: Pipelines, sources: list[int]) -> tuple[int | None, int]:
-    """The hash that ``max_rows`` ends at (None without it), and how many rows stay."""
+    """The hash threshold of ``max_rows`` (None without it), and the number of rows that stay."""
     max_rows = job.corpus.max_rows
     if max_rows is None:
         return None, sum(_judged(job, number) for number in sources)
@@ -174,7 +174,7 @@ def _limit(job: Job, pipelines: Pipelines, sources: list[int]) -> tuple[int | No
 
 
 def _judged_counts(job: Job, numbers: Iterable[int]) -> dict[str, SourceCount]:
-    """Where nothing is left: why, with examples, by reading everything once more."""
+    """If no row is left: the reasons with examples, found by reading everything again."""
     return _summed(job, numbers, {number: write.judged_drops(job, number) for number in numbers})
 
 
@@ -195,7 +195,7 @@ def _counts(job: Job, numbers: Iterable[int]) -> dict[str, SourceCount]:
 
 
 def _summed(job: Job, numbers: Iterable[int], left_out: dict[int, Drops]) -> dict[str, SourceCount]:
-    """By source: rows read, and those left out, in reading order."""
+    """By source: rows read and rows dropped, in reading order."""
     counts: dict[str, SourceCount] = {}
     for number in numbers:
         count = counts.setdefault(job.pieces[number].label, SourceCount())

@@ -1,7 +1,7 @@
-"""The pipelines themselves: the one module that knows Apache Beam, imported when it is asked for.
+"""The pipelines. Only this module uses Apache Beam; it is imported on demand.
 
-Elements are numbers of pieces, columns and blocks of token rows; functions are named ones of the
-neighbouring modules, so that every worker finds them by import.
+Elements are numbers of pieces, columns and blocks of token rows. All functions are named functions
+of neighbouring modules, so that every worker can import them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from proxykd_jax.data.beam import decide, scan, write
 from proxykd_jax.errors import UserError
 
 INSTALL = "pip install 'proxykd_jax[beam]'"
-# Beam's own name for it first tries Prism, a program in Go that it fetches from the network.
+# Beam's default local runner first tries Prism, a Go program that it downloads.
 _LOCAL_RUNNER = "FnApiRunner"
 
 
@@ -24,10 +24,10 @@ class Pipelines:
 
     Args:
       settings: runner and its options.
-      folder: of the job.
+      folder: the job's folder.
 
     Raises:
-      UserError: Beam is not installed, has no such runner, or refuses the options.
+      UserError: Beam is not installed, has no such runner, or rejects the options.
     """
 
     def __init__(self, settings: BeamConfig, folder: str) -> None:
@@ -48,7 +48,7 @@ class Pipelines:
         self._each("scan", scan.scan, numbers)
 
     def judge(self, numbers: Sequence[int], buckets: int) -> None:
-        """Finds repeated rows and keeps the verdicts."""
+        """Finds repeated rows and stores the verdicts."""
         beam = self._beam
         with self._pipeline() as pipeline:
             judged = pipeline | "pieces to judge" >> beam.Create([(n, None) for n in numbers])
@@ -74,7 +74,7 @@ class Pipelines:
         self._each("splits", decide.assign, numbers, fraction, threshold)
 
     def write(self, numbers: Sequence[int]) -> None:
-        """Cuts pieces into tokens and writes the shards."""
+        """Tokenises pieces and writes the shards."""
         beam = self._beam
         with self._pipeline() as pipeline:
             _ = (
@@ -90,7 +90,7 @@ class Pipelines:
             _ = spread | name >> self._beam.Map(self._step(function, *arguments))
 
     def _spread(self, pipeline: Any, name: str, numbers: Sequence[int]) -> Any:
-        """The pieces, each free to go to another worker than its neighbour."""
+        """The pieces, distributed so that neighbours can go to different workers."""
         beam = self._beam
         created = pipeline | name >> beam.Create(list(numbers))
         return created | f"spread {name}" >> beam.Reshuffle()
@@ -106,7 +106,7 @@ class Pipelines:
         runner = _LOCAL_RUNNER if local else settings.runner
         try:
             options = PipelineOptions(list(settings.options))
-            options.get_all_options()  # reads them; without it a run would end in its midst
+            options.get_all_options()  # parse them now, not midway through the run
             mode = options.view_as(DirectOptions).direct_running_mode
             if local and mode == "multi_threading":
                 raise UserError(
@@ -115,7 +115,7 @@ class Pipelines:
                     "--direct_num_workers."
                 )
             return self._beam.Pipeline(runner=runner, options=options)
-        except SystemExit as error:  # its parser has said why
+        except SystemExit as error:  # its parser has printed the reason
             raise UserError(
                 f"corpus.beam.options: Beam refuses {' '.join(settings.options)} (see above)."
             ) from error

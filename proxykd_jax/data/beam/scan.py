@@ -1,4 +1,4 @@
-"""The first look at a piece: of every row what is compared with other rows, without its text."""
+"""Reads a piece and keeps what is compared with other rows, without their text."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ SCAN = "scan"
 
 
 def scan(folder: str, number: int) -> None:
-    """Reads a piece and keeps its columns: n rows.
+    """Reads a piece of n rows and stores its columns.
 
-    ``digests`` uint64[n], of the row as it is compared with others; ``prompts`` uint64[n, 2], the
-    digests of its prompt (twice the same, where there is one), if any split is held out;
-    ``places`` float64[n, 2], for the split; ``in_benchmark`` bool[n]. As metadata: rows ``read``,
-    and the ``drops`` while reading.
+    ``digests`` uint64[n]: the row as it is compared with others. ``prompts`` uint64[n, 2], if any
+    split is held out: digests of its prompt (equal if there is only one). ``places`` float64[n, 2]:
+    the numbers that decide the split. ``in_benchmark`` bool[n]. Metadata: rows ``read``, and the
+    ``drops`` during reading.
     """
     job = job_in(folder)
     if job.has_error(SCAN, before=number):

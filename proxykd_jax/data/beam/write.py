@@ -1,4 +1,4 @@
-"""Pieces into tokens, and tokens into shards: each shard whole, by one worker, in reading order."""
+"""Tokenises pieces and writes shards: one worker writes a whole shard, in reading order."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class _ShardRow(NamedTuple):
     """A row on its way to its shard.
 
     Attributes:
-      number: its place in the piece.
-      tokens: int32[T] as bytes; empty where it is left out.
+      number: its number in the piece.
+      tokens: int32[T] as bytes; empty if it is dropped.
       prompt_length: P.
-      problem: why it is left out and where it stands, or None.
+      problem: why it is dropped and its origin, or None.
     """
 
     number: int
@@ -34,14 +34,14 @@ class _ShardRow(NamedTuple):
     problem: tuple[str, str] | None
 
 
-# What a batch of a piece brings to one shard: piece, label, rows in order.
+# The rows that a batch of a piece contributes to one shard: piece, label, rows in order.
 ShardBlock = tuple[int, str, list[_ShardRow]]
 
 
 def plan_shards(job: Job, writer: CorpusWriter) -> None:
-    """Keeps where every piece's rows begin in each split, and which shards are committed.
+    """Stores where every piece's rows start in each split, and which shards are committed.
 
-    ``starts`` int64[pieces + 1, splits], the last being the totals; ``done_<split>`` int64.
+    ``starts`` int64[pieces + 1, splits], the last row being the totals; ``done_<split>`` int64.
     """
     counts = [job.found(ASSIGNED, number).metadata["splits"] for number in range(len(job.pieces))]
     starts = np.zeros((len(counts) + 1, len(SPLITS)), np.int64)
@@ -53,9 +53,9 @@ def plan_shards(job: Job, writer: CorpusWriter) -> None:
 
 
 def encode_piece(folder: str, number: int) -> Iterator[tuple[str, ShardBlock]]:
-    """A piece's rows as tokens, by shard (``split/number``), but those of committed shards.
+    """A piece's rows as tokens, by shard (``split/number``), without committed shards.
 
-    Keeps which rows were left out before, with reasons. A piece with an error brings nothing more.
+    Stores which rows were dropped before, with reasons. A piece stops at its first error.
     """
     job = job_in(folder)
     if job.has_error(WRITTEN, before=number):
@@ -83,7 +83,7 @@ def _encode_piece(job: Job, number: int) -> Iterator[tuple[str, ShardBlock]]:
 
 
 def _shards(job: Job, number: int, splits: np.ndarray) -> np.ndarray:
-    """int64[n]: the shard of every row; -1 where there is none, or it is committed."""
+    """int64[n]: the shard of each row; -1 if it has none, or if the shard is committed."""
     plan = job.found(PLAN, 0).arrays
     shards = np.full(len(splits), -1, np.int64)
     for code, split in enumerate(SPLITS):
@@ -120,7 +120,7 @@ def _encode_batch(
 
 
 def write_shard(folder: str, shard: tuple[str, Iterable[ShardBlock]]) -> None:
-    """Writes a shard, if all its rows are there; a piece with an error has not brought its own."""
+    """Writes a shard if all its rows have arrived; a piece with an error sends no more rows."""
     job = job_in(folder)
     name, _, number = shard[0].partition("/")
     split, place = cast(CorpusSplit, name), int(number)
@@ -144,10 +144,10 @@ def write_shard(folder: str, shard: tuple[str, Iterable[ShardBlock]]) -> None:
 
 
 def check_shards(job: Job) -> None:
-    """Sees that every shard of the plan is committed.
+    """Checks that every planned shard is committed.
 
     Raises:
-      RuntimeError: one is not, though no piece had an error: the runner lost rows.
+      RuntimeError: one is not although no piece had an error, so the runner lost rows.
     """
     writer = CorpusWriter(job.corpus_folder, one_of_several=True)
     for split in SPLITS:
@@ -162,7 +162,7 @@ def _total(job: Job, split: CorpusSplit) -> int:
 
 
 def judged_drops(job: Job, number: int) -> Drops:
-    """The rows that were judged to be left out of a piece, by reading it once more."""
+    """The dropped rows of a piece with reasons, found by reading it again."""
     drops = Drops()
     found = job.found(JUDGED, number).arrays["verdicts"].tolist()
     for row, verdict in zip(job.rows_again(number, len(found)), found, strict=True):
