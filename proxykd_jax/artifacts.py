@@ -261,8 +261,7 @@ def _borrow(folder: Path, begun: Mapping[str, Any]) -> bool:
         same = manifest["stage"] == begun["stage"] and not _unlike(manifest, begun)
         if manifest["status"] == "complete" and same:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            # A relative link, so that a folder of runs can be moved; to the stage itself, not to a
-            # link.
+            # Relative, so that a folder of runs can be moved; to the stage itself, not to a link.
             folder.symlink_to(os.path.relpath(there.resolve(), folder.parent.resolve()))
             print(f"{folder}: the same as {there}, linked", flush=True)
             return True

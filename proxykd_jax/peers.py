@@ -31,8 +31,7 @@ class Channel(Protocol):
         """Publishes a text under a new key."""
 
     def get(self, key: str, meanwhile: Callable[[], None]) -> str:
-        """The text of a key; waits for it, for hours if necessary, and calls ``meanwhile`` at
-        times."""
+        """The text of a key; waits for it, even for hours, and calls ``meanwhile`` at times."""
 
     def any_under(self, key: str) -> bool:
         """Whether any key starts with this one and a slash."""

@@ -88,8 +88,7 @@ def _build(data: Any, problems: list[str], overrides: Sequence[str], origin: str
         data = _merge(below, data)
     problems += _expand_paths(data)
     try:
-        # Strict JSON mode: "32" is not an integer and true is not a number, but a list becomes a
-        # tuple.
+        # Strict JSON mode: "32" is not an integer, true is not a number, but lists become tuples.
         config = Config.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         problems += _explain(error.errors(), unresolved_preset=preset not in PRESETS)

@@ -1,5 +1,4 @@
-"""Reads benchmark files, makes prompts of their questions, and adds a teacher's answers from a
-file.
+"""Benchmark files: their questions, the prompts made of them, and teacher answers from a file.
 
 Each benchmark is read in its official form and in the layout of its public copy. Gold answers are
 never taken as a teacher's answers.

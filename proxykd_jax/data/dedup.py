@@ -124,8 +124,7 @@ class PromptSet:
 
 
 def prompt_digests(row: TextRow | str) -> set[int]:
-    """The 64-bit digests that a ``PromptSet`` keeps of a row: one, or up to two for a plain
-    text."""
+    """The 64-bit digests of a row in a ``PromptSet``: one, or up to two for a plain text."""
     if isinstance(row, str):
         keys = {normalise_text(row)}
     else:

@@ -332,8 +332,7 @@ def _plan_packed(
 
 
 def _first_fit_decreasing(lengths: np.ndarray, capacity: int, most: int) -> np.ndarray:
-    """int64[n]: the row of each example; a row holds ``capacity`` positions and ``most``
-    examples."""
+    """int64[n]: each example's row; a row holds ``capacity`` positions and ``most`` examples."""
     assignment = np.empty(len(lengths), np.int64)
     free = np.full(len(lengths), capacity, np.int64)
     count = np.zeros(len(lengths), np.int64)

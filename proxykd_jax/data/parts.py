@@ -20,8 +20,7 @@ from proxykd_jax.errors import UserError
 from proxykd_jax.peers import on_first
 
 _NAME = re.compile(r"part_(\d{5,})\.safetensors")
-# A single key: the writer keeps a header's metadata in a hash map, whose order changes from run
-# to run.
+# A single key, because the writer's hash map orders metadata differently in each run.
 _METADATA_KEY = "proxykd"
 _DTYPES = {
     "BOOL": np.bool_,
@@ -128,8 +127,7 @@ class PartFolder:
         """
         from safetensors.numpy import save
 
-        # The writer ignores the strides of a transposed or strided array and would write wrong
-        # values.
+        # The writer ignores strides and would write wrong values for a transposed array.
         plain = {name: np.ascontiguousarray(array) for name, array in sorted(arrays.items())}
         for name, array in plain.items():
             if array.dtype not in [np.dtype(dtype) for dtype in _DTYPES.values()]:

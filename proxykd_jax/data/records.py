@@ -41,8 +41,7 @@ class TextRow:
 
     @property
     def first_user_message(self) -> str:
-        """The normalised key that decides the split, so that one question never gets into two
-        splits.
+        """The normalised key that decides the split; one question never gets into two splits.
 
         For a plain text it is the prompt, or the whole text if there is no prompt.
         """

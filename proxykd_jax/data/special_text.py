@@ -61,8 +61,7 @@ class SpecialText:
         return self._pattern.sub(lambda found: self._hide[found.group()], text)
 
     def reveal(self, rendered: str) -> str:
-        """The rendered text, with the template's control tokens by private name, the rest as
-        text."""
+        """The rendered text; only the template's control tokens have private names."""
         named = self._pattern.sub(lambda found: self._names[found.group()], rendered)
         return named.translate(self._show)
 

@@ -152,8 +152,7 @@ class Renderer:
         ]
 
     def text(self, row: TextRow) -> str:
-        """The text that ``encode_batch`` tokenises with ``with_end=False``, for readers and other
-        tools.
+        """The text that ``encode_batch`` tokenises if ``with_end`` is False, for other tools.
 
         Raises:
           UserError: the row cannot be rendered.

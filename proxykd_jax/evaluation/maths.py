@@ -155,8 +155,7 @@ def _equation(text: str) -> bool:
 
 
 def _same_equation(one: str, other: str) -> bool:
-    r"""Whether two equations have the same zeros, that is, proportional differences of their
-    sides."""
+    r"""Whether two equations have the same zeros: the differences of sides are proportional."""
     sides = [part.split("=") for part in (one, other)]
     letters = sorted(letters_in(one) | letters_in(other))
     ratios = []

@@ -23,8 +23,7 @@ _SEVERAL = "The answer is X.\nwhere X is the labels of all right choices, such a
 
 
 def prompt_of(item: Item) -> str:
-    """The question, its choices (one per line), and the answer's format: reasoning, then a last
-    line."""
+    """The question, its choices (one per line), and the format: reasoning, then a last line."""
     parts = [item.question.strip()]
     if item.choices and not _lists_choices(item):
         parts.append("\n".join(f"({label}) {text}" for label, text in item.choices))

@@ -218,8 +218,7 @@ def _options(question: str) -> tuple[tuple[str, str], ...]:
 
 
 def _label_of(target: str, choices: tuple[tuple[str, str], ...]) -> str:
-    """The label of a target: "(B)", or, for the few without a letter, the choice that it
-    repeats."""
+    """The label of a target: "(B)", or that of the choice which a target without letter repeats."""
     bare = target.strip("() ")
     if any(bare == label for label, _ in choices):
         return bare

@@ -87,8 +87,7 @@ def prompt_bucket(length: int) -> int:
 
 
 def slot_bucket(slots: int) -> int:
-    """The smallest of 32, 48, 64, 80, 96, 112, 128, 160, ... that is at least ``slots``: four steps
-    per octave."""
+    """The smallest of 32, 48, 64, 80, 96, 112, 128, 160, ... (four per octave) that is enough."""
     step = max(_SHORTEST_PROMPT, (1 << (slots - 1).bit_length()) // 8)
     return max(_FEWEST_SLOTS, -(-slots // step) * step)
 

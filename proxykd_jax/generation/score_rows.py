@@ -127,8 +127,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class RowScorer:
-    """Runs rows through the proxy in batches of similar length, and its hidden states through
-    ``label``.
+    """Runs rows of similar length through the proxy, and its hidden states through ``label``.
 
     Attributes:
       params, adapter, config: the proxy.

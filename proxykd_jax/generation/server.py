@@ -199,8 +199,7 @@ class ServerClient:
         """
         patience: dict[str, Any] = {"retries": retries, "timeout_s": timeout_s}
         if self.server.api == "transformers":
-            # It loads whatever model a request names. Its /v1/models lists a cache and fails
-            # without one.
+            # It loads any model that a request names; /v1/models lists a cache, or fails.
             self._send("GET", "/health", **patience)
             return
         listed = self._send("GET", "/v1/models", read=_read_models, **patience)
@@ -226,8 +225,7 @@ class ServerClient:
         # transformers serve loads the folder that a request names, so there is nothing to do.
 
     def unload(self, name: str) -> None:
-        """Frees what ``load`` took. If the server refuses it keeps the weights, which is
-        harmless."""
+        """Frees what ``load`` took; a server that refuses keeps the weights, which is harmless."""
         with contextlib.suppress(UserError, StoppedError):
             if self.server.serves == "adapter":
                 self._send("POST", self._lora_path("unload"), {"lora_name": name}, retries=0)

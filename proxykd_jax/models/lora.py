@@ -210,8 +210,7 @@ def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _three(x: jax.Array, axis: int) -> jax.Array:
-    """(high, low, high); times the other's ``_three_against`` this gives all terms but low x
-    low."""
+    """(high, low, high); times ``_three_against`` this gives all terms but low x low."""
     high, low = _halves(x)
     return jnp.concatenate([high, low, high], axis)
 

@@ -72,8 +72,7 @@ class TensorFile:
 
 
 def bits(array: np.ndarray) -> np.ndarray:
-    """The same memory as unsigned integers, which NumPy copies and compares many times as fast as
-    bfloat16."""
+    """The same memory as unsigned integers, which NumPy handles much faster than bfloat16."""
     return array.view(f"u{array.dtype.itemsize}")
 
 

@@ -19,8 +19,7 @@ def cores() -> tuple[int, ...]:
 
 @functools.cache
 def second_caches() -> int:
-    """Total bytes of these cores' second-level caches; 1 MiB per core if the system does not
-    say."""
+    """Bytes of these cores' second-level caches together; 1 MiB per core if unknown."""
     return _second_caches(_CORES, cores())
 
 

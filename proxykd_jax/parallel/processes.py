@@ -39,8 +39,7 @@ _LOOK_EVERY_S = 1.0
 _WAIT_MS = 2_000
 # Words in the messages of gloo, gRPC and NCCL about a lost connection.
 _CONNECTION_WORDS = ("gloo", "connection", "socket closed", "unavailable", "deadline", "nccl")
-# Larger arrays are gathered in slices of their first axis, because each device holds the gathered
-# slice.
+# Larger arrays are gathered slice by slice: each device holds what it gathers.
 _GATHERED_AT_ONCE = 1 << 28
 
 

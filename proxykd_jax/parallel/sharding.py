@@ -128,8 +128,7 @@ def put_rows(batch: Any, mesh: Mesh) -> Any:
 
 
 def num_devices(x: jax.Array, *axes: str) -> int:
-    """Number of devices along some axes (default: all) of a traced array's mesh; 1 without a
-    mesh."""
+    """Devices along some axes (default: all) of a traced array's mesh; 1 without a mesh."""
     shape = jax.typeof(x).sharding.mesh.shape
     return math.prod(shape.get(axis, 1) for axis in axes or shape)
 

@@ -252,8 +252,7 @@ def _reliability(models: dict[str, Any]) -> list[LinePlot]:
 
 
 def _by_round(models: dict[str, Any]) -> Iterator[Block]:
-    """Figs. 4 and 5 and calibration of the proxy after each round; nothing if there are no
-    rounds."""
+    """Figs. 4 and 5 and calibration of the proxy after each round, if there are any."""
     rounds = {name: _round_number(name) for name in models}
     states = [name for name, number in rounds.items() if number is not None]
     states.sort(key=lambda name: rounds[name] or 0)

@@ -111,8 +111,7 @@ def _weights(store: SoftLabelStore, split: str, settings: dict[str, Any]) -> His
 
 
 def training(run: RunFolder) -> Section:
-    """Losses and validation by step; the benchmark curves are those of the paper's Figs. 6 and
-    7."""
+    """Losses and validation by step; benchmark curves as in the paper's Figs. 6 and 7."""
     title, lines = "Distillation of the student", run.of_stage("distill")
     best, blocks = opening(run, "student", lines)
     if not lines:

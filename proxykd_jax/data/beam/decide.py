@@ -121,8 +121,7 @@ def look_at_lengths(folder: str, number: int) -> None:
 
 
 def smallest_hashes(job: Job, max_rows: int, numbers: Iterable[int]) -> list[int]:
-    """The ``max_rows + 1`` smallest hashes of rows that fit, over all pieces, in that much
-    memory."""
+    """The ``max_rows + 1`` smallest hashes of rows that fit, over all pieces."""
     smallest = np.zeros(0, np.uint64)
     for number in numbers:
         found = job.found(LIMITED, number).arrays["smallest"]

@@ -168,8 +168,7 @@ class Job:
         return UserError(read_json(path)["error"]) if path.exists() else None
 
     def has_error(self, step: str, before: int | None = None) -> bool:
-        """Whether a piece (one before ``before`` in reading order) had an error; if so, later work
-        is wasted."""
+        """Whether a piece had an error (if given, a piece before ``before``)."""
         noted = (int(path.stem) for path in self._error_path(step, 0).parent.glob("[!.]*.json"))
         return any(before is None or number < before for number in noted)
 
