@@ -41,7 +41,7 @@ from proxykd_jax.training.state import ModelSpec, init_state
 from proxykd_jax.training.steps import make_train_step
 from proxykd_jax.types import Pairs
 from tests.conftest import REPOSITORY
-from tests.tiny_run import changed, log_lines, recipe
+from tests.tiny_run import log_lines, recipe
 
 from .conftest import VOCAB, tiny_config
 
@@ -196,19 +196,11 @@ def first_losses(config: Config) -> list[float]:
     return [loss for phase, loss in firsts.items() if phase.startswith("round_")]
 
 
-def test_the_readmes_config_aligns(tiny_files, tmp_path, monkeypatch) -> None:
-    """One round of it; all of them are in the next test."""
-    monkeypatch.chdir(tmp_path)
-    config = changed(readme_config(tiny_files, tmp_path), {"align": {"num_rounds": 1}})
-    assert (config.proxy.dtype, config.proxy.remat) == ("bfloat16", "none")
-    align.main(config)
-    assert first_losses(config) == pytest.approx([LN_2], abs=1e-3)
-
-
 @pytest.mark.slow
 def test_the_readmes_config_at_its_defaults(tiny_files, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = readme_config(tiny_files, tmp_path)
+    assert (config.proxy.dtype, config.proxy.remat) == ("bfloat16", "none")
     run.main(config)
     assert first_losses(config) == pytest.approx([LN_2] * config.align.num_rounds, abs=1e-3)
     assert (config.folder / "export" / "student" / "model.safetensors").is_file()
