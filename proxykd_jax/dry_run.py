@@ -180,9 +180,13 @@ def _show_steps(
         most = count * config.corpus.max_length
         origin = f"from {count} rows, of at most {most} tokens, where none is dropped"
     # A corpus that is prepared is counted; else rows of the greatest length stand for it.
-    sketch = corpus or SketchedCorpus.of(config, {name: round(n) for name, n in rows.items()}, 1)
+    sketch = corpus or SketchedCorpus.of(
+        config, {name: math.ceil(n) for name, n in rows.items()}, 1
+    )
     proxy, student = (models[role] or _any_model(config, role) for role in ("proxy", "student"))
-    phases = run_phases(config, proxy, student, sketch)
+    phases = _attempt(report, "steps", lambda: run_phases(config, proxy, student, sketch))
+    if phases is None:
+        return
     aligned, taught = phases["align"], phases["distill"]
     steps: dict[str, int] = {}
     if aligned:

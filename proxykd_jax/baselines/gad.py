@@ -103,9 +103,15 @@ def phases(run: StageRun) -> list[Phase]:
         "discriminator": make(run.model, run.mesh),
     }
 
-    def phase(name: str, objective: Objective, rate: OptimizerConfig, **fields: Any) -> Phase:
+    def phase(
+        name: str,
+        objective: Objective,
+        rate: OptimizerConfig,
+        planned: tuple[Plan, int],
+        **fields: Any,
+    ) -> Phase:
         """A phase over these rows; the two draw answers by keys of their own."""
-        plan, steps = fields.pop("planned")
+        plan, steps = planned
         own_rate = method.discriminator_learning_rate or distill.optimizer.learning_rate
         return run.phase(
             name,
@@ -125,7 +131,7 @@ def phases(run: StageRun) -> list[Phase]:
             "warmup",
             GadWarmupObjective(distill.reduction),
             warmup_rate(distill.optimizer, method),
-            planned=warmup,
+            warmup,
             make_batch=_make_batch(run, method, rows, warmup[0], first_draw=0),
             keep=warmup[1] > 0,
             programs=functools.partial(_programs, run, method, "nll", 1),
@@ -136,7 +142,7 @@ def phases(run: StageRun) -> list[Phase]:
                 method.kl_weight, method.advantage_ddof, method.temperature, distill.reduction
             ),
             distill.optimizer,
-            planned=(plan, steps),
+            (plan, steps),
             make_batch=_make_batch(run, method, rows, plan, first_draw=1 << 30),
             # The game's KL is to the student that the warm-up left behind.
             prepare=lambda phase, trainer: phase.with_(

@@ -14,15 +14,15 @@ from typing import Any
 
 import jax
 
-from proxykd_jax.baselines.online import answering_phase, prompt_plan, warmup_phase
+from proxykd_jax.baselines.online import GiveAnswers, answering_phase, warmup_phase
 from proxykd_jax.baselines.programs import scored_answer_program, scored_step_program
 from proxykd_jax.baselines.rollouts import (
+    Answer,
     AnswerBatch,
     Answering,
-    answer_batch,
+    Places,
     answer_figures,
     given_answers,
-    read_places,
     student_answers,
 )
 from proxykd_jax.baselines.scored import ScoredSpec, both_logits, scorer_text
@@ -34,15 +34,15 @@ from proxykd_jax.losses import (
     generalized_jsd_tokens,
     mixed_objective,
 )
-from proxykd_jax.parallel.sharding import put_rows
 from proxykd_jax.training.abstract import Program
-from proxykd_jax.training.batches import Joined, planned_steps
+from proxykd_jax.training.batches import Joined
 from proxykd_jax.training.distillation import teacher_rows
+from proxykd_jax.training.model import Model
 from proxykd_jax.training.objectives import Counts, Metrics, Objective
-from proxykd_jax.training.phase import MakeBatch, Phase
+from proxykd_jax.training.phase import Phase
 from proxykd_jax.training.scoring import SCORER_TEXT, Scoring
 from proxykd_jax.training.stage_run import StageRun
-from proxykd_jax.training.state import TrainState, Tree
+from proxykd_jax.training.state import Tree
 
 
 def to_score(scoring: Scoring) -> dict[str, Rows]:
@@ -68,26 +68,22 @@ def phases(run: StageRun) -> list[Phase]:
             method,
             rows,
             objective,
-            _make_batch(run, method, rows),
+            _answers(run, method),
             programs=functools.partial(_programs, run, method),
         ),
     ]
 
 
-def _make_batch(run: StageRun, method: Gkd, rows: Rows) -> MakeBatch:
-    """The steps' batches, answered by the student as it is when one is asked for, or given."""
-    planned = planned_steps(prompt_plan(run, method, rows)[0])
+def _answers(run: StageRun, method: Gkd) -> GiveAnswers:
+    """The answers of the student as it is when a batch is asked for, or given ones."""
 
-    def make_batch(state: TrainState, frozen: Tree, step: int) -> AnswerBatch:
-        places = read_places(rows, planned(step))
-        if student_answers(run.config.seed, step, method.student_share):
-            answering = Answering.of(run, method, method.temperature)
-            answers = answering.answer(run.model.at(state.trainable).weights, places, step)
-        else:
-            answers = given_answers(places, run.corpus.end_token_ids)
-        return put_rows(answer_batch(answers, run.corpus.max_length), run.mesh)
+    def answers(student: Model, places: Places, step: int) -> list[Answer | None]:
+        if not student_answers(run.config.seed, step, method.student_share):
+            return given_answers(places, run.corpus.end_token_ids)
+        answering = Answering.of(run, method, method.temperature)
+        return answering.answer(student.weights, places, step)
 
-    return make_batch
+    return answers
 
 
 def _programs(run: StageRun, method: Gkd, phase: Phase) -> list[Program]:

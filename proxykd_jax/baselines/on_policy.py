@@ -15,14 +15,14 @@ from dataclasses import dataclass
 
 import jax
 
-from proxykd_jax.baselines.online import answering_phase, prompt_plan, warmup_phase
+from proxykd_jax.baselines.online import GiveAnswers, answering_phase, warmup_phase
 from proxykd_jax.baselines.programs import scored_answer_program, scored_step_program
 from proxykd_jax.baselines.rollouts import (
+    Answer,
     AnswerBatch,
     Answering,
-    answer_batch,
+    Places,
     answer_figures,
-    read_places,
 )
 from proxykd_jax.baselines.scored import ScoredSpec, both_logits, scorer_text
 from proxykd_jax.config.online_methods import OnPolicy
@@ -35,15 +35,15 @@ from proxykd_jax.losses import (
     sampled_reverse_kl_tokens,
     token_logps,
 )
-from proxykd_jax.parallel.sharding import put_rows
 from proxykd_jax.training.abstract import Program
-from proxykd_jax.training.batches import Joined, planned_steps
+from proxykd_jax.training.batches import Joined
 from proxykd_jax.training.distillation import FRESH, teacher_rows
+from proxykd_jax.training.model import Model
 from proxykd_jax.training.objectives import Counts, Metrics, Objective
-from proxykd_jax.training.phase import MakeBatch, Phase
+from proxykd_jax.training.phase import Phase
 from proxykd_jax.training.scoring import Scoring
 from proxykd_jax.training.stage_run import StageRun
-from proxykd_jax.training.state import TrainState, Tree
+from proxykd_jax.training.state import Tree
 
 
 def to_score(scoring: Scoring) -> dict[str, Rows]:
@@ -66,23 +66,20 @@ def phases(run: StageRun) -> list[Phase]:
             method,
             prompts,
             objective,
-            _make_batch(run, method, prompts),
+            _answers(run, method),
             programs=functools.partial(_programs, run, method),
         ),
     ]
 
 
-def _make_batch(run: StageRun, method: OnPolicy, prompts: Rows) -> MakeBatch:
+def _answers(run: StageRun, method: OnPolicy) -> GiveAnswers:
     """The answers of the student as it is when a batch is asked for."""
-    planned = planned_steps(prompt_plan(run, method, prompts)[0])
 
-    def make_batch(state: TrainState, frozen: Tree, step: int) -> AnswerBatch:
+    def answers(student: Model, places: Places, step: int) -> list[Answer | None]:
         answering = Answering.of(run, method, 1.0, method.samples_per_prompt)
-        student, places = run.model.at(state.trainable), read_places(prompts, planned(step))
-        answers = answering.answer(student.weights, places, step)
-        return put_rows(answer_batch(answers, run.corpus.max_length), run.mesh)
+        return answering.answer(student.weights, places, step)
 
-    return make_batch
+    return answers
 
 
 def _programs(run: StageRun, method: OnPolicy, phase: Phase) -> list[Program]:

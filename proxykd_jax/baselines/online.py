@@ -6,20 +6,33 @@ ends with a checkpoint, and the second and the third begin with an optimizer of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from proxykd_jax.baselines.rollouts import (
+    Answer,
+    AnswerBatch,
+    Places,
+    answer_batch,
+    read_places,
+)
 from proxykd_jax.baselines.scored import beside_scorer
 from proxykd_jax.config import OptimizerConfig
 from proxykd_jax.config.method_section import AnsweringSection
 from proxykd_jax.config.online_methods import OnlineSection
 from proxykd_jax.data.collate import Rows
-from proxykd_jax.training.batches import Joined, Plan, count_steps
+from proxykd_jax.parallel.sharding import put_rows
+from proxykd_jax.training.batches import Joined, Plan, count_steps, planned_steps
 from proxykd_jax.training.distillation import planned_figures
+from proxykd_jax.training.model import Model
 from proxykd_jax.training.objectives import Objective
 from proxykd_jax.training.optimizer import make_optimizer
-from proxykd_jax.training.phase import MakeBatch, Phase
+from proxykd_jax.training.phase import Phase
 from proxykd_jax.training.stage_run import StageRun
+from proxykd_jax.training.state import TrainState, Tree
+
+# (student, rows of a step, step) -> an answer for each row, or several side by side.
+GiveAnswers = Callable[[Model, Places, int], list[Answer | None]]
 
 
 def prompt_plan(run: StageRun, method: AnsweringSection, prompts: Rows) -> tuple[Plan, int]:
@@ -68,7 +81,7 @@ def answering_phase(
     method: AnsweringSection,
     prompts: Rows,
     objective: Objective,
-    make_batch: MakeBatch,
+    answer: GiveAnswers,
     **fields: Any,
 ) -> Phase:
     """The steps whose batches hold the student's answers, with the scorer beside the student.
@@ -77,9 +90,16 @@ def answering_phase(
       run, method: of the stage.
       prompts: that are answered.
       objective: that reads both models.
-      make_batch, **fields: of ``Phase``.
+      answer: gives a step's prompts their answers.
+      **fields: others of ``Phase``.
     """
     plan, steps = prompt_plan(run, method, prompts)
+    planned = planned_steps(plan)
+
+    def make_batch(state: TrainState, frozen: Tree, step: int) -> AnswerBatch:
+        answers = answer(run.model.at(state.trainable), read_places(prompts, planned(step)), step)
+        return put_rows(answer_batch(answers, run.corpus.max_length), run.mesh)
+
     return run.phase(
         "train",
         objective,

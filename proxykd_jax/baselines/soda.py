@@ -154,6 +154,7 @@ class _Soda:
             epochs=method.warmup_epochs,
             most=method.warmup_max_steps,
             program="distill",
+            programs=self._first_programs,
             keep=True,
         )
         objective = AlignObjective(
@@ -179,8 +180,6 @@ class _Soda:
             before=before,
             programs=lambda phase: [pair_program(self._run, phase, "prefer")],
         )
-        if self._store is None:
-            warmup = warmup.with_(programs=self._first_programs)
         return [warmup, preference]
 
     def _first_programs(self, phase: Phase) -> list[Program]:

@@ -9,6 +9,7 @@ import pytest
 
 from proxykd_jax import distill
 from proxykd_jax.baselines import on_policy
+from proxykd_jax.baselines import online as online_phases
 from proxykd_jax.baselines.gkd import GkdObjective
 from proxykd_jax.baselines.on_policy import OnPolicyObjective
 from proxykd_jax.baselines.rollouts import Answer, answer_batch
@@ -94,7 +95,7 @@ def test_a_run_uses_prompts_alone_fresh_ones_too_and_resumes_bitwise(
     monkeypatch.setattr(on_policy, "scorer_text", never)
     seen = []
     monkeypatch.setattr(
-        on_policy,
+        online_phases,
         "answer_batch",
         lambda answers, length: seen.extend(answers) or answer_batch(answers, length),
     )
