@@ -45,7 +45,7 @@ def measure(config: Config, stage: str, steps: int) -> dict[str, Any]:
 
     from proxykd_jax.parallel.mesh import make_mesh
     from proxykd_jax.planning.look import architecture
-    from proxykd_jax.planning.phases import run_programs
+    from proxykd_jax.planning.run_programs import run_programs
     from proxykd_jax.training.abstract import Lengths
 
     models = {role: architecture(getattr(config, role), role) for role in ("proxy", "student")}

@@ -19,8 +19,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from proxykd_jax.evaluation.extraction import EXTRACTION_VERSION, extract, is_right
-from proxykd_jax.evaluation.tasks import Item, item_of
+from proxykd_jax.tasks.extraction import EXTRACTION_VERSION, extract, is_right
+from proxykd_jax.tasks.items import Item, item_of
 
 COMMA = "the recorded number stops at a comma"
 MINUS = "the record ignores a minus sign"
@@ -193,7 +193,7 @@ def short_name(path: Path) -> str:
 
 _HEAD = """# Extraction of answers
 
-`proxykd_jax/evaluation/extraction.py` (version {version}) extracts the final answer from a model's
+`proxykd_jax/tasks/extraction.py` (version {version}) extracts the final answer from a model's
 text; [evaluation.md](evaluation.md) describes how. This page compares it with what the authors of
 public generations recorded. The extraction does not know the file, the model or the gold answer.
 This command writes the page:

@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.on_a_run import answer_logits, run, validation_rows
 from proxykd_jax.config import Config
-from proxykd_jax.generation.scoring import soft_labels_of_logits
+from proxykd_jax.generation.label_batch import soft_labels_of_logits
 from proxykd_jax.losses import forward_kl_tokens, topk_kl_tokens, topk_logps
 from proxykd_jax.losses.topk import TAILS
 from proxykd_jax.parallel.mesh import make_mesh

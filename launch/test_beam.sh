@@ -9,4 +9,4 @@ export PROXYKD_VENV="${PROXYKD_VENV:-$PWD/.venv-launch-beam}"
 source launch/environment.sh
 
 ensure_environment beam || exit 1
-exec "$venv_python" -m pytest -m "${1:-}" -n 2 --durations 5 tests/data/test_beam.py
+exec "$venv_python" -m pytest -m "${1:-}" -n 2 --durations 5 tests/texts/test_beam.py

@@ -26,10 +26,10 @@ def main(config: Config) -> TrainedStage:
     from proxykd_jax.baselines import method_of
     from proxykd_jax.data.corpus import open_corpus
     from proxykd_jax.data.soft_labels import open_soft_labels
-    from proxykd_jax.evaluation.during import accuracy_while_training
     from proxykd_jax.evaluation.measures import validation_figures
     from proxykd_jax.parallel.mesh import make_mesh
     from proxykd_jax.parallel.sharding import check_rows
+    from proxykd_jax.tasks.during import accuracy_while_training
     from proxykd_jax.training.console import Console
     from proxykd_jax.training.exporting import export_student
     from proxykd_jax.training.metrics import open_metrics

@@ -13,8 +13,8 @@ from proxykd_jax.errors import UserError
 
 if TYPE_CHECKING:
     from proxykd_jax.data.corpus import TokenCorpus
-    from proxykd_jax.data.tokenizer import Tokenizer
     from proxykd_jax.models.config import ModelConfig
+    from proxykd_jax.texts.tokenizer import Tokenizer
 
 _GIB = 1 << 30
 _SERVER_WAIT_S = 5.0
@@ -83,7 +83,7 @@ def _attempt(report: Report, what: str, check: Any) -> Any:
 
 def _check_sources(config: Config, report: Report) -> list[SourceConfig]:
     """Sources whose files are here."""
-    from proxykd_jax.data.files import list_files
+    from proxykd_jax.texts.files import list_files
 
     corpus = config.corpus
     present = []
@@ -114,7 +114,7 @@ def _check_sources(config: Config, report: Report) -> list[SourceConfig]:
 
 
 def _check_tokenizers(config: Config, report: Report) -> Tokenizer | None:
-    from proxykd_jax.data.tokenizer import check_same_vocabulary, load_tokenizer, tokenizer_place
+    from proxykd_jax.texts.tokenizer import check_same_vocabulary, load_tokenizer, tokenizer_place
     from proxykd_jax.training.model import model_origin
 
     place = tokenizer_place(config)
@@ -139,9 +139,9 @@ def _show_example(
     config: Config, tokenizer: Tokenizer, sources: list[SourceConfig], report: Report
 ) -> None:
     """The first row of the first source that is here, as the model will see it."""
-    from proxykd_jax.data.readers import read_source
-    from proxykd_jax.data.records import Drops
-    from proxykd_jax.data.template import Renderer
+    from proxykd_jax.texts.readers import read_source
+    from proxykd_jax.texts.records import Drops
+    from proxykd_jax.texts.template import Renderer
 
     def show() -> None:
         renderer = Renderer(tokenizer, config.corpus.template, config.corpus.end_tokens)
@@ -161,7 +161,7 @@ def _show_steps(
 ) -> None:
     """The steps of each phase, by the phases that the stages would take."""
     from proxykd_jax.data.corpus import SPLITS
-    from proxykd_jax.planning.phases import run_phases
+    from proxykd_jax.planning.run_programs import run_phases
     from proxykd_jax.training.sketch import SketchedCorpus
 
     corpus = _prepared(config)
@@ -223,8 +223,8 @@ def _prepared(config: Config) -> TokenCorpus | None:
 
 def _count_rows(config: Config, sources: list[SourceConfig], report: Report) -> int | None:
     """Rows of the sources: counted where all files are here, else the most that are wanted."""
-    from proxykd_jax.data.readers import read_source
-    from proxykd_jax.data.records import Drops
+    from proxykd_jax.texts.readers import read_source
+    from proxykd_jax.texts.records import Drops
 
     most = config.corpus.max_rows
     if len(sources) < len(config.corpus.sources):
@@ -249,10 +249,10 @@ def _check_model(
     config: Config, role: str, tokenizer: Tokenizer | None, report: Report
 ) -> ModelConfig | None:
     """The model's architecture, from its folder or from ``config``."""
-    from proxykd_jax.data.tokenizer import check_embedding_rows
     from proxykd_jax.models.hf_config import read_config
     from proxykd_jax.models.hf_weights import cut_config
     from proxykd_jax.models.tensor_files import weight_files
+    from proxykd_jax.texts.tokenizer import check_embedding_rows
     from proxykd_jax.training.model import lora_config, model_origin
 
     section: ModelSection = getattr(config, role)
@@ -312,8 +312,8 @@ def _check_server(config: Config, report: Report) -> None:
 
 def _check_benchmarks(config: Config, report: Report) -> None:
     """Whether the files of the benchmarks are there."""
-    from proxykd_jax.data.files import list_files
-    from proxykd_jax.evaluation.tasks import hub_place
+    from proxykd_jax.tasks.items import hub_place
+    from proxykd_jax.texts.files import list_files
 
     settings = config.evaluate.benchmarks
     for task, path in settings.paths.items() if settings else ():
@@ -354,9 +354,9 @@ def _check_shapes(
     import jax
 
     from proxykd_jax.parallel.sharding import bytes_per_device
-    from proxykd_jax.planning.phases import run_phases
+    from proxykd_jax.planning.run_programs import run_phases
     from proxykd_jax.training.abstract import abstract_rows, state_of
-    from proxykd_jax.training.objectives import NllObjective
+    from proxykd_jax.training.batch_objectives import NllObjective
     from proxykd_jax.training.optimizer import make_optimizer
     from proxykd_jax.training.sketch import abstract_model
     from proxykd_jax.training.state import init_state

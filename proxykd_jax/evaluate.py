@@ -9,7 +9,7 @@ the teacher is a known process. ``<run>/eval`` holds a file of sums by row for e
 no model is measured twice, and ``summary.json``.
 
 With ``evaluate.benchmarks`` the models named there also answer benchmarks; with ``--model`` or
-``--benchmarks`` nothing else is measured. See ``evaluation/benchmark.py``.
+``--benchmarks`` nothing else is measured. See ``tasks/benchmark.py``.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from proxykd_jax.evaluation.candidates import Candidate
+    from proxykd_jax.evaluation.exact_teacher import TeacherLogps
     from proxykd_jax.evaluation.measures import RowMeasures
-    from proxykd_jax.evaluation.teacher import TeacherLogps
     from proxykd_jax.training.model import Model
 
 SPLITS = ("validation", "test")
@@ -73,8 +73,8 @@ def main(config: Config, models: Mapping[str, ModelSection] | None = None) -> Ev
     from proxykd_jax.data.corpus import open_corpus
     from proxykd_jax.evaluation.calibration import NUM_BINS
     from proxykd_jax.evaluation.candidates import from_section
+    from proxykd_jax.evaluation.exact_teacher import TEACHER_FILE, TeacherLogps
     from proxykd_jax.evaluation.measures import TOP_KS, paired_differences
-    from proxykd_jax.evaluation.teacher import TEACHER_FILE, TeacherLogps
     from proxykd_jax.parallel.mesh import make_mesh
     from proxykd_jax.parallel.sharding import check_rows
     from proxykd_jax.peers import on_first
@@ -132,7 +132,7 @@ def main(config: Config, models: Mapping[str, ModelSection] | None = None) -> Ev
     }
     write_json(folder / "summary.json", summary)
     if config.evaluate.benchmarks is not None and models is None:
-        from proxykd_jax.evaluation.benchmark import run_benchmarks
+        from proxykd_jax.tasks.benchmark import run_benchmarks
 
         run_benchmarks(config)
     return EvaluateResult(folder, summary)
@@ -278,7 +278,7 @@ def command(config: Config, model: Sequence[str] = (), benchmarks: Sequence[str]
     if not model and not benchmarks:
         main(config)
         return
-    from proxykd_jax.evaluation.benchmark import run_benchmarks
+    from proxykd_jax.tasks.benchmark import run_benchmarks
 
     run_benchmarks(config, model, benchmarks)
 

@@ -19,8 +19,8 @@ from proxykd_jax.config import Config, dump_config
 from proxykd_jax.peers import on_first
 
 if TYPE_CHECKING:
-    from proxykd_jax.data.template import Renderer
-    from proxykd_jax.data.tokenizer import Tokenizer
+    from proxykd_jax.texts.template import Renderer
+    from proxykd_jax.texts.tokenizer import Tokenizer
 
 SUMMARY = "Reads the teacher's answers, splits them and turns them into tokens."
 # Keys of the section that select rows for later stages, or who does the work; not the content.
@@ -53,8 +53,8 @@ def main(config: Config) -> PrepareResult:
 
 
 def _prepare(config: Config, folder: Path) -> None:
-    from proxykd_jax.data.template import Renderer
-    from proxykd_jax.data.tokenizer import load_tokenizer
+    from proxykd_jax.texts.template import Renderer
+    from proxykd_jax.texts.tokenizer import load_tokenizer
 
     run = config.folder
     tokenizer = load_tokenizer(config)
@@ -76,14 +76,14 @@ def make_corpus(config: Config, folder: Path, tokenizer: Tokenizer, renderer: Re
       UserError: see ``main``.
     """
     from proxykd_jax.data.corpus_writer import CorpusWriter
-    from proxykd_jax.data.encode import encode_rows
-    from proxykd_jax.data.funnel import corpus_counts, describe_counts
-    from proxykd_jax.data.progress import Progress
-    from proxykd_jax.data.selection import select_rows, selected_rows
+    from proxykd_jax.texts.encode import encode_rows
+    from proxykd_jax.texts.funnel import corpus_counts, describe_counts
+    from proxykd_jax.texts.progress import Progress
+    from proxykd_jax.texts.selection import select_rows, selected_rows
 
     writer = CorpusWriter(folder)
     if config.corpus.beam is not None:
-        from proxykd_jax.data.beam.make import write_with_beam
+        from proxykd_jax.texts.beam.make import write_with_beam
 
         read, fraction = write_with_beam(config.corpus, tokenizer.path, writer)
         writer = CorpusWriter(folder)
@@ -145,7 +145,7 @@ def source_files(config: Config) -> list[Path]:
     Raises:
       UserError: a path matches nothing.
     """
-    from proxykd_jax.data.files import list_files
+    from proxykd_jax.texts.files import list_files
 
     corpus = config.corpus
     files: list[Path] = []

@@ -83,7 +83,7 @@ def run_row(table: TableFile, row: TableRow, config: Config) -> dict[str, str | 
     import jax
 
     from proxykd_jax import align, distill, run
-    from proxykd_jax.evaluation.benchmark import run_benchmarks
+    from proxykd_jax.tasks.benchmark import run_benchmarks
 
     kept = config.folder / "config.yaml"
     if not on_first(kept.exists):

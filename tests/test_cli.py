@@ -304,7 +304,7 @@ def test_a_student_of_another_vocabulary_is_refused_before_training(
 
 def test_models_that_the_corpus_is_not_for_are_refused(tiny_files, tmp_path, capsys):
     """The corpus's tokenizer is named by a key of its own, and has more ids than the models."""
-    from tests.data.conftest import save_bpe
+    from tests.texts.conftest import save_bpe
 
     tokenizer = save_bpe(tmp_path / "bpe", chat_template=None)
     config = recipe(

@@ -25,8 +25,8 @@ LAYERS = {
     **dict.fromkeys(("errors", "config", "artifacts", "types", "peers"), 0),
     "losses": 1,
     **dict.fromkeys(("models", "parallel"), 2),
-    **dict.fromkeys(("data", "training", "generation"), 3),
-    **dict.fromkeys(("evaluation", "baselines", "reporting"), 4),
+    **dict.fromkeys(("texts", "data", "training", "generation"), 3),
+    **dict.fromkeys(("evaluation", "tasks", "baselines", "reporting"), 4),
 }
 STAGES = (
     *("collect", "prepare", "align", "score", "distill", "evaluate", "export", "report"),
@@ -50,8 +50,11 @@ AT_IMPORT = {
     "losses": {"jax", "optax", "chex"},
     "models": ARRAYS | {"safetensors"},
     "parallel": ARRAYS,
-    **dict.fromkeys(("data", "training", "generation"), ARRAYS | {"safetensors", "xxhash"}),
+    **dict.fromkeys(
+        ("texts", "data", "training", "generation"), ARRAYS | {"safetensors", "xxhash"}
+    ),
     "evaluation": ARRAYS,
+    "tasks": ARRAYS,
     "baselines": ARRAYS,
     "reporting": ARRAYS,
     "cli": {"pydantic", "pydantic_core"},

@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from proxykd_jax.models.config import LoraConfig, ModelConfig
-from proxykd_jax.models.cost import answer_flops, cache_bytes, forward_flops, step_flops
 from proxykd_jax.models.decoder import forward
 from proxykd_jax.models.lora import abstract_adapter
+from proxykd_jax.models.operations import answer_flops, cache_bytes, forward_flops, step_flops
 from proxykd_jax.models.params import abstract_params
 from proxykd_jax.parallel.collectives import count_collectives
 from proxykd_jax.parallel.devices import DEVICES, gpu_target, topology_name

@@ -118,7 +118,7 @@ def write_teacher(
     folder: Path, world: w.World, prompts_NP: np.ndarray, answers_NT: np.ndarray
 ) -> None:
     """The teacher's distribution, in the form that ``evaluate.teacher_logps`` names."""
-    from proxykd_jax.evaluation.teacher import write_teacher_logps
+    from proxykd_jax.evaluation.exact_teacher import write_teacher_logps
 
     lengths = w.answer_lengths(answers_NT)
     probs_NTV = w.answer_probs(world, prompts_NP, answers_NT)

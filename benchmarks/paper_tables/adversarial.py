@@ -23,7 +23,7 @@ from proxykd_jax.baselines.rollouts import AnswerBatch
 from proxykd_jax.config import OptimizerConfig
 from proxykd_jax.config.online_methods import Gad
 from proxykd_jax.generation.decode import DrawSettings
-from proxykd_jax.training.discriminator import adversarial_optimizer, discriminator_of
+from proxykd_jax.training.discriminator_model import adversarial_optimizer, discriminator_of
 from proxykd_jax.types import TokenBatch
 
 _GAME = 1 << 30  # the two phases draw by keys of their own

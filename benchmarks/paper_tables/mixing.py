@@ -18,10 +18,10 @@ from benchmarks.miniature import world as w
 from benchmarks.paper_tables import offline
 from benchmarks.paper_tables.on_policy import answers_or, padded_prompts
 from benchmarks.paper_tables.training import MakeBatch, Run, plan_rows, planned
+from proxykd_jax.baselines.beside_scorer import ScoredSpec
 from proxykd_jax.baselines.gkd import GkdObjective
 from proxykd_jax.baselines.rollouts import AnswerBatch, student_answers
-from proxykd_jax.baselines.scored import ScoredSpec
-from proxykd_jax.training.objectives import Counts, Metrics, Objective
+from proxykd_jax.training.batch_objectives import Counts, Metrics, Objective
 from proxykd_jax.types import DistillBatch, TokenBatch
 
 

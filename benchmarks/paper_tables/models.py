@@ -17,8 +17,8 @@ from benchmarks.paper_tables.seeds import Rows, Seed, token_rows
 from benchmarks.paper_tables.vectorise import over_seeds, stack
 from proxykd_jax.data.collate import TokenRow
 from proxykd_jax.generation.decode import DrawSettings, Mixing, PromptBatch, decode, prefill
+from proxykd_jax.generation.label_batch import topk_soft_labels
 from proxykd_jax.generation.sampler import row_words
-from proxykd_jax.generation.scoring import topk_soft_labels
 from proxykd_jax.losses import draw_labels
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.decoder import batch_hidden_states, unembed

@@ -20,8 +20,8 @@ from benchmarks.paper_tables.seeds import Rows, Seed
 from benchmarks.paper_tables.settings import Setting
 from benchmarks.paper_tables.training import Run, plan_rows, planned
 from proxykd_jax.data.sample_weights import weights_of
-from proxykd_jax.generation.scoring import soft_labels_of_logits
-from proxykd_jax.training.objectives import DistillObjective, NllObjective, Objective
+from proxykd_jax.generation.label_batch import soft_labels_of_logits
+from proxykd_jax.training.batch_objectives import DistillObjective, NllObjective, Objective
 from proxykd_jax.types import DistillBatch, TokenBatch
 
 DISTILL, FRESH = "distill", "fresh"

@@ -22,6 +22,7 @@ from benchmarks.paper_tables.offline import TRUTH, Material, Method, Source
 from benchmarks.paper_tables.offline import batches_of as offline_batches
 from benchmarks.paper_tables.settings import Setting
 from benchmarks.paper_tables.training import MakeBatch, Run, plan_rows, planned
+from proxykd_jax.baselines.beside_scorer import ScoredSpec, sampling_time_logps
 from proxykd_jax.baselines.gkd import GkdObjective
 from proxykd_jax.baselines.minillm import (
     MiniLlmObjective,
@@ -31,12 +32,11 @@ from proxykd_jax.baselines.minillm import (
 )
 from proxykd_jax.baselines.on_policy import OnPolicyObjective
 from proxykd_jax.baselines.rollouts import AnswerBatch, student_answers
-from proxykd_jax.baselines.scored import ScoredSpec, sampling_time_logps
 from proxykd_jax.config import PreferenceConfig
 from proxykd_jax.config.online_methods import Gkd, MiniLlm, OnPolicy
 from proxykd_jax.generation.decode import DrawSettings, Mixing, PromptBatch
+from proxykd_jax.training.batch_objectives import AlignObjective, NllObjective, Objective
 from proxykd_jax.training.batches import phase_seed
-from proxykd_jax.training.objectives import AlignObjective, NllObjective, Objective
 from proxykd_jax.types import TokenBatch
 
 SODA_BETA = 0.1  # its paper's is not known

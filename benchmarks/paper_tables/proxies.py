@@ -18,8 +18,8 @@ from benchmarks.paper_tables.training import Run, plan_rows, planned, stacked_ro
 from benchmarks.paper_tables.vectorise import over_seeds
 from proxykd_jax.data.order import permutation
 from proxykd_jax.models.config import ModelConfig
+from proxykd_jax.training.batch_objectives import AlignObjective, NllObjective
 from proxykd_jax.training.batches import phase_seed
-from proxykd_jax.training.objectives import AlignObjective, NllObjective
 from proxykd_jax.training.reference import pair_logps
 from proxykd_jax.training.state import ModelSpec
 from proxykd_jax.types import PairBatch

@@ -14,8 +14,8 @@ from benchmarks.paper_tables import settings as s
 from benchmarks.paper_tables.vectorise import over_seeds
 from proxykd_jax.data.collate import TokenRow, collate_rows
 from proxykd_jax.data.corpus import row_id_of
-from proxykd_jax.data.split import split_name
 from proxykd_jax.models.config import ModelConfig
+from proxykd_jax.texts.split import split_name
 from proxykd_jax.types import TokenBatch
 
 TEACHER_SPLITS = ("warmup", "align", "distill")

@@ -13,8 +13,8 @@ from benchmarks.miniature import make, pretrain
 from benchmarks.miniature import world as w
 from benchmarks.miniature.recipes import HEADLINE, recipes
 from proxykd_jax.config import Config, OptimizerConfig, make_config
-from proxykd_jax.data.split import effective_validation_fraction
 from proxykd_jax.models.config import ModelConfig
+from proxykd_jax.texts.split import effective_validation_fraction
 from proxykd_jax.training.optimizer import make_optimizer
 from proxykd_jax.training.state import ModelSpec
 

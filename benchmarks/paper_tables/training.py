@@ -18,8 +18,8 @@ import optax
 from benchmarks.paper_tables.vectorise import over_seeds, stack
 from proxykd_jax.config import TrainingSection
 from proxykd_jax.evaluation.measures import place_figures
+from proxykd_jax.training.batch_objectives import Objective
 from proxykd_jax.training.batches import make_plan, phase_seed
-from proxykd_jax.training.objectives import Objective
 from proxykd_jax.training.state import ModelSpec, Spec, TrainState, init_state
 from proxykd_jax.training.steps import make_train_step
 from proxykd_jax.types import TokenBatch

@@ -13,9 +13,9 @@ from benchmarks.speed.ours_models import device_peak, load, token_rows
 from benchmarks.speed.protocol import Program, best_of
 from benchmarks.speed.rows import TOP_K, Rows
 from benchmarks.speed.shapes import compared
+from proxykd_jax.generation.label_batch import soft_labels_of_hidden
+from proxykd_jax.generation.label_rows import Positions, RowScorer
 from proxykd_jax.generation.sampler import sample
-from proxykd_jax.generation.score_rows import Positions, RowScorer
-from proxykd_jax.generation.scoring import soft_labels_of_hidden
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.decoder import unembed
 

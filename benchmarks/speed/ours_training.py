@@ -17,7 +17,8 @@ from proxykd_jax.data.collate import RowsInMemory
 from proxykd_jax.data.order import PlannedBatch, default_buckets, plan_epoch
 from proxykd_jax.data.soft_labels import SoftLabels
 from proxykd_jax.models.config import ModelConfig
-from proxykd_jax.models.cost import step_flops
+from proxykd_jax.models.operations import step_flops
+from proxykd_jax.training.batch_objectives import AlignObjective, DistillObjective, NllObjective
 from proxykd_jax.training.batches import (
     Joined,
     Plan,
@@ -26,7 +27,6 @@ from proxykd_jax.training.batches import (
     make_plan,
     token_collate,
 )
-from proxykd_jax.training.objectives import AlignObjective, DistillObjective, NllObjective
 from proxykd_jax.training.optimizer import make_optimizer
 from proxykd_jax.training.pairs import collate_pairs, pair_answers
 from proxykd_jax.training.state import ModelSpec, init_state

@@ -24,7 +24,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from proxykd_jax.baselines.online import prompt_plan, warmup_rate
-from proxykd_jax.baselines.programs import answer_program, answer_shapes
 from proxykd_jax.baselines.rollouts import (
     Answer,
     AnswerBatch,
@@ -34,6 +33,7 @@ from proxykd_jax.baselines.rollouts import (
     given_answers,
     read_places,
 )
+from proxykd_jax.baselines.sampling_programs import answer_program, answer_shapes
 from proxykd_jax.config import OptimizerConfig
 from proxykd_jax.config.online_methods import Gad
 from proxykd_jax.data.collate import Rows
@@ -52,8 +52,8 @@ from proxykd_jax.losses import (
 )
 from proxykd_jax.models.chunked import map_positions
 from proxykd_jax.models.config import ModelConfig
-from proxykd_jax.models.cost import forward_flops, head_flops
 from proxykd_jax.models.decoder import batch_hidden_states, unembed
+from proxykd_jax.models.operations import forward_flops, head_flops
 from proxykd_jax.parallel.sharding import bytes_per_device, put_rows
 from proxykd_jax.training.abstract import (
     Cost,
@@ -64,13 +64,14 @@ from proxykd_jax.training.abstract import (
     step_program,
     weights_read,
 )
+from proxykd_jax.training.batch_objectives import Counts, Metrics, Objective, nll_term
 from proxykd_jax.training.batches import (
     Joined,
     Plan,
     count_steps,
     planned_steps,
 )
-from proxykd_jax.training.discriminator import (
+from proxykd_jax.training.discriminator_model import (
     abstract_discriminator,
     adversarial_optimizer,
     init_discriminator,
@@ -78,7 +79,6 @@ from proxykd_jax.training.discriminator import (
 )
 from proxykd_jax.training.distillation import planned_figures, teacher_rows
 from proxykd_jax.training.logprobs import positions_at_once
-from proxykd_jax.training.objectives import Counts, Metrics, Objective, nll_term
 from proxykd_jax.training.phase import MakeBatch, Phase
 from proxykd_jax.training.scoring import Scoring
 from proxykd_jax.training.stage_run import StageRun

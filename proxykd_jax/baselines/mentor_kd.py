@@ -3,7 +3,7 @@
 1. The mentor is the proxy after the NLL of the teacher's texts (``align`` without preferences).
 2. It answers every prompt ``num_rationales`` times, at temperature 0.7.
 3. ``filter: answer_match`` keeps, of the teacher's rows and of the mentor's, those whose final
-   answer is the gold one (``data/golds.py``). Rows without a gold go too, and are counted.
+   answer is the gold one (``texts/golds.py``). Rows without a gold go too, and are counted.
 4. The mentor scores all that is left; each text has the mentor's distribution on that text.
 5. The student minimises (1 - lam) NLL + lam KL(mentor || student) at temperature T over both.
 
@@ -22,11 +22,11 @@ from proxykd_jax.config import Config
 from proxykd_jax.config.methods import MentorKd
 from proxykd_jax.data.collate import Rows
 from proxykd_jax.data.corpus import TokenCorpus, TokenSplit
-from proxykd_jax.data.golds import Golds, is_correct, prompt_key, read_golds
-from proxykd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from proxykd_jax.errors import UserError
-from proxykd_jax.generation.answered import AnsweredSplit
+from proxykd_jax.generation.fresh_split import AnsweredSplit
 from proxykd_jax.generation.samples import SampleStore
+from proxykd_jax.texts.golds import Golds, is_correct, prompt_key, read_golds
+from proxykd_jax.texts.tokenizer import Tokenizer, load_tokenizer
 from proxykd_jax.training.batches import Selection
 from proxykd_jax.training.distillation import label_phase, teacher_rows
 from proxykd_jax.training.phase import Phase

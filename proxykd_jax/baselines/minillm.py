@@ -24,14 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from proxykd_jax.baselines.online import prompt_plan, warmup_phase
-from proxykd_jax.baselines.programs import (
-    answer_shapes,
-    scored_answer_program,
-    scored_step_program,
-    scorer_cost,
-    scorer_of,
+from proxykd_jax.baselines.beside_scorer import (
+    ScoredSpec,
+    beside_scorer,
+    both_logits,
+    sampling_time_logps,
+    scorer_text,
 )
+from proxykd_jax.baselines.online import prompt_plan, warmup_phase
 from proxykd_jax.baselines.rollouts import (
     AnswerBatch,
     Answering,
@@ -39,12 +39,12 @@ from proxykd_jax.baselines.rollouts import (
     answer_figures,
     read_places,
 )
-from proxykd_jax.baselines.scored import (
-    ScoredSpec,
-    beside_scorer,
-    both_logits,
-    sampling_time_logps,
-    scorer_text,
+from proxykd_jax.baselines.sampling_programs import (
+    answer_shapes,
+    scored_answer_program,
+    scored_step_program,
+    scorer_cost,
+    scorer_of,
 )
 from proxykd_jax.config.online_methods import MiniLlm
 from proxykd_jax.data.collate import Rows
@@ -64,7 +64,7 @@ from proxykd_jax.losses import (
     token_logps,
     whiten,
 )
-from proxykd_jax.models.cost import forward_flops
+from proxykd_jax.models.operations import forward_flops
 from proxykd_jax.parallel.processes import fetch
 from proxykd_jax.parallel.sharding import bytes_per_device, put_rows
 from proxykd_jax.training.abstract import (
@@ -77,6 +77,7 @@ from proxykd_jax.training.abstract import (
     state_of,
     weights_read,
 )
+from proxykd_jax.training.batch_objectives import Counts, Metrics, Objective, nll_term
 from proxykd_jax.training.batches import (
     Joined,
     phase_seed,
@@ -85,7 +86,6 @@ from proxykd_jax.training.batches import (
 )
 from proxykd_jax.training.distillation import planned_figures, teacher_rows
 from proxykd_jax.training.loop import Trainer
-from proxykd_jax.training.objectives import Counts, Metrics, Objective, nll_term
 from proxykd_jax.training.optimizer import make_optimizer
 from proxykd_jax.training.phase import MakeBatch, Phase
 from proxykd_jax.training.programs import longest

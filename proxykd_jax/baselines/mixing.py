@@ -16,13 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from proxykd_jax.baselines.beside_scorer import ScoredSpec, beside_scorer
 from proxykd_jax.baselines.gkd import GkdObjective
 from proxykd_jax.baselines.online import prompt_plan
-from proxykd_jax.baselines.programs import (
-    scored_answer_program,
-    scored_step_program,
-    scorer_of,
-)
 from proxykd_jax.baselines.rollouts import (
     AnswerBatch,
     Answering,
@@ -30,14 +26,18 @@ from proxykd_jax.baselines.rollouts import (
     read_places,
     student_answers,
 )
-from proxykd_jax.baselines.scored import ScoredSpec, beside_scorer
+from proxykd_jax.baselines.sampling_programs import (
+    scored_answer_program,
+    scored_step_program,
+    scorer_of,
+)
 from proxykd_jax.config.methods import ProxyKd
 from proxykd_jax.data.collate import Rows
 from proxykd_jax.losses import reduce_examples
 from proxykd_jax.parallel.sharding import put_rows
 from proxykd_jax.training.abstract import Program, weight_bytes
+from proxykd_jax.training.batch_objectives import Counts, Metrics, Objective
 from proxykd_jax.training.batches import planned_steps
-from proxykd_jax.training.objectives import Counts, Metrics, Objective
 from proxykd_jax.training.phase import MakeBatch, Phase
 from proxykd_jax.training.programs import label_programs
 from proxykd_jax.training.stage_run import StageRun

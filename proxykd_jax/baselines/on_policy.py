@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import jax
 
+from proxykd_jax.baselines.beside_scorer import ScoredSpec, both_logits, scorer_text
 from proxykd_jax.baselines.online import GiveAnswers, answering_phase, warmup_phase
-from proxykd_jax.baselines.programs import scored_answer_program, scored_step_program
 from proxykd_jax.baselines.rollouts import (
     Answer,
     AnswerBatch,
@@ -24,7 +24,7 @@ from proxykd_jax.baselines.rollouts import (
     Places,
     answer_figures,
 )
-from proxykd_jax.baselines.scored import ScoredSpec, both_logits, scorer_text
+from proxykd_jax.baselines.sampling_programs import scored_answer_program, scored_step_program
 from proxykd_jax.config.online_methods import OnPolicy
 from proxykd_jax.data.collate import Rows
 from proxykd_jax.losses import (
@@ -36,10 +36,10 @@ from proxykd_jax.losses import (
     token_logps,
 )
 from proxykd_jax.training.abstract import Program
+from proxykd_jax.training.batch_objectives import Counts, Metrics, Objective
 from proxykd_jax.training.batches import Joined
 from proxykd_jax.training.distillation import FRESH, teacher_rows
 from proxykd_jax.training.model import Model
-from proxykd_jax.training.objectives import Counts, Metrics, Objective
 from proxykd_jax.training.phase import Phase
 from proxykd_jax.training.scoring import Scoring
 from proxykd_jax.training.stage_run import StageRun

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from proxykd_jax.baselines.beside_scorer import beside_scorer
 from proxykd_jax.baselines.rollouts import (
     Answer,
     AnswerBatch,
@@ -16,16 +17,15 @@ from proxykd_jax.baselines.rollouts import (
     answer_batch,
     read_places,
 )
-from proxykd_jax.baselines.scored import beside_scorer
 from proxykd_jax.config import OptimizerConfig
 from proxykd_jax.config.method_section import AnsweringSection
 from proxykd_jax.config.online_methods import OnlineSection
 from proxykd_jax.data.collate import Rows
 from proxykd_jax.parallel.sharding import put_rows
+from proxykd_jax.training.batch_objectives import Objective
 from proxykd_jax.training.batches import Joined, Plan, count_steps, planned_steps
 from proxykd_jax.training.distillation import planned_figures
 from proxykd_jax.training.model import Model
-from proxykd_jax.training.objectives import Objective
 from proxykd_jax.training.optimizer import make_optimizer
 from proxykd_jax.training.phase import Phase
 from proxykd_jax.training.stage_run import StageRun

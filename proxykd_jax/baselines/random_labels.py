@@ -28,7 +28,7 @@ from proxykd_jax.data.collate import Rows, TokenRow
 from proxykd_jax.data.corpus import TokenCorpus
 from proxykd_jax.data.drawn_labels import DrawnLabels, DrawnRow
 from proxykd_jax.data.soft_labels import SoftLabels
-from proxykd_jax.generation.score_rows import Piece, Positions
+from proxykd_jax.generation.label_rows import Piece, Positions
 from proxykd_jax.losses import draw_labels
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.decoder import unembed

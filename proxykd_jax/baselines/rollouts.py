@@ -25,8 +25,8 @@ from proxykd_jax.generation.sampler import sample
 from proxykd_jax.losses import Term, count_tokens, reduce_examples
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.parallel.sharding import check_rows, put_rows, row_ways
+from proxykd_jax.training.batch_objectives import Metrics
 from proxykd_jax.training.batches import phase_seed
-from proxykd_jax.training.objectives import Metrics
 from proxykd_jax.training.stage_run import StageRun
 from proxykd_jax.types import TokenBatch
 

@@ -21,7 +21,7 @@ from proxykd_jax.generation.samples import SampleStore
 from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.parallel.sharding import check_rows
 from proxykd_jax.training.abstract import Program
-from proxykd_jax.training.answers import draw_answers
+from proxykd_jax.training.batch_objectives import AlignObjective
 from proxykd_jax.training.batches import (
     Joined,
     Plan,
@@ -29,9 +29,9 @@ from proxykd_jax.training.batches import (
 )
 from proxykd_jax.training.console import Console
 from proxykd_jax.training.distillation import planned_figures, teacher_rows
+from proxykd_jax.training.draw_answers import draw_answers
 from proxykd_jax.training.loop import Trainer
 from proxykd_jax.training.model import model_identity
-from proxykd_jax.training.objectives import AlignObjective
 from proxykd_jax.training.optimizer import make_optimizer
 from proxykd_jax.training.pairs import PairRows
 from proxykd_jax.training.phase import Phase

@@ -1,1 +1,1 @@
-"""The corpus: from files of a teacher's answers to batches of tokens."""
+"""Rows as tokens: the corpus and the soft labels on disk, the order of an epoch, and batches."""

@@ -24,8 +24,8 @@ from proxykd_jax.artifacts import (
 from proxykd_jax.data.corpus import INDEX, SPLITS, TFDS_NAME, CorpusSplit, row_id_of, shard_name
 from proxykd_jax.data.example_codec import encode_example
 from proxykd_jax.data.parts import Part, PartFolder
-from proxykd_jax.data.records import Drops
 from proxykd_jax.errors import UserError
+from proxykd_jax.texts.records import Drops
 
 _VERSION = "1.0.0"
 # One record per chunk, so a row can be read without unpacking its neighbours.

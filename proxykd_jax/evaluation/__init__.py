@@ -1,5 +1,5 @@
-"""Measures alignment with the teacher on held-out rows, and answers to benchmarks.
+"""Measures how close a model is to the teacher on held-out rows.
 
-``measures`` works for any model and split; ``teacher`` is for a teacher whose distribution is
+``measures`` works for any model and split; ``exact_teacher`` is for a teacher whose distribution is
 known.
 """

@@ -29,7 +29,7 @@ from proxykd_jax.data.collate import Rows, collate_rows
 from proxykd_jax.data.order import by_length, default_buckets
 from proxykd_jax.errors import UserError
 from proxykd_jax.evaluation.calibration import NUM_BINS, binned, calibration
-from proxykd_jax.evaluation.teacher import TeacherLogps
+from proxykd_jax.evaluation.exact_teacher import TeacherLogps
 from proxykd_jax.models.chunked import map_positions
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.decoder import batch_hidden_states, unembed

@@ -148,7 +148,7 @@ class Planner:
     """
 
     def __init__(self, request: Request) -> None:
-        from proxykd_jax.planning.phases import run_programs
+        from proxykd_jax.planning.run_programs import run_programs
         from proxykd_jax.training.abstract import Lengths
 
         self.request = request

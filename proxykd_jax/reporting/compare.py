@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from proxykd_jax.reporting.alignment import MODELS, splits_of
 from proxykd_jax.reporting.blocks import (
     Block,
     LinePlot,
@@ -18,6 +17,7 @@ from proxykd_jax.reporting.blocks import (
     Value,
 )
 from proxykd_jax.reporting.curves import points, thinned
+from proxykd_jax.reporting.proxy import MODELS, splits_of
 from proxykd_jax.reporting.run_folder import RunFolder
 
 # (stage, title, name in the log, whether its points are marked)

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from proxykd_jax.reporting import alignment, compare, cost, overview, student, svg
-from proxykd_jax.reporting.benchmarks import benchmarks
+from proxykd_jax.reporting import compare, cost, overview, proxy, student, svg
+from proxykd_jax.reporting.benchmark_tables import benchmarks
 from proxykd_jax.reporting.blocks import Block, Plot, Section, Text
+from proxykd_jax.reporting.examples import texts
 from proxykd_jax.reporting.run_folder import UNREADABLE, RunFolder, told
-from proxykd_jax.reporting.texts import texts
 
 _FILES = Path(__file__).parent
 
@@ -53,7 +53,7 @@ def run_sections(run: RunFolder) -> list[Section]:
         ("What was run", lambda: overview.what_was_run(run)),
         ("Corpus", lambda: overview.corpus(run)),
         ("Alignment of the proxy", lambda: _with_others(run, "align")),
-        ("How near to the teacher", lambda: alignment.nearness(run)),
+        ("How near to the teacher", lambda: proxy.nearness(run)),
         ("Soft labels and weights", lambda: student.soft_labels(run)),
         ("Distillation of the student", lambda: _with_others(run, "distill")),
         ("Student beside proxy", lambda: student.beside_the_proxy(run)),
@@ -66,7 +66,7 @@ def run_sections(run: RunFolder) -> list[Section]:
 
 
 def _with_others(run: RunFolder, stage: str) -> Section:
-    module = alignment if stage == "align" else student
+    module = proxy if stage == "align" else student
     section = module.training(run)
     others = student.other_series(run, stage, module.SHOWN)
     return Section(section.title, [*section.blocks, *([] if others is None else [others])])

@@ -11,7 +11,7 @@ from typing import Any
 
 from proxykd_jax.artifacts import read_json, write_bytes
 from proxykd_jax.config.table_file import NONE, TableFile, TableRow
-from proxykd_jax.reporting.benchmarks import MISPRINT, Score, misprints, read_benchmarks
+from proxykd_jax.reporting.benchmark_tables import MISPRINT, Score, misprints, read_benchmarks
 from proxykd_jax.reporting.blocks import Block, Fold, Section, Table, Text, Value, shown
 from proxykd_jax.reporting.cost import PhaseTime, phase_times
 from proxykd_jax.reporting.markdown import markdown

@@ -9,8 +9,7 @@ import numpy as np
 
 from proxykd_jax.data.corpus import SPLITS
 from proxykd_jax.data.soft_labels import SoftLabelStore, open_soft_labels, weights_of
-from proxykd_jax.reporting.alignment import opening, splits_of
-from proxykd_jax.reporting.benchmarks import Score, read_benchmarks
+from proxykd_jax.reporting.benchmark_tables import Score, read_benchmarks
 from proxykd_jax.reporting.blocks import (
     BarPlot,
     Block,
@@ -32,6 +31,7 @@ from proxykd_jax.reporting.curves import (
     plot,
     points,
 )
+from proxykd_jax.reporting.proxy import opening, splits_of
 from proxykd_jax.reporting.run_folder import RunFolder
 
 _BINS = 24

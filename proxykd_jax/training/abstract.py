@@ -24,7 +24,7 @@ from proxykd_jax.generation.decode import (
     prefill,
 )
 from proxykd_jax.generation.sampler import prompt_bucket, slot_bucket
-from proxykd_jax.models.cost import answer_flops, cache_bytes, step_flops
+from proxykd_jax.models.operations import answer_flops, cache_bytes, step_flops
 from proxykd_jax.models.params import abstract_params
 from proxykd_jax.models.quantized import QuantizedKernel
 from proxykd_jax.parallel.sharding import (

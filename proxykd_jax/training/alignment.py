@@ -17,7 +17,7 @@ from proxykd_jax.generation.samples import SampleStore
 from proxykd_jax.losses import REFERENCE_LOSSES, batch_mean
 from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.parallel.sharding import check_rows, tree_shardings
-from proxykd_jax.training.answers import draw_answers
+from proxykd_jax.training.batch_objectives import AlignObjective
 from proxykd_jax.training.batches import (
     Plan,
     Selection,
@@ -29,9 +29,9 @@ from proxykd_jax.training.batches import (
     placed_batches,
     rows_together,
 )
+from proxykd_jax.training.draw_answers import draw_answers
 from proxykd_jax.training.loop import Progress, Trainer
 from proxykd_jax.training.model import Model
-from proxykd_jax.training.objectives import AlignObjective
 from proxykd_jax.training.optimizer import make_optimizer
 from proxykd_jax.training.pairs import PairRows
 from proxykd_jax.training.phase import Phase

@@ -17,8 +17,9 @@ from proxykd_jax.config import Config
 from proxykd_jax.data.collate import Rows
 from proxykd_jax.data.corpus import TokenCorpus, TokenSplit
 from proxykd_jax.data.soft_labels import SoftLabelStore, Weights, weights_of
-from proxykd_jax.generation.answered import AnsweredSplit
+from proxykd_jax.generation.fresh_split import AnsweredSplit
 from proxykd_jax.generation.samples import SampleStore
+from proxykd_jax.training.batch_objectives import DistillObjective
 from proxykd_jax.training.batches import (
     Joined,
     ReadLabels,
@@ -27,7 +28,6 @@ from proxykd_jax.training.batches import (
     count_steps,
     distill_collate,
 )
-from proxykd_jax.training.objectives import DistillObjective
 from proxykd_jax.training.optimizer import make_optimizer
 from proxykd_jax.training.phase import Phase
 from proxykd_jax.training.programs import label_programs

@@ -163,7 +163,7 @@ def check_tokenizers(config: Config, corpus: TokenCorpus) -> None:
       UserError: the maps from tokens to ids differ (the first differences are named), or there are
         ids without an embedding.
     """
-    from proxykd_jax.data.tokenizer import (
+    from proxykd_jax.texts.tokenizer import (
         check_embedding_rows,
         check_same_vocabulary,
         load_tokenizer,

@@ -12,7 +12,7 @@ from proxykd_jax.data.collate import Rows, TokenRow, collate_rows
 from proxykd_jax.data.order import PlannedBatch
 from proxykd_jax.generation.samples import KEPT, SampledRow, SampleStore
 from proxykd_jax.models.config import ModelConfig
-from proxykd_jax.models.cost import sharing_pays
+from proxykd_jax.models.operations import sharing_pays
 from proxykd_jax.training.batches import answer_positions
 from proxykd_jax.types import PairBatch, Pairs, SharedPairBatch
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import optax
 
-from proxykd_jax.training.objectives import Objective
+from proxykd_jax.training.batch_objectives import Objective
 from proxykd_jax.training.state import Spec, TrainState, Tree
 from proxykd_jax.training.steps import Metrics, Step, make_diagnosis, make_train_step
 

@@ -18,11 +18,11 @@ from jax.sharding import Mesh
 from proxykd_jax.config import PreferenceConfig
 from proxykd_jax.data.order import default_buckets, packed_segments
 from proxykd_jax.generation.decode import DrawSettings
-from proxykd_jax.generation.score_rows import positions_at_once
-from proxykd_jax.generation.scoring import hidden_rows, soft_labels_of_hidden
+from proxykd_jax.generation.label_batch import hidden_rows, soft_labels_of_hidden
+from proxykd_jax.generation.label_rows import positions_at_once
 from proxykd_jax.losses import REFERENCE_LOSSES
 from proxykd_jax.models.config import ModelConfig
-from proxykd_jax.models.cost import forward_flops, head_flops, layer_flops
+from proxykd_jax.models.operations import forward_flops, head_flops, layer_flops
 from proxykd_jax.parallel.sharding import bytes_per_device
 from proxykd_jax.training.abstract import (
     Cost,
@@ -37,8 +37,8 @@ from proxykd_jax.training.abstract import (
     weight_bytes,
     weights_read,
 )
+from proxykd_jax.training.batch_objectives import AlignObjective
 from proxykd_jax.training.model import Model
-from proxykd_jax.training.objectives import AlignObjective
 from proxykd_jax.training.pairs import may_share_prompt, shares_prompt
 from proxykd_jax.training.reference import pair_logps
 from proxykd_jax.types import DistillBatch, PairBatch, Pairs, SharedPairBatch, TokenBatch

@@ -11,7 +11,7 @@ from proxykd_jax.artifacts import MANIFEST, read_json, stage_identity
 from proxykd_jax.config import Config, ModelSection, OptimizerConfig
 from proxykd_jax.errors import UserError
 from proxykd_jax.training.checkpoint import Checkpoints
-from proxykd_jax.training.discriminator import adversarial_optimizer, init_discriminator
+from proxykd_jax.training.discriminator_model import adversarial_optimizer, init_discriminator
 from proxykd_jax.training.model import Model, load_for_training
 from proxykd_jax.training.optimizer import make_optimizer
 from proxykd_jax.training.state import abstract_state

@@ -12,14 +12,14 @@ from proxykd_jax.data.collate import Rows
 from proxykd_jax.data.corpus import TokenCorpus, TokenSplit
 from proxykd_jax.data.soft_labels import SoftLabelStore, SoftLabelWriter, weights_of
 from proxykd_jax.errors import UserError
-from proxykd_jax.generation.answered import AnsweredSplit
+from proxykd_jax.generation.fresh_split import AnsweredSplit
+from proxykd_jax.generation.label_rows import Positions, RowScorer, score_split
 from proxykd_jax.generation.samples import SampleStore
-from proxykd_jax.generation.score_rows import Positions, RowScorer, score_split
 from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.parallel.sharding import check_rows, put_rows
-from proxykd_jax.training.answers import draw_answers
 from proxykd_jax.training.console import Console
 from proxykd_jax.training.distillation import FRESH, teacher_rows
+from proxykd_jax.training.draw_answers import draw_answers
 from proxykd_jax.training.metrics import MetricsLog
 from proxykd_jax.training.model import Model
 from proxykd_jax.training.restore import aligned_proxy_identity, load_aligned_proxy

@@ -18,6 +18,7 @@ from proxykd_jax.data.corpus import TokenCorpus
 from proxykd_jax.data.order import Batching
 from proxykd_jax.data.soft_labels import SoftLabelStore
 from proxykd_jax.errors import UserError
+from proxykd_jax.training.batch_objectives import NllObjective, Objective
 from proxykd_jax.training.batches import (
     Plan,
     answer_positions,
@@ -30,7 +31,6 @@ from proxykd_jax.training.batches import (
 from proxykd_jax.training.loop import Measure, Periodic, Trainer
 from proxykd_jax.training.metrics import MetricsLog
 from proxykd_jax.training.model import Model
-from proxykd_jax.training.objectives import NllObjective, Objective
 from proxykd_jax.training.phase import Phase
 from proxykd_jax.training.programs import text_programs
 from proxykd_jax.training.state import Spec, TrainState

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from proxykd_jax.losses import batch_mean
-from proxykd_jax.training.objectives import Objective
+from proxykd_jax.training.batch_objectives import Objective
 from proxykd_jax.training.state import Spec, TrainState, Tree
 
 # A round takes the steps of the round before: what is compiled is a function of the arguments.

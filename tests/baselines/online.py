@@ -14,8 +14,8 @@ import pytest
 
 from proxykd_jax import distill
 from proxykd_jax.artifacts import MANIFEST, read_json
+from proxykd_jax.baselines.beside_scorer import ScoredSpec
 from proxykd_jax.baselines.rollouts import Answer, AnswerBatch, answer_batch
-from proxykd_jax.baselines.scored import ScoredSpec
 from proxykd_jax.config import Config
 from proxykd_jax.data.collate import TokenRow
 from proxykd_jax.models.decoder import forward

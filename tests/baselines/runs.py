@@ -18,7 +18,7 @@ from proxykd_jax.data.corpus import open_corpus
 from proxykd_jax.errors import Stopped
 from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.planning.look import architecture
-from proxykd_jax.planning.phases import run_phases
+from proxykd_jax.planning.run_programs import run_phases
 from proxykd_jax.training import loop
 from proxykd_jax.training.abstract import state_of
 from proxykd_jax.training.phase import Phase

@@ -15,7 +15,7 @@ from proxykd_jax import distill
 from proxykd_jax.config import Config
 from proxykd_jax.data.corpus import open_corpus
 from proxykd_jax.errors import UserError
-from proxykd_jax.generation.answered import AnsweredSplit
+from proxykd_jax.generation.fresh_split import AnsweredSplit
 from proxykd_jax.generation.samples import SampleStore
 from proxykd_jax.models.hf_weights import save_model
 from proxykd_jax.models.params import init_params

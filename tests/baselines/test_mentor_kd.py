@@ -18,7 +18,7 @@ from proxykd_jax.data.collate import TokenRow
 from proxykd_jax.data.corpus import open_corpus
 from proxykd_jax.data.soft_labels import open_soft_labels
 from proxykd_jax.errors import UserError
-from proxykd_jax.generation.answered import AnsweredSplit
+from proxykd_jax.generation.fresh_split import AnsweredSplit
 from proxykd_jax.generation.samples import SampleStore
 from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.training.restore import load_aligned_proxy

@@ -11,6 +11,7 @@ import pytest
 
 from proxykd_jax import distill
 from proxykd_jax.baselines import minillm
+from proxykd_jax.baselines.beside_scorer import sampling_time_logps
 from proxykd_jax.baselines.minillm import (
     MiniLlmObjective,
     inner_batches,
@@ -18,7 +19,6 @@ from proxykd_jax.baselines.minillm import (
     take_answers,
 )
 from proxykd_jax.baselines.rollouts import Answer, answer_batch
-from proxykd_jax.baselines.scored import sampling_time_logps
 from proxykd_jax.config.online_methods import MiniLlm
 from proxykd_jax.data.collate import TokenRow
 from proxykd_jax.errors import UserError

@@ -14,23 +14,23 @@ import pytest
 
 from proxykd_jax import distill, score
 from proxykd_jax.artifacts import MANIFEST, read_json
+from proxykd_jax.baselines import beside_scorer as scored_room
 from proxykd_jax.baselines import mixing
-from proxykd_jax.baselines import scored as scored_room
+from proxykd_jax.baselines.beside_scorer import ScoredSpec
 from proxykd_jax.baselines.gkd import GkdObjective
 from proxykd_jax.baselines.mixing import MixedObjective
 from proxykd_jax.baselines.rollouts import Answer, Answering, answer_batch, student_answers
-from proxykd_jax.baselines.scored import ScoredSpec
 from proxykd_jax.config import Config
 from proxykd_jax.data.collate import TokenRow
 from proxykd_jax.data.corpus import open_corpus
 from proxykd_jax.data.soft_labels import SoftLabelStore
 from proxykd_jax.errors import UserError
-from proxykd_jax.generation.answered import AnsweredSplit
+from proxykd_jax.generation.fresh_split import AnsweredSplit
 from proxykd_jax.generation.samples import SampleStore
 from proxykd_jax.models.decoder import forward
 from proxykd_jax.models.params import init_params
 from proxykd_jax.parallel.mesh import make_mesh
-from proxykd_jax.training.objectives import DistillObjective
+from proxykd_jax.training.batch_objectives import DistillObjective
 from proxykd_jax.training.restore import load_aligned_proxy
 from proxykd_jax.training.state import ModelSpec
 from tests.baselines.runs import (

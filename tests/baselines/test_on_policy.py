@@ -14,7 +14,7 @@ from proxykd_jax.baselines.gkd import GkdObjective
 from proxykd_jax.baselines.on_policy import OnPolicyObjective
 from proxykd_jax.baselines.rollouts import Answer, answer_batch
 from proxykd_jax.data.collate import TokenRow
-from proxykd_jax.training.objectives import NllObjective
+from proxykd_jax.training.batch_objectives import NllObjective
 from tests.baselines.online import (
     ONLINE,
     SHORT,

@@ -12,7 +12,7 @@ from proxykd_jax import distill
 from proxykd_jax.data.corpus import open_corpus
 from proxykd_jax.errors import UserError
 from proxykd_jax.parallel.mesh import make_mesh
-from proxykd_jax.training import answers
+from proxykd_jax.training import draw_answers
 from proxykd_jax.training.restore import load_aligned_proxy
 from tests.baselines.runs import (
     ONE_STEP,
@@ -53,7 +53,7 @@ def test_the_assistant_never_samples_and_prefers_nothing(tiny_files, tmp_path, m
     def refuse(*args: Any, **options: Any) -> None:
         raise AssertionError("the assistant samples")
 
-    monkeypatch.setattr(answers, "sample_round", refuse)
+    monkeypatch.setattr(draw_answers, "sample_round", refuse)
     config = method_recipe(tiny_files, tmp_path, "takd")
     distill.main(config)
     assert not (config.folder / "samples").exists()

@@ -12,6 +12,7 @@ from proxykd_jax.data.collate import TokenRow
 from proxykd_jax.errors import UserError
 from proxykd_jax.evaluation import measures
 from proxykd_jax.evaluation.calibration import NUM_BINS
+from proxykd_jax.evaluation.exact_teacher import TeacherLogps, write_teacher_logps
 from proxykd_jax.evaluation.measures import (
     first_choice,
     measure,
@@ -19,7 +20,6 @@ from proxykd_jax.evaluation.measures import (
     token_mean,
     validation_figures,
 )
-from proxykd_jax.evaluation.teacher import TeacherLogps, write_teacher_logps
 from proxykd_jax.models.config import LoraConfig, ModelConfig
 from proxykd_jax.models.decoder import forward
 from proxykd_jax.models.lora import init_adapter

@@ -8,7 +8,7 @@ import pytest
 
 from proxykd_jax.data.collate import TokenRow
 from proxykd_jax.errors import UserError
-from proxykd_jax.generation.answered import AnsweredSplit
+from proxykd_jax.generation.fresh_split import AnsweredSplit
 from proxykd_jax.generation.sampler import Sample
 from proxykd_jax.generation.samples import SampleStore, sample_round
 

@@ -14,11 +14,11 @@ from proxykd_jax.data.corpus import open_corpus
 from proxykd_jax.data.parts import PartFolder
 from proxykd_jax.data.soft_labels import open_soft_labels, weights_of
 from proxykd_jax.errors import UserError
-from proxykd_jax.generation.answered import AnsweredSplit
+from proxykd_jax.generation.fresh_split import AnsweredSplit
 from proxykd_jax.generation.samples import EMPTY, SampleStore
 from proxykd_jax.models.hf_weights import save_model
-from tests.data.conftest import save_bpe
 from tests.generation.tiny import tiny_model
+from tests.texts.conftest import save_bpe
 
 WORDS = ["the", "cat", "sat", "on", "mat", "looked", "dog", "it", "was", "warm", "day", "once"]
 

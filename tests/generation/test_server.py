@@ -15,13 +15,13 @@ from pydantic import ValidationError
 
 from benchmarks.miniature.pretrain import write_tokenizer
 from proxykd_jax.config.schema import SamplingServer
-from proxykd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from proxykd_jax.errors import UserError
 from proxykd_jax.generation import server as server_module
 from proxykd_jax.generation.sampler import Sample
 from proxykd_jax.generation.samples import KEPT, NOT_REENCODABLE, SampleStore, sample_round
-from proxykd_jax.generation.served import make_served_draw, request_seed, spell
 from proxykd_jax.generation.server import ServerClient, UnansweredError
+from proxykd_jax.generation.server_answers import make_served_draw, request_seed, spell
+from proxykd_jax.texts.tokenizer import Tokenizer, load_tokenizer
 from tests.generation.fake_server import Body, FakeServer, Reply, completion
 from tests.generation.test_samples import Rows, row_id_of
 

@@ -13,7 +13,7 @@ from benchmarks.miniature import world as w
 from benchmarks.miniature.recipes import STUDENTS
 from proxykd_jax.config import load_config
 from proxykd_jax.errors import UserError
-from proxykd_jax.evaluation.teacher import TeacherLogps
+from proxykd_jax.evaluation.exact_teacher import TeacherLogps
 from proxykd_jax.models.hf_weights import load_model
 
 SIZES = {"steps_share": 0.002, "num_corpus": 120, "num_test": 30, "num_fresh": 50}

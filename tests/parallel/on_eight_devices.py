@@ -21,9 +21,9 @@ from proxykd_jax import score
 from proxykd_jax.artifacts import read_json
 from proxykd_jax.config import AxesConfig, PreferenceConfig
 from proxykd_jax.data.soft_labels import open_soft_labels
+from proxykd_jax.generation.label_batch import topk_soft_labels
 from proxykd_jax.generation.sampler import sample
 from proxykd_jax.generation.samples import SampleStore
-from proxykd_jax.generation.scoring import topk_soft_labels
 from proxykd_jax.models import splash
 from proxykd_jax.models.attention import attention
 from proxykd_jax.models.config import LoraConfig, ModelConfig
@@ -33,8 +33,8 @@ from proxykd_jax.models.lora import init_adapter
 from proxykd_jax.models.params import init_params
 from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.parallel.sharding import bytes_per_device, move, put_rows, row_ways, sharding_of
+from proxykd_jax.training.batch_objectives import AlignObjective, DistillObjective, NllObjective
 from proxykd_jax.training.checkpoint import Checkpoints
-from proxykd_jax.training.objectives import AlignObjective, DistillObjective, NllObjective
 from proxykd_jax.training.reference import pair_logps
 from proxykd_jax.training.state import ModelSpec, abstract_state, init_state
 from proxykd_jax.training.steps import make_train_step

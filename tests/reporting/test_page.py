@@ -19,11 +19,11 @@ import pytest
 from proxykd_jax import report
 from proxykd_jax.artifacts import MANIFEST, read_json, write_json
 from proxykd_jax.data.soft_labels import open_soft_labels, weights_of
-from proxykd_jax.reporting.alignment import MODELS
 from proxykd_jax.reporting.blocks import shown
 from proxykd_jax.reporting.curves import MOST_POINTS, thinned
 from proxykd_jax.reporting.page import render
 from proxykd_jax.reporting.paper import TABLE_1, TABLE_2, TABLE_5
+from proxykd_jax.reporting.proxy import MODELS
 from proxykd_jax.reporting.run_folder import read_run
 from proxykd_jax.training.metrics import read_metrics
 from tests.reporting.html_page import Page

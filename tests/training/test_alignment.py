@@ -23,7 +23,7 @@ from proxykd_jax.data.parts import PartFolder
 from proxykd_jax.errors import UserError
 from proxykd_jax.generation.samples import KEPT, SampleStore
 from proxykd_jax.parallel.mesh import make_mesh
-from proxykd_jax.training import answers, reference
+from proxykd_jax.training import draw_answers, reference
 from proxykd_jax.training import phase as phase_module
 from proxykd_jax.training.model import Model
 from proxykd_jax.training.restore import load_aligned_proxy
@@ -170,7 +170,7 @@ def test_a_restarted_round_does_not_sample_again(finished_run, before_round_two,
     def never(*args, **options):
         raise AssertionError("nothing is to be sampled")
 
-    monkeypatch.setattr(answers, "make_draw", lambda *args, **options: never)
+    monkeypatch.setattr(draw_answers, "make_draw", lambda *args, **options: never)
     align.main(config)
     assert files_of(config.folder / "samples", times=True) == samples
     keys = ("content", "results", "best_step", "last_step")

@@ -18,7 +18,7 @@ import pytest
 from proxykd_jax import losses
 from proxykd_jax.config import PreferenceConfig
 from proxykd_jax.data.sample_weights import weights_of
-from proxykd_jax.training.objectives import AlignObjective, DistillObjective, NllObjective
+from proxykd_jax.training.batch_objectives import AlignObjective, DistillObjective, NllObjective
 
 from .conftest import random_distill, random_pairs, random_rows
 

@@ -28,8 +28,8 @@ from proxykd_jax.models.hf_weights import load_model, save_model
 from proxykd_jax.models.lora import init_adapter
 from proxykd_jax.models.params import flatten, init_params, is_linear, unflatten
 from proxykd_jax.models.quantized import quantize
+from proxykd_jax.training.batch_objectives import AlignObjective
 from proxykd_jax.training.logprobs import pair_label_logps, pair_sums
-from proxykd_jax.training.objectives import AlignObjective
 from proxykd_jax.training.pairs import collate_pairs
 from proxykd_jax.training.reference import (
     LN_2,

@@ -15,8 +15,8 @@ from proxykd_jax.data.collate import RowsInMemory, TokenRow
 from proxykd_jax.data.order import PlannedBatch
 from proxykd_jax.generation.samples import SampledRow, SampleStore
 from proxykd_jax.models.config import LoraConfig
+from proxykd_jax.training.batch_objectives import AlignObjective
 from proxykd_jax.training.batches import make_plan
-from proxykd_jax.training.objectives import AlignObjective
 from proxykd_jax.training.pairs import PairRows, collate_pairs, shares_prompt
 from proxykd_jax.training.reference import pair_logps
 

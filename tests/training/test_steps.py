@@ -13,8 +13,8 @@ import pytest
 
 from proxykd_jax.config import PreferenceConfig
 from proxykd_jax.models.decoder import batch_hidden_states, forward, unembed
+from proxykd_jax.training.batch_objectives import AlignObjective, DistillObjective, NllObjective
 from proxykd_jax.training.logprobs import label_logps
-from proxykd_jax.training.objectives import AlignObjective, DistillObjective, NllObjective
 from proxykd_jax.training.reference import pair_logps
 from proxykd_jax.training.state import init_state
 from proxykd_jax.training.steps import make_diagnosis, make_train_step, split_rows

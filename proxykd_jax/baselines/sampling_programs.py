@@ -1,0 +1,151 @@
+"""The programs of a student that answers while it trains, from shapes alone.
+
+``answer`` draws its answers on the student's mesh. The size of the tokenizer is not known to a
+sketch: vocabularies are taken whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from proxykd_jax.baselines.rollouts import AnswerBatch
+from proxykd_jax.config.method_section import AnsweringSection
+from proxykd_jax.generation.decode import DrawSettings, Mixing
+from proxykd_jax.models.operations import forward_flops
+from proxykd_jax.parallel.sharding import bytes_per_device
+from proxykd_jax.training.abstract import (
+    Cost,
+    Lengths,
+    Program,
+    abstract_rows,
+    answering_program,
+    state_of,
+    step_cost,
+    step_program,
+    weight_bytes,
+    weights_read,
+)
+from proxykd_jax.training.model import Model
+from proxykd_jax.training.phase import Phase
+from proxykd_jax.training.programs import longest
+from proxykd_jax.training.stage_run import StageRun
+
+
+def answer_shapes(rows: int, length: int) -> AnswerBatch:
+    """Shapes of a batch of answers."""
+    flags = jax.ShapeDtypeStruct((rows,), jnp.bool_)
+    return AnswerBatch(abstract_rows(rows, length), flags, flags)
+
+
+def answer_program(
+    run: StageRun,
+    method: AnsweringSection,
+    phase: Phase,
+    *,
+    temperature: float,
+    times: float,
+    beside: Callable[[dict[str, int]], int],
+    mixing: Mixing | None = None,
+) -> Program:
+    """The student's answers, as ``rollouts.Answering`` draws them.
+
+    Args:
+      run, method: a sketch of a stage.
+      phase: whose state is held meanwhile.
+      temperature, mixing: as in ``Answering``.
+      times: answers for each sample of the corpus.
+      beside: mesh's axes -> bytes that a device holds beside the student and its optimizer. A
+        model that is mixed in is an argument and does not count.
+    """
+    model = run.model
+
+    def resident(axes: dict[str, int]) -> int:
+        found = bytes_per_device(state_of(phase).opt_state, axes) + beside(axes)
+        if model.spec.trainable == "full" and model.spec.dtype != "float32":
+            found += bytes_per_device(model.trainable, axes)  # what answers is a cast copy
+        return found
+
+    return answering_program(
+        "answer",
+        "distill",
+        model,
+        method.sample_batch_size,
+        max_length=run.config.corpus.max_length,
+        max_new_tokens=method.max_new_tokens,
+        settings=DrawSettings(temperature, 1.0, run.corpus.vocab_size, (0,)),
+        resident=lambda mesh: resident(dict(mesh.shape)),
+        other=None if mixing is None else run.scorer,
+        mixing=mixing,
+        times=times,
+    )
+
+
+def scored_answer_program(
+    run: StageRun,
+    method: AnsweringSection,
+    phase: Phase,
+    *,
+    temperature: float = 1.0,
+    times: float = 1.0,
+    mixing: Mixing | None = None,
+) -> Program:
+    """``answer_program`` with the scorer beside the student."""
+    scorer = scorer_of(run)
+    return answer_program(
+        run,
+        method,
+        phase,
+        temperature=temperature,
+        times=times,
+        beside=lambda axes: weight_bytes(scorer, axes) if mixing is None else 0,
+        mixing=mixing,
+    )
+
+
+def scored_step_program(
+    run: StageRun,
+    phase: Phase,
+    name: str = "distill",
+    batch_of: Callable[[int], Any] | None = None,
+    *,
+    answers: int = 1,
+    times: float = 1.0,
+) -> Program:
+    """A step on answers that the scorer sees too, ``answers`` to each of its rows."""
+    state, length = state_of(phase), longest(run)
+
+    def cost(axes: dict[str, int], rows: int, lengths: Lengths) -> Cost:
+        own = step_cost(run.model, axes, answers * rows, lengths.row, state=state)
+        seen = scorer_cost(run, axes, answers * rows, lengths)
+        return Cost(own.flops + seen.flops, own.bytes_moved + seen.bytes_moved)
+
+    return step_program(
+        run,
+        phase,
+        name,
+        batch_of or (lambda rows: answer_shapes(answers * rows, length)),
+        cost=cost,
+        times=times,
+    )
+
+
+def scorer_cost(run: StageRun, axes: dict[str, int], rows: int, lengths: Lengths) -> Cost:
+    """The scorer's pass over rows."""
+    scorer = scorer_of(run)
+    flops = forward_flops(scorer.spec.config, rows, lengths.row)
+    return Cost(flops, weights_read(scorer, axes))
+
+
+def scorer_of(run: StageRun) -> Model:
+    """The proxy's shapes.
+
+    Raises:
+      ValueError: the run is no sketch.
+    """
+    if run.scorer is None:
+        raise ValueError("Programs are made from a sketch of a run, which has the scorer's shapes.")
+    return run.scorer

@@ -1,0 +1,71 @@
+"""Benchmarks that a student answers during training: curves as in the paper's Figs. 6 and 7."""
+
+from __future__ import annotations
+
+from jax.sharding import Mesh
+
+from proxykd_jax.config import Config
+from proxykd_jax.data.order import permutation
+from proxykd_jax.parallel.sharding import check_rows
+from proxykd_jax.peers import stop_if_wanted
+from proxykd_jax.tasks.answering import Speaker, generating, renderer_of
+from proxykd_jax.tasks.extraction import extract, is_right
+from proxykd_jax.tasks.items import Item, files_of, read_items
+from proxykd_jax.training.loop import Periodic
+from proxykd_jax.training.model import Model
+
+
+def accuracy_while_training(config: Config, mesh: Mesh) -> Periodic | None:
+    """``benchmark/<task>``, the share of right answers, at intervals; None if none are configured.
+
+    The questions are the same each time: a fixed number per task, drawn by the run's seed. With
+    several tasks ``benchmark/mean`` is their mean.
+
+    Args:
+      config: ``evaluate.benchmarks.during`` gives the questions and the interval.
+      mesh: the mesh on which the student is trained.
+
+    Raises:
+      UserError: files are missing or do not fit, or rows do not divide over the mesh.
+    """
+    benchmarks = config.evaluate.benchmarks
+    if benchmarks is None or benchmarks.during is None:
+        return None
+    during = benchmarks.during
+    check_rows(benchmarks.batch_size, mesh, "evaluate.benchmarks.batch_size")
+    files = files_of(benchmarks, during.tasks or (), "evaluate.benchmarks.during.tasks")
+    asked = {
+        task: drawn(read_items(task, path), during.items, config.seed)
+        for task, path in files.items()
+    }
+    renderer = renderer_of(config)
+
+    def figures(model: Model) -> dict[str, float]:
+        speaker = Speaker(model, renderer, mesh)
+        shares = {}
+        for task, items in asked.items():
+            stop_if_wanted()
+            answer = generating(
+                speaker,
+                items,
+                seed=config.seed,
+                max_new_tokens=during.max_new_tokens,
+                batch_size=benchmarks.batch_size,
+            )
+            lines = answer(range(len(items)))
+            right = [
+                is_right(item, extract(item, line["output"]))
+                for item, line in zip(items, lines, strict=True)
+            ]
+            shares[f"benchmark/{task}"] = sum(right) / len(right)
+        if len(shares) > 1:
+            shares["benchmark/mean"] = sum(shares.values()) / len(shares)
+        return shares
+
+    return Periodic(during.every, figures)
+
+
+def drawn(items: list[Item], count: int, seed: int) -> list[Item]:
+    """At most ``count`` items, in their order; a smaller draw is part of a larger one."""
+    places = permutation(len(items), seed=seed, epoch=0)[:count]
+    return [items[place] for place in sorted(places.tolist())]

@@ -1,0 +1,249 @@
+r"""Mathematical answers: the result that a text gives, and whether two results are equal."""
+
+from __future__ import annotations
+
+import cmath
+import re
+from collections.abc import Sequence
+
+from proxykd_jax.tasks.expression import letters_in, value
+from proxykd_jax.tasks.final_answer import (
+    bold_spans,
+    boxed_contents,
+    closing_sentences,
+    last_paragraph,
+    marked_spans,
+    sentences,
+    without_emphasis,
+)
+from proxykd_jax.texts.normalise import normalised_words
+
+# Two values for each letter, far from singular points of answers' formulas.
+_POINTS = (0.8371, 1.4143 + 0.17j), (0.6113, 2.2171 - 0.29j)
+_TOLERANCE = 1e-9
+_MATHS = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_BLANK = re.compile(r"\(\s*(?:\$)?\s*\\(?:quad|qquad)\s*(?:\$)?\s*\)|_{3,}|\\underline\{")
+_UNITS = (
+    r"(?:square\s+|cubic\s+)?(?:cm|mm|km|m|kg|g|s|hours?|minutes?|seconds?|days?|weeks?|years?|"
+    r"dollars?|cents?|degrees?|units?|meters?|metres?|feet|foot|inch(?:es)?|miles?|mph|percent|"
+    r"points?|ways?|people|students?|liters?)"
+)
+_SPACING = re.compile(
+    r"\\(?:[,;:! ]|quad|qquad|displaystyle|left|right|big[lr]?|Big[lr]?)(?![a-z])"
+)
+_FONT = re.compile(
+    r"\\(?:mathrm|mathbf|mathit|mathsf|rm|bf|operatorname|boldsymbol)\s*\{([^{}]*)\}"
+)
+_TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|mbox)\s*\{([^{}]*)\}(?:\s*\^\s*\{?\d\}?)?")
+_ASSIGNED = re.compile(
+    r"^\s*(?:[A-Za-z](?:_\{?\w+\}?)?(?:\([a-z]\))?|\\[a-z]+)\s*(?:=|\\in(?![a-z]))\s*"
+)
+
+
+def maths_in(output: str, question: str) -> str | None:
+    r"""The result that a text gives; None if it gives none.
+
+    The last box, or the span after the last mark, or the last formula of the last sentences. A
+    question with several blanks asks for as many results, which are joined with ";".
+
+    Args:
+      output: a text from ``cleaned``.
+      question: its blanks are "(\quad)" or underscores.
+    """
+    blanks = len(_BLANK.findall(question))
+    if blanks > 1:
+        boxes = [content for _, content in boxed_contents(last_paragraph(output))]
+        if len(boxes) == blanks:
+            return ";".join(box.strip() for box in boxes)
+    text = without_emphasis(output)
+    for span in marked_spans(text):
+        found = span.text if span.boxed else _of_line(span.text, blanks)
+        if found and found.strip():
+            return found.strip()
+    for part in bold_spans(output):
+        return _of_line(part, blanks) or part
+    for sentence in closing_sentences(text):
+        if found := concluded_value(sentence, blanks):
+            return found
+    return None
+
+
+def same_value(one: str, other: str) -> bool:
+    """Whether two results are equal: as text without typography, as values, or part by part."""
+    first, second = plain(one), plain(other)
+    if not first or not second:
+        return False
+    if _tight(first) == _tight(second):
+        return True
+    if ";" in first or ";" in second:
+        return _same_parts(first.split(";"), second.split(";"), ordered=True)
+    if _equation(first) and _equation(second):
+        return _same_equation(first, second)
+    first, second = (_ASSIGNED.sub("", part) for part in (first, second))
+    if _tight(first) == _tight(second):
+        return True
+    groups = [_group(part) for part in (first, second)]
+    if groups[0] is not None or groups[1] is not None:
+        return _same_groups(groups[0], groups[1], first, second)
+    words = [normalised_words(part) for part in (first, second)]
+    if not any(re.search(r"[\d\\]", part) for part in (first, second)) and words[0] == words[1]:
+        return True
+    return _equal_formulas(first, second)
+
+
+def is_mathematical(text: str) -> bool:
+    """Whether a text is a formula or a number, not words."""
+    bare = re.sub(r"\\[A-Za-z]+", "", plain(text))
+    return bool(re.search(r"[\d\\]", text)) and not re.search(r"[A-Za-z]{3}", bare)
+
+
+def plain(text: str) -> str:
+    r"""A result without typography, units and surrounding dollar signs."""
+    text = re.sub(r"\\textcircled\s*\{?(\d)\}?", lambda m: chr(0x245F + int(m[1])), text)
+    text = text.replace("\\\\", "⏎").replace("{,}", ",").replace(",\\!", ",").replace("\\!", "")
+    for sign, latex in {"−": "-", "√": "\\sqrt ", "π": "\\pi ", "∞": "\\infty ", "°": ""}.items():
+        text = text.replace(sign, latex)
+    text = text.replace("×", "*").replace("·", "*").replace("≤", "\\le ").replace("≥", "\\ge ")
+    text = re.sub(r"\\(?:\(|\)|\[|\])|(?<!\\)\$", "", text).replace("\\$", "").replace("\\%", "")
+    text = re.sub(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})(?!\w)|\\degree", "", text).replace("%", "")
+    text = re.sub(r"\\[dtc]frac(?![a-z])", r"\\frac", text).replace("\\leq", "\\le")
+    text = text.replace("\\geq", "\\ge").replace("+\\infty", "\\infty").replace("\\{", "⟨")
+    text = _FONT.sub(r"\1", _SPACING.sub(" ", text.replace("\\}", "⟩")))
+    if _TEXT.sub("", text).strip(" .,^0123456789{}") or re.search(r"\d", _TEXT.sub("", text)):
+        text = _TEXT.sub(lambda m: m[1] if m[1].strip() in ("and", "or") else " ", text)
+    text = _TEXT.sub(r"\1", text)
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    text = re.sub(rf"(?<=[\d}}\s]){_UNITS}\s*(?:\^\s*\{{?\d\}}?)?\s*$", "", text.strip())
+    return text.strip().rstrip(".。,;").strip()
+
+
+def _tight(text: str) -> str:
+    return re.sub(r"[\s{}]|\\(?![A-Za-z])", "", text)
+
+
+def _of_line(text: str, blanks: int) -> str | None:
+    """The result at the start of a mark's span."""
+    first = sentences(text)[0] if sentences(text) else ""
+    if re.match(r"(?:in)?correct\b|right\b|wrong\b", first):
+        return None
+    formulas = [next(g for g in m.groups() if g) for m in _MATHS.finditer(first)]
+    if formulas:
+        return ";".join(formulas[-blanks:]) if blanks > 1 else _right_side(formulas[0])
+    return _right_side(first.strip().rstrip(".。").strip("*` "))
+
+
+def concluded_value(sentence: str, blanks: int = 1) -> str | None:
+    """The result of the last formula of a sentence, or its last number."""
+    formulas = [next(g for g in m.groups() if g) for m in _MATHS.finditer(sentence)]
+    if formulas:
+        return ";".join(formulas[-blanks:]) if blanks > 1 else _right_side(formulas[-1])
+    numbers = re.findall(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:/\d+)?", sentence)
+    return numbers[-1] if numbers else None
+
+
+def _right_side(formula: str) -> str:
+    """The end of a chain of equations; a single equation with letters stays as it is."""
+    if formula.count("=") == 1 and letters_in(formula):
+        return formula
+    return formula.rpartition("=")[2].strip()
+
+
+def _equation(text: str) -> bool:
+    return (text.count("=") == 1 and not _ASSIGNED.match(text)) or bool(
+        re.fullmatch(r"\s*[xy]\s*=.*[a-z].*", text)
+    )
+
+
+def _same_equation(one: str, other: str) -> bool:
+    r"""Whether two equations have the same zeros: the differences of sides are proportional."""
+    sides = [part.split("=") for part in (one, other)]
+    letters = sorted(letters_in(one) | letters_in(other))
+    ratios = []
+    for shift in range(3):
+        values = _letter_values(letters, shift)
+        found = [value(f"({left})-({right})", values) for left, right in sides]
+        if found[0] is None or found[1] is None or found[1] == 0:
+            return False
+        ratios.append(found[0] / found[1])
+    return all(abs(ratio - ratios[0]) <= 1e-6 * abs(ratios[0]) for ratio in ratios)
+
+
+def _equal_formulas(one: str, other: str) -> bool:
+    letters = sorted(letters_in(one) | letters_in(other))
+    for shift in range(3 if letters else 1):
+        values = _letter_values(letters, shift)
+        first, second = value(one, values), value(other, values)
+        if first is None or second is None:
+            return False
+        if abs(first - second) > _TOLERANCE * max(1.0, abs(first), abs(second)):
+            return False
+    return True
+
+
+def _letter_values(letters: Sequence[str], shift: int) -> dict[str, complex]:
+    values = {
+        letter: _POINTS[0][0] + 0.3719 * place + 0.5231 * shift
+        for place, letter in enumerate(letters)
+    }
+    return {letter: complex(each) for letter, each in values.items()} | {"pm": cmath.exp(0.37)}
+
+
+def _group(text: str) -> tuple[str, list[str]] | None:
+    """(brackets, parts) of an interval, tuple, set or list; None if the text is a single value."""
+    text = text.strip()
+    if "\\cup" in text:
+        return "u", text.split("\\cup")
+    matrix = re.fullmatch(r"\\begin\{[a-z]*matrix\}(.*)\\end\{[a-z]*matrix\}", text, re.DOTALL)
+    if matrix:
+        return "m", re.split(r"⏎|&", matrix[1])
+    parts = _top_level(text)
+    if len(parts) > 1:
+        return "", parts
+    if len(text) > 1 and text[0] in "([⟨" and text[-1] in ")]⟩":
+        inside = _top_level(text[1:-1])
+        if len(inside) > 1 or text[0] == "⟨":
+            return text[0] + text[-1], inside
+    return None
+
+
+def _top_level(text: str) -> list[str]:
+    parts, depth, start = [], 0, 0
+    text = re.sub(r"(?<!\\)\b(?:and|or)\b", ",", text)
+    for place, sign in enumerate(text):
+        depth += (sign in "([{⟨") - (sign in ")]}⟩")
+        if sign == "," and depth == 0:
+            parts.append(text[start:place])
+            start = place + 1
+    return [part.strip() for part in [*parts, text[start:]] if part.strip()]
+
+
+def _same_groups(
+    first: tuple[str, list[str]] | None,
+    second: tuple[str, list[str]] | None,
+    one: str,
+    other: str,
+) -> bool:
+    if first is None or second is None:
+        found = first or second
+        # A set of one element equals the element; other groups are more than one value.
+        if found is None or len(found[1]) != 1:
+            return False
+        return same_value(found[1][0], other if first is not None else one)
+    loose = {"", "⟨⟩", "u"}
+    if first[0] != second[0] and not {first[0], second[0]} <= {"", "⟨⟩"}:
+        return False
+    return _same_parts(first[1], second[1], ordered=first[0] not in loose)
+
+
+def _same_parts(one: Sequence[str], other: Sequence[str], *, ordered: bool) -> bool:
+    if len(one) != len(other):
+        return False
+    if ordered:
+        return all(same_value(a, b) for a, b in zip(one, other, strict=True))
+    left = list(other)
+    for part in one:
+        match = next((each for each in left if same_value(part, each)), None)
+        if match is None:
+            return False
+        left.remove(match)
+    return True

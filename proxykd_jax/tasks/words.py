@@ -1,0 +1,155 @@
+"""Answers that are words of a small set, closing brackets, or words in order."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from proxykd_jax.tasks.final_answer import (
+    bold_spans,
+    closing_sentences,
+    last_paragraph,
+    marked_spans,
+    sentences,
+    without_emphasis,
+)
+
+PAIRS = (("true", "false"), ("yes", "no"), ("valid", "invalid"))
+# Synonyms of the words of a pair; a denied synonym means the other word.
+_SYNONYMS = {
+    "yes": r"yes|plausible|correct|true",
+    "no": r"no|implausible|incorrect|false",
+    "true": r"true",
+    "false": r"false",
+    "valid": r"valid",
+    "invalid": r"invalid",
+}
+_EDGES = "\"'“”‘’`*.,:;!?()[]{}$<>\\"
+_BRACKETS = re.compile(r"[()\[\]{}<>](?:[\s,\"'`]*[()\[\]{}<>])*")
+_LISTED = re.compile(r"^\s*(?:\d+[.):]|[-*•])\s*(.+?)\s*$")
+
+
+def pair_of(word: str) -> tuple[str, str] | None:
+    """The pair that contains a word, in any case."""
+    return next((pair for pair in PAIRS if word.strip().lower() in pair), None)
+
+
+def one_of(output: str, pair: tuple[str, str]) -> str | None:
+    """Which of two words a text gives as its final answer; "not valid" means "invalid".
+
+    The word after the last mark. Otherwise the first word of the text, if it is one of the two.
+    Otherwise the last one in the last sentences of the last paragraph.
+    """
+    text = without_emphasis(output)
+    for span in marked_spans(text):
+        first = span.text if span.boxed else (sentences(span.text) or [""])[0]
+        if found := _said(first, pair):
+            return found[0]
+    for part in bold_spans(output):
+        if found := _said(part, pair):
+            return found[0]
+    head = re.match(r"\W*(\w+)\b(?=\W*(?:$|[.,;:!\n]))", text)
+    if head and head[1].lower() in pair:
+        return head[1].lower()
+    for sentence in closing_sentences(text):
+        if found := _said(sentence, pair):
+            return found[-1]
+        if "=" in sentence:  # the text stops in the middle of an expression
+            return None
+    return None
+
+
+def _said(text: str, pair: tuple[str, str]) -> list[str]:
+    """The words of the pair that a text says, in order.
+
+    The end of a chain of expressions counts only if it is a single value: "= False" does,
+    "= not False and" does not.
+    """
+    ways = "|".join(f"(?P<{word}>{_SYNONYMS[word]})" for word in pair)
+    pattern = rf"(?P<denied>\b(?:not|n't)\s+(?:\w+ly\s+)?)?\b(?:{ways})\b"
+    _, equals, text = text.replace("\\text", " ").rpartition("=")
+    found: list[str] = []
+    for match in re.finditer(pattern, text, re.IGNORECASE):
+        word = pair[0] if match[pair[0]] else pair[1]
+        # "not True" is an expression; "not" denies only adjectives.
+        denied = bool(match["denied"]) and pair != PAIRS[0]
+        found.append(pair[1 - pair.index(word)] if denied else word)
+    value = re.fullmatch(r"\W*\w+\W*", text) is not None
+    return found if value or not equals else []
+
+
+def brackets_in(output: str, question: str) -> str | None:
+    """The brackets that a text gives as its final answer, separated by single spaces.
+
+    An answer that repeats the question's brackets is cut to the closing ones.
+    """
+    text = without_emphasis(output)
+    spans = [(span.text, span.boxed) for span in marked_spans(text)]
+    lines = [line for line in text.strip().split("\n") if line.strip()]
+    if lines:
+        spans.append((lines[-1], True))
+    for span, whole in spans:
+        plain = span.replace("\\{", "{").replace("\\}", "}").replace("\\", " ").replace("$", " ")
+        runs = [_joined(match[0]) for match in _BRACKETS.finditer(plain)]
+        rest = _BRACKETS.sub("", plain).strip(_EDGES + " ")
+        if not runs or (whole and rest):
+            continue
+        return _closing(runs[0], question)
+    return None
+
+
+def _joined(run: str) -> str:
+    return " ".join(re.findall(r"[()\[\]{}<>]", run))
+
+
+def _closing(run: str, question: str) -> str:
+    asked = _joined(question.rpartition("Input:")[2])
+    return run[len(asked) :].strip() if asked and run.startswith(asked) else run
+
+
+def listed_words(output: str, question: str) -> str | None:
+    """The words of a question's list in the order that a text gives them.
+
+    The list may use commas, numbering or one word per line. It runs from the first to the last word
+    that occurs in the question.
+    """
+    asked = [_bare(word) for word in question.rpartition(":")[2].split()]
+    text = without_emphasis(output)
+    for span in marked_spans(text):
+        after = _following_list(text[span.start :]) if not span.boxed else []
+        for candidate in ([span.text], after):
+            if found := _in_order(candidate, asked):
+                return found
+    tail = [line for line in last_paragraph(text).split("\n") if line.strip()]
+    numbered = [line for line in tail if _LISTED.match(line)]
+    for candidate in (tail[-1:], numbered, tail):
+        found = _in_order(candidate, asked)
+        if found and len(found.split()) * 2 >= len(asked):
+            return found
+    return None
+
+
+def _following_list(text: str) -> list[str]:
+    """The lines after a mark, as long as each is a list item or one word."""
+    lines = []
+    for line in text.split("\n")[1:]:
+        if line.strip() and not _LISTED.match(line) and len(line.split()) > 1:
+            break
+        lines.append(line)
+    return lines
+
+
+def _in_order(lines: Sequence[str], asked: Sequence[str]) -> str | None:
+    words: list[str] = []
+    for line in lines:
+        item = _LISTED.match(line)
+        words += [_bare(word) for word in re.split(r"[\s,;<>→]+", item[1] if item else line)]
+    words = [word for word in words if word]
+    places = [place for place, word in enumerate(words) if word in asked]
+    if not places or (len(places) == 1 and len(asked) > 1):
+        return None
+    return " ".join(words[places[0] : places[-1] + 1])
+
+
+def _bare(word: str) -> str:
+    return word.strip(_EDGES).lower()

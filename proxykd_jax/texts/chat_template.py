@@ -1,0 +1,181 @@
+"""Chat templates: the built-in ones, and Jinja text that runs in a sandbox."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from proxykd_jax.errors import UserError
+from proxykd_jax.texts.special_text import MARK_END, MARK_START
+
+# Llama 3.1's has 4 KB, gpt-oss's 16 KB. A longer one is an attack or a mistake.
+_MOST_CHARACTERS = 100_000
+# A template that prints today's date would give other tokens every day. This is the date that
+# Llama 3.1's template falls back to.
+_DATE = datetime.datetime(2024, 7, 26)
+
+_PLAIN = """\
+{{- bos_token }}
+{%- for message in messages %}
+{{- message['content'] }}{% if not loop.last or add_generation_prompt %}{{ '\\n' }}{% endif %}
+{%- endfor %}"""
+
+_ALPACA = """\
+{{- bos_token }}
+{%- if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}
+{%- else %}{{ 'Below is an instruction that describes a task. ' }}
+{{- 'Write a response that appropriately completes the request.' }}{% endif %}
+{%- for message in messages %}
+{%- if message['role'] == 'user' %}
+{{- '\\n\\n### Instruction:\\n' + message['content'] }}
+{%- elif message['role'] == 'assistant' %}
+{{- '\\n\\n### Response:\\n' + message['content'] }}
+{%- if not loop.last %}{{ eos_token }}{% endif %}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '\\n\\n### Response:\\n' }}{% endif %}"""
+
+_CHATML = """\
+{{- bos_token }}
+{%- for message in messages %}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+_LLAMA2 = """\
+{%- set system = namespace(text='') %}
+{%- for message in messages %}
+{%- if message['role'] == 'system' %}
+{%- set system.text = '<<SYS>>\\n' + message['content'] + '\\n<</SYS>>\\n\\n' %}
+{%- elif message['role'] == 'user' %}
+{{- bos_token + '[INST] ' + system.text + message['content'] + ' [/INST]' }}
+{%- set system.text = '' %}
+{%- else %}
+{{- ' ' + message['content'] + ' ' + eos_token }}
+{%- endif %}
+{%- endfor %}"""
+
+BUILT_IN: Mapping[str, str] = {
+    "plain": _PLAIN,
+    "alpaca": _ALPACA,
+    "chatml": _CHATML,
+    "llama2": _LLAMA2,
+}
+
+
+def template_text(name: str, tokenizer_template: str | None) -> str | None:
+    """The Jinja text that a config's ``template`` names; None if ``auto`` finds none.
+
+    Raises:
+      UserError: no such template, or it is too large.
+    """
+    if name == "auto":
+        text = tokenizer_template
+    elif name in BUILT_IN:
+        text = BUILT_IN[name]
+    else:
+        try:
+            text = Path(name).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise UserError(
+                f"corpus.template: {name} is neither auto, {', '.join(BUILT_IN)} nor a Jinja "
+                f"file that can be read ({reason})."
+            ) from error
+    if text is not None and len(text) > _MOST_CHARACTERS:
+        raise UserError(
+            f"corpus.template: {name} has {len(text)} characters; at most {_MOST_CHARACTERS} are "
+            "taken for a chat template."
+        )
+    return text
+
+
+class ChatTemplate:
+    """A compiled template.
+
+    Args:
+      text: Jinja. ``{% generation %}`` ... ``{% endgeneration %}`` may mark the assistant's text.
+      variables: texts of special tokens by name.
+
+    Raises:
+      UserError: the text is not valid Jinja.
+    """
+
+    def __init__(self, text: str, variables: Mapping[str, str]) -> None:
+        import jinja2
+
+        self.text = text
+        self.variables = dict(variables)
+        try:
+            self._compiled = _environment().from_string(text)
+        except jinja2.TemplateError as error:
+            raise UserError(f"The chat template is not valid Jinja: {error}") from error
+
+    def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
+        """The rendered text; marks enclose each ``generation`` block.
+
+        Raises:
+          UserError: the template rejects the messages, or does something forbidden.
+        """
+        try:
+            return self._compiled.render(
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                **self.variables,
+            )
+        except Exception as error:  # a template can raise any Python exception
+            reason = str(error) or type(error).__name__
+            raise UserError(f"the chat template fails: {reason}") from error
+
+
+def split_marks(rendered: str) -> tuple[str, tuple[int, int] | None]:
+    """Removes the marks from a rendered text.
+
+    Returns:
+      The text, and start and end of the last marked piece in it (None if nothing is marked).
+    """
+    pieces = rendered.split(MARK_START)
+    text, span = pieces[0], None
+    for piece in pieces[1:]:
+        inside, _, after = piece.partition(MARK_END)
+        span = (len(text), len(text) + len(inside))
+        text += inside + after
+    return text, span
+
+
+def _environment() -> Any:
+    import jinja2.ext
+    import jinja2.nodes
+    import jinja2.sandbox
+
+    class Generation(jinja2.ext.Extension):
+        """The ``generation`` block: its body between two marks."""
+
+        tags: set[str] = {"generation"}  # noqa: RUF012 (the base class declares it so)
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            call = self.call_method("_marked")
+            return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+        def _marked(self, caller: Any) -> str:
+            return f"{MARK_START}{caller()}{MARK_END}"
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = _DATE.strftime
+    environment.filters["tojson"] = _to_json
+    return environment
+
+
+def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent, **options)

@@ -1,0 +1,88 @@
+"""Counts the rows that were read, the reasons for dropping some, and the splits of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from proxykd_jax.config import CorpusConfig
+from proxykd_jax.data.corpus import SPLITS
+from proxykd_jax.data.corpus_writer import CorpusWriter
+from proxykd_jax.texts.records import Drops
+from proxykd_jax.texts.selection import SourceCount
+
+_SHARES = ("warmup", "align", "distill")
+
+
+def corpus_counts(
+    corpus: CorpusConfig,
+    read: Mapping[str, SourceCount],
+    validation_fraction: float,
+    writer: CorpusWriter,
+) -> dict[str, Any]:
+    """The counts of a corpus whose shards are all committed, as JSON.
+
+    Args:
+      corpus: the section of the config.
+      read: counts of each source before tokenisation, by its label.
+      validation_fraction: the share that was set aside.
+      writer: the corpus's writer.
+
+    Returns:
+      ``sources``: by label, rows ``read`` and ``kept``, and ``drops`` by reason. ``splits``: by
+      name, ``rows``, ``tokens``, ``answer_tokens``, and the ``expected_share`` of the rows that
+      validation leaves. ``validation_fraction``: the share that was set aside.
+    """
+    drops = {label: Drops() for label in read}
+    for label, count in read.items():
+        drops[label].merge(count.drops)
+    kept = dict.fromkeys(read, 0)
+    splits: dict[str, dict[str, Any]] = {}
+    for split in SPLITS:
+        rows = tokens = answers = 0
+        for part in writer.parts(split):
+            lengths, prompts = part.arrays["lengths"], part.arrays["prompt_lengths"]
+            rows += len(lengths)
+            tokens += int(lengths.sum(dtype="int64"))
+            answers += int((lengths - prompts).sum(dtype="int64"))
+            for label, number in part.metadata["sources"].items():
+                kept[label] += number
+            for label, dropped in part.metadata["drops"].items():
+                drops[label].merge(Drops.from_json(dropped))
+        splits[split] = {"rows": rows, "tokens": tokens, "answer_tokens": answers}
+        if split in _SHARES:
+            splits[split]["expected_share"] = getattr(corpus.shares, split)
+    sources = {
+        label: {"read": count.read, "kept": kept[label], "drops": drops[label].as_json()}
+        for label, count in read.items()
+    }
+    return {
+        "sources": sources,
+        "splits": splits,
+        "validation_fraction": validation_fraction,
+    }
+
+
+def describe_counts(counts: dict[str, Any]) -> str:
+    """The counts as text."""
+    lines = ["rows by source"]
+    for label, source in counts["sources"].items():
+        lines.append(f"  {label}: {source['read']:,} read, {source['kept']:,} kept")
+        reasons = sorted(source["drops"].items(), key=lambda item: -item[1]["count"])
+        for reason, dropped in reasons:
+            lines.append(f"    {dropped['count']:,} left out: {reason} ({dropped['first'][0]})")
+    lines.append("rows by split")
+    shared = sum(counts["splits"][split]["rows"] for split in _SHARES)
+    held_out = counts["splits"]["validation"]["rows"]
+    for name, split in counts["splits"].items():
+        note = ""
+        if name in _SHARES and shared:
+            note = f"; {split['rows'] / shared:.1%}, {split['expected_share']:.1%} expected"
+        elif name == "validation":
+            share = held_out / max(shared + held_out, 1)
+            note = f"; {share:.1%}, {counts['validation_fraction']:.1%} expected"
+        lines.append(
+            f"  {name}: {split['rows']:,} rows, {split['tokens']:,} tokens, "
+            f"{split['answer_tokens']:,} of them in answers{note}"
+        )
+    return "\n".join(lines)

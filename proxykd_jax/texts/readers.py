@@ -1,0 +1,260 @@
+"""Reads a source of the config as an iterator of rows, in constant memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+from proxykd_jax.config.schema import SourceConfig
+from proxykd_jax.errors import UserError
+from proxykd_jax.texts.benchmark_files import (
+    BENCHMARK_KEYS,
+    Answers,
+    SoughtText,
+    benchmark_conversations,
+    benchmark_examples,
+    benchmark_format,
+    benchmark_item,
+    load_answers,
+    mt_bench_turns,
+    sought_texts,
+)
+from proxykd_jax.texts.columnar_files import read_dataset, read_tfds
+from proxykd_jax.texts.conversations import checked_text, expand_turns
+from proxykd_jax.texts.files import list_files, read_file
+from proxykd_jax.texts.formats import FORMATS, check_teacher
+from proxykd_jax.texts.records import Drops, RowProblem, TextRow
+
+Record = Mapping[str, Any]
+
+
+def source_pieces(source: SourceConfig) -> list[SourceConfig]:
+    """Splits a source into its files, each as a source that can be read separately.
+
+    Read in order, they give the source's rows. A source stays whole if it is not a list of files,
+    or if it has a ``limit``, whose end is known only by reading in order.
+
+    Raises:
+      UserError: its path matches nothing.
+    """
+    if source.path is None or source.limit is not None:
+        return [source]
+    return [source.model_copy(update={"path": str(file)}) for file in list_files(source.path)]
+
+
+def no_usable_row(source: SourceConfig, drops: Drops) -> UserError:
+    """The error for a source without usable rows; ``drops`` counts the dropped rows."""
+    return UserError(
+        f"{source.path or source.dataset or source.tfds} gives no row that can be used. "
+        f"Left out: {drops if drops.total else 'nothing, it is empty'}."
+    )
+
+
+def read_source(
+    source: SourceConfig,
+    *,
+    prompts_only: bool,
+    drops: Drops,
+    source_index: int = 0,
+    is_piece: bool = False,
+) -> Iterator[TextRow]:
+    """Reads a source lazily, in the order of its files and their rows.
+
+    Args:
+      source: files, a Hugging Face dataset or a TFDS builder. ``source.limit`` counts the rows
+        that are yielded.
+      prompts_only: yield prompts, which end with the user; answers are not needed, and existing
+        ones are dropped. Otherwise every row ends with the teacher's answer. Plain texts are the
+        same in both cases.
+      drops: counts dropped rows. A damaged row does not stop the reading; a damaged file does.
+      source_index: copied into the rows.
+      is_piece: the source comes from ``source_pieces`` and may give no row.
+
+    Raises:
+      UserError: the source is missing, damaged or of another format, or gives no row at all.
+    """
+    answers = load_answers(source.answers) if source.answers is not None else None
+    own_drops = Drops()
+    count = 0
+    try:
+        for place, records in _parts(source):
+            for row in _rows(place, records, source, prompts_only, answers, own_drops):
+                text, messages, origin = row
+                count += 1
+                yield TextRow(messages, text, origin, source_index)
+                if count == source.limit:
+                    return
+    finally:
+        drops.merge(own_drops)
+    if not count and not is_piece:
+        raise no_usable_row(source, own_drops)
+
+
+def read_records(source: SourceConfig) -> Iterator[tuple[str, Record, str]]:
+    """(format, record, origin) of every row of a source or item of a benchmark, unchanged.
+
+    Raises:
+      UserError: the source is missing, damaged or of another format.
+    """
+    for _, records in _parts(source):
+        name: str | None = None
+        for record, origin in records:
+            name = name or _format_of(record, origin, source)
+            if name in BENCHMARK_KEYS:
+                for example, place in benchmark_examples(name, record, origin):
+                    yield name, example, place
+            elif FORMATS[name].fits(record):
+                yield name, record, origin
+
+
+def _parts(source: SourceConfig) -> Iterator[tuple[str, Iterable[tuple[Record, str]]]]:
+    """(name, records) of each file, or of the dataset. Each has one format."""
+    if source.path is not None:
+        for path in list_files(source.path):
+            yield str(path), read_file(path)
+    elif source.dataset is not None:
+        yield source.dataset, read_dataset(source.dataset, source.split, source.subset)
+    else:
+        assert source.tfds is not None  # the config requires one of the three
+        yield source.tfds, read_tfds(source.tfds, source.split)
+
+
+def _rows(
+    place: str,
+    records: Iterable[tuple[Record, str]],
+    source: SourceConfig,
+    prompts_only: bool,
+    answers: Answers | None,
+    drops: Drops,
+) -> Iterator[tuple[str | None, tuple[Any, ...], str]]:
+    name: str | None = None
+    for record, origin in records:
+        if name is None:
+            name = _format_of(record, origin, source)
+            _check_part(name, place, source, prompts_only, answers)
+        if name in BENCHMARK_KEYS:
+            for example, example_origin in benchmark_examples(name, record, origin):
+                try:
+                    conversations = benchmark_conversations(
+                        name, example, example_origin, answers, prompts_only
+                    )
+                except RowProblem as problem:
+                    drops.add(str(problem), example_origin)
+                    continue
+                yield from _expand(conversations, example_origin, source, prompts_only, drops)
+            continue
+        try:
+            if not FORMATS[name].fits(record):
+                raise RowProblem(f"keys or types that do not fit the format {name}")
+            if name == "text":
+                yield checked_text(record["text"], "empty text"), (), origin
+                continue
+            conversations = FORMATS[name].conversations(record, source, prompts_only)
+        except RowProblem as problem:
+            drops.add(str(problem), origin)
+            continue
+        yield from _expand(conversations, origin, source, prompts_only, drops)
+
+
+def _expand(
+    conversations: Iterable[Any],
+    origin: str,
+    source: SourceConfig,
+    prompts_only: bool,
+    drops: Drops,
+) -> Iterator[tuple[None, tuple[Any, ...], str]]:
+    for turns in conversations:
+        try:
+            for messages in expand_turns(turns, keep=source.turns, prompts_only=prompts_only):
+                yield None, messages, origin
+        except RowProblem as problem:
+            drops.add(str(problem), origin)
+
+
+def _format_of(record: Record, origin: str, source: SourceConfig) -> str:
+    """The format of a file, determined from its first row."""
+    if source.format != "auto":
+        fits = (
+            benchmark_format(record) == source.format
+            if source.format in BENCHMARK_KEYS
+            else FORMATS[source.format].fits(record)
+        )
+        if not fits:
+            keys = BENCHMARK_KEYS.get(source.format) or FORMATS[source.format].keys
+            raise UserError(
+                f"{origin} does not fit format: {source.format}. It has the keys "
+                f"{_shown(record)}; the format needs {keys}."
+            )
+        return source.format
+    name = next((name for name, entry in FORMATS.items() if entry.fits(record)), None)
+    name = name or benchmark_format(record)
+    if name is None:
+        known = {name: entry.keys for name, entry in FORMATS.items()} | BENCHMARK_KEYS
+        listed = "\n  ".join(f"{name}: {keys}" for name, keys in known.items())
+        raise UserError(
+            f"{origin} has the keys {_shown(record)}, which no known format has. Rename them to "
+            f"one of these:\n  {listed}"
+        )
+    return name
+
+
+def _check_part(
+    name: str, place: str, source: SourceConfig, prompts_only: bool, answers: Answers | None
+) -> None:
+    """Checks a whole file before its rows are read."""
+    if name in BENCHMARK_KEYS:
+        if answers is None and not prompts_only:
+            raise UserError(
+                f"{place} is of the format {name}, which has questions and no teacher's answers. "
+                "Name the file of answers ({id or prompt, response}) under answers."
+            )
+    elif answers is not None:
+        raise UserError(
+            f"{place} is of the format {name}, whose rows bring their own answers: answers may "
+            f"be given for {', '.join(BENCHMARK_KEYS)} only. Remove the key."
+        )
+    if name == "openorca" and not prompts_only:
+        check_teacher(source, place)
+
+
+def _shown(record: Record) -> str:
+    return ", ".join(f"{key} ({type(value).__name__})" for key, value in record.items()) or "none"
+
+
+def sought_in_corpus(path: str) -> Iterator[SoughtText]:
+    """The questions of a benchmark's files, to search for in a corpus.
+
+    Official forms and their public copies are recognised. In any other file that ``read_source``
+    can read, the user's messages are the questions. Items without a question are skipped.
+
+    Args:
+      path: file, folder or glob.
+
+    Raises:
+      UserError: there are no files, or a file is damaged or of unknown format.
+    """
+    for file in list_files(path):
+        records = read_file(file)
+        first = next(records)
+        records = chain([first], records)
+        name = benchmark_format(first[0])
+        if name is not None:
+            yield from _sought_items(name, records)
+            continue
+        source = SourceConfig(path=str(file), turns="last")
+        for text, messages, _ in _rows(str(file), records, source, True, None, Drops()):
+            said = [text] if text is not None else [m.content for m in messages if m.role == "user"]
+            yield from (SoughtText(found, False) for found in said)
+
+
+def _sought_items(name: str, records: Iterable[tuple[Record, str]]) -> Iterator[SoughtText]:
+    for record, origin in records:
+        for example, _ in benchmark_examples(name, record, origin):
+            try:
+                if name == "mt_bench":
+                    yield from (SoughtText(text, False) for text in mt_bench_turns(example))
+                else:
+                    yield from sought_texts(benchmark_item(name, example))
+            except RowProblem:
+                continue

@@ -1,0 +1,128 @@
+"""A row of a corpus as text, and the count of dropped rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from proxykd_jax.texts.normalise import normalise_text
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class TextRow:
+    """A conversation, or a plain text.
+
+    Attributes:
+      messages: an optional system message, then user and assistant alternating. A teacher's row
+        ends with the assistant's answer, a prompt with the user. Empty for a plain text.
+      text: the plain text; None for a conversation.
+      origin: where the row was read, ``file:line`` (``file:row`` if files have no lines).
+      source_index: index of its source in the config.
+      prompt: for a plain text, the beginning that is its prompt; None if it has none, or if it was
+        not determined (``text_prompts.with_prompts``).
+    """
+
+    messages: tuple[Message, ...]
+    text: str | None
+    origin: str
+    source_index: int = 0
+    prompt: str | None = None
+
+    @property
+    def first_user_message(self) -> str:
+        """The normalised key that decides the split; one question never gets into two splits.
+
+        For a plain text it is the prompt, or the whole text if there is no prompt.
+        """
+        if self.text is not None:
+            return normalise_text(self.text if self.prompt is None else self.prompt)
+        return normalise_text(next(m.content for m in self.messages if m.role == "user"))
+
+    @property
+    def user_texts(self) -> tuple[str, ...]:
+        """What the user says, unchanged; for a plain text its prompt and the whole text."""
+        if self.text is not None:
+            return (self.text,) if self.prompt is None else (self.prompt, self.text)
+        return tuple(m.content for m in self.messages if m.role == "user")
+
+    @property
+    def without_answer(self) -> TextRow:
+        """The row when it serves only as a prompt: a plain text is cut to its prompt."""
+        if self.text is None or self.prompt is None:
+            return self
+        return replace(self, text=self.prompt, prompt=None)
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether the row ends with an answer. A plain text contains its own."""
+        return self.text is not None or self.messages[-1].role == "assistant"
+
+
+@dataclass(slots=True)
+class Drops:
+    """Dropped rows: the number for each reason, and the origins of the first few.
+
+    Attributes:
+      counts: reason -> rows.
+      origins: reason -> origins of the first ``keep`` rows.
+      keep: number of origins kept per reason.
+    """
+
+    counts: dict[str, int] = field(default_factory=dict)
+    origins: dict[str, list[str]] = field(default_factory=dict)
+    keep: int = 5
+
+    def add(self, reason: str, origin: str) -> None:
+        """Counts one row."""
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        kept = self.origins.setdefault(reason, [])
+        if len(kept) < self.keep:
+            kept.append(origin)
+
+    def merge(self, other: Drops) -> None:
+        """Adds another count to this one."""
+        for reason, count in other.counts.items():
+            self.counts[reason] = self.counts.get(reason, 0) + count
+            kept = self.origins.setdefault(reason, [])
+            kept.extend(other.origins[reason][: self.keep - len(kept)])
+
+    @property
+    def total(self) -> int:
+        """Rows dropped, over all reasons."""
+        return sum(self.counts.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """``{reason: {"count": n, "first": [origins]}}``, for a manifest."""
+        return {
+            reason: {"count": count, "first": list(self.origins[reason])}
+            for reason, count in self.counts.items()
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Drops:
+        """The inverse of ``as_json``."""
+        return cls(
+            {reason: entry["count"] for reason, entry in value.items()},
+            {reason: list(entry["first"]) for reason, entry in value.items()},
+        )
+
+    def __str__(self) -> str:
+        return "; ".join(
+            f"{reason}: {count} (first at {self.origins[reason][0]})"
+            for reason, count in sorted(self.counts.items(), key=lambda item: -item[1])
+        )
+
+
+class RowProblem(Exception):  # noqa: N818  (a verdict on one row, caught where rows are counted)
+    """Why one row is dropped. The reason is counted in ``Drops``, and reading continues."""

@@ -1,0 +1,113 @@
+"""The proxy of a round on a server: written to disk, loaded, and taken down again."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from proxykd_jax.config import Config
+from proxykd_jax.data.corpus import TokenCorpus
+from proxykd_jax.generation.sampler import Sample
+from proxykd_jax.generation.samples import SampleFunction
+from proxykd_jax.generation.server import ServerClient
+from proxykd_jax.generation.server_answers import make_served_draw
+from proxykd_jax.models.config import ModelConfig
+from proxykd_jax.models.peft import save_adapter
+from proxykd_jax.peers import is_first, on_first
+from proxykd_jax.training.exporting import save_merged
+from proxykd_jax.training.model import model_origin
+
+
+@contextlib.contextmanager
+def serving(
+    config: Config,
+    model_config: ModelConfig,
+    params: Any,
+    adapter: Any,
+    *,
+    corpus: TokenCorpus,
+    round_index: int,
+    temperature: float,
+    top_p: float,
+) -> Iterator[SampleFunction]:
+    """A ``draw(prompts, row_ids, budgets)`` by the configured server, within the block.
+
+    The weights go to ``<run>/served`` and to the server with the first prompts; when the block
+    ends they are unloaded and removed, as is what a killed run left there.
+
+    Args:
+      config: of the run, with ``align.sampling.server``.
+      model_config, params, adapter: one state of the proxy.
+      corpus: for its tokenizer and end tokens.
+      round_index, temperature, top_p: as in ``sampler.sample``.
+
+    Raises:
+      UserError: the server cannot be used; see ``ServerClient``.
+    """
+    server = config.align.sampling.server
+    assert server is not None  # the caller's business
+    client = ServerClient(server, model_origin(config.proxy))
+    place = config.folder / "served"
+    # A server may keep what it loaded under a name, so no two states have the same one.
+    name = on_first(lambda: f"{config.name}-round-{round_index:02d}-{secrets.token_hex(4)}")
+    folder = place / name
+    made: list[SampleFunction] = []
+
+    def prepare() -> None:
+        client.check()
+        _clear(place, client)
+
+    def load() -> SampleFunction:
+        from proxykd_jax.texts.tokenizer import load_tokenizer
+
+        on_first(prepare)
+        if server.serves == "adapter":
+            save_adapter(folder, adapter, model_config, client.base)
+        else:
+            save_merged(
+                folder, model_config, params, adapter, config, corpus, dtype=config.proxy.dtype
+            )
+        on_first(lambda: client.load(name, folder))
+        return make_served_draw(
+            client,
+            name if server.serves == "adapter" else str(folder.resolve()),
+            tokenizer=load_tokenizer(corpus.tokenizer_path),
+            end_token_ids=corpus.end_token_ids,
+            seed=config.seed,
+            round_index=round_index,
+            temperature=temperature,
+            top_p=top_p,
+        )
+
+    def draw(prompts: list[np.ndarray], row_ids: list[str], budgets: list[int]) -> list[Sample]:
+        """One process asks, and tells the others."""
+        if not made:
+            made.append(load())
+        return [
+            Sample(np.array(tokens, np.int32), finished, np.array(logps, np.float32), spelled)
+            for tokens, finished, logps, spelled in on_first(
+                lambda: [
+                    (s.tokens.tolist(), s.finished, s.logps.tolist(), s.spelled)
+                    for s in made[0](prompts, row_ids, budgets)
+                ]
+            )
+        ]
+
+    try:
+        yield draw
+    finally:
+        if is_first():
+            _clear(place, client)
+
+
+def _clear(place: Path, client: ServerClient) -> None:
+    """Unloads and removes what is in the folder of served weights."""
+    for folder in sorted(place.glob("*")):
+        client.unload(folder.name)
+    shutil.rmtree(place, ignore_errors=True)
