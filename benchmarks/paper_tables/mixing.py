@@ -46,20 +46,19 @@ class EitherObjective:
 
     def share(
         self,
-        params: Any,
-        adapter: Any,
+        models: Any,
         batch: EitherBatch,
         counts: dict[str, Counts],
         spec: ScoredSpec,
         dropout_key: jax.Array | None,
     ) -> tuple[jax.Array, Metrics]:
         def own() -> jax.Array:
-            return self.own.share(params, adapter, batch.own, counts["own"], spec, dropout_key)[0]
+            return self.own.share(models, batch.own, counts["own"], spec, dropout_key)[0]
 
         def stored() -> jax.Array:
-            student = params["student"]
+            student = models["student"]
             rows, count = batch.stored, counts["stored"]
-            return self.stored.share(*student, rows, count, spec.student, dropout_key)[0]
+            return self.stored.share(student, rows, count, spec.student, dropout_key)[0]
 
         return jax.lax.cond(batch.is_own, own, stored), {}
 

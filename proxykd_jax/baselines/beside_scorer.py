@@ -25,7 +25,7 @@ from proxykd_jax.training.phase import Phase
 from proxykd_jax.training.restore import load_aligned_proxy
 from proxykd_jax.training.scoring import SCORER_TEXT, Scoring
 from proxykd_jax.training.stage_run import StageRun
-from proxykd_jax.training.state import ModelSpec, TrainState, Tree
+from proxykd_jax.training.state import ModelSpec, TrainState, Tree, Weights
 from proxykd_jax.types import TokenBatch
 
 
@@ -47,12 +47,12 @@ class ScoredSpec:
         """The student's architecture."""
         return self.student.config
 
-    def bind(self, frozen: Tree, trainable: Tree) -> tuple[Tree, None]:
-        """(params, adapter) of ``student`` and ``scorer``, from ``frozen_of``'s tree."""
+    def bind(self, frozen: Tree, trainable: Tree) -> dict[str, Weights]:
+        """``student`` and ``scorer``, from ``frozen_of``'s tree."""
         return {
             "student": self.student.bind(frozen["student"], trainable),
             "scorer": frozen["scorer"],
-        }, None
+        }
 
     def learner(self, trainable: Tree) -> Tree:
         """All that learns is the student's."""
@@ -104,7 +104,7 @@ def scorer_text(run: StageRun) -> dict[str, Rows]:
 
 
 def both_logits(
-    models: Tree,
+    models: dict[str, Weights],
     rows: TokenBatch,
     spec: ScoredSpec,
     function: Callable[..., Any],
@@ -162,5 +162,4 @@ def sampling_time_logps(
     def logps(student: jax.Array, scorer: jax.Array, labels: jax.Array) -> tuple[jax.Array, ...]:
         return token_logps(student, labels), token_logps(scorer, labels)
 
-    models, _ = spec.bind(frozen, trainable)
-    return both_logits(models, rows, spec, logps, rows.labels_BL)
+    return both_logits(spec.bind(frozen, trainable), rows, spec, logps, rows.labels_BL)

@@ -82,7 +82,7 @@ from proxykd_jax.training.logprobs import positions_at_once
 from proxykd_jax.training.phase import MakeBatch, Phase
 from proxykd_jax.training.scoring import Scoring
 from proxykd_jax.training.stage_run import StageRun
-from proxykd_jax.training.state import ModelSpec, TrainState, Tree
+from proxykd_jax.training.state import ModelSpec, TrainState, Tree, Weights
 from proxykd_jax.types import TokenBatch
 
 
@@ -227,15 +227,15 @@ class GadSpec:
         """The student's architecture."""
         return self.student.config
 
-    def bind(self, frozen: Tree, trainable: Tree) -> tuple[Tree, None]:
-        """``base``; (params, adapter) of ``student`` and ``reference``; ``discriminator``."""
+    def bind(self, frozen: Tree, trainable: Tree) -> dict[str, Any]:
+        """``base``; ``Weights`` of ``student`` and ``reference``; ``discriminator``."""
         base, reference = frozen["base"], frozen["reference"]
         return {
             "base": base,
             "student": self.student.bind(base, trainable["student"]),
             "reference": None if reference is None else self.student.bind(base, reference),
             "discriminator": trainable["discriminator"],
-        }, None
+        }
 
     def learner(self, trainable: Tree) -> Tree:
         """The student's part."""
@@ -339,16 +339,15 @@ class GadWarmupObjective:
 
     def share(
         self,
-        params: Tree,
-        adapter: Tree | None,
+        models: dict[str, Any],
         batch: GameBatch,
         counts: Counts,
         spec: GadSpec,
         dropout_key: jax.Array | None,
     ) -> tuple[jax.Array, Metrics]:
         rows = batch.teacher.rows
-        discriminator, _, figures = _judge(params, batch, spec)
-        logps_BL = _label_logps(params["student"], rows, spec, temperature=1.0)
+        discriminator, _, figures = _judge(models, batch, spec)
+        logps_BL = _label_logps(models["student"], rows, spec, temperature=1.0)
         terms = {
             "nll": nll_term(logps_BL, rows, rows.mask_BL, self.reduction),
             "discriminator": discriminator,
@@ -387,8 +386,7 @@ class GadObjective:
 
     def share(
         self,
-        params: Tree,
-        adapter: Tree | None,
+        models: dict[str, Any],
         batch: GameBatch,
         counts: Counts,
         spec: GadSpec,
@@ -396,10 +394,10 @@ class GadObjective:
     ) -> tuple[jax.Array, Metrics]:
         answers = _flat(batch.samples)
         rows = answers.rows
-        discriminator, score_PG, figures = _judge(params, batch, spec)
+        discriminator, score_PG, figures = _judge(models, batch, spec)
         advantage_PG = group_advantages(score_PG, _pairs(batch), ddof=self.ddof)
-        logps_BL = _label_logps(params["student"], rows, spec, temperature=self.temperature)
-        reference_BL = _label_logps(params["reference"], rows, spec, temperature=self.temperature)
+        logps_BL = _label_logps(models["student"], rows, spec, temperature=self.temperature)
+        reference_BL = _label_logps(models["reference"], rows, spec, temperature=self.temperature)
         gradient_BL = policy_gradient_tokens(
             logps_BL, jax.lax.stop_gradient(logps_BL), advantage_PG.reshape(-1), rows.mask_BL
         )
@@ -417,11 +415,13 @@ class GadObjective:
         return {}
 
 
-def _judge(params: Tree, batch: GameBatch, spec: GadSpec) -> tuple[Term, jax.Array, Metrics]:
+def _judge(
+    models: dict[str, Any], batch: GameBatch, spec: GadSpec
+) -> tuple[Term, jax.Array, Metrics]:
     """The discriminator's loss over all pairs, its scores of the samples, and figures."""
 
     def score(rows: TokenBatch, last_B: jax.Array) -> jax.Array:
-        return scores(params["base"], params["discriminator"], rows, last_B, spec.student)
+        return scores(models["base"], models["discriminator"], rows, last_B, spec.student)
 
     teacher_P = score(batch.teacher.rows, batch.teacher_last_P)
     last_PG = batch.sample_last_PG
@@ -448,7 +448,7 @@ def _flat(samples: AnswerBatch) -> AnswerBatch:
 
 
 def _label_logps(
-    weights: tuple[Tree, Tree | None], rows: TokenBatch, spec: GadSpec, *, temperature: float
+    weights: Weights, rows: TokenBatch, spec: GadSpec, *, temperature: float
 ) -> jax.Array:
     """float32 log-probs ``[B, L]`` of the labels under the softmax at a temperature."""
     params, adapter = weights

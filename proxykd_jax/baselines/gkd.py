@@ -42,7 +42,7 @@ from proxykd_jax.training.model import Model
 from proxykd_jax.training.phase import Phase
 from proxykd_jax.training.scoring import SCORER_TEXT, Scoring
 from proxykd_jax.training.stage_run import StageRun
-from proxykd_jax.training.state import Tree
+from proxykd_jax.training.state import Weights
 
 
 def to_score(scoring: Scoring) -> dict[str, Rows]:
@@ -115,8 +115,7 @@ class GkdObjective:
 
     def share(
         self,
-        params: Tree,
-        adapter: Tree | None,
+        models: dict[str, Weights],
         batch: AnswerBatch,
         counts: Counts,
         spec: ScoredSpec,
@@ -129,7 +128,7 @@ class GkdObjective:
             return generalized_jsd_tokens(tempered, student, mask, beta=self.beta)
 
         value_BL = both_logits(
-            params, rows, spec, divergence, rows.mask_BL, dropout_key=dropout_key
+            models, rows, spec, divergence, rows.mask_BL, dropout_key=dropout_key
         )
         term = batch_terms(value_BL, rows.mask_BL, reduction=self.reduction)
         loss, metrics = mixed_objective(

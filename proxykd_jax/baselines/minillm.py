@@ -91,7 +91,7 @@ from proxykd_jax.training.phase import MakeBatch, Phase
 from proxykd_jax.training.programs import longest
 from proxykd_jax.training.scoring import SCORER_TEXT, Scoring
 from proxykd_jax.training.stage_run import StageRun
-from proxykd_jax.training.state import TrainState, Tree
+from proxykd_jax.training.state import TrainState, Tree, Weights
 from proxykd_jax.training.steps import Step
 from proxykd_jax.types import TokenBatch
 
@@ -406,8 +406,7 @@ class MiniLlmObjective:
 
     def share(
         self,
-        params: Tree,
-        adapter: Tree | None,
+        models: dict[str, Weights],
         batch: RolloutBatch,
         counts: Counts,
         spec: ScoredSpec,
@@ -426,7 +425,7 @@ class MiniLlmObjective:
             return single, token_logps(student, labels)
 
         single_BL, logps_BL = both_logits(
-            params, rows, spec, values, rows.labels_BL, rows.mask_BL, batch.importance_weights_BL
+            models, rows, spec, values, rows.labels_BL, rows.mask_BL, batch.importance_weights_BL
         )
         gradient_BL = policy_gradient_tokens(
             logps_BL,
@@ -442,19 +441,21 @@ class MiniLlmObjective:
         }
         weights = {"single_step": 1.0, "policy_gradient": 1.0}
         if batch.anchor is not None:
-            terms |= self._anchor_terms(params, batch.anchor, spec)
+            terms |= self._anchor_terms(models, batch.anchor, spec)
             weights["anchor_nll"] = self.anchor_weight * (1 - self.anchor_kl_share)
             weights["anchor_kl"] = self.anchor_weight * self.anchor_kl_share
         loss, metrics = mixed_objective(terms, weights, counts=counts)
         advantage = _token_mean(batch.advantages_BL, rows)
         return loss, {**metrics, "advantage": advantage, **answer_figures(batch.answers)}
 
-    def _anchor_terms(self, params: Tree, rows: TokenBatch, spec: ScoredSpec) -> Metrics:
+    def _anchor_terms(
+        self, models: dict[str, Weights], rows: TokenBatch, spec: ScoredSpec
+    ) -> Metrics:
         def values(student: jax.Array, scorer: jax.Array, *arrays: jax.Array) -> Any:
             labels, mask = arrays
             return token_logps(student, labels), forward_kl_tokens(scorer, student, mask)
 
-        logps_BL, kl_BL = both_logits(params, rows, spec, values, rows.labels_BL, rows.mask_BL)
+        logps_BL, kl_BL = both_logits(models, rows, spec, values, rows.labels_BL, rows.mask_BL)
         return {
             "anchor_nll": nll_term(logps_BL, rows, rows.mask_BL, "token_mean"),
             "anchor_kl": _token_mean(kl_BL, rows),

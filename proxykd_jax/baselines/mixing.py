@@ -41,7 +41,7 @@ from proxykd_jax.training.batches import planned_steps
 from proxykd_jax.training.phase import MakeBatch, Phase
 from proxykd_jax.training.programs import label_programs
 from proxykd_jax.training.stage_run import StageRun
-from proxykd_jax.training.state import TrainState, Tree
+from proxykd_jax.training.state import TrainState, Tree, Weights
 from proxykd_jax.types import DistillBatch
 
 # What a step of either kind takes.
@@ -128,20 +128,17 @@ class MixedObjective:
 
     def share(
         self,
-        params: Tree,
-        adapter: Tree | None,
+        models: dict[str, Weights],
         batch: Batch,
         counts: Counts,
         spec: ScoredSpec,
         dropout_key: jax.Array | None,
     ) -> tuple[jax.Array, Metrics]:
         if isinstance(batch, AnswerBatch):
-            loss, metrics = self.own.share(params, adapter, batch, counts, spec, dropout_key)
+            loss, metrics = self.own.share(models, batch, counts, spec, dropout_key)
             return loss, {"own_kl": metrics.pop("divergence"), **metrics}
-        own, own_adapter = params["student"]
-        loss, metrics = self.stored.share(
-            own, own_adapter, batch, counts, spec.student, dropout_key
-        )
+        student = models["student"]
+        loss, metrics = self.stored.share(student, batch, counts, spec.student, dropout_key)
         there_BS = batch.rows.example_mask_BS
         return loss, {
             **metrics,

@@ -43,7 +43,7 @@ from proxykd_jax.training.model import Model
 from proxykd_jax.training.phase import Phase
 from proxykd_jax.training.scoring import Scoring
 from proxykd_jax.training.stage_run import StageRun
-from proxykd_jax.training.state import Tree
+from proxykd_jax.training.state import Weights
 
 
 def to_score(scoring: Scoring) -> dict[str, Rows]:
@@ -113,8 +113,7 @@ class OnPolicyObjective:
 
     def share(
         self,
-        params: Tree,
-        adapter: Tree | None,
+        models: dict[str, Weights],
         batch: AnswerBatch,
         counts: Counts,
         spec: ScoredSpec,
@@ -133,7 +132,7 @@ class OnPolicyObjective:
             loss = sampled_reverse_kl_tokens(logps, drawn, scorer_logps, mask, coef=self.coef)
             return loss, jax.lax.stop_gradient(kl)
 
-        value_BL, kl_BL = both_logits(params, rows, spec, values, rows.labels_BL, rows.mask_BL)
+        value_BL, kl_BL = both_logits(models, rows, spec, values, rows.labels_BL, rows.mask_BL)
         value = batch_terms(value_BL, rows.mask_BL, reduction=self.reduction)
         kl = batch_terms(kl_BL, rows.mask_BL, reduction="token_mean")
         loss, metrics = mixed_objective({"objective": value}, {"objective": 1.0}, counts=counts)

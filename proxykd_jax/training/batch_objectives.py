@@ -34,7 +34,7 @@ from proxykd_jax.losses import (
     weighted_kl,
 )
 from proxykd_jax.training.logprobs import label_logps, pair_label_logps, pair_sums
-from proxykd_jax.training.state import ModelSpec, Tree
+from proxykd_jax.training.state import ModelSpec, Weights
 from proxykd_jax.types import DistillBatch, Pairs, TokenBatch
 
 Counts = dict[str, jax.Array]
@@ -49,8 +49,7 @@ class Objective(Hashable, Protocol):
 
     def share(
         self,
-        params: Tree,
-        adapter: Tree | None,
+        models: Any,
         batch: Any,
         counts: Counts,
         spec: Any,
@@ -58,7 +57,7 @@ class Objective(Hashable, Protocol):
     ) -> tuple[jax.Array, Metrics]:
         """This micro-batch's share of the loss, and sums with counts to be added up.
 
-        ``params`` and ``adapter`` are what ``spec.bind`` gives: one model, or several.
+        ``models`` is what ``spec.bind`` gives: the weights of one model, or of several by name.
         """
 
     def terms(self) -> dict[str, Objective]:
@@ -77,14 +76,13 @@ class NllObjective:
 
     def share(
         self,
-        params: Tree,
-        adapter: Tree | None,
+        models: Weights,
         batch: TokenBatch,
         counts: Counts,
         spec: ModelSpec,
         dropout_key: jax.Array | None,
     ) -> tuple[jax.Array, Metrics]:
-        logps_BL, _, _ = label_logps(params, adapter, batch, spec, dropout_key=dropout_key)
+        logps_BL, _, _ = label_logps(*models, batch, spec, dropout_key=dropout_key)
         term = nll_term(logps_BL, batch, batch.mask_BL, self.reduction)
         return alignment_objective(term, nll_weight=self.weight, nll_count=counts["nll"])
 
@@ -116,14 +114,13 @@ class AlignObjective:
 
     def share(
         self,
-        params: Tree,
-        adapter: Tree | None,
+        models: Weights,
         batch: Pairs,
         counts: Counts,
         spec: ModelSpec,
         dropout_key: jax.Array | None,
     ) -> tuple[jax.Array, Metrics]:
-        logps_BL = pair_label_logps(params, adapter, batch, spec, dropout_key=dropout_key)
+        logps_BL = pair_label_logps(*models, batch, spec, dropout_key=dropout_key)
         chosen = batch.chosen
         referenced = self.preference.loss in REFERENCE_LOSSES
         four = (
@@ -199,8 +196,7 @@ class DistillObjective:
 
     def share(
         self,
-        params: Tree,
-        adapter: Tree | None,
+        models: Weights,
         batch: DistillBatch,
         counts: Counts,
         spec: ModelSpec,
@@ -208,8 +204,7 @@ class DistillObjective:
     ) -> tuple[jax.Array, Metrics]:
         rows = batch.rows
         logps_BL, topk_BLK, tail_BL = label_logps(
-            params,
-            adapter,
+            *models,
             rows,
             spec,
             topk_ids_BLK=batch.topk_ids_BLK,

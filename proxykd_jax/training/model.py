@@ -23,7 +23,7 @@ from proxykd_jax.models.peft import load_adapter
 from proxykd_jax.models.quantized import Method
 from proxykd_jax.parallel.sharding import sharding_of, tree_shardings
 from proxykd_jax.peers import on_first
-from proxykd_jax.training.state import ModelSpec, Tree
+from proxykd_jax.training.state import ModelSpec, Tree, Weights
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,14 @@ class Model:
         return dataclasses.replace(self, trainable=trainable)
 
     @property
-    def weights(self) -> tuple[Tree, Tree | None]:
+    def weights(self) -> Weights:
         """(params, adapter) for a forward pass."""
         return self.spec.bind(self.frozen, self.trainable)
 
     @property
-    def weight_shapes(self) -> tuple[Tree, Tree | None]:
+    def weight_shapes(self) -> Weights:
         """Shapes of ``weights``; of a model of shapes too."""
-        found: tuple[Tree, Tree | None] = jax.eval_shape(
-            self.spec.bind, self.frozen, self.trainable
-        )
+        found: Weights = jax.eval_shape(self.spec.bind, self.frozen, self.trainable)
         return found
 
     @property

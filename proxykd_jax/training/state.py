@@ -17,6 +17,8 @@ from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.parallel.sharding import tree_shardings
 
 Tree = Any
+# (params, adapter) of one model, as a forward pass takes them.
+Weights = tuple[Tree, Tree | None]
 
 
 @flax.struct.dataclass
@@ -51,8 +53,8 @@ class ModelSpec:
     dtype: str
     remat: str
 
-    def bind(self, frozen: Tree, trainable: Tree) -> tuple[Tree, Tree | None]:
-        """(params, adapter) of the model that this frozen and this trainable part make."""
+    def bind(self, frozen: Tree, trainable: Tree) -> Weights:
+        """The model that this frozen and this trainable part make."""
         if self.trainable == "lora":
             return frozen, trainable
         return jax.tree.map(lambda x: x.astype(self.dtype), trainable), None
@@ -74,8 +76,8 @@ class Spec(Hashable, Protocol):
         """The architecture of what learns."""
         ...
 
-    def bind(self, frozen: Tree, trainable: Tree) -> tuple[Tree, Tree | None]:
-        """The first two arguments of an objective's ``share``."""
+    def bind(self, frozen: Tree, trainable: Tree) -> Any:
+        """The models that an objective reads: ``Weights`` of one, or a dictionary of several."""
         ...
 
     def learner(self, trainable: Tree) -> Tree:

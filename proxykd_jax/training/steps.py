@@ -96,9 +96,8 @@ def make_evaluation(
     """``evaluate(state, frozen, batch)``: the objective's metrics as ``Term``s, nothing changed."""
 
     def evaluate(state: TrainState, frozen: Tree, batch: Any) -> dict[str, Any]:
-        params, adapter = spec.bind(frozen, state.trainable)
-        counts = objective.counts(batch)
-        return objective.share(params, adapter, batch, counts, spec, None)[1]
+        models = spec.bind(frozen, state.trainable)
+        return objective.share(models, batch, objective.counts(batch), spec, None)[1]
 
     return jax.jit(evaluate)
 
@@ -128,8 +127,7 @@ def _gradients(
     counts = objective.counts(batch)
 
     def share(trainable: Tree, part: Any, key: jax.Array | None) -> tuple[jax.Array, Any]:
-        params, adapter = spec.bind(frozen, trainable)
-        return objective.share(params, adapter, part, counts, spec, key)
+        return objective.share(spec.bind(frozen, trainable), part, counts, spec, key)
 
     value_and_grad = jax.value_and_grad(share, has_aux=True)
     if microbatches == 1:

@@ -86,8 +86,7 @@ def loss_of(objective: Any, spec: Any, frozen: Any, batch: Any) -> Callable[[Any
     counts = objective.counts(batch)
 
     def loss(trainable: Any) -> jax.Array:
-        params, adapter = spec.bind(frozen, trainable)
-        return objective.share(params, adapter, batch, counts, spec, None)[0]
+        return objective.share(spec.bind(frozen, trainable), batch, counts, spec, None)[0]
 
     return loss
 

@@ -138,7 +138,7 @@ def test_student_and_discriminator_learn_apart_and_the_discriminator_never_rests
     objective = GadObjective(0.5, 1, 0.8, "token_mean")
     grads = jax.jit(jax.grad(loss_of(objective, spec, frozen, batch)))(trainable)
     alone = jax.jit(
-        jax.grad(lambda t: batch_mean(gad._judge(spec.bind(frozen, t)[0], batch, spec)[0]))
+        jax.grad(lambda t: batch_mean(gad._judge(spec.bind(frozen, t), batch, spec)[0]))
     )(trainable)
     for a, b in zip(*(jax.tree.leaves(g["discriminator"]) for g in (grads, alone)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-8)
@@ -201,8 +201,8 @@ def test_a_new_discriminator_is_the_student_with_a_head_of_zeros(lora):
     batch = a_batch()[2]
     both = {"student": trainable["student"], "discriminator": fresh}
     found = GadWarmupObjective("token_mean")
-    params, _ = spec.bind(frozen, both)
-    loss, metrics = found.share(params, None, batch, found.counts(batch), spec, None)
+    models = spec.bind(frozen, both)
+    loss, metrics = found.share(models, batch, found.counts(batch), spec, None)
     np.testing.assert_allclose(batch_mean(metrics["discriminator"]), np.log(2), rtol=1e-6)
     if not lora:
         rows = batch.teacher.rows

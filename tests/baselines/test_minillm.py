@@ -52,7 +52,7 @@ class Tables:
     config = None
 
     def bind(self, frozen, trainable):
-        return {"student": trainable, "scorer": frozen}, None
+        return {"student": trainable, "scorer": frozen}
 
     @staticmethod
     def both_logits(models, rows, spec, function, *arrays_BL, dropout_key=None):

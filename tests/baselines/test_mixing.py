@@ -201,8 +201,8 @@ def test_the_gradient_on_own_answers_is_alpha_times_the_forward_kls():
     objective = MixedObjective(stored, GkdObjective(0.0, 1.0, "example_mean", alpha))
 
     def loss(trainable: Any) -> jax.Array:
-        models, _ = spec.bind({"student": {}, "scorer": (proxy, None)}, trainable)
-        return objective.share(models, None, batch, objective.counts(batch), spec, None)[0]
+        models = spec.bind({"student": {}, "scorer": (proxy, None)}, trainable)
+        return objective.share(models, batch, objective.counts(batch), spec, None)[0]
 
     def reference(trainable: Any) -> jax.Array:
         logps = [

@@ -118,25 +118,25 @@ def test_a_mixed_step_has_the_loss_of_its_kind(is_own: bool) -> None:
 
     @dataclasses.dataclass(frozen=True)
     class Stored(Power):
-        def share(self, params, adapter, batch, counts, spec, key):
+        def share(self, models, batch, counts, spec, key):
             assert counts == {"mine": batch} and spec == "student's"  # not the other's
-            return params**self.exponent, {}
+            return models[0] ** self.exponent, {}
 
     class Spec:
         student = "student's"
 
     @dataclasses.dataclass(frozen=True)
     class Own(Power):
-        def share(self, params, adapter, batch, counts, spec, key):
+        def share(self, models, batch, counts, spec, key):
             assert counts == {"mine": batch} and isinstance(spec, Spec)
-            return params["student"][0] ** self.exponent, {}
+            return models["student"][0] ** self.exponent, {}
 
     objective = mixing.EitherObjective(Stored(2), Own(3))
     batch = mixing.EitherBatch(1.0, 2.0, is_own)
 
     def loss(x: jax.Array) -> jax.Array:
         counts = objective.counts(batch)
-        return objective.share({"student": (x, None)}, None, batch, counts, Spec(), None)[0]
+        return objective.share({"student": (x, None)}, batch, counts, Spec(), None)[0]
 
     value, slope = jax.value_and_grad(loss)(5.0)
     assert (float(value), float(slope)) == ((125.0, 75.0) if is_own else (25.0, 10.0))

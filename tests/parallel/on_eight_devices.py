@@ -124,7 +124,7 @@ def gradients(model) -> tuple[Any, dict[str, Any]]:
             def loss(trainable: Any, frozen: Any, batch: Any, objective: Any = objective) -> Any:
                 counts = objective.counts(batch)
                 bound = spec.bind(frozen, trainable)
-                return objective.share(*bound, batch, counts, spec, None)[0]
+                return objective.share(bound, batch, counts, spec, None)[0]
 
             arguments = (trainable, frozen, make(np.random.default_rng(3), ROWS))
             if axes is not None:
@@ -298,7 +298,8 @@ def test_a_base_in_four_bits(name, tmp_path):
     mesh = make_mesh(MESHES[name])
 
     def loss(adapter: Any, params: Any, batch: Any) -> Any:
-        return objective.share(params, adapter, batch, objective.counts(batch), spec, None)[0]
+        models = (params, adapter)
+        return objective.share(models, batch, objective.counts(batch), spec, None)[0]
 
     step = jax.jit(jax.value_and_grad(loss))
     _, whole = load_model(tmp_path / "model", quantize="nf4")

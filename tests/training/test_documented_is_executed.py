@@ -53,12 +53,10 @@ def _documented() -> list[str]:
 
 def _share(model, objective, batch) -> None:
     spec, frozen, trainable = model
-    params, adapter = spec.bind(frozen, trainable)
     counts = objective.counts(batch)
     jax.eval_shape(
-        lambda params, adapter: objective.share(params, adapter, batch, counts, spec, None),
-        params,
-        adapter,
+        lambda models: objective.share(models, batch, counts, spec, None),
+        spec.bind(frozen, trainable),
     )
 
 
