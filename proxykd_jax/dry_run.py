@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from proxykd_jax.data.corpus import TokenCorpus
     from proxykd_jax.models.config import ModelConfig
     from proxykd_jax.texts.tokenizer import Tokenizer
+    from proxykd_jax.training.phase import Phase
 
 _GIB = 1 << 30
 _SERVER_WAIT_S = 5.0
@@ -49,9 +50,10 @@ def dry_run(config: Config) -> list[str]:
         _show_example(config, tokenizer, sources, report)
     _check_mesh(config, report)
     models = {role: _check_model(config, role, tokenizer, report) for role in ("proxy", "student")}
+    counted = _count_phases(config, sources, models, report)
     for role, found in models.items():
         if found is not None and (role == "student" or config.needs != "nothing"):
-            _check_shapes(config, role, found, report, models["proxy"])
+            _check_shapes(config, role, found, counted, report)
     proxy, student = models["proxy"], models["student"]
     if proxy and student and proxy.vocab_size != student.vocab_size and tokenizer is None:
         report.problems.append(
@@ -60,7 +62,8 @@ def dry_run(config: Config) -> list[str]:
         )
     _check_server(config, report)
     _check_benchmarks(config, report)
-    _show_steps(config, sources, models, report)
+    if counted is not None:
+        _show_steps(counted, report)
     for missing in report.unchecked:
         report.say("unchecked", missing)
     if report.problems:
@@ -153,51 +156,76 @@ def _show_example(
     _attempt(report, "corpus", show)
 
 
-def _show_steps(
+@dataclass(frozen=True)
+class _Counted:
+    """The phases that the stages would take.
+
+    Attributes:
+      aligned, taught: the phases of ``align`` and of ``distill``.
+      exact: the corpus is prepared. Otherwise the number of its rows is an estimate, and each row
+        has the greatest length.
+      origin: what was counted.
+      proxy_known: the proxy's architecture is known. Otherwise a small one stands for it.
+    """
+
+    aligned: list[Phase]
+    taught: list[Phase]
+    exact: bool
+    origin: str
+    proxy_known: bool
+
+
+def _count_phases(
     config: Config,
     sources: list[SourceConfig],
     models: Mapping[str, ModelConfig | None],
     report: Report,
-) -> None:
-    """The steps of each phase, by the phases that the stages would take."""
+) -> _Counted | None:
+    """The phases of both stages, made as the stages make them; None if the rows are unknown."""
     from proxykd_jax.data.corpus import SPLITS
     from proxykd_jax.planning.run_programs import run_phases
     from proxykd_jax.training.sketch import SketchedCorpus
 
     corpus = _prepared(config)
     if corpus is not None:
-        rows: dict[str, float] = {name: len(corpus.split(name)) for name in SPLITS}
+        sizes: dict[str, int] = {name: len(corpus.split(name)) for name in SPLITS}
         learnt = ("warmup", "align", "distill")
         tokens = sum(int(corpus.split(name).lengths.sum()) for name in learnt)
-        origin = f"from {sum(rows[name] for name in learnt)} rows of {tokens} tokens"
+        origin = f"from {sum(sizes[name] for name in learnt)} rows of {tokens} tokens"
     else:
         count = _count_rows(config, sources, report)
         if count is None:
             report.unchecked.append("steps: the number of rows is not known without the corpus")
-            return
+            return None
         kept = count * (1 - config.corpus.validation_fraction)
-        rows = {name: kept * share for name, share in config.corpus.shares}
+        sizes = {name: math.ceil(kept * share) for name, share in config.corpus.shares}
         most = count * config.corpus.max_length
         origin = f"from {count} rows, of at most {most} tokens, where none is dropped"
-    # A corpus that is prepared is counted; else rows of the greatest length stand for it.
-    sketch = corpus or SketchedCorpus.of(
-        config, {name: math.ceil(n) for name, n in rows.items()}, 1
-    )
+    rows = corpus or SketchedCorpus.of(config, sizes, 1)
     proxy, student = (models[role] or _any_model(config, role) for role in ("proxy", "student"))
-    phases = _attempt(report, "steps", lambda: run_phases(config, proxy, student, sketch))
+    phases = _attempt(report, "steps", lambda: run_phases(config, proxy, student, rows))
     if phases is None:
-        return
-    aligned, taught = phases["align"], phases["distill"]
-    steps: dict[str, int] = {}
-    if aligned:
-        steps["warm-up"] = aligned[0].steps
-    if len(aligned) > 1:
-        steps[f"{len(aligned) - 1} rounds of"] = max(phase.steps for phase in aligned[1:])
-    steps |= {f"student's {phase.name}": phase.steps for phase in taught[:-1] if phase.steps}
-    steps["student"] = taught[-1].steps
-    listed = ", ".join(f"{name} {count}" for name, count in steps.items())
-    # A prepared corpus is exact, and stopping only takes steps away.
-    report.say("steps", f"{'about' if corpus is None else 'at most'}: {listed} ({origin})")
+        return None
+    known = models["proxy"] is not None
+    return _Counted(phases["align"], phases["distill"], corpus is not None, origin, known)
+
+
+def _show_steps(counted: _Counted, report: Report) -> None:
+    """The steps of each phase, and the tokens that they read from the corpus."""
+    named: dict[str, Phase] = {}
+    if counted.aligned:
+        named["warm-up"] = counted.aligned[0]
+    rounds = counted.aligned[1:]
+    if rounds:
+        named[f"{len(rounds)} rounds of"] = max(rounds, key=lambda phase: phase.steps)
+    named |= {f"student's {phase.name}": phase for phase in counted.taught[:-1] if phase.steps}
+    named["student"] = counted.taught[-1]
+    # Early stopping takes steps away from a prepared corpus's; nothing adds any.
+    steps = ", ".join(f"{name} {phase.steps}" for name, phase in named.items())
+    about = "at most" if counted.exact else "about"
+    report.say("steps", f"{about}: {steps} ({counted.origin})")
+    tokens = ", ".join(f"{name} {phase.tokens}" for name, phase in named.items())
+    report.say("tokens", f"at most: {tokens} (read from the corpus; drawn answers come on top)")
 
 
 def _any_model(config: Config, role: str) -> ModelConfig:
@@ -348,13 +376,12 @@ def _check_mesh(config: Config, report: Report) -> None:
 
 
 def _check_shapes(
-    config: Config, role: str, model: ModelConfig, report: Report, proxy: ModelConfig | None
+    config: Config, role: str, model: ModelConfig, counted: _Counted | None, report: Report
 ) -> None:
     """Traces a training step on shapes alone and prints what a device holds."""
     import jax
 
     from proxykd_jax.parallel.sharding import bytes_per_device
-    from proxykd_jax.planning.run_programs import run_phases
     from proxykd_jax.training.abstract import abstract_rows, state_of
     from proxykd_jax.training.batch_objectives import NllObjective
     from proxykd_jax.training.optimizer import make_optimizer
@@ -382,13 +409,12 @@ def _check_shapes(
     for work in kinds[1:]:
         other = config.mesh.of(work).model_dump(include={"fsdp", "tensor"})
         _attempt(report, f"mesh.{work}", lambda other=other: bytes_per_device(held, other))
-    beside: Mapping[str, Any] = {}
-    if role == "student":
-        scorer = proxy or _any_model(config, "proxy")
-        last = run_phases(config, scorer, model)["distill"][-1]
-        beside = last.spec.beside(last.frozen, state_of(last))
-        if proxy is None:
-            beside = {name: tree for name, tree in beside.items() if name != "scorer"}
+    beside: dict[str, Any] = {}
+    if role == "student" and counted is not None:
+        last = counted.taught[-1]
+        beside = dict(last.spec.beside(last.frozen, state_of(last)))
+        if not counted.proxy_known:
+            beside.pop("scorer", None)
     parts = _attempt(
         report,
         role,

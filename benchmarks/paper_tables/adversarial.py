@@ -19,11 +19,11 @@ from benchmarks.paper_tables.offline import TRUTH, Material, padded_answers
 from benchmarks.paper_tables.on_policy import padded_prompts, rows_of_samples
 from benchmarks.paper_tables.training import MakeBatch, Run, plan_rows, planned
 from proxykd_jax.baselines.gad import GadObjective, GadSpec, GadWarmupObjective, GameBatch
+from proxykd_jax.baselines.gad_discriminator import adversarial_optimizer, discriminator_of
 from proxykd_jax.baselines.rollouts import AnswerBatch
 from proxykd_jax.config import OptimizerConfig
 from proxykd_jax.config.online_methods import Gad
 from proxykd_jax.generation.decode import DrawSettings
-from proxykd_jax.training.discriminator_model import adversarial_optimizer, discriminator_of
 from proxykd_jax.types import TokenBatch
 
 _GAME = 1 << 30  # the two phases draw by keys of their own

@@ -23,6 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from proxykd_jax.baselines.gad_discriminator import (
+    abstract_discriminator,
+    adversarial_optimizer,
+    init_discriminator,
+    scores,
+)
 from proxykd_jax.baselines.online import prompt_plan, warmup_rate
 from proxykd_jax.baselines.rollouts import (
     Answer,
@@ -70,12 +76,6 @@ from proxykd_jax.training.batches import (
     Plan,
     count_steps,
     planned_steps,
-)
-from proxykd_jax.training.discriminator_model import (
-    abstract_discriminator,
-    adversarial_optimizer,
-    init_discriminator,
-    scores,
 )
 from proxykd_jax.training.distillation import planned_figures, teacher_rows
 from proxykd_jax.training.logprobs import positions_at_once

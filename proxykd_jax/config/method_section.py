@@ -24,8 +24,6 @@ class MethodSection(Section):
     needs: ClassVar[Needs] = "labels"
     # Whether the student trains on answers that the proxy gave beforehand.
     proxy_answers: ClassVar[bool] = False
-    # Whether a discriminator is trained beside the student.
-    discriminates: ClassVar[bool] = False
     # Whether the student learns from ``corpus.fresh_prompts``, if there are any.
     uses_fresh_prompts: ClassVar[bool] = False
 

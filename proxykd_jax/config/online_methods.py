@@ -182,7 +182,6 @@ class Gad(OnlineSection):
 
     name: Literal["gad"] = "gad"
     needs: ClassVar[Needs] = "nothing"
-    discriminates: ClassVar[bool] = True
     samples_per_prompt: PositiveInt = Field(8, description="answers per prompt")
     temperature: PositiveFloat = Field(
         0.8, description="temperature of the student, in answering and in training"

@@ -117,6 +117,14 @@ class EpochPlan(Sequence[PlannedBatch]):
         found._batch_answers = np.minimum(-(-most // part) * part, whole)
         return found
 
+    def examples(self, batches: int) -> np.ndarray:
+        """Indices of the examples of the first so many batches, in no particular order."""
+        starts = self._batch_starts[:batches]
+        ends = np.minimum(starts + self.batch_size, len(self._row_starts) - 1)
+        begin, stop = self._row_starts[starts], self._row_starts[ends]
+        parts = [self._examples[a:b] for a, b in zip(begin, stop, strict=True)]
+        return np.concatenate([self._examples[:0], *parts])
+
     def __len__(self) -> int:
         return len(self._batch_starts)
 

@@ -29,8 +29,9 @@ from proxykd_jax.training.batches import (
     placed_batches,
     rows_together,
 )
+from proxykd_jax.training.checkpoint import Progress
 from proxykd_jax.training.draw_answers import draw_answers
-from proxykd_jax.training.loop import Progress, Trainer
+from proxykd_jax.training.loop import Trainer
 from proxykd_jax.training.model import Model
 from proxykd_jax.training.optimizer import make_optimizer
 from proxykd_jax.training.pairs import PairRows

@@ -1,16 +1,25 @@
-"""Orbax checkpoints that can be trusted: complete, verified, and with all that a resume needs.
+"""What a checkpoint holds, and Orbax checkpoints that can be trusted: complete and verified.
+
+A checkpoint holds a ``TrainState`` (the step, what learns, the optimizer's state) and a
+``Progress`` (where the stage stands). It holds nothing else: frozen weights are read from their
+folder again, the order of the data and the random keys are functions of the seed and the step.
 
 Orbax finds neither a flipped bit nor a missing commit marker (measured: 19 of 19 flips restored
 in silence), so each checkpoint has a file of digests beside it, written after the commit. A step
-without one was not finished and does not count. Frozen weights are never saved.
+without one was not finished and does not count.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import jax
 
 from proxykd_jax.artifacts import (
     changed_files,
@@ -21,8 +30,53 @@ from proxykd_jax.artifacts import (
 )
 from proxykd_jax.errors import UserError
 from proxykd_jax.peers import is_first, on_first, say
+from proxykd_jax.training.state import TrainState, Tree
 
-State = Any
+
+@dataclass
+class Progress:
+    """Where a stage stands; saved beside the state in every checkpoint.
+
+    Attributes:
+      phase: index of the phase that the next step belongs to.
+      phase_step: steps taken in it.
+      step: steps taken in the stage.
+      best_nll: lowest validation NLL so far, nats a token.
+      best_step: the step that had it; its checkpoint is kept.
+      phase_best_nll, stale: the lowest in this phase, and validations since then.
+      metric_lines: lines of metrics.jsonl that belong to the steps taken.
+      kept: steps whose checkpoints are kept for good (ends of rounds).
+      results: what each finished phase reported.
+    """
+
+    phase: int = 0
+    phase_step: int = 0
+    step: int = 0
+    best_nll: float | None = None
+    best_step: int | None = None
+    phase_best_nll: float | None = None
+    stale: int = 0
+    metric_lines: int = 0
+    kept: list[int] = field(default_factory=list)
+    results: list[dict[str, Any]] = field(default_factory=list)
+
+    def next_phase(self) -> None:
+        """The current phase is over."""
+        self.phase += 1
+        self.phase_step = 0
+        self.phase_best_nll = None
+        self.stale = 0
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint holds."""
+
+    state: TrainState
+    progress: Progress
+
+
+class DamagedError(UserError):
+    """A checkpoint's files differ from what was written."""
 
 
 class Checkpoints:
@@ -49,16 +103,18 @@ class Checkpoints:
         named = on_first(lambda: [int(path.stem) for path in self._digests.glob("*.json")])
         return sorted(saved & set(named))
 
-    def save(self, step: int, state: State, progress: dict[str, Any]) -> None:
-        """Saves and waits until it is on disk with its digests.
+    def save(self, state: TrainState, progress: Progress) -> None:
+        """Saves the checkpoint of ``progress.step`` and waits until it is on disk with its digests.
 
         Raises:
           RuntimeError: it was not written, for want of space for instance.
         """
-        args = self._ocp.args
+        args, step = self._ocp.args, progress.step
         if step in self._manager.all_steps():
             self._remove(step)  # left without digests by a killed process, or saved anew
-        composite = args.Composite(state=args.StandardSave(state), progress=args.JsonSave(progress))
+        composite = args.Composite(
+            state=args.StandardSave(state), progress=args.JsonSave(asdict(progress))
+        )
         try:
             saved = self._manager.save(step, args=composite, force=True)
             self._manager.wait_until_finished()
@@ -74,28 +130,61 @@ class Checkpoints:
 
         on_first(write_digests)
 
-    def restore(self, step: int, abstract_state: State) -> tuple[State, dict[str, Any]]:
-        """The state, placed as ``abstract_state`` says, and the progress.
+    def restore(self, step: int, abstract_state: TrainState) -> Checkpoint:
+        """A checkpoint, its state placed as ``abstract_state`` says.
 
         Raises:
-          UserError: the files were changed, or hold another model.
+          UserError: the files were changed (``DamagedError``), or hold another model.
         """
-        self.verify(step)
         args = self._ocp.args
-        composite = args.Composite(
+        wanted = args.Composite(
             state=args.StandardRestore(abstract_state), progress=args.JsonRestore()
         )
+        with self._reading(step):
+            found = self._manager.restore(step, args=wanted)
+        return Checkpoint(found["state"], Progress(**found["progress"]))
+
+    def restore_model(self, step: int, role: str, trainable: Tree) -> Tree:
+        """What a model had learnt at a step, without the optimizer's state.
+
+        Args:
+          step: of the checkpoint.
+          role: ``proxy`` or ``student``; where several models learnt, it names the part to read.
+          trainable: shapes and places of what the model learns.
+
+        Raises:
+          UserError: as in ``restore``.
+        """
+        ocp, folder = self._ocp, self._folder / str(step) / "state"
+        with self._reading(step), ocp.PyTreeCheckpointer() as reader:
+            saved = reader.metadata(folder).item_metadata.tree["trainable"]
+            several = role in saved
+            shapes = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+                {"trainable": {role: trainable} if several else trainable},
+            )
+            wanted = ocp.args.PyTreeRestore(
+                item=shapes,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(shapes),
+                partial_restore=True,
+            )
+            found = reader.restore(folder, args=wanted)["trainable"]
+        return found[role] if several else found
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Verifies a checkpoint; an error inside becomes a ``UserError``."""
+        self.verify(step)
         try:
-            restored = self._manager.restore(step, args=composite)
+            yield
         except Exception as error:  # Orbax raises bare exceptions with pages of detail
             reason = str(error).strip().splitlines()[0]
             raise UserError(
                 f"the checkpoint {self._folder / str(step)} cannot be restored: {reason}"
             ) from error
-        return restored["state"], restored["progress"]
 
     def verify(self, step: int) -> None:
-        """Raises UserError if a file differs from what was written."""
+        """Raises ``DamagedError`` if a file differs from what was written."""
 
         def find_problems() -> list[str]:
             digests = read_json(self._digests / f"{step}.json")
@@ -103,9 +192,9 @@ class Checkpoints:
 
         problems = on_first(find_problems)
         if problems:
-            raise UserError(f"the checkpoint of step {step} is damaged: {'; '.join(problems)}.")
+            raise DamagedError(f"the checkpoint of step {step} is damaged: {'; '.join(problems)}.")
 
-    def restore_latest(self, abstract_state: State) -> tuple[State, dict[str, Any]] | None:
+    def restore_latest(self, abstract_state: TrainState) -> Checkpoint | None:
         """The newest checkpoint that is whole, or None. Says so loudly if it skips one.
 
         What a killed process left of others, half written or half removed, is removed.
@@ -116,9 +205,7 @@ class Checkpoints:
         for step in reversed(self.steps()):
             try:
                 return self.restore(step, abstract_state)
-            except UserError as error:
-                if "damaged" not in str(error):
-                    raise
+            except DamagedError as error:
                 say(f"WARNING: {error} Falling back to an earlier one.")
                 self._remove(step)
         return None

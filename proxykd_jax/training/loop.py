@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -28,7 +28,7 @@ from proxykd_jax.parallel.mappings import make_room
 from proxykd_jax.parallel.sharding import tree_shardings
 from proxykd_jax.peers import STOPPED, saves_on_stop, stop_wanted
 from proxykd_jax.training.batches import placed_batches
-from proxykd_jax.training.checkpoint import Checkpoints
+from proxykd_jax.training.checkpoint import Checkpoints, Progress
 from proxykd_jax.training.console import Console
 from proxykd_jax.training.metrics import MetricsLog
 from proxykd_jax.training.model import Model
@@ -58,41 +58,6 @@ class Periodic(Generic[T]):
 
     every: int
     figures: Callable[[T], dict[str, float]]
-
-
-@dataclass
-class Progress:
-    """Where a stage stands; saved beside the state in every checkpoint.
-
-    Attributes:
-      phase: index of the phase that the next step belongs to.
-      phase_step: steps taken in it.
-      step: steps taken in the stage.
-      best_nll: lowest validation NLL so far, nats a token.
-      best_step: the step that had it; its checkpoint is kept.
-      phase_best_nll, stale: the lowest in this phase, and validations since then.
-      metric_lines: lines of metrics.jsonl that belong to the steps taken.
-      kept: steps whose checkpoints are kept for good (ends of rounds).
-      results: what each finished phase reported.
-    """
-
-    phase: int = 0
-    phase_step: int = 0
-    step: int = 0
-    best_nll: float | None = None
-    best_step: int | None = None
-    phase_best_nll: float | None = None
-    stale: int = 0
-    metric_lines: int = 0
-    kept: list[int] = field(default_factory=list)
-    results: list[dict[str, Any]] = field(default_factory=list)
-
-    def next_phase(self) -> None:
-        """The current phase is over."""
-        self.phase += 1
-        self.phase_step = 0
-        self.phase_best_nll = None
-        self.stale = 0
 
 
 @dataclass
@@ -153,7 +118,7 @@ class Trainer:
             progress = Progress()
             state = _first_state(trainable, optimizer, mesh)
         else:
-            state, progress = restored[0], Progress(**restored[1])
+            state, progress = restored
             console.say(f"going on from step {progress.step}")
         log.resume(stage, progress.metric_lines)
         trainer = cls(
@@ -196,7 +161,7 @@ class Trainer:
         target = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state
         )
-        return self.checkpoints.restore(step, target)[0].trainable
+        return self.checkpoints.restore(step, target).state.trainable
 
     def finish(self, folder: Path, counts: Mapping[str, int]) -> None:
         """Marks the stage complete: which checkpoints count, what each phase reported."""
@@ -219,7 +184,7 @@ class Trainer:
         """A checkpoint of this moment, and removal of those that are no longer needed."""
         progress = self.progress
         progress.metric_lines = self.log.lines(self.stage)
-        self.checkpoints.save(progress.step, self.state, asdict(progress))
+        self.checkpoints.save(self.state, progress)
         self._prune()
 
     def _prune(self) -> None:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from proxykd_jax.data.order import PlannedBatch
     from proxykd_jax.training.abstract import Program
     from proxykd_jax.training.batches import Plan
-    from proxykd_jax.training.loop import Progress, Trainer
+    from proxykd_jax.training.checkpoint import Progress
+    from proxykd_jax.training.loop import Trainer
 
 
 # (state, frozen, step of the phase) -> a batch on the devices.
@@ -92,6 +93,21 @@ class Phase:
     def with_(self, **fields: Any) -> Phase:
         """The same phase with other fields."""
         return dataclasses.replace(self, **fields)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that all its steps read from its rows: prompts and stored answers.
+
+        Answers that a model draws during the phase are not counted.
+        """
+        left, epoch, total = self.steps, 0, 0
+        lengths = self.rows.lengths
+        while left > 0:
+            plan = self.plan(epoch)
+            total += int(lengths[plan.examples(left)].sum())
+            left -= len(plan)
+            epoch += 1
+        return total
 
     def step(self) -> Step:
         """``step(state, frozen, batch) -> (state, metrics)``, compiled where it is called."""

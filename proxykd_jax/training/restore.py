@@ -8,13 +8,10 @@ from typing import Any, Literal
 from jax.sharding import Mesh
 
 from proxykd_jax.artifacts import MANIFEST, read_json, stage_identity
-from proxykd_jax.config import Config, ModelSection, OptimizerConfig
+from proxykd_jax.config import Config, ModelSection
 from proxykd_jax.errors import UserError
 from proxykd_jax.training.checkpoint import Checkpoints
-from proxykd_jax.training.discriminator_model import adversarial_optimizer, init_discriminator
 from proxykd_jax.training.model import Model, load_for_training
-from proxykd_jax.training.optimizer import make_optimizer
-from proxykd_jax.training.state import abstract_state
 
 Which = Literal["best", "last"]
 
@@ -30,24 +27,20 @@ def finished_step(folder: Path, which: Which) -> int | None:
 
 def load_finished(
     section: ModelSection,
-    optimizer: OptimizerConfig,
     folder: Path,
     *,
     role: str,
     seed: int,
     mesh: Mesh,
     which: Which | int,
-    discriminates: bool = False,
 ) -> Model:
     """The model of a finished stage.
 
     Args:
       section: where its frozen weights come from.
-      optimizer: of the stage, for the structure of its state.
       folder: the stage's folder.
       role, seed, mesh: as in ``load_for_training``.
       which: ``best``, ``last``, or the step of a checkpoint that was kept.
-      discriminates: a discriminator learnt beside the model.
 
     Raises:
       UserError: not finished, no such checkpoint, or damaged files.
@@ -61,21 +54,15 @@ def load_finished(
         raise UserError(
             f"{folder} keeps no checkpoint of step {step}; it has {checkpoints.steps()}."
         )
-    # The learning rate's course does not change the structure of the optimizer's state.
-    chain, trainable = make_optimizer(optimizer, 1), model.trainable
-    if discriminates:
-        chain = adversarial_optimizer(optimizer, 1, discriminator_learning_rate=None)
-        trainable = {"student": trainable, "discriminator": init_discriminator(model, mesh)}
-    state, _ = checkpoints.restore(step, abstract_state(trainable, chain, mesh))
+    learnt = checkpoints.restore_model(step, role, model.trainable)
     checkpoints.close()
-    return model.at(state.trainable["student"] if discriminates else state.trainable)
+    return model.at(learnt)
 
 
 def load_aligned_proxy(config: Config, mesh: Mesh, which: Which | int | None = None) -> Model:
     """The proxy that ``align`` left behind; ``which`` defaults to ``export.state``."""
     return load_finished(
         config.proxy,
-        config.align.optimizer,
         config.folder / "proxy",
         role="proxy",
         seed=config.seed,
@@ -95,11 +82,9 @@ def load_student(config: Config, mesh: Mesh, which: Which | int | None = None) -
     """The student that ``distill`` left behind."""
     return load_finished(
         config.student,
-        config.distill.optimizer,
         config.folder / "student",
         role="student",
         seed=config.seed,
         mesh=mesh,
         which=config.export.state if which is None else which,
-        discriminates=config.method.discriminates,
     )

@@ -27,7 +27,8 @@ class TrainState:
 
     Attributes:
       step: int32, steps taken in this stage.
-      trainable: the adapter, or all parameters in float32.
+      trainable: the adapter, or all parameters in float32; where several models learn, a dictionary
+        of them by role.
       opt_state: the optimizer's.
     """
 

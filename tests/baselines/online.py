@@ -21,7 +21,7 @@ from proxykd_jax.data.collate import TokenRow
 from proxykd_jax.models.decoder import forward
 from proxykd_jax.models.params import init_params
 from proxykd_jax.training.state import ModelSpec
-from tests.baselines.runs import bytes_held, check_counted
+from tests.baselines.runs import check_counted, watch_phases
 from tests.tiny_run import copy_run, files_of, log_lines, unfinish
 from tests.training.conftest import VOCAB, tiny_config
 
@@ -121,9 +121,9 @@ def check_resumed(config: Config, runs: Path, step: int) -> None:
     """A finished run, taken back to a checkpoint in a copy, goes on to the same weights; and it
     took what ``--dry-run`` counts."""
     with pytest.MonkeyPatch.context() as patch:
-        held = bytes_held(patch)
+        seen = watch_phases(patch)
         distill.main(config)
-    check_counted(config, held)
+    check_counted(config, seen)
     copy = copy_run(config, runs)
     assert (copy.folder / "student" / "checkpoints" / str(step)).is_dir()
     unfinish(copy, "student", step)

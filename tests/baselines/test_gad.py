@@ -17,6 +17,7 @@ from proxykd_jax.baselines.gad import (
     GadWarmupObjective,
     game_batch,
 )
+from proxykd_jax.baselines.gad_discriminator import init_discriminator, scores
 from proxykd_jax.config import AxesConfig
 from proxykd_jax.losses import batch_mean
 from proxykd_jax.models.config import LoraConfig
@@ -24,7 +25,6 @@ from proxykd_jax.models.decoder import hidden_states
 from proxykd_jax.models.lora import init_adapter
 from proxykd_jax.models.params import init_params
 from proxykd_jax.parallel.mesh import make_mesh
-from proxykd_jax.training.discriminator_model import init_discriminator, scores
 from proxykd_jax.training.model import Model
 from proxykd_jax.training.restore import load_student
 from proxykd_jax.training.state import ModelSpec, init_state

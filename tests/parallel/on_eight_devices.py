@@ -34,7 +34,7 @@ from proxykd_jax.models.params import init_params
 from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.parallel.sharding import bytes_per_device, move, put_rows, row_ways, sharding_of
 from proxykd_jax.training.batch_objectives import AlignObjective, DistillObjective, NllObjective
-from proxykd_jax.training.checkpoint import Checkpoints
+from proxykd_jax.training.checkpoint import Checkpoints, Progress
 from proxykd_jax.training.reference import pair_logps
 from proxykd_jax.training.state import ModelSpec, abstract_state, init_state
 from proxykd_jax.training.steps import make_train_step
@@ -320,7 +320,7 @@ def test_a_checkpoint_of_one_mesh_is_restored_on_another(model, tmp_path):
     optimizer = optax.adam(1e-3)
     state = init_state(jax.tree.map(jnp.asarray, adapter), optimizer)
     first = make_mesh(MESHES["1x8x1"])
-    Checkpoints(tmp_path).save(7, move(state, first), {"phase": 1})
+    Checkpoints(tmp_path).save(move(state, first), Progress(step=7))
     for axes in MESHES.values():
         mesh = make_mesh(axes)
         found, _ = Checkpoints(tmp_path).restore_latest(abstract_state(adapter, optimizer, mesh))
