@@ -145,8 +145,8 @@ def mixed_objective(
     if not terms or set(terms) != set(weights) or not set(counts) <= set(terms):
         raise ValueError(
             f"terms are {', '.join(terms) or 'none'}, weights {', '.join(weights) or 'none'}, "
-            f"counts {', '.join(counts) or 'none'}; every term needs a weight of the same name and "
-            "may have a count of the same name."
+            f"counts {', '.join(counts) or 'none'}; every term needs a weight under its name and "
+            "may have a count under it."
         )
     parts = [weights[name] * _mean(term, counts.get(name)) for name, term in terms.items()]
     return sum(parts[1:], parts[0]), {name: _detached(term) for name, term in terms.items()}
