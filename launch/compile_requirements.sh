@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Rewrites requirements.txt, requirements-test.txt and requirements-beam.txt from pyproject.toml, with
-# the newest versions that its bounds allow, for Python 3.11 to 3.13. Needs uv on the path.
+# the newest versions that its bounds allow, for Python 3.11 to 3.13. It needs uv on the path.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,13 +1,13 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it, from the root of the checkout.
+# The other scripts of this folder source this file, from the root of the checkout.
 #
 #   ensure_environment run    makes .venv-launch with the packages for runs (requirements.txt)
 #   ensure_environment test   adds the packages for tests, including PyTorch
 #   ensure_environment beam   makes another environment, for prepare on Apache Beam and its tests
 #   "$venv_python"            is the environment's interpreter afterwards
 #
-# Fast if nothing has changed. PYTHON names the base interpreter (3.11 to 3.13); PROXYKD_VENV names
-# another folder.
+# A call is fast if nothing has changed. PYTHON names the base interpreter (3.11 to 3.13). PROXYKD_VENV
+# names another folder for the environment.
 
 venv_folder="${PROXYKD_VENV:-$PWD/.venv-launch}"
 venv_python="$venv_folder/bin/python"
@@ -21,7 +21,7 @@ find_python() { # prints the first interpreter with a supported version
       return 0
     fi
     if [[ -n ${PYTHON:-} ]]; then
-      break # the requested one, or nothing
+      break # if PYTHON is set, no other interpreter is tried
     fi
   done
   echo "error: no Python 3.11, 3.12 or 3.13 found; install one, or name it: PYTHON=/path/to/python3" >&2
@@ -47,7 +47,7 @@ make_venv() {
   fi
 }
 
-requirements_hash() { # hash of the layer's files and the interpreter's version
+requirements_hash() { # prints a hash of the given files, pyproject.toml and the interpreter's version
   "$venv_python" - "$@" <<'PYTHON'
 import hashlib, pathlib, sys
 
@@ -83,7 +83,7 @@ keep_bytecode() {
   export PYTHONPYCACHEPREFIX="$folder/bytecode"
 }
 
-install() { # uv, which takes seconds instead of minutes; pip if uv finds no packages
+install() { # uses uv, which takes seconds instead of minutes, and pip if uv fails
   "$venv_python" -m uv pip install --quiet --python "$venv_python" "$@" ||
     "$venv_python" -m pip install --quiet "$@"
 }
@@ -114,7 +114,7 @@ ensure_environment() {
   rm -f "$stamp"
   "$venv_python" -m pip install --quiet --disable-pip-version-check uv || return 1
   if [[ $layer == test ]]; then
-    # With pip, and before peft, which would install the build with CUDA.
+    # PyTorch comes first and from pip. Otherwise peft would install the build with CUDA.
     "$venv_python" -m pip install --quiet --disable-pip-version-check -r requirements-torch.txt ||
       return 1
     install --no-deps -r requirements.txt -r requirements-test.txt || return 1

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Writes SmolLM2-135M-Instruct to runs/models/smollm2-135m-instruct, for configs/smollm2_alpaca.yaml.
-# Takes half a minute after the download; does nothing if the folder exists.
+# It takes half a minute after the download, and does nothing if the folder exists.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh

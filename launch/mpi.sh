@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# One stage of a run with Open MPI, on machines that share a file system.
+# Runs one stage of a run with Open MPI, on machines that share a file system.
 #
 #   bash launch/mpi.sh align my_run.yaml -n 2 --host node1,node2
 #   bash launch/mpi.sh distill my_run.yaml -n 2 --hostfile hosts
 #
-# Arguments after the config go to mpirun. A single process on a machine gets all of its devices;
-# several processes get one each. Open MPI 4 tells where process 0 is; for Open MPI 5 set
-# PROXYKD_COORDINATOR=HOST:PORT. If a run ends with code 75, this script starts it again, at most
-# PROXYKD_RESTARTS times (20), unless it was asked to stop (SIGTERM).
+# Arguments after the config go to mpirun. A single process on a machine gets all devices of the machine;
+# several processes get one device each. Open MPI 4 tells the processes where process 0 is. With Open
+# MPI 5 set PROXYKD_COORDINATOR=HOST:PORT. If a run ends with code 75, this script starts it again, at
+# most PROXYKD_RESTARTS times (20), unless the script was asked to stop (SIGTERM).
 set -uo pipefail
 
 stage=${1:?"usage: launch/mpi.sh STAGE CONFIG [options of mpirun]"}
@@ -24,18 +24,18 @@ for name in PROXYKD_COORDINATOR JAX_PLATFORMS JAX_NUM_CPU_DEVICES JAX_COMPILATIO
 done
 
 told=0
-# mpirun forwards SIGUSR1. After SIGTERM it would kill the processes within a second.
+# mpirun forwards SIGUSR1 to the processes. After SIGTERM it would kill them within a second.
 trap 'told=1; kill -USR1 "$running" 2>/dev/null' TERM USR1
 for ((restart = 0; ; restart++)); do
   mpirun "$@" "${exports[@]}" "$python" -m "proxykd_jax.$stage" --config "$config" &
   running=$!
   wait "$running"
   code=$?
-  while kill -0 "$running" 2>/dev/null; do # the signal interrupted that wait
+  while kill -0 "$running" 2>/dev/null; do # a signal interrupts `wait`, so wait again
     wait "$running"
     code=$?
   done
-  # 137 and 143: mpirun's codes for killed processes.
+  # mpirun returns 137 or 143 if processes were killed.
   if ((told || restart >= restarts)) || [[ $code != 75 && $code != 137 && $code != 143 ]]; then
     exit "$code"
   fi

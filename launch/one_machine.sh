@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# One stage of a run on one machine: a single process with all of its GPUs.
+# Runs one stage of a run on one machine, as a single process with all GPUs.
 #
 #   bash launch/one_machine.sh align configs/llama2_70b_to_7b.yaml --set mesh.tensor=8
 #   CUDA_VISIBLE_DEVICES=0,1 bash launch/one_machine.sh distill my_run.yaml
-#   PROCESSES=2 bash launch/one_machine.sh align my_run.yaml    CPUs: several processes, to try it out
+#   PROCESSES=2 bash launch/one_machine.sh align my_run.yaml    several processes on CPUs, to try them
 #
-# After SIGTERM it saves a checkpoint and ends with code 75; the same command continues.
+# After SIGTERM the run saves a checkpoint and ends with code 75. The same command continues it.
 set -uo pipefail
 
 stage=${1:?"usage: launch/one_machine.sh STAGE CONFIG [--set KEY=VALUE ...]"}
@@ -29,7 +29,7 @@ status=0
 for process in "${running[@]}"; do
   wait "$process"
   code=$?
-  while kill -0 "$process" 2>/dev/null; do # the signal interrupted that wait
+  while kill -0 "$process" 2>/dev/null; do # a signal interrupts `wait`, so wait again
     wait "$process"
     code=$?
   done

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The tests of prepare on Apache Beam, in a separate environment (requirements-beam.txt).
+# Runs the tests of prepare on Apache Beam, in a separate environment (requirements-beam.txt).
 #
-#   bash launch/test_beam.sh           all of them
-#   bash launch/test_beam.sh "slow"    those with this marker
+#   bash launch/test_beam.sh           all of these tests
+#   bash launch/test_beam.sh "slow"    only the tests with this marker
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 export PROXYKD_VENV="${PROXYKD_VENV:-$PWD/.venv-launch-beam}"

@@ -13,7 +13,16 @@ if TYPE_CHECKING:
 
 
 def main(config: Config) -> TrainedStage:
-    """Aligns the proxy, or goes on where a run was cut off; returns at once if it is done.
+    """Aligns the proxy of a run, and exports it if the config says so.
+
+    It makes the corpus first if that is missing, continues an interrupted alignment, and does not
+    repeat a finished one.
+
+    Args:
+      config: the config of the run.
+
+    Returns:
+      The finished stage in ``<run>/proxy``.
 
     Raises:
       UserError: a file is missing or does not fit, or the folder was made with other settings.

@@ -289,7 +289,7 @@ def complete_stage(
 
     Args:
       folder: the stage's folder.
-      counts: counts of what was read, kept and dropped.
+      counts: the numbers of rows that were read, kept and dropped.
       files: files whose digests are stored (default: all).
       content: digest of the content, if the files' bytes are not reproducible.
       **extra: more entries of the manifest.
@@ -332,7 +332,7 @@ def finished_manifest(folder: Path, stage: str, holds: str) -> dict[str, Any]:
 
 
 def stage_identity(folder: Path) -> str:
-    """Identity that a later stage records as its input: settings, inputs and content."""
+    """A digest of a stage's settings, inputs and content, which later stages record as an input."""
     manifest = _read_manifest(folder)
     return digest_value({key: manifest.get(key) for key in ("settings", "inputs", "content")})
 

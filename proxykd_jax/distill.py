@@ -1,4 +1,4 @@
-"""Distil the student by ``method``: Proxy-KD (paper, 3.4), or one that it is compared with."""
+"""Distil the student by ``method``: Proxy-KD (paper, 3.4) or a method that it is compared with."""
 
 from __future__ import annotations
 
@@ -13,10 +13,17 @@ if TYPE_CHECKING:
 
 
 def main(config: Config) -> TrainedStage:
-    """Distils the student, or goes on where a run was cut off; makes what it needs first.
+    """Distils the student of a run and exports it.
 
-    The method says what it needs beside the teacher's answers (``config.needs``): nothing, soft
-    labels on disk, or the proxy itself; a proxy that is not needed is not loaded.
+    Besides the teacher's answers a method needs nothing, soft labels on disk, or the proxy itself
+    (``config.needs``). What is missing is made first. A proxy that is not needed is not loaded. An
+    interrupted training continues, and a finished one is not repeated.
+
+    Args:
+      config: the config of the run.
+
+    Returns:
+      The finished stage in ``<run>/student``.
 
     Raises:
       UserError: a file is missing or does not fit, or the folder was made with other settings.
@@ -69,4 +76,8 @@ def main(config: Config) -> TrainedStage:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("distill", main, "Distil the student from teacher and aligned proxy."))
+    sys.exit(
+        run_command(
+            "distill", main, "Distil the student from the teacher's answers and the aligned proxy."
+        )
+    )

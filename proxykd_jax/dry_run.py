@@ -1,4 +1,4 @@
-"""--dry-run: checks a config as far as the files at hand allow, and trains nothing."""
+"""``--dry-run``: checks a config against the files that are present, and trains nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ _SERVER_WAIT_S = 5.0
 
 @dataclass
 class Report:
-    """What was found: problems stop a run, unchecked things may."""
+    """What the checks found.
+
+    Attributes:
+      problems: one sentence for each thing that would stop the run.
+      unchecked: one sentence for each thing that could not be checked, because it is absent.
+    """
 
     problems: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
@@ -36,11 +41,14 @@ class Report:
 def dry_run(config: Config) -> list[str]:
     """Checks config, files, tokenizers, templates and shapes; prints steps, tokens and memory.
 
+    Args:
+      config: the config of the run.
+
     Returns:
-      What could not be checked, because it is absent.
+      One sentence for each thing that could not be checked, because it is absent.
 
     Raises:
-      UserError: what is there does not fit; all of it in one message.
+      UserError: at least one check failed; one message lists all problems.
     """
     report = Report()
     report.say("config", f"{config.name}, preset {config.preset}: every key is valid")
@@ -57,8 +65,8 @@ def dry_run(config: Config) -> list[str]:
     proxy, student = models["proxy"], models["student"]
     if proxy and student and proxy.vocab_size != student.vocab_size and tokenizer is None:
         report.problems.append(
-            f"proxy and student have {proxy.vocab_size} and {student.vocab_size} embeddings; "
-            "soft labels need one vocabulary"
+            f"the proxy has {proxy.vocab_size} embeddings and the student {student.vocab_size}; "
+            "soft labels need one vocabulary for both"
         )
     _check_server(config, report)
     _check_benchmarks(config, report)
@@ -73,7 +81,7 @@ def dry_run(config: Config) -> list[str]:
 
 
 def _attempt(report: Report, what: str, check: Any) -> Any:
-    """The result of a check, or None with its sentence among the problems."""
+    """The result of a check; if it raises UserError, adds the message to the problems."""
     try:
         return check()
     except UserError as error:
@@ -85,7 +93,7 @@ def _attempt(report: Report, what: str, check: Any) -> Any:
 
 
 def _check_sources(config: Config, report: Report) -> list[SourceConfig]:
-    """Sources whose files are here."""
+    """Checks all files of the corpus section; returns the training sources that are present."""
     from proxykd_jax.texts.files import list_files
 
     corpus = config.corpus
@@ -141,7 +149,7 @@ def _check_tokenizers(config: Config, report: Report) -> Tokenizer | None:
 def _show_example(
     config: Config, tokenizer: Tokenizer, sources: list[SourceConfig], report: Report
 ) -> None:
-    """The first row of the first source that is here, as the model will see it."""
+    """Prints the first row of the first source that is present, as the model will see it."""
     from proxykd_jax.texts.readers import read_source
     from proxykd_jax.texts.records import Drops
     from proxykd_jax.texts.template import Renderer
@@ -200,7 +208,8 @@ def _count_phases(
         kept = count * (1 - config.corpus.validation_fraction)
         sizes = {name: math.ceil(kept * share) for name, share in config.corpus.shares}
         most = count * config.corpus.max_length
-        origin = f"from {count} rows, of at most {most} tokens, where none is dropped"
+        origin = f"from {count} rows, of at most {most} tokens, if no row is dropped"
+    # Without a prepared corpus, assume the expected number of rows, each of the greatest length.
     rows = corpus or SketchedCorpus.of(config, sizes, 1)
     proxy, student = (models[role] or _any_model(config, role) for role in ("proxy", "student"))
     phases = _attempt(report, "steps", lambda: run_phases(config, proxy, student, rows))
@@ -220,7 +229,7 @@ def _show_steps(counted: _Counted, report: Report) -> None:
         named[f"{len(rounds)} rounds of"] = max(rounds, key=lambda phase: phase.steps)
     named |= {f"student's {phase.name}": phase for phase in counted.taught[:-1] if phase.steps}
     named["student"] = counted.taught[-1]
-    # Early stopping takes steps away from a prepared corpus's; nothing adds any.
+    # With a prepared corpus the count is exact, unless early stopping ends a phase sooner.
     steps = ", ".join(f"{name} {phase.steps}" for name, phase in named.items())
     about = "at most" if counted.exact else "about"
     report.say("steps", f"{about}: {steps} ({counted.origin})")
@@ -229,7 +238,7 @@ def _show_steps(counted: _Counted, report: Report) -> None:
 
 
 def _any_model(config: Config, role: str) -> ModelConfig:
-    """A model in the place of one that is not here: steps do not depend on it."""
+    """A small model in place of one that is absent; the number of steps does not depend on it."""
     from proxykd_jax.models.config import ModelConfig
     from proxykd_jax.training.model import lora_config
 
@@ -239,7 +248,7 @@ def _any_model(config: Config, role: str) -> ModelConfig:
 
 
 def _prepared(config: Config) -> TokenCorpus | None:
-    """The corpus of the run, if it is there already."""
+    """The prepared corpus of the run; None if it is absent or incomplete."""
     from proxykd_jax.artifacts import MANIFEST, read_json
     from proxykd_jax.data.corpus import open_corpus
 
@@ -250,7 +259,10 @@ def _prepared(config: Config) -> TokenCorpus | None:
 
 
 def _count_rows(config: Config, sources: list[SourceConfig], report: Report) -> int | None:
-    """Rows of the sources: counted where all files are here, else the most that are wanted."""
+    """The number of rows of the sources, at most ``corpus.max_rows``.
+
+    If a file is absent or unreadable it is ``corpus.max_rows`` itself, which may be None.
+    """
     from proxykd_jax.texts.readers import read_source
     from proxykd_jax.texts.records import Drops
 
@@ -276,7 +288,11 @@ def _count_rows(config: Config, sources: list[SourceConfig], report: Report) -> 
 def _check_model(
     config: Config, role: str, tokenizer: Tokenizer | None, report: Report
 ) -> ModelConfig | None:
-    """The model's architecture, from its folder or from ``config``."""
+    """Checks a model's files, vocabulary and length; returns its architecture.
+
+    The architecture is read from the model's folder, or else from the folder that its key
+    ``config`` names. Returns None if it cannot be read.
+    """
     from proxykd_jax.models.hf_config import read_config
     from proxykd_jax.models.hf_weights import cut_config
     from proxykd_jax.models.tensor_files import weight_files
@@ -309,10 +325,12 @@ def _check_model(
         size = found.vocab_size
         _attempt(report, role, lambda: check_embedding_rows(tokenizer, size, origin))
         if config.score.top_k > size:
-            report.problems.append(f"score.top_k: {config.score.top_k} of a vocabulary of {size}")
+            report.problems.append(
+                f"score.top_k: {config.score.top_k} is more than the vocabulary's {size} ids"
+            )
     if config.corpus.max_length > found.max_positions:
         report.problems.append(
-            f"{role}: corpus.max_length is {config.corpus.max_length}, but the model was made for "
+            f"{role}: corpus.max_length is {config.corpus.max_length}, but the model has "
             f"{found.max_positions} positions"
         )
     if section.trainable == "lora":
@@ -321,7 +339,7 @@ def _check_model(
 
 
 def _check_server(config: Config, report: Report) -> None:
-    """Whether the server that shall draw answers is there, with the proxy's base model."""
+    """Checks that the sampling server, if any, answers and serves the proxy's base model."""
     from proxykd_jax.generation.server import ServerClient, UnansweredError
     from proxykd_jax.training.model import model_origin
 
@@ -339,7 +357,7 @@ def _check_server(config: Config, report: Report) -> None:
 
 
 def _check_benchmarks(config: Config, report: Report) -> None:
-    """Whether the files of the benchmarks are there."""
+    """Checks that the files of the benchmarks are present."""
     from proxykd_jax.tasks.items import hub_place
     from proxykd_jax.texts.files import list_files
 
@@ -378,7 +396,7 @@ def _check_mesh(config: Config, report: Report) -> None:
 def _check_shapes(
     config: Config, role: str, model: ModelConfig, counted: _Counted | None, report: Report
 ) -> None:
-    """Traces a training step on shapes alone and prints what a device holds."""
+    """Traces a training step on shapes alone; prints the memory that its arrays take per device."""
     import jax
 
     from proxykd_jax.parallel.sharding import bytes_per_device
@@ -430,5 +448,5 @@ def _check_shapes(
         report.say(
             role,
             f"{model.num_params / 1e9:.2f}B parameters, {learnt / 1e6:.1f}M trained; a device "
-            f"holds {listed}, and activations beside",
+            f"holds {listed}, plus activations",
         )

@@ -2,14 +2,15 @@
 
     python -m proxykd_jax.evaluate --config run.yaml
 
-It measures the proxy (raw, warmed up, after each round, aligned) and the student (before and after
-training), as far as the run has them. On the validation and test rows: NLL of the teacher's tokens,
-top-1 agreement, top-K mass and calibration. On the test rows also exact KL(teacher || model), if
-the teacher is a known process. ``<run>/eval`` holds a file of sums by row for each model, so that
-no model is measured twice, and ``summary.json``.
+It measures the proxy (raw, after the warm-up, after each round, aligned) and the student (before
+and after training), as far as the run has them. On the validation and test rows it computes the NLL
+of the teacher's tokens, top-1 agreement, top-K mass and calibration. On the test rows it also
+computes the exact KL(teacher || model), if the teacher is a known process. ``<run>/eval`` holds
+``summary.json`` and, for each model, a file with the sums of every row, so that no model is
+measured twice.
 
-With ``evaluate.benchmarks`` the models named there also answer benchmarks; with ``--model`` or
-``--benchmarks`` nothing else is measured. See ``tasks/benchmark.py``.
+With ``evaluate.benchmarks`` the models named there also answer benchmarks. With ``--model`` or
+``--benchmarks`` they only answer benchmarks. See ``tasks/benchmark.py``.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from proxykd_jax.training.model import Model
 
 SPLITS = ("validation", "test")
-# (name, name to subtract, what the difference shows)
+# (name, name to subtract)
 PAIRS = (
     ("proxy_aligned", "proxy_raw"),
     ("proxy_aligned", "proxy_warmup"),
@@ -61,12 +62,12 @@ def main(config: Config, models: Mapping[str, ModelSection] | None = None) -> Ev
     """Measures models; unchanged models are not measured again.
 
     Args:
-      config: the run.
-      models: name -> model section; default: the models of the run, which is trained first if
+      config: the config of the run.
+      models: name -> model section. By default the models of the run, which is trained first if
         necessary.
 
     Raises:
-      UserError: no held-out rows, or a model or the teacher's folder that does not fit.
+      UserError: there are no held-out rows, or a model or the teacher's folder does not fit.
     """
     from proxykd_jax import prepare
     from proxykd_jax.artifacts import digest_file, write_json
@@ -87,8 +88,8 @@ def main(config: Config, models: Mapping[str, ModelSection] | None = None) -> Ev
     splits = {part: rows for part in SPLITS if len(rows := corpus.split(part))}
     if not splits:
         raise UserError(
-            "evaluate: the corpus has neither validation nor test rows. Set "
-            "corpus.validation_fraction or name corpus.test, under another name of the run."
+            "evaluate: the corpus has neither validation nor test rows. Give the run another name "
+            "and set corpus.validation_fraction or corpus.test."
         )
     teacher = None
     common: dict[str, Any] = {
@@ -107,7 +108,7 @@ def main(config: Config, models: Mapping[str, ModelSection] | None = None) -> Ev
     measured: dict[str, dict[str, RowMeasures]] = {}
     for name, candidate in candidates.items():
         path, identity = folder / f"{name}.safetensors", {**common, **candidate.identity}
-        # Whether it was measured already; process 0's view of the folder decides.
+        # All processes must agree on whether the model was measured, so process 0 decides.
         known = on_first(functools.partial(_is_measured, path, identity))
         found = _read(path, identity) if known else None
         if found is None:
@@ -141,8 +142,8 @@ def main(config: Config, models: Mapping[str, ModelSection] | None = None) -> Ev
 def run_models(config: Config) -> dict[str, Candidate]:
     """The models of a run by name; trains them first if the run is not finished.
 
-    They are in the states that ``export.state`` chooses. The proxy is included only if the run uses
-    one (``config.needs``), and in more than one state only if it was aligned.
+    ``export.state`` chooses their state, best or last. The proxy is included only if the run uses
+    one (``config.needs``), and in several states only if it was aligned.
     """
     from proxykd_jax import align, distill
     from proxykd_jax.artifacts import stage_identity
@@ -265,15 +266,15 @@ def _line(summary: Mapping[str, Any]) -> str:
 
 
 def command(config: Config, model: Sequence[str] = (), benchmarks: Sequence[str] = ()) -> None:
-    """Runs the measures and, if the config names any, the benchmarks.
+    """Measures the models of a run and runs the benchmarks that the config names.
 
     Args:
-      config: the run.
-      model: models that answer the benchmarks; if given, nothing else is measured.
-      benchmarks: which benchmarks; likewise.
+      config: the config of the run.
+      model: names of models. If given, these answer the benchmarks and nothing else is measured.
+      benchmarks: names of benchmarks. If given, these are answered and nothing else is measured.
 
     Raises:
-      UserError: see ``main``; or a model or a benchmark cannot be used.
+      UserError: as in ``main``, or a model or a benchmark cannot be used.
     """
     if not model and not benchmarks:
         main(config)
@@ -284,10 +285,11 @@ def command(config: Config, model: Sequence[str] = (), benchmarks: Sequence[str]
 
 
 LISTS = {
-    "model": "who answers the benchmarks, as in evaluate.benchmarks.models; nothing else is done",
-    "benchmarks": "the benchmarks to answer, of those under evaluate.benchmarks; likewise",
+    "model": "models that answer the benchmarks, as in evaluate.benchmarks.models; measure nothing "
+    "else",
+    "benchmarks": "benchmarks to answer, out of evaluate.benchmarks; measure nothing else",
 }
 
 if __name__ == "__main__":
-    summary = "Measure proxy and student against the teacher's answers, and with benchmarks."
+    summary = "Measure proxy and student on the teacher's held-out answers and on benchmarks."
     raise SystemExit(run_command("evaluate", command, summary, lists=LISTS))

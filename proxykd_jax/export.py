@@ -1,4 +1,4 @@
-"""Export: the student (and the proxy) of a run as folders that transformers and peft load."""
+"""Exports the student (and the proxy) of a run as folders that transformers and peft load."""
 
 from __future__ import annotations
 
@@ -12,8 +12,15 @@ from proxykd_jax.config import Config
 def main(config: Config) -> Path:
     """Exports the trained models of a run; trains them first if necessary.
 
+    Args:
+      config: the config of the run.
+
     Returns:
-      ``<run>/export``, with ``student`` and, by ``export.proxy``, ``proxy`` or ``proxy_adapter``.
+      The folder ``<run>/export``. It holds ``student`` and, depending on ``export.proxy``,
+      ``proxy`` or ``proxy_adapter``.
+
+    Raises:
+      UserError: as in ``distill.main``.
     """
     from proxykd_jax import distill
 

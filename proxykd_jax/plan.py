@@ -1,7 +1,7 @@
-"""Will it fit, and how long will it take: every stage compiled for devices that are not here.
+"""Tells whether a run fits on devices that are not present, and how long it takes.
 
-Run it as ``python -m proxykd_jax.plan --config FILE --device a100-80gb --count 8``. From abstract
-shapes alone; weights and data need not be there.
+Run it as ``python -m proxykd_jax.plan --config FILE --device a100-80gb --count 8``. It compiles
+every stage from abstract shapes, so it needs neither weights nor data.
 """
 
 from __future__ import annotations
@@ -29,27 +29,42 @@ _CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "proxykd_jax" / "p
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     found = base_parser(
-        "plan", "Compile every stage of a run for devices that are not here: memory and time."
+        "plan",
+        "Compile every stage of a run for devices that are not present; print memory and time.",
     )
     add = found.add_argument
-    add("--device", required=True, choices=sorted(DEVICES), help="what to compile for")
-    add("--count", type=int, required=True, metavar="N", help="how many of them")
+    add("--device", required=True, choices=sorted(DEVICES), help="device to compile for")
+    add("--count", type=int, required=True, metavar="N", help="number of devices")
     add("--stage", action="append", metavar="NAME", help="only this stage (may be repeated)")
-    add("--json", metavar="FILE", help="write the figures there")
-    add("--fit", metavar="FILE", help="search meshes and batches; write a config that fits")
-    add("--prompt-tokens", type=int, metavar="N", help="mean prompt (default: half a full row)")
-    add("--answer-tokens", type=int, metavar="N", help="mean answer (default: half a full row)")
-    add("--samples", type=int, default=40_000, metavar="N", help="for the hours (paper: 40,000)")
+    add("--json", metavar="FILE", help="write the figures of each stage to FILE")
+    add(
+        "--fit", metavar="FILE",
+        help="search meshes and batches; write a config with the fastest that fit to FILE",
+    )  # fmt: skip
+    half = "(default: half of corpus.max_length)"
+    add("--prompt-tokens", type=int, metavar="N", help=f"tokens of a mean prompt {half}")
+    add("--answer-tokens", type=int, metavar="N", help=f"tokens of a mean answer {half}")
+    add(
+        "--samples", type=int, default=40_000, metavar="N",
+        help="samples that the hours are for (default 40000, as in the paper)",
+    )  # fmt: skip
     add(
         "--utilisation", type=float, default=0.4, metavar="U",
-        help="share of the peaks that is reached, for the hours (default 0.4)",
+        help="assumed share of the device's peak, for the hours (default 0.4)",
     )  # fmt: skip
-    add("--no-cache", action="store_true", help="compile anew what was compiled before")
+    add("--no-cache", action="store_true", help="compile again what is in the cache")
     return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Plans, prints, writes; returns the exit code."""
+    """Prints the plan and writes the requested files.
+
+    Args:
+      argv: arguments (default: the process's).
+
+    Returns:
+      The exit code: 0, or 2 after a user error.
+    """
     arguments = parser().parse_args(argv)
     try:
         request = _request(arguments)

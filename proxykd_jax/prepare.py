@@ -1,4 +1,4 @@
-"""prepare: turns files of a teacher's answers into token rows, split and readable in any order.
+"""Turns files of a teacher's answers into rows of tokens, split and readable in any order.
 
 Run it as ``python -m proxykd_jax.prepare --config FILE``. It writes ``<run>/corpus`` shard by
 shard. After a kill it continues with the missing shards.
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from proxykd_jax.texts.template import Renderer
     from proxykd_jax.texts.tokenizer import Tokenizer
 
-SUMMARY = "Reads the teacher's answers, splits them and turns them into tokens."
-# Keys of the section that select rows for later stages, or who does the work; not the content.
+SUMMARY = "Read the teacher's answers, split them and turn them into tokens."
+# Keys that do not change the corpus: one selects rows for later stages, the other says how the work
+# is done.
 _NOT_CONTENT = {"validation_max_rows", "beam"}
 
 
@@ -41,7 +42,10 @@ class PrepareResult:
 
 
 def main(config: Config) -> PrepareResult:
-    """Makes the corpus of a run unless it exists. With several processes one of them does it.
+    """Makes the corpus of a run unless it exists. With several processes, process 0 makes it.
+
+    Args:
+      config: the config of the run.
 
     Raises:
       UserError: a source or the tokenizer is missing or damaged, a row cannot be rendered, or the

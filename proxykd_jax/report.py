@@ -23,10 +23,13 @@ FILE = "report.html"
 
 
 def main(config: Config) -> Path:
-    """Writes ``<run>/report.html``; a file with the same content stays untouched.
+    """Writes ``<run>/report.html``; leaves the file untouched if its content is the same.
+
+    Args:
+      config: the config of the run.
 
     Returns:
-      The file.
+      The path of the file.
 
     Raises:
       UserError: there is no such run, or the file cannot be written.
@@ -37,7 +40,14 @@ def main(config: Config) -> Path:
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:
-    """Writes the page of one run, or of several compared.
+    """Writes the page of one run, or a page that compares several.
+
+    Args:
+      runs: folders of runs.
+      out: the HTML file.
+
+    Returns:
+      ``out``.
 
     Raises:
       UserError: a folder holds no run, one is named twice, or the file cannot be written.
@@ -75,15 +85,15 @@ def command(argv: Sequence[str] | None = None) -> int:
     given = parser()
     arguments = given.parse_args(argv)
     if (arguments.run is None) == (arguments.config is None):
-        given.error("name the runs by --run, or one by --config")
+        given.error("give either --run or --config")
     if arguments.set and arguments.config is None:
         given.error("--set goes with --config")
-    # Only a few numbers are computed here; GPUs are left to the runs beside this command.
+    # This command computes little, so it leaves GPUs to other processes.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
         runs = arguments.run or [load_config(arguments.config, arguments.set).folder]
         if arguments.out is None and len(runs) > 1:
-            raise UserError("several runs are compared on one page; name it by --out FILE.")
+            raise UserError("several runs are compared on one page; name the page with --out FILE.")
         print(write_report(runs, arguments.out or runs[0] / FILE))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -12,10 +12,17 @@ from proxykd_jax.peers import on_first
 
 
 def main(config: Config) -> Path:
-    """Runs what is not done yet: prepare, align, score, distill, export, evaluate and report.
+    """Runs the unfinished stages: prepare, align, score, distill, export, evaluate and report.
+
+    Args:
+      config: the config of the run.
 
     Returns:
       The run's folder.
+
+    Raises:
+      UserError: a stage raises it.
+      Stopped: the run was asked to stop.
     """
     from proxykd_jax import align, distill, evaluate, prepare, score
     from proxykd_jax.data.corpus import open_corpus
@@ -35,7 +42,7 @@ def main(config: Config) -> Path:
 
 
 def _report(config: Config) -> None:
-    """The page of the run. Whatever goes wrong with it, the run itself is done."""
+    """Writes the page of the run. An error here is printed and does not fail the finished run."""
     from proxykd_jax import report
 
     try:
@@ -47,4 +54,8 @@ def _report(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("run", main, "Run all stages: from teacher's answers to a student."))
+    sys.exit(
+        run_command(
+            "run", main, "Run all stages, from a file of a teacher's answers to a trained student."
+        )
+    )

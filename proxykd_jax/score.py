@@ -1,8 +1,11 @@
-"""Score the teacher's answers with the aligned proxy (paper, 3.4 and A.1): top-k log-probs of
-every answer token, once and for all; and let the proxy answer the fresh prompts.
+"""Score the teacher's answers with the aligned proxy (paper, 3.4 and A.1).
+
+It stores the proxy's top-k log-probs of every answer token. First it lets the proxy answer the
+fresh prompts, if there are any.
 
 Run it as ``python -m proxykd_jax.score --config FILE``. It writes ``<run>/samples/fresh`` and
-``<run>/soft_labels``, part by part: killed and run again, it goes on to the same bytes.
+``<run>/soft_labels`` part by part. After a kill the same command continues, and the files end up
+the same, byte for byte.
 """
 
 from __future__ import annotations
@@ -22,11 +25,11 @@ class ScoreResult:
 
     Attributes:
       folder: ``<run>/soft_labels``; ``data.soft_labels.open_soft_labels`` reads it.
-      loglik_mean, loglik_std: mu and gamma of eq. 9 over D_s, of the kind that
-        ``distill.weights.loglik`` names.
-      weight_length_correlation: of these weights with the answers' lengths.
-      figures: by split: rows, tokens, share of positions whose top-k mass exceeds 0.95 (Fig. 4),
-        and the three figures above for both kinds of log-likelihood.
+      loglik_mean, loglik_std: mu and gamma of eq. 9 over D_s in nats, for the kind of
+        log-likelihood that ``distill.weights.loglik`` names.
+      weight_length_correlation: Pearson correlation of these weights with the answers' lengths.
+      figures: for each split the number of rows and tokens, the share of positions whose top-k mass
+        exceeds 0.95 (Fig. 4), and the three figures above for both kinds of log-likelihood.
     """
 
     folder: Path
@@ -37,7 +40,13 @@ class ScoreResult:
 
 
 def main(config: Config) -> ScoreResult:
-    """Scores all that the student will see, or goes on where a run was cut off.
+    """Scores all answers that the student will see.
+
+    It aligns the proxy first if necessary, continues an interrupted scoring, and does not repeat a
+    finished one.
+
+    Args:
+      config: the config of the run.
 
     Raises:
       UserError: a file is missing or does not fit, or the folder was made with other settings or

@@ -1,11 +1,11 @@
-"""Runs the rows of the paper's Table 1, 2, 3 or 5, and writes it beside the paper's figures.
+"""Runs the rows of the paper's Table 1, 2, 3 or 5, and writes the results beside the paper's.
 
     python -m proxykd_jax.tables --table configs/tables/table_2.yaml
     python -m proxykd_jax.tables --table configs/tables/table_2.yaml --only proxy_kd,aligned
 
-A row is a run in ``<runs>/<table>/<row>``. Stages that another run below ``<runs>`` has finished
-with the same settings and inputs are linked, so rows share a corpus, a proxy and its soft labels.
-Finished rows are not run again. After a kill the same command continues.
+A row is a run in ``<runs>/<table>/<row>``. If another run below ``<runs>`` has finished a stage
+with the same settings and inputs, the row links that stage. So rows share a corpus, a proxy and its
+soft labels. Finished rows are not run again. After a kill the same command continues.
 """
 
 from __future__ import annotations
@@ -74,8 +74,14 @@ def main(table: TableFile, only: Sequence[str] = (), overrides: Sequence[str] = 
 def run_row(table: TableFile, row: TableRow, config: Config) -> dict[str, str | int]:
     """Trains what a row needs, and lets its model answer the benchmarks.
 
+    Args:
+      table: from ``load_table``.
+      row: one of its rows.
+      config: the config of the row's run.
+
     Returns:
-      The model that answered (``model``), and the devices (``device``, ``devices``).
+      The model that answered (``model``), the kind of device (``device``) and the number of devices
+      (``devices``).
 
     Raises:
       UserError: a stage raises it.
@@ -112,7 +118,7 @@ def _is_made(record: Path, made_from: str) -> bool:
 
 
 def _runs_below(runs: Path) -> list[str]:
-    """Folders that may be runs, of tables or others."""
+    """Folders that may hold a run: those in ``runs``, and those one level deeper, as of a table."""
     return [str(path) for path in sorted((*runs.glob("*"), *runs.glob("*/*"))) if path.is_dir()]
 
 
@@ -120,13 +126,13 @@ def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     found = base_parser(
         "tables",
-        "Run the rows of a table of the paper, and write it beside the paper's figures.",
+        "Run the rows of a table of the paper, and write the results beside the paper's.",
         names=("--table", "--config"),
         what="YAML file of the table (docs/tables.md)",
     )
     add = found.add_argument
     add("--only", action="append", default=[], metavar="ROW[,ROW]", help="rows (default: all)")
-    add("--runs", metavar="DIR", help="folder of the runs, in place of the file's")
+    add("--runs", metavar="DIR", help="folder of the runs, instead of the one that the file names")
     what = found.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="check each row's run; train nothing")
     what.add_argument("--report-only", action="store_true", help="write the table; run nothing")
@@ -162,10 +168,13 @@ def command(argv: Sequence[str] | None = None) -> int:
 
 
 def check(table: TableFile, only: Sequence[str] = (), overrides: Sequence[str] = ()) -> None:
-    """``--dry-run`` of each row.
+    """Checks the run of each row, as ``--dry-run`` does.
+
+    Args:
+      table, only, overrides: as in ``main``.
 
     Raises:
-      UserError: the problems of the rows, with their names.
+      UserError: at least one row has a problem; one message names all of them with their rows.
     """
     from proxykd_jax.dry_run import dry_run
 

@@ -24,10 +24,10 @@ class TokenBatch:
     Attributes:
       tokens_BL: int32 inputs; 0 for padding.
       labels_BL: int32 next tokens; 0 for padding.
-      mask_BL: bool, the label is a token of an answer (including its end token).
-      segment_ids_BL: int32, 0 = padding, 1..S = the example that a position belongs to.
+      mask_BL: bool, True if the label is a token of an answer (including its end token).
+      segment_ids_BL: int32, the example that a position belongs to, 1 to S; 0 for padding.
       positions_BL: int32 position within the example, from 0.
-      example_mask_BS: bool, which of the S places of a row hold an example. A batch that is not
+      example_mask_BS: bool, True for the places of a row that hold an example. A batch that is not
         full gets padding rows, so that its shape stays the same.
       prefix_B: int32, number of first positions of a row that all of its examples see: the
         beginning of a prompt that they share. None: each example sees only itself.
@@ -54,7 +54,7 @@ class PairBatch:
       chosen, rejected: one example per row (S = 1); row b of both has the same prompt.
       reference_chosen_B, reference_rejected_B: float32 summed log-probs under the proxy at the
         start of the round.
-      pair_mask_B: bool, the row has a usable y-hat. Its NLL counts in either case.
+      pair_mask_B: bool, True if the row has a usable y-hat. The NLL of y counts in either case.
     """
 
     chosen: TokenBatch
@@ -108,7 +108,8 @@ class DistillBatch:
       topk_logps_BLK: float32 log-probs of these ids under the full softmax.
       tail_logps_BL: float32 log of the probability outside them.
       sample_weight_BS: float32 w(x, y) of eq. 9.
-      nll_mask_BS: bool, the answer is the teacher's (False for fresh prompts, which have no NLL).
+      nll_mask_BS: bool, True if the answer is the teacher's. Fresh prompts have no such answer, and
+        no NLL.
     """
 
     rows: TokenBatch

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A SLURM on this machine alone, to try stage.sbatch. Starts munged, slurmctld and slurmd with one node
-# of two tasks, runs the command, and stops them again.
+# Starts SLURM on this machine alone, to try stage.sbatch: munged, slurmctld and slurmd, with this machine
+# as the only node. Then it runs the command, and stops SLURM again.
 #
 #   sudo apt-get install slurm-wlm munge
-#   sudo bash launch/slurm/check.sh COMMAND...      for instance: srun --ntasks=2 hostname
+#   sudo bash launch/slurm/check.sh COMMAND...      for example srun --ntasks=2 hostname
 #
-# Needs root, and a machine without another SLURM.
+# It needs root, and a machine on which no other SLURM runs.
 set -euo pipefail
 
 if (($# == 0)); then

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The rows of a table of the paper on SLURM, one job per row.
+# Runs the rows of a table of the paper on SLURM, with one job per row.
 #
 #   bash launch/slurm/table.sh configs/tables/table_1.yaml --nodes=1 --gpus-per-node=8
 #   bash launch/slurm/table.sh configs/tables/table_2.yaml --nodes=2 --gpus-per-node=8 --time=24:00:00
 #
-# Arguments after the table go to sbatch. A row that uses stages of an earlier row (after: in the
-# table's file) starts when that row is done. Each job is a stage.sbatch and rewrites the table.
+# Arguments after the table go to sbatch. A row that uses the stages of another row (key `after` of the
+# table's file) starts when that row is finished. Each job runs stage.sbatch and writes the table anew.
 set -euo pipefail
 
 table=${1:?"usage: launch/slurm/table.sh TABLE [options of sbatch]"}

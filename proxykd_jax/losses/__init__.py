@@ -1,11 +1,12 @@
 """Losses of Proxy-KD: pure functions on arrays.
 
-All are jittable, compute in float32 whatever they are given, and return one value an example (or
-a token, `*_tokens`); reduction over a batch is a step of its own, by sum and count. Labels and
-masks are aligned with the logits: position t of each speaks of the same token.
+All functions can be jitted and compute in float32, whatever the type of their inputs. They return
+one value per example, or one per token if their name ends in `_tokens`. The reduction over a batch
+is a separate step that returns a sum and a count. Labels and masks are aligned with the logits:
+position t of all three belongs to the same token.
 
-Axes in names: B batch, L length, V vocabulary, K top-k or drawn ids, S segments in a packed row,
-G samples of one prompt (its group).
+Array names end in their axes: B batch, L length, V vocabulary, K top-k or drawn ids, S segments in
+a packed row, G samples of one prompt (its group).
 """
 
 from proxykd_jax.losses.advantages import group_advantages, log_ratio_rewards, rewards_to_go, whiten

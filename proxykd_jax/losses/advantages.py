@@ -1,7 +1,8 @@
-"""What a sampled token is worth: rewards, returns, and how they are normalised.
+"""Rewards of sampled tokens, their returns, and advantages: normalised rewards.
 
-All of it is constant for the gradient, whatever was given. A row holds one response: returns add
-up over a row's tokens inside the mask, in order, so packed rows have no meaning here.
+No function here has a gradient: every result is passed through `stop_gradient`. A row holds one
+response, because a return sums the rewards of a row's tokens inside the mask, in order. Packed rows
+are therefore not supported.
 """
 
 import chex
@@ -21,16 +22,17 @@ def log_ratio_rewards(
 ) -> jax.Array:
     """r_t = scale (log p(y_t) - log q(y_t)), then clipped to [-clip, clip].
 
-    Its mean over the student's own tokens is -scale times the reverse KL. MiniLLM (arXiv
-    2306.08543, section 2.2) has r_t as it is; its code divides by 0.5 (`scale=2`) and clips at
-    100. On-policy distillation takes it as the advantage, with `scale` its coefficient.
+    p is the scorer and q the student. The mean of r_t over the student's own tokens is -scale times
+    the reverse KL. In MiniLLM's paper (arXiv 2306.08543, section 2.2) scale is 1 and nothing is
+    clipped. MiniLLM's code divides by 0.5 (`scale=2`) and clips at 100. On-policy distillation uses
+    r_t as the advantage, with its coefficient as `scale`.
 
     Args:
         scorer_logps_BL: log-probs of the sampled tokens under the scorer, nats.
-        student_logps_BL: the same under the student that is being rewarded, at sampling time.
-        mask_BL: where given, positions outside it give 0.
+        student_logps_BL: log-probs of the same tokens under the student that drew them, nats.
+        mask_BL: positions outside the mask give 0; None: no mask.
         scale: > 0.
-        clip: the greatest absolute value; none without it.
+        clip: the greatest absolute value of a reward, > 0; None: no clipping.
 
     Returns:
         `[B, L]` float32, without gradient. A log-prob of -inf counts as -1e4.
@@ -58,31 +60,32 @@ def rewards_to_go(
     discount: float = 1.0,
     length_normalize: bool = True,
 ) -> jax.Array:
-    """The sum of the rewards that follow a token: R_t with its own, R_{t+1} without.
+    """The return of each token: the discounted sum of the rewards from it, or from the next token.
 
-    R_t = sum_{t' >= t} discount^(t' - t) r_t', over T response tokens.
+    R_t = sum_{t' >= t} discount^(t' - t) r_t', over T response tokens. A token's own reward is in
+    R_t; it is not in R_{t+1}.
 
-    | `include_current` | value, normalised   | for                                            |
-    |-------------------|---------------------|------------------------------------------------|
-    | False             | R_{t+1} / (T - t)   | MiniLLM's paper: beside the single-step term   |
-    | True              | R_t / (T - t + 1)   | its code, which counts r_t twice beside it     |
+    | `include_current` | normalised value  | used by                                         |
+    |-------------------|-------------------|-------------------------------------------------|
+    | False             | R_{t+1} / (T - t) | MiniLLM's paper, which adds a single-step term  |
+    | True              | R_t / (T - t + 1) | MiniLLM's code; with that term r_t counts twice |
 
-    The divisors are the numbers of terms, whatever the discount. The paper prints T - t - 1,
-    which is one too few and 0 for the last token but one.
+    The divisor is the number of terms in the sum, whatever the discount. MiniLLM's paper prints
+    T - t - 1. That is one too few, and 0 for the last token but one.
 
     Args:
-        rewards_BL: one reward a token.
-        mask_BL: response tokens. Those outside are skipped, so that a gap costs no discount.
+        rewards_BL: one reward per token.
+        mask_BL: response tokens. Tokens outside the mask are skipped, and a gap adds no discount.
         include_current: whether a token's own reward is in its return.
         discount: 0 to 1.
         length_normalize: divide by the number of terms.
 
     Returns:
-        `[B, L]` float32, without gradient; 0 outside the mask and, without its own reward, at
-        the last token.
+        `[B, L]` float32, without gradient. The value is 0 outside the mask, and also at the last
+        token if `include_current` is False.
 
     Raises:
-        ValueError: discount outside [0, 1].
+        ValueError: discount is outside [0, 1].
     """
     if not 0 <= discount <= 1:
         raise ValueError(f"discount is {discount}; it takes 0 to 1.")
@@ -93,7 +96,7 @@ def rewards_to_go(
     def join(
         later: tuple[jax.Array, jax.Array], earlier: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
-        """Two stretches of tokens: the product of discounts, the rewards seen from the first."""
+        """Joins two runs of tokens: the product of their discounts, the first token's return."""
         return later[0] * earlier[0], earlier[1] + earlier[0] * later[1]
 
     discount_BL = jnp.where(mask_BL, float32(discount), 1.0)
@@ -118,11 +121,11 @@ def whiten(
     """(value - mean) / sqrt(variance + eps) over all tokens of the batch.
 
     Args:
-        values_BL: one value a token.
+        values_BL: one value per token.
         mask_BL: response tokens.
-        include_padding: take mean and variance over all positions, zeros at the masked ones. So
-            does MiniLLM's code, so that more padding changes the advantages, their signs included.
-        eps: added to the variance (over n, not n - 1).
+        include_padding: take mean and variance over all positions, with zeros outside the mask.
+            MiniLLM's code does this. More padding then changes the advantages, even their signs.
+        eps: added to the variance, which is divided by n, not by n - 1.
 
     Returns:
         `[B, L]` float32, without gradient; 0 outside the mask.
@@ -146,18 +149,18 @@ def group_advantages(
 ) -> jax.Array:
     """(reward - mean) / (std + eps) within each prompt's group of samples.
 
-    GRPO's advantage (arXiv 2402.03300, section 4.1.2), which GAD (arXiv 2511.10643) takes with
-    the discriminator's score as the reward.
+    This is the advantage of GRPO (arXiv 2402.03300, section 4.1.2). GAD (arXiv 2511.10643) uses it
+    with the discriminator's score as the reward.
 
     Args:
-        rewards_BG: one reward a sample, G samples a prompt.
-        sample_mask_BG: samples that count; all of them without it.
+        rewards_BG: one reward per sample, G samples per prompt.
+        sample_mask_BG: samples that count; None: all of them.
         ddof: the variance is divided by n - ddof; 1 or 0.
         eps: added to the standard deviation.
 
     Returns:
-        `[B, G]` float32, without gradient; exactly 0 in a group whose rewards are all the same
-        (one sample included), and at masked samples.
+        `[B, G]` float32, without gradient. The value is exactly 0 outside the mask, and in a group
+        whose rewards are all equal, such as a group of one sample.
 
     Raises:
         ValueError: ddof is neither 0 nor 1.
@@ -174,7 +177,8 @@ def group_advantages(
     centred_BG = jnp.where(valid_BG, rewards_BG - mean_B1, 0.0)
     squares_B1 = jnp.square(centred_BG).sum(axis=-1, keepdims=True)
     std_B1 = jnp.sqrt(squares_B1 / jnp.maximum(count_B1 - ddof, 1.0))
-    # Equal rewards: their mean can be off by a rounding, which eps alone would not hide.
+    # The mean of equal rewards can be off by a rounding error. eps is too small to hide that, so
+    # such groups are found by comparison.
     greatest_B1 = jnp.where(valid_BG, rewards_BG, -jnp.inf).max(axis=-1, keepdims=True)
     least_B1 = jnp.where(valid_BG, rewards_BG, jnp.inf).min(axis=-1, keepdims=True)
     flat_B1 = greatest_B1 <= least_B1

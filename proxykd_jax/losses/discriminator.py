@@ -12,21 +12,21 @@ def discriminator_loss(
     student_scores_BG: chex.Array,
     sample_mask_BG: chex.Array | None = None,
 ) -> jax.Array:
-    """-log sigmoid(D(y) - D(y-hat_i)) for every pair of a teacher's text and a student's sample.
+    """-log sigmoid(D(y) - D(y-hat_i)) for every pair of a teacher's answer and a student's sample.
 
-    A Bradley-Terry model of "y is the teacher's". Only differences of scores count: a constant
-    added to all of a prompt's scores changes nothing. For fixed models the optimum is
-    D = log(teacher / student) + a constant of the prompt, and where the two agree the loss is
-    ln 2.
+    This is a Bradley-Terry model of "y is the teacher's answer". Only differences of scores count:
+    a constant added to all scores of a prompt changes nothing. For a fixed teacher and student the
+    optimum is D = log(teacher / student) + a constant per prompt. If the two models agree, all
+    scores are equal there and the loss is ln 2.
 
     Args:
         teacher_scores_B: D(x, y), read at the last token of the teacher's answer.
-        student_scores_BG: D(x, y-hat_i), G samples a prompt.
-        sample_mask_BG: where given, samples outside it give a constant with gradient 0, NaN
-            scores included. Leave them out of the mean with `reduce_examples`.
+        student_scores_BG: D(x, y-hat_i), G samples per prompt.
+        sample_mask_BG: samples outside the mask give a constant with gradient 0, even if their
+            score is NaN. Leave them out of the mean with `reduce_examples`. None: no mask.
 
     Returns:
-        `[B, G]` float32, not reduced. The loss of GAD is their mean.
+        `[B, G]` float32, not reduced. The loss of GAD is the mean.
     """
     chex.assert_rank(student_scores_BG, 2)
     chex.assert_shape(teacher_scores_B, jnp.shape(student_scores_BG)[:1])

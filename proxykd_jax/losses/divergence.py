@@ -1,10 +1,11 @@
 """Distances between two next-token distributions over the full vocabulary (eqs. 2 and 8).
 
-Every divergence comes as a building block with one value a token (`*_tokens`) and as a function
-with one value an example. Training reduces the former by `batch_terms`; tempered KL, total
-variation and the latter are for notebooks. In all of them the value is exact, +inf included where
-a divergence is infinite, and the gradient is finite: a zero probability counts as exp(-1e4) in the
-backward pass.
+Every divergence has two functions: one returns a value per token (`*_tokens`), the other a value
+per example. Training uses the first kind and reduces it with `batch_terms`. The second kind is for
+notebooks, and so are both functions of the tempered KL and of the total variation.
+
+Values are exact, and +inf where a divergence is infinite. Gradients are always finite: in the
+backward pass a probability of zero counts as exp(-1e4).
 """
 
 import chex
@@ -23,10 +24,10 @@ def forward_kl_tokens(
     """KL(teacher || student) at each position, in nats.
 
     Args:
-        teacher_logits_BLV: any float type and any leading axes. Not treated as a constant: wrap
-            it in `stop_gradient`, or differentiate with respect to the student alone.
-        student_logits_BLV: the same shape.
-        mask_BL: where given, positions outside it are computed from zeros and give 0.
+        teacher_logits_BLV: any float type and any leading axes. It is not treated as a constant:
+            wrap it in `stop_gradient`, or differentiate with respect to the student alone.
+        student_logits_BLV: any float type, the same shape.
+        mask_BL: positions outside the mask are computed from zeros and give 0. None: no mask.
 
     Returns:
         `[B, L]` float32.
@@ -40,7 +41,10 @@ def reverse_kl_tokens(
     student_logits_BLV: chex.Array,
     mask_BL: chex.Array | None = None,
 ) -> jax.Array:
-    """KL(student || teacher) at each position; arguments as in `forward_kl_tokens`."""
+    """KL(student || teacher) at each position, in nats.
+
+    Arguments and result are as in `forward_kl_tokens`.
+    """
     return forward_kl_tokens(student_logits_BLV, teacher_logits_BLV, mask_BL)
 
 
@@ -53,16 +57,19 @@ def generalized_jsd_tokens(
 ) -> jax.Array:
     """beta KL(t || m) + (1 - beta) KL(s || m), m = beta t + (1 - beta) s, at each position.
 
-    beta sits on the teacher (GKD, arXiv 2306.13649, eq. 1). By its convention 0 and 1 mean the
-    forward and the reverse KL, a jump in scale: the divergence itself goes to 0 there, like
-    beta KL(t || s) and (1 - beta) KL(s || t).
+    t is the teacher and s the student; beta is the teacher's weight (GKD, arXiv 2306.13649, eq. 1).
+    By GKD's convention beta = 0 is the forward KL and beta = 1 the reverse KL. The scale jumps
+    there: the formula itself goes to 0 like beta KL(t || s) and (1 - beta) KL(s || t).
 
     Args:
         teacher_logits_BLV, student_logits_BLV, mask_BL: as in `forward_kl_tokens`.
         beta: a Python number in [0, 1].
 
+    Returns:
+        `[B, L]` float32, nats.
+
     Raises:
-        ValueError: beta outside [0, 1].
+        ValueError: beta is outside [0, 1].
     """
     if not 0 <= beta <= 1:
         raise ValueError(
@@ -74,8 +81,8 @@ def generalized_jsd_tokens(
         return reverse_kl_tokens(teacher_logits_BLV, student_logits_BLV, mask_BL)
     teacher_logps, student_logps = _both_logps(teacher_logits_BLV, student_logits_BLV, mask_BL)
     log_ratio = finite_log(teacher_logps) - finite_log(student_logps)
-    # log(m/t) and log(m/s) through the log-ratio: with beta near an end m is almost one of the
-    # two, and the difference of their log-probs would be rounding noise divided by beta.
+    # log(m/t) and log(m/s) are computed from the log-ratio. With beta near 0 or 1, m is almost
+    # equal to one of the two, and a difference of log-probs would be rounding noise over beta.
     teacher_part = jnp.exp(teacher_logps) * log_mixture(1 - beta, -log_ratio)
     student_part = jnp.exp(student_logps) * log_mixture(beta, log_ratio)
     return -(beta * teacher_part + (1 - beta) * student_part).sum(axis=-1)
@@ -86,9 +93,12 @@ def total_variation_tokens(
     student_logits_BLV: chex.Array,
     mask_BL: chex.Array | None = None,
 ) -> jax.Array:
-    """Half the sum of |t - s| at each position, 0 to 1; arguments as in `forward_kl_tokens`.
+    """Total variation: half the sum of |t - s| at each position.
 
-    For notebooks: training has no need of it.
+    For notebooks; training does not use it. Arguments are as in `forward_kl_tokens`.
+
+    Returns:
+        `[B, L]` float32, 0 to 1.
     """
     teacher_logps, student_logps = _both_logps(teacher_logits_BLV, student_logits_BLV, mask_BL)
     return 0.5 * jnp.abs(jnp.exp(teacher_logps) - jnp.exp(student_logps)).sum(axis=-1)
@@ -102,18 +112,21 @@ def tempered_kl_tokens(
     temperature: float,
     rescale: bool = True,
 ) -> jax.Array:
-    """T^2 KL(teacher^(1/T) || student^(1/T)) at each position: both softened by T.
+    """T^2 KL(teacher^(1/T) || student^(1/T)) at each position: both distributions softened by T.
 
-    For notebooks: training takes `topk_kl` of softened log-probs, which `topk_logps` gives of
-    logits / T, times T^2.
+    For notebooks. Training computes `topk_logps` of logits / T, takes `topk_kl` of these log-probs
+    and multiplies it by T^2.
 
-    A softened KL's gradient shrinks like 1 / T^2. The factor undoes that (Hinton, arXiv
-    1503.02531, section 2), so that the weight beside an NLL means the same at every T.
+    The gradient of a softened KL shrinks like 1 / T^2, and the factor T^2 undoes that (Hinton,
+    arXiv 1503.02531, section 2). So a weight relative to an NLL means the same at every T.
 
     Args:
         teacher_logits_BLV, student_logits_BLV, mask_BL: as in `forward_kl_tokens`.
-        temperature: T > 0. At 1 this is `forward_kl_tokens`.
-        rescale: False leaves the factor T^2 out, as Mentor-KD's repository does.
+        temperature: T > 0. With T = 1 this is `forward_kl_tokens`.
+        rescale: False omits the factor T^2, as Mentor-KD's repository does.
+
+    Returns:
+        `[B, L]` float32, nats (times T^2).
 
     Raises:
         ValueError: temperature is not positive.
@@ -134,9 +147,9 @@ def forward_kl(
     *,
     reduction: str = "mean",
 ) -> jax.Array:
-    """KL(teacher || student), full vocabulary, one value an example (eqs. 2 and 8).
+    """KL(teacher || student) over the full vocabulary, one value per example (eqs. 2 and 8).
 
-    For notebooks: training calls `forward_kl_tokens`, and `topk_kl` on stored labels.
+    For notebooks. Training calls `forward_kl_tokens`, or `topk_kl` on stored labels.
 
     Args:
         teacher_logits_BLV, student_logits_BLV: any float type, the same shape.
@@ -147,7 +160,7 @@ def forward_kl(
         `[B]` float32 in nats; 0 for an empty mask.
 
     Raises:
-        ValueError: unknown reduction.
+        ValueError: the reduction is unknown.
     """
     chex.assert_rank(student_logits_BLV, 3)
     kl_BL = forward_kl_tokens(teacher_logits_BLV, student_logits_BLV, mask_BL)
@@ -161,9 +174,10 @@ def reverse_kl(
     *,
     reduction: str = "mean",
 ) -> jax.Array:
-    """KL(student || teacher), one value an example; arguments as in `forward_kl`.
+    """KL(student || teacher), one value per example.
 
-    For notebooks: training calls `reverse_kl_tokens`.
+    For notebooks; training calls `reverse_kl_tokens`. Arguments, result and errors are as in
+    `forward_kl`.
     """
     chex.assert_rank(student_logits_BLV, 3)
     kl_BL = reverse_kl_tokens(teacher_logits_BLV, student_logits_BLV, mask_BL)
@@ -179,9 +193,10 @@ def tempered_kl(
     rescale: bool = True,
     reduction: str = "mean",
 ) -> jax.Array:
-    """Softened KL, one value an example; see `tempered_kl_tokens` and `forward_kl`.
+    """Softened KL, one value per example.
 
-    For notebooks, as `tempered_kl_tokens` is.
+    For notebooks. `temperature` and `rescale` are as in `tempered_kl_tokens`; other arguments, the
+    result and the errors are as in `forward_kl`.
     """
     chex.assert_rank(student_logits_BLV, 3)
     kl_BL = tempered_kl_tokens(
@@ -198,9 +213,10 @@ def generalized_jsd(
     beta: float,
     reduction: str = "mean",
 ) -> jax.Array:
-    """Generalized JSD, one value an example; see `generalized_jsd_tokens` and `forward_kl`.
+    """Generalized JSD, one value per example.
 
-    For notebooks: training calls `generalized_jsd_tokens`.
+    For notebooks; training calls `generalized_jsd_tokens`, where `beta` is explained. Other
+    arguments, the result and the errors are as in `forward_kl`.
     """
     chex.assert_rank(student_logits_BLV, 3)
     jsd_BL = generalized_jsd_tokens(teacher_logits_BLV, student_logits_BLV, mask_BL, beta=beta)
@@ -214,9 +230,10 @@ def total_variation(
     *,
     reduction: str = "mean",
 ) -> jax.Array:
-    """Total variation distance, one value an example; arguments as in `forward_kl`.
+    """Total variation distance, one value per example.
 
-    For notebooks: training has no need of it.
+    For notebooks; training does not use it. Arguments and errors are as in `forward_kl`. The result
+    is `[B]` float32, 0 to 1 for `mean`.
     """
     chex.assert_rank(student_logits_BLV, 3)
     distance_BL = total_variation_tokens(teacher_logits_BLV, student_logits_BLV, mask_BL)
@@ -234,7 +251,16 @@ def _both_logps(
 
 
 def kl_terms(p_logps: jax.Array, q_logps: jax.Array) -> jax.Array:
-    """p log(p/q), entry by entry: 0 where p is 0, +inf where only q is, finite gradients."""
+    """p log(p/q) of each entry, in nats, with finite gradients.
+
+    The value is 0 where p is 0, and +inf where q is 0 and p is not.
+
+    Args:
+        p_logps, q_logps: log-probs of one shape.
+
+    Returns:
+        Float32 of the same shape.
+    """
     p = jnp.exp(p_logps)
     terms = p * (finite_log(p_logps) - finite_log(q_logps))
     infinite = jnp.where((p > 0) & jnp.isneginf(q_logps), jnp.inf, 0.0)

@@ -15,18 +15,16 @@ def token_logps(
 ) -> jax.Array:
     """Log-probability of each label under the softmax of its logits.
 
-    The label is found by comparing with the vocabulary's positions instead of by a gather, so a
-    vocabulary axis that is sharded stays so.
-
+    A vocabulary axis that is sharded stays sharded; a test checks the compiled program.
     Args:
-        logits_BLV: any float type; computed in float32. Any leading axes will do.
-        labels_BL: integers, position t speaking of the same token as the logits at t. A label
-            outside the vocabulary gives NaN; under the mask it does no harm.
-        mask_BL: where given, positions outside it are computed from zeros, so that neither their
-            value nor their gradient can be NaN. Not needed for finite logits.
+        logits_BLV: any float type and any leading axes; computed in float32.
+        labels_BL: integers. The label at position t belongs to the logits at position t. A label
+            outside the vocabulary gives NaN, which does no harm outside the loss mask.
+        mask_BL: positions outside the mask are computed from zeros, so that neither their value
+            nor their gradient is NaN. Finite logits need no mask.
 
     Returns:
-        `[B, L]` float32, <= 0.
+        `[B, L]` float32 in nats, <= 0.
     """
     logits_BLV = blank_outside(logits_BLV, mask_BL)
     labels_BL = jnp.asarray(labels_BL)
@@ -41,7 +39,7 @@ def _label_logps(logits_BLV: jax.Array, labels_BL: jax.Array) -> jax.Array:
 
 
 def _label_logps_forward(logits_BLV: jax.Array, labels_BL: jax.Array) -> tuple[jax.Array, Any]:
-    # Relative to the greatest logit, as log-softmax does: keeps digits where logits are large.
+    # Subtract the greatest logit, as log-softmax does, so that large logits lose no precision.
     highest_BL1 = logits_BLV.max(axis=-1, keepdims=True)
     log_sum_BL1 = jnp.log(jnp.exp(logits_BLV - highest_BL1).sum(axis=-1, keepdims=True))
     label_BL1 = jnp.take_along_axis(logits_BLV, labels_BL[..., None], axis=-1, mode="clip")
@@ -50,10 +48,14 @@ def _label_logps_forward(logits_BLV: jax.Array, labels_BL: jax.Array) -> tuple[j
 
 
 def _label_logps_backward(residuals: Any, slope_BL: jax.Array) -> tuple[jax.Array, None]:
-    """One pass over the vocabulary, -p, and the label's place: taking the look-up and the softmax
-    apart makes arrays of the vocabulary's size for each."""
+    """The gradient: -p over the vocabulary, in one pass, plus 1 at the label.
+
+    JAX's own derivatives of the look-up and of the softmax would make one array of the vocabulary's
+    size each.
+    """
     logits_BLV, labels_BL, highest_BL1, log_sum_BL1 = residuals
-    # Not by the difference to the greatest logit once more: XLA would keep that for all entries.
+    # Do not write `logits - highest` again here: XLA would reuse the forward pass's array and keep
+    # it in memory for the whole vocabulary.
     probs_BLV = jnp.exp(logits_BLV - (highest_BL1 + log_sum_BL1))
     slope_BL1 = slope_BL[..., None]
     return scatter_vocab(-probs_BLV * slope_BL1, labels_BL[..., None], slope_BL1), None
@@ -70,14 +72,15 @@ def nll(
     segment_ids_BL: chex.Array | None = None,
     num_segments: int | None = None,
 ) -> jax.Array:
-    """Negative log-likelihood of the labels inside the mask, one value an example.
+    """Negative log-likelihood of the labels inside the mask, one value per example.
 
     >>> logps_BL = token_logps(logits_BLV, labels_BL, mask_BL)
-    >>> nll(logps_BL, mask_BL)                    # nats a token
+    >>> nll(logps_BL, mask_BL)                    # nats per token
     >>> nll(logps_BL, mask_BL, reduction="sum")   # -log pi(y|x), nats
 
     Args:
-        logps_BL: log-probs of the labels, from `token_logps`. Outside the mask anything may stand.
+        logps_BL: log-probs of the labels, from `token_logps`. Values outside the mask are ignored,
+            NaN too.
         mask_BL: response tokens; bool, integer or float.
         reduction: `mean` or `sum` over an example's tokens.
         segment_ids_BL, num_segments: packed rows, as in `reduce_tokens`.
@@ -86,7 +89,7 @@ def nll(
         `[B]` float32, or `[B, num_segments]` for packed rows; 0 for an empty mask.
 
     Raises:
-        ValueError: unknown reduction, or half of the packing arguments.
+        ValueError: the reduction is unknown, or only one of the packing arguments is given.
     """
     return reduce_tokens(
         -logps_BL,

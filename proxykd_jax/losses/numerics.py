@@ -1,4 +1,4 @@
-"""Arithmetic shared by the losses: float32, safe logarithms, look-ups along the vocabulary."""
+"""Arithmetic that the losses share: float32, safe logarithms, look-ups along the vocabulary."""
 
 import math
 
@@ -6,36 +6,39 @@ import chex
 import jax
 import jax.numpy as jnp
 
-# Stands in for the log of a probability of exactly zero. Below any log-prob that a softmax gives,
-# yet finite: times a probability of zero it is zero, where -inf would give NaN.
+# Replaces the log of a probability of exactly zero. It is below any log-prob that a softmax gives,
+# yet finite: zero times this is zero, whereas zero times -inf is NaN.
 LOGP_FLOOR = -1e4
-# The same for the log-probs of whole sequences, which add up thousands of tokens.
+# The same for log-probs of whole sequences, which are sums over thousands of tokens.
 SEQUENCE_LOGP_FLOOR = -1e8
-# Smallest normal float32: the logarithm of a tail mass is taken of no less.
+# The smallest normal float32. A tail mass is raised to this before its logarithm is taken.
 SMALLEST_MASS = 1.2e-38
-# 1 - x holds nothing below this in float32.
+# The resolution of 1 - x in float32.
 FLOAT32_EPS = 1.2e-7
 
 
 def float32(values: chex.ArrayTree) -> jax.Array:
-    """The array in float32; every loss computes in it whatever it is given."""
+    """The array in float32, the type in which every loss computes."""
     return jnp.asarray(values, jnp.float32)
 
 
 def inside(mask: chex.Array) -> jax.Array:
-    """A mask of bools, integers or floats as bools: whatever is not zero is inside."""
+    """A mask of bools, integers or floats as bools; nonzero means inside."""
     return jnp.asarray(mask) != 0
 
 
 def blank_outside(logits: chex.Array, mask: chex.Array | None) -> jax.Array:
     """Float32 logits with zeros at masked positions.
 
-    Masking the loss alone is not enough: at a position with infinite or NaN logits the zero
-    cotangent meets an infinite derivative, and zero times infinity is NaN.
+    Masking the loss alone is not enough. At a position with infinite or NaN logits the cotangent is
+    zero but the derivative is infinite, and zero times infinity is NaN.
 
     Args:
         logits: `[..., V]`.
-        mask: `[...]`, or None for no masking.
+        mask: `[...]`; None: no mask.
+
+    Returns:
+        `[..., V]` float32.
     """
     logits = float32(logits)
     if mask is None:
@@ -45,10 +48,11 @@ def blank_outside(logits: chex.Array, mask: chex.Array | None) -> jax.Array:
 
 
 def blank_tokens(values: chex.Array, mask: chex.Array | None) -> jax.Array:
-    """Float32 values, one a token, with zeros at masked positions.
+    """Float32 values, one per token, with zeros at masked positions.
 
     Args:
-        values, mask: of one shape; no masking without a mask.
+        values: of any shape.
+        mask: the same shape; None: no mask.
     """
     values = float32(values)
     if mask is None:
@@ -58,7 +62,10 @@ def blank_tokens(values: chex.Array, mask: chex.Array | None) -> jax.Array:
 
 
 def weigh(values: chex.Array, weights: chex.Array) -> jax.Array:
-    """values * weights of one shape, and exactly 0 where the weight is 0: infinite values too."""
+    """values * weights, and exactly 0 where the weight is 0, even if the value is infinite.
+
+    Both arrays have the same shape.
+    """
     weights = float32(weights)
     chex.assert_shape(values, weights.shape)
     return jnp.where(weights == 0, 0.0, float32(values)) * weights
@@ -66,7 +73,7 @@ def weigh(values: chex.Array, weights: chex.Array) -> jax.Array:
 
 @jax.custom_jvp
 def finite_log(logps: jax.Array, floor: float = LOGP_FLOOR) -> jax.Array:
-    """Log-probs with -inf replaced by a finite floor; the derivative is 1 everywhere."""
+    """Log-probs raised to at least a finite floor; the derivative is 1 everywhere."""
     return jnp.maximum(logps, floor)
 
 
@@ -74,10 +81,10 @@ finite_log.defjvps(lambda tangent, _out, _logps, _floor: tangent, None)
 
 
 def log1mexp(logps: jax.Array) -> jax.Array:
-    """log(1 - exp(logps)) for log-probs <= 0, accurate at both ends, finite at 0 and -inf.
+    """log(1 - exp(logps)) for log-probs <= 0: accurate at both ends, finite at 0 and -inf.
 
-    Next to 0 the difference is taken by `expm1`, far from it by `log1p`. A log-prob of 0 is read
-    as one float32 step below it, so that the log-odds of a certain event stay finite.
+    Log-probs near 0 use `expm1`, the others `log1p`. A log-prob of 0 counts as one float32 step
+    below 0, so that the log-odds of a certain event stay finite.
     """
     logps = jnp.minimum(logps, -FLOAT32_EPS)
     near = logps > -0.6931472
@@ -87,18 +94,18 @@ def log1mexp(logps: jax.Array) -> jax.Array:
 
 
 def gather_vocab(values: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Values at some ids of the vocabulary, and which entries of the vocabulary those are.
+    """Values at some ids of the vocabulary, and a mask of the entries at these ids.
 
-    Both are batched gathers and scatters along the last axis, 10 times as fast on CPU as
-    comparing every id with every entry. A vocabulary axis that is sharded stays so: devices
-    exchange `[..., K]` values (a test looks at the compiled program).
+    Both use batched gathers and scatters along the last axis. On CPU this is 10 times as fast as
+    comparing every id with every entry. A sharded vocabulary axis stays sharded: devices exchange
+    only `[..., K]` values, and a test checks this in the compiled program.
 
     Args:
         values: `[..., V]`.
         ids: `[..., K]` integers.
 
     Returns:
-        `[..., K]` values and `[..., V]` bools.
+        The `[..., K]` values, and `[..., V]` bools that are True at the ids.
     """
     ids = ids.astype(jnp.int32)
     nowhere = jnp.zeros(values.shape, bool)
@@ -109,27 +116,35 @@ def gather_vocab(values: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Arra
 def scatter_vocab(
     values: jax.Array, ids: jax.Array, updates: jax.Array, *, add: bool = True
 ) -> jax.Array:
-    """The values with updates added, or put, at some ids of the vocabulary.
+    """The values with updates at some ids of the vocabulary.
 
     Args:
-      values: `[..., V]`.
-      ids, updates: `[..., K]`.
-      add: else put in place of what is there.
+        values: `[..., V]`.
+        ids, updates: `[..., K]`.
+        add: add the updates to the values; if False, replace the values.
+
+    Returns:
+        `[..., V]`.
     """
 
     def change(row: jax.Array, row_ids: jax.Array, row_updates: jax.Array) -> jax.Array:
         at = row.at[row_ids]
         return at.add(row_updates) if add else at.set(row_updates)
 
-    # vmap gives a scatter with batch axes. With explicit indices for all axes, which
-    # `put_along_axis` makes, a batch spread over devices would be collected on each.
+    # vmap makes a scatter with batch axes. `put_along_axis` would make one with explicit indices
+    # for all axes, and a batch that is sharded over devices would be gathered on each of them.
     for _ in range(ids.ndim - 1):
         change = jax.vmap(change)
     return change(values, ids, updates)
 
 
 def log_mixture(weight: float, x: jax.Array) -> jax.Array:
-    """log(1 - weight + weight e^x), 0 < weight < 1: exact for small weights, finite for all x."""
+    """log(1 - weight + weight e^x): exact for small weights, finite for all x.
+
+    Args:
+        weight: a Python number, 0 < weight < 1.
+        x: any shape.
+    """
     large = x > 20.0
     small_x = jnp.where(large, 0.0, x)
     large_x = jnp.where(large, x, 20.0)

@@ -1,11 +1,12 @@
 """Objectives: the proxy's (eq. 6), the student's (eq. 11), and weighted sums of other terms.
 
-They combine terms that are already sums with counts (`example_terms`, `reduce_examples`), so one
-function serves a notebook with a single batch and a training step with micro-batches and packed
-rows. A micro-batch passes the counts of its whole batch (`nll_count=...`, from `batch_count`):
-its loss is then a share, and the shares and their gradients add up to those of the whole batch.
+The functions combine terms that are already a sum and a count (`example_terms`, `reduce_examples`).
+So the same function serves a notebook with one batch and a training step with micro-batches and
+packed rows. A micro-batch passes the counts of its whole batch (`nll_count=...`, from
+`batch_count`). Its loss is then its share of the batch's loss: the shares add up to the loss of the
+whole batch, and so do their gradients.
 
-Metrics are `Term`s with the micro-batch's own counts: add them up, then take `batch_mean`.
+Metrics are `Term`s with the micro-batch's own counts. Add them up, then call `batch_mean`.
 """
 
 from collections.abc import Mapping
@@ -39,19 +40,20 @@ def alignment_objective(
     ...     pair_metrics=preference_metrics(*pairs, beta=1.0), pair_mask_B=pair_mask_B)
 
     Args:
-        nll: (sum, count) of the chosen responses' NLL.
-        preference: (sum, count) of the preference loss over valid pairs; None for NLL alone.
+        nll: (sum, count) of the NLL of the chosen responses, nats.
+        preference: (sum, count) of the preference loss over valid pairs; None: NLL alone.
         nll_weight, preference_weight: factors of the two means.
         nll_count, preference_count: divide by these instead of the terms' own counts.
-        pair_metrics: arrays from `preference_metrics`, to be reduced over valid pairs.
+        pair_metrics: `[B]` arrays from `preference_metrics`, which are averaged over valid pairs.
         pair_mask_B: valid pairs; required with `pair_metrics`.
 
     Returns:
-        The loss, and Terms: `nll`, with pairs also `preference`, `preference_to_nll` (ratio of
-        the weighted parts of the loss) and each of `pair_metrics`.
+        The loss, a float32 scalar, and the metrics as Terms without gradient. `nll` is always
+        there. With a preference term there are also `preference`, `preference_to_nll` (the ratio
+        of the two weighted parts of the loss) and each of `pair_metrics`.
 
     Raises:
-        ValueError: `pair_metrics` without `pair_mask_B`.
+        ValueError: `pair_metrics` is given without `pair_mask_B`.
     """
     nll_part = nll_weight * _mean(nll, nll_count)
     metrics = {"nll": _detached(nll)}
@@ -62,7 +64,7 @@ def alignment_objective(
     metrics["preference_to_nll"] = _detached((preference_part, nll_part))
     if pair_metrics is not None:
         if pair_mask_B is None:
-            raise ValueError("pair_metrics are averaged over valid pairs: give pair_mask_B.")
+            raise ValueError("pair_metrics are averaged over valid pairs, so give pair_mask_B.")
         for name, value_B in pair_metrics.items():
             metrics[name] = _detached(reduce_examples(value_B, pair_mask_B))
     return nll_part + preference_part, metrics
@@ -81,13 +83,14 @@ def distill_objective(
 ) -> tuple[jax.Array, dict[str, Term]]:
     """NLL + alpha * weighted KL (eq. 11; the paper's alpha is 100).
 
-    What alpha means depends on how the two are reduced, which the paper does not say. The ratio
-    of the two parts is therefore among the metrics.
+    The meaning of alpha depends on how the two terms are reduced, and the paper does not say how.
+    The ratio of the two parts is therefore among the metrics.
 
     Args:
-        nll: (sum, count) of the teacher's tokens' NLL. Prompts without a teacher's answer are in
-            neither (their NLL mask is empty).
-        weighted_kl: (sum, count) of the KL from the proxy, weights applied, not in the count.
+        nll: (sum, count) of the NLL of the teacher's tokens, nats. A prompt without a teacher's
+            answer adds to neither, because its NLL mask is empty.
+        weighted_kl: (sum, count) of the KL from the proxy, nats. The sample weights are applied to
+            the sum and not to the count.
         alpha: factor of the mean weighted KL.
         nll_weight: factor of the mean NLL; 0 trains on soft labels alone.
         nll_count, kl_count: divide by these instead of the terms' own counts.
@@ -95,8 +98,9 @@ def distill_objective(
         sample_weight: (sum, count) of the weights, for the metrics.
 
     Returns:
-        The loss, and Terms: `nll`, `weighted_kl`, `kl_to_nll` (alpha * weighted KL over
-        nll_weight * NLL), and `kl` and `sample_weight` where given.
+        The loss, a float32 scalar, and the metrics as Terms without gradient: `nll`, `weighted_kl`,
+        `kl_to_nll` (alpha * weighted KL over nll_weight * NLL), and `kl` and `sample_weight` if
+        they were given.
     """
     nll_part = nll_weight * _mean(nll, nll_count)
     kl_part = alpha * _mean(weighted_kl, kl_count)
@@ -126,22 +130,23 @@ def mixed_objective(
     ...     {"policy_gradient": 1.0, "single_step_kl": 1.0})
 
     Args:
-        terms: (sum, count) of each.
-        weights: a factor for each mean, under the same names.
-        counts: divide by these instead of the terms' own counts, where a name is in it.
+        terms: (sum, count) of each term, by name.
+        weights: a factor for the mean of each term, under the same names.
+        counts: for some of the names, a count to divide by instead of the term's own.
 
     Returns:
-        The loss, and each term without gradient.
+        The loss, a float32 scalar, and each term without gradient.
 
     Raises:
-        ValueError: terms and weights do not have the same names, or a count has another one.
+        ValueError: there is no term, terms and weights have different names, or a count has a name
+            that no term has.
     """
     counts = counts or {}
     if not terms or set(terms) != set(weights) or not set(counts) <= set(terms):
         raise ValueError(
             f"terms are {', '.join(terms) or 'none'}, weights {', '.join(weights) or 'none'}, "
-            f"counts {', '.join(counts) or 'none'}; every term has a weight and may have a count, "
-            "under its name."
+            f"counts {', '.join(counts) or 'none'}; every term needs a weight under its name and "
+            "may have a count under it."
         )
     parts = [weights[name] * _mean(term, counts.get(name)) for name, term in terms.items()]
     return sum(parts[1:], parts[0]), {name: _detached(term) for name, term in terms.items()}

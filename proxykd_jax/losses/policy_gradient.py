@@ -1,9 +1,10 @@
 """Losses on the student's own samples: MiniLLM, on-policy distillation, GAD.
 
-p is the scorer, q the student, y_t a sampled token. There is no gradient through sampling, and
-none to what was fixed when the sample was drawn: log-probs of that time, advantages, importance
-weights, the scorer. The student's log-probs must be those of the policy that drew the tokens, so
-samples come at temperature 1 and top-p 1.
+p is the scorer, q the student, y_t a sampled token. The gradient flows only into the log-probs or
+logits of the student being trained. It does not flow through sampling, nor into what was fixed when
+the sample was drawn: the log-probs at that time, advantages, importance weights, the scorer. The
+student's log-probs must be those of the policy that drew the tokens, so samples must be drawn at
+temperature 1 and top-p 1.
 """
 
 import chex
@@ -18,19 +19,19 @@ from proxykd_jax.losses.numerics import blank_tokens, finite_log, float32, log_m
 def mixture_logps(
     scorer_logps: chex.Array, student_logps: chex.Array, *, scorer_share: float
 ) -> jax.Array:
-    """log m, m = a p + (1 - a) q: what MiniLLM samples from (arXiv 2306.08543, section 2.2).
+    """log m with m = a p + (1 - a) q, MiniLLM's sampling mixture (arXiv 2306.08543, section 2.2).
 
     Args:
-        scorer_logps: log-probs under p, of any shape: of the vocabulary to draw from, or of the
-            tokens that were drawn.
-        student_logps: the same shape under q.
-        scorer_share: a, 0 to 1; the paper's is 0.2.
+        scorer_logps: log-probs under p, nats, of any shape. They may belong to the vocabulary to
+            draw from, or to tokens that were drawn.
+        student_logps: log-probs under q, the same shape.
+        scorer_share: a, 0 to 1; 0.2 in the paper.
 
     Returns:
         Float32 of the same shape, without gradient.
 
     Raises:
-        ValueError: scorer_share outside [0, 1].
+        ValueError: scorer_share is outside [0, 1].
     """
     if not 0 <= scorer_share <= 1:
         raise ValueError(f"scorer_share is {scorer_share}; it takes 0 (student) to 1 (scorer).")
@@ -47,21 +48,21 @@ def mixture_weights(
     *,
     scorer_share: float,
 ) -> jax.Array:
-    """w_t = q(y_t) / m(y_t) for tokens drawn from m = a p + (1 - a) q, at most 1 / (1 - a).
+    """Importance weights w_t = q(y_t) / m(y_t) of tokens drawn from m = a p + (1 - a) q.
 
-    The exact weight of a token is the product of those up to it; MiniLLM keeps the last factor
-    alone, for its variance.
+    The exact weight of a token is the product of w up to this token. MiniLLM (arXiv 2306.08543,
+    section 2.2) keeps only the last factor, because the product has a large variance.
 
     Args:
-        scorer_logps_BL, student_logps_BL: log-probs of the tokens at sampling time.
-        mask_BL: where given, positions outside it give 1.
-        scorer_share: a, 0 to below 1.
+        scorer_logps_BL, student_logps_BL: log-probs of the tokens at sampling time, nats.
+        mask_BL: positions outside the mask give 1. None: no mask.
+        scorer_share: a, at least 0 and below 1.
 
     Returns:
-        `[B, L]` float32, without gradient.
+        `[B, L]` float32, at most 1 / (1 - a), without gradient.
 
     Raises:
-        ValueError: scorer_share outside [0, 1).
+        ValueError: scorer_share is outside [0, 1).
     """
     if not 0 <= scorer_share < 1:
         raise ValueError(
@@ -85,22 +86,22 @@ def policy_gradient_tokens(
 ) -> jax.Array:
     """max(-A rho, -A clip(rho, 1 - clip, 1 + clip)), rho = w q(y_t) / q_old(y_t), each token.
 
-    PPO's clipped surrogate (arXiv 1707.06347, eq. 7) to be minimised; without `clip` it is the
-    importance-sampled policy gradient -A rho. MiniLLM's weight w is part of what is clipped: as it
-    can reach 1 / (1 - a) = 1.25, tokens that p finds impossible are clipped at 0.2 before the
-    first update.
+    This is PPO's clipped surrogate (arXiv 1707.06347, eq. 7) with the sign of a loss. Without
+    `clip` it is the importance-sampled policy gradient -A rho. MiniLLM's weight w is inside the
+    clip. Since w can reach 1 / (1 - a) = 1.25, a clip of 0.2 already applies before the first
+    update to tokens that p finds impossible.
 
     Args:
-        logps_BL: log q(y_t) of the student being trained; the only input with a gradient.
-        old_logps_BL: the same when the tokens were drawn.
-        advantages: `[B, L]`, or `[B]` for one value a response (GRPO, GAD).
-        mask_BL: where given, positions outside it give 0.
-        clip: > 0 (MiniLLM and GAD 0.2), or None.
-        importance_weights_BL: w of `mixture_weights`, 1 without it.
+        logps_BL: log q(y_t) of the student being trained, nats; the only input with a gradient.
+        old_logps_BL: log q(y_t) of the student when the tokens were drawn, nats.
+        advantages: A, `[B, L]`, or `[B]` for one value per response (GRPO, GAD).
+        mask_BL: positions outside the mask give 0. None: no mask.
+        clip: > 0 (0.2 in MiniLLM and GAD); None: no clipping.
+        importance_weights_BL: w from `mixture_weights`; None: 1.
 
     Returns:
-        `[B, L]` float32. A token of advantage 0 gives exactly 0, a clipped one has gradient 0;
-        for the others rho overflows where q is e^88 times q_old.
+        `[B, L]` float32. A token with advantage 0 gives exactly 0, and a clipped token has
+        gradient 0. For the other tokens rho overflows where q is e^88 times q_old.
 
     Raises:
         ValueError: clip is not positive.
@@ -118,8 +119,8 @@ def policy_gradient_tokens(
     if importance_weights_BL is not None:
         weight_BL = jax.lax.stop_gradient(blank_tokens(importance_weights_BL, mask_BL))
 
-    # The log-ratio is replaced before exp where it must not count: a cotangent of zero times an
-    # overflown exponential would be NaN.
+    # Where the log-ratio must not count it is replaced before exp. Otherwise the backward pass
+    # could multiply a zero cotangent by an overflowed exponential, which is NaN.
     if clip is None:
         log_ratio_BL = jnp.where(advantage_BL == 0, 0.0, log_ratio_BL)
         return -advantage_BL * weight_BL * jnp.exp(log_ratio_BL)
@@ -137,16 +138,17 @@ def single_step_kl_tokens(
     *,
     importance_weights_BL: chex.Array | None = None,
 ) -> jax.Array:
-    """w_t KL(q_t || p_t): the part of MiniLLM's gradient that needs no sampled reward.
+    """w_t KL(q_t || p_t): the part of MiniLLM's loss that needs no sampled reward.
 
-    Its gradient is exactly that of a token's own reward. Beside it the policy gradient takes
-    R_{t+1} (`rewards_to_go(..., include_current=False)`); R_t would count r_t twice.
+    Its gradient is exactly the expected gradient of a token's own reward r_t (arXiv 2306.08543,
+    section 2.2). Combine it with a policy gradient on R_{t+1}
+    (`rewards_to_go(..., include_current=False)`); with R_t the reward r_t would count twice.
 
     Args:
-        scorer_logits_BLV, student_logits_BLV, mask_BL: as in `reverse_kl_tokens`; the scorer's
-            are constant here.
-        importance_weights_BL: w of `mixture_weights`, as in the paper. The authors' code leaves
-            it out.
+        scorer_logits_BLV, student_logits_BLV, mask_BL: as in `reverse_kl_tokens`. The scorer's
+            logits are constant here.
+        importance_weights_BL: w from `mixture_weights`, as in the paper. None: 1, as in the
+            authors' code.
 
     Returns:
         `[B, L]` float32 in nats, 0 outside the mask.
@@ -170,11 +172,13 @@ def sampled_reverse_kl_tokens(
 ) -> jax.Array:
     """-A_t q(y_t) / q_old(y_t), A_t = -coef (log q_old - log p)(y_t): on-policy distillation.
 
-    In expectation over the student's tokens its gradient is coef times that of KL(q || p) at each
-    position, and so is its value before the first update. Where both models' logits are at hand,
-    `reverse_kl_tokens` on the same samples says the same with less variance. Source: Thinking
-    Machines' tinker-cookbook, `distillation/train_on_policy.py`: coefficient 1, no discount, no
-    clipping. The rewards are neither centred nor whitened: that would change their zero.
+    In expectation over the student's tokens, its gradient is coef times the gradient of KL(q || p)
+    at each position. Before the first update the same holds for its value. If the logits of both
+    models are available, `reverse_kl_tokens` on the same samples has the same expectation and less
+    variance. The rewards are neither centred nor whitened, because that would shift their zero.
+
+    Source: Thinking Machines' tinker-cookbook, `distillation/train_on_policy.py`, with coefficient
+    1, no discount and no clipping.
 
     Args:
         logps_BL, old_logps_BL, mask_BL, clip: as in `policy_gradient_tokens`.
@@ -182,7 +186,7 @@ def sampled_reverse_kl_tokens(
         coef: > 0.
 
     Returns:
-        `[B, L]` float32; gradient to `logps_BL` alone.
+        `[B, L]` float32. Only `logps_BL` has a gradient.
 
     Raises:
         ValueError: coef or clip is not positive.
@@ -196,13 +200,14 @@ def low_variance_kl_tokens(
 ) -> jax.Array:
     """exp(d) - d - 1, d = log reference(y_t) - log q(y_t), at each token of the student's samples.
 
-    Never negative, and unbiased for KL(q || reference) in value (Schulman's third estimator).
-    GAD keeps the student near its warmed-up self with it, at coefficient 0.001.
+    The value is never negative, and the mean of the value is KL(q || reference) (Schulman's third
+    estimator). GAD uses it with coefficient 0.001, to keep the student near its state after the
+    warm-up.
 
     Args:
-        logps_BL: log q(y_t) of the student being trained.
-        reference_logps_BL: the same under the reference; constant.
-        mask_BL: where given, positions outside it give 0.
+        logps_BL: log q(y_t) of the student being trained, nats.
+        reference_logps_BL: log-probs of the same tokens under the reference, nats; constant.
+        mask_BL: positions outside the mask give 0. None: no mask.
 
     Returns:
         `[B, L]` float32; +inf where the reference has e^88 times the student's probability.

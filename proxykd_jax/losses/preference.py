@@ -1,7 +1,8 @@
 """Preference losses behind one interface: DPO, IPO, SimPO and ORPO.
 
-All take log-probs of whole responses, summed over tokens, of the policy and (DPO, IPO) of a
-frozen reference, and give one value a pair. With a bar for division by the response's tokens and
+All take log-probs of whole responses, summed over tokens, and return one value per pair. The
+log-probs are those of the policy and, for DPO and IPO, also those of a frozen reference. In the
+table `bar` divides a log-prob by the number of the response's tokens, and
 
     h = (log pi - log pi_ref)(chosen) - (log pi - log pi_ref)(rejected)
 
@@ -13,8 +14,8 @@ frozen reference, and give one value a pair. With a bar for division by the resp
 | `orpo`  | -beta log sigmoid(logit(bar chosen) - logit(bar rejected)) | always means            |
 
 with logit(b) = b - log(1 - exp b). Sources: DPO arXiv 2305.18290 eq. 7, IPO 2310.12036 eq. 17,
-SimPO 2405.14734 eq. 6, ORPO 2403.07691 eqs. 6 to 8. ORPO's other half, the NLL of the chosen
-response, is the objective's (`alignment_objective`), so that it is never added twice.
+SimPO 2405.14734 eq. 6, ORPO 2403.07691 eqs. 6 to 8. ORPO's loss also contains the NLL of the chosen
+response. `alignment_objective` adds that part, and this module does not.
 """
 
 from typing import Any
@@ -32,7 +33,7 @@ from proxykd_jax.losses.numerics import (
 )
 
 PREFERENCE_LOSSES = ("dpo", "simpo", "orpo", "ipo")
-REFERENCE_LOSSES = ("dpo", "ipo")  # which of them look at a reference
+REFERENCE_LOSSES = ("dpo", "ipo")  # the losses that use a reference
 _SMOOTHED = ("dpo", "simpo")
 
 
@@ -54,30 +55,31 @@ def preference_loss(
     """Loss of each pair of a chosen (the teacher's) and a rejected (the proxy's) response.
 
     Args:
-        policy_chosen_B: log pi(y|x), nats, summed over the response's tokens.
-        policy_rejected_B: the same of y-hat.
-        reference_chosen_B, reference_rejected_B: the same under the reference. DPO and IPO need
-            them, SimPO and ORPO have no reference and do not look at them.
+        policy_chosen_B: log pi(y|x) of the chosen response, nats, summed over its tokens.
+        policy_rejected_B: log pi(y-hat|x) of the rejected response, likewise.
+        reference_chosen_B, reference_rejected_B: the same two log-probs under the reference.
+            Required by DPO and IPO, ignored by SimPO and ORPO.
         loss: `dpo`, `simpo`, `orpo` or `ipo`.
-        beta: DPO's and SimPO's scale of rewards, IPO's tau, ORPO's weight lambda; > 0.
-        margin: SimPO's gamma, nats of reward. It is gamma itself, not the ratio gamma / beta.
-            Required by SimPO, refused by the others.
-        label_smoothing: share of pairs assumed to be in the wrong order, 0 to below 0.5 (DPO and
-            SimPO).
-        length_normalize: DPO and IPO on token means instead of sums. Summed IPO pulls
-            every pair to one margin whatever its length.
-        chosen_tokens_B, rejected_tokens_B: response tokens. Required where means are taken; an
-            empty response counts as one token.
-        pair_mask_B: where given, pairs outside it give a constant with gradient exactly 0, even
-            if their log-probs are infinite or NaN. Leave them out of the mean with
-            `reduce_examples`.
+        beta: > 0. The scale of rewards in DPO and SimPO, tau in IPO, the weight lambda in ORPO.
+        margin: SimPO's gamma in nats of reward: gamma itself, not the ratio gamma / beta. Required
+            by SimPO, refused by the others.
+        label_smoothing: the assumed share of pairs in the wrong order, at least 0 and below 0.5.
+            For DPO and SimPO only.
+        length_normalize: for DPO and IPO, divide log-ratios by the number of tokens. Without this,
+            IPO pulls every pair to the same margin, whatever its length.
+        chosen_tokens_B, rejected_tokens_B: the number of tokens of each response. Required if
+            log-probs are divided by it. An empty response counts as one token.
+        pair_mask_B: pairs outside the mask give a constant with gradient exactly 0, even if their
+            log-probs are infinite or NaN. Leave them out of the mean with `reduce_examples`. None:
+            no mask.
 
     Returns:
-        `[B]` float32, not reduced. At policy == reference DPO is ln 2 and IPO 1 / (4 beta^2).
+        `[B]` float32, not reduced. If policy and reference are equal, DPO gives ln 2 and IPO
+        1 / (4 beta^2).
 
     Raises:
-        ValueError: an unknown loss, something the loss needs is missing, or something was given
-            that it would ignore.
+        ValueError: the loss is unknown, an input that the loss needs is missing, an option is out
+            of its range, or an option is given that the loss does not use.
     """
     _check_options(loss, beta, margin, label_smoothing)
     logliks = (policy_chosen_B, policy_rejected_B, reference_chosen_B, reference_rejected_B)
@@ -113,23 +115,23 @@ def dpo_loss(
 ) -> jax.Array:
     """-log sigmoid(beta [(log pi - log pi_ref)(y) - (log pi - log pi_ref)(y-hat)]) (eq. 4).
 
-    Eq. 4 is printed without its minus sign, and its minimum would be as far from the teacher as
-    the policy can go. The loss is ln 2 where the policy equals the reference, and descending it
-    there raises y and lowers y-hat.
+    The paper prints eq. 4 without the minus sign. Minimising the printed form would move the policy
+    as far from the teacher as it can go. The loss is ln 2 where the policy equals the reference. A
+    gradient step from there raises the log-prob of y and lowers that of y-hat.
 
     Args:
         policy_chosen_B, policy_rejected_B: log-probs summed over the response's tokens, nats.
-        reference_chosen_B, reference_rejected_B: the same under the previous round's proxy.
-        beta: > 0. Where each round is run to convergence, the error of the sequence log-ratio to
-            the teacher is multiplied by 1 - 1 / beta a round.
+        reference_chosen_B, reference_rejected_B: the same under the proxy of the previous round.
+        beta: > 0. If each round is trained to convergence, every round multiplies the error of the
+            sequence log-ratio to the teacher by 1 - 1 / beta.
         label_smoothing, length_normalize, chosen_tokens_B, rejected_tokens_B, pair_mask_B: as in
-            `preference_loss`; the paper has none of them.
+            `preference_loss`; the paper uses none of them.
 
     Returns:
-        `[B]` float32.
+        `[B]` float32, not reduced.
 
     Raises:
-        ValueError: as `preference_loss`.
+        ValueError: as in `preference_loss`.
     """
     _check_options("dpo", beta, label_smoothing=label_smoothing)
     chosen_B, rejected_B = _scores(
@@ -159,18 +161,19 @@ def preference_metrics(
     rejected_tokens_B: chex.Array | None = None,
     pair_mask_B: chex.Array | None = None,
 ) -> dict[str, jax.Array]:
-    """What a preference loss sees of each pair; arguments as in `preference_loss`.
+    """Rewards, margin and accuracy of each pair; arguments are as in `preference_loss`.
 
-    The reward is beta log(pi / pi_ref) for DPO and IPO, beta times the mean token log-prob for
-    SimPO and ORPO.
+    The reward of a response is beta log(pi / pi_ref) for DPO and IPO, and beta times the mean token
+    log-prob for SimPO and ORPO.
 
     Returns:
-        `reward_chosen`, `reward_rejected`, `reward_margin` (their difference) and
-        `reward_accuracy` (1 where the margin is positive, one half where it is exactly 0, as for
-        all pairs at policy == reference), each `[B]` float32, without gradient.
+        Four `[B]` float32 arrays without gradient: `reward_chosen`, `reward_rejected`,
+        `reward_margin` (chosen minus rejected) and `reward_accuracy`. The accuracy is 1 if the
+        margin is positive, 0 if it is negative, and 0.5 if it is exactly 0. It is exactly 0 for
+        every pair if policy and reference are equal.
 
     Raises:
-        ValueError: as `preference_loss`.
+        ValueError: as in `preference_loss`.
     """
     _check_options(loss, beta)
     chosen_B, rejected_B = _scores(
@@ -195,7 +198,7 @@ def preference_metrics(
 
 
 def _logistic(logit_B: jax.Array, label_smoothing: float) -> jax.Array:
-    """-log sigmoid(logit), mixed with that of the opposite order."""
+    """-log sigmoid(logit), mixed with the loss of the opposite order, -log sigmoid(-logit)."""
     return -(
         (1 - label_smoothing) * jax.nn.log_sigmoid(logit_B)
         + label_smoothing * jax.nn.log_sigmoid(-logit_B)
@@ -209,7 +212,7 @@ def _check_options(
         raise ValueError(
             f"loss is {loss!r}; a preference loss is one of {', '.join(PREFERENCE_LOSSES)}."
         )
-    # A traced beta has no value to look at.
+    # A traced beta has no value that could be checked.
     if isinstance(beta, int | float) and not beta > 0:
         raise ValueError(f"beta is {beta}; it must be above 0.")
     if loss == "simpo" and margin is None:
@@ -236,7 +239,7 @@ def _scores(
     rejected_tokens_B: chex.Array | None,
     pair_mask_B: chex.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """What is compared: log-probs or log-ratios of y and y-hat, as sums or as token means."""
+    """The scores of y and y-hat: log-probs or log-ratios, as sums or as token means."""
     chosen_B = _usable(policy_chosen_B, pair_mask_B)
     rejected_B = _usable(policy_rejected_B, pair_mask_B)
     chex.assert_equal_shape([chosen_B, rejected_B])
@@ -244,7 +247,7 @@ def _scores(
         if reference_chosen_B is None or reference_rejected_B is None:
             raise ValueError(
                 f"{loss} compares with a reference: give reference_chosen_B and "
-                "reference_rejected_B, or use simpo or orpo, which have none."
+                "reference_rejected_B, or use simpo or orpo, which need none."
             )
         chex.assert_shape([reference_chosen_B, reference_rejected_B], chosen_B.shape)
         chosen_B = chosen_B - _usable(reference_chosen_B, pair_mask_B)
@@ -252,7 +255,8 @@ def _scores(
     if length_normalize or loss not in REFERENCE_LOSSES:
         if chosen_tokens_B is None or rejected_tokens_B is None:
             raise ValueError(
-                f"{loss} takes means over tokens here: give chosen_tokens_B and rejected_tokens_B."
+                f"{loss} divides by the number of tokens here: give chosen_tokens_B and "
+                "rejected_tokens_B."
             )
         chex.assert_shape([chosen_tokens_B, rejected_tokens_B], chosen_B.shape)
         chosen_B = chosen_B / jnp.maximum(float32(chosen_tokens_B), 1.0)
@@ -261,7 +265,7 @@ def _scores(
 
 
 def _usable(seq_loglik_B: chex.Array, pair_mask_B: chex.Array | None) -> jax.Array:
-    """Finite log-probs: -inf under both policy and reference would make their difference NaN."""
+    """Log-probs with a finite floor; if policy and reference both gave -inf, h would be NaN."""
     loglik_B = float32(seq_loglik_B)
     if pair_mask_B is not None:
         chex.assert_shape(pair_mask_B, loglik_B.shape)

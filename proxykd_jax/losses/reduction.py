@@ -1,9 +1,9 @@
-"""From one value a token to one value an example to (sum, count) pairs over a batch.
+"""Reductions: from a value per token to a value per example, and on to a (sum, count) of a batch.
 
-A mean over a batch that is cut into micro-batches or spread over devices is not the mean of the
-parts' means. So a batch is reduced to a sum and a count, both are added up, and one division
-comes last (`batch_mean`). Counts depend on masks alone and can be had before the forward pass
-(`batch_count`).
+A batch may be cut into micro-batches or spread over devices. Its mean is then not the mean of the
+parts' means. So each part is reduced to a sum and a count, the sums and the counts are added, and
+one division comes last (`batch_mean`). Counts depend on masks alone, so they are known before the
+forward pass (`batch_count`).
 """
 
 from typing import NamedTuple
@@ -19,10 +19,13 @@ BATCH_REDUCTIONS = ("example_mean", "token_mean", "sum")
 
 
 class Term(NamedTuple):
-    """A sum and the count to divide it by. Terms of one kind are added field by field."""
+    """A sum and the count to divide it by, two float32 scalars.
+
+    Terms of several micro-batches are added field by field.
+    """
 
     total: jax.Array
-    # Not `count`, which every tuple has as a method.
+    # The name cannot be `count`, because every tuple has a method of that name.
     divisor: jax.Array
 
 
@@ -32,9 +35,9 @@ def count_tokens(
     segment_ids_BL: chex.Array | None = None,
     num_segments: int | None = None,
 ) -> jax.Array:
-    """Tokens inside the mask, one float32 count an example.
+    """The number of tokens inside the mask, one float32 count per example.
 
-    Args and shapes as in `reduce_tokens`.
+    Arguments, shapes and errors are as in `reduce_tokens`.
     """
     mask_BL = inside(mask_BL)
     return reduce_tokens(
@@ -50,24 +53,25 @@ def reduce_tokens(
     segment_ids_BL: chex.Array | None = None,
     num_segments: int | None = None,
 ) -> jax.Array:
-    """Reduces the values inside the mask to one value an example.
+    """Reduces the values inside the mask to one value per example.
 
     Args:
-        values_BL: one value a token. Outside the mask anything may stand, infinities and NaN too.
-        mask_BL: bool, integer or float; not zero is inside.
+        values_BL: one value per token. Values outside the mask are ignored, infinities and NaN too.
+        mask_BL: bool, integer or float; nonzero means inside.
         reduction: `mean` over the example's tokens inside the mask, or `sum`.
-        segment_ids_BL: for packed rows, the example a token belongs to, 1 to `num_segments`;
-            0 is padding and is never counted.
-        num_segments: the number of values a row gives, required with `segment_ids_BL`. A token
-            inside the mask with a greater id makes its whole row NaN, so that no example is
-            lost in silence.
+        segment_ids_BL: for packed rows, the example that a token belongs to, 1 to `num_segments`.
+            0 is padding, which is never counted.
+        num_segments: the number of examples in a row, required with `segment_ids_BL`. A token
+            inside the mask with a greater id makes its whole row NaN, so that no example is lost
+            without notice.
 
     Returns:
         `[B]` float32, or `[B, num_segments]` for packed rows. An example without a token inside
         the mask gives 0, with gradient 0.
 
     Raises:
-        ValueError: unknown reduction, or only one of `segment_ids_BL` and `num_segments`.
+        ValueError: the reduction is unknown, or only one of `segment_ids_BL` and `num_segments` is
+            given.
     """
     if reduction not in TOKEN_REDUCTIONS:
         raise ValueError(
@@ -95,12 +99,12 @@ def reduce_tokens(
 
 
 def reduce_examples(value_B: chex.Array, example_mask_B: chex.Array) -> Term:
-    """Sum and count of the values of valid examples.
+    """The sum and the count of the values of valid examples.
 
     Args:
-        value_B: one value an example, `[B]` or `[B, S]` for packed rows. Where the mask is zero
-            anything may stand.
-        example_mask_B: the same shape; not zero is valid.
+        value_B: one value per example, `[B]` or `[B, S]` for packed rows. Values of examples that
+            are not valid are ignored, NaN too.
+        example_mask_B: the same shape; nonzero means valid.
 
     Returns:
         `Term(total, divisor)`, two float32 scalars.
@@ -111,13 +115,16 @@ def reduce_examples(value_B: chex.Array, example_mask_B: chex.Array) -> Term:
 
 
 def token_reduction(reduction: str) -> str:
-    """How a batch reduction treats an example's tokens: `mean` for `example_mean`, else `sum`.
+    """The token reduction that a batch reduction needs: `mean` for `example_mean`, else `sum`.
 
     >>> value_B = nll(logps_BL, mask_BL, reduction=token_reduction("token_mean"))
     >>> term = example_terms(value_B, mask_BL, reduction="token_mean")
 
+    Args:
+        reduction: `example_mean`, `token_mean` or `sum`.
+
     Raises:
-        ValueError: unknown reduction.
+        ValueError: the reduction is unknown.
     """
     _check_batch_reduction(reduction)
     return "mean" if reduction == "example_mean" else "sum"
@@ -131,27 +138,30 @@ def example_terms(
     segment_ids_BL: chex.Array | None = None,
     num_segments: int | None = None,
 ) -> Term:
-    """Reduces one value an example to a sum and a count over the batch.
+    """Reduces one value per example to a sum and a count over the batch.
 
-    | reduction      | a value is a      | divisor                         |
-    |----------------|-------------------|---------------------------------|
-    | `example_mean` | mean over tokens  | examples with a response token  |
-    | `token_mean`   | sum over tokens   | response tokens                 |
-    | `sum`          | sum over tokens   | examples with a response token  |
+    | reduction      | an example's value is a | the count is the number of     |
+    |----------------|-------------------------|--------------------------------|
+    | `example_mean` | mean over tokens        | examples with a response token |
+    | `token_mean`   | sum over tokens         | response tokens                |
+    | `sum`          | sum over tokens         | examples with a response token |
 
-    The total is the sum of the values. `sum` is the paper's print of eqs. 1, 7, 8 and 10: a sum
-    over y and a mean over examples.
+    The total is the sum of the values. `sum` follows the paper's eqs. 1, 7, 8 and 10 as printed:
+    a sum over y and a mean over examples.
 
     Args:
-        value_B: one value an example, reduced over its tokens by `token_reduction(reduction)`;
-            `[B, S]` for packed rows. A factor such as a sample weight may be in it: it is not in
-            the count.
+        value_B: one value per example, `[B]` or `[B, S]` for packed rows. It must be reduced over
+            the tokens by `token_reduction(reduction)`. It may contain a factor such as a sample
+            weight, which does not change the count.
         mask_BL: response tokens; bool, integer or float.
-        reduction: one of the three above.
+        reduction: `example_mean`, `token_mean` or `sum`.
         segment_ids_BL, num_segments: packed rows, as in `reduce_tokens`.
 
+    Returns:
+        `Term(total, divisor)`, two float32 scalars.
+
     Raises:
-        ValueError: unknown reduction, or half of the packing arguments.
+        ValueError: the reduction is unknown, or only one of the packing arguments is given.
     """
     tokens_B = count_tokens(mask_BL, segment_ids_BL=segment_ids_BL, num_segments=num_segments)
     chex.assert_equal_shape([value_B, tokens_B])
@@ -166,18 +176,21 @@ def batch_terms(
     segment_ids_BL: chex.Array | None = None,
     num_segments: int | None = None,
 ) -> Term:
-    """Reduces one value a token to a sum and a count over the batch.
+    """Reduces one value per token to a sum and a count over the batch.
 
-    It is `reduce_tokens` by `token_reduction(reduction)`, and then `example_terms`.
+    It calls `reduce_tokens` with `token_reduction(reduction)`, and then `example_terms`.
 
     Args:
-        values_BL: one value a token.
+        values_BL: one value per token.
         mask_BL: response tokens; bool, integer or float.
         reduction: `example_mean`, `token_mean` or `sum`.
         segment_ids_BL, num_segments: packed rows, as in `reduce_tokens`.
 
+    Returns:
+        `Term(total, divisor)`, two float32 scalars.
+
     Raises:
-        ValueError: unknown reduction, or half of the packing arguments.
+        ValueError: the reduction is unknown, or only one of the packing arguments is given.
     """
     value_B = reduce_tokens(
         values_BL,
@@ -202,17 +215,16 @@ def batch_count(
     segment_ids_BL: chex.Array | None = None,
     num_segments: int | None = None,
 ) -> jax.Array:
-    """The count that `example_terms` and `batch_terms` give, from the mask alone.
+    """The count that `example_terms` and `batch_terms` return, from the mask alone.
 
-    Raises:
-        ValueError: unknown reduction, or half of the packing arguments.
+    Arguments and errors are as in `batch_terms`. The result is a float32 scalar.
     """
     tokens_B = count_tokens(mask_BL, segment_ids_BL=segment_ids_BL, num_segments=num_segments)
     return _batch_count(tokens_B, reduction)
 
 
 def batch_mean(term: tuple[chex.Array, chex.Array]) -> jax.Array:
-    """total / count, and 0 where the count is 0."""
+    """total / count, a float32 scalar; 0 if the count is 0."""
     total, count = float32(term[0]), float32(term[1])
     return jnp.where(count == 0, 0.0, total / jnp.where(count == 0, 1.0, count))
 

@@ -1,9 +1,9 @@
 """Soft labels drawn at random from the scorer (RS-KD, arXiv 2503.16870).
 
-At each position N ids are drawn with replacement from p, and their counts kept. The target
-t = counts / N has mean p, so the forward KL's gradient q - t has the mean q - p of the full
-vocabulary, which no top-k has. That holds for forward KL alone: reverse KL and JSD are not linear
-in t.
+p is the scorer and q the student. At each position N ids are drawn from p with replacement, and
+their counts are kept. The mean of the target t = counts / N is p. So the mean of the forward KL's
+gradient q - t is q - p, the gradient over the full vocabulary; no top-k has this property. It holds
+for the forward KL only, because reverse KL and JSD are not linear in t.
 """
 
 import math
@@ -21,11 +21,14 @@ LABEL_VALUES = ("cross_entropy", "kl")
 
 
 class DrawnLabels(NamedTuple):
-    """Distinct ids first, most frequent first; the slots that are left have count 0 and id 0."""
+    """The ids drawn at each position, each once, most frequent first.
 
-    ids_BLK: jax.Array  # int32, K = the number of draws
-    counts_BLK: jax.Array  # int32, adding up to the number of draws; 0 outside the mask
-    weights_BLK: jax.Array  # float32, p over the proposal; 1 for draws from p itself
+    K is the number of draws. Slots that are not needed have count 0 and id 0.
+    """
+
+    ids_BLK: jax.Array  # int32
+    counts_BLK: jax.Array  # int32; the counts of a position sum to K, and are 0 outside the mask
+    weights_BLK: jax.Array  # float32, p divided by the proposal; 1 if the proposal is p
 
 
 def draw_labels(
@@ -38,25 +41,27 @@ def draw_labels(
     mask_BL: chex.Array | None = None,
     proposal_power: float = 1.0,
 ) -> DrawnLabels:
-    """Draws ids with replacement at each position, from p or from p^tau / sum p^tau.
+    """Draws ids with replacement at each position, from the proposal p^tau / sum p^tau.
 
-    A draw depends on the key, its row's id, its position and p there, and on nothing else: not on
-    the batch, its padding, or what was drawn before a restart.
+    With tau = 1, the default, the proposal is p. A draw depends only on the key, the row's id, the
+    position and p at that position. It does not depend on the other rows of the batch, on padding,
+    or on what was drawn before a restart.
 
     Args:
-        scorer_logits_BLV: any float type; log-probs will do.
-        key: a threefry key, JAX's default (of others, `rbg` draws otherwise in other batches).
-        num_draws: N; the paper's is about 50.
-        row_ids_B: unsigned 32-bit integers that tell rows apart, such as part of their digests.
-        positions_BL: a token's place in its row; 0, 1, ... without it.
-        mask_BL: where given, positions outside it get no counts.
-        proposal_power: tau > 0; 0.8 to 1.2 in the paper. Other than 1, `weights_BLK` are needed.
+        scorer_logits_BLV: logits or log-probs of p, any float type.
+        key: a threefry key, which is JAX's default. An `rbg` key draws other ids in another batch.
+        num_draws: N; about 50 in the paper.
+        row_ids_B: unsigned 32-bit integers that differ between rows, such as part of a digest.
+        positions_BL: the position of each token in its row; None: 0, 1, 2, ...
+        mask_BL: positions outside the mask get counts of 0. None: no mask.
+        proposal_power: tau > 0; 0.8 to 1.2 in the paper. With any tau but 1 the loss needs
+            `weights_BLK`.
 
     Returns:
-        `DrawnLabels`. Where the scorer's logits are NaN, so are the weights.
+        `DrawnLabels`. The weights are NaN where the scorer's logits are NaN.
 
     Raises:
-        ValueError: num_draws below 1, or proposal_power not positive.
+        ValueError: num_draws is below 1, or proposal_power is not positive.
     """
     if num_draws < 1:
         raise ValueError(f"num_draws is {num_draws}; at least one id is drawn.")
@@ -75,7 +80,7 @@ def draw_labels(
         proposal_V = proposal_power * logps_V
         ids_K, counts_K = _count(draw_ids(proposal_V, position_key, num_draws))
         if proposal_power == 1:
-            # Exactly 1, or NaN with the scorer.
+            # Exactly 1, or NaN if the scorer's logits are NaN.
             weights_K = 1.0 + 0.0 * logps_V.max()
         else:
             log_normalizer = jax.nn.logsumexp(proposal_V)
@@ -96,10 +101,10 @@ def draw_labels(
 
 
 def _block_width(size: int) -> int:
-    """The divisor nearest to the root, or the root where none is within a factor of two.
+    """The divisor of ``size`` nearest to its square root; the root if none is within a factor of 2.
 
-    Blocks that have to be filled up are copied, which takes as long as the draw from a large
-    vocabulary; of a small one the root will do.
+    Other widths need padding, and padding copies the vocabulary. For a large vocabulary the copy
+    takes as long as the draw. For a small one it does not matter, so the root is used.
     """
     root = math.isqrt(size - 1) + 1
     if size < 1024:
@@ -109,14 +114,14 @@ def _block_width(size: int) -> int:
 
 
 def draw_ids(logps_V: chex.Array, key: chex.PRNGKey, num_draws: int) -> jax.Array:
-    """Ids drawn with replacement from unnormalised log-probs.
+    """Draws ids with replacement from unnormalised log-probs.
 
-    An id is drawn in two steps, a block of about sqrt(V) entries and an entry in it, each by adding
-    Gumbel noise. One step would need V random numbers a draw; the inverse of a float32 cumulative
-    sum would miss ids of probability below 1e-7.
+    An id is drawn in two steps: first a block of about sqrt(V) entries, then an entry of that
+    block. Both steps add Gumbel noise. A single step would need V random numbers per draw.
+    Inverting a float32 cumulative sum would miss ids whose probability is below 1e-7.
 
     Args:
-        logps_V: float32; an id at -inf is never drawn.
+        logps_V: float32; an id with -inf is never drawn.
         key: a threefry key.
         num_draws: N.
 
@@ -146,34 +151,34 @@ def drawn_label_tokens(
 ) -> jax.Array:
     """Forward KL with the drawn target t = counts / N * weights, at each position.
 
-    For notebooks: training calls `drawn_cross_entropy_tokens`, on log-probs.
+    For notebooks; training calls `drawn_cross_entropy_tokens` on log-probs.
 
-    | `value`         | is                    | in expectation over draws               |
-    |-----------------|-----------------------|-----------------------------------------|
-    | `cross_entropy` | -sum t log q          | the cross-entropy with p                |
-    | `kl`            | sum t (log t - log q) | above the KL: t has less entropy than p |
+    | `value`         | formula               | mean over draws                                 |
+    |-----------------|-----------------------|-------------------------------------------------|
+    | `cross_entropy` | -sum t log q          | the cross-entropy with p                        |
+    | `kl`            | sum t (log t - log q) | above the KL, because t has less entropy than p |
 
-    Both have the gradient q sum t - t. A weighted target is not made to add up to 1, which would
-    bias it.
+    Both have the gradient q sum t - t, and the target is constant. A weighted target need not
+    sum to 1 and is not normalised, because that would bias it.
 
     Args:
         student_logits_BLV: any float type and any leading axes.
-        ids_BLK: the ids that were drawn, distinct where their count is not 0.
-        counts_BLK: how often. A slot of count 0 counts for nothing, whatever its id.
-        mask_BL: where given, positions outside it give 0.
+        ids_BLK: the drawn ids; those with a count above 0 are distinct.
+        counts_BLK: how often each id was drawn. A slot with count 0 is ignored, whatever its id.
+        mask_BL: positions outside the mask give 0. None: no mask.
         num_draws: N, the sum of a position's counts.
-        weights_BLK: p over the proposal, where that was not p. Targets are constant here.
-        value: which of the two values.
+        weights_BLK: p divided by the proposal; None: 1, for draws from p.
+        value: `cross_entropy` or `kl`.
 
     Returns:
         `[B, L]` float32 in nats.
 
     Raises:
-        ValueError: unknown value, or num_draws below 1.
+        ValueError: value is unknown, or num_draws is below 1.
     """
     if value not in LABEL_VALUES:
         raise ValueError(
-            f"value is {value!r}; drawn labels serve the forward KL alone, logged as one of "
+            f"value is {value!r}; drawn labels are for the forward KL alone, with a value of "
             f"{', '.join(LABEL_VALUES)}."
         )
     if num_draws < 1:
@@ -197,14 +202,14 @@ def drawn_label_tokens(
 def drawn_cross_entropy_tokens(
     student_logps_BLK: chex.Array, log_targets_BLK: chex.Array
 ) -> jax.Array:
-    """-sum t log q at each position, t a drawn target, from log-probs at the ids that were drawn.
+    """Cross-entropy -sum t log q with a drawn target t, at each position.
 
     Args:
-        student_logps_BLK: log-probs of the full softmax at the ids; any leading axes.
-        log_targets_BLK: log of counts / N * weights; -inf for an empty slot. Constant here.
+        student_logps_BLK: log q, the student's full softmax at the drawn ids; any leading axes.
+        log_targets_BLK: log t = log(counts / N * weights); -inf for an empty slot. Constant here.
 
     Returns:
-        `[B, L]` float32 in nats, -sum t log q.
+        `[B, L]` float32 in nats.
     """
     chex.assert_equal_shape([student_logps_BLK, log_targets_BLK])
     target_BLK = jax.lax.stop_gradient(jnp.exp(float32(log_targets_BLK)))
@@ -212,7 +217,7 @@ def drawn_cross_entropy_tokens(
 
 
 def _count(ids_N: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Distinct ids and their counts, most frequent first, zeros in the slots that are left."""
+    """The distinct ids and their counts, most frequent first; the remaining slots are zero."""
     ids_N = jnp.sort(ids_N)
     begin_N = jnp.searchsorted(ids_N, ids_N, side="left")
     end_N = jnp.searchsorted(ids_N, ids_N, side="right")

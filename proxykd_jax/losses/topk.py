@@ -1,17 +1,17 @@
 """KL between a stored top-k of the proxy and the student (eqs. 8 and 10).
 
-The store holds K log-probs of the proxy's full softmax. What becomes of the mass outside them is
-the `tail`, a named choice. With p proxy, q student, sums over the stored ids, and p_T, q_T the
-masses outside:
+The store holds K log-probs of the proxy's full softmax. The option `tail` names what happens to the
+probability mass outside these K ids. In the table p is the proxy, q the student, sums run over the
+stored ids, and p_T and q_T are the masses outside them:
 
 | tail                | value                                  | gradient                          |
 |---------------------|----------------------------------------|-----------------------------------|
-| `bucket`            | sum p log(p/q) + p_T log(p_T/q_T)      | nearest to the full KL's          |
+| `bucket`            | sum p log(p/q) + p_T log(p_T/q_T)      | closest to that of the full KL    |
 | `renormalize`       | KL of both, each renormalised over ids | none outside the ids              |
-| `renormalize_proxy` | KL of p / sum p against q              | lowers all outside towards 0      |
+| `renormalize_proxy` | KL of p / sum p against q              | pushes q outside the ids to 0     |
 | `zero`              | sum p log(p/q), can be negative        | `renormalize_proxy` times sum p   |
 
-All agree where K is the vocabulary's size.
+All four are equal if K is the size of the vocabulary.
 """
 
 from typing import Any
@@ -46,17 +46,17 @@ def topk_logps(
 
     >>> topk_BLK, tail_BL = topk_logps(logits_BLV, ids_BLK)
 
-    The tail is summed over the entries outside the ids. Taking it as 1 - sum would leave no
-    digits for a confident model, and its gradient would be a difference of large numbers.
+    The tail mass is the sum over the entries outside the ids. Computing it as 1 - sum would lose
+    all precision for a confident model, and its gradient would be a difference of large numbers.
 
     Args:
         logits_BLV: any float type and any leading axes.
-        ids_BLK: integers (unsigned too). Those that occur twice count once.
-        mask_BL: where given, positions outside it are computed from zeros.
+        ids_BLK: signed or unsigned integers. An id that occurs twice counts once.
+        mask_BL: positions outside the mask are computed from zeros. None: no mask.
 
     Returns:
-        `[B, L, K]` log-probs and `[B, L]` log tail mass, float32. The tail mass is floored at
-        1.2e-38, which is also what an empty tail gives.
+        `[B, L, K]` log-probs and `[B, L]` log tail mass, float32, nats. The tail mass is at least
+        1.2e-38, even if the tail is empty.
     """
     logits_BLV = blank_outside(logits_BLV, mask_BL)
     nowhere_BL0 = jnp.zeros((*logits_BLV.shape[:-1], 0), jnp.int32)
@@ -67,14 +67,15 @@ def topk_logps(
 def topk_and_label_logps(
     logits_BLV: chex.Array, ids_BLK: chex.Array, labels_BL: chex.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`topk_logps` and `token_logps` of the same logits, with one gradient over the vocabulary.
+    """`topk_logps` and `token_logps` of the same logits, with one backward pass for both.
 
     Args:
         logits_BLV, ids_BLK: as in `topk_logps`.
-        labels_BL: as in `token_logps`, among the ids or not.
+        labels_BL: as in `token_logps`; a label may be one of the ids or not.
 
     Returns:
-        `[B, L, K]` log-probs at the ids, `[B, L]` log tail mass, `[B, L]` log-probs of the labels.
+        Three float32 arrays in nats: `[B, L, K]` log-probs at the ids, `[B, L]` log tail mass, and
+        `[B, L]` log-probs of the labels.
     """
     logits_BLV = float32(logits_BLV)
     labels_BL = jnp.asarray(labels_BL)
@@ -100,8 +101,8 @@ def _logps_at(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log-probs at the ids and at the others, and the log of the mass outside the ids.
 
-    Two passes over the vocabulary forwards and one backwards. What JAX makes of the same sums by
-    itself keeps arrays of the vocabulary's size between them and takes a CPU half as long again.
+    The forward pass reads the vocabulary twice and the backward pass once. JAX's own derivative
+    would keep more arrays of the vocabulary's size, and takes half as long again on a CPU.
     """
     return _logps_at_forward(logits_BLV, ids_BLK, others_BLJ)[0]
 
@@ -110,11 +111,11 @@ def _logps_at_forward(logits_BLV: jax.Array, ids_BLK: jax.Array, others_BLJ: jax
     highest_BL1 = logits_BLV.max(axis=-1, keepdims=True)
     found_BLK, hit_BLV = gather_vocab(logits_BLV, ids_BLK)
     others_logits_BLJ = jnp.take_along_axis(logits_BLV, others_BLJ, axis=-1)
-    # Times 0 or 1: on a CPU a sum of what a comparison selects takes three times as long.
+    # Multiply by 0 or 1: on a CPU the sum of a `where` takes three times as long.
     tail_BL = (jnp.exp(logits_BLV - highest_BL1) * ~hit_BLV).sum(axis=-1)
     times_BLK = (ids_BLK[..., :, None] == ids_BLK[..., None, :]).sum(axis=-1)
     head_BL = (jnp.exp(found_BLK - highest_BL1) / times_BLK).sum(axis=-1)
-    # Relative to the greatest logit, as log-softmax is: keeps digits where logits are large.
+    # Subtract the greatest logit, as log-softmax does, so that large logits lose no precision.
     log_sum_BL1 = jnp.log(head_BL + tail_BL)[..., None]
     logps_BLK, others_logps_BLJ = (
         logits - highest_BL1 - log_sum_BL1 for logits in (found_BLK, others_logits_BLJ)
@@ -128,13 +129,15 @@ def _logps_at_backward(residuals: Any, cotangents: Any) -> tuple[jax.Array, None
     logits_BLV, ids_BLK, others_BLJ, highest_BL1, log_sum_BL1, found_BLK, tail_logps_BL = residuals
     of_found_BLK, of_others_BLJ, of_tail_BL = cotangents
     of_all_BL1 = (of_found_BLK.sum(axis=-1) + of_others_BLJ.sum(axis=-1) + of_tail_BL)[..., None]
-    # Not by the difference to the greatest logit once more: XLA would keep that for all entries.
+    # Do not write `logits - highest` again here: XLA would reuse the forward pass's array and keep
+    # it in memory for the whole vocabulary.
     logps_BLV = logits_BLV - (highest_BL1 + log_sum_BL1)
     grads_BLV = (
         jnp.exp(logps_BLV - tail_logps_BL[..., None]) * of_tail_BL[..., None]
         - jnp.exp(logps_BLV) * of_all_BL1
     )
-    # At the ids there is no part of the tail. Set before anything is added, in case one is twice.
+    # The tail has no part at the ids, so the entries there are replaced. This comes before the
+    # additions, because an id may occur twice.
     grads_BLV = scatter_vocab(grads_BLV, ids_BLK, -jnp.exp(found_BLK) * of_all_BL1, add=False)
     grads_BLV = scatter_vocab(grads_BLV, ids_BLK, of_found_BLK)
     return scatter_vocab(grads_BLV, others_BLJ, of_others_BLJ), None, None
@@ -157,26 +160,27 @@ def topk_kl_tokens(
     >>> topk_kl_tokens(student, proxy, mask_BL)
 
     Args:
-        student: `[B, L, K]` log-probs of the student's full softmax at the stored ids, and `[B, L]`
-            log of the mass outside them: what `topk_logps` returns. With None for the second, the
-            mass is 1 - sum q, not below 1.2e-7 and without gradient there: float32 has no digits
-            left, so give it where it can be had.
-        proxy: the same of the proxy, as it was stored (-inf for no mass outside). With None, the
-            mass is 1 - sum p, or 0 where rounding makes that negative. The gradient to it is
-            whatever it is.
-        mask_BL: where given, positions outside it are computed from blanks, whatever they hold.
-        tail: `bucket`, `renormalize`, `renormalize_proxy` or `zero`. The last three do not look
-            at the masses outside.
+        student: the pair that `topk_logps` returns for the student at the stored ids: `[B, L, K]`
+            log-probs of its full softmax, and `[B, L]` log of the mass outside the ids. If the
+            second is None, the mass is 1 - sum q, but at least 1.2e-7, the resolution of float32;
+            at that bound it has no gradient. Give the mass if you can.
+        proxy: the same pair for the proxy, as it was stored; -inf for no mass outside. If the
+            second is None, the mass is 1 - sum p, or 0 where rounding makes that negative. The
+            proxy is not treated as a constant.
+        mask_BL: positions outside the mask are computed from zeros, whatever they hold. None: no
+            mask.
+        tail: `bucket`, `renormalize`, `renormalize_proxy` or `zero`. The last three ignore the
+            masses outside the ids.
 
     Returns:
-        `[B, L]` float32 in nats, gradients finite throughout. Any leading axes will do.
+        `[B, L]` float32 in nats, with finite gradients. Other leading axes work too.
 
     Raises:
-        ValueError: unknown tail.
+        ValueError: the tail is unknown.
     """
     if tail not in TAILS:
         raise ValueError(
-            f"tail is {tail!r}; what becomes of the mass outside the top k is one of "
+            f"tail is {tail!r}; the treatment of the mass outside the top k is one of "
             f"{', '.join(TAILS)}."
         )
     (student_BLK, student_tail_BL), (proxy_BLK, proxy_tail_BL) = student, proxy
@@ -210,7 +214,7 @@ def topk_kl(
     segment_ids_BL: chex.Array | None = None,
     num_segments: int | None = None,
 ) -> jax.Array:
-    """Top-k KL(proxy || student), one value an example (eq. 8).
+    """Top-k KL(proxy || student), one value per example (eq. 8).
 
     Args:
         student, proxy, tail: as in `topk_kl_tokens`.
@@ -222,7 +226,8 @@ def topk_kl(
         `[B]` float32 in nats, or `[B, num_segments]` for packed rows; 0 for an empty mask.
 
     Raises:
-        ValueError: unknown tail or reduction, or half of the packing arguments.
+        ValueError: the tail or the reduction is unknown, or only one of the packing arguments is
+            given.
     """
     return reduce_tokens(
         topk_kl_tokens(student, proxy, mask_BL, tail=tail),
@@ -240,23 +245,23 @@ def weighted_kl(kl_B: chex.Array, sample_weight_B: chex.Array) -> jax.Array:
     >>> weighted_kl(topk_kl(student, proxy, mask_BL), weight_B)
 
     Args:
-        kl_B: each example's KL, from `topk_kl`; `[B, S]` for packed rows.
-        sample_weight_B: the same shape; see `alignment_weights`. An example of weight 0 gives 0
+        kl_B: the KL of each example in nats, from `topk_kl`; `[B, S]` for packed rows.
+        sample_weight_B: the same shape; see `alignment_weights`. An example with weight 0 gives 0,
             whatever its KL.
 
     Returns:
-        float32, the same shape.
+        Float32 of the same shape, nats.
     """
     return weigh(kl_B, sample_weight_B)
 
 
 def _renormalize(logps: jax.Array) -> jax.Array:
-    """Log-probs over the ids alone; -inf stays -inf and gives no NaN."""
+    """Log-probs normalised over the ids alone; -inf stays -inf, and no value becomes NaN."""
     return logps - jax.nn.logsumexp(finite_log(logps), axis=-1, keepdims=True)
 
 
 def _log_of_rest(logps: jax.Array, *, least: float) -> jax.Array:
-    """log(1 - sum of probabilities), the rest being at least `least` (0 gives -inf)."""
+    """log(1 - sum of probabilities), where the difference is raised to `least`; 0 gives -inf."""
     rest = 1.0 - jnp.exp(logps).sum(axis=-1)
     some = rest > least
     floor = jnp.log(jnp.float32(least)) if least else -jnp.inf

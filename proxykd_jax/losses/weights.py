@@ -1,4 +1,4 @@
-"""Weights of the student's KL by how well the proxy explains the teacher's answer (eq. 9)."""
+"""Sample weights for the student's KL: how well the proxy explains the teacher's answer (eq. 9)."""
 
 import chex
 import jax
@@ -12,13 +12,15 @@ def alignment_weights(
 ) -> jax.Array:
     """w(x, y) = sigmoid((log pi_p(y|x) - mu) / gamma) (eq. 9).
 
-    On summed log-likelihoods, as printed, w is mostly a bonus for short answers; on token means
-    (divide by the token counts first) it is not. mu and gamma must be of the same kind.
+    The paper uses log-likelihoods summed over tokens. Then w mostly rewards short answers. It does
+    not if you divide each log-likelihood by its number of tokens first. Compute mu and gamma from
+    the same kind of log-likelihood.
 
     Args:
         seq_loglik_B: the aligned proxy's log-likelihoods of the teacher's answers, nats.
-        loglik_mean: mu, over all of the split and never over a batch.
-        loglik_std: gamma, the standard deviation over the same split. 0 gives 0.5 throughout.
+        loglik_mean: mu, the mean over the whole split, not over a batch.
+        loglik_std: gamma, the standard deviation over the same split. If it is 0, all weights are
+            0.5.
 
     Returns:
         `[B]` float32 in [0, 1], about 0.5 on average.
@@ -35,15 +37,15 @@ def normalize_weights(
     *,
     example_mask_B: chex.Array | None = None,
 ) -> jax.Array:
-    """Weights divided by their mean, so that using them does not also shrink the KL by half.
+    """Weights divided by their mean. Weights of mean 0.5 would otherwise halve the KL.
 
     Args:
-        sample_weight_B: weights of all of the split, or of a batch with `weight_mean` given.
-        weight_mean: the mean over all of the split; by default that of `sample_weight_B`.
-        example_mask_B: examples that enter the default mean; all of them without it.
+        sample_weight_B: weights of the whole split, or of a batch if `weight_mean` is given.
+        weight_mean: the mean over the whole split; None: the mean of `sample_weight_B`.
+        example_mask_B: examples that count in that mean; None: all of them.
 
     Returns:
-        `[B]` float32 of mean 1; zeros where the mean is 0.
+        `[B]` float32 with mean 1 over the split; all 0 if the mean is 0.
     """
     weight_B = float32(sample_weight_B)
     if weight_mean is None:
@@ -65,15 +67,15 @@ def length_correlation(
     *,
     example_mask_B: chex.Array | None = None,
 ) -> jax.Array:
-    """Pearson correlation of the weights with the answers' lengths; near -1 means a length bonus.
+    """Pearson correlation of weights and answer lengths; near -1, weights favour short answers.
 
     Args:
         sample_weight_B: weights.
-        tokens_B: response tokens of the same examples.
-        example_mask_B: examples that enter; all of them without it.
+        tokens_B: the number of response tokens of the same examples.
+        example_mask_B: examples that count; None: all of them.
 
     Returns:
-        Scalar float32 in [-1, 1]; 0 where weights or lengths do not vary.
+        Float32 scalar in [-1, 1]; 0 if the weights or the lengths are all equal.
     """
     weight_B, length_B = float32(sample_weight_B), float32(tokens_B)
     chex.assert_equal_shape([weight_B, length_B])
@@ -88,7 +90,7 @@ def length_correlation(
 
 
 def _centred(value_B: jax.Array, valid_B: jax.Array) -> jax.Array:
-    """Deviations from the mean of the valid examples, 0 for the others."""
+    """Deviations from the mean of the valid examples; 0 for the other examples."""
     count = jnp.maximum(valid_B.sum(dtype=jnp.float32), 1.0)
     mean = jnp.where(valid_B, value_B, 0.0).sum() / count
     return jnp.where(valid_B, value_B - mean, 0.0)

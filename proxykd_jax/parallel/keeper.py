@@ -1,8 +1,9 @@
-"""A process beside the working one that reports how it ended.
+"""The keeper: a parent process that reports how the working process ended.
 
-When another process of the run is lost, jax ends this one from within (``abort``), and no Python
-code runs. The keeper forks before jax is imported. It forwards signals to the worker and the
-worker's stderr to its own, waits, and reports such an end by a sentence and an exit code.
+When another process of the run is lost, jax calls ``abort`` in this one, and no Python code can
+react. So the keeper forks the worker before jax is imported. It forwards signals to the worker,
+copies the worker's stderr to its own, and waits. If the worker was aborted, the keeper prints a
+sentence and returns an exit code.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from types import FrameType
 from proxykd_jax.parallel.launchers import Launch
 
 TRY_AGAIN = 75
-# jax prints this before it aborts because another process is lost, and only then.
+# jax prints this before it aborts because of a lost process, and in no other case.
 _ABORTED_FOR_PEER = b"JAX distributed service detected fatal errors"
-# The call that failed if the processes never connected.
+# This call failed if the processes never connected.
 _NOT_MET = b"CoordinationService/RegisterTask"
 _KEPT_BYTES = 1 << 16
 PEER_LOST = (
@@ -35,7 +36,7 @@ def split_off_worker(launch: Launch) -> int | None:
     """Forks. The worker returns None at once; the keeper returns an exit code when the worker ends.
 
     Args:
-      launch: how the process belongs to others, for messages.
+      launch: how the processes were started, for messages.
 
     Returns:
       In the keeper: the worker's code, 75 if it was aborted because another process was lost, or

@@ -1,7 +1,7 @@
-"""Finds in the environment what started this process: SLURM, MPI, Kubernetes, or a user.
+"""Finds out from environment variables how the processes of a run were started.
 
-Uses only the standard library, because it runs before jax is imported. On Cloud TPU the machine
-itself knows, and jax asks it.
+They may be started by SLURM, Open MPI, Kubernetes or a user. This module uses only the standard
+library, because it runs before jax is imported. On Cloud TPU jax asks the machine.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Launch:
     """One process among several.
 
     Attributes:
-      by: what started it.
+      by: what started the process, for messages.
       coordinator: ``host:port`` of process 0; None: jax asks the machine (Cloud TPU).
-      count, index: the number of processes and this one's index; None likewise.
+      count, index: the number of processes and the index of this one; None: jax asks the machine.
       local_devices: the machine's devices that belong to this process; None for all visible ones.
     """
 
@@ -49,7 +49,7 @@ class Launch:
 
 
 def find_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
-    """How this process belongs to others; None for a single process.
+    """How this process belongs to a group of processes; None for a single process.
 
     Our own variables come first, then those of SLURM, Open MPI and Cloud TPU.
 

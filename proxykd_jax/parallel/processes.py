@@ -1,8 +1,8 @@
-"""Several processes with one mesh: start, common end, and arrays that span processes.
+"""Several processes with one mesh: they start and end together, and arrays span them.
 
 jax's coordination service connects them; it runs in process 0. It notices a silent process within
-``_SILENCE_S`` and aborts the others, which ``keeper`` reports. A process that ends with an error
-first announces it under ``failed/<index>``, and the others end because of it.
+``_SILENCE_S`` seconds and aborts the others, which ``keeper`` reports. A process that ends with an
+error first announces this under the key ``failed/<index>``, and then the others end too.
 """
 
 from __future__ import annotations
@@ -85,7 +85,11 @@ def start(launch: Launch) -> None:
 
 
 def finish(code: int) -> None:
-    """Leaves together with the others: all ended well, or all stopped at the same step."""
+    """Disconnects together with the others, after all have finished or stopped at the same step.
+
+    Args:
+      code: the exit code of this process, which the others can read.
+    """
     # A launcher that sees the first process end may send SIGTERM to the others in their last steps.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if peers.count() > 1:
@@ -100,8 +104,12 @@ def finish(code: int) -> None:
 def fail(code: int, error: BaseException) -> NoReturn:
     """Ends one process of several because of an error, and tells the others.
 
-    An error that only follows from another process's end is reported as that. It exits without the
-    interpreter's shutdown, which would wait for the others.
+    If the error is only a consequence of another process's end, that end is reported instead. The
+    process exits without the interpreter's shutdown, which would wait for the others.
+
+    Args:
+      code: the exit code of this process.
+      error: the error.
     """
     channel, index = _Channel(), peers.index()
     text = str(error) if isinstance(error, UserError) else _first_line(error)
@@ -121,7 +129,7 @@ def fail(code: int, error: BaseException) -> NoReturn:
             _tell(error, f"process {index}: ")
         _exit(code)
     _tell(error, "")
-    # When process 0 ends, so does the service, and the others are aborted. So let them go first.
+    # The service ends with process 0, and then jax aborts the others. So process 0 ends last.
     end = time.monotonic() + 2 * _SAME_ERROR_S
     while time.monotonic() < end and len(channel.left()) < peers.count() - 1:
         time.sleep(0.1)
@@ -158,8 +166,11 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}"
 
 
-def _hear_of_ends() -> None:
-    """Ends this process when another one reports an error, and forwards a stop to process 0."""
+def _watch_others() -> None:
+    """Ends this process when another one reports an error.
+
+    On process 0 it also raises SIGTERM when another process was asked to stop.
+    """
     channel = _Channel()
     told = False
     while not _over.wait(_LOOK_EVERY_S):
@@ -180,7 +191,7 @@ def _hear_of_ends() -> None:
 
 
 _over = threading.Event()
-_listener = threading.Thread(target=_hear_of_ends, daemon=True)
+_listener = threading.Thread(target=_watch_others, daemon=True)
 
 
 class _Channel:
@@ -247,7 +258,7 @@ def _fetched(array: Any) -> Any:
 def own_part(mesh: Mesh) -> tuple[int, int]:
     """(index, count): this process's devices hold part ``index`` of ``count`` of a batch's rows.
 
-    (0, 1), which means all rows, if the mesh gives a process rows that are not contiguous.
+    If the mesh gives a process rows that are not contiguous, the result is (0, 1): all rows.
     """
     ways = row_ways(mesh.shape)
     places = NamedSharding(mesh, ROWS).addressable_devices_indices_map((ways,))

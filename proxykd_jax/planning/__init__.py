@@ -1,4 +1,4 @@
-"""What ``plan`` does: look at a run's programs, show what was found, search what fits."""
+"""The parts of the ``plan`` command: compile a run's programs, print a table, search what fits."""
 
 from proxykd_jax.planning.fit import fit
 from proxykd_jax.planning.look import Request, StagePlan, plan

@@ -1,4 +1,4 @@
-"""A config whose meshes and batches fit, and are the fastest of those looked at."""
+"""Searches the meshes and batch sizes of a run: which fit on the devices, and which is fastest."""
 
 from __future__ import annotations
 
@@ -15,13 +15,20 @@ if TYPE_CHECKING:
 
 
 def fit(request: Request, stages: list[StagePlan]) -> str:
-    """The config with the meshes and batches that are fastest among those that fit, as YAML.
+    """Finds meshes and batch sizes that fit, and writes the fastest into the run's config.
 
-    The batch of a training step is what the optimizer sees and stays: where its rows do not fit at
-    once, ``microbatch_size`` cuts it.
+    The ``batch_size`` of a training section stays as it is, because the optimizer sees it. If its
+    rows do not fit at once, ``microbatch_size`` is set.
+
+    Args:
+      request: the run and the devices.
+      stages: plans that were already made for the config's own meshes; they are not made again.
+
+    Returns:
+      The config as YAML.
 
     Raises:
-      UserError: nothing was found that fits.
+      UserError: no mesh was found that fits, or a model's config.json is missing.
     """
     planner = Planner(request)
     chosen: dict[Work, list[StagePlan]] = {}
@@ -58,7 +65,9 @@ def _best(planner: Planner, own: list[Program], known: list[StagePlan]) -> list[
             tried.append(found)
     if not tried:
         names = ", ".join(program.name for program in own)
-        raise UserError(f"{names}: no mesh of these devices has the memory.")
+        raise UserError(
+            f"{names}: does not fit in the memory of these devices on any mesh that was tried."
+        )
     best = min(tried, key=lambda found: sum(stage.hours for stage in found))
     return [
         stage if stage.largest_batch else planner.with_largest_batch(program, stage)
@@ -67,7 +76,7 @@ def _best(planner: Planner, own: list[Program], known: list[StagePlan]) -> list[
 
 
 def _fitting(planner: Planner, program: Program, axes: dict[str, int]) -> StagePlan | None:
-    """The program on a mesh with as many of its rows as fit, halved until they do."""
+    """Plans a program on a mesh, and halves its rows until it fits; None if it never does."""
     unit = axes["data"] * axes["fsdp"]
     rows = program.rows
     try:
@@ -101,8 +110,11 @@ def _set_batch(data: dict[str, Any], stage: StagePlan, config: Config) -> None:
 
 
 def _meshes(count: int) -> list[dict[str, int]]:
-    """Arrangements worth a look: one axis alone, or tensor 2 beside another. Mixtures of two large
-    axes lie between the pure ones in time and memory, and are left to the user."""
+    """The meshes that are tried: one axis above 1, or a tensor axis of 2 with one other axis.
+
+    A mesh with two large axes lies between the two pure meshes in time and memory. The search
+    leaves such meshes to the user.
+    """
     sizes = [2**k for k in range(12) if count % 2**k == 0]
     found = [
         {"data": data, "fsdp": fsdp, "tensor": tensor}

@@ -1,4 +1,4 @@
-"""The programs of a run compiled, weighed and timed for devices that are not here."""
+"""Compiles the programs of a run for devices that are not present: their memory and their time."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ if TYPE_CHECKING:
     from proxykd_jax.models.config import ModelConfig
     from proxykd_jax.training.abstract import Lengths, Program
 
-# Of a GPU's memory, what the driver, cuDNN and the buffers of NCCL leave (the commands let XLA take
-# as much, see cli.py). A TPU's compiler knows its own limit.
+# The share of a device's memory that a program can use. On a GPU the driver, cuDNN and NCCL's
+# buffers take the rest; the commands give XLA the same share (cli.py). A TPU's compiler knows its
+# own limit.
 _USABLE = {"gpu": 0.92, "tpu": 1.0}
-# The largest batch is looked for up to so many times the config's.
+# The search for the largest batch ends at this multiple of the config's batch.
 _MOST_TIMES = 32
 BOUNDS = ("flops", "memory", "link")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked.
+    """What the user asks ``plan`` for.
 
     Attributes:
-      config: of the run.
-      device, count: what it shall run on.
-      stages: names to look at; empty for all.
-      prompt, answer: mean tokens, for the time.
-      samples: rows that ``hours`` are for.
-      utilisation: share of the device's peaks that is reached.
-      cache: folder of earlier results.
+      config: the config of the run.
+      device, count: the kind of device, and how many of them.
+      stages: names of the stages to plan; all stages if empty.
+      prompt, answer: mean tokens of a prompt and of an answer; they enter the time, not the memory.
+      samples: rows of the corpus that ``hours`` are for.
+      utilisation: the assumed share of the device's peaks, in (0, 1].
+      cache: folder of the results of earlier compilations; None: no cache.
     """
 
     config: Config
@@ -50,27 +51,30 @@ class Request:
 
     @property
     def limit(self) -> float:
-        """Bytes of a device that a program may take."""
+        """Bytes of a device's memory that a program can use."""
         return self.device.memory_bytes * _USABLE["gpu" if self.device.gpu else "tpu"]
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What was found of a stage.
+    """The plan of one stage on one mesh with one batch.
 
     Attributes:
-      name, work, num_params: of the program.
-      axes: the mesh.
-      batch: rows at once.
-      compiled: the compiler's words on each of its programs.
-      resident_bytes: held by a device beside the arguments.
-      fits: whether ``peak_bytes`` is below what a device has.
-      largest_batch: rows at once that still fit; None where not looked for.
-      flops: of one batch, all devices together.
-      collective_bytes: that a device exchanges for a batch; None where the compiler hides it.
-      floor_seconds: of a batch, at the device's full peaks: arithmetic, memory, link.
-      hours: for the samples asked for, at the utilisation asked for.
-      estimate: False where the device's own compiler was not there: temporaries say nothing.
+      name, work, num_params: as in ``training.abstract.Program``.
+      axes: sizes of the mesh's axes.
+      batch: rows that are computed at once, over all devices.
+      compiled: the compiler's report on each program of the stage.
+      resident_bytes: what a device holds in addition to the arguments of the programs.
+      fits: whether ``peak_bytes`` is within ``Request.limit`` and the compiler refused no program.
+      flops: operations of one batch, all devices together.
+      collective_bytes: bytes that a device sends or receives for one batch; None if the compiler
+        does not show its program.
+      floor_seconds: the least time of one batch at the device's full peaks, as three numbers:
+        limited by arithmetic, by memory bandwidth and by the link.
+      hours: time for ``Request.samples`` at ``Request.utilisation``.
+      estimate: False if the device's own compiler is missing; then temporaries and peaks mean
+        nothing.
+      largest_batch: the most rows that fit at once; None if they were not searched.
     """
 
     name: str
@@ -90,16 +94,16 @@ class StagePlan:
 
     @property
     def peak_bytes(self) -> int:
-        """The most that a device holds at once."""
+        """The most bytes that a device holds at once."""
         return self.resident_bytes + max(found.peak_bytes for found in self.compiled)
 
     @property
     def largest(self) -> Compiled:
-        """The program that needs the most."""
+        """The compiler's report on the program with the highest peak."""
         return max(self.compiled, key=lambda found: found.peak_bytes)
 
     def figures(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """The values that ``--json`` writes, by name."""
         return {
             "peak_bytes": self.peak_bytes,
             "argument_bytes": self.largest.argument_bytes,
@@ -122,10 +126,19 @@ class StagePlan:
 
 
 def plan(request: Request) -> list[StagePlan]:
-    """Compiles the stages of a run.
+    """Compiles the stages of a run on the config's own meshes, and searches their largest batches.
+
+    Prints a line after each compilation.
+
+    Args:
+      request: the run and the devices.
+
+    Returns:
+      One plan a stage, in the order of the run.
 
     Raises:
-      UserError: a config.json is missing, or a mesh does not fit the models or the devices.
+      UserError: a model's config.json is missing, or a mesh does not fit the models or the
+        devices.
     """
     found = []
     planner = Planner(request)
@@ -138,13 +151,14 @@ def plan(request: Request) -> list[StagePlan]:
 
 
 class Planner:
-    """Compiles programs of a run on meshes and with batches that it is asked for.
+    """Plans the programs of a run on any mesh and with any batch.
 
     Args:
-      request: what is asked.
+      request: the run and the devices.
 
     Raises:
-      UserError: a config.json is missing, or there is no such stage or number of devices.
+      UserError: a model's config.json is missing, the run has no stage of a requested name, or the
+        compiler knows no machine with this number of devices.
     """
 
     def __init__(self, request: Request) -> None:
@@ -170,10 +184,10 @@ class Planner:
         self.programs: list[Program] = [program for program in found if program.name in wanted]
 
     def axes_of(self, axes: AxesConfig) -> dict[str, int]:
-        """Sizes of the axes, ``rest`` resolved.
+        """Sizes of a mesh's axes, with a number in place of ``rest``.
 
         Raises:
-          UserError: they do not multiply to the number of devices.
+          UserError: the product of the sizes is not the number of devices.
         """
         return dict(self._mesh_of(axes).shape)
 
@@ -183,7 +197,16 @@ class Planner:
         return arrange(axes, self._devices)
 
     def look(self, program: Program, axes: dict[str, int], rows: int) -> StagePlan:
-        """A program on a mesh with so many rows."""
+        """Compiles a program on a mesh with a number of rows.
+
+        Args:
+          program: one of ``programs``.
+          axes: sizes of the mesh's axes.
+          rows: rows that are computed at once, over all devices.
+
+        Raises:
+          UserError: the rows or an array cannot be split over the mesh.
+        """
         from proxykd_jax.parallel.sharding import check_rows
 
         request, device = self.request, self.request.device
@@ -218,8 +241,11 @@ class Planner:
         )
 
     def with_largest_batch(self, program: Program, stage: StagePlan) -> StagePlan:
-        """Finds the largest batch: memory is near linear in it, so two looks say where to look, and
-        a third confirms."""
+        """Finds the largest batch that fits.
+
+        Memory grows almost linearly with the batch. Two compilations give the slope, and a third
+        one checks the batch that the slope predicts.
+        """
         if not stage.estimate:
             return stage
         unit = stage.axes["data"] * stage.axes["fsdp"]
@@ -234,7 +260,7 @@ class Planner:
         guess = most if slope <= 0 else min(int(rows + room / slope), most)
         guess = guess // unit * unit
         best = max((s.batch for s in (stage, second) if s.fits), default=0)
-        # Where the estimate was too bold, a little less is tried; each look is a compilation.
+        # If the predicted batch does not fit, try 90 % and 75 % of it. Each try is a compilation.
         for tried in (guess, int(guess * 0.9) // unit * unit, int(guess * 0.75) // unit * unit):
             if tried <= best:
                 break
@@ -245,7 +271,7 @@ class Planner:
 
 
 def _exchanged(compiled: tuple[Compiled, ...], runs: tuple[float, ...]) -> float | None:
-    """Bytes that a device exchanges; what is reduced goes round twice."""
+    """Bytes that a device exchanges for a batch; an all-reduce sends its data twice."""
     total = 0.0
     for found, times in zip(compiled, runs, strict=True):
         if found.collectives is None:
@@ -257,10 +283,17 @@ def _exchanged(compiled: tuple[Compiled, ...], runs: tuple[float, ...]) -> float
 
 
 def architecture(section: ModelSection, role: str) -> ModelConfig:
-    """A model of the config, from its ``config.json``.
+    """The architecture of a model of the run, read from its ``config.json``.
+
+    Args:
+      section: the model's section of the config.
+      role: the section's name, ``proxy`` or ``student``, for the error message.
+
+    Returns:
+      The architecture, with ``lora`` set if an adapter is trained.
 
     Raises:
-      UserError: there is none on this machine.
+      UserError: no ``config.json`` is on this machine.
     """
     from proxykd_jax.models.hf_config import read_config
     from proxykd_jax.models.hf_weights import cut_config
@@ -280,5 +313,5 @@ def architecture(section: ModelSection, role: str) -> ModelConfig:
 
 
 def mesh_name(axes: dict[str, int]) -> str:
-    """``data x fsdp x tensor``."""
+    """The sizes of the axes in the order data, fsdp, tensor; for example ``1x8x1``."""
     return f"{axes['data']}x{axes['fsdp']}x{axes['tensor']}"

@@ -1,4 +1,4 @@
-"""A plan as a person reads it."""
+"""Prints a plan as a table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from proxykd_jax.parallel.ahead import has_compiler
 from proxykd_jax.planning.look import BOUNDS, Request, StagePlan, mesh_name
 
 _GIB = 1 << 30
-# The paper's Table 3, hours for 40,000 samples: (kind, billions of parameters, GPUs, hours).
+# The paper's Table 3: (kind, billions of parameters, number of GPUs, hours for 40,000 samples).
 PAPER_HOURS = (
     ("SFT", 7, 4, 1.0),
     ("Distill", 7, 4, 2.0),
@@ -15,7 +15,8 @@ PAPER_HOURS = (
     ("SFT", 70, 8, 5.5),
     ("Pref", 70, 8, 28.0),
 )
-# Its kinds: the stages that there must be, and those whose hours add up.
+# For each kind of the paper: the stages that the plan must have, and the stages whose hours are
+# added.
 _KINDS: tuple[tuple[str, set[str], tuple[str, ...]], ...] = (
     ("SFT", {"warmup"}, ("warmup",)),
     ("Pref", {"sample", "round"}, ("sample", "reference", "round")),
@@ -24,18 +25,18 @@ _KINDS: tuple[tuple[str, set[str], tuple[str, ...]], ...] = (
 
 
 def render(request: Request, stages: list[StagePlan]) -> str:
-    """The plan as text."""
+    """The table of a plan with its legend and the paper's hours, as text."""
     device = request.device
     lines = [
         f"{request.config.name} on {request.count} x {device.title}, rows of "
-        f"{request.config.corpus.max_length} tokens; a program may take "
-        f"{request.limit / _GIB:.1f} of {device.memory_bytes / _GIB:.1f} GiB a device",
+        f"{request.config.corpus.max_length} tokens; a program can use "
+        f"{request.limit / _GIB:.1f} of {device.memory_bytes / _GIB:.1f} GiB per device",
     ]
     if not has_compiler(device):
         lines.append(
-            "the compiler of this device is not installed (pip install 'proxykd_jax[plan]'): "
-            "compiled for CPUs in its place. Arguments are exact; temporaries and peaks are no "
-            "estimate, and whether it fits is not known."
+            "The compiler of this device is not installed (pip install 'proxykd_jax[plan]'), so "
+            "the programs were compiled for CPUs. Arguments are exact. Temporaries and peaks are "
+            "no estimate, and it is not known whether the programs fit."
         )
     header = (
         f"{'stage':<10}{'mesh':<11}{'rows':>5}{'peak':>8}{'args':>8}{'temps':>8}{'outs':>7}"
@@ -58,18 +59,19 @@ def render(request: Request, stages: list[StagePlan]) -> str:
         )
     lines += [
         "",
-        "mesh: data x fsdp x tensor. peak, args, temps, outs, beside: GiB a device; outs that take "
-        "the place of donated arguments are in args too; beside: held while the program runs.",
-        f"hours: {request.samples} samples of {request.prompt} + {request.answer} tokens (prompt + "
-        f"answer) at {request.utilisation:.0%} of the peak that bounds the stage; nothing here was "
-        "timed.",
+        "mesh: data x fsdp x tensor. peak, args, temps, outs, beside: GiB per device. An output "
+        "that reuses the memory of an argument counts in both. beside: other arrays that stay in "
+        "memory while the program runs. most: the largest number of rows that fits.",
+        f"hours: for {request.samples} samples of {request.prompt} + {request.answer} tokens "
+        f"(prompt + answer) at {request.utilisation:.0%} of the peak that bounds the stage. No "
+        "program was run or timed.",
         *_beside_the_paper(request, stages),
     ]
     return "\n".join(lines)
 
 
 def _beside_the_paper(request: Request, stages: list[StagePlan]) -> list[str]:
-    """Hours by the names of the paper's Table 3."""
+    """The hours under the names of the paper's Table 3, each beside the paper's own."""
     found = {stage.name: stage for stage in stages}
     lines = []
     for kind, needed, names in _KINDS:

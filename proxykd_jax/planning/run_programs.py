@@ -1,4 +1,4 @@
-"""The phases of a run and their programs, from its config alone."""
+"""The phases of a run and the programs that they compile, from the config alone."""
 
 from __future__ import annotations
 
@@ -15,12 +15,19 @@ from proxykd_jax.training.sketch import Corpus, sketch_run
 def run_phases(
     config: Config, proxy: ModelConfig, student: ModelConfig, corpus: Corpus | None = None
 ) -> dict[str, list[Phase]]:
-    """The phases of ``align`` (none where no proxy is used) and of ``distill``.
+    """The phases of the stages ``align`` and ``distill``.
 
     Args:
-      config: of the run.
-      proxy, student: architectures, with ``lora`` set where an adapter is trained.
-      corpus: whose rows are counted (default: one row a split).
+      config: the config of the run.
+      proxy, student: architectures, with ``lora`` set if an adapter is trained.
+      corpus: the corpus whose rows give the number of steps (default: one row per split).
+
+    Returns:
+      The phases in order, under the keys ``align`` and ``distill``. ``align`` is empty if the run
+      uses no proxy.
+
+    Raises:
+      UserError: a phase does not fit the corpus or the models.
     """
     found: dict[str, list[Phase]] = {"align": [], "distill": []}
     if config.needs != "nothing":
@@ -31,11 +38,14 @@ def run_phases(
 
 
 def run_programs(config: Config, proxy: ModelConfig, student: ModelConfig) -> list[Program]:
-    """The programs of a run in the order of its stages, each once.
+    """The programs of a run in the order of its stages; a name that occurs again is left out.
 
     Args:
-      config: of the run.
-      proxy, student: architectures, with ``lora`` set where an adapter is trained.
+      config: the config of the run.
+      proxy, student: architectures, with ``lora`` set if an adapter is trained.
+
+    Raises:
+      UserError: as ``run_phases``.
     """
     phases = run_phases(config, proxy, student)
     found = [program for phase in phases["align"] for program in phase.programs(phase)]

@@ -105,7 +105,7 @@ def test_a_run_is_named_by_its_config_too(made, other, tmp_path):
 def test_mistakes_are_sentences(made, other, tmp_path, capsys):
     runs = [str(made.folder), str(other.folder)]
     for arguments, sentence in (
-        (["--run", *runs], "name it by --out FILE"),
+        (["--run", *runs], "name the page with --out FILE"),
         (["--run", runs[0], runs[0], "--out", "x.html"], "is named twice"),
         (["--run", str(tmp_path / "none")], "is not a folder"),
         (["--run", str(tmp_path)], "holds no run"),
