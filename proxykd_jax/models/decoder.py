@@ -18,13 +18,13 @@ from proxykd_jax.models.attention import (
     RESULT,
     Backend,
     choose_backend,
-    dot_precision,
     segment_mask,
     window_mask,
 )
 from proxykd_jax.models.attention import attention as grouped_attention
 from proxykd_jax.models.config import LoraConfig, ModelConfig
 from proxykd_jax.models.lora import Adapter, lora_updates
+from proxykd_jax.models.numerics import dot_precision
 from proxykd_jax.models.params import Params
 from proxykd_jax.models.quantized import matmul
 from proxykd_jax.models.rope import check_length, rotate, rotation

@@ -13,8 +13,10 @@ import pytest
 from scipy import stats
 
 from proxykd_jax.errors import UserError
-from proxykd_jax.generation import decode, sampler
-from proxykd_jax.generation.sampler import next_slots, prompt_bucket, sample, slot_bucket
+from proxykd_jax.generation import cpu_schedule, decode, sampler
+from proxykd_jax.generation.cpu_schedule import next_slots
+from proxykd_jax.generation.sampler import sample
+from proxykd_jax.generation.shapes import prompt_bucket, row_counts, slot_bucket
 from tests.generation.tiny import full_logps, some_prompts, tiny_model
 
 END = 3
@@ -220,12 +222,12 @@ def test_short_prompts_that_are_run_apart_draw_the_same(monkeypatch, mixed):
     budgets = [30, 9, 1, 60, 4, 30, 75, 8, 2, 30]
     joined = []
     monkeypatch.setattr(
-        sampler, "join_rows", lambda *a, **k: joined.append(k) or join_rows(*a, **k)
+        cpu_schedule, "join_rows", lambda *a, **k: joined.append(k) or join_rows(*a, **k)
     )
     join_rows = decode.join_rows
     whole = run(model, prompts, row_ids, budgets, batch_size=16, **other)
     assert not joined
-    monkeypatch.setattr(sampler, "_WORTH_A_PROGRAM", 1.0)
+    monkeypatch.setattr(cpu_schedule, "_WORTH_A_PROGRAM", 1.0)
     apart = run(model, prompts, row_ids, budgets, batch_size=16, **other)
     # The longest prompt has 100 tokens; its row of 128 loses some of its padding.
     assert [found["filled"] for found in joined] == [112]
@@ -236,19 +238,19 @@ def test_prompts_are_cut_where_the_most_padding_is_spared():
     counts = [32, 24, 16, 12, 8]
     lengths = [10] * 14 + [60] * 6 + [200] * 4
     # 16 rows of 16 and 12 of 256; 24 of 64 and 8 of 256 would be more.
-    assert sampler._cut_by_length(lengths, counts, 24 * 256, 1e9) == 14
+    assert cpu_schedule._cut_by_length(lengths, counts, 24 * 256, 1e9) == 14
     # 32 rows of 64 and 8 of 256; 16 of 16 and 16 of 256 would be more.
     more = [10] * 14 + [60] * 12 + [200] * 2
-    assert sampler._cut_by_length(more, counts, 32 * 256, 1e9) == 26
-    assert sampler._cut_by_length(lengths, counts, 24 * 256, 1e3) is None
-    assert sampler._cut_by_length([10] * 20, counts, 24 * 16, 1e9) is None
+    assert cpu_schedule._cut_by_length(more, counts, 32 * 256, 1e9) == 26
+    assert cpu_schedule._cut_by_length(lengths, counts, 24 * 256, 1e3) is None
+    assert cpu_schedule._cut_by_length([10] * 20, counts, 24 * 16, 1e9) is None
 
 
 @pytest.mark.parametrize("one_cpu", [True, False])
 def test_long_answers_get_more_slots(monkeypatch, one_cpu):
     """Through caches of 64, 96, 128, 192 slots, of layers apart and stacked, with rows that end
     on the way."""
-    monkeypatch.setattr(sampler, "_is_one_cpu", lambda params: one_cpu)
+    monkeypatch.setattr(cpu_schedule, "_is_one_cpu", lambda params: one_cpu)
     model = tiny_model(max_positions=256)
     prompts, row_ids = some_prompts(12)
     budgets = [160, 3, 47, 48, 49, 80, 81, 112, 130, 159, 1, 160]
@@ -281,7 +283,7 @@ def test_cores_answer_parts_of_a_batch(monkeypatch):
         (3, [11, 11, 10] * 2 + [9, 9, 8]),
     ):
         counted, fails_at = [], 0
-        monkeypatch.setattr(sampler, "_cores", lambda batch_size, cores=cores: cores)
+        monkeypatch.setattr(cpu_schedule, "_cores", lambda batch_size, cores=cores: cores)
         found[cores] = run(model, prompts, row_ids, budgets, batch_size=32)
         assert sorted(counted, reverse=True) == sorted(parts, reverse=True)
         assert_same(found[cores], found[1])
@@ -445,7 +447,7 @@ def test_slots_grow_by_as_much_as_is_worth_a_program(between):
 
 
 def test_row_counts_divide_and_shrink():
-    assert sampler._row_counts(64, 1, between=True) == [64, 48, 32, 24, 16, 12, 8]
-    assert sampler._row_counts(64, 1, between=False) == [64, 32, 16, 8]
-    assert sampler._row_counts(48, 16, between=True) == [48]
-    assert sampler._row_counts(5, 1, between=True) == [5]
+    assert row_counts(64, 1, between=True) == [64, 48, 32, 24, 16, 12, 8]
+    assert row_counts(64, 1, between=False) == [64, 32, 16, 8]
+    assert row_counts(48, 16, between=True) == [48]
+    assert row_counts(5, 1, between=True) == [5]
