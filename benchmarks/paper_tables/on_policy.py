@@ -67,7 +67,7 @@ def sampled_answers(
     mixing: Mixing | None = None,
 ) -> AnswerBatch:
     """The student's answers as it is now, or those of a mixture with the scorer."""
-    settings = DrawSettings(1.0, 1.0, w.VOCAB_SIZE, (w.END,))
+    settings = DrawSettings(1.0, 1.0, w.VOCAB_SIZE, (w.END,), mixing)
     other = None if mixing is None else constants["frozen"]["scorer"]
     state = draw_answers(
         params,
@@ -78,7 +78,6 @@ def sampled_answers(
         settings,
         w.MAX_ANSWER,
         other,
-        mixing,
     )
     answers_BT = state.tokens_BS[:, : w.MAX_ANSWER]
     rows = rows_of_samples(prompts.tokens_BL, answers_BT, state.count_B)

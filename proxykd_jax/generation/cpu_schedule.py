@@ -75,7 +75,7 @@ class CpuSchedule:
           most_slots: slots that the rows need in the end.
         """
         num_rows, length = batch.tokens_BL.shape
-        lengths = [len(batches.prompts[i]) for i in rows]
+        lengths = [len(batches.prompts[i].tokens) for i in rows]
         flops = 2.0 * batches.config.num_params
         cut = _cut_by_length(lengths, batches.row_counts, num_rows * length, flops)
         if cut is None:

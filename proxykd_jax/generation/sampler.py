@@ -9,21 +9,22 @@ batches in another way (``cpu_schedule.py``).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from proxykd_jax.errors import UserError
 from proxykd_jax.generation.cpu_schedule import CpuSchedule, find_cpu_schedule
 from proxykd_jax.generation.decode import (
     DecodeState,
     DrawSettings,
-    Mixing,
     PromptBatch,
     decode,
     move_rows,
@@ -34,6 +35,7 @@ from proxykd_jax.generation.shapes import prompt_bucket, row_counts, slot_bucket
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.parallel.mappings import make_room
 from proxykd_jax.parallel.processes import fetch
+from proxykd_jax.parallel.sharding import put_rows, row_ways
 
 # Words of a row id's digest in the random key: 128 bits.
 _ROW_WORDS = 4
@@ -62,25 +64,32 @@ class Sample:
         return float(np.sum(self.logps, dtype=np.float64))
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt to answer.
+
+    Attributes:
+      tokens: int32 ``[P]``, at least one.
+      row_id: any text that names the row; prompts with equal row_id and tokens get the same answer.
+      budget: most tokens of the answer, including the end token. 0 draws nothing.
+    """
+
+    tokens: np.ndarray
+    row_id: str
+    budget: int
+
+
 def sample(
-    params: Any,
-    adapter: Any,
-    prompts: Sequence[np.ndarray],
-    row_ids: Sequence[str],
+    weights: tuple[Any, Any],
+    prompts: Sequence[Prompt],
     *,
     config: ModelConfig,
+    settings: DrawSettings,
     seed: int,
     round_index: int,
-    end_token_ids: Sequence[int],
-    max_new_tokens: Sequence[int],
-    temperature: float = 1.0,
-    top_p: float = 1.0,
     batch_size: int = 32,
-    vocab_size: int | None = None,
-    put: Callable[[PromptBatch], PromptBatch] | None = None,
-    rows_multiple: int = 1,
+    mesh: Mesh | None = None,
     other: tuple[Any, Any] | None = None,
-    mixing: Mixing | None = None,
 ) -> list[Sample]:
     """Draws one answer for each prompt.
 
@@ -88,61 +97,39 @@ def sample(
     their order and ``batch_size`` do not matter, except through rounding (see ``decode.py``).
 
     Args:
-      params, adapter: the model, already on its devices.
-      prompts: token ids, at least one each.
-      row_ids: any text that names the row; rows with equal id and prompt get the same answer.
+      weights: (params, adapter) of the model, already on its devices.
+      prompts: prompts of any lengths.
       config: the model's shapes.
+      settings: how a token is drawn. Ids that the model does not have are never drawn.
       seed, round_index: integers in [0, 2**31).
-      end_token_ids: tokens that end an answer.
-      max_new_tokens: budget of each row in tokens, including the end token. 0 draws nothing.
-      temperature: 0 is greedy.
-      top_p: nucleus; 1 draws from all tokens.
-      batch_size: most rows decoded together.
-      vocab_size: larger or equal ids are never drawn (default: all of the model's ids may be).
-      put: places a batch of prompts on devices; by default jax decides.
-      rows_multiple: every batch has a multiple of this many rows (the number of data shards);
-        ``batch_size`` must be a multiple, too.
-      other, mixing: another model's (params, adapter) and how to mix it in; both or neither.
-        Log-probs are then the mixture's.
+      batch_size: most rows decoded together; a multiple of the mesh's number of data shards.
+      mesh: over which rows are split; by default jax decides.
+      other: (params, adapter) of the model that ``settings.mixing`` describes; both or neither.
 
     Returns:
       One sample per prompt, in the given order.
 
     Raises:
-      ValueError: lists of different lengths, an empty prompt, arguments out of range.
+      ValueError: an empty prompt, arguments out of range.
       UserError: the model gives NaN log-probs.
     """
-    if (other is None) != (mixing is None):
-        raise ValueError("other and mixing are given together, or neither.")
-    settings = _check(
-        prompts,
-        row_ids,
-        max_new_tokens,
-        config,
-        temperature,
-        top_p,
-        batch_size,
-        rows_multiple,
-        vocab_size,
-        end_token_ids,
-    )
+    rows_multiple = 1 if mesh is None else row_ways(mesh.shape)
+    _check(prompts, batch_size, rows_multiple)
+    if (other is None) != (settings.mixing is None):
+        raise ValueError("other and settings.mixing are given together, or neither.")
     make_room()
     cpu = find_cpu_schedule(
-        params, num_layers=config.num_layers, batch_size=batch_size, rows_multiple=rows_multiple
+        weights[0], num_layers=config.num_layers, batch_size=batch_size, rows_multiple=rows_multiple
     )
     runner = Batches(
-        params=params,
-        adapter=adapter,
+        weights=weights,
         other=other,
         prompts=prompts,
-        row_ids=row_ids,
-        budgets=max_new_tokens,
         config=config,
-        settings=settings,
-        mixing=mixing,
+        settings=_canonical(settings, config),
         seed=seed,
         round_index=round_index,
-        put=put or (lambda batch: batch),
+        mesh=mesh,
         cpu=cpu,
         row_counts=row_counts(
             batch_size if cpu is None else cpu.part_size,
@@ -151,8 +138,9 @@ def sample(
         ),
     )
     samples = [Sample(np.zeros(0, np.int32), False, np.zeros(0, np.float32)) for _ in prompts]
-    todo = [index for index in range(len(prompts)) if max_new_tokens[index] > 0]
-    todo.sort(key=lambda i: (prompt_bucket(len(prompts[i])), max_new_tokens[i], len(prompts[i]), i))
+    lengths = [len(prompt.tokens) for prompt in prompts]
+    todo = [index for index, prompt in enumerate(prompts) if prompt.budget > 0]
+    todo.sort(key=lambda i: (prompt_bucket(lengths[i]), prompts[i].budget, lengths[i], i))
     batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
     answered = map(runner.answers, batches) if cpu is None else cpu.answers(runner.answers, batches)
     for found in answered:
@@ -166,26 +154,20 @@ class Batches:
     """Runs batches of prompts until their answers are done.
 
     Attributes:
-      params, adapter, other, config, mixing, seed, round_index, settings: as in ``sample``.
-      prompts, row_ids, budgets: of all rows.
-      put: places a batch of prompts on devices.
+      weights, other, prompts, config, settings, seed, round_index, mesh: as in ``sample``.
       cpu: how one CPU device runs them, several at a time; None on other devices.
       row_counts: the sizes that a batch shrinks through, largest first.
       turns: held while a program is compiled and started, not while it runs.
     """
 
-    params: Any
-    adapter: Any
+    weights: tuple[Any, Any]
     other: tuple[Any, Any] | None
-    prompts: Sequence[np.ndarray]
-    row_ids: Sequence[str]
-    budgets: Sequence[int]
+    prompts: Sequence[Prompt]
     config: ModelConfig
     settings: DrawSettings
-    mixing: Mixing | None
     seed: int
     round_index: int
-    put: Callable[[PromptBatch], PromptBatch]
+    mesh: Mesh | None
     cpu: CpuSchedule | None
     row_counts: list[int]
     turns: threading.Lock = field(default_factory=threading.Lock)
@@ -224,55 +206,42 @@ class Batches:
 
     def prompts_of(self, rows: list[int]) -> tuple[PromptBatch, int]:
         """The prompts, padded, and the number of cache slots that they need in the end."""
-        return _prompt_batch(
-            [self.prompts[i] for i in rows],
-            [self.row_ids[i] for i in rows],
-            [int(self.budgets[i]) for i in rows],
-            self.row_counts,
-            [self.config] if self.mixing is None else [self.config, self.mixing.config],
-        )
+        mixing = self.settings.mixing
+        configs = [self.config] if mixing is None else [self.config, mixing.config]
+        return _prompt_batch([self.prompts[i] for i in rows], self.row_counts, configs)
 
     def run_prompts(self, batch: PromptBatch, slots: int) -> DecodeState:
         """The state after the prompts, in a cache of ``slots``."""
         with self.turns:
             return prefill(
-                self.params,
-                self.adapter,
-                self.put(batch),
+                self.weights,
+                batch if self.mesh is None else put_rows(batch, self.mesh),
                 np.uint32(self.seed),
                 np.uint32(self.round_index),
                 self.other,
                 config=self.config,
                 slots=slots,
                 settings=self.settings,
-                mixing=self.mixing,
                 apart=self.cpu is not None,
             )
 
     def _go_on(self, state: DecodeState, few: int) -> DecodeState:
         with self.turns:
-            (params, adapter), other = self._decoding_weights
+            weights, other = self._decoding_weights
+            few_rows = np.int32(few)
             return decode(
-                params,
-                adapter,
-                state,
-                np.int32(few),
-                other,
-                config=self.config,
-                settings=self.settings,
-                mixing=self.mixing,
+                weights, state, few_rows, other, config=self.config, settings=self.settings
             )
 
     @functools.cached_property
     def _decoding_weights(self) -> tuple[tuple[Any, Any], tuple[Any, Any] | None]:
         """(params, adapter), and the other model's, in the form that ``decode`` takes."""
-        weights = (self.params, self.adapter)
         if self.cpu is None:
-            return weights, self.other
-        other = self.other
-        if other is not None and self.mixing is not None:
-            other = weights_apart(*other, config=self.mixing.config)
-        return weights_apart(*weights, config=self.config), other
+            return self.weights, self.other
+        other, mixing = self.other, self.settings.mixing
+        if other is not None and mixing is not None:
+            other = weights_apart(*other, config=mixing.config)
+        return weights_apart(*self.weights, config=self.config), other
 
 
 def _answers_of(state: DecodeState, places: np.ndarray) -> Iterator[tuple[int, Sample]]:
@@ -297,56 +266,36 @@ def _answers_of(state: DecodeState, places: np.ndarray) -> Iterator[tuple[int, S
         )
 
 
-def _check(
-    prompts: Sequence[np.ndarray],
-    row_ids: Sequence[str],
-    max_new_tokens: Sequence[int],
-    config: ModelConfig,
-    temperature: float,
-    top_p: float,
-    batch_size: int,
-    rows_multiple: int,
-    vocab_size: int | None,
-    end_token_ids: Sequence[int],
-) -> DrawSettings:
-    if not len(prompts) == len(row_ids) == len(max_new_tokens):
-        raise ValueError(
-            f"{len(prompts)} prompts, {len(row_ids)} row ids and {len(max_new_tokens)} budgets: "
-            "there must be as many of each."
-        )
-    if any(len(prompt) == 0 for prompt in prompts):
+def _check(prompts: Sequence[Prompt], batch_size: int, rows_multiple: int) -> None:
+    if any(len(prompt.tokens) == 0 for prompt in prompts):
         raise ValueError("A prompt has no token: there is nothing to continue.")
-    vocab_size = config.vocab_size if vocab_size is None else min(vocab_size, config.vocab_size)
-    if not (temperature >= 0 and 0 < top_p <= 1 and batch_size >= 1 and vocab_size >= 1):
-        raise ValueError(
-            f"Out of range: temperature {temperature} (at least 0), top_p {top_p} (in (0, 1]), "
-            f"batch_size {batch_size} or vocab_size {vocab_size} (at least 1)."
-        )
-    if batch_size % rows_multiple:
-        raise ValueError(f"batch_size {batch_size} must be a multiple of {rows_multiple}.")
-    return DrawSettings(
-        temperature=float(temperature),
-        top_p=float(top_p),
-        vocab_size=vocab_size,
-        end_token_ids=tuple(sorted({int(token) for token in end_token_ids})),
+    if batch_size < 1 or batch_size % rows_multiple:
+        raise ValueError(f"batch_size {batch_size} must be a positive multiple of {rows_multiple}.")
+
+
+def _canonical(settings: DrawSettings, config: ModelConfig) -> DrawSettings:
+    """Equal settings for equal draws, so that nothing is compiled twice."""
+    return dataclasses.replace(
+        settings,
+        temperature=float(settings.temperature),
+        top_p=float(settings.top_p),
+        vocab_size=min(settings.vocab_size, config.vocab_size),
+        end_token_ids=tuple(sorted({int(token) for token in settings.end_token_ids})),
     )
 
 
 def _prompt_batch(
-    prompts: list[np.ndarray],
-    row_ids: list[str],
-    budgets: list[int],
-    row_counts: list[int],
-    configs: list[ModelConfig],
+    prompts: list[Prompt], counts: list[int], configs: list[ModelConfig]
 ) -> tuple[PromptBatch, int]:
     """The prompts padded to the ladder's shapes, and the number of cache slots they need."""
-    num_rows = min(count for count in row_counts if count >= len(prompts))
-    longest = max(len(prompt) for prompt in prompts)
-    needed = longest + max(budgets)
+    num_rows = min(count for count in counts if count >= len(prompts))
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    most_new = max(prompt.budget for prompt in prompts)
+    needed = longest + most_new
     # Padding must not exceed a model's positions.
     most = min(config.max_positions for config in configs)
-    length = min(prompt_bucket(longest), max(longest, most - max(budgets)))
-    slots = slot_bucket(length + max(budgets))
+    length = min(prompt_bucket(longest), max(longest, most - most_new))
+    slots = slot_bucket(length + most_new)
     for config in configs:
         if config.rope.kind == "dynamic":  # undefined beyond, even for slots that stay empty
             slots = min(slots, max(needed, config.max_positions))
@@ -355,10 +304,10 @@ def _prompt_batch(
     words_BW = np.zeros((num_rows, _ROW_WORDS), np.uint32)
     budgets_B = np.zeros(num_rows, np.int32)
     for row, prompt in enumerate(prompts):
-        tokens_BL[row, length - len(prompt) :] = prompt
-        valid_BL[row, length - len(prompt) :] = True
-        words_BW[row] = row_words(row_ids[row])
-        budgets_B[row] = budgets[row]
+        tokens_BL[row, length - len(prompt.tokens) :] = prompt.tokens
+        valid_BL[row, length - len(prompt.tokens) :] = True
+        words_BW[row] = row_words(prompt.row_id)
+        budgets_B[row] = prompt.budget
     valid_BL[len(prompts) :, -1] = True
     return PromptBatch(tokens_BL, valid_BL, words_BW, budgets_B), slots
 

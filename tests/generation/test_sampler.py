@@ -12,23 +12,27 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from proxykd_jax.config import AxesConfig
 from proxykd_jax.errors import UserError
 from proxykd_jax.generation import cpu_schedule, decode, sampler
 from proxykd_jax.generation.cpu_schedule import next_slots
-from proxykd_jax.generation.sampler import sample
+from proxykd_jax.generation.decode import DrawSettings
+from proxykd_jax.generation.sampler import Prompt, sample
 from proxykd_jax.generation.shapes import prompt_bucket, row_counts, slot_bucket
+from proxykd_jax.parallel.mesh import make_mesh
 from tests.generation.tiny import full_logps, some_prompts, tiny_model
 
 END = 3
 
 
 def run(model, prompts, row_ids, budgets, **changes):
-    config, params, adapter = model
-    options = {
-        "config": config, "seed": 5, "round_index": 1, "end_token_ids": [END], "batch_size": 8,
-        **changes,
-    }  # fmt: skip
-    return sample(params, adapter, prompts, row_ids, max_new_tokens=budgets, **options)
+    config, *weights = model
+    draw = {"temperature": 1.0, "top_p": 1.0, "vocab_size": config.vocab_size,
+            "end_token_ids": [END], "mixing": None}  # fmt: skip
+    draw |= {name: changes.pop(name) for name in draw.keys() & changes.keys()}
+    options = {"seed": 5, "round_index": 1, "batch_size": 8, **changes}
+    asked = [Prompt(*each) for each in zip(prompts, row_ids, budgets, strict=True)]
+    return sample(tuple(weights), asked, config=config, settings=DrawSettings(**draw), **options)
 
 
 def assert_same(first, second):
@@ -293,13 +297,15 @@ def test_cores_answer_parts_of_a_batch(monkeypatch):
     assert len(counted) < 8
 
 
-def test_a_batch_that_cannot_shrink_comes_to_its_end():
+def test_a_batch_that_cannot_shrink_comes_to_its_end(monkeypatch):
     """As many ways as rows: 16 devices hold 16 rows, of which half are done."""
     model = tiny_model()
     prompts, row_ids = some_prompts(16)
     budgets = [2] * 9 + [16] * 7
-    samples = run(model, prompts, row_ids, budgets, batch_size=16, rows_multiple=16)
-    assert_same(samples, run(model, prompts, row_ids, budgets))
+    expected = run(model, prompts, row_ids, budgets)
+    monkeypatch.setattr(sampler, "row_ways", lambda axes: 16)
+    samples = run(model, prompts, row_ids, budgets, batch_size=16, mesh=make_mesh(AxesConfig()))
+    assert_same(samples, expected)
 
 
 def test_keys_differ_by_seed_round_row_and_position():
@@ -375,19 +381,19 @@ def test_padding_stays_within_the_positions_that_dynamic_rope_allows():
     assert [len(s.tokens) for s in samples] == [7] * 4
 
 
-def test_a_placement_of_batches_changes_nothing():
+def test_a_mesh_changes_nothing(monkeypatch):
     model = tiny_model()
     prompts, row_ids = some_prompts(5)
     placed = []
 
-    def put(batch):
-        placed.append(batch)
-        return jax.device_put(batch, jax.devices()[0])
-
-    assert_same(
-        run(model, prompts, row_ids, [9] * 5, put=put), run(model, prompts, row_ids, [9] * 5)
+    put_rows = sampler.put_rows
+    monkeypatch.setattr(
+        sampler, "put_rows", lambda batch, mesh: placed.append(batch) or put_rows(batch, mesh)
     )
+    mesh = make_mesh(AxesConfig())
+    on_mesh = run(model, prompts, row_ids, [9] * 5, mesh=mesh)
     assert len(placed) == 1
+    assert_same(on_mesh, run(model, prompts, row_ids, [9] * 5))
 
 
 def test_other_processes_draw_the_same(tmp_path):
@@ -413,12 +419,12 @@ def test_other_processes_draw_the_same(tmp_path):
 def test_what_cannot_be_sampled_is_refused():
     model = tiny_model()
     prompts, row_ids = some_prompts(2)
-    with pytest.raises(ValueError, match="as many of each"):
-        run(model, prompts, row_ids[:1], [3, 3])
     with pytest.raises(ValueError, match="no token"):
         run(model, [prompts[0], np.zeros(0, np.int32)], row_ids, [3, 3])
     with pytest.raises(ValueError, match="top_p"):
         run(model, prompts, row_ids, [3, 3], top_p=0.0)
+    with pytest.raises(ValueError, match="batch_size"):
+        run(model, prompts, row_ids, [3, 3], batch_size=0)
     assert run(model, [], [], []) == []
     config, params, adapter = model
     broken = {**params, "final_norm": {"scale": params["final_norm"]["scale"] * jnp.nan}}
