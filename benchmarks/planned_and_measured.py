@@ -116,10 +116,10 @@ def _time_sampling(config: Config, model: Any, prefill: Any, mesh: Any, half: in
     """Seconds for a batch of answers by the sampler, every row to the end of its budget."""
     import numpy as np
 
-    from proxykd_jax.generation.sampler import sample
-    from proxykd_jax.parallel.sharding import put_rows
+    from proxykd_jax.generation.decode import DrawSettings
+    from proxykd_jax.generation.sampler import Prompt, sample
 
-    (params, adapter, *_), _ = _random(prefill, prefill.compile(), model.vocab_size)
+    (weights, *_), _ = _random(prefill, prefill.compile(), model.vocab_size)
     rows = config.align.sampling.batch_size
     budget = min(config.align.sampling.max_new_tokens or half, half)
     prompts = list(np.random.default_rng(0).integers(3, model.vocab_size, (rows, half)))
@@ -127,17 +127,17 @@ def _time_sampling(config: Config, model: Any, prefill: Any, mesh: Any, half: in
     def draw(seed: int) -> float:
         started = time.perf_counter()
         sample(
-            params,
-            adapter,
-            [prompt.astype(np.int32) for prompt in prompts],
-            [str(row) for row in range(rows)],
+            weights,
+            [
+                Prompt(prompt.astype(np.int32), str(row), budget)
+                for row, prompt in enumerate(prompts)
+            ],
             config=model,
+            settings=DrawSettings(1.0, 1.0, model.vocab_size, ()),
             seed=seed,
             round_index=1,
-            end_token_ids=(),
-            max_new_tokens=[budget] * rows,
             batch_size=rows,
-            put=lambda batch: put_rows(batch, mesh),
+            mesh=mesh,
         )
         return time.perf_counter() - started
 

@@ -25,8 +25,9 @@ by `python -m docs.make_configuration`; `python -m proxykd_jax.align --help` pri
   once, each with the place and a suggestion.
 - `--set section.key=value` changes one key from the command line (an entry of a list by its number:
   `--set corpus.sources.0.limit=100`).
-- `$NAME` and `~` are expanded in places on disk; `1e-5` is a number; YAML aliases and tags are
-  refused.
+- In a `path`, `$NAME` and `${NAME}` stand for environment variables, and a leading `~` for a home
+  folder. Keys that take a folder or a name on the hub have this type, too.
+- `1e-5` is a number; YAML aliases and tags are refused.
 - Where two defaults stand, the preset decides. `preset` itself has no default."""
 
 

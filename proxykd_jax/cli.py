@@ -10,7 +10,7 @@ import os
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -18,6 +18,7 @@ from pydantic_core import PydanticUndefined
 from proxykd_jax.config import Config, dump_config, load_config
 from proxykd_jax.config.load import _section_classes
 from proxykd_jax.config.presets import PRESETS
+from proxykd_jax.config.section import is_path
 from proxykd_jax.errors import Stopped, UserError
 from proxykd_jax.parallel.launchers import Launch, find_launch
 from proxykd_jax.peers import is_first, sigterm_stops
@@ -216,9 +217,9 @@ def describe_keys() -> str:
     return "\n".join(lines)
 
 
-def config_keys() -> Iterator[tuple[str, str, str, str]]:
-    """(key, type, default, meaning) of every key, in the order of the schema."""
-    yield from _keys_of(Config, "")
+def config_keys(root: type[BaseModel] = Config) -> Iterator[tuple[str, str, str, str]]:
+    """(key, type, default, meaning) of every key of a schema, in its order."""
+    yield from _keys_of(root, "")
 
 
 def _keys_of(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
@@ -230,7 +231,10 @@ def _keys_of(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, 
             yield from _keys_of_several(classes, key, field.description or "")
             continue
         if inner is None:
-            yield key, _kind(field.annotation), _default(key, field), field.description or ""
+            # A field keeps the metadata of its outermost type beside the type.
+            metadata = tuple(field.metadata)
+            annotation = Annotated[field.annotation, *metadata] if metadata else field.annotation
+            yield key, _kind(annotation), _default(key, field), field.description or ""
             continue
         is_list = typing.get_origin(field.annotation) is tuple
         if is_list:
@@ -256,6 +260,8 @@ def _keys_of_several(
 
 
 def _kind(annotation: Any) -> str:
+    if is_path(annotation):
+        return "path"
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return "|".join(_show(a) for a in arguments)

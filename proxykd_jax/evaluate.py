@@ -202,9 +202,7 @@ def _measure(
             stop_if_wanted()
 
         found[split] = measure(
-            model.config,
-            model.params,
-            model.adapter,
+            model,
             rows,
             batch_size=config.evaluate.batch_size,
             max_rows=config.evaluate.max_rows,

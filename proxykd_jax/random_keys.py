@@ -3,14 +3,13 @@
 Nothing random is state, so a resumed run draws what an unbroken one draws, on any mesh and with any
 number of processes.
 
-| what is drawn | key |
-|---|---|
-| the order of an epoch, the slices of the rounds, who answers a step | ``raw_bits`` of ``purpose_seed`` |
-| a new adapter | ``role_key`` |
-| LoRA dropout | ``step_key``, then the number of the micro-batch |
-| an answer | ``row_keys``, then the position |
-| soft labels drawn at random | ``run_key``, then ``row_words`` and the position |
-| an answer by a server | ``request_seed`` |
+- The order of an epoch, the slices of the rounds, who answers a step: ``raw_bits`` of a
+  ``purpose_seed``.
+- A new adapter: ``role_key``.
+- LoRA dropout: ``step_key``, then the number of the micro-batch.
+- An answer: ``row_keys``, then the position.
+- Soft labels drawn at random: ``run_key``, then ``row_words`` and the position.
+- An answer by a server: ``request_seed``.
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ import numpy as np
 
 # The generator is named, so that a changed default of JAX cannot change what a run draws.
 _IMPLEMENTATION = "threefry2x32"
-_ROW_WORDS = 4
+# 32-bit words of a row's digest that enter its key.
+ROW_WORDS = 4
 
 
 def purpose_seed(seed: int, purpose: str) -> int:
@@ -63,7 +63,7 @@ def step_key(seed: int, step: jax.typing.ArrayLike) -> jax.Array:
 def row_words(row_id: str) -> np.ndarray:
     """uint32 ``[W]``: the part of a row's key that comes from its id."""
     digest = hashlib.sha256(row_id.encode()).digest()
-    return np.frombuffer(digest[: 4 * _ROW_WORDS], "<u4")
+    return np.frombuffer(digest[: 4 * ROW_WORDS], "<u4")
 
 
 def row_keys(

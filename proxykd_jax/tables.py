@@ -148,9 +148,7 @@ def command(argv: Sequence[str] | None = None) -> int:
     only = [name for names in arguments.only for name in names.split(",") if name]
 
     def work() -> int:
-        table = load_table(arguments.table)
-        if arguments.runs is not None:
-            table = table.model_copy(update={"runs": arguments.runs})
+        table = load_table(arguments.table, runs=arguments.runs)
         if arguments.list:
             for row in table.chosen(only):
                 print(*(name for name in (row.name, row.after) if name))

@@ -12,8 +12,8 @@ import pytest
 
 from proxykd_jax.cli import config_keys
 from proxykd_jax.config import Config, dump_config, load_config, make_config
-from proxykd_jax.config.load import PATH_KEYS
 from proxykd_jax.config.presets import PAPER, PRESETS, RECOMMENDED
+from proxykd_jax.config.table_file import TableFile
 from proxykd_jax.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -223,23 +223,105 @@ def test_set_that_is_wrong(write, override, said):
     assert said in _message(write(MINIMAL), override)
 
 
-def test_variables_are_expanded_in_places_on_disk_alone(write, monkeypatch):
+# --- paths ----------------------------------------------------------------------------------------
+
+
+PATHS = [key for key, kind, *_ in config_keys() if "path" in re.split(r"\W+", kind)]
+TABLE_PATHS = [key for key, kind, *_ in config_keys(TableFile) if "path" in re.split(r"\W+", kind)]
+# Text that is compared with a file's name.
+NO_PATHS = re.compile(r"corpus\.(sources|fresh_prompts|test)\[\]\.teacher")
+# What a section needs beside a path in it.
+BESIDE = {
+    "align.sampling.server": {"url": "http://127.0.0.1:8000", "api": "vllm"},
+    "evaluate.benchmarks": {"gsm8k": "gsm8k.jsonl"},
+    "proxy.init": {"first_layers": 1},
+    "student.init": {"first_layers": 1},
+}
+
+
+@pytest.mark.parametrize("root", [Config, TableFile])
+def test_every_key_that_speaks_of_a_file_or_folder_is_a_path(root):
+    keys = [row for row in config_keys(root) if {"text", "path"} & set(re.split(r"\W+", row[1]))]
+    speak = {
+        key
+        for key, _, _, meaning in keys
+        if re.search(r"\b(files?|folders?|paths?|recipe)\b|\.jsonl?\b", meaning)
+    }
+    paths = PATHS if root is Config else TABLE_PATHS
+    assert {key for key in speak if not NO_PATHS.fullmatch(key)} - set(paths) == set()
+
+
+def _with(key: str, text: str) -> dict[str, Any]:
+    """The minimal config with one more path."""
+    data = _minimal()
+    *parents, last = key.split(".")
+    node, place = data, ""
+    for parent in parents:
+        place = f"{place}.{parent}".lstrip(".")
+        inner = {} if parent.endswith("[]") else dict(node.get(parent, {}))
+        inner |= BESIDE.get(place, {})
+        node[parent.removesuffix("[]")] = [inner] if parent.endswith("[]") else inner
+        node = inner
+    kind = next(kind for known, kind, *_ in config_keys() if known == key)
+    node[last] = [text] if kind.startswith("list") else text
+    if last == "answers":
+        node["path"] = "questions.jsonl"
+    if "init" in parents:
+        del data[parents[0]]["path"]
+    return data
+
+
+def _at(node: Any, key: str) -> str:
+    for part in key.split("."):
+        node = getattr(node, part.removesuffix("[]"))
+        node = node[0] if isinstance(node, tuple) else node
+    return node
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_a_path_may_hold_variables_and_a_home(monkeypatch, key):
     monkeypatch.setenv("SOME_FOLDER", "/data")
+    monkeypatch.setenv("HOME", "/home/somebody")
     monkeypatch.delenv("ABSENT_FOLDER", raising=False)
-    text = MINIMAL.replace("answers.jsonl", "$SOME_FOLDER/a.jsonl") + "logging: {wandb_project: $X}"
-    config = load_config(write(text + "\n"))
-    assert config.corpus.sources[0].path == "/data/a.jsonl"
-    assert config.logging.wandb_project == "$X"
-    absent = write(MINIMAL.replace("path: big", "path: '${ABSENT_FOLDER}/big'"))
-    assert "proxy.path: the environment variable ABSENT_FOLDER is not set" in _message(absent)
-    assert load_config(write(MINIMAL.replace("path: big", "path: ~/big"))).proxy.path == str(
-        Path("~/big").expanduser()
+    for text, meant in {
+        "$SOME_FOLDER/a": "/data/a",
+        "x/${SOME_FOLDER}_b": "x//data_b",
+        "~/a": "/home/somebody/a",
+        "x~/a": "x~/a",
+        "owner/name": "owner/name",
+    }.items():
+        config = make_config(_with(key, text))
+        assert _at(config, key) == meant
+        assert make_config(config.model_dump(mode="json")) == config
+    with pytest.raises(UserError) as caught:
+        make_config(_with(key, "${ABSENT_FOLDER}/a"), ["seed=-1"])
+    lines = str(caught.value).split("\n")
+    assert len(lines) == 2 and any("seed: " in line for line in lines)
+    (line,) = (line for line in lines if "seed" not in line)
+    place, said = line.removeprefix("config: ").split(": ", 1)
+    assert re.sub(r"\.0\b", "", place) == key.replace("[]", "")
+    assert said == (
+        "the environment variable ABSENT_FOLDER is not set; set it, or write the path out "
+        '(got "${ABSENT_FOLDER}/a")'
     )
 
 
-def test_every_key_that_is_a_place_is_in_the_list():
-    names = {key.rpartition(".")[2].removesuffix("[]") for key, *_ in config_keys()}
-    assert names >= PATH_KEYS
+def test_a_named_model_has_a_path_after_its_name(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    models = ["a.b=~/m", "~/m", "x/a=~/m", "student:best", "http://host:1/~a#m"]
+    config = make_config(
+        {**_minimal(), "evaluate": {"benchmarks": {"arc": "hub:a#b", "models": models}}}
+    )
+    found = ("a.b=/home/somebody/m", "/home/somebody/m", *models[2:])
+    assert config.evaluate.benchmarks.models == found
+
+
+def test_text_that_is_no_path_is_left_alone():
+    for key, text in {"logging.wandb_project": "$X", "corpus.sources.0.subset": "~"}.items():
+        dumped = make_config(_minimal(), [f"{key}='{text}'"]).model_dump(mode="json")
+        for part in key.split("."):
+            dumped = dumped[int(part) if part.isdigit() else part]
+        assert dumped == text
 
 
 def test_make_config_takes_paths_and_refuses_objects():

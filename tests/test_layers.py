@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "proxykd_jax"
 
 LAYERS = {
-    **dict.fromkeys(("errors", "config", "artifacts", "types", "peers"), 0),
+    **dict.fromkeys(("errors", "config", "artifacts", "types", "peers", "random_keys"), 0),
     "losses": 1,
     **dict.fromkeys(("models", "parallel"), 2),
     **dict.fromkeys(("texts", "data", "training", "generation"), 3),
@@ -47,6 +47,7 @@ AT_IMPORT = {
     "peers": set(),
     "config": {"pydantic", "pydantic_core", "yaml"},
     "types": {"flax", "jax", "numpy"},
+    "random_keys": {"jax", "numpy"},
     "losses": {"jax", "optax", "chex"},
     "models": ARRAYS | {"safetensors"},
     "parallel": ARRAYS,

@@ -9,7 +9,8 @@ import pytest
 from proxykd_jax import run
 from proxykd_jax.config import load_config
 from proxykd_jax.data.corpus import open_corpus
-from proxykd_jax.generation.sampler import sample
+from proxykd_jax.generation.decode import DrawSettings
+from proxykd_jax.generation.sampler import Prompt, sample
 from proxykd_jax.models.hf_weights import load_model
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -70,16 +71,12 @@ def test_stories260k_gives_a_student_that_transformers_continues_alike(
     model_config, params = load_model(folder, dtype="float32")
     prompts = [row.prompt for row in rows]
     ours = sample(
-        params,
-        None,
-        prompts,
-        [row.row_id for row in rows],
+        (params, None),
+        [Prompt(prompt, row.row_id, NEW_TOKENS) for prompt, row in zip(prompts, rows, strict=True)],
         config=model_config,
+        settings=DrawSettings(0.0, 1.0, model_config.vocab_size, corpus.end_token_ids),
         seed=0,
         round_index=0,
-        end_token_ids=corpus.end_token_ids,
-        max_new_tokens=[NEW_TOKENS] * len(rows),
-        temperature=0.0,
     )
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for prompt, answer in zip(prompts, ours, strict=True):

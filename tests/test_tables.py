@@ -366,6 +366,22 @@ def test_a_row_of_table_3_takes_its_own_steps(finished_run, tmp_path):
     assert cells[7] == "–"  # there is no SFT of its size
 
 
+def test_paths_of_a_table_may_hold_variables_and_a_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOME_FOLDER", "/data")
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.delenv("ABSENT_FOLDER", raising=False)
+    row = {"name": "a", "method": "m", "config": "$SOME_FOLDER/a.yaml", "model": "x=~/a.jsonl"}
+    fields = {"table": 2, "name": "made", "runs": "~/runs", "config": "$SOME_FOLDER/b.yaml"}
+    path = _write(tmp_path, json.dumps({**fields, "rows": [row]}))
+    table = load_table(path)
+    assert table.folder == Path("/home/somebody/runs/made") and table.config == "/data/b.yaml"
+    assert table.rows[0].config == "/data/a.yaml"
+    assert table.rows[0].model == "x=/home/somebody/a.jsonl"
+    assert load_table(path, runs="$SOME_FOLDER/r").folder == Path("/data/r/made")
+    with pytest.raises(UserError, match="runs: the environment variable ABSENT_FOLDER is not set"):
+        load_table(path, runs="$ABSENT_FOLDER/r")
+
+
 # --- the twins, on real weights -------------------------------------------------------------------
 
 

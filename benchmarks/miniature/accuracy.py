@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from benchmarks.miniature import world as w
-from proxykd_jax.generation.sampler import sample
+from proxykd_jax.generation.decode import DrawSettings
+from proxykd_jax.generation.sampler import Prompt, sample
 from proxykd_jax.training.model import Model
 
 
@@ -18,17 +19,13 @@ def greedy_correct(model: Model, prompts_NP: np.ndarray, truth_FA: np.ndarray) -
       truth_FA: the correct results of each function.
     """
     answers = sample(
-        model.params,
-        model.adapter,
-        list(prompts_NP),
-        [str(index) for index in range(len(prompts_NP))],
+        model.weights,
+        # One token more than the longest answer: a model that rambles has no end and is wrong.
+        [Prompt(prompt_P, str(n), w.MAX_ANSWER + 1) for n, prompt_P in enumerate(prompts_NP)],
         config=model.config,
+        settings=DrawSettings(0.0, 1.0, model.config.vocab_size, (w.END,)),
         seed=0,
         round_index=0,
-        end_token_ids=(w.END,),
-        # One token more than the longest answer: a model that rambles has no end and is wrong.
-        max_new_tokens=[w.MAX_ANSWER + 1] * len(prompts_NP),
-        temperature=0.0,
         batch_size=256,
     )
     values = w.final_values([answer.tokens for answer in answers])

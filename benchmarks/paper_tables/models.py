@@ -16,12 +16,12 @@ from benchmarks.paper_tables import settings as s
 from benchmarks.paper_tables.seeds import Rows, Seed, token_rows
 from benchmarks.paper_tables.vectorise import over_seeds, stack
 from proxykd_jax.data.collate import TokenRow
-from proxykd_jax.generation.decode import DrawSettings, Mixing, PromptBatch, decode, prefill
+from proxykd_jax.generation.decode import DrawSettings, PromptBatch, decode, prefill
 from proxykd_jax.generation.label_batch import topk_soft_labels
-from proxykd_jax.generation.sampler import row_words
 from proxykd_jax.losses import draw_labels
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.decoder import batch_hidden_states, unembed
+from proxykd_jax.random_keys import row_words
 from proxykd_jax.types import TokenBatch
 
 CHUNK = 256  # rows computed at once: one program serves splits of every size
@@ -71,13 +71,12 @@ def draw_answers(
     settings: DrawSettings,
     budget: int,
     other: Any = None,
-    mixing: Mixing | None = None,
 ) -> Any:
     """The product's sampler on one batch of a seed, traceable: the state when all rows are done."""
     slots = batch.tokens_BL.shape[1] + budget
-    options: dict[str, Any] = {"config": model, "settings": settings, "mixing": mixing}
-    state = prefill(params, None, batch, seed, round_index, other, slots=slots, **options)
-    return decode(params, None, state, jnp.int32(_FEW), other, **options)
+    weights, options = (params, None), {"config": model, "settings": settings}
+    state = prefill(weights, batch, seed, round_index, other, slots=slots, **options)
+    return decode(weights, state, jnp.int32(_FEW), other, **options)
 
 
 def prompt_batch(prompts_NP: np.ndarray, row_ids: Sequence[str], budget: int) -> PromptBatch:

@@ -35,8 +35,8 @@ from proxykd_jax.baselines.rollouts import AnswerBatch, student_answers
 from proxykd_jax.config import PreferenceConfig
 from proxykd_jax.config.online_methods import Gkd, MiniLlm, OnPolicy
 from proxykd_jax.generation.decode import DrawSettings, Mixing, PromptBatch
+from proxykd_jax.random_keys import purpose_seed
 from proxykd_jax.training.batch_objectives import AlignObjective, NllObjective, Objective
-from proxykd_jax.training.batches import phase_seed
 from proxykd_jax.types import TokenBatch
 
 SODA_BETA = 0.1  # its paper's is not known
@@ -67,7 +67,7 @@ def sampled_answers(
     mixing: Mixing | None = None,
 ) -> AnswerBatch:
     """The student's answers as it is now, or those of a mixture with the scorer."""
-    settings = DrawSettings(1.0, 1.0, w.VOCAB_SIZE, (w.END,))
+    settings = DrawSettings(1.0, 1.0, w.VOCAB_SIZE, (w.END,), mixing)
     other = None if mixing is None else constants["frozen"]["scorer"]
     state = draw_answers(
         params,
@@ -78,7 +78,6 @@ def sampled_answers(
         settings,
         w.MAX_ANSWER,
         other,
-        mixing,
     )
     answers_BT = state.tokens_BS[:, : w.MAX_ANSWER]
     rows = rows_of_samples(prompts.tokens_BL, answers_BT, state.count_B)
@@ -237,7 +236,7 @@ def _rollouts(material: Material, epochs: int, count: int) -> Any:
                         there_R,
                         size,
                         epochs=epochs,
-                        seed=phase_seed(seed, f"distill/inner/{rollout}"),
+                        seed=purpose_seed(seed, f"distill/inner/{rollout}"),
                     )
                 )
                 for rollout in range(num)

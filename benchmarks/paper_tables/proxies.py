@@ -18,8 +18,8 @@ from benchmarks.paper_tables.training import Run, plan_rows, planned, stacked_ro
 from benchmarks.paper_tables.vectorise import over_seeds
 from proxykd_jax.data.order import permutation
 from proxykd_jax.models.config import ModelConfig
+from proxykd_jax.random_keys import purpose_seed
 from proxykd_jax.training.batch_objectives import AlignObjective, NllObjective
-from proxykd_jax.training.batches import phase_seed
 from proxykd_jax.training.reference import pair_logps
 from proxykd_jax.training.state import ModelSpec
 from proxykd_jax.types import PairBatch
@@ -79,7 +79,7 @@ class _Alignment:
         parts = []
         for seed, its in zip(self.seeds, self.data, strict=True):
             rows = its.splits["align"].rows
-            order = permutation(len(rows), seed=phase_seed(seed, "slices"), epoch=0)
+            order = permutation(len(rows), seed=purpose_seed(seed, "slices"), epoch=0)
             cut = np.array_split(order, self.setting.config.align.num_rounds)
             parts.append([Rows.of([rows[place] for place in places]) for places in cut])
         return [list(rows_S) for rows_S in zip(*parts, strict=True)]

@@ -18,8 +18,9 @@ import optax
 from benchmarks.paper_tables.vectorise import over_seeds, stack
 from proxykd_jax.config import TrainingSection
 from proxykd_jax.evaluation.measures import place_figures
+from proxykd_jax.random_keys import purpose_seed
 from proxykd_jax.training.batch_objectives import Objective
-from proxykd_jax.training.batches import make_plan, phase_seed
+from proxykd_jax.training.batches import make_plan
 from proxykd_jax.training.state import ModelSpec, Spec, TrainState, init_state
 from proxykd_jax.training.steps import make_train_step
 from proxykd_jax.types import TokenBatch
@@ -200,7 +201,7 @@ def plan_rows(
     # Of one length: rows that are padded to it are planned alike whatever their own is.
     plan = make_plan(
         np.ones(count, np.int64),
-        seed=phase_seed(seed, phase),
+        seed=purpose_seed(seed, phase),
         batch_size=section.batch_size,
         batching=section.batching,
         max_length=8,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from benchmarks.speed.ours_models import device_peak
 from benchmarks.speed.protocol import Program
 from benchmarks.speed.shapes import Shape, shape_of
-from proxykd_jax.models.attention import query_blocks
+from proxykd_jax.models.causal_blocks import query_blocks
 
 Product = tuple[str, tuple[int, ...], tuple[int, ...], int]
 

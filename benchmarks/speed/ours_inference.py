@@ -13,9 +13,10 @@ from benchmarks.speed.ours_models import device_peak, load, token_rows
 from benchmarks.speed.protocol import Program, best_of
 from benchmarks.speed.rows import TOP_K, Rows
 from benchmarks.speed.shapes import compared
+from proxykd_jax.generation.decode import DrawSettings
 from proxykd_jax.generation.label_batch import soft_labels_of_hidden
 from proxykd_jax.generation.label_rows import Positions, RowScorer
-from proxykd_jax.generation.sampler import sample
+from proxykd_jax.generation.sampler import Prompt, sample
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.decoder import unembed
 
@@ -83,16 +84,12 @@ def sampling(task: dict[str, Any]) -> Program:
     def draw(model: Any, batch_size: int, some: list[int], temperature: float) -> Any:
         config, params, adapter = model
         return sample(
-            params,
-            adapter,
-            prompts,
-            names,
+            (params, adapter),
+            [Prompt(*each) for each in zip(prompts, names, some, strict=True)],
             config=config,
+            settings=DrawSettings(temperature, 1.0, config.vocab_size, ()),
             seed=next(seeds),
             round_index=0,
-            end_token_ids=(),
-            max_new_tokens=some,
-            temperature=temperature,
             batch_size=batch_size,
         )
 

@@ -14,7 +14,8 @@ from benchmarks.speed.protocol import Program
 from benchmarks.speed.rows import Rows
 from proxykd_jax.config import MeshConfig
 from proxykd_jax.data.collate import RowsInMemory, TokenRow
-from proxykd_jax.generation.sampler import Sample, sample
+from proxykd_jax.generation.decode import DrawSettings
+from proxykd_jax.generation.sampler import Prompt, Sample, sample
 from proxykd_jax.generation.samples import KEPT, SampledRow, SampleStore
 from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.training.batches import Plan, answer_positions
@@ -68,15 +69,15 @@ def preference_round(task: dict[str, Any]) -> Program:
 
     def one_round() -> None:
         drawn = sample(
-            trainer.frozen,
-            trainer.state.trainable,
-            [row.prompt for row in chosen],
-            [row.row_id for row in chosen],
+            (trainer.frozen, trainer.state.trainable),
+            [
+                Prompt(row.prompt, row.row_id, budget)
+                for row, budget in zip(chosen, budgets, strict=True)
+            ],
             config=trainer.config,
+            settings=DrawSettings(1.0, 1.0, trainer.config.vocab_size, ()),
             seed=0,
             round_index=next(numbers),
-            end_token_ids=(),
-            max_new_tokens=budgets,
             batch_size=task["sample_batch_size"],
         )
         with tempfile.TemporaryDirectory() as folder:

@@ -67,6 +67,7 @@ from proxykd_jax.losses import (
 from proxykd_jax.models.operations import forward_flops
 from proxykd_jax.parallel.processes import fetch
 from proxykd_jax.parallel.sharding import bytes_per_device, put_rows
+from proxykd_jax.random_keys import purpose_seed
 from proxykd_jax.training.abstract import (
     Cost,
     Lengths,
@@ -78,12 +79,7 @@ from proxykd_jax.training.abstract import (
     weights_read,
 )
 from proxykd_jax.training.batch_objectives import Counts, Metrics, Objective, nll_term
-from proxykd_jax.training.batches import (
-    Joined,
-    phase_seed,
-    planned_steps,
-    token_collate,
-)
+from proxykd_jax.training.batches import Joined, planned_steps, token_collate
 from proxykd_jax.training.distillation import planned_figures, teacher_rows
 from proxykd_jax.training.loop import Trainer
 from proxykd_jax.training.optimizer import make_optimizer
@@ -246,7 +242,7 @@ def _updates(run: StageRun, method: MiniLlm, anchor: AnchorBatch, phase: Phase) 
                 drawn.rows.mask_BL.any(axis=1),
                 size,
                 epochs=method.inner_epochs,
-                seed=phase_seed(run.config.seed, f"distill/inner/{rollout.step}"),
+                seed=purpose_seed(run.config.seed, f"distill/inner/{rollout.step}"),
             )
         ):
             answers = take_answers(drawn, places)

@@ -34,6 +34,7 @@ from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.decoder import unembed
 from proxykd_jax.parallel.processes import fetch
 from proxykd_jax.peers import stop_if_wanted
+from proxykd_jax.random_keys import run_key
 from proxykd_jax.training.distillation import (
     DrawnTargets,
     label_phase,
@@ -137,7 +138,7 @@ def _draw(
     logits_MV = jnp.where((ids_V < vocab_size)[None], logits_MV, -jnp.inf)
     found = draw_labels(
         logits_MV[:, None],
-        jax.random.key(seed),
+        run_key(seed),
         num_draws=draws,
         row_ids_B=positions.row_words_M,
         positions_BL=positions.offsets_M[:, None],

@@ -20,13 +20,14 @@ from proxykd_jax.config.method_section import AnsweringSection
 from proxykd_jax.data.collate import Rows, TokenRow, collate_rows
 from proxykd_jax.data.corpus import TokenCorpus
 from proxykd_jax.data.order import PlannedBatch, default_buckets
-from proxykd_jax.generation.decode import Mixing
-from proxykd_jax.generation.sampler import sample
+from proxykd_jax.generation.decode import DrawSettings, Mixing
+from proxykd_jax.generation.sampler import Prompt, sample
+from proxykd_jax.generation.samples import LengthBudget
 from proxykd_jax.losses import Term, count_tokens, reduce_examples
 from proxykd_jax.models.config import ModelConfig
-from proxykd_jax.parallel.sharding import check_rows, put_rows, row_ways
+from proxykd_jax.parallel.sharding import check_rows
+from proxykd_jax.random_keys import purpose_seed, raw_bits
 from proxykd_jax.training.batch_objectives import Metrics
-from proxykd_jax.training.batches import phase_seed
 from proxykd_jax.training.stage_run import StageRun
 from proxykd_jax.types import TokenBatch
 
@@ -130,25 +131,21 @@ class Answering:
         """
         asked = [row for row in places if row is not None for _ in range(self.per_prompt)]
         numbers = [number for row in places if row is not None for number in range(self.per_prompt)]
-        budgets = [max(self.corpus.max_length - row.prompt_length, 0) for row in asked]
-        if self.method.max_new_tokens is not None:
-            budgets = [min(budget, self.method.max_new_tokens) for budget in budgets]
+        budget = LengthBudget(self.corpus.max_length, self.method.max_new_tokens)
+        ends, vocab_size = self.corpus.end_token_ids, self.corpus.vocab_size
         drawn = sample(
-            *weights,
-            [row.prompt for row in asked],
-            [f"{row.row_id}/student/{n}" for row, n in zip(asked, numbers, strict=True)],
+            weights,
+            [
+                Prompt(row.prompt, f"{row.row_id}/student/{n}", budget.after(row.prompt_length))
+                for row, n in zip(asked, numbers, strict=True)
+            ],
             config=self.model_config,
+            settings=DrawSettings(self.temperature, 1.0, vocab_size, ends, self.mixing),
             seed=self.seed,
             round_index=step,
-            end_token_ids=self.corpus.end_token_ids,
-            max_new_tokens=budgets,
-            temperature=self.temperature,
             batch_size=self.method.sample_batch_size,
-            vocab_size=self.corpus.vocab_size,
-            put=lambda batch: put_rows(batch, self.mesh),
-            rows_multiple=row_ways(self.mesh.shape),
+            mesh=self.mesh,
             other=other,
-            mixing=self.mixing,
         )
         found = iter(
             Answer(
@@ -168,8 +165,7 @@ def student_answers(seed: int, step: int, share: float) -> bool:
 
     0 means never and 1 always.
     """
-    key = np.array([phase_seed(seed, "distill/who_answers"), step], np.uint64)
-    bits = np.random.Philox(key=key).random_raw()
+    (bits,) = raw_bits(1, seed=purpose_seed(seed, "distill/who_answers"), index=step)
     return int(bits) >> 11 < share * 2.0**53
 
 

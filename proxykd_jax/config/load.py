@@ -19,21 +19,6 @@ from proxykd_jax.config.presets import PRESETS
 from proxykd_jax.config.schema import Config
 from proxykd_jax.errors import UserError
 
-# Keys whose values are paths: ~ and $VARIABLES are expanded in these only.
-PATH_KEYS = {
-    "path",
-    "dataset",
-    "tfds",
-    "answers",
-    "benchmarks",
-    "template",
-    "tokenizer",
-    "adapter",
-    "config",
-    "runs_dir",
-    "teacher_logps",
-}
-
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads one YAML file and checks it.
@@ -86,7 +71,6 @@ def _build(data: Any, problems: list[str], overrides: Sequence[str], origin: str
         if method is not None:
             below = _merge(_merge(below, method.suggests()), method.defines())
         data = _merge(below, data)
-    problems += _expand_paths(data)
     try:
         # Strict JSON mode: "32" is not an integer, true is not a number, but lists become tuples.
         config = Config.model_validate_json(json.dumps(data), strict=True)
@@ -239,29 +223,6 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(below, dict) and isinstance(value, dict)
         merged[key] = _merge(below, value) if both else value  # type: ignore[arg-type]
     return merged
-
-
-def _expand_paths(node: Any, location: str = "") -> list[str]:
-    problems: list[str] = []
-    items: Iterator[tuple[Any, Any]] = iter(())
-    if isinstance(node, dict):
-        items = iter(list(node.items()))
-    elif isinstance(node, list):
-        items = iter(list(enumerate(node)))
-    for key, value in items:
-        here = f"{location}.{key}" if location else str(key)
-        is_path = any(part in PATH_KEYS for part in here.split(".")[-2:])
-        if isinstance(value, str) and is_path:
-            expanded = os.path.expanduser(os.path.expandvars(value))
-            missing = re.findall(r"\$\{?(\w+)", expanded)
-            if missing:
-                problems.append(
-                    f"{here}: the environment variable {missing[0]} is not set (got {value!r})"
-                )
-            node[key] = expanded
-        else:
-            problems += _expand_paths(value, here)
-    return problems
 
 
 # --- messages -------------------------------------------------------------------------------------

@@ -14,8 +14,10 @@ from pydantic import Field, model_validator
 from proxykd_jax.config.method_section import Needs
 from proxykd_jax.config.methods import Method, ProxyKd
 from proxykd_jax.config.section import (
+    NamedPathText,
     NonNegativeFloat,
     NonNegativeInt,
+    PathText,
     PositiveFloat,
     PositiveInt,
     Probability,
@@ -40,13 +42,13 @@ ALL_LINEAR: tuple[LinearName, ...] = (
 class SourceConfig(Section):
     """Where rows of the corpus come from."""
 
-    path: str | None = Field(
+    path: PathText | None = Field(
         None, description="file, folder or glob of files (.json, .jsonl, .jsonl.gz, .parquet)"
     )
-    dataset: str | None = Field(
+    dataset: PathText | None = Field(
         None, description="name or local folder of a Hugging Face dataset, instead of path"
     )
-    tfds: str | None = Field(
+    tfds: PathText | None = Field(
         None, description="name or prepared folder of a TFDS builder, instead of path"
     )
     split: str = Field("train", description="split of a dataset or TFDS source")
@@ -70,7 +72,7 @@ class SourceConfig(Section):
         "bbh",
         "mt_bench",
     ] = Field("auto", description="schema of the rows; auto recognises it from the first row")
-    answers: str | None = Field(
+    answers: PathText | None = Field(
         None,
         description="file of teacher answers ({id or prompt, response}) for the prompts of a "
         "benchmark training set",
@@ -145,13 +147,13 @@ class CorpusConfig(Section):
     test: tuple[SourceConfig, ...] = Field(
         (), description="rows of a separate test set; their prompts occur in no other split"
     )
-    benchmarks: tuple[str, ...] = Field(
+    benchmarks: tuple[PathText, ...] = Field(
         (), description="files whose questions must not occur in the corpus"
     )
     contamination: Literal["refuse", "drop"] = Field(
         "refuse", description="on a benchmark question in the corpus: stop, or drop the row"
     )
-    template: str = Field(
+    template: PathText = Field(
         "auto",
         description="auto (the tokenizer's own chat template), plain, alpaca, chatml, llama2, or "
         "a Jinja file",
@@ -201,23 +203,25 @@ class LoraSettings(Section):
 class InitConfig(Section):
     """A model cut out of a larger one."""
 
-    path: str = Field(description="folder of the larger model")
+    path: PathText = Field(description="folder of the larger model")
     first_layers: PositiveInt = Field(description="number of first layers to keep")
 
 
 class ModelSection(Section):
     """A model: the proxy or the student."""
 
-    path: str | None = Field(None, description="Hugging Face folder (or hub name) of the model")
+    path: PathText | None = Field(
+        None, description="Hugging Face folder (or hub name) of the model"
+    )
     init: InitConfig | None = Field(
         None, description="cut the model out of a larger one, instead of path"
     )
-    config: str | None = Field(
+    config: PathText | None = Field(
         None,
         description="folder of the model's config.json, for shapes in a dry run if the model "
         "itself is absent",
     )
-    adapter: str | None = Field(None, description="PEFT LoRA folder to start from")
+    adapter: PathText | None = Field(None, description="PEFT LoRA folder to start from")
     trainable: Literal["lora", "full"] = Field("lora", description="train an adapter or everything")
     lora: LoraSettings = Field(LoraSettings(), description="the adapter, with trainable: lora")
     dtype: Dtype = Field(
@@ -303,8 +307,9 @@ class SamplingServer(ConnectionSection):
         description="what each round loads: the adapter (vllm, sglang), or the whole model with "
         "the adapter merged into it (sglang, transformers)",
     )
-    model: str | None = Field(
-        None, description="name of the base model on the server (default: proxy.path)"
+    model: PathText | None = Field(
+        None,
+        description="name or path of the base model on the server (default: proxy.path)",
     )
     prompt_as: Literal["ids", "text"] = Field(
         "ids",
@@ -499,17 +504,17 @@ class DuringConfig(Section):
 class BenchmarksConfig(Section):
     """Benchmarks, the models that answer them, and how."""
 
-    agieval: str | None = Field(
+    agieval: PathText | None = Field(
         None,
         description="files of AGIEval: file, folder or glob; or a hub dataset as hub:NAME#SPLIT or "
         "hub:NAME#SUBSET/SPLIT, with * for all subsets; likewise for the others",
     )
-    arc: str | None = Field(None, description="files of ARC-Challenge")
-    bbh: str | None = Field(None, description="files of BIG-Bench Hard, one per sub-task")
-    csqa: str | None = Field(None, description="files of CommonsenseQA")
-    gsm8k: str | None = Field(None, description="files of GSM8K")
-    mmlu: str | None = Field(None, description="files of MMLU, one per subject")
-    models: tuple[str, ...] = Field(
+    arc: PathText | None = Field(None, description="files of ARC-Challenge")
+    bbh: PathText | None = Field(None, description="files of BIG-Bench Hard, one per sub-task")
+    csqa: PathText | None = Field(None, description="files of CommonsenseQA")
+    gsm8k: PathText | None = Field(None, description="files of GSM8K")
+    mmlu: PathText | None = Field(None, description="files of MMLU, one per subject")
+    models: tuple[NamedPathText, ...] = Field(
         ("student",),
         description="who answers: student, proxy, either with :best, :last or :exported, "
         "student:before, proxy:raw, proxy:warmup, proxy:round_N, a model's folder, "
@@ -566,7 +571,7 @@ class EvaluateConfig(Section):
     rounds: bool = Field(
         True, description="measure the proxy after each round, not only raw, warmed up and aligned"
     )
-    teacher_logps: str | None = Field(
+    teacher_logps: PathText | None = Field(
         None,
         description="folder of the teacher's true distribution on the test rows, if the teacher is "
         "a known process; then exact KL is measured",
@@ -641,14 +646,14 @@ class Config(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = Field(
         description="name of the run"
     )
-    runs_dir: str = Field("runs", description="the run's folder is runs_dir/name")
+    runs_dir: PathText = Field("runs", description="the run's folder is runs_dir/name")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="seed of everything drawn")
     method: Method = Field(
         ProxyKd(),
         description="how the student is trained; a name alone stands for the method with its "
         "defaults (docs/methods.md)",
     )
-    tokenizer: str | None = Field(
+    tokenizer: PathText | None = Field(
         None, description="folder of the tokenizer (default: the proxy's folder)"
     )
     corpus: CorpusConfig = Field(description="the teacher's answers")

@@ -1,10 +1,12 @@
-"""Base class of the config's sections, and the ranges of numbers."""
+"""Base class of the config's sections, and the types of its values: ranges of numbers, paths."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+import re
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -12,6 +14,38 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Probability = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+
+
+def expand_path(text: str) -> str:
+    """Replaces ``$NAME`` and ``${NAME}`` by environment variables, then a leading ``~`` by a home.
+
+    Raises:
+      ValueError: a variable is not set.
+    """
+    expanded = os.path.expandvars(text)
+    unset = re.search(r"\$\{?(\w+)", expanded)
+    if unset:
+        raise ValueError(
+            f"the environment variable {unset[1]} is not set; set it, or write the path out"
+        )
+    return os.path.expanduser(expanded)
+
+
+def expand_named_path(text: str) -> str:
+    """``expand_path`` of ``PATH`` or of the path in ``NAME=PATH``."""
+    named = re.match(r"[\w.-]+=", text)
+    start = named.end() if named else 0
+    return text[:start] + expand_path(text[start:])
+
+
+# A path, or text that may be one: a model or a data set is a folder here or a name on the hub.
+PathText = Annotated[str, AfterValidator(expand_path)]
+NamedPathText = Annotated[str, AfterValidator(expand_named_path)]
+
+
+def is_path(annotation: Any) -> bool:
+    """Whether a type is ``PathText`` or ``NamedPathText``."""
+    return annotation in (PathText, NamedPathText)
 
 
 class Section(BaseModel):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,7 +11,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from proxykd_jax.config.load import _explain, _read_yaml, load_config
 from proxykd_jax.config.schema import Config
-from proxykd_jax.config.section import Section
+from proxykd_jax.config.section import NamedPathText, PathText, Section
 from proxykd_jax.errors import UserError
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
@@ -28,11 +27,11 @@ class TableRow(Section):
     student: str = Field(NONE, description="the paper's column")
     proxy: str = Field(NONE, description="the paper's column, in Table 5")
     teacher: str = Field(NONE, description="the paper's column")
-    config: str | None = Field(
+    config: PathText | None = Field(
         None, description="the run's recipe, relative to the table's file (default: the table's)"
     )
     set: tuple[str, ...] = Field((), description="keys changed in it, in the form of --set")
-    model: str = Field(
+    model: NamedPathText = Field(
         "student",
         description="the model that answers the benchmarks, as in evaluate.benchmarks.models; the "
         "row is left out if it is a .jsonl of collected outputs that does not exist",
@@ -50,10 +49,10 @@ class TableFile(Section):
 
     table: Literal[1, 2, 3, 5] = Field(description="number of the paper's table")
     name: Name = Field(description="name of the table; its runs are in runs/<name>/<row>")
-    runs: str = Field(
+    runs: PathText = Field(
         "runs", description="folder of the runs; runs link finished stages of other runs in it"
     )
-    config: str | None = Field(None, description="recipe of the rows that name none")
+    config: PathText | None = Field(None, description="recipe of the rows that name none")
     set: tuple[str, ...] = Field(
         (), description="keys changed in all rows, before the row's own changes"
     )
@@ -81,7 +80,7 @@ class TableFile(Section):
     @property
     def folder(self) -> Path:
         """Folder of the table and its runs."""
-        return Path(os.path.expandvars(self.runs)).expanduser() / self.name
+        return Path(self.runs) / self.name
 
     def chosen(self, names: Sequence[str]) -> list[TableRow]:
         """Rows by name, in the table's order; all rows if no name is given.
@@ -112,14 +111,20 @@ class TableFile(Section):
             raise UserError(f"row {row.name}: {error}") from error
 
 
-def load_table(path: str | Path) -> TableFile:
+def load_table(path: str | Path, *, runs: str | None = None) -> TableFile:
     """Reads a table's file and checks it; its rows' configs are read by ``run_of``.
+
+    Args:
+      path: the YAML file.
+      runs: folder of the runs, in place of the file's.
 
     Raises:
       UserError: the file cannot be read, or a key is unknown, repeated or of a wrong type; one
         message names all problems.
     """
     data, problems = _read_yaml(path, "table")
+    if runs is not None and isinstance(data, dict):
+        data["runs"] = runs
     try:
         table = TableFile.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:

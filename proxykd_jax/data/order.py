@@ -14,6 +14,8 @@ from typing import Literal, overload
 
 import numpy as np
 
+from proxykd_jax.random_keys import raw_bits
+
 Batching = Literal["pad", "bucket", "pack"]
 
 # Rows are sorted by length, or packed, within windows of the shuffled order, so batches stay
@@ -212,9 +214,7 @@ def permutation(count: int, *, seed: int, epoch: int, purpose: int = 0) -> np.nd
     It sorts the raw bits of Philox, which are the same in every version of NumPy; the results of
     NumPy's ``permutation`` may change.
     """
-    bits = np.random.Philox(
-        key=np.array([seed, epoch], np.uint64), counter=np.array([0, 0, 0, purpose], np.uint64)
-    ).random_raw(count)
+    bits = raw_bits(count, seed=seed, index=epoch, purpose=purpose)
     return np.argsort(bits, kind="stable")
 
 

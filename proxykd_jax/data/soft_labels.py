@@ -88,7 +88,7 @@ class SoftLabelWriter:
         self.parts = PartFolder(Path(folder) / split)
         self._ids_dtype = ids_dtype(vocab_size)
         self._logps_dtype = np.dtype(store_dtype)
-        self._top_k = top_k
+        self.top_k = top_k
 
     def missing(self, num_parts: int) -> list[int]:
         """Parts still to make, after removing what a kill left half-written."""
@@ -105,8 +105,8 @@ class SoftLabelWriter:
         row_ids = np.frombuffer(b"".join(bytes.fromhex(row.row_id) for row in rows), np.uint8)
         no_tokens = SoftLabels(
             "",
-            np.zeros((0, self._top_k), np.int32),
-            np.zeros((0, self._top_k), np.float32),
+            np.zeros((0, self.top_k), np.int32),
+            np.zeros((0, self.top_k), np.float32),
             np.zeros(0, np.float32),
             np.zeros(0, np.float32),
         )

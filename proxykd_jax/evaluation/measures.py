@@ -148,9 +148,7 @@ def paired_differences(first: RowMeasures, second: RowMeasures) -> dict[str, Any
 
 
 def measure(
-    config: ModelConfig,
-    params: Any,
-    adapter: Any | None,
+    model: Model,
     rows: Rows,
     *,
     batch_size: int,
@@ -163,7 +161,7 @@ def measure(
     """Measures a model on the answers of a split.
 
     Args:
-      config, params, adapter: the model.
+      model: on the mesh's devices.
       rows: a ``TokenSplit``.
       batch_size: rows computed together.
       max_rows: measure only this many first rows.
@@ -178,6 +176,7 @@ def measure(
     Raises:
       UserError: no rows, or a teacher that lacks one of them or has more tokens than the model.
     """
+    config, (params, adapter) = model.config, model.weights
     num = len(rows) if max_rows is None else min(len(rows), max_rows)
     if num == 0:
         raise UserError("there are no rows to measure on.")
@@ -236,16 +235,7 @@ def validation_figures(
     """
 
     def figures(model: Model, rows: Rows, most: int) -> dict[str, float]:
-        found = measure(
-            model.config,
-            model.params,
-            model.adapter,
-            rows,
-            batch_size=batch_size,
-            max_rows=most,
-            top_ks=(),
-            mesh=mesh,
-        )
+        found = measure(model, rows, batch_size=batch_size, max_rows=most, top_ks=(), mesh=mesh)
         tokens = float(found.tokens.sum())
         return {
             "nll": float(found.nll.sum()) / tokens,

@@ -23,31 +23,12 @@ from proxykd_jax.losses import draw_ids, mixture_logps
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.llama import KVCache, forward_cached, init_cache, layers_apart, unembed
 from proxykd_jax.parallel.sharding import CACHE, ROWS, constrain
+from proxykd_jax.random_keys import row_keys
 
-# Named here, so that a changed default of JAX cannot change the samples.
-_KEY_IMPLEMENTATION = "threefry2x32"
 # Fields of a state that hold caches.
 _CACHES = ("cache", "other_cache")
 # Fields with an entry per slot of the caches.
 _BY_SLOT = ("tokens_BS", "logps_BS")
-
-
-@dataclass(frozen=True)
-class DrawSettings:
-    """How a token is drawn from logits; static under jit.
-
-    Attributes:
-      temperature: 0 is greedy.
-      top_p: draw from the smallest set of tokens whose probability (at the temperature) reaches
-        this; ties go to the lower id. 1 keeps all tokens.
-      vocab_size: larger or equal ids are never drawn (rows of the embedding without a token).
-      end_token_ids: tokens that end an answer.
-    """
-
-    temperature: float
-    top_p: float
-    vocab_size: int
-    end_token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -61,6 +42,36 @@ class Mixing:
 
     config: ModelConfig
     share: float
+
+
+@dataclass(frozen=True)
+class DrawSettings:
+    """How a token is drawn; static under jit.
+
+    Attributes:
+      temperature: 0 is greedy.
+      top_p: draw from the smallest set of tokens whose probability (at the temperature) reaches
+        this; ties go to the lower id. 1 keeps all tokens.
+      vocab_size: larger or equal ids are never drawn (rows of the embedding without a token).
+      end_token_ids: tokens that end an answer.
+      mixing: another model to draw from as well, or None. Log-probs are then the mixture's.
+
+    Raises:
+      ValueError: a value is out of range.
+    """
+
+    temperature: float
+    top_p: float
+    vocab_size: int
+    end_token_ids: tuple[int, ...]
+    mixing: Mixing | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.temperature >= 0 and 0 < self.top_p <= 1 and self.vocab_size >= 1):
+            raise ValueError(
+                f"Out of range: temperature {self.temperature} (at least 0), top_p {self.top_p} "
+                f"(in (0, 1]) or vocab_size {self.vocab_size} (at least 1)."
+            )
 
 
 @flax.struct.dataclass
@@ -112,20 +123,6 @@ class PromptBatch:
     valid_BL: Any
     row_words_BW: Any
     budgets_B: Any
-
-
-def row_keys(seed: jax.Array, round_index: jax.Array, row_words_BW: jax.Array) -> jax.Array:
-    """Random keys of rows, ``[B]``."""
-    key = jax.random.key(seed, impl=_KEY_IMPLEMENTATION)
-    key = jax.random.fold_in(key, round_index)
-
-    def fold(words_W: jax.Array) -> jax.Array:
-        row_key = key
-        for index in range(words_W.shape[0]):
-            row_key = jax.random.fold_in(row_key, words_W[index])
-        return row_key
-
-    return jax.vmap(fold)(row_words_BW)
 
 
 def draw_tokens(
@@ -196,10 +193,9 @@ def _record(logits_BV: jax.Array, state: DecodeState, settings: DrawSettings) ->
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "slots", "settings", "mixing", "apart"))
+@functools.partial(jax.jit, static_argnames=("config", "slots", "settings", "apart"))
 def prefill(
-    params: Any,
-    adapter: Any,
+    weights: tuple[Any, Any],
     batch: PromptBatch,
     seed: jax.Array,
     round_index: jax.Array,
@@ -208,15 +204,16 @@ def prefill(
     config: ModelConfig,
     slots: int,
     settings: DrawSettings,
-    mixing: Mixing | None = None,
     apart: bool = False,
 ) -> DecodeState:
     """Runs the prompts through the model and draws the first token of each row.
 
-    With ``mixing``, ``other`` holds the other model's (params, adapter). With ``apart``, each layer
-    of the caches has its own arrays, and ``decode`` unrolls the layers instead of scanning them. On
-    one CPU device that is twice as fast, and compiling takes longer by the number of layers.
+    ``weights`` are (params, adapter) of the model, and ``other`` those of the model that
+    ``settings.mixing`` describes. With ``apart``, each layer of the caches has its own arrays, and
+    ``decode`` unrolls the layers instead of scanning them. On one CPU device that is twice as fast,
+    and compiling takes longer by the number of layers.
     """
+    mixing = settings.mixing
     num_rows = batch.tokens_BL.shape[0]
     positions_BL = jnp.cumsum(batch.valid_BL, axis=1, dtype=jnp.int32) - 1
 
@@ -224,10 +221,10 @@ def prefill(
         return init_cache(config, num_rows, slots, params["embed"]["embedding"].dtype)
 
     logits_BV, cache, other_cache = _next_logits(
-        (params, adapter),
+        weights,
         other,
         batch.tokens_BL,
-        empty(params, config),
+        empty(weights[0], config),
         None if mixing is None or other is None else empty(other[0], mixing.config),
         config=config,
         mixing=mixing,
@@ -312,26 +309,21 @@ def _constrain(state: DecodeState, like: jax.Array) -> DecodeState:
     return jax.tree.map(lambda x, spec: constrain(x, spec, like=like), state, decode_specs(state))
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "settings", "mixing"), donate_argnames=("state",)
-)
+@functools.partial(jax.jit, static_argnames=("config", "settings"), donate_argnames=("state",))
 def decode(
-    params: Any,
-    adapter: Any,
+    weights: tuple[Any, Any],
     state: DecodeState,
     few: jax.Array,
     other: tuple[Any, Any] | None = None,
     *,
     config: ModelConfig,
     settings: DrawSettings,
-    mixing: Mixing | None = None,
 ) -> DecodeState:
     """Decodes until at most ``few`` rows (int32 scalar) are not done, or all slots are filled.
 
-    If the caches' layers are apart, pass weights (and ``other``'s) from ``weights_apart``.
+    If the caches' layers are apart, pass weights (and ``other``) from ``weights_apart``.
     """
     num_slots = state.cache.positions_BS.shape[1]
-    weights = (params, adapter)
 
     def go_on(state: DecodeState) -> jax.Array:
         wanted = jnp.sum(~state.done_B, dtype=jnp.int32) > few
@@ -346,7 +338,7 @@ def decode(
             state.cache,
             state.other_cache,
             config=config,
-            mixing=mixing,
+            mixing=settings.mixing,
             positions_BL=positions_B[:, None],
             valid_BL=~state.done_B[:, None],
         )

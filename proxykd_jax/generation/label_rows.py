@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -29,48 +28,33 @@ _take = jax.jit(lambda hidden, places: hidden[places])
 def score_split(
     rows: Rows,
     writer: SoftLabelWriter,
-    params: Any,
-    adapter: Any,
+    scorer: RowScorer,
     *,
-    config: ModelConfig,
     end_token_ids: Sequence[int],
-    max_length: int,
-    top_k: int,
-    temperature: float = 1.0,
-    vocab_size: int | None = None,
-    batch_size: int,
     rows_per_part: int,
-    put: Callable[[TokenBatch], TokenBatch] | None = None,
     report: Callable[[int, int], None] | None = None,
 ) -> None:
     """Makes the missing parts of a split's soft labels, if any.
 
-    A part depends only on the model, its rows and the settings, so a killed run continues with the
-    same bytes. While one part is computed, the previous one is written.
+    A part depends only on the scorer and its rows, so a killed run continues with the same bytes.
+    While one part is computed, the previous one is written.
 
     Args:
       rows: prompts with answers.
       writer: receives the labels.
-      params, adapter, config: the proxy.
+      scorer: the proxy, with a ``label`` that gives ``TopKLabels``, such as ``top_k_labels``.
       end_token_ids: an answer that ends with one of these is finished.
-      max_length: tokens of the longest possible row; it bounds the compiled shapes.
-      top_k, temperature, vocab_size: see ``scoring.soft_labels_of_logits``.
-      batch_size: rows computed together.
       rows_per_part: a killed run loses at most the part being computed and the one being written.
-      put: places a batch on devices; by default jax decides.
       report: called with (parts done, all parts) after each part.
     """
     num_parts = -(-len(rows) // rows_per_part)
     missing = writer.missing(num_parts)
-    options = {"top_k": top_k, "temperature": temperature, "vocab_size": vocab_size}
-    label = functools.partial(_top_k_labels, params, config, options)
-    scorer = RowScorer(params, adapter, config, label, batch_size, max_length, put)
     ends = frozenset(end_token_ids)
     written = num_parts - len(missing)
 
     def finish(index: int, token_rows: list[TokenRow], pieces: list[Piece]) -> None:
         nonlocal written
-        writer.commit(index, _assemble(token_rows, pieces, top_k, ends))
+        writer.commit(index, _assemble(token_rows, pieces, writer.top_k, ends))
         written += 1
         if report is not None:
             report(written, num_parts)
@@ -132,7 +116,9 @@ class RowScorer:
     Attributes:
       params, adapter, config: the proxy.
       label: computes the result for some positions asynchronously.
-      batch_size, max_length, put: as in ``score_split``.
+      batch_size: rows computed together.
+      max_length: tokens of the longest possible row; it bounds the compiled shapes.
+      put: places a batch on devices; by default jax decides.
     """
 
     params: Any
@@ -141,7 +127,7 @@ class RowScorer:
     label: Callable[[Positions], Any]
     batch_size: int
     max_length: int
-    put: Callable[[TokenBatch], TokenBatch] | None
+    put: Callable[[TokenBatch], TokenBatch] | None = None
 
     def dispatch(self, token_rows: list[TokenRow]) -> list[Piece]:
         """Starts the computation of all rows, batching rows of similar length."""
@@ -172,11 +158,24 @@ class RowScorer:
         return pieces
 
 
-def _top_k_labels(
-    params: Any, config: ModelConfig, options: dict[str, Any], positions: Positions
+def top_k_labels(
+    params: Any,
+    positions: Positions,
+    *,
+    config: ModelConfig,
+    top_k: int,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
 ) -> TopKLabels:
+    """Soft labels of some positions; the options are those of ``soft_labels_of_logits``."""
     return soft_labels_of_hidden(
-        params, positions.hidden_MD, positions.labels_M, config=config, **options
+        params,
+        positions.hidden_MD,
+        positions.labels_M,
+        config=config,
+        top_k=top_k,
+        temperature=temperature,
+        vocab_size=vocab_size,
     )
 
 

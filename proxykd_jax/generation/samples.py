@@ -35,6 +35,24 @@ _REFERENCES = ("places", "chosen", "rejected")
 
 
 @dataclass(frozen=True)
+class LengthBudget:
+    """How long an answer may be.
+
+    Attributes:
+      max_length: most tokens of prompt and answer together, as for the teacher's answers.
+      max_new_tokens: another limit on an answer's tokens, or None.
+    """
+
+    max_length: int
+    max_new_tokens: int | None = None
+
+    def after(self, prompt_length: int) -> int:
+        """Most tokens of an answer to a prompt of so many."""
+        left = max(0, self.max_length - prompt_length)
+        return left if self.max_new_tokens is None else min(left, self.max_new_tokens)
+
+
+@dataclass(frozen=True)
 class SampledRow:
     """The proxy's answer to a prompt.
 
@@ -259,9 +277,8 @@ def sample_round(
     sample_fn: SampleFunction,
     against_teacher: bool,
     rows_per_part: int,
-    max_length: int,
+    budget: LengthBudget,
     end_token_ids: Sequence[int],
-    max_new_tokens: int | None = None,
     report: Callable[[int, int], None] | None = None,
 ) -> None:
     """Makes the missing parts of a store, if any.
@@ -275,9 +292,8 @@ def sample_round(
       against_teacher: drop an answer that equals the teacher's. False for fresh prompts, which
         have no teacher's answer.
       rows_per_part: most rows that a killed run loses.
-      max_length: most tokens of prompt and answer together, as for the teacher's answers.
+      budget: how long an answer may be.
       end_token_ids: an answer that consists of these tokens only is empty.
-      max_new_tokens: another limit on an answer's tokens.
       report: called with (parts done, all parts) after each part.
     """
     rows = np.asarray(rows, np.int32)
@@ -289,8 +305,8 @@ def sample_round(
             store.check_rows(index, part_rows)
         else:
             sampled = _sample_part(
-                split.read(part_rows.tolist()), part_rows, sample_fn, against_teacher, max_length,
-                max_new_tokens, frozenset(end_token_ids),
+                split.read(part_rows.tolist()), part_rows, sample_fn, against_teacher, budget,
+                frozenset(end_token_ids),
             )  # fmt: skip
             store.append(index, sampled)
         if report is not None:
@@ -303,14 +319,11 @@ def _sample_part(
     indices: np.ndarray,
     sample_fn: SampleFunction,
     against_teacher: bool,
-    max_length: int,
-    max_new_tokens: int | None,
+    budget: LengthBudget,
     end_token_ids: frozenset[int],
 ) -> list[SampledRow]:
     prompts = [row.tokens[: row.prompt_length] for row in token_rows]
-    budgets = [max(0, max_length - len(prompt)) for prompt in prompts]
-    if max_new_tokens is not None:
-        budgets = [min(budget, max_new_tokens) for budget in budgets]
+    budgets = [budget.after(len(prompt)) for prompt in prompts]
     samples = sample_fn(prompts, [row.row_id for row in token_rows], budgets)
     chosen = [row.tokens[row.prompt_length :] if against_teacher else None for row in token_rows]
     return [

@@ -6,7 +6,6 @@ is tokenised again; an answer whose tokens do not decode to the same text is lef
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -18,6 +17,7 @@ from proxykd_jax.errors import UserError
 from proxykd_jax.generation.sampler import Sample
 from proxykd_jax.generation.samples import SampleFunction
 from proxykd_jax.generation.server import Completion, ServerClient
+from proxykd_jax.random_keys import request_seed
 from proxykd_jax.texts.tokenizer import Tokenizer
 
 # Stands for bytes that are not a complete character, for example where the budget ends within one.
@@ -94,12 +94,6 @@ def make_served_draw(
         return samples
 
     return draw
-
-
-def request_seed(seed: int, round_index: int, row_id: str) -> int:
-    """A seed of 31 bits, because some servers keep it in an int32."""
-    digest = hashlib.sha256(f"{seed}/{round_index}/{row_id}".encode()).digest()
-    return int.from_bytes(digest[:4], "little") >> 1
 
 
 # --- requests -------------------------------------------------------------------------------------

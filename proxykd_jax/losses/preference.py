@@ -18,7 +18,7 @@ SimPO 2405.14734 eq. 6, ORPO 2403.07691 eqs. 6 to 8. ORPO's loss also contains t
 response. `alignment_objective` adds that part, and this module does not.
 """
 
-from typing import Any
+from typing import NamedTuple
 
 import chex
 import jax
@@ -82,16 +82,26 @@ def preference_loss(
             of its range, or an option is given that the loss does not use.
     """
     _check_options(loss, beta, margin, label_smoothing)
-    logliks = (policy_chosen_B, policy_rejected_B, reference_chosen_B, reference_rejected_B)
-    options: dict[str, Any] = {
-        "length_normalize": length_normalize,
-        "chosen_tokens_B": chosen_tokens_B,
-        "rejected_tokens_B": rejected_tokens_B,
-        "pair_mask_B": pair_mask_B,
-    }
     if loss == "dpo":
-        return dpo_loss(*logliks, beta=beta, label_smoothing=label_smoothing, **options)
-    chosen_B, rejected_B = _scores(*logliks, loss=loss, **options)
+        return dpo_loss(
+            policy_chosen_B,
+            policy_rejected_B,
+            reference_chosen_B,
+            reference_rejected_B,
+            beta=beta,
+            label_smoothing=label_smoothing,
+            length_normalize=length_normalize,
+            chosen_tokens_B=chosen_tokens_B,
+            rejected_tokens_B=rejected_tokens_B,
+            pair_mask_B=pair_mask_B,
+        )
+    chosen_B, rejected_B = _scores(
+        _Response(policy_chosen_B, reference_chosen_B, chosen_tokens_B),
+        _Response(policy_rejected_B, reference_rejected_B, rejected_tokens_B),
+        pair_mask_B,
+        loss=loss,
+        length_normalize=length_normalize,
+    )
     if loss == "ipo":
         return jnp.square(chosen_B - rejected_B - 1 / (2 * beta))
     if loss == "orpo":
@@ -135,15 +145,11 @@ def dpo_loss(
     """
     _check_options("dpo", beta, label_smoothing=label_smoothing)
     chosen_B, rejected_B = _scores(
-        policy_chosen_B,
-        policy_rejected_B,
-        reference_chosen_B,
-        reference_rejected_B,
+        _Response(policy_chosen_B, reference_chosen_B, chosen_tokens_B),
+        _Response(policy_rejected_B, reference_rejected_B, rejected_tokens_B),
+        pair_mask_B,
         loss="dpo",
         length_normalize=length_normalize,
-        chosen_tokens_B=chosen_tokens_B,
-        rejected_tokens_B=rejected_tokens_B,
-        pair_mask_B=pair_mask_B,
     )
     return _logistic(beta * (chosen_B - rejected_B), label_smoothing)
 
@@ -177,15 +183,11 @@ def preference_metrics(
     """
     _check_options(loss, beta)
     chosen_B, rejected_B = _scores(
-        policy_chosen_B,
-        policy_rejected_B,
-        reference_chosen_B,
-        reference_rejected_B,
+        _Response(policy_chosen_B, reference_chosen_B, chosen_tokens_B),
+        _Response(policy_rejected_B, reference_rejected_B, rejected_tokens_B),
+        pair_mask_B,
         loss=loss,
         length_normalize=length_normalize,
-        chosen_tokens_B=chosen_tokens_B,
-        rejected_tokens_B=rejected_tokens_B,
-        pair_mask_B=pair_mask_B,
     )
     margin_B = beta * (chosen_B - rejected_B)
     metrics = {
@@ -227,40 +229,44 @@ def _check_options(
         )
 
 
+class _Response(NamedTuple):
+    """One response of each pair: log-probs under policy and reference, and number of tokens."""
+
+    policy_B: chex.Array
+    reference_B: chex.Array | None
+    tokens_B: chex.Array | None
+
+
 def _scores(
-    policy_chosen_B: chex.Array,
-    policy_rejected_B: chex.Array,
-    reference_chosen_B: chex.Array | None,
-    reference_rejected_B: chex.Array | None,
+    chosen: _Response,
+    rejected: _Response,
+    pair_mask_B: chex.Array | None,
     *,
     loss: str,
     length_normalize: bool,
-    chosen_tokens_B: chex.Array | None,
-    rejected_tokens_B: chex.Array | None,
-    pair_mask_B: chex.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """The scores of y and y-hat: log-probs or log-ratios, as sums or as token means."""
-    chosen_B = _usable(policy_chosen_B, pair_mask_B)
-    rejected_B = _usable(policy_rejected_B, pair_mask_B)
+    chosen_B = _usable(chosen.policy_B, pair_mask_B)
+    rejected_B = _usable(rejected.policy_B, pair_mask_B)
     chex.assert_equal_shape([chosen_B, rejected_B])
     if loss in REFERENCE_LOSSES:
-        if reference_chosen_B is None or reference_rejected_B is None:
+        if chosen.reference_B is None or rejected.reference_B is None:
             raise ValueError(
                 f"{loss} compares with a reference: give reference_chosen_B and "
                 "reference_rejected_B, or use simpo or orpo, which need none."
             )
-        chex.assert_shape([reference_chosen_B, reference_rejected_B], chosen_B.shape)
-        chosen_B = chosen_B - _usable(reference_chosen_B, pair_mask_B)
-        rejected_B = rejected_B - _usable(reference_rejected_B, pair_mask_B)
+        chex.assert_shape([chosen.reference_B, rejected.reference_B], chosen_B.shape)
+        chosen_B = chosen_B - _usable(chosen.reference_B, pair_mask_B)
+        rejected_B = rejected_B - _usable(rejected.reference_B, pair_mask_B)
     if length_normalize or loss not in REFERENCE_LOSSES:
-        if chosen_tokens_B is None or rejected_tokens_B is None:
+        if chosen.tokens_B is None or rejected.tokens_B is None:
             raise ValueError(
                 f"{loss} divides by the number of tokens here: give chosen_tokens_B and "
                 "rejected_tokens_B."
             )
-        chex.assert_shape([chosen_tokens_B, rejected_tokens_B], chosen_B.shape)
-        chosen_B = chosen_B / jnp.maximum(float32(chosen_tokens_B), 1.0)
-        rejected_B = rejected_B / jnp.maximum(float32(rejected_tokens_B), 1.0)
+        chex.assert_shape([chosen.tokens_B, rejected.tokens_B], chosen_B.shape)
+        chosen_B = chosen_B / jnp.maximum(float32(chosen.tokens_B), 1.0)
+        rejected_B = rejected_B / jnp.maximum(float32(rejected.tokens_B), 1.0)
     return chosen_B, rejected_B
 
 

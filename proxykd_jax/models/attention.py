@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from proxykd_jax.models import splash
-from proxykd_jax.parallel.cpu import second_caches
+from proxykd_jax.models.causal_blocks import attend_causally
+from proxykd_jax.models.numerics import dot_precision, masked_scores
 from proxykd_jax.parallel.sharding import is_for
 
 Backend = Literal["auto", "xla", "cudnn", "splash"]
 
 # Checkpointing keeps values of this name, so that the backward pass need not recompute attention.
 RESULT = "attention_result"
-
-# Finite: a row with every slot masked then gives the mean of the values, not NaN.
-_MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
-
-
-def dot_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
-    """Full float32 for float32 operands (GPU and TPU would use fewer bits), default otherwise."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def choose_backend(
@@ -132,23 +122,8 @@ def attention(
     q_BLGQC = q_BLHC.reshape(num_batch, num_queries, num_groups, -1, head_dim)
     if not causal:
         return _attend(q_BLGQC, k_BSGC, v_BSGC, mask_BLS).reshape(q_BLHC.shape)
-    # Axis R: the queries, and for each query its heads of one group.
-    q_BGRC = q_BLGQC.transpose(0, 2, 1, 3, 4).reshape(num_batch, num_groups, -1, head_dim)
-    k_BGCS, v_BGCS = (x_BSGC.transpose(0, 2, 3, 1) for x_BSGC in (k_BSGC, v_BSGC))
-    out_BGRC = _attend_causally(q_BGRC, k_BGCS, v_BGCS, mask_BLS, window)
-    out_BGLQC = out_BGRC.reshape(num_batch, num_groups, num_queries, -1, head_dim)
-    return out_BGLQC.transpose(0, 2, 1, 3, 4).reshape(q_BLHC.shape)
-
-
-def query_blocks(num_queries: int) -> int:
-    """Number of blocks that the queries of a causal row are cut into.
-
-    At most eight, because each is compiled; all of one size, at least 64 queries. Blocks skip the
-    hidden half of the scores, and the rest stays in the CPU cache: forward and backward are 2.3
-    times as fast as with one block on two cores (32 rows of 256, 8 heads of 8).
-    """
-    even = (n for n in range(8, 1, -1) if num_queries % n == 0 and num_queries // n >= 64)
-    return next(even, 1)
+    out_BLGQC = attend_causally(q_BLGQC, k_BSGC, v_BSGC, mask_BLS, window=window, keep_as=RESULT)
+    return out_BLGQC.reshape(q_BLHC.shape)
 
 
 def _attend(
@@ -163,7 +138,7 @@ def _attend(
         precision=precision,
         preferred_element_type=jnp.float32,
     )
-    scores_BGLQS = _scaled(scores_BGLQS, q_BLGQC.shape[-1], mask_BLS)
+    scores_BGLQS = masked_scores(scores_BGLQS, q_BLGQC.shape[-1], mask_BLS)
     # The result does not depend on the maximum that is subtracted, so it needs no gradient.
     scores_BGLQS -= jax.lax.stop_gradient(scores_BGLQS.max(axis=-1, keepdims=True))
     exp_BGLQS = jnp.exp(scores_BGLQS)
@@ -174,210 +149,6 @@ def _attend(
     out_BLGQC = jnp.einsum("bglqs,bsgc->blgqc", weights_BGLQS, v_BSGC, precision=precision)
     # Divide last, where the array is smallest.
     return (out_BLGQC / sum_BLGQ1).astype(v_BSGC.dtype)
-
-
-def _scaled(scores_BGLQS: jax.Array, head_dim: int, mask_BLS: jax.Array | None) -> jax.Array:
-    scores_BGLQS *= head_dim**-0.5
-    if mask_BLS is None:
-        return scores_BGLQS
-    return jnp.where(mask_BLS[:, None, :, None], scores_BGLQS, _MASKED)
-
-
-# --- a whole row, with its derivative -------------------------------------------------------------
-
-
-class _Block(NamedTuple):
-    """Queries ``first`` to ``stop``, which see slots ``start`` to ``stop`` (ends excluded)."""
-
-    first: int
-    stop: int
-    start: int
-
-
-def _blocks(num_queries: int, window: int | None) -> Iterator[_Block]:
-    size = num_queries // query_blocks(num_queries)
-    for first in range(0, num_queries, size):
-        # No query of the block sees a slot after the last query or before the first query's window.
-        yield _Block(first, first + size, max(first - window + 1, 0) if window else 0)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend_causally(
-    q_BGRC: jax.Array,
-    k_BGCS: jax.Array,
-    v_BGCS: jax.Array,
-    mask_BLS: jax.Array | None,
-    window: int | None,
-) -> jax.Array:
-    """Causal attention of whole rows, block by block; ``out_BGRC`` in q's dtype.
-
-    R runs over the row's S queries and, for each, its heads of one group. With the slots as the
-    last axis, no product transposes an array of the scores' size, forward or backward. The backward
-    pass recomputes the weights, as flash attention does (Dao et al., 2022). Storing them would mean
-    another write into the stacked arrays of all layers.
-    """
-    return _attend_causally_forward(q_BGRC, k_BGCS, v_BGCS, mask_BLS, window)[0]
-
-
-def _attend_causally_forward(
-    q_BGRC: jax.Array,
-    k_BGCS: jax.Array,
-    v_BGCS: jax.Array,
-    mask_BLS: jax.Array | None,
-    window: int | None,
-) -> tuple[jax.Array, Any]:
-    forward = functools.partial(_forward_blocks, window=window)
-    out_BGRC, log_sum_BGR1 = _in_parts(forward, q_BGRC, k_BGCS, v_BGCS, mask_BLS)
-    out_BGRC = checkpoint_name(out_BGRC, RESULT)
-    log_sum_BGR1 = checkpoint_name(log_sum_BGR1, RESULT)
-    return out_BGRC, (q_BGRC, k_BGCS, v_BGCS, mask_BLS, out_BGRC, log_sum_BGR1)
-
-
-def _attend_causally_backward(
-    window: int | None, residuals: Any, grad_BGRC: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    q_BGRC, k_BGCS, v_BGCS, mask_BLS, out_BGRC, log_sum_BGR1 = residuals
-    own_BGR1 = (grad_BGRC.astype(jnp.float32) * out_BGRC.astype(jnp.float32)).sum(-1, keepdims=True)
-    backward = functools.partial(_backward_blocks, window=window)
-    given = (q_BGRC, k_BGCS, v_BGCS, mask_BLS, grad_BGRC, own_BGR1, log_sum_BGR1)
-    return *_in_parts(backward, *given), None
-
-
-def _in_parts(compute: Callable[..., Any], q_BGRC: Any, k_BGCS: Any, *rest: Any) -> Any:
-    """Computes a function of rows in parts whose scores fit into the cores' own caches.
-
-    Larger parts go through the cache that all cores share: parts of 6 MiB instead of two caches of
-    1 MiB make a step of stories260K's shape 1.16 times as long. Smaller parts make products too
-    small to split between cores.
-    """
-    num_batch, num_groups, num_rows = q_BGRC.shape[:3]
-    num_slots = k_BGCS.shape[-1]
-    row_bytes = 4 * num_groups * (num_rows // query_blocks(num_slots)) * num_slots
-    fitting = max(second_caches() // row_bytes, 1)
-    at_once = next(n for n in range(num_batch, 0, -1) if num_batch % n == 0 and n <= fitting)
-    # Leave rows alone that are sharded over devices.
-    if at_once == num_batch or jax.device_count() > 1:
-        return compute(q_BGRC, k_BGCS, *rest)
-
-    def part_by_part(*given: Any) -> Any:
-        def parts(x: jax.Array) -> jax.Array:
-            x = jnp.broadcast_to(x, (num_batch, *x.shape[1:]))  # the mask may have one row for all
-            return x.reshape(-1, at_once, *x.shape[1:])
-
-        found = jax.lax.map(lambda part: compute(*part), jax.tree.map(parts, given))
-        return jax.tree.map(lambda x: x.reshape(num_batch, *x.shape[2:]), found)
-
-    # Decide by the platform that the program is compiled for, not by the one it is compiled on.
-    return jax.lax.platform_dependent(q_BGRC, k_BGCS, *rest, cpu=part_by_part, default=compute)
-
-
-def _forward_blocks(
-    q_BGRC: jax.Array,
-    k_BGCS: jax.Array,
-    v_BGCS: jax.Array,
-    mask_BLS: jax.Array | None,
-    *,
-    window: int | None,
-) -> tuple[jax.Array, jax.Array]:
-    """(out_BGRC, log of the sum of exponentials ``[B, G, R, 1]``)."""
-    outs, log_sums = [], []
-    for block in _blocks(k_BGCS.shape[-1], window):
-        scores_BGRS = _block_scores(q_BGRC, k_BGCS, mask_BLS, window, block)
-        highest_BGR1 = scores_BGRS.max(axis=-1, keepdims=True)
-        exp_BGRS = jnp.exp(scores_BGRS - highest_BGR1)
-        sum_BGR1 = exp_BGRS.sum(axis=-1, keepdims=True)
-        values_BGCS = v_BGCS[..., block.start : block.stop]
-        out_BGRC = _product("bgrs,bgcs->bgrc", exp_BGRS.astype(v_BGCS.dtype), values_BGCS)
-        # Divide last, where the array is smallest.
-        outs.append((out_BGRC / sum_BGR1).astype(q_BGRC.dtype))
-        log_sums.append(highest_BGR1 + jnp.log(sum_BGR1))
-    return jnp.concatenate(outs, axis=2), jnp.concatenate(log_sums, axis=2)
-
-
-def _backward_blocks(
-    q_BGRC: jax.Array,
-    k_BGCS: jax.Array,
-    v_BGCS: jax.Array,
-    mask_BLS: jax.Array | None,
-    grad_BGRC: jax.Array,
-    own_BGR1: jax.Array,
-    log_sum_BGR1: jax.Array,
-    *,
-    window: int | None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v.
-
-    With weights p and out = p v, the gradient of a score is p (grad v - own), where
-    own = grad out.
-    """
-    num_slots = k_BGCS.shape[-1]
-    scale = q_BGRC.shape[-1] ** -0.5  # scale of the scores, applied to the smaller array
-    of_queries: list[jax.Array] = []
-    of_keys, of_values = jnp.zeros_like(k_BGCS), jnp.zeros_like(v_BGCS)
-    for block in _blocks(num_slots, window):
-        seen = slice(block.start, block.stop)
-        queries_BGRC, grads_BGRC = (_rows(x, num_slots, block) for x in (q_BGRC, grad_BGRC))
-        scores_BGRS = _block_scores(q_BGRC, k_BGCS, mask_BLS, window, block)
-        weights_BGRS = jnp.exp(scores_BGRS - _rows(log_sum_BGR1, num_slots, block))
-        slope_BGRS = _product(
-            "bgrc,bgcs->bgrs", grads_BGRC, v_BGCS[..., seen], preferred_element_type=jnp.float32
-        )
-        slope_BGRS = weights_BGRS * (slope_BGRS - _rows(own_BGR1, num_slots, block))
-        slope_BGRS = slope_BGRS.astype(q_BGRC.dtype)
-        of_queries.append(_product("bgrs,bgcs->bgrc", slope_BGRS, k_BGCS[..., seen]) * scale)
-        outside = ((0, 0), (0, 0), (0, 0), (block.start, num_slots - block.stop))
-        part_BGCS = _product("bgrc,bgrs->bgcs", queries_BGRC * scale, slope_BGRS)
-        of_keys += jnp.pad(part_BGCS, outside)
-        weights_BGRS = weights_BGRS.astype(grad_BGRC.dtype)
-        part_BGCS = _product("bgrc,bgrs->bgcs", grads_BGRC, weights_BGRS)
-        of_values += jnp.pad(part_BGCS, outside)
-    return jnp.concatenate(of_queries, axis=2), of_keys, of_values
-
-
-_attend_causally.defvjp(_attend_causally_forward, _attend_causally_backward)
-
-
-def _block_scores(
-    q_BGRC: jax.Array,
-    k_BGCS: jax.Array,
-    mask_BLS: jax.Array | None,
-    window: int | None,
-    block: _Block,
-) -> jax.Array:
-    """float32 ``scores_BGRS`` of a block, scaled and masked."""
-    first, stop, start = block
-    queries, slots = (
-        offset + jax.lax.broadcasted_iota(jnp.int32, (1, stop - first, stop - start), axis)
-        for offset, axis in ((first, 1), (start, 2))
-    )
-    seen_BLS = queries >= slots
-    if window is not None:
-        seen_BLS &= queries - slots < window
-    if mask_BLS is not None:
-        seen_BLS &= mask_BLS[:, first:stop, start:stop]
-    scores_BGRS = _product(
-        "bgrc,bgcs->bgrs",
-        _rows(q_BGRC, k_BGCS.shape[-1], block),
-        k_BGCS[..., start:stop],
-        preferred_element_type=jnp.float32,
-    )
-    num_batch, num_groups, _, num_slots = scores_BGRS.shape
-    by_query = (num_batch, num_groups, stop - first, -1, num_slots)
-    masked = _scaled(scores_BGRS.reshape(by_query), q_BGRC.shape[-1], seen_BLS)
-    return masked.reshape(scores_BGRS.shape)
-
-
-def _rows(x_BGRC: jax.Array, num_queries: int, block: _Block) -> jax.Array:
-    """The rows that belong to a block's queries."""
-    heads = x_BGRC.shape[2] // num_queries
-    return x_BGRC[:, :, block.first * heads : block.stop * heads]
-
-
-def _product(equation: str, left: jax.Array, right: jax.Array, **options: Any) -> jax.Array:
-    return jnp.einsum(equation, left, right, precision=dot_precision(right.dtype), **options)
-
-
-# --- masks ----------------------------------------------------------------------------------------
 
 
 def segment_mask(segment_ids_BL: jax.Array, prefix_B: jax.Array | None = None) -> jax.Array:

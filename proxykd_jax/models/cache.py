@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from proxykd_jax.models import decoder
-from proxykd_jax.models.attention import Backend, window_mask
-from proxykd_jax.models.attention import attention as grouped_attention
+from proxykd_jax.models.attention import attention, window_mask
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.lora import Adapter
 from proxykd_jax.models.params import Params
@@ -78,8 +77,6 @@ def forward_cached(
     config: ModelConfig,
     positions_BL: jax.Array,
     valid_BL: jax.Array | None = None,
-    attention: Backend = "auto",
-    scan_unroll: int = 1,
 ) -> tuple[jax.Array, KVCache]:
     """Runs L new tokens per row; returns ``hidden_BLD`` after the final norm, and the new cache.
 
@@ -145,7 +142,7 @@ def forward_cached(
                 ).astype(q.dtype)
                 for stack in (keys, values)
             )
-            out = grouped_attention(q, k_BSGC, v_BSGC, mask_BLS=mask, backend=attention)
+            out = attention(q, k_BSGC, v_BSGC, mask_BLS=mask)
             return out, (keys, values)
 
         hidden_BLD, (keys, values) = decoder.decoder_layer(
@@ -170,7 +167,7 @@ def forward_cached(
         numbers = jnp.arange(config.num_layers, dtype=jnp.int32)
         carry: Any = (hidden_BLD, cache.k_NBGSC, cache.v_NBGSC)
         xs = (numbers, flags, params["layers"], adapter_layers)
-        (hidden_BLD, k_NBGSC, v_NBGSC), _ = jax.lax.scan(body, carry, xs, unroll=scan_unroll)
+        (hidden_BLD, k_NBGSC, v_NBGSC), _ = jax.lax.scan(body, carry, xs)
     hidden_BLD = decoder.rms_norm(hidden_BLD, params["final_norm"]["scale"], config.norm_eps)
     cache = KVCache(
         k_NBGSC=k_NBGSC, v_NBGSC=v_NBGSC, positions_BS=positions_BS, index=cache.index + length

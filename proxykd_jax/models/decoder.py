@@ -18,13 +18,13 @@ from proxykd_jax.models.attention import (
     RESULT,
     Backend,
     choose_backend,
-    dot_precision,
     segment_mask,
     window_mask,
 )
 from proxykd_jax.models.attention import attention as grouped_attention
 from proxykd_jax.models.config import LoraConfig, ModelConfig
 from proxykd_jax.models.lora import Adapter, lora_updates
+from proxykd_jax.models.numerics import dot_precision
 from proxykd_jax.models.params import Params
 from proxykd_jax.models.quantized import matmul
 from proxykd_jax.models.rope import check_length, rotate, rotation
@@ -182,7 +182,6 @@ def hidden_states(
     remat: str = "none",
     dropout_key: jax.Array | None = None,
     attention: Backend = "auto",
-    scan_unroll: int = 1,
 ) -> jax.Array:
     """``hidden_BLD`` after the last layer and the final norm, in the parameters' dtype.
 
@@ -200,7 +199,6 @@ def hidden_states(
         ``choose_backend``). Splash attention does not support ``prefix_B``, models in which only
         some layers slide, or a window over given positions without segments. In these cases
         ``auto`` takes ``xla``.
-      scan_unroll: number of layers in one iteration of the scan.
 
     Raises:
       ValueError: shapes that do not fit, an unknown remat or attention name, an attention backend
@@ -271,7 +269,7 @@ def hidden_states(
     # Inside a scan XLA cannot merge the two computations, so no barrier is needed.
     body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
     xs = (jnp.arange(config.num_layers), sliding_flags(config), params["layers"], adapter_layers)
-    hidden_BLD, _ = jax.lax.scan(body, hidden_BLD, xs, unroll=scan_unroll)
+    hidden_BLD, _ = jax.lax.scan(body, hidden_BLD, xs)
     return rms_norm(hidden_BLD, params["final_norm"]["scale"], config.norm_eps)
 
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from proxykd_jax.errors import UserError
-from proxykd_jax.models.attention import dot_precision
+from proxykd_jax.models.numerics import dot_precision
 
 Method = Literal["int8", "nf4"]
 METHODS: tuple[Method, ...] = ("int8", "nf4")

@@ -80,9 +80,7 @@ class Speaker:
     def measured(self, rows: Sequence[TokenRow], batch_size: int) -> RowMeasures:
         """NLL and agreement of the rows' answers."""
         return measure(
-            self.model.config,
-            self.model.params,
-            self.model.adapter,
+            self.model,
             RowsInMemory(list(rows)),
             batch_size=batch_size,
             top_ks=(),

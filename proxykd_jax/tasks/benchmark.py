@@ -39,10 +39,9 @@ from proxykd_jax.tasks.harness_model import Respondent
 from proxykd_jax.tasks.items import Item, files_of, read_items
 from proxykd_jax.tasks.outputs import (
     Answering,
+    AnswerStore,
     Line,
-    collect_answers,
     lines_to_bytes,
-    read_answers,
 )
 from proxykd_jax.tasks.prompts import (
     PROMPT_VERSION,
@@ -173,21 +172,20 @@ def _of_model(
         if ask.mode == COMPARE and not isinstance(who, Candidate):
             say(f"evaluate: {name} gives no log-likelihoods; {ask.name} is left out")
             continue
-        collect_answers(
+        store = AnswerStore(
             folder / ask.name,
-            len(ask.items),
-            functools.partial(_answering, config, settings, who, ask, load),
             settings=_decisive(config, settings, who, ask),
             inputs={"model": who.identity},
             items_per_part=settings.items_per_part,
             label=f"{name} {ask.name}",
         )
-        score = functools.partial(_scored, folder, ask)
+        answer = functools.partial(_answering, config, settings, who, ask, load)
+        store.collect(len(ask.items), answer)
+        score = functools.partial(_scored, store, ask)
         scored[ask.name] = on_first(score)
         if settings.harness and isinstance(who, Candidate):
             checks[ask.name] = check(
-                folder,
-                ask.name,
+                store,
                 ask.items,
                 scored[ask.name],
                 Respondent(
@@ -196,11 +194,7 @@ def _of_model(
                     batch_size=settings.batch_size,
                     seed=config.seed,
                 ),
-                settings=_decisive(config, settings, who, ask),
-                inputs={"model": who.identity},
-                items_per_part=settings.items_per_part,
                 max_new_tokens=settings.max_new_tokens,
-                label=f"{name} {ask.name}",
             )
     return scored, checks
 
@@ -255,12 +249,12 @@ def _answering(
     )
 
 
-def _scored(folder: Path, ask: Ask) -> list[Line]:
+def _scored(store: AnswerStore, ask: Ask) -> list[Line]:
     """The samples of a task with their scores; also written beside the answers."""
-    lines = read_answers(folder / ask.name)
+    lines = store.read()
     score: Callable[[Item, Line], Line] = _score if ask.mode == GENERATE else _score_compared
     samples = [score(item, line) for item, line in zip(ask.items, lines, strict=True)]
-    write_bytes(folder / f"{ask.name}.jsonl", lines_to_bytes(samples))
+    write_bytes(store.folder.with_name(f"{ask.name}.jsonl"), lines_to_bytes(samples))
     return samples
 
 

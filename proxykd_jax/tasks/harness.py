@@ -15,14 +15,13 @@ is the harness's own command line with this project's models, for any other task
 from __future__ import annotations
 
 import contextlib
-import functools
+import dataclasses
 import itertools
 import logging
 import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from proxykd_jax.artifacts import digest_value, write_bytes
@@ -31,7 +30,7 @@ from proxykd_jax.peers import on_first
 from proxykd_jax.tasks.accuracies import BY_LENGTH, accuracy
 from proxykd_jax.tasks.harness_model import Answer, Respondent, harness_model, missing_harness
 from proxykd_jax.tasks.items import Item
-from proxykd_jax.tasks.outputs import Line, collect_answers, lines_to_bytes, read_answers
+from proxykd_jax.tasks.outputs import AnswerStore, Line, lines_to_bytes
 from proxykd_jax.tasks.prompts import prompt_hash, prompt_of, question_alone
 
 # Increase it when requests to the harness change: responses of two versions are not comparable.
@@ -126,31 +125,24 @@ def _metric(name: str) -> dict[str, Any]:
 
 
 def check(
-    folder: Path,
-    name: str,
+    store: AnswerStore,
     items: Sequence[Item],
     ours: Sequence[Line],
     respondent: Respondent,
     *,
-    settings: Mapping[str, Any],
-    inputs: Mapping[str, Any],
-    items_per_part: int,
     max_new_tokens: int,
-    label: str,
 ) -> dict[str, Any]:
     """Lets the harness ask, read and score one task; existing responses are reused.
 
-    Responses are stored under ``<name>_harness/``, samples in ``<name>_harness.jsonl``.
+    Responses are stored in ``<task>_harness/`` beside our answers, samples in
+    ``<task>_harness.jsonl``.
 
     Args:
-      folder: the model's folder.
-      name: name of the task, as for our samples.
+      store: our answers; its folder has the task's name.
       items: the questions.
       ours: our scored samples, in the same order; with log-likelihoods if they have them.
       respondent: answers the requests.
-      settings, inputs: what determines answers, as for ours.
-      items_per_part, max_new_tokens: as for ours.
-      label: for progress reports.
+      max_new_tokens: as for ours.
 
     Returns:
       For each metric of the harness its accuracy, ours, and where the two differ.
@@ -159,7 +151,8 @@ def check(
       UserError: responses on disk belong to another model or other settings.
     """
     compared = "logliks" in ours[0]
-    kept = f"{name}_harness"
+    name = store.folder.name
+    folder = store.folder.with_name(f"{name}_harness")
 
     def keep(requests: Sequence[Any], answer: Answer) -> list[Any]:
         groups = [list(of) for _, of in itertools.groupby(requests, lambda each: each.doc_id)]
@@ -172,21 +165,15 @@ def check(
                 for place in places
             ]
 
-        collect_answers(
-            folder / kept,
-            len(groups),
-            lambda: answered,
-            settings={
-                **settings,
-                "harness_version": HARNESS_VERSION,
-                "requests": digest_value([[list(r.args) for r in group] for group in groups]),
-            },
-            inputs=inputs,
-            items_per_part=items_per_part,
-            label=f"{label} (harness)",
-        )
-        lines = on_first(functools.partial(read_answers, folder / kept))
-        return [response for line in lines for response in line["responses"]]
+        settings = {
+            **store.settings,
+            "harness_version": HARNESS_VERSION,
+            "requests": digest_value([[list(r.args) for r in group] for group in groups]),
+        }
+        label = f"{store.label} (harness)"
+        kept = dataclasses.replace(store, folder=folder, settings=settings, label=label)
+        kept.collect(len(groups), lambda: answered)
+        return [response for line in on_first(kept.read) for response in line["responses"]]
 
     config = task_config(name, items, compared=compared, max_new_tokens=max_new_tokens)
     found = run_task(harness_model()(respondent, keep), config)
@@ -194,7 +181,7 @@ def check(
         _compared(item, ours_of, sample) if compared else _generated(item, ours_of, sample)
         for item, ours_of, sample in zip(items, ours, found["samples"][name], strict=True)
     ]
-    on_first(lambda: write_bytes(folder / f"{kept}.jsonl", lines_to_bytes(samples)))
+    on_first(lambda: write_bytes(folder.with_name(f"{folder.name}.jsonl"), lines_to_bytes(samples)))
     return _summary(found["results"][name], samples, ours, compared)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,54 +22,58 @@ Line = dict[str, Any]
 Answering = Callable[[Sequence[int]], list[Line]]
 
 
-def collect_answers(
-    folder: Path,
-    count: int,
-    answer: Callable[[], Answering],
-    *,
-    settings: Mapping[str, Any],
-    inputs: Mapping[str, Any],
-    items_per_part: int,
-    label: str,
-) -> None:
-    """Makes the missing parts of a folder, if any.
+@dataclass(frozen=True)
+class AnswerStore:
+    """A model's answers to the items of a task, in a folder of parts.
 
-    Args:
+    Attributes:
       folder: folder of the parts.
-      count: number of items.
-      answer: loads the model that answers; called only if a part is missing.
       settings, inputs: what determines the answers, as in ``open_stage``.
       items_per_part: most items that a killed run loses.
       label: for progress reports.
-
-    Raises:
-      UserError: the folder was made with other settings or by another model.
     """
-    if open_stage(folder, "benchmark", settings, inputs):
-        return
-    parts = -(-count // items_per_part)
-    missing = on_first(functools.partial(_missing, folder, parts))
-    answering = answer() if missing else None
-    for index in missing:
-        assert answering is not None
-        places = range(index * items_per_part, min(count, (index + 1) * items_per_part))
-        lines = answering(places)
-        write_bytes(_part(folder, index), lines_to_bytes(lines))
-        say(f"evaluate: {label}: {places.stop} of {count} items")
-        stop_if_wanted()
-    complete_stage(folder, counts={"items": count})
 
+    folder: Path
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, Any]
+    items_per_part: int
+    label: str
 
-def read_answers(folder: Path) -> list[Line]:
-    """The lines of all parts, in order.
+    def collect(self, count: int, answer: Callable[[], Answering]) -> None:
+        """Makes the missing parts, if any.
 
-    Raises:
-      UserError: a part is damaged.
-    """
-    lines: list[Line] = []
-    for path in sorted(folder.glob("part_*.jsonl")):
-        lines += _read(path)
-    return lines
+        Args:
+          count: number of items.
+          answer: loads the model that answers; called only if a part is missing.
+
+        Raises:
+          UserError: the folder was made with other settings or by another model.
+        """
+        if open_stage(self.folder, "benchmark", self.settings, self.inputs):
+            return
+        parts = -(-count // self.items_per_part)
+        missing = on_first(functools.partial(_missing, self.folder, parts))
+        answering = answer() if missing else None
+        for index in missing:
+            assert answering is not None
+            first = index * self.items_per_part
+            places = range(first, min(count, first + self.items_per_part))
+            lines = answering(places)
+            write_bytes(_part(self.folder, index), lines_to_bytes(lines))
+            say(f"evaluate: {self.label}: {places.stop} of {count} items")
+            stop_if_wanted()
+        complete_stage(self.folder, counts={"items": count})
+
+    def read(self) -> list[Line]:
+        """The lines of all parts, in order.
+
+        Raises:
+          UserError: a part is damaged.
+        """
+        lines: list[Line] = []
+        for path in sorted(self.folder.glob("part_*.jsonl")):
+            lines += _read(path)
+        return lines
 
 
 def lines_to_bytes(lines: Sequence[Mapping[str, Any]]) -> bytes:

@@ -78,7 +78,7 @@ def template_text(name: str, tokenizer_template: str | None) -> str | None:
         text = BUILT_IN[name]
     else:
         try:
-            text = Path(name).expanduser().read_text(encoding="utf-8")
+            text = Path(name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
             raise UserError(

@@ -24,7 +24,7 @@ def list_files(pattern: str) -> list[Path]:
     Raises:
       UserError: there are none.
     """
-    path = Path(pattern).expanduser()
+    path = Path(pattern)
     if path.is_file():
         return [path]
     if path.is_dir():

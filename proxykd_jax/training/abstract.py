@@ -7,7 +7,7 @@ table gives them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -222,8 +222,9 @@ def answering_program(
         words = jax.ShapeDtypeStruct((rows, 4), jnp.uint32)
         batch = PromptBatch(ids, valid, words, jax.ShapeDtypeStruct((rows,), jnp.int32))
         scalar = jax.ShapeDtypeStruct((), jnp.uint32)
-        arguments = (params, adapter, place_rows(batch, mesh), scalar, scalar, *beside)
-        options: dict[str, Any] = {"config": spec.config, "settings": settings, "mixing": mixing}
+        arguments = ((params, adapter), place_rows(batch, mesh), scalar, scalar, *beside)
+        mixed = replace(settings, mixing=mixing)
+        options: dict[str, Any] = {"config": spec.config, "settings": mixed}
         first = prefill.lower(*arguments, slots=slots, **options)
         state = jax.eval_shape(lambda *given: prefill(*given, slots=slots, **options), *arguments)
         state = jax.tree.map(
@@ -232,7 +233,7 @@ def answering_program(
             decode_specs(state),
         )
         few = jax.ShapeDtypeStruct((), jnp.int32)
-        return [first, decode.lower(params, adapter, state, few, *beside, **options)]
+        return [first, decode.lower((params, adapter), state, few, *beside, **options)]
 
     def cost(axes: dict[str, int], rows: int, lengths: Lengths) -> Cost:
         a_device = rows // row_ways(axes)

@@ -17,6 +17,7 @@ from proxykd_jax.generation.samples import SampleStore
 from proxykd_jax.losses import REFERENCE_LOSSES, batch_mean
 from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.parallel.sharding import check_rows, tree_shardings
+from proxykd_jax.random_keys import purpose_seed
 from proxykd_jax.training.batch_objectives import AlignObjective
 from proxykd_jax.training.batches import (
     Plan,
@@ -25,7 +26,6 @@ from proxykd_jax.training.batches import (
     check_any_rows,
     count_steps,
     make_plan,
-    phase_seed,
     placed_batches,
     rows_together,
 )
@@ -126,7 +126,7 @@ def round_slices(run: StageRun) -> list[np.ndarray]:
     if align.alignment not in ("nll", "nll_preference"):
         return []
     count = len(run.corpus.split("align"))
-    order = permutation(count, seed=phase_seed(run.config.seed, "slices"), epoch=0)
+    order = permutation(count, seed=purpose_seed(run.config.seed, "slices"), epoch=0)
     parts = np.array_split(order, align.num_rounds)
     return [np.asarray(part, np.int32) for part in parts if len(part)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -130,11 +129,6 @@ def check_any_rows(corpus: TokenCorpus, splits: Collection[str]) -> None:
         )
 
 
-def phase_seed(seed: int, phase: str) -> int:
-    """The seed of a phase's order: another for each phase of a run."""
-    return zlib.crc32(f"{seed}/{phase}".encode())
-
-
 def make_plan(
     positions: np.ndarray,
     *,
@@ -151,7 +145,7 @@ def make_plan(
 
     Args:
       positions: places that each example takes (its tokens less one).
-      seed: from ``phase_seed``.
+      seed: from ``purpose_seed``.
       batch_size, batching: as in the config.
       max_length: tokens of the longest row that the corpus may hold.
       answers: positions of each example at which the vocabulary is projected (default: all).

@@ -12,10 +12,16 @@ from jax.sharding import Mesh
 from proxykd_jax.config import Config
 from proxykd_jax.data.collate import Rows
 from proxykd_jax.data.corpus import TokenCorpus
-from proxykd_jax.generation.sampler import Sample, sample
-from proxykd_jax.generation.samples import SampleFunction, SampleStore, sample_round
+from proxykd_jax.generation.decode import DrawSettings
+from proxykd_jax.generation.sampler import Prompt, Sample, sample
+from proxykd_jax.generation.samples import (
+    LengthBudget,
+    SampleFunction,
+    SampleStore,
+    sample_round,
+)
 from proxykd_jax.models.config import ModelConfig
-from proxykd_jax.parallel.sharding import move, put_rows, row_ways
+from proxykd_jax.parallel.sharding import move
 from proxykd_jax.training.proxy_server import serving
 
 
@@ -75,9 +81,8 @@ def draw_answers(
             sample_fn=draw,
             against_teacher=against_teacher,
             rows_per_part=sampling.rows_per_part,
-            max_length=corpus.max_length,
+            budget=LengthBudget(corpus.max_length, sampling.max_new_tokens),
             end_token_ids=corpus.end_token_ids,
-            max_new_tokens=sampling.max_new_tokens,
             report=report,
         )
 
@@ -118,24 +123,18 @@ def make_draw(
       seed, round_index, batch_size, temperature, top_p: as in ``sample``.
     """
     params, adapter = move(params, mesh), move(adapter, mesh)
+    settings = DrawSettings(temperature, top_p, corpus.vocab_size, corpus.end_token_ids)
 
     def draw(prompts: list[np.ndarray], row_ids: list[str], budgets: list[int]) -> list[Sample]:
         return sample(
-            params,
-            adapter,
-            prompts,
-            row_ids,
+            (params, adapter),
+            [Prompt(*each) for each in zip(prompts, row_ids, budgets, strict=True)],
             config=config,
+            settings=settings,
             seed=seed,
             round_index=round_index,
-            end_token_ids=corpus.end_token_ids,
-            max_new_tokens=budgets,
-            temperature=temperature,
-            top_p=top_p,
             batch_size=batch_size,
-            vocab_size=corpus.vocab_size,
-            put=lambda batch: put_rows(batch, mesh),
-            rows_multiple=row_ways(mesh.shape),
+            mesh=mesh,
         )
 
     return draw

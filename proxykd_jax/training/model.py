@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from proxykd_jax.models.peft import load_adapter
 from proxykd_jax.models.quantized import Method
 from proxykd_jax.parallel.sharding import sharding_of, tree_shardings
 from proxykd_jax.peers import on_first
+from proxykd_jax.random_keys import role_key
 from proxykd_jax.training.state import ModelSpec, Tree, Weights
 
 
@@ -141,7 +141,7 @@ def load_for_training(section: ModelSection, *, role: str, seed: int, mesh: Mesh
         return Model(spec, {}, params, folder)
     config = config.replace(lora=lora)
     if adapter is None:
-        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(role.encode()))
+        key = role_key(seed, role)
         shapes = jax.eval_shape(lambda: init_adapter(key, config))
         shardings = tree_shardings(shapes, mesh)
         adapter = jax.jit(lambda: init_adapter(key, config), out_shardings=shardings)()

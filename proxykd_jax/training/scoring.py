@@ -13,7 +13,7 @@ from proxykd_jax.data.corpus import TokenCorpus, TokenSplit
 from proxykd_jax.data.soft_labels import SoftLabelStore, SoftLabelWriter, weights_of
 from proxykd_jax.errors import UserError
 from proxykd_jax.generation.fresh_split import AnsweredSplit
-from proxykd_jax.generation.label_rows import Positions, RowScorer, score_split
+from proxykd_jax.generation.label_rows import Positions, RowScorer, score_split, top_k_labels
 from proxykd_jax.generation.samples import SampleStore
 from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.parallel.sharding import check_rows, put_rows
@@ -167,7 +167,14 @@ class Scoring:
 
     def score(self, name: str, rows: Rows) -> None:
         """Makes the parts of a split that are not there yet."""
-        score, model = self.config.score, self.model
+        score = self.config.score
+        label = functools.partial(
+            top_k_labels,
+            config=self.model.config,
+            top_k=score.top_k,
+            temperature=score.temperature,
+            vocab_size=self.corpus.vocab_size,
+        )
         score_split(
             rows,
             SoftLabelWriter(
@@ -177,16 +184,9 @@ class Scoring:
                 top_k=score.top_k,
                 store_dtype=score.store_dtype,
             ),
-            *self._weights,
-            config=model.config,
+            self.scorer(label),
             end_token_ids=self.corpus.end_token_ids,
-            max_length=self.corpus.max_length,
-            top_k=score.top_k,
-            temperature=score.temperature,
-            vocab_size=self.corpus.vocab_size,
-            batch_size=score.batch_size,
             rows_per_part=score.rows_per_part,
-            put=lambda batch: put_rows(batch, self._mesh),
             report=functools.partial(self._report, f"scored {name}"),
         )
 

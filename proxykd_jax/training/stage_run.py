@@ -18,13 +18,13 @@ from proxykd_jax.data.corpus import TokenCorpus
 from proxykd_jax.data.order import Batching
 from proxykd_jax.data.soft_labels import SoftLabelStore
 from proxykd_jax.errors import UserError
+from proxykd_jax.random_keys import purpose_seed
 from proxykd_jax.training.batch_objectives import NllObjective, Objective
 from proxykd_jax.training.batches import (
     Plan,
     answer_positions,
     count_steps,
     make_plan,
-    phase_seed,
     rows_together,
     token_collate,
 )
@@ -114,7 +114,7 @@ class StageRun:
         batch_size = batch_size or section.batch_size
         return make_plan(
             positions,
-            seed=phase_seed(self.config.seed, phase),
+            seed=purpose_seed(self.config.seed, phase),
             batch_size=batch_size,
             batching=section.batching if packs else self.unpacked(),
             max_length=max_length or self.corpus.max_length,

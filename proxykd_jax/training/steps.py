@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from proxykd_jax.losses import batch_mean
+from proxykd_jax.random_keys import step_key
 from proxykd_jax.training.batch_objectives import Objective
 from proxykd_jax.training.state import Spec, TrainState, Tree
 
@@ -47,7 +48,7 @@ def make_train_step(
     def step(state: TrainState, frozen: Tree, batch: Any) -> tuple[TrainState, Metrics]:
         key = None
         if spec.config.lora is not None and spec.config.lora.dropout > 0:
-            key = jax.random.fold_in(jax.random.key(seed), state.step)
+            key = step_key(seed, state.step)
         loss, grads, terms = _gradients(
             spec, objective, state.trainable, frozen, batch, microbatches, key
         )

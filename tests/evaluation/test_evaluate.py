@@ -37,7 +37,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     original = measures.measure
 
     def spy(*args, **options):
-        calls.append(len(args[3]))
+        calls.append(len(args[1]))
         return original(*args, **options)
 
     monkeypatch.setattr(measures, "measure", spy)

@@ -24,6 +24,8 @@ from proxykd_jax.models.config import LoraConfig, ModelConfig
 from proxykd_jax.models.decoder import forward
 from proxykd_jax.models.lora import init_adapter
 from proxykd_jax.models.params import init_params
+from proxykd_jax.training.model import Model
+from proxykd_jax.training.state import ModelSpec
 
 CONFIG = ModelConfig(
     family="llama",
@@ -37,6 +39,10 @@ CONFIG = ModelConfig(
     initializer_range=0.6,
     lora=LoraConfig(rank=2),
 )
+
+
+def model_of(params, adapter=None) -> Model:
+    return Model(ModelSpec(CONFIG, "lora", "float32", "none"), params, adapter, Path())
 
 
 @dataclass
@@ -134,7 +140,7 @@ def test_sums_equal_the_reference(
     tables = teacher_tables(split, np.random.default_rng(1), CONFIG.vocab_size)
     teacher = write_teacher(tmp_path, split, tables)
     got = measure(
-        CONFIG, params, adapter, split, batch_size=batch_size, top_ks=(1, 4, 10), teacher=teacher
+        model_of(params, adapter), split, batch_size=batch_size, top_ks=(1, 4, 10), teacher=teacher
     )
     expected = reference(params, adapter, split, tables)
     np.testing.assert_array_equal(got.tokens, [len(r.tokens) - r.prompt_length for r in split.rows])
@@ -165,7 +171,7 @@ def test_the_teacher_itself_has_no_kl(params, split: Split, tmp_path: Path) -> N
         logits = np.asarray(forward(params, None, row.tokens[None, :-1], config=CONFIG)[0])
         tables.append(np.asarray(jax.nn.log_softmax(logits))[row.prompt_length - 1 :])
     teacher = write_teacher(tmp_path, split, tables)
-    got = measure(CONFIG, params, None, split, batch_size=4, teacher=teacher)
+    got = measure(model_of(params), split, batch_size=4, teacher=teacher)
     np.testing.assert_allclose(got.kl, 0, atol=1e-5)
 
 
@@ -174,13 +180,13 @@ def test_a_teacher_may_know_fewer_tokens_but_not_more(params, split: Split, tmp_
     small = Split(rows)
     tables = teacher_tables(small, np.random.default_rng(2), 20)
     teacher = write_teacher(tmp_path / "small", small, tables)
-    got = measure(CONFIG, params, None, small, batch_size=4, teacher=teacher)
+    got = measure(model_of(params), small, batch_size=4, teacher=teacher)
     padded = [np.pad(t, ((0, 0), (0, 3)), constant_values=-np.inf) for t in tables]
     np.testing.assert_allclose(got.kl, reference(params, None, small, padded)["kl"], atol=2e-5)
     tables = teacher_tables(small, np.random.default_rng(2), 24)
     teacher = write_teacher(tmp_path / "large", small, tables)
     with pytest.raises(UserError, match="vocabulary"):
-        measure(CONFIG, params, None, small, batch_size=4, teacher=teacher)
+        measure(model_of(params), small, batch_size=4, teacher=teacher)
 
 
 def test_rows_that_the_teacher_lacks_are_named(params, split: Split, tmp_path: Path) -> None:
@@ -188,22 +194,22 @@ def test_rows_that_the_teacher_lacks_are_named(params, split: Split, tmp_path: P
     teacher = write_teacher(tmp_path, split, tables)
     changed = TokenRow(split.rows[0].tokens[::-1].copy(), split.rows[0].prompt_length, "x")
     with pytest.raises(UserError, match="holds no row of these tokens"):
-        measure(CONFIG, params, None, Split([changed]), batch_size=2, teacher=teacher)
+        measure(model_of(params), Split([changed]), batch_size=2, teacher=teacher)
     other_cut = TokenRow(split.rows[0].tokens, split.rows[0].prompt_length + 1, "x")
     with pytest.raises(UserError, match="holds no row"):
-        measure(CONFIG, params, None, Split([other_cut]), batch_size=2, teacher=teacher)
+        measure(model_of(params), Split([other_cut]), batch_size=2, teacher=teacher)
 
 
 def test_max_rows_takes_the_first(params, split: Split) -> None:
-    whole = measure(CONFIG, params, None, split, batch_size=4)
-    part = measure(CONFIG, params, None, split, batch_size=4, max_rows=3)
+    whole = measure(model_of(params), split, batch_size=4)
+    part = measure(model_of(params), split, batch_size=4, max_rows=3)
     np.testing.assert_allclose(part.nll, whole.nll[:3], rtol=1e-6)
     with pytest.raises(UserError, match="no rows"):
-        measure(CONFIG, params, None, Split([]), batch_size=4)
+        measure(model_of(params), Split([]), batch_size=4)
 
 
 def test_summary_and_file_form(params, split: Split) -> None:
-    got = measure(CONFIG, params, None, split, batch_size=4, top_ks=(1, 1000))
+    got = measure(model_of(params), split, batch_size=4, top_ks=(1, 1000))
     summary = got.summary()
     assert summary["n"] == len(split)
     assert summary["tokens"] == got.tokens.sum()
@@ -234,7 +240,7 @@ def test_standard_error_of_a_token_mean_covers() -> None:
 
 
 def test_paired_differences_cancel_what_rows_share(params, split: Split) -> None:
-    one = measure(CONFIG, params, None, split, batch_size=4)
+    one = measure(model_of(params), split, batch_size=4)
     shifted = measures.RowMeasures(
         one.tokens,
         one.nll + 0.25 * one.tokens,
@@ -247,7 +253,7 @@ def test_paired_differences_cancel_what_rows_share(params, split: Split) -> None
     difference = paired_differences(shifted, one)["nll"]
     np.testing.assert_allclose(difference["token_mean"], 0.25, rtol=1e-9)
     assert difference["token_se"] < 1e-9
-    fewer = measure(CONFIG, params, None, split, batch_size=4, max_rows=2)
+    fewer = measure(model_of(params), split, batch_size=4, max_rows=2)
     with pytest.raises(ValueError, match="different rows"):
         paired_differences(one, fewer)
 
@@ -270,7 +276,7 @@ def test_teacher_file_is_checked(tmp_path: Path) -> None:
 def test_what_training_looks_at(params, split: Split) -> None:
     model = SimpleNamespace(config=CONFIG, params=params, adapter=None)
     got = validation_figures(4, None)(model, split, 5)
-    whole = measure(CONFIG, params, None, split, batch_size=4, max_rows=5)
+    whole = measure(model_of(params), split, batch_size=4, max_rows=5)
     assert set(got) == {"nll", "agreement"}
     np.testing.assert_allclose(got["nll"], whole.nll.sum() / whole.tokens.sum(), rtol=1e-5)
     assert got["agreement"] == whole.agreement.sum() / whole.tokens.sum()

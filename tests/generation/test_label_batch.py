@@ -1,5 +1,6 @@
 """Soft labels of a batch against float64 NumPy over the full vocabulary."""
 
+import functools
 import hashlib
 import re
 
@@ -12,7 +13,7 @@ from proxykd_jax.data.collate import TokenRow, collate_rows
 from proxykd_jax.data.soft_labels import SoftLabelStore, SoftLabelWriter
 from proxykd_jax.generation import label_batch, label_rows
 from proxykd_jax.generation.label_batch import soft_labels_of_logits, topk_soft_labels
-from proxykd_jax.generation.label_rows import score_split
+from proxykd_jax.generation.label_rows import RowScorer, score_split, top_k_labels
 from proxykd_jax.types import TokenBatch
 from tests.generation.tiny import full_logps, tiny_model
 
@@ -177,9 +178,11 @@ def score(folder, rows, *, fail_at=None, **changes):
             raise KeyboardInterrupt
 
     writer = SoftLabelWriter(folder, "distill", vocab_size=24, top_k=5, store_dtype="float32")
-    options = {"batch_size": 4, "rows_per_part": 6, "vocab_size": 24, "report": report,
-               "end_token_ids": [3, 7], **changes}  # fmt: skip
-    score_split(rows, writer, params, adapter, config=config, max_length=40, top_k=5, **options)
+    options = {"rows_per_part": 6, "report": report, "end_token_ids": [3, 7], **changes}
+    batch_size = options.pop("batch_size", 4)
+    label = functools.partial(top_k_labels, params, config=config, top_k=5, vocab_size=24)
+    scorer = RowScorer(params, adapter, config, label, batch_size, max_length=40)
+    score_split(rows, writer, scorer, **options)
     settings = {"top_k": 5, "temperature": 1.0, "store_dtype": "float32", "vocab_size": 24}
     return SoftLabelStore(folder, {"settings": settings, "inputs": {}})
 

@@ -12,21 +12,28 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from proxykd_jax.config import AxesConfig
 from proxykd_jax.errors import UserError
-from proxykd_jax.generation import decode, sampler
-from proxykd_jax.generation.sampler import next_slots, prompt_bucket, sample, slot_bucket
+from proxykd_jax.generation import cpu_schedule, decode, sampler
+from proxykd_jax.generation.cpu_schedule import next_slots
+from proxykd_jax.generation.decode import DrawSettings
+from proxykd_jax.generation.sampler import Prompt, sample
+from proxykd_jax.generation.shapes import prompt_bucket, row_counts, slot_bucket
+from proxykd_jax.parallel.mesh import make_mesh
+from proxykd_jax.random_keys import row_keys
 from tests.generation.tiny import full_logps, some_prompts, tiny_model
 
 END = 3
 
 
 def run(model, prompts, row_ids, budgets, **changes):
-    config, params, adapter = model
-    options = {
-        "config": config, "seed": 5, "round_index": 1, "end_token_ids": [END], "batch_size": 8,
-        **changes,
-    }  # fmt: skip
-    return sample(params, adapter, prompts, row_ids, max_new_tokens=budgets, **options)
+    config, *weights = model
+    draw = {"temperature": 1.0, "top_p": 1.0, "vocab_size": config.vocab_size,
+            "end_token_ids": [END], "mixing": None}  # fmt: skip
+    draw |= {name: changes.pop(name) for name in draw.keys() & changes.keys()}
+    options = {"seed": 5, "round_index": 1, "batch_size": 8, **changes}
+    asked = [Prompt(*each) for each in zip(prompts, row_ids, budgets, strict=True)]
+    return sample(tuple(weights), asked, config=config, settings=DrawSettings(**draw), **options)
 
 
 def assert_same(first, second):
@@ -220,12 +227,12 @@ def test_short_prompts_that_are_run_apart_draw_the_same(monkeypatch, mixed):
     budgets = [30, 9, 1, 60, 4, 30, 75, 8, 2, 30]
     joined = []
     monkeypatch.setattr(
-        sampler, "join_rows", lambda *a, **k: joined.append(k) or join_rows(*a, **k)
+        cpu_schedule, "join_rows", lambda *a, **k: joined.append(k) or join_rows(*a, **k)
     )
     join_rows = decode.join_rows
     whole = run(model, prompts, row_ids, budgets, batch_size=16, **other)
     assert not joined
-    monkeypatch.setattr(sampler, "_WORTH_A_PROGRAM", 1.0)
+    monkeypatch.setattr(cpu_schedule, "_WORTH_A_PROGRAM", 1.0)
     apart = run(model, prompts, row_ids, budgets, batch_size=16, **other)
     # The longest prompt has 100 tokens; its row of 128 loses some of its padding.
     assert [found["filled"] for found in joined] == [112]
@@ -236,19 +243,19 @@ def test_prompts_are_cut_where_the_most_padding_is_spared():
     counts = [32, 24, 16, 12, 8]
     lengths = [10] * 14 + [60] * 6 + [200] * 4
     # 16 rows of 16 and 12 of 256; 24 of 64 and 8 of 256 would be more.
-    assert sampler._cut_by_length(lengths, counts, 24 * 256, 1e9) == 14
+    assert cpu_schedule._cut_by_length(lengths, counts, 24 * 256, 1e9) == 14
     # 32 rows of 64 and 8 of 256; 16 of 16 and 16 of 256 would be more.
     more = [10] * 14 + [60] * 12 + [200] * 2
-    assert sampler._cut_by_length(more, counts, 32 * 256, 1e9) == 26
-    assert sampler._cut_by_length(lengths, counts, 24 * 256, 1e3) is None
-    assert sampler._cut_by_length([10] * 20, counts, 24 * 16, 1e9) is None
+    assert cpu_schedule._cut_by_length(more, counts, 32 * 256, 1e9) == 26
+    assert cpu_schedule._cut_by_length(lengths, counts, 24 * 256, 1e3) is None
+    assert cpu_schedule._cut_by_length([10] * 20, counts, 24 * 16, 1e9) is None
 
 
 @pytest.mark.parametrize("one_cpu", [True, False])
 def test_long_answers_get_more_slots(monkeypatch, one_cpu):
     """Through caches of 64, 96, 128, 192 slots, of layers apart and stacked, with rows that end
     on the way."""
-    monkeypatch.setattr(sampler, "_is_one_cpu", lambda params: one_cpu)
+    monkeypatch.setattr(cpu_schedule, "_is_one_cpu", lambda params: one_cpu)
     model = tiny_model(max_positions=256)
     prompts, row_ids = some_prompts(12)
     budgets = [160, 3, 47, 48, 49, 80, 81, 112, 130, 159, 1, 160]
@@ -281,7 +288,7 @@ def test_cores_answer_parts_of_a_batch(monkeypatch):
         (3, [11, 11, 10] * 2 + [9, 9, 8]),
     ):
         counted, fails_at = [], 0
-        monkeypatch.setattr(sampler, "_cores", lambda batch_size, cores=cores: cores)
+        monkeypatch.setattr(cpu_schedule, "_cores", lambda batch_size, cores=cores: cores)
         found[cores] = run(model, prompts, row_ids, budgets, batch_size=32)
         assert sorted(counted, reverse=True) == sorted(parts, reverse=True)
         assert_same(found[cores], found[1])
@@ -291,13 +298,15 @@ def test_cores_answer_parts_of_a_batch(monkeypatch):
     assert len(counted) < 8
 
 
-def test_a_batch_that_cannot_shrink_comes_to_its_end():
+def test_a_batch_that_cannot_shrink_comes_to_its_end(monkeypatch):
     """As many ways as rows: 16 devices hold 16 rows, of which half are done."""
     model = tiny_model()
     prompts, row_ids = some_prompts(16)
     budgets = [2] * 9 + [16] * 7
-    samples = run(model, prompts, row_ids, budgets, batch_size=16, rows_multiple=16)
-    assert_same(samples, run(model, prompts, row_ids, budgets))
+    expected = run(model, prompts, row_ids, budgets)
+    monkeypatch.setattr(sampler, "row_ways", lambda axes: 16)
+    samples = run(model, prompts, row_ids, budgets, batch_size=16, mesh=make_mesh(AxesConfig()))
+    assert_same(samples, expected)
 
 
 def test_keys_differ_by_seed_round_row_and_position():
@@ -314,7 +323,7 @@ def test_keys_differ_by_seed_round_row_and_position():
         assert tuple(a.tokens) != tuple(b.tokens) != tuple(c.tokens)
     same_ids = run(model, twelve, ["x"] * 12, [12] * 12, **options)
     assert len({tuple(s.tokens) for s in same_ids}) == 1
-    keys = decode.row_keys(jnp.uint32(1), jnp.uint32(2), jnp.arange(8, dtype="uint32")[:, None])
+    keys = row_keys(jnp.uint32(1), jnp.uint32(2), jnp.arange(8, dtype="uint32")[:, None])
     data = np.asarray(jax.random.key_data(keys))
     assert len(np.unique(data, axis=0)) == 8
 
@@ -373,19 +382,19 @@ def test_padding_stays_within_the_positions_that_dynamic_rope_allows():
     assert [len(s.tokens) for s in samples] == [7] * 4
 
 
-def test_a_placement_of_batches_changes_nothing():
+def test_a_mesh_changes_nothing(monkeypatch):
     model = tiny_model()
     prompts, row_ids = some_prompts(5)
     placed = []
 
-    def put(batch):
-        placed.append(batch)
-        return jax.device_put(batch, jax.devices()[0])
-
-    assert_same(
-        run(model, prompts, row_ids, [9] * 5, put=put), run(model, prompts, row_ids, [9] * 5)
+    put_rows = sampler.put_rows
+    monkeypatch.setattr(
+        sampler, "put_rows", lambda batch, mesh: placed.append(batch) or put_rows(batch, mesh)
     )
+    mesh = make_mesh(AxesConfig())
+    on_mesh = run(model, prompts, row_ids, [9] * 5, mesh=mesh)
     assert len(placed) == 1
+    assert_same(on_mesh, run(model, prompts, row_ids, [9] * 5))
 
 
 def test_other_processes_draw_the_same(tmp_path):
@@ -411,12 +420,12 @@ def test_other_processes_draw_the_same(tmp_path):
 def test_what_cannot_be_sampled_is_refused():
     model = tiny_model()
     prompts, row_ids = some_prompts(2)
-    with pytest.raises(ValueError, match="as many of each"):
-        run(model, prompts, row_ids[:1], [3, 3])
     with pytest.raises(ValueError, match="no token"):
         run(model, [prompts[0], np.zeros(0, np.int32)], row_ids, [3, 3])
     with pytest.raises(ValueError, match="top_p"):
         run(model, prompts, row_ids, [3, 3], top_p=0.0)
+    with pytest.raises(ValueError, match="batch_size"):
+        run(model, prompts, row_ids, [3, 3], batch_size=0)
     assert run(model, [], [], []) == []
     config, params, adapter = model
     broken = {**params, "final_norm": {"scale": params["final_norm"]["scale"] * jnp.nan}}
@@ -445,7 +454,7 @@ def test_slots_grow_by_as_much_as_is_worth_a_program(between):
 
 
 def test_row_counts_divide_and_shrink():
-    assert sampler._row_counts(64, 1, between=True) == [64, 48, 32, 24, 16, 12, 8]
-    assert sampler._row_counts(64, 1, between=False) == [64, 32, 16, 8]
-    assert sampler._row_counts(48, 16, between=True) == [48]
-    assert sampler._row_counts(5, 1, between=True) == [5]
+    assert row_counts(64, 1, between=True) == [64, 48, 32, 24, 16, 12, 8]
+    assert row_counts(64, 1, between=False) == [64, 32, 16, 8]
+    assert row_counts(48, 16, between=True) == [48]
+    assert row_counts(5, 1, between=True) == [5]

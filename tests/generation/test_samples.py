@@ -10,7 +10,7 @@ from proxykd_jax.data.collate import TokenRow
 from proxykd_jax.errors import UserError
 from proxykd_jax.generation.fresh_split import AnsweredSplit
 from proxykd_jax.generation.sampler import Sample
-from proxykd_jax.generation.samples import SampleStore, sample_round
+from proxykd_jax.generation.samples import LengthBudget, SampleStore, sample_round
 
 END = 9
 
@@ -72,7 +72,7 @@ def make(folder: Path, split: Rows, sampler: Sampler, rows=None, against_teacher
         sample_round(
             store, split, range(len(split)) if rows is None else rows,
             sample_fn=sampler, against_teacher=against_teacher, rows_per_part=3,
-            max_length=12, end_token_ids=[END], max_new_tokens=7,
+            budget=LengthBudget(12, 7), end_token_ids=[END],
         )  # fmt: skip
         store.complete()
     return store

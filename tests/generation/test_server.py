@@ -18,9 +18,16 @@ from proxykd_jax.config.schema import SamplingServer
 from proxykd_jax.errors import UserError
 from proxykd_jax.generation import server as server_module
 from proxykd_jax.generation.sampler import Sample
-from proxykd_jax.generation.samples import KEPT, NOT_REENCODABLE, SampleStore, sample_round
+from proxykd_jax.generation.samples import (
+    KEPT,
+    NOT_REENCODABLE,
+    LengthBudget,
+    SampleStore,
+    sample_round,
+)
 from proxykd_jax.generation.server import ServerClient, UnansweredError
-from proxykd_jax.generation.server_answers import make_served_draw, request_seed, spell
+from proxykd_jax.generation.server_answers import make_served_draw, spell
+from proxykd_jax.random_keys import request_seed
 from proxykd_jax.texts.tokenizer import Tokenizer, load_tokenizer
 from tests.generation.fake_server import Body, FakeServer, Reply, completion
 from tests.generation.test_samples import Rows, row_id_of
@@ -273,7 +280,7 @@ def test_dropped_answers_are_counted_and_stored_ones_have_no_log_probs(tokenizer
     with FakeServer(answer) as fake:
         sample_round(
             store, split, range(6), sample_fn=drawing(fake, tokenizer), against_teacher=True,
-            rows_per_part=4, max_length=30, end_token_ids=[END],
+            rows_per_part=4, budget=LengthBudget(30), end_token_ids=[END],
         )  # fmt: skip
     odd = np.array([sum(row.prompt.tolist()) % 2 for row in split.read(range(6))], bool)
     assert 0 < odd.sum() < 6
@@ -445,7 +452,7 @@ def test_a_failure_keeps_finished_parts_and_a_rerun_asks_for_the_others_alone(
         store.begin({}, {})
         sample_round(
             store, split, range(11), sample_fn=drawing(fake, tokenizer), against_teacher=True,
-            rows_per_part=3, max_length=30, end_token_ids=[END],
+            rows_per_part=3, budget=LengthBudget(30), end_token_ids=[END],
         )  # fmt: skip
         return store
 

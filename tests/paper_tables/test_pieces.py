@@ -23,10 +23,10 @@ from proxykd_jax.baselines.on_policy import OnPolicyObjective
 from proxykd_jax.baselines.rollouts import AnswerBatch, given_answers
 from proxykd_jax.config.online_methods import MiniLlm
 from proxykd_jax.data.collate import collate_rows
-from proxykd_jax.generation.sampler import row_words
 from proxykd_jax.losses import draw_labels
 from proxykd_jax.models.params import init_params
-from proxykd_jax.training.batches import make_plan, phase_seed
+from proxykd_jax.random_keys import purpose_seed, row_words
+from proxykd_jax.training.batches import make_plan
 
 MODEL = pretrain.model_config(16, 24, 1)
 
@@ -54,7 +54,7 @@ def test_plans_are_the_products(rows: seeds.Rows) -> None:
     lengths = np.array([len(row.tokens) - 1 for row in rows.rows])
     plan = make_plan(
         lengths,
-        seed=phase_seed(7, "distill"),
+        seed=purpose_seed(7, "distill"),
         batch_size=config.batch_size,
         batching=config.batching,
         max_length=s.ROW_LENGTH,

@@ -21,8 +21,9 @@ from proxykd_jax import score
 from proxykd_jax.artifacts import read_json
 from proxykd_jax.config import AxesConfig, PreferenceConfig
 from proxykd_jax.data.soft_labels import open_soft_labels
+from proxykd_jax.generation.decode import DrawSettings
 from proxykd_jax.generation.label_batch import topk_soft_labels
-from proxykd_jax.generation.sampler import sample
+from proxykd_jax.generation.sampler import Prompt, sample
 from proxykd_jax.generation.samples import SampleStore
 from proxykd_jax.models import splash
 from proxykd_jax.models.attention import attention
@@ -32,7 +33,7 @@ from proxykd_jax.models.hf_weights import load_model, save_model
 from proxykd_jax.models.lora import init_adapter
 from proxykd_jax.models.params import init_params
 from proxykd_jax.parallel.mesh import make_mesh
-from proxykd_jax.parallel.sharding import bytes_per_device, move, put_rows, row_ways, sharding_of
+from proxykd_jax.parallel.sharding import bytes_per_device, move, put_rows, sharding_of
 from proxykd_jax.training.batch_objectives import AlignObjective, DistillObjective, NllObjective
 from proxykd_jax.training.checkpoint import Checkpoints, Progress
 from proxykd_jax.training.reference import pair_logps
@@ -234,21 +235,13 @@ def test_samples(model, axes):
         "config": config,
         "seed": 3,
         "round_index": 1,
-        "end_token_ids": [2],
-        "max_new_tokens": [12] * len(prompts),
+        "settings": DrawSettings(1.0, 1.0, config.vocab_size, (2,)),
         "batch_size": 16,
     }
+    asked = [Prompt(prompt, str(i), 12) for i, prompt in enumerate(prompts)]
     mesh = make_mesh(axes)
-    found = sample(
-        move(params, mesh),
-        move(adapter, mesh),
-        prompts,
-        [str(i) for i in range(20)],
-        put=lambda batch: put_rows(batch, mesh),
-        rows_multiple=row_ways(mesh.shape),
-        **options,
-    )
-    expected = sample(params, adapter, prompts, [str(i) for i in range(20)], **options)
+    found = sample((move(params, mesh), move(adapter, mesh)), asked, mesh=mesh, **options)
+    expected = sample((params, adapter), asked, **options)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
         np.testing.assert_allclose(a.logps, b.logps, rtol=1e-5, atol=1e-5)

@@ -18,7 +18,8 @@ from proxykd_jax.artifacts import read_json
 from proxykd_jax.config import Config
 from proxykd_jax.data.corpus import open_corpus
 from proxykd_jax.errors import UserError
-from proxykd_jax.generation.sampler import sample
+from proxykd_jax.generation.decode import DrawSettings
+from proxykd_jax.generation.sampler import Prompt, sample
 from proxykd_jax.models.decoder import forward
 from proxykd_jax.models.quantized import QuantizedKernel
 from proxykd_jax.parallel.mesh import make_mesh
@@ -84,16 +85,12 @@ def assert_same_words(folder: Path, model: Model, end: int) -> None:
     """Greedy answers to prompts of random tokens are ours, token by token."""
     prompts_BP = some_tokens(end)[:, :5]
     ours = sample(
-        model.params,
-        model.adapter,
-        list(prompts_BP),
-        [str(b) for b in range(len(prompts_BP))],
+        model.weights,
+        [Prompt(prompt_P, str(b), 7) for b, prompt_P in enumerate(prompts_BP)],
         config=model.config,
+        settings=DrawSettings(0.0, 1.0, model.config.vocab_size, (end,)),
         seed=0,
         round_index=0,
-        end_token_ids=[end],
-        max_new_tokens=[7] * len(prompts_BP),
-        temperature=0,
     )
     prompts = torch.tensor(prompts_BP, dtype=torch.long)
     found_BT = load_in_torch(folder).generate(

@@ -21,7 +21,8 @@ from proxykd_jax.artifacts import MANIFEST, read_json
 from proxykd_jax.cli import run_command
 from proxykd_jax.config import Config, dump_config
 from proxykd_jax.errors import UserError
-from proxykd_jax.generation.sampler import sample
+from proxykd_jax.generation.decode import DrawSettings
+from proxykd_jax.generation.sampler import Prompt, sample
 from proxykd_jax.generation.samples import KEPT, SampleStore
 from proxykd_jax.models.hf_weights import load_model
 from proxykd_jax.models.peft import load_adapter
@@ -83,10 +84,11 @@ class Served:
             ids = prompt if isinstance(prompt, list) else self._tokenizer.backend.encode(prompt).ids
             config, params, adapter = model
             (drawn,) = sample(
-                params, adapter, [np.array(ids, np.int32)], ["row"], config=config, seed=0,
-                round_index=0, end_token_ids=(self._tokenizer.eos_id or 0,),
-                max_new_tokens=[body["max_tokens"]], temperature=0, batch_size=8,
-                vocab_size=self._tokenizer.vocab_size,
+                (params, adapter), [Prompt(np.array(ids, np.int32), "row", body["max_tokens"])],
+                config=config, seed=0, round_index=0, batch_size=8,
+                settings=DrawSettings(
+                    0.0, 1.0, self._tokenizer.vocab_size, (self._tokenizer.eos_id or 0,)
+                ),
             )  # fmt: skip
         answer = drawn.tokens[:-1] if drawn.finished else drawn.tokens
         reason = "stop" if drawn.finished else "length"
