@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from proxykd_jax.baselines.rollouts import AnswerBatch
 from proxykd_jax.config.method_section import AnsweringSection
 from proxykd_jax.generation.decode import DrawSettings, Mixing
+from proxykd_jax.generation.samples import LengthBudget
 from proxykd_jax.models.operations import forward_flops
 from proxykd_jax.parallel.sharding import bytes_per_device
 from proxykd_jax.training.abstract import (
@@ -74,12 +75,10 @@ def answer_program(
         "distill",
         model,
         method.sample_batch_size,
-        max_length=run.config.corpus.max_length,
-        max_new_tokens=method.max_new_tokens,
-        settings=DrawSettings(temperature, 1.0, run.corpus.vocab_size, (0,)),
+        budget=LengthBudget(run.config.corpus.max_length, method.max_new_tokens),
+        settings=DrawSettings(temperature, 1.0, run.corpus.vocab_size, (0,), mixing),
         resident=lambda mesh: resident(dict(mesh.shape)),
         other=None if mixing is None else run.scorer,
-        mixing=mixing,
         times=times,
     )
 

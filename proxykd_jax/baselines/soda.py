@@ -29,7 +29,7 @@ from proxykd_jax.training.batches import (
 )
 from proxykd_jax.training.console import Console
 from proxykd_jax.training.distillation import planned_figures, teacher_rows
-from proxykd_jax.training.draw_answers import draw_answers
+from proxykd_jax.training.draw_answers import Answerer
 from proxykd_jax.training.loop import Trainer
 from proxykd_jax.training.model import model_identity
 from proxykd_jax.training.optimizer import make_optimizer
@@ -79,19 +79,12 @@ def sample_base_student(run: StageRun, rows: Joined) -> SampleStore:
     inputs = {"corpus": run.corpus.identity, "student": model_identity(config.student)}
     if not store.begin(settings, inputs):
         student, say = run.model, Console("distill").say
-        draw_answers(
+        Answerer(config, run.corpus, student.config, student.weights, mesh).fill(
             store,
             rows,
             range(len(rows)),
-            config,
-            student.config,
-            student.params,
-            student.adapter,
-            corpus=run.corpus,
-            mesh=mesh,
             round_index=0,
             temperature=method.temperature,
-            top_p=1.0,
             against_teacher=True,
             report=lambda done, total: say(f"untrained student answered {done}/{total} parts"),
         )

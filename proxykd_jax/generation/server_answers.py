@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from proxykd_jax.errors import UserError
+from proxykd_jax.generation.decode import DrawSettings
 from proxykd_jax.generation.sampler import Sample
 from proxykd_jax.generation.samples import SampleFunction
 from proxykd_jax.generation.server import Completion, ServerClient
@@ -27,13 +28,11 @@ _NO_CHARACTER = "\ufffd"
 def make_served_draw(
     client: ServerClient,
     name: str,
-    *,
     tokenizer: Tokenizer,
-    end_token_ids: Sequence[int],
+    settings: DrawSettings,
+    *,
     seed: int,
     round_index: int,
-    temperature: float,
-    top_p: float,
 ) -> SampleFunction:
     """``draw(prompts, row_ids, budgets) -> samples``, by a server that has loaded the weights.
 
@@ -44,14 +43,15 @@ def make_served_draw(
       client: the server.
       name: what ``ServerClient.load`` loaded: the adapter's name or the model's folder.
       tokenizer: the corpus's tokenizer.
-      end_token_ids: tokens that end an answer; the first is appended if the server stopped without
+      settings: how a token is drawn. The first end token is appended if the server stopped without
         saying at which one.
-      seed, round_index, temperature, top_p: as in ``sampler.sample``.
+      seed, round_index: as in ``sampler.sample``.
 
     Raises (when drawing):
       UserError: the server fails permanently, answers with another model, or counts another number
         of tokens in a prompt.
     """
+    ends = settings.end_token_ids
 
     def ask(prompt: np.ndarray, row_id: str, budget: int) -> Sample:
         sent = _prompt(prompt, client, tokenizer)
@@ -61,10 +61,10 @@ def make_served_draw(
             "model": name,
             **sent,
             "max_tokens": budget,
-            "temperature": temperature,
-            "top_p": top_p,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
             "seed": request_seed(seed, round_index, row_id),
-            **_PARTICULARS[client.server.api](client, name, end_token_ids, temperature),
+            **_PARTICULARS[client.server.api](client, name, ends, settings.temperature),
         }
         completion = client.complete(body)
         read = completion.prompt_length
@@ -73,7 +73,7 @@ def make_served_draw(
                 f"align.sampling.server: a prompt of {len(prompt)} tokens was read as {read}; the "
                 "server's tokenizer is another one, or it adds tokens of its own."
             )
-        return _sample(completion, prompt, budget, client, tokenizer, end_token_ids)
+        return _sample(completion, prompt, budget, client, tokenizer, ends)
 
     def draw(prompts: list[np.ndarray], row_ids: list[str], budgets: list[int]) -> list[Sample]:
         samples = [Sample(np.zeros(0, np.int32), False, np.zeros(0, np.float32)) for _ in prompts]

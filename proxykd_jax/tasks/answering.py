@@ -22,6 +22,7 @@ from proxykd_jax.data.collate import RowsInMemory, TokenRow
 from proxykd_jax.errors import UserError
 from proxykd_jax.evaluation.candidates import Candidate, Collected, Server
 from proxykd_jax.evaluation.measures import RowMeasures, measure
+from proxykd_jax.generation.decode import DrawSettings
 from proxykd_jax.generation.sampler import Sample
 from proxykd_jax.generation.samples import SampleFunction
 from proxykd_jax.generation.server import Connection
@@ -66,15 +67,12 @@ class Speaker:
         """The model's sampler, with rows split over the mesh; greedy at temperature 0."""
         return make_draw(
             self.model.config,
-            self.model.params,
-            self.model.adapter,
-            corpus=self,
+            self.model.weights,
+            DrawSettings(temperature, top_p, self.vocab_size, self.end_token_ids),
             mesh=self.mesh,
             seed=seed,
             round_index=0,
             batch_size=batch_size,
-            temperature=temperature,
-            top_p=top_p,
         )
 
     def measured(self, rows: Sequence[TokenRow], batch_size: int) -> RowMeasures:

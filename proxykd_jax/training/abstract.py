@@ -7,7 +7,7 @@ table gives them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -17,13 +17,13 @@ from jax.sharding import Mesh, NamedSharding
 from proxykd_jax.config import Work
 from proxykd_jax.generation.decode import (
     DrawSettings,
-    Mixing,
     PromptBatch,
     decode,
     decode_specs,
     prefill,
 )
 from proxykd_jax.generation.sampler import prompt_bucket, slot_bucket
+from proxykd_jax.generation.samples import LengthBudget
 from proxykd_jax.models.operations import answer_flops, cache_bytes, step_flops
 from proxykd_jax.models.params import abstract_params
 from proxykd_jax.models.quantized import QuantizedKernel
@@ -188,12 +188,10 @@ def answering_program(
     model: Model,
     rows: int,
     *,
-    max_length: int,
-    max_new_tokens: int | None,
+    budget: LengthBudget,
     settings: DrawSettings,
     resident: Callable[[Mesh], int],
     other: Model | None = None,
-    mixing: Mixing | None = None,
     times: float = 1.0,
 ) -> Program:
     """Prefill of a batch of prompts and the loop that decodes it.
@@ -201,18 +199,15 @@ def answering_program(
     Args:
       name, work, rows, resident, times: see ``Program``.
       model: that answers.
-      max_length: tokens of the longest row; its prompt is taken to be half of it.
-      max_new_tokens: the most of an answer, or None.
+      budget: the lengths of rows and answers; a prompt is taken to be half of the longest row.
       settings: of the draw.
-      other, mixing: a model that is mixed in, and how; both or neither.
+      other: the model that ``settings.mixing`` mixes in, if it does.
     """
     spec = model.spec
     # The most that a batch's cache can hold: a row of the greatest length, its prompt half of it.
-    prompt = prompt_bucket(max_length // 2)
-    budget = max_length - max_length // 2
-    if max_new_tokens is not None:
-        budget = min(budget, max_new_tokens)
-    slots = slot_bucket(prompt + budget)
+    longest = budget.max_length // 2
+    prompt = prompt_bucket(longest)
+    slots = slot_bucket(prompt + budget.after(longest))
     models = [model, *([] if other is None else [other])]
 
     def lower(mesh: Mesh, rows: int) -> list[Any]:
@@ -223,8 +218,7 @@ def answering_program(
         batch = PromptBatch(ids, valid, words, jax.ShapeDtypeStruct((rows,), jnp.int32))
         scalar = jax.ShapeDtypeStruct((), jnp.uint32)
         arguments = ((params, adapter), place_rows(batch, mesh), scalar, scalar, *beside)
-        mixed = replace(settings, mixing=mixing)
-        options: dict[str, Any] = {"config": spec.config, "settings": mixed}
+        options: dict[str, Any] = {"config": spec.config, "settings": settings}
         first = prefill.lower(*arguments, slots=slots, **options)
         state = jax.eval_shape(lambda *given: prefill(*given, slots=slots, **options), *arguments)
         state = jax.tree.map(

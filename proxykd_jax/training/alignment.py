@@ -30,7 +30,7 @@ from proxykd_jax.training.batches import (
     rows_together,
 )
 from proxykd_jax.training.checkpoint import Progress
-from proxykd_jax.training.draw_answers import draw_answers
+from proxykd_jax.training.draw_answers import Answerer
 from proxykd_jax.training.loop import Trainer
 from proxykd_jax.training.model import Model
 from proxykd_jax.training.optimizer import make_optimizer
@@ -244,15 +244,11 @@ class _Round:
 
     def _draw_answers(self, store: SampleStore, model: Model, trainer: Trainer) -> None:
         run, sampling = self._run, self._align.sampling
-        draw_answers(
+        mesh = make_mesh(run.config.mesh.of("sample"))
+        Answerer(run.config, run.corpus, model.config, model.weights, mesh).fill(
             store,
             run.corpus.split("align"),
             self._rows.rows,
-            run.config,
-            model.config,
-            *model.weights,
-            corpus=run.corpus,
-            mesh=make_mesh(run.config.mesh.of("sample")),
             round_index=self._index,
             temperature=sampling.temperature,
             top_p=sampling.top_p,

@@ -1,10 +1,10 @@
-"""A sampler bound to a model and a corpus: what rounds and fresh prompts draw answers with."""
+"""What draws the answers of rounds, of fresh prompts and of benchmarks: one state of a model."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
 
 import numpy as np
 from jax.sharding import Mesh
@@ -23,111 +23,109 @@ from proxykd_jax.generation.samples import (
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.parallel.sharding import move
 from proxykd_jax.training.proxy_server import serving
+from proxykd_jax.training.state import Weights
 
 
-def draw_answers(
-    store: SampleStore,
-    split: Rows,
-    rows: Sequence[int] | np.ndarray,
-    config: Config,
-    model_config: ModelConfig,
-    params: Any,
-    adapter: Any,
-    *,
-    corpus: TokenCorpus,
-    mesh: Mesh,
-    round_index: int,
-    temperature: float,
-    top_p: float,
-    against_teacher: bool,
-    report: Callable[[int, int], None],
-) -> None:
-    """Makes the answers that a store lacks, by the sampler here or by the server.
+@dataclass(frozen=True)
+class Answerer:
+    """One state of a model that answers prompts, by the sampler here or by the server.
 
-    What was moved to the mesh for sampling is free again afterwards.
-
-    Args:
-      store, split, rows, against_teacher, report: as in ``sample_round``.
+    Attributes:
       config: of the run; ``align.sampling`` says who draws, how many at once and how much.
-      model_config, params, adapter: one state of the proxy.
-      corpus, mesh: as in ``make_draw``.
-      round_index, temperature, top_p: as in ``sample``.
-
-    Raises:
-      UserError: the server cannot be used, or the store holds other rows.
+      corpus: whose tokens are drawn.
+      model: the architecture.
+      weights: (params, adapter).
+      mesh: where the sampler here runs. What is moved there is free again afterwards.
     """
-    sampling = config.align.sampling
-    drawn: dict[str, Any] = {
-        "corpus": corpus,
-        "round_index": round_index,
-        "temperature": temperature,
-        "top_p": top_p,
-    }
-    drawing: contextlib.AbstractContextManager[SampleFunction]
-    if sampling.server is None:
-        here: dict[str, Any] = {
-            "mesh": mesh,
-            "seed": config.seed,
-            "batch_size": sampling.batch_size,
-        }
-        drawing = contextlib.nullcontext(make_draw(model_config, params, adapter, **here, **drawn))
-    else:
-        drawing = serving(config, model_config, params, adapter, **drawn)
-    with drawing as draw:
-        sample_round(
-            store,
-            split,
-            rows,
-            sample_fn=draw,
-            against_teacher=against_teacher,
-            rows_per_part=sampling.rows_per_part,
-            budget=LengthBudget(corpus.max_length, sampling.max_new_tokens),
-            end_token_ids=corpus.end_token_ids,
-            report=report,
-        )
 
+    config: Config
+    corpus: TokenCorpus
+    model: ModelConfig
+    weights: Weights
+    mesh: Mesh
 
-class Vocabulary(Protocol):
-    """What a sampler must know of the tokens: a ``TokenCorpus`` says it."""
+    def fill(
+        self,
+        store: SampleStore,
+        split: Rows,
+        rows: Sequence[int] | np.ndarray,
+        *,
+        round_index: int,
+        temperature: float,
+        top_p: float = 1.0,
+        against_teacher: bool,
+        report: Callable[[int, int], None],
+    ) -> None:
+        """Makes the answers that a store lacks.
 
-    @property
-    def vocab_size(self) -> int:
-        """Ids from here on are never drawn."""
-        ...
+        Args:
+          store, split, rows, against_teacher, report: as in ``sample_round``.
+          round_index, temperature, top_p: as in ``sample``.
 
-    @property
-    def end_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer."""
-        ...
+        Raises:
+          UserError: the server cannot be used, or the store holds other rows.
+        """
+        sampling, corpus = self.config.align.sampling, self.corpus
+        settings = DrawSettings(temperature, top_p, corpus.vocab_size, corpus.end_token_ids)
+        drawing: contextlib.AbstractContextManager[SampleFunction]
+        if sampling.server is None:
+            drawing = contextlib.nullcontext(
+                make_draw(
+                    self.model,
+                    self.weights,
+                    settings,
+                    mesh=self.mesh,
+                    seed=self.config.seed,
+                    round_index=round_index,
+                    batch_size=sampling.batch_size,
+                )
+            )
+        else:
+            drawing = serving(
+                self.config,
+                self.model,
+                self.weights,
+                settings,
+                corpus=corpus,
+                round_index=round_index,
+            )
+        with drawing as draw:
+            sample_round(
+                store,
+                split,
+                rows,
+                sample_fn=draw,
+                against_teacher=against_teacher,
+                rows_per_part=sampling.rows_per_part,
+                budget=LengthBudget(corpus.max_length, sampling.max_new_tokens),
+                end_token_ids=corpus.end_token_ids,
+                report=report,
+            )
 
 
 def make_draw(
     config: ModelConfig,
-    params: Any,
-    adapter: Any,
+    weights: Weights,
+    settings: DrawSettings,
     *,
-    corpus: Vocabulary,
     mesh: Mesh,
     seed: int,
     round_index: int,
     batch_size: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
 ) -> SampleFunction:
-    """``draw(prompts, row_ids, budgets) -> samples`` from one state of the proxy.
+    """``draw(prompts, row_ids, budgets) -> samples`` from one state of a model.
 
     Args:
-      config, params, adapter: the model.
-      corpus: says which tokens end an answer and how many ids may be drawn.
+      config: the architecture.
+      weights: (params, adapter).
+      settings, seed, round_index, batch_size: as in ``sample``.
       mesh: to which the model is moved, and over which the rows are split.
-      seed, round_index, batch_size, temperature, top_p: as in ``sample``.
     """
-    params, adapter = move(params, mesh), move(adapter, mesh)
-    settings = DrawSettings(temperature, top_p, corpus.vocab_size, corpus.end_token_ids)
+    moved = (move(weights[0], mesh), move(weights[1], mesh))
 
     def draw(prompts: list[np.ndarray], row_ids: list[str], budgets: list[int]) -> list[Sample]:
         return sample(
-            (params, adapter),
+            moved,
             [Prompt(*each) for each in zip(prompts, row_ids, budgets, strict=True)],
             config=config,
             settings=settings,

@@ -20,6 +20,7 @@ from proxykd_jax.data.order import default_buckets, packed_segments
 from proxykd_jax.generation.decode import DrawSettings
 from proxykd_jax.generation.label_batch import hidden_rows, soft_labels_of_hidden
 from proxykd_jax.generation.label_rows import positions_at_once
+from proxykd_jax.generation.samples import LengthBudget
 from proxykd_jax.losses import REFERENCE_LOSSES
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.operations import forward_flops, head_flops, layer_flops
@@ -166,8 +167,7 @@ def sampling_program(run: StageRun, model: Model, phase: Phase | None) -> Progra
         "sample",
         model,
         sampling.batch_size,
-        max_length=config.corpus.max_length,
-        max_new_tokens=sampling.max_new_tokens,
+        budget=LengthBudget(config.corpus.max_length, sampling.max_new_tokens),
         settings=DrawSettings(sampling.temperature, sampling.top_p, vocab_size, (0,)),
         resident=resident,
     )

@@ -7,12 +7,12 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from proxykd_jax.config import Config
 from proxykd_jax.data.corpus import TokenCorpus
+from proxykd_jax.generation.decode import DrawSettings
 from proxykd_jax.generation.sampler import Sample
 from proxykd_jax.generation.samples import SampleFunction
 from proxykd_jax.generation.server import ServerClient
@@ -22,19 +22,18 @@ from proxykd_jax.models.peft import save_adapter
 from proxykd_jax.peers import is_first, on_first
 from proxykd_jax.training.exporting import save_merged
 from proxykd_jax.training.model import model_origin
+from proxykd_jax.training.state import Weights
 
 
 @contextlib.contextmanager
 def serving(
     config: Config,
-    model_config: ModelConfig,
-    params: Any,
-    adapter: Any,
+    model: ModelConfig,
+    weights: Weights,
+    settings: DrawSettings,
     *,
     corpus: TokenCorpus,
     round_index: int,
-    temperature: float,
-    top_p: float,
 ) -> Iterator[SampleFunction]:
     """A ``draw(prompts, row_ids, budgets)`` by the configured server, within the block.
 
@@ -43,9 +42,9 @@ def serving(
 
     Args:
       config: of the run, with ``align.sampling.server``.
-      model_config, params, adapter: one state of the proxy.
-      corpus: for its tokenizer and end tokens.
-      round_index, temperature, top_p: as in ``sampler.sample``.
+      model, weights: one state of the proxy: its architecture, and (params, adapter).
+      settings, round_index: as in ``sampler.sample``.
+      corpus: for its tokenizer.
 
     Raises:
       UserError: the server cannot be used; see ``ServerClient``.
@@ -68,21 +67,18 @@ def serving(
 
         on_first(prepare)
         if server.serves == "adapter":
-            save_adapter(folder, adapter, model_config, client.base)
+            assert weights[1] is not None  # the config: an adapter is served of trainable: lora
+            save_adapter(folder, weights[1], model, client.base)
         else:
-            save_merged(
-                folder, model_config, params, adapter, config, corpus, dtype=config.proxy.dtype
-            )
+            save_merged(folder, model, *weights, config, corpus, dtype=config.proxy.dtype)
         on_first(lambda: client.load(name, folder))
         return make_served_draw(
             client,
             name if server.serves == "adapter" else str(folder.resolve()),
-            tokenizer=load_tokenizer(corpus.tokenizer_path),
-            end_token_ids=corpus.end_token_ids,
+            load_tokenizer(corpus.tokenizer_path),
+            settings,
             seed=config.seed,
             round_index=round_index,
-            temperature=temperature,
-            top_p=top_p,
         )
 
     def draw(prompts: list[np.ndarray], row_ids: list[str], budgets: list[int]) -> list[Sample]:

@@ -19,7 +19,7 @@ from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.parallel.sharding import check_rows, put_rows
 from proxykd_jax.training.console import Console
 from proxykd_jax.training.distillation import FRESH, teacher_rows
-from proxykd_jax.training.draw_answers import draw_answers
+from proxykd_jax.training.draw_answers import Answerer
 from proxykd_jax.training.metrics import MetricsLog
 from proxykd_jax.training.model import Model
 from proxykd_jax.training.restore import aligned_proxy_identity, load_aligned_proxy
@@ -121,18 +121,15 @@ class Scoring:
             **({} if rows is None else {"rows": digest_value(list(map(int, rows)))}),
         }
         if not store.begin(settings, self.made_from):
-            draw_answers(
+            answerer = Answerer(
+                self.config, self.corpus, self.model.config, self._weights, self._sample_mesh
+            )
+            answerer.fill(
                 store,
                 prompts,
                 range(len(prompts)) if rows is None else rows,
-                self.config,
-                self.model.config,
-                *self._weights,
-                corpus=self.corpus,
-                mesh=self._sample_mesh,
                 round_index=draw,
                 temperature=temperature,
-                top_p=1.0,
                 against_teacher=False,
                 report=functools.partial(self._report, f"answered prompts ({name})"),
             )

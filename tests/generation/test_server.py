@@ -17,6 +17,7 @@ from benchmarks.miniature.pretrain import write_tokenizer
 from proxykd_jax.config.schema import SamplingServer
 from proxykd_jax.errors import UserError
 from proxykd_jax.generation import server as server_module
+from proxykd_jax.generation.decode import DrawSettings
 from proxykd_jax.generation.sampler import Sample
 from proxykd_jax.generation.samples import (
     KEPT,
@@ -71,9 +72,13 @@ def client_of(fake: FakeServer, **keys: Any) -> ServerClient:
 
 def drawing(fake: FakeServer, tokenizer: Tokenizer, *, ends=(END,), round_index=1, **keys: Any):
     return make_served_draw(
-        client_of(fake, **keys), "name", tokenizer=tokenizer, end_token_ids=ends, seed=3,
-        round_index=round_index, temperature=0.7, top_p=0.9,
-    )  # fmt: skip
+        client_of(fake, **keys),
+        "name",
+        tokenizer,
+        DrawSettings(0.7, 0.9, 1, tuple(ends)),
+        seed=3,
+        round_index=round_index,
+    )
 
 
 def one(tokenizer: Tokenizer, reply: Reply, *, budget=5, ends=(END,), **keys: Any) -> Sample:
