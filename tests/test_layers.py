@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import ast
 import re
+import resource
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -315,17 +315,14 @@ def test_help_answers_within_a_second_and_loads_no_jax(stage):
         "except SystemExit as end:\n    assert not end.code"
     )
     assert not _loaded_by(code) & (ARRAYS | LAZY | {"torch"})
-    fastest = float("inf")
-    for _ in range(6):  # other work on the machine only ever adds to it
-        start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-m", f"proxykd_jax.{stage}", "--help"],
-            capture_output=True,
-            text=True,
-            cwd=REPOSITORY,
-        )
-        fastest = min(fastest, time.perf_counter() - start)
-        assert done.returncode == 0 and "align.num_rounds" in done.stdout
-        if fastest < 1:
-            return
-    raise AssertionError(f"--help took {fastest:.2f} s at best")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-m", f"proxykd_jax.{stage}", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0 and "align.num_rounds" in done.stdout
+    # Of the processor, because other work on the machine adds to the time of a clock.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
