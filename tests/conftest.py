@@ -1,4 +1,4 @@
-"""Shared by all tests: strict jax settings, real files where they are at hand."""
+"""Fixtures and settings for all tests: strict jax settings, and real files if they are present."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
     from proxykd_jax.config import Config
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile hundreds of tiny programs and run each once: unoptimised code is ready sooner
-# (measured: 22 instead of 38 CPU-seconds for the accumulation tests).
+# Tests compile hundreds of tiny programs and run each once, so unoptimised code is faster over all
+# (22 instead of 38 CPU-seconds for the accumulation tests).
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Nothing here uses Keras, which TensorFlow imports at once unless it is told of an older one: 1.7
-# of the 5.0 CPU-seconds of its import, in each of the many processes that tests start.
+# Nothing here uses Keras. TensorFlow imports it at once unless this variable names the older
+# version. That takes 1.7 of the 5.0 CPU-seconds of its import, in each process that tests start.
 os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# Files whose tests take minutes, the longest first. They are begun before all others, so that the
-# workers end at about the same time; xdist alone would begin those with many tests first, and end
-# with one worker that waits for the 36 kills of a single test.
+# Files whose tests take minutes, the longest first. They start before all others, so that the
+# workers end at about the same time. xdist alone would start files with many tests first, and in
+# the end one worker would be busy with the 36 kills of a single test.
 LONGEST_FIRST = (
     "training/test_kills.py",
     "parallel/test_several_processes.py",
@@ -59,7 +59,7 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """``LONGEST_FIRST``; then, as xdist would have it, files with many tests before others."""
+    """Sorts the files: first ``LONGEST_FIRST``, then files with many tests, as xdist does."""
     places = {REPOSITORY / "tests" / name: place for place, name in enumerate(LONGEST_FIRST)}
     counts = Counter(item.path for item in items)
     items.sort(key=lambda item: (places.get(item.path, len(places)), -counts[item.path]))
@@ -67,7 +67,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs() -> Iterator[None]:
-    """A test process would come close to the mappings it may have (``parallel/mappings.py``)."""
+    """Drops compiled programs, which use up memory mappings (``parallel/mappings.py``)."""
     import jax
 
     yield
@@ -76,7 +76,7 @@ def _forget_programs() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def assets() -> Path:
-    """The folder of real models and data; the test is skipped where it is absent."""
+    """The folder of real models and data; the test is skipped if it is absent."""
     folder = Path(os.environ.get("PROXYKD_ASSETS", REPOSITORY.parent / "shared" / "assets"))
     if not folder.is_dir():
         pytest.skip(f"no real files: {folder} does not exist (set PROXYKD_ASSETS)")
@@ -85,7 +85,7 @@ def assets() -> Path:
 
 @contextlib.contextmanager
 def _shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder that all workers of this test run share; one of them at a time is in here."""
+    """A folder that all workers of this test run share; only one worker at a time enters."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny"
     folder.mkdir(exist_ok=True)
@@ -96,10 +96,10 @@ def _shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _keep_compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """All workers of this test run, and what they start, take compiled programs from each other."""
+    """All workers of this test run, and processes that they start, share compiled programs."""
     from tests import tiny_run
 
-    # The halves of a CI run hand theirs on; never those of another machine.
+    # The two halves of a CI run share their programs. They never use those of another machine.
     kept = os.environ.get("PROXYKD_TESTS_COMPILED")
     with _shared_folder(tmp_path_factory) as folder:
         tiny_run.keep_compiled(Path(kept) if kept else folder / "compiled")

@@ -1,4 +1,4 @@
-"""The example of docs/adding_a_method.md is a change that can be made."""
+"""The example of docs/adding_a_method.md can be applied, and works."""
 
 from __future__ import annotations
 

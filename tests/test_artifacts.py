@@ -1,4 +1,4 @@
-"""Folders that survive a kill: whole files or none, digests that see a bit, a manifest a stage."""
+"""Folders that survive a kill: atomic writes, digests that notice one bit, a manifest per stage."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_write_that_fails_keeps_what_was_there(tmp_path, monkeypatch, failing)
 
 
 def test_a_killed_writer_leaves_a_whole_file(tmp_path):
-    """kill -9 at random moments of a loop of writes: what is read is one of the values written."""
+    """After kill -9 at random moments of a loop of writes, the file holds one of the values."""
     path = tmp_path / "value.json"
     program = (
         "import pathlib, sys\nfrom proxykd_jax.artifacts import write_json\n"
@@ -151,7 +151,7 @@ def test_an_edited_file_is_seen(tmp_path):
     times = path.stat().st_atime_ns, path.stat().st_mtime_ns
     path.write_bytes(b"abc")
     assert artifacts.digest_file(path) != before
-    # The same size and time of change, as an unpacked archive leaves it.
+    # An unpacked archive can leave a file of the same size and modification time.
     path.write_bytes(b"abd")
     os.utime(path, ns=times)
     edited = artifacts.digest_file(path)
@@ -187,13 +187,14 @@ def test_bits_that_rot_leave_the_time_as_it_was_and_are_seen(tmp_path, monkeypat
     state = artifacts._file_state(path)
     path.write_bytes(b"12344")
     monkeypatch.setattr(artifacts, "_file_state", lambda path: state)
-    assert artifacts.digest_file(path) == digests["array"]["digest"]  # the disk says nothing
+    # The metadata have not changed.
+    assert artifacts.digest_file(path) == digests["array"]["digest"]
     assert len(artifacts.changed_files(tmp_path, digests)) == 1
 
 
 def test_digests_do_not_depend_on_chunks_or_key_order(tmp_path, monkeypatch):
     path = tmp_path / "a"
-    path.write_bytes(bytes(range(256)) * 40)  # just now, so that it is read each time
+    path.write_bytes(bytes(range(256)) * 40)  # a file written just now is read each time
     whole = artifacts.digest_file(path)
     monkeypatch.setattr(artifacts, "_CHUNK", 7)
     assert artifacts.digest_file(path) == whole
@@ -261,7 +262,7 @@ def test_other_settings_and_inputs_are_all_named(tmp_path):
 
 
 def test_a_stage_that_has_made_nothing_may_change(tmp_path):
-    """As after a run that was refused for a damaged file: the whole one is another input."""
+    """As after a run that stopped at a damaged file: the repaired file is another input."""
     folder, repaired = tmp_path / "proxy", {"corpus": "xxh3:2"}
     artifacts.open_stage(folder, "align", SETTINGS, INPUTS)
     (folder / ".manifest.json.tmp").write_text("{")  # a kill's
@@ -361,7 +362,7 @@ def test_a_stage_of_the_same_settings_and_inputs_is_linked(tmp_path):
             assert artifacts.open_stage(run / "corpus", "corpus", {"rows": 2}, {"files": "a"})
         assert os.readlink(run / "corpus") == "../one/corpus"  # never a link to a link
         assert artifacts.stage_identity(run / "corpus") == artifacts.stage_identity(first)
-    # Outside it is a stage like any other, and it may be moved with the runs.
+    # Outside of `borrowing` the link is a stage like any other, and can be moved with the runs.
     (tmp_path / "moved").mkdir()
     for name in ("one", "two"):
         (tmp_path / name).rename(tmp_path / "moved" / name)
@@ -397,7 +398,7 @@ def test_what_a_run_has_begun_itself_is_gone_on_with(tmp_path):
     _finish(one, "corpus", {})
     with artifacts.borrowing(two, [one]):
         assert not artifacts.open_stage(two / "corpus", "corpus", {}, {})
-        # Of other runs nothing is linked, nor is a stage that may not be.
+        # Runs that are not lenders, and stages that were not named, are not linked.
         assert not artifacts.open_stage(tmp_path / "three" / "corpus", "corpus", {}, {})
     with artifacts.borrowing(tmp_path / "four", [one], ("proxy",)):
         assert not artifacts.open_stage(tmp_path / "four" / "corpus", "corpus", {}, {})

@@ -135,7 +135,7 @@ def test_help_tells_every_key_its_default_and_its_meaning(capsys):
 
 def test_no_key_of_the_schema_is_forgotten():
     """Every value of a resolved config has its line in the help."""
-    # A method's keys bear its name there; the config's is the default.
+    # The help shows a method's keys with its name; the config uses the default method.
     described = {key.replace("[]", "").removesuffix(" (proxy_kd)") for key, *_ in config_keys()}
     data = {
         "preset": "paper",
@@ -193,7 +193,7 @@ def test_a_real_process_ends_with_code_2_and_no_traceback(tmp_path):
 
 
 def test_all_mistakes_of_a_file_are_said_at_once(tmp_path, capsys):
-    """Unknown, repeated and misplaced keys, wrong types, ranges and choices: one message."""
+    """One message lists unknown, repeated and misplaced keys, wrong types, ranges and choices."""
     config = tmp_path / "c.yaml"
     config.write_text(
         """\
@@ -253,10 +253,10 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def left(config: Config) -> set[str]:
-    """What a refused run has left: folders with files in them."""
+    """The folders with files that a refused run has left."""
     found = {path.name for path in config.folder.glob("*/*") for path in [path.parent]}
     for name in found:
-        # What is there is whole.
+        # The stages that exist are complete.
         assert read_json(config.folder / name / MANIFEST)["status"] == "complete"
         assert not list((config.folder / name).rglob("*.tmp"))
     return found
@@ -274,7 +274,7 @@ def test_a_missing_corpus_file_is_a_sentence(tiny_files, tmp_path, capsys, stage
 @pytest.mark.parametrize("role", ["proxy", "student"])
 @pytest.mark.parametrize("stage", ["align", "distill", "run"])
 def test_a_missing_model_is_a_sentence(tiny_files, tmp_path, capsys, stage, role):
-    """Also the student's, before the proxy is trained for it."""
+    """A missing student is also found before the proxy is trained."""
     absent = str(tmp_path / "absent")
     config = recipe(tiny_files, tmp_path / "runs", {role: {"path": absent}})
     assert command(stage, config, tmp_path) == 2
@@ -303,7 +303,7 @@ def test_a_student_of_another_vocabulary_is_refused_before_training(
 
 
 def test_models_that_the_corpus_is_not_for_are_refused(tiny_files, tmp_path, capsys):
-    """The corpus's tokenizer is named by a key of its own, and has more ids than the models."""
+    """A separate key names the tokenizer of the corpus, which has more ids than the models."""
     from tests.texts.conftest import save_bpe
 
     tokenizer = save_bpe(tmp_path / "bpe", chat_template=None)
@@ -344,7 +344,7 @@ def test_a_corpus_of_which_nothing_is_left_is_a_sentence(
 
 
 def test_real_models_with_another_tokenizer_are_refused(assets, tmp_path, capsys):
-    """stories260K (512 ids) over a corpus in SmolLM2's (49,152)."""
+    """stories260K has 512 ids; the corpus has the 49,152 of SmolLM2's tokenizer."""
     model = str(assets / "models" / "stories260K")
     config = make_config(
         {

@@ -88,7 +88,7 @@ distill: {alpha: -1, epochs: 2.5}
     assert "did you mean 'dpo'" in problems["align.preference.loss"]
     assert "greater than or equal to 0" in problems["distill.alpha"]
     assert "valid integer" in problems["distill.epochs"]
-    # A list whose only entry is wrong is not empty, and presets fill in what the file leaves out.
+    # A list whose only entry is wrong does not count as empty, and a preset fills in omitted keys.
     assert set(problems) == {
         "preset",
         "name",
@@ -413,7 +413,7 @@ def _says(cell: str, value: Any) -> bool:
 
 
 def test_the_documentation_lists_both_presets_with_a_reason():
-    """Each key with its two values; each deviation with a measurement, or that there is none."""
+    """Each key has its two values; each difference names a measurement, or says there is none."""
     text = (REPOSITORY / "docs" / "method.md").read_text(encoding="utf-8")
     table = text.partition("## The presets")[2].partition("\n## ")[0]
     rows = [line.strip("|").split(" | ") for line in table.splitlines() if line.startswith("| ")]
@@ -435,7 +435,7 @@ def test_the_documentation_lists_both_presets_with_a_reason():
 
 
 def test_presets_fill_exactly_the_keys_without_a_default():
-    """Left out of a preset, each of its keys is missed; no key without a default is forgotten."""
+    """A preset has every key without a default; without any of its keys loading fails."""
     assert Config.model_validate(_on_paper()) == make_config(_minimal())
     for key in _leaves(PAPER):
         data = _on_paper()

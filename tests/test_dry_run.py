@@ -1,4 +1,4 @@
-"""--dry-run: what it says of a run before it is one, what it refuses, and that it does nothing."""
+"""--dry-run: what it prints before a run, what it refuses, and that it writes nothing."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def written(config: Config, folder: Path) -> Path:
 
 @pytest.mark.parametrize("name", LARGE_RECIPES)
 def test_the_large_recipes_need_neither_weights_nor_data(name, tmp_path, monkeypatch, capsys):
-    """Nothing is here but configs/models: shapes, steps and memory are known all the same."""
+    """With nothing but configs/models, the dry run knows shapes, steps and memory."""
     (tmp_path / "configs").mkdir()
     shutil.copytree(REPOSITORY / "configs" / "models", tmp_path / "configs" / "models")
     shutil.copy(REPOSITORY / "configs" / f"{name}.yaml", tmp_path / "configs")
@@ -63,7 +63,7 @@ def test_the_large_recipes_need_neither_weights_nor_data(name, tmp_path, monkeyp
         (line,) = re.findall(rf"^{role} .*$", out, re.MULTILINE)
         assert f"{size} parameters" in line and "trained weights and optimizer" in line
         assert re.search(r"a device holds frozen weights \d+\.\d\d GiB", line)
-    # 10 / 45 / 45 % of 1M rows (paper, 4.1), or what one card can do; 16 rounds, batches of 32.
+    # 10 / 45 / 45 % of 1M rows (paper, 4.1), or 100,000 rows on one card; 16 rounds, batches of 32.
     steps = (
         "313, 16 rounds of 88, student 1407"
         if "one_gpu" in name
@@ -80,7 +80,7 @@ def test_the_large_recipes_need_neither_weights_nor_data(name, tmp_path, monkeyp
 
 
 def test_memory_is_a_devices_share(tmp_path, monkeypatch, capsys):
-    """Half the devices, twice the weights on each."""
+    """With half of the devices each holds twice the weights."""
     monkeypatch.chdir(REPOSITORY)
     sizes = []
     for fsdp in (4, 8):
@@ -131,7 +131,7 @@ def test_steps_of_a_prepared_corpus_are_those_that_are_taken(finished_run, tmp_p
 
 
 def test_all_that_does_not_fit_is_said_at_once(tiny_files, tmp_path, capsys):
-    """The student's tokenizer, lengths, top_k and batches; exit code 2 and no traceback."""
+    """One message names tokenizer, lengths, top_k and batches; exit code 2, no traceback."""
     other = tmp_path / "other"
     shutil.copytree(tiny_files / "student", other)
     text = (other / "tokenizer.json").read_text()
@@ -164,7 +164,7 @@ def test_a_damaged_corpus_file_is_found(tiny_files, tmp_path, capsys):
 
 
 def test_a_sampling_server_is_looked_for(finished_run, tmp_path, monkeypatch, capsys):
-    """There: said so. Not there: not checked, which stops nothing. Another model: a mistake."""
+    """The server is printed, or unchecked if it does not answer; another model is an error."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     base = str(finished_run.proxy.path)
 

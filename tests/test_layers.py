@@ -1,7 +1,6 @@
-"""Who may import whom, and what an import costs: the walls of the house.
+"""Which layer may import which, and what an import costs.
 
-Every module's syntax tree is walked, imports inside functions included, so that a wall cannot be
-broken lazily either.
+The tests walk the syntax tree of every module. Imports inside functions count too.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ STAGES = (
     *("collect", "prepare", "align", "score", "distill", "evaluate", "export", "report"),
     *("plan", "doctor", "verify", "run", "tables"),
 )
-# The command line itself: above every room, beside the stages that it runs.
+# The command line itself, which is above every room and on the same layer as the stages.
 LAYERS |= dict.fromkeys((*STAGES, "cli", "dry_run", "planning"), 5)
 DELIVERED = (
     *("prepare", "align", "score", "distill", "evaluate", "export", "report"),
@@ -40,7 +39,7 @@ DELIVERED = (
 )
 
 ARRAYS = {"jax", "numpy", "optax", "chex", "flax", "ml_dtypes"}
-# What the modules of a layer may import from outside when they are imported themselves.
+# The outside packages that the modules of a layer may import at their top level.
 AT_IMPORT = {
     "errors": set(),
     "artifacts": set(),
@@ -60,14 +59,14 @@ AT_IMPORT = {
     "reporting": ARRAYS,
     "cli": {"pydantic", "pydantic_core"},
 }
-# Imported inside functions only, whatever the room: each costs a second and more.
+# These may only be imported inside functions, in any room: each takes a second or more.
 LAZY = {
     *("tensorflow", "tensorflow_datasets", "array_record", "datasets", "pyarrow"),
     *("transformers", "tokenizers", "huggingface_hub", "jinja2", "orbax", "tensorstore"),
     *("matplotlib", "lm_eval", "tensorboardX", "wandb", "openai", "apache_beam"),
 }
 NEVER = {"torch", "pickle", "dill", "cloudpickle", "shelve", "marshal"}
-# Packages that come with a declared one, and are that one's own business.
+# Packages that a declared package installs and imports itself.
 COMES_WITH = {
     "pydantic_core": "pydantic",
     "ml_dtypes": "jax",
@@ -211,7 +210,7 @@ def test_a_stage_calls_another_by_its_main_alone():
 
 
 def test_outside_imports_of_each_room():
-    """What a room loads from outside when it is imported; TYPE_CHECKING blocks cost nothing."""
+    """The outside packages that a room loads when imported; TYPE_CHECKING blocks do not count."""
     wrong = [
         _where(path, found)
         for path in _modules()

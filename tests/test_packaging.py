@@ -1,4 +1,4 @@
-"""What others install: wheel, sdist, requirements, scripts."""
+"""What users install: wheel, sdist, requirements, scripts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_requirements_pin_every_declared_dependency_exactly():
     pins = _pins("requirements.txt")
     for line in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["plots"]]:
         assert _normal(re.match(r"[\w.-]+", line).group()) in pins, line
-    # Python 3.11 keeps the JAX that still supports it.
+    # On Python 3.11 the list has the last JAX that supports it.
     assert len(pins["jax"]) == 2 and pins["jax"] == pins["jaxlib"]
 
 
@@ -160,7 +160,7 @@ def test_the_sdist_holds_what_a_person_needs_to_check_it(built):
 
 
 def _lend(environment: Path) -> None:
-    """Shows an environment this one's pydantic and yaml, and nothing else of it."""
+    """Makes this environment's pydantic and yaml, and nothing else, visible in another one."""
     lent = environment / "lent"
     lent.mkdir()
     for name in ("pydantic", "pydantic_core", "annotated_types", "typing_inspection", "yaml"):
@@ -174,7 +174,7 @@ def _lend(environment: Path) -> None:
 
 @pytest.mark.slow
 def test_the_wheel_runs_in_an_environment_of_its_own(built, tmp_path):
-    """Installed without dependencies: --help needs pydantic and yaml alone, so nothing else."""
+    """The wheel is installed without dependencies; --help needs only pydantic and yaml."""
     (wheel,) = built.glob("*.whl")
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv" / "bin" / "python"

@@ -1,4 +1,4 @@
-"""Plans: what can be counted is counted exactly; the real compilers find that 70B fits."""
+"""Plans: arguments and arithmetic are exact, and the real compilers find that 70B fits."""
 
 import json
 import math
@@ -41,7 +41,7 @@ PUBLISHED = {
 
 def plan(folder: Path, *arguments: str, compilers: bool = False) -> subprocess.CompletedProcess:
     environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
-    if compilers:  # a device's compiler takes no flags of the CPU's
+    if compilers:  # a device's compiler does not accept the CPU's flags
         environment.pop("XLA_FLAGS", None)
     paths = [str(REPOSITORY), *([str(COMPILERS)] if compilers else [])]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
@@ -56,7 +56,7 @@ def plan(folder: Path, *arguments: str, compilers: bool = False) -> subprocess.C
 
 @pytest.fixture
 def config(tmp_path) -> Path:
-    """A run of tiny models of which only the config.json is there."""
+    """The config of a run of tiny models, of which only the config.json exists."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(PUBLISHED))
     section = {"path": "nobody/tiny", "config": str(tmp_path / "model"), "dtype": "bfloat16"}
@@ -85,7 +85,7 @@ def test_without_a_compiler_arguments_are_exact_and_the_rest_is_no_estimate(conf
     stages = json.loads(out.read_text())
     assert list(stages) == ["warmup", "sample", "reference", "round", "score", "distill"]
 
-    # Counted anew from shapes: weights and adapter cut over fsdp, norms whole, rows over all.
+    # Count again from shapes: fsdp splits weights and adapter, all axes split rows, not norms.
     model = ModelConfig.from_hf(PUBLISHED).replace(lora=LoraConfig(rank=16))
 
     def held(tree, ways: int, copies: int = 1) -> int:
@@ -111,7 +111,7 @@ def test_without_a_compiler_arguments_are_exact_and_the_rest_is_no_estimate(conf
         assert stage["hours"] > 0 and stage["flops"] > 0
     assert stages["sample"]["mesh"] == {"data": 2, "fsdp": 1, "tensor": 4}
     assert stages["round"]["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
-    # While answers are drawn elsewhere, the weights of training stay where they are.
+    # While answers are drawn on another mesh, the weights for training stay in memory.
     assert stages["sample"]["resident_bytes"] > frozen
     kept = sorted((tmp_path / "cache").rglob("*.json"))
     times = [path.stat().st_mtime_ns for path in kept]
@@ -138,7 +138,7 @@ def test_mistakes_are_sentences(config, tmp_path, arguments, sentence):
 
 
 def test_arithmetic_is_what_the_compiler_counts():
-    """On one layer, which a scan does not hide, and one block of queries, which skips nothing."""
+    """With one layer, because the compiler counts a scan once, and one block of queries."""
     config = ModelConfig.from_hf(PUBLISHED | {"num_hidden_layers": 1})
     params = abstract_params(config)
     tokens = jax.ShapeDtypeStruct((4, 32), jnp.int32)
@@ -146,7 +146,7 @@ def test_arithmetic_is_what_the_compiler_counts():
     flops = counted.compile().cost_analysis()["flops"]
     hidden_half = 2.0 * 4 * 32 * 32 * config.num_heads * config.head_dim
     ours = forward_flops(config, 4, 32) + hidden_half
-    # The compiler adds norms, softmax and rotation: a few operations an element.
+    # The compiler also counts norms, softmax and rotation, a few operations per element.
     assert ours < flops < 1.15 * ours
 
 
@@ -158,7 +158,7 @@ def test_arithmetic_of_steps_and_answers():
     assert 3.5 * forward_once < full["full"] < 4 * forward_once
     lora = config.replace(lora=LoraConfig(rank=2))
     assert 2 < step_flops(lora, 4, 32, full=False, remat="none") / forward_once < 2.5
-    # Token by token costs what the whole row does, but for the head on the prompt.
+    # Decoding token by token costs as much as the whole row, except for the head on the prompt.
     whole = answer_flops(config, 4, 16, 16)
     assert whole == pytest.approx(forward_flops(config, 4, 32), rel=0.05)
     assert cache_bytes(config, 3, 5, 2) == 2 * 2 * 3 * 8 * 5 * 8 * 2
@@ -210,7 +210,7 @@ def test_devices_are_described():
 
 @pytest.mark.slow
 class TestRealCompilers:
-    """For an A100, without one."""
+    """Programs are compiled for an A100 on a machine without one."""
 
     @pytest.fixture(autouse=True)
     def there(self):
@@ -218,7 +218,7 @@ class TestRealCompilers:
             pytest.skip(f"the device compilers are not in {COMPILERS}")
 
     def test_a_70b_step_fits_eight_a100(self, tmp_path):
-        """A prototype of the same step was compiled to 25.9 GiB for 8 rows and 32.3 for 32."""
+        """A prototype of the same step needed 25.9 GiB for 8 rows and 32.3 for 32."""
         out = tmp_path / "plan.json"
         recipe = REPOSITORY / "configs" / "llama2_70b_to_7b.yaml"
         peaks = []
@@ -237,7 +237,7 @@ class TestRealCompilers:
         np.testing.assert_allclose(peaks, [25.9, 32.3], rtol=0.06)
 
     def test_what_does_not_fit_is_refused_and_fit_finds_what_does(self, config, tmp_path):
-        """The tiny twin on a device of a few MB would need another table: so a batch too large."""
+        """The batch is too large for the device; a tiny model would fit on every known device."""
         recipe = REPOSITORY / "configs" / "llama2_70b_to_7b.yaml"
         out = tmp_path / "plan.json"
         done = plan(
@@ -249,7 +249,7 @@ class TestRealCompilers:
         stage = json.loads(out.read_text())["warmup"]
         assert not stage["fits"] and 0 < stage["largest_batch"] < 128
 
-        # Of two devices, which have three meshes; eight have ten, of seven programs each.
+        # On two devices, which have three meshes. Eight would have ten, with seven programs each.
         fitted = tmp_path / "fitted.yaml"
         device = ("--device", "a100-80gb", "--count", "2")
         two = ("mesh.data=1", "mesh.fsdp=2", "mesh.sample.data=1", "mesh.sample.tensor=2")

@@ -1,4 +1,4 @@
-"""A run's programs on the devices at hand, with random weights."""
+"""The programs of a run are measured on the devices of this machine, with random weights."""
 
 import json
 
@@ -21,7 +21,7 @@ def recipe(tiny_files, tmp_path):
 def test_every_program_runs_and_its_work_is_counted(recipe, stage):
     found = benchmark.measure(recipe, stage, 1)
     assert found["seconds"] > 0 and found["flops"] > 0
-    # A step that accumulates takes two parts of what is computed at once.
+    # A step with accumulation computes two micro-batches, each of the rows at once.
     parts = 2 if stage in ("warmup", "round") else 1
     assert found["rows"] == parts * found["batch"]
     assert found["flops_a_second"] == pytest.approx(found["flops"] / found["seconds"])

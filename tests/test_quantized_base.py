@@ -1,4 +1,4 @@
-"""What few bits cost, measured on the models of a finished run."""
+"""What a quantised base costs in accuracy, measured on the models of a finished run."""
 
 import pytest
 

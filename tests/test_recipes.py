@@ -1,4 +1,4 @@
-"""The recipes that run on a laptop, cut short, on real weights and real answers."""
+"""The recipes for a laptop run on real weights and real answers, with few steps."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def read_metrics(config) -> list[dict]:
 
 @pytest.mark.slow
 def test_the_papers_preset_runs_through_on_a_bfloat16_base(assets, tmp_path, monkeypatch):
-    """Stories of many lengths: in bfloat16 a log-prob depends on the shape of its batch."""
+    """The stories have many lengths: in bfloat16 a log-prob depends on the shape of its batch."""
     monkeypatch.setenv("PROXYKD_ASSETS", str(assets))
     short = ["corpus.max_rows=144", "align.num_rounds=3"]
     config = load_config(CONFIGS / "tiny.yaml", [f"runs_dir={tmp_path}", *short])

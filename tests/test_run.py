@@ -1,4 +1,4 @@
-"""run, and stages alone: all is made once, in order, and nothing is mixed."""
+"""run, and single stages: each stage runs once, in order, and runs are never mixed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_all_stages_are_done(finished_run):
         for result in read_json(folder / "proxy" / MANIFEST)["results"]
         if result["phase"].startswith("round") and result["step"] != chosen
     }
-    assert rounds  # the state that is chosen is measured as the aligned proxy
+    assert rounds  # the chosen state is measured under the name of the aligned proxy
     assert set(models) == rounds | {
         "proxy_raw",
         "proxy_warmup",
@@ -111,7 +111,7 @@ def test_keys_that_decide_nothing_may_change(finished_run, tmp_path, change):
 
 
 def test_other_source_files_are_a_sentence(finished_run, tmp_path, tiny_files, capsys):
-    """The same config over other rows: the corpus of the run is not the file's any more."""
+    """The config is the same, but the corpus of the run was made from other rows."""
     rows = tmp_path / "rows.jsonl"
     rows.write_bytes((tiny_files / "teacher.jsonl").read_bytes())
     source = {"sources": [{"path": str(rows), "format": "prompt_response"}]}
@@ -129,7 +129,7 @@ def contents(config: Config) -> dict[str, str]:
 
 
 def test_align_and_then_distill_alone_do_the_whole_job(finished_run, tiny_files, tmp_path):
-    """Each makes what it needs: the corpus, the answers, the soft labels; and exports."""
+    """Each makes what it needs (corpus, answers, soft labels), and exports its model."""
     config = recipe(tiny_files, tmp_path)
     align.main(config)
     assert (config.folder / "export" / "proxy_adapter").is_dir()
@@ -141,7 +141,7 @@ def test_align_and_then_distill_alone_do_the_whole_job(finished_run, tiny_files,
 
 
 def test_export_alone_trains_first(finished_run, tiny_files, tmp_path):
-    """From nothing, by the last command of the flow; alpha 0, so that it is soon there."""
+    """The last command of the flow starts from nothing; alpha 0 makes the run short."""
     config = recipe(tiny_files, tmp_path, {"distill": {"alpha": 0.0, "max_steps": 1}})
     folder = export.main(config)
     assert (folder / "student" / "model.safetensors").is_file()
@@ -149,7 +149,7 @@ def test_export_alone_trains_first(finished_run, tiny_files, tmp_path):
 
 
 def test_a_stage_takes_what_is_there(finished_run, tmp_path, monkeypatch):
-    """score and align look at the folders before them and make none anew."""
+    """score and align use the folders of earlier stages and make none again."""
     config = copy_run(finished_run, tmp_path)
     before = files_of(config.folder, times=True)
     monkeypatch.setattr("proxykd_jax.training.model.load_model", None)

@@ -1,4 +1,4 @@
-"""The rows of the paper's tables: what each is, what they share, and the command that runs them."""
+"""The rows of the paper's tables: their configs, what they share, and the command."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ METHODS = {
 
 @pytest.mark.parametrize("number", [1, 5])
 def test_a_rows_run_is_what_its_columns_say(number):
-    """Method, student, and who writes and scores: the paper's values of all else."""
+    """Method, student, writer and scorer follow the columns; all other values are the paper's."""
     table = load_table(TABLES / f"table_{number}.yaml")
     for row in table.rows:
         config = table.run_of(row)
@@ -94,7 +94,7 @@ def test_a_rows_run_is_what_its_columns_say(number):
         assert config.student.path == MODELS[row.student]
         assert config.distill.optimizer.learning_rate == 1e-5 and config.distill.epochs == 1
         assert config.distill.data == "distill"
-        if row.teacher != "GPT-4":  # it writes and scores
+        if row.teacher != "GPT-4":  # this model writes the answers and scores them
             assert config.proxy.path == MODELS[row.teacher]
             aligned = row.teacher.endswith("Proxy")
             assert config.method.scorer == ("aligned" if aligned else "unaligned")
@@ -124,13 +124,14 @@ def test_an_ablation_lacks_what_its_row_names_and_nothing_else():
         differing = dict(_differences(whole, runs[name].model_dump()))
         models = differing.pop("evaluate.benchmarks.models", ("student",))
         assert models == (next(row.model for row in table.rows if row.name == name),)
-        if name.startswith("proxy_") and name != "proxy_kd":  # 70B is split to answer
+        # A 70B is split over devices to answer the benchmarks.
+        if name.startswith("proxy_") and name != "proxy_kd":
             assert differing.pop("mesh.evaluate.tensor") == 8
         for key in [key for key in differing if key.startswith("method.") and key != "method.name"]:
-            del differing[key]  # keys of Proxy-KD alone
+            del differing[key]  # these keys belong to Proxy-KD alone
         assert differing.pop("name") == name and differing == expected, name
     assert [row.model for row in table.rows[5:]] == ["proxy", "proxy", "proxy:raw"]
-    # Table 1's rows are the same runs, and are taken from there.
+    # These rows are the same runs as in Table 1, so they are taken from there.
     first = load_table(TABLES / "table_1.yaml")
     for ours, theirs in (("proxy_kd", "proxy_kd_llama2"), ("without_proxy", "black_box_kd_llama2")):
         row = next(row for row in first.rows if row.name == theirs)
@@ -153,12 +154,13 @@ def test_what_table_3_times():
         size, kind = method.rpartition("-")[::2]
         timed = config.student if phase == "student" else config.proxy
         assert size.removeprefix("Llama-").lower() in timed.path.lower(), method
-        assert config.distill.batching == config.align.batching == "bucket"  # samples are known
+        # So the number of samples of a step is known.
+        assert config.distill.batching == config.align.batching == "bucket"
         expected = {"SFT": "warmup", "Pref": "rounds"}.get(kind, "student")
         assert phase == ("student" if size == "Llama-7B" else expected)
         if kind == "Pref":
             assert config.align.uses_pairs
-        # At least ten steps, the first of which does not count.
+        # There are at least ten steps; the first is not timed.
         splits = dict(config.corpus.shares)
         share = {"warmup": "warmup", "rounds": "align", "student": "distill"}[phase]
         rows = config.corpus.max_rows * splits[share]
@@ -175,7 +177,7 @@ def test_what_table_3_times():
 def test_dry_run_of_the_real_tables_needs_neither_weights_nor_data(
     number, tmp_path, monkeypatch, capsys
 ):
-    """One row of each kind: the recipes' own dry runs are tests of theirs."""
+    """One row of each kind; other tests make dry runs of the recipes themselves."""
     monkeypatch.setattr(distill, "main", _never)
     shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
@@ -236,7 +238,7 @@ def test_rows_and_keys_that_are_not_there(tmp_path, capsys):
 
 
 def test_jobs_of_rows_wait_for_the_rows_that_they_take_stages_from(tmp_path):
-    """launch/slurm/table.sh, with an sbatch that notes what it was asked."""
+    """launch/slurm/table.sh runs with an sbatch that records its arguments."""
     sbatch = tmp_path / "sbatch"
     sbatch.write_text(
         f'#!/bin/bash\ncd {tmp_path}\necho "$@" >> asked\necho "$((100 + $(wc -l < asked)))"\n'
@@ -271,7 +273,7 @@ def questions(tmp_path: Path) -> str:
 
 
 def table_of(config: Config, folder: Path, questions: str, *rows: TableRow) -> TableFile:
-    """A table of rows whose recipe is a run's config."""
+    """A table whose rows are based on the config of a run."""
     (folder / "run.yaml").write_text(dump_config(config))
     text = {
         "table": 2,
@@ -287,7 +289,7 @@ def table_of(config: Config, folder: Path, questions: str, *rows: TableRow) -> T
 def test_a_row_takes_what_is_the_same_and_is_bitwise_a_run_of_its_own(
     finished_run, tmp_path, questions, capsys
 ):
-    """The proxy and its soft labels do not depend on the student's weights: they are linked."""
+    """The proxy and its soft labels do not depend on the student's weights, so they are linked."""
     lender = copy_run(finished_run, tmp_path / "runs" / "other")
     before = files_of(lender.folder, times=True)
     rows = [
@@ -328,7 +330,7 @@ def test_a_row_takes_what_is_the_same_and_is_bitwise_a_run_of_its_own(
     text = out.read_text()
     assert "4 of 5 rows are measured" in text and f"there is no {tmp_path / 'none.jsonl'}" in text
     assert read_json(table.folder / "raw" / ROW)["model"] == "proxy_raw"
-    # Again: nothing is done and nothing written but the table, which is the same.
+    # The second call runs nothing and writes only the table, which stays the same.
     files = files_of(table.folder)
     capsys.readouterr()
     tables.main(table)
@@ -350,7 +352,7 @@ def test_another_key_runs_a_row_again_as_far_as_it_decides(finished_run, tmp_pat
 
 
 def test_a_row_of_table_3_takes_its_own_steps(finished_run, tmp_path):
-    """What is linked has neither steps nor drawing to be timed; a corpus has none."""
+    """A linked stage has no steps that could be timed, so only the corpus is linked."""
     copy_run(finished_run, tmp_path / "runs" / "other")
     (tmp_path / "run.yaml").write_text(dump_config(finished_run))
     row = TableRow(name="pref", method="Llama-70B-Pref", phase="rounds")
@@ -363,7 +365,7 @@ def test_a_row_of_table_3_takes_its_own_steps(finished_run, tmp_path):
     line = next(line for line in text.splitlines() if line.startswith("| Llama-70B-Pref"))
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
     assert cells[1:3] == ["8", "28"] and cells[4] == "cpu" and float(cells[6]) > 0
-    assert cells[7] == "–"  # there is no SFT of its size
+    assert cells[7] == "–"  # the table has no SFT of the same size
 
 
 def test_paths_of_a_table_may_hold_variables_and_a_home(tmp_path, monkeypatch):
@@ -387,7 +389,7 @@ def test_paths_of_a_table_may_hold_variables_and_a_home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def twin(assets, tmp_path, monkeypatch):
-    """Runs rows of a twin in ``tmp_path/<folder>`` and gives the table as it is written."""
+    """Runs rows of a tiny table in ``tmp_path/<folder>`` and returns the written table."""
     monkeypatch.setenv("PROXYKD_ASSETS", str(assets))
 
     def run(name: str, *only: str, folder: str = "runs") -> Path:
@@ -430,13 +432,13 @@ def test_table_2_runs_and_its_rows_are_bitwise_runs_of_their_own(twin, capfd):
 
 
 def _content(folder: Path) -> dict[str, bytes]:
-    """Of all files of a folder, or of the one that it is a link to."""
+    """The content of all files of a folder, or of the folder that it links to."""
     return {name: data for name, (data, _) in files_of(folder.resolve()).items()}
 
 
 @pytest.mark.slow
 def test_table_1_runs(twin):
-    """A row of each kind: the aligned proxy and its students, what answers while it trains."""
+    """One row of each kind: the aligned proxy and its students, and a student that answers."""
     rows = ("gpt4", "forward_kl_proxy", "minillm", "gkd", "mentor_kd", "proxy_kd_llama1")
     out = twin("table_1_tiny", *rows)
     text = out.read_text()
@@ -456,7 +458,7 @@ def test_table_3_runs(twin):
         for line in csv.DictReader(out.with_suffix(".csv").open())
     }
     assert ratios["Llama-7B-SFT"] == ratios["Llama-70B-SFT"] == 1
-    assert ratios["Llama-70B-Pref"] > 1  # with the drawing
+    assert ratios["Llama-70B-Pref"] > 1  # this includes drawing the answers
     assert ratios["Llama-7B-Distill"] > 0 and ratios["Llama-7B-GKD"] > 0
     assert ratios["Llama-13B-Pref"] == 0
 

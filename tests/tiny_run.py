@@ -1,8 +1,8 @@
 """A whole run that takes seconds: two random models, a corpus, and a config for them.
 
-The words and the teacher are the miniature's; nothing is pre-trained. All rows fit 16 positions,
-so a step is compiled once. Learning rates are large: after a few steps a model's log-probs are
-other ones.
+Words and teacher come from the miniature, and nothing is pre-trained. All rows fit into 16
+positions, so a step is compiled once. Learning rates are large, so that a few steps change the
+log-probs.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ STUDENT = pretrain.model_config(16, 24, num_layers=1).replace(initializer_range=
 def keep_compiled(folder: Path) -> None:
     """Lets this process and those it starts keep compiled programs in ``folder``.
 
-    Each run of a stage compiles its steps anew, which is most of its time here: a second one took
-    2.4 instead of 9.8 seconds for ``align``.
+    Each run of a stage would compile its steps again, which takes most of its time here. With kept
+    programs a second ``align`` took 2.4 seconds instead of 9.8.
     """
     settings = {
         "jax_compilation_cache_dir": str(folder),
@@ -52,7 +52,7 @@ def keep_compiled(folder: Path) -> None:
 def make_files(
     folder: Path, *, num_corpus: int = 140, num_test: int = 9, num_fresh: int = 14
 ) -> Path:
-    """``proxy/``, ``student/``, ``teacher.jsonl``, ``test.jsonl`` and ``fresh.jsonl``."""
+    """Writes ``proxy/``, ``student/``, ``teacher.jsonl``, ``test.jsonl`` and ``fresh.jsonl``."""
     teacher = w.make_worlds(0, "fmt").teacher
     pool = w.PromptPool(0)
     rng = np.random.default_rng(0)
@@ -73,7 +73,7 @@ def recipe(files: Path, runs: Path, *changes: Mapping[str, Any], name: str = "ru
     Args:
       files: from ``make_files``.
       runs: folder of runs.
-      *changes: sections of keys, laid over it one after another.
+      *changes: sections of keys that override the defaults, one after another.
       name: of the run.
     """
     data: dict[str, Any] = {
@@ -125,12 +125,12 @@ def recipe(files: Path, runs: Path, *changes: Mapping[str, Any], name: str = "ru
 
 
 def changed(config: Config, change: Mapping[str, Any]) -> Config:
-    """A config with other keys."""
+    """A config in which some keys have other values."""
     return make_config(_over(config.model_dump(mode="json"), change))
 
 
 def copy_run(config: Config, runs: Path) -> Config:
-    """A copy of a run's folder below ``runs``, to be changed; the config that goes on with it."""
+    """Copies a run's folder to ``runs``, so that it can be changed; returns the copy's config."""
     shutil.copytree(config.folder, runs / config.name)
     return changed(config, {"runs_dir": str(runs)})
 
@@ -142,7 +142,7 @@ def _over(below: Any, above: Any) -> Any:
 
 
 def without_student(config: Config, runs: Path, change: Mapping[str, Any]) -> Config:
-    """A copy of a run that has yet to distil, and its config with other keys."""
+    """A copy of a run without its student, and its config with other values of some keys."""
     config = copy_run(config, runs)
     for name in ("student", "export", "eval"):
         shutil.rmtree(config.folder / name, ignore_errors=True)
@@ -154,11 +154,11 @@ _ROWS_AT_ONCE = 32
 
 
 def whole_logps(model: Model, rows: Sequence[np.ndarray]) -> np.ndarray:
-    """The whole softmax of a tiny model, by the plain forward pass, normalised in float64.
+    """The full log-softmax of a tiny model by the plain forward pass, normalised in float64.
 
     Args:
       model: proxy or student.
-      rows: token ids, at most 16 each. What is padded on their right is never seen.
+      rows: token ids, at most 16 each. They are padded on the right, which no token sees.
 
     Returns:
       ``[n, 16, V]`` log-probs of the token after each position.
@@ -177,7 +177,7 @@ def whole_logps(model: Model, rows: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def unfinish(config: Config, stage: str, step: int) -> None:
-    """Takes back what a stage (``proxy`` or ``student``) learnt after a checkpoint."""
+    """Removes what a stage (``proxy`` or ``student``) has made after a checkpoint."""
     folder = config.folder / stage
     for path in (folder / "checkpoints").iterdir():
         if int(path.name) > step:
@@ -189,15 +189,15 @@ def unfinish(config: Config, stage: str, step: int) -> None:
 
 
 def log_lines(config: Config, stage: str) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl of a stage."""
+    """The lines of metrics.jsonl that belong to a stage."""
     lines = (config.folder / "metrics.jsonl").read_text().splitlines()
     return [line for line in map(json.loads, lines) if line["stage"] == stage]
 
 
 def files_of(folder: Path, *, times: bool = False) -> dict[str, Any]:
-    """Content of each file below a folder, and with ``times`` when it was written.
+    """The content of each file below a folder, and with ``times`` also when it was written.
 
-    Left out: the lock of ``prepare``, which is opened anew each time.
+    The lock of ``prepare`` is left out, because each call opens it again.
     """
     return {
         str(path.relative_to(folder)): (
@@ -210,10 +210,10 @@ def files_of(folder: Path, *, times: bool = False) -> dict[str, Any]:
 
 
 def scripted_validation(patch: pytest.MonkeyPatch, nlls: Sequence[float]) -> list[float]:
-    """Lets the validations of the next stage find these NLLs instead of looking.
+    """Makes the validations of the next stage return these NLLs instead of measuring.
 
     Returns:
-      What is left of them.
+      The NLLs that were not used yet.
     """
     left = list(nlls)
 

@@ -20,7 +20,7 @@ def make_mesh(config: AxesConfig, devices: Sequence[jax.Device] | None = None) -
     """Arranges the devices as the config says, with neighbours on the inner axes.
 
     Raises:
-      UserError: the axes do not multiply to the number of devices.
+      UserError: the product of the axes is not the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     # Without Auto the axes are explicit, and JAX refuses the embedding's gather.
@@ -31,7 +31,7 @@ def arrange(config: AxesConfig, devices: Sequence[Any]) -> Mesh:
     """``make_mesh`` for devices that are only described.
 
     Raises:
-      UserError: the axes do not multiply to the number of devices.
+      UserError: the product of the axes is not the number of devices.
     """
     sizes = axis_sizes(config, len(devices))
     return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=_AUTO)
@@ -41,7 +41,7 @@ def axis_sizes(config: AxesConfig, count: int) -> tuple[int, int, int]:
     """Sizes of the axes for this number of devices.
 
     Raises:
-      UserError: the sizes do not multiply to it.
+      UserError: the product of the sizes is another number.
     """
     inner = config.fsdp * config.tensor
     data = config.data if isinstance(config.data, int) else max(count // inner, 1)

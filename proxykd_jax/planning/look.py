@@ -134,7 +134,7 @@ def plan(request: Request) -> list[StagePlan]:
       request: the run and the devices.
 
     Returns:
-      One plan a stage, in the order of the run.
+      One plan per stage, in the order of the run.
 
     Raises:
       UserError: a model's config.json is missing, or a mesh does not fit the models or the

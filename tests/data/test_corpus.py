@@ -146,7 +146,7 @@ def test_half_made_corpus_is_not_opened_but_goes_on(tmp_path):
 
 
 def test_finish_can_be_cut_off_anywhere(tmp_path, monkeypatch):
-    """Renames are the step that is not one step: stop after each in turn, then finish."""
+    """The renames at the end can be interrupted: stop after each of them, then finish."""
     import os
 
     real = os.replace
@@ -185,7 +185,7 @@ def test_damage_is_found(tmp_path):
         except UserError as error:
             assert "is damaged" in str(error)
             found += 1
-        else:  # a byte that no row's content depends on
+        else:  # no row depends on this byte
             for row, (tokens, _) in zip(rows, ROWS[20:], strict=True):
                 np.testing.assert_array_equal(row.tokens, tokens)
     assert found > 30

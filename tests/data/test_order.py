@@ -1,4 +1,4 @@
-"""Plans of an epoch: nothing lost, nothing twice, few shapes, the same for the same arguments."""
+"""Plans of an epoch: each row once, few shapes, and the same plan for the same arguments."""
 
 import numpy as np
 import pytest
@@ -98,7 +98,7 @@ def test_no_more_programs_than_the_steps_are_worth(together):
 
 
 def test_short_answers_have_places_in_one_step_too():
-    """They cost no program more: each length has one A."""
+    """They need no additional program, because each length has one A."""
     lengths = random_lengths(500)
 
     assert affordable_parts(plan(lengths), np.ones_like(lengths), together=1, steps=1) == 32
@@ -117,7 +117,7 @@ def test_bucket_and_pack_pad_less():
     for batching in BATCHINGS:
         batches = plan(lengths, batching)
         share[batching] = lengths.sum() / sum(8 * batch.length for batch in batches)
-    # Rounding up to buckets a third apart costs a sixth on average; sorting leaves little more.
+    # Rounding up to buckets a third apart costs a sixth on average, and sorting adds little.
     assert share["pad"] < 0.6 < 0.8 < share["bucket"]
     assert share["pack"] > 0.95
 
@@ -137,7 +137,7 @@ def test_permutation_is_uniform_enough_and_pinned():
     drawn = np.stack([permutation(5, seed=seed, epoch=0) for seed in range(4000)])
     share = (drawn[:, 0, None] == np.arange(5)).mean(0)
     np.testing.assert_allclose(share, 0.2, atol=0.02)
-    # Pinned: a change of it would reorder the data of every resumed run.
+    # These values are pinned: a change would reorder the data of every resumed run.
     assert permutation(8, seed=1, epoch=2).tolist() == PINNED
 
 
@@ -154,7 +154,7 @@ def test_default_buckets():
 
 @pytest.mark.parametrize("steps, step", [(512, 16), (511, 32), (256, 32), (255, 64), (128, 64)])
 def test_many_steps_have_closer_lengths(steps, step):
-    """Each length is compiled for 16 steps at the least."""
+    """Each compiled length serves at least 16 steps."""
     found = default_buckets(513, steps)
     assert found == tuple(range(step, 513, step))
     assert len(found) * 16 <= steps

@@ -1,4 +1,4 @@
-"""The soft-label store: exact round trip, precision of the loss, refusal of what does not fit."""
+"""The soft-label store: exact round trips, precision of the loss, and refused input."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ def log_softmax(logits):
 
 
 def labels_of(name: str, logits: np.ndarray, top_k: int, seed: int = 0) -> SoftLabels:
-    """Exact soft labels of float64 logits ``[R, V]``."""
+    """The exact soft labels of float64 logits ``[R, V]``."""
     logps = log_softmax(logits)
     ids = np.argsort(-logps, axis=-1, kind="stable")[:, :top_k]
     top = np.take_along_axis(logps, ids, -1)
@@ -101,12 +101,12 @@ def test_float16_keeps_ids_order_and_sums(tmp_path):
     store = open_soft_labels(make(tmp_path / "s", rows))
     for row, read in zip(rows, store.read("distill", range(10)), strict=True):
         np.testing.assert_array_equal(read.ids, row.ids)
-        # 2^-11 by rounding and less than the same again by scaling to a sum of 1.
+        # Rounding gives up to 2^-11, and scaling to a sum of 1 gives less than that again.
         np.testing.assert_allclose(read.logps, row.logps, rtol=2**-10, atol=1e-3)
         np.testing.assert_allclose(read.tail_logps, row.tail_logps, rtol=2**-10, atol=1e-3)
         total = np.exp(read.logps).sum(-1) + np.exp(read.tail_logps)
         np.testing.assert_allclose(total, 1, atol=1e-6)
-    # Likelihoods do not go through the narrow type.
+    # Likelihoods are not stored in the narrow type.
     np.testing.assert_array_equal(
         store.seq_logliks("distill"), [r.gold_logps.sum(dtype=np.float64) for r in rows]
     )
@@ -135,7 +135,7 @@ def test_the_loss_is_within_a_thousandth_of_that_from_float32(tmp_path, tail, no
             np.float64,
         )
         losses[dtype], sizes[dtype] = kl.mean(), np.abs(kl).mean()
-    # With the tail "zero" positions have either sign and cancel; elsewhere both means are one.
+    # With the tail "zero" positions have both signs and cancel. With other tails both means agree.
     assert abs(losses["float16"] - losses["float32"]) < 1e-3 * sizes["float32"]
     assert tail == "zero" or losses["float32"] == pytest.approx(sizes["float32"], rel=1e-6)
 
@@ -200,7 +200,7 @@ def test_only_a_complete_store_opens(tmp_path):
 
 
 def spoilt(folder, change):
-    """The store with one array of part 1 changed, its digest made to fit."""
+    """The store with one array of part 1 changed and its digest updated."""
     parts = PartFolder(folder / "distill")
     arrays = {name: np.array(array) for name, array in parts.open(1).arrays.items()}
     change(arrays)

@@ -1,4 +1,4 @@
-"""The stream: exact at any step, the same for any number of processes, its errors its own."""
+"""The stream: exact at any step, equal for any number of processes, and with clear errors."""
 
 import threading
 
@@ -69,7 +69,7 @@ def test_places_are_those_inside_the_mask():
 
 @pytest.mark.parametrize("batching", ["pad", "bucket", "pack"])
 def test_batches_hold_exactly_the_rows(batching):
-    """Examples are taken out of the arrays again, by their segments."""
+    """The test takes the examples out of the arrays again, by their segments."""
     found = []
     for planned in plan_of(batching)(0):
         batch = collate(planned)
@@ -147,7 +147,7 @@ def test_iterating_again_begins_again_and_leaving_early_is_fine():
 
 @pytest.mark.parametrize("there_at", [1, 7, 20])
 def test_batches_do_not_wait_for_tensorflow(monkeypatch, there_at):
-    """They come while it is imported, and are those that tf.data gives."""
+    """Batches arrive while TensorFlow is still imported, and equal those of tf.data."""
     there, waited = threading.Event(), []
 
     def slow_import():

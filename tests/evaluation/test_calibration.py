@@ -1,4 +1,4 @@
-"""Bins of confidence, and the expected calibration error, against sums written out by hand."""
+"""Bins of confidence and the expected calibration error are compared with explicit sums."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_calibrated_model_has_little_error_and_a_boastful_one_its_excess() -> 
     boastful = rng.random(confidence.shape) < confidence - 0.1
     found = calibration(binned(confidence, boastful, mask))
     assert found["ece"] == pytest.approx(0.1, abs=0.01)
-    # The spread is that of 200 rows of 100 places each.
+    # The tolerance follows from 200 rows of 100 positions each.
     assert found["ece_se"] == pytest.approx(np.sqrt(0.24 / 20_000), rel=0.3)
 
 

@@ -55,7 +55,7 @@ def test_two_models_are_measured_once(config: Config, counted: list[int]) -> Non
     test = result.summary["models"]["student"]["test"]
     validation = result.summary["models"]["student"]["validation"]
     assert test["n"] == 24
-    # Only the test rows' true distribution is known; the gap to the NLL is the teacher's own.
+    # The true distribution is known for test rows only. NLL - KL is the teacher's entropy.
     assert "kl" not in validation
     assert 0 < test["kl"]["token_mean"] < test["nll"]["token_mean"]
     evaluate.main(config.model_copy(update={"name": "other"}), models)

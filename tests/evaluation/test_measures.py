@@ -1,4 +1,4 @@
-"""Alignment measures against float64 NumPy written apart from them."""
+"""Alignment measures are compared with an independent float64 NumPy version."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,7 +153,7 @@ def test_sums_equal_the_reference(
 
 def test_the_first_choice_is_the_argmax_ties_and_all() -> None:
     rng = np.random.default_rng(3)
-    logps = rng.integers(-2, 1, size=(50, 40, 7)).astype(np.float32)  # most places have ties
+    logps = rng.integers(-2, 1, size=(50, 40, 7)).astype(np.float32)  # most positions have ties
     logps[:, ::5] = np.where(logps[:, ::5] == 0, 0, -np.inf)
     logps[:, ::10] = -np.inf
     labels = rng.integers(7, size=(50, 40)).astype(np.int32)
@@ -219,19 +219,20 @@ def test_summary_and_file_form(params, split: Split) -> None:
     np.testing.assert_allclose(
         summary["nll"]["example_mean"], np.mean(got.nll / got.tokens), rtol=1e-12
     )
-    assert summary["top_mass"]["1000"] == 1.0  # more than the vocabulary is all of it
+    assert summary["top_mass"]["1000"] == 1.0  # a K above the vocabulary's size covers all of it
     assert "kl" not in summary
     again = measures.RowMeasures.from_arrays(got.to_arrays())
     assert again.summary() == summary
 
 
 def test_standard_error_of_a_token_mean_covers() -> None:
-    """The spread of the ratio over many corpora is what one corpus says of itself."""
+    """The standard error from one corpus equals the spread of the ratio over many corpora."""
     rng = np.random.default_rng(0)
     ratios, errors = [], []
     for _ in range(2000):
         tokens = rng.integers(1, 9, size=60).astype(float)
-        row_effect = rng.normal(size=60) + 0.2 * tokens  # rows differ, with length too
+        # Rows differ, and the effect depends on their length.
+        row_effect = rng.normal(size=60) + 0.2 * tokens
         value, error = token_mean(row_effect * tokens, tokens)
         ratios.append(value)
         errors.append(error)

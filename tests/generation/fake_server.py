@@ -1,6 +1,6 @@
 """A real HTTP server on loopback that speaks the protocol of vLLM, SGLang or transformers serve.
 
-It answers by a function of the test's, and fails as the test scripts it.
+A function of the test makes the answers, and a script of the test makes the failures.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ Body = dict[str, Any]
 
 @dataclass
 class Reply:
-    """What is sent back; a ``status`` of 0 cuts the connection instead.
+    """A reply of the server; with a ``status`` of 0 it cuts the connection instead.
 
     Attributes:
       content: JSON, or raw bytes.
-      after_s: how long the reply is waited for.
+      after_s: seconds before the reply is sent.
     """
 
     status: int = 200
@@ -34,7 +34,7 @@ def completion(
     text: str, reason: str = "stop", *, model: str | None = None, prompt_tokens: int | None = None,
     **choice: Any,
 ) -> Reply:  # fmt: skip
-    """A whole reply of ``/v1/completions``."""
+    """The JSON of a complete reply of ``/v1/completions``."""
     content: Body = {
         "object": "text_completion",
         "choices": [{"index": 0, "text": text, "finish_reason": reason, **choice}],
@@ -50,13 +50,13 @@ class FakeServer:
     """``with FakeServer(answer) as server: ... server.url``.
 
     Args:
-      answer: ``body -> Reply`` of each request for a completion.
+      answer: ``body -> Reply``, for each request for a completion.
       models: names that ``/v1/models`` lists.
-      other: ``(path, body) -> Reply`` of every other POST.
+      other: ``(path, body) -> Reply``, for every other POST.
 
     Attributes:
       requests: (path, body, headers) of each request, in the order of arrival.
-      script: replies that are sent first, one a request for a completion.
+      script: replies that are sent first, one per request for a completion.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class FakeServer:
         self._server.server_close()
 
     def bodies(self, path: str = "/v1/completions") -> list[Body]:
-        """Of the requests for a path."""
+        """The bodies of the requests for a path."""
         return [body for asked, body, _ in self.requests if asked == path]
 
     def _reply(self, handler: BaseHTTPRequestHandler, body: Body) -> None:

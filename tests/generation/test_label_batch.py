@@ -51,7 +51,7 @@ def test_against_float64(scale, temperature, vocab_size):
     np.testing.assert_array_equal(found.ids_K, ids)
     np.testing.assert_allclose(found.logps_K, logps, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(found.gold_logps, gold, rtol=1e-5, atol=1e-5)
-    # A tail of 1e-20 is known to six digits, which 1 - sum could not give.
+    # A tail of 1e-20 has six correct digits; 1 - sum would have none.
     np.testing.assert_allclose(found.tail_logps, tail, rtol=1e-5, atol=1e-5)
     assert tail.min() < -8 or scale < 20
 
@@ -71,10 +71,12 @@ def test_ties_at_the_edge_of_the_top_k_count_once():
 
 @pytest.mark.parametrize("vocab_size", [None, 1999, 1500])
 def test_blocks_of_a_large_vocabulary(vocab_size):
-    """Whole numbers, so that equal entries lie in blocks that are looked at and in others; the last
-    block is not full."""
+    """Logits are whole numbers, so equal entries lie in chosen blocks and in others.
+
+    The last block is not full.
+    """
     logits = np.random.default_rng(3).integers(-9, 9, (40, 2001)).astype(np.float32)
-    logits[:8, 37:90] = 9  # more equal ones than are taken
+    logits[:8, 37:90] = 9  # more equal entries than top_k
     logits[8:12] = -1
     logits[12:16, 3:] = -np.inf
     logits[16, -3:] = 12
@@ -104,7 +106,7 @@ def test_at_the_whole_vocabulary_nothing_lies_outside():
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 2.0}, {"vocab_size": 90}])
 def test_the_vocabulary_is_not_sorted(options):
-    """XLA's CPU top_k is a full sort, 100 times slower, where its rewrite does not apply."""
+    """Without XLA's rewrite, top_k on a CPU is a full sort, which is 100 times slower."""
 
     def labels_of(logits, labels):
         return soft_labels_of_logits(logits, labels, top_k=10, **options)
@@ -130,7 +132,7 @@ def some_batch() -> tuple[list, TokenBatch]:
 @pytest.mark.parametrize("chunked", [False, True])
 def test_soft_labels_of_a_batch(monkeypatch, chunked):
     if chunked:
-        # Another top_k than below, so that the program is traced again.
+        # This top_k differs from the one below, so that the program is traced again.
         monkeypatch.setattr(label_batch, "_LOGITS_ALIVE", 24 * 4 * 3)
     config, params, adapter = tiny_model()
     top_k = 7 if chunked else 6
@@ -150,7 +152,7 @@ def test_soft_labels_of_a_batch(monkeypatch, chunked):
 
 
 class Rows:
-    """A split in memory."""
+    """A split that is kept in memory."""
 
     def __init__(self, count=23, seed=0):
         rng = np.random.default_rng(seed)
@@ -188,7 +190,7 @@ def score(folder, rows, *, fail_at=None, **changes):
 
 
 def test_a_split_is_scored_at_its_answers(tmp_path, monkeypatch):
-    # Several pieces a batch, the last of them not full.
+    # A batch has several pieces, and the last one is not full.
     monkeypatch.setattr(label_rows, "_FEWEST_POSITIONS", 16)
     monkeypatch.setattr(label_rows, "_LOGITS_ALIVE", 24 * 16)
     rows = Rows()

@@ -1,4 +1,4 @@
-"""The sampler: exact distribution, independence of everything but its keys, stops and budgets."""
+"""The sampler: exact distributions, draws that depend on keys alone, stops and budgets."""
 
 import itertools
 import json
@@ -45,7 +45,7 @@ def assert_same(first, second):
 
 
 def test_a_mixture_is_drawn_from_token_by_token():
-    """Two models with caches of their own: joint distribution of two tokens, and log-probs."""
+    """Two models with separate caches: the joint distribution of two tokens, and log-probs."""
     first, second = tiny_model(vocab_size=12), tiny_model(vocab_size=12, num_layers=1)
     prompt, number, share = np.array([4, 7, 1], np.int32), 6000, 0.4
 
@@ -70,7 +70,7 @@ def test_a_mixture_is_drawn_from_token_by_token():
             np.log(mixed([*prompt, s.tokens[0]])[s.tokens[1]]),
         ]
         np.testing.assert_allclose(s.logps, logps, atol=1e-4)
-    # The test can fail: the same counts do not fit either model alone.
+    # A check of the test: the same counts fit neither model alone.
     for model in (first, second):
         one = np.exp(full_logps(model, prompt)[-1])
         seen = np.bincount([int(s.tokens[0]) for s in samples], minlength=12)
@@ -90,7 +90,7 @@ def test_a_mixture_ends_rows_and_shrinks_batches_like_one_model():
 
 
 def test_draws_follow_the_softmax():
-    """First and second tokens of many rows against the exact joint distribution."""
+    """The first two tokens of many rows are compared with the exact joint distribution."""
     model = tiny_model(vocab_size=12)
     prompt = np.array([4, 7, 1], np.int32)
     number = 6000
@@ -107,7 +107,7 @@ def test_draws_follow_the_softmax():
     observed = np.append(counts[common], counts[~common].sum())
     expected = np.append(joint[common], joint[~common].sum()) * number
     assert stats.chisquare(observed, expected).pvalue > 1e-4
-    # The test can fail: the same counts do not fit a distribution tempered by 10 %.
+    # A check of the test: the same counts do not fit if the temperature changes by 10 %.
     tempered = joint**1.1 / (joint**1.1).sum()
     wrong = np.append(tempered[common], tempered[~common].sum()) * number
     assert stats.chisquare(observed, wrong).pvalue < 1e-4
@@ -132,7 +132,7 @@ def test_temperature_and_top_p_follow_the_exact_nucleus():
     assert (counts[~kept] == 0).all()
     expected = probs[kept] / probs[kept].sum() * number
     assert stats.chisquare(counts[kept], expected).pvalue > 1e-4
-    # Log-probs are those of the full softmax at temperature 1 all the same.
+    # The log-probs are still those of the full softmax at temperature 1.
     exact = full_logps(model, prompt)[-1]
     for s in samples[:50]:
         np.testing.assert_allclose(s.logps, exact[s.tokens], atol=1e-5)
@@ -163,7 +163,7 @@ def test_frozen_weights_in_bfloat16_sample_what_the_training_forward_gives():
     for prompt, s in zip(prompts, samples, strict=True):
         logps = full_logps(model, np.concatenate([prompt, s.tokens]))
         places = len(prompt) - 1 + np.arange(len(s.tokens))
-        # bfloat16 has eight bits, and the two passes round at other places.
+        # bfloat16 has eight bits, and the two passes round at different operations.
         np.testing.assert_allclose(s.logps, logps[places, s.tokens], atol=0.15)
 
 
@@ -207,7 +207,7 @@ def test_batch_order_and_padding_change_nothing():
     assert_same([whole[i] for i in order], shuffled)
     for i in (0, 7, 20):
         assert_same([whole[i]], run(model, [prompts[i]], [row_ids[i]], [budgets[i]]))
-    # A larger budget of the row, or of its mates, lengthens an answer and never alters it.
+    # A larger budget, of this row or of others, can lengthen an answer and never alters it.
     longer = run(model, prompts, row_ids, [32] * 21)
     for a, b in zip(whole, longer, strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens[: len(a.tokens)])
@@ -242,9 +242,9 @@ def test_short_prompts_that_are_run_apart_draw_the_same(monkeypatch, mixed):
 def test_prompts_are_cut_where_the_most_padding_is_spared():
     counts = [32, 24, 16, 12, 8]
     lengths = [10] * 14 + [60] * 6 + [200] * 4
-    # 16 rows of 16 and 12 of 256; 24 of 64 and 8 of 256 would be more.
+    # The groups are 16 rows of 16 and 12 of 256. 24 of 64 and 8 of 256 would cost more.
     assert cpu_schedule._cut_by_length(lengths, counts, 24 * 256, 1e9) == 14
-    # 32 rows of 64 and 8 of 256; 16 of 16 and 16 of 256 would be more.
+    # The groups are 32 rows of 64 and 8 of 256. 16 of 16 and 16 of 256 would cost more.
     more = [10] * 14 + [60] * 12 + [200] * 2
     assert cpu_schedule._cut_by_length(more, counts, 32 * 256, 1e9) == 26
     assert cpu_schedule._cut_by_length(lengths, counts, 24 * 256, 1e3) is None
@@ -253,8 +253,10 @@ def test_prompts_are_cut_where_the_most_padding_is_spared():
 
 @pytest.mark.parametrize("one_cpu", [True, False])
 def test_long_answers_get_more_slots(monkeypatch, one_cpu):
-    """Through caches of 64, 96, 128, 192 slots, of layers apart and stacked, with rows that end
-    on the way."""
+    """The cache grows through 64, 96, 128 and 192 slots, and some rows end on the way.
+
+    Layers are stacked, or each has its own cache.
+    """
     monkeypatch.setattr(cpu_schedule, "_is_one_cpu", lambda params: one_cpu)
     model = tiny_model(max_positions=256)
     prompts, row_ids = some_prompts(12)
@@ -267,7 +269,7 @@ def test_long_answers_get_more_slots(monkeypatch, one_cpu):
 
 
 def test_cores_answer_parts_of_a_batch(monkeypatch):
-    """Two at a time draw what one draws; after an error no further part is begun."""
+    """Two threads draw what one draws, and after an error no further part starts."""
     model = tiny_model()
     prompts, row_ids = some_prompts(90)
     budgets = [int(b) for b in np.random.default_rng(3).integers(1, 17, 90)]
@@ -299,7 +301,7 @@ def test_cores_answer_parts_of_a_batch(monkeypatch):
 
 
 def test_a_batch_that_cannot_shrink_comes_to_its_end(monkeypatch):
-    """As many ways as rows: 16 devices hold 16 rows, of which half are done."""
+    """16 devices hold 16 rows, of which half are finished, so the batch cannot shrink."""
     model = tiny_model()
     prompts, row_ids = some_prompts(16)
     budgets = [2] * 9 + [16] * 7
@@ -343,7 +345,7 @@ def test_stop_tokens_and_budgets():
         assert not is_end[:-1].any()
         assert s.finished == (len(s.tokens) > 0 and bool(is_end[-1]))
         assert s.finished or len(s.tokens) == budget
-        # Stopping takes a prefix of what would have been drawn without it.
+        # A stopped answer is a prefix of the answer that would be drawn without the stop.
         np.testing.assert_array_equal(s.tokens, f.tokens[: len(s.tokens)])
     assert 0 < sum(s.finished for s in samples) < len(samples)
 
@@ -363,11 +365,11 @@ def test_few_programs_are_compiled():
     model = tiny_model(vocab_size=25)
     before = decode.prefill._cache_size(), decode.decode._cache_size()
     prompts, row_ids = some_prompts(64, longest=32)
-    for seed in range(4):  # which of the ladder's sizes occur is a matter of chance
+    for seed in range(4):  # the sizes that occur depend on chance
         run(model, prompts, row_ids, [16] * 64, batch_size=32, seed=seed)
     first = decode.prefill._cache_size(), decode.decode._cache_size()
-    assert first[0] - before[0] <= 2  # prompts of at most 16 and 32
-    assert first[1] - before[1] <= 10  # each in batches of 32, 24, 16, 12 and 8
+    assert first[0] - before[0] <= 2  # prompts are padded to 16 or 32
+    assert first[1] - before[1] <= 10  # each length occurs in batches of 32, 24, 16, 12 and 8
     run(model, prompts, [f"again {i}" for i in row_ids], [16] * 64, batch_size=32, seed=9)
     assert (decode.prefill._cache_size(), decode.decode._cache_size()) == first
 

@@ -1,4 +1,4 @@
-"""Samples on disk: what is kept, dropped and counted; killed runs go on to the same bytes."""
+"""Samples on disk: what is kept, dropped and counted; a killed run ends with the same bytes."""
 
 import hashlib
 from pathlib import Path
@@ -22,7 +22,7 @@ def row_id_of(tokens, prompt_length) -> str:
 
 
 class Rows:
-    """A split in memory."""
+    """A split that is kept in memory."""
 
     name = "align"
 
@@ -45,7 +45,7 @@ class Rows:
 
 
 class Sampler:
-    """Answers made from the row id; every fourth is empty, every fourth is the teacher's."""
+    """Makes answers from the row id; every fourth is empty, and every fourth is the teacher's."""
 
     def __init__(self, split: Rows, fail_at: int | None = None) -> None:
         self.calls: list[tuple[list[str], list[int]]] = []
@@ -129,7 +129,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path, parts_done):
     make(tmp_path / "cut", split, again)
     assert len(again.calls) == 4 - parts_done
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
-    # Complete: nothing is sampled any more.
+    # The store is complete, so nothing is sampled.
     make(tmp_path / "cut", split, Sampler(split, fail_at=0))
 
 
@@ -144,7 +144,7 @@ def test_other_settings_or_rows_are_refused(tmp_path):
 
 
 def test_references_beside_the_answers(tmp_path):
-    """In parts of their own, in any order of places, 0 until they are there."""
+    """References have their own parts, may come in any order, and are 0 until then."""
     split = Rows()
     store = make(tmp_path / "r", split, Sampler(split))
     chosen = -np.arange(1, 12, dtype=np.float32)

@@ -29,7 +29,7 @@ def sentence(rng: np.random.Generator, most: int = 9) -> str:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run whose proxy is as loaded, scored: (config as a dict, its folder)."""
+    """A scored run with an untrained proxy: (its config as a dict, its folder)."""
     folder = tmp_path_factory.mktemp("run")
     model = save_bpe(folder / "model", chat_template=None)
     config, params, _ = tiny_model(
@@ -107,7 +107,7 @@ def test_fresh_prompts_are_answered_and_scored(run):
         assert len(row.tokens) <= corpus.max_length
         assert found.finished == finished == (int(row.tokens[-1]) in corpus.end_token_ids)
         assert finished or len(row.tokens) == corpus.max_length
-        # The proxy was asked for its own words: sampling and scoring agree about them.
+        # The proxy drew these answers itself, so sampling and scoring give the same log-probs.
     sampled = {s.row_id: s.loglik for s in samples.read(range(24)) if s.drop == 0}
     np.testing.assert_allclose(
         store.seq_logliks("fresh"), list(sampled.values()), rtol=1e-4, atol=1e-3
@@ -159,7 +159,8 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bytes(run, tmp_path, monkeyp
     commit, commits = PartFolder.commit, []
 
     def cut(self, index, arrays, metadata=None):
-        # Dies with a file half-written at the second part of each folder, then before the line.
+        # The process dies with a half-written file in the second part of each folder, and then
+        # before it writes the metrics line.
         if len(commits) in (1, 5, 8):
             commits.append("cut")
             self.path(index).with_name(f".{self.path(index).name}.tmp").write_bytes(b"half")
@@ -179,7 +180,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bytes(run, tmp_path, monkeyp
 
 
 def test_the_metrics_line_is_written_once(run, tmp_path):
-    """A kill between the line and the manifest: the line is written again, not added."""
+    """After a kill between the line and the manifest, the line is replaced and not repeated."""
     record, folder, _ = run
     runs = tmp_path / "runs"
     shutil.copytree(folder, runs / "run")
@@ -218,7 +219,7 @@ def test_another_proxy_is_refused(run, tmp_path):
 
 
 def test_real_weights(assets, tmp_path):
-    """stories260K over a few published stories: its tokens are likely, its top ten hold most."""
+    """stories260K scores published stories: tokens are likely, and the top ten hold most mass."""
     record = {
         "preset": "paper",
         "name": "stories",

@@ -1,4 +1,4 @@
-"""Answers from a server: what it is asked, how its replies become tokens, how its failures end."""
+"""Answers from a server: requests, how replies become tokens, and how failures end."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """Words for tokens: digits are their own ids, and 44 is </s>."""
+    """A tokenizer of words: a number is its own id, and 44 is </s>."""
     folder = tmp_path_factory.mktemp("tokenizer") / "words"
     write_tokenizer(folder)
     return load_tokenizer(folder)
@@ -55,7 +55,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture
 def echo() -> Iterator[FakeServer]:
-    """Answers with the prompt's ids, as ids and text."""
+    """A server that answers with the ids of the prompt, as ids and as text."""
 
     def answer(body: Body) -> Reply:
         ids = body["prompt"]
@@ -82,7 +82,7 @@ def drawing(fake: FakeServer, tokenizer: Tokenizer, *, ends=(END,), round_index=
 
 
 def one(tokenizer: Tokenizer, reply: Reply, *, budget=5, ends=(END,), **keys: Any) -> Sample:
-    """The answer to a prompt, of a server that gives this reply."""
+    """The answer to one prompt from a server that gives this reply."""
     with FakeServer(lambda body: reply) as fake:
         (sample,) = drawing(fake, tokenizer, ends=ends, **keys)(PROMPTS[:1], IDS[:1], [budget])
     return sample
@@ -98,8 +98,8 @@ def test_each_row_is_asked_for_alone_and_answers_keep_the_rows_order(tokenizer):
     started = threading.Barrier(len(PROMPTS), timeout=20)
 
     def answer(body: Body) -> Reply:
-        started.wait()  # passes only where all are under way at once
-        time.sleep(0.1 / len(body["prompt"]))  # the first rows are not the first to be answered
+        started.wait()  # passes only if all requests run at the same time
+        time.sleep(0.1 / len(body["prompt"]))  # so the first rows are not answered first
         return completion("x", token_ids=body["prompt"])
 
     with FakeServer(answer) as fake:
@@ -166,7 +166,7 @@ def test_each_server_is_told_to_draw_from_the_whole_softmax_and_where_to_end(ech
     with FakeServer(lambda body: completion("5")) as fake:
         drawing(fake, tokenizer, ends=ends, **TEXT)(PROMPTS[:1], IDS[:1], [4])
         (body,) = fake.bodies()
-    # The whole list: transformers serve refuses fields that it does not know.
+    # This is the whole list of fields: transformers serve refuses unknown ones.
     assert body.keys() == {
         *("model", "prompt", "max_tokens", "temperature", "top_p", "seed", "generation_config")
     }
@@ -176,7 +176,7 @@ def test_each_server_is_told_to_draw_from_the_whole_softmax_and_where_to_end(ech
 
 
 def test_a_prompt_that_no_text_stands_for_is_not_sent(tokenizer):
-    """<unk> comes from any word that is not one; a text of it gives other ids."""
+    """Every unknown word becomes <unk>, so no text gives back these ids."""
     words = np.array([tokenizer.token_id("<unk>"), 5], np.int32)
     text = tokenizer.decode(words).replace("<unk>", "nothing")
     assert tokenizer.encode(text)[0] == words[0]  # the text is ambiguous, the ids are not
@@ -188,7 +188,7 @@ def test_a_prompt_that_no_text_stands_for_is_not_sent(tokenizer):
 
 
 def test_text_prompts_of_real_tokenizers_come_out_as_the_same_ids(assets):
-    """Their own BOS is not sent where the server adds it, and is where it does not."""
+    """BOS is sent if the server does not add it, and left out if it does."""
     stories = load_tokenizer(assets / "models" / "stories260K")
     ids = stories.backend.encode("Once upon a time, Lily").ids
     assert ids[0] == stories.bos_id
@@ -200,7 +200,7 @@ def test_text_prompts_of_real_tokenizers_come_out_as_the_same_ids(assets):
             (body,) = fake.bodies()
         adds = body.get("add_special_tokens", True)
         assert stories.backend.encode(body["prompt"], add_special_tokens=adds).ids == ids, api
-    # Without a BOS at its beginning, only a server that can be told to add none reads it so.
+    # A prompt without BOS needs a server that can be told to add none.
     for api, spelled in (("sglang", False), ("vllm", True)):
         with FakeServer(lambda body: completion(" was")) as fake:
             keys = {"api": api, "prompt_as": "text"}
@@ -215,13 +215,13 @@ def test_text_prompts_of_real_tokenizers_come_out_as_the_same_ids(assets):
 @pytest.mark.parametrize(
     "choice, reason, tokens",
     [
-        ({"token_ids": [5, 6]}, "stop", [5, 6, END]),  # the end token is left out
+        ({"token_ids": [5, 6]}, "stop", [5, 6, END]),  # without the end token
         ({"token_ids": [5, 6, END]}, "stop", [5, 6, END]),
-        ({"token_ids": [5, 6, OTHER_END]}, "stop", [5, 6, OTHER_END]),  # another of ours
+        ({"token_ids": [5, 6, OTHER_END]}, "stop", [5, 6, OTHER_END]),  # another end token of ours
         ({"token_ids": [5, 6], "stop_reason": OTHER_END}, "stop", [5, 6, OTHER_END]),
-        ({"token_ids": [5, 6, 1], "matched_stop": 1}, "stop", [5, 6, END]),  # none of ours
+        ({"token_ids": [5, 6, 1], "matched_stop": 1}, "stop", [5, 6, END]),  # not our end token
         ({"token_ids": [5, 6]}, "length", [5, 6]),
-        ({"token_ids": [5, 6, END]}, "length", [5, 6, END]),  # drawn at the budget's last place
+        ({"token_ids": [5, 6, END]}, "length", [5, 6, END]),  # at the last place
         ({"token_ids": [END]}, "stop", [END]),
         ({"token_ids": []}, "stop", [END]),
         ({}, "stop", [5, 6, END]),
@@ -238,12 +238,12 @@ def test_stop_ends_an_answer_and_length_does_not(tokenizer, choice, reason, toke
 @pytest.mark.parametrize(
     "reply, budget",
     [
-        (completion("5 nothing 6"), 9),  # a word that is no token
-        (completion("5  6"), 9),  # a space that the tokens lose
+        (completion("5 nothing 6"), 9),  # a word outside the vocabulary
+        (completion("5  6"), 9),  # two spaces, which tokens do not keep
         (completion("5 \ufffd"), 9),  # half a character
-        (completion("5 6 7"), 3),  # with its end token one more than allowed
+        (completion("5 6 7"), 3),  # one token more than allowed, with the end token
         (completion("5 6 7 8", "length"), 3),
-        (completion("x", token_ids=[5, 46]), 9),  # an embedding row without a token
+        (completion("x", token_ids=[5, 46]), 9),  # an id that has an embedding row but no token
         (completion("x", token_ids=[5, 6, 7, 8]), 3),
     ],
 )
@@ -258,8 +258,10 @@ def test_it_fits_the_budget_with_its_end_token(tokenizer):
 
 
 def test_a_leading_space_belongs_to_the_first_word(assets):
-    """Of a tokenizer that marks words by it: a text within its context has it, one alone lost it,
-    and a word that goes on has none."""
+    """For a tokenizer that marks words by a leading space.
+
+    A text in its context has the space, a text alone has lost it, and the rest of a word has none.
+    """
     stories = load_tokenizer(assets / "models" / "stories260K")
     prompt = stories.encode("Once upon a time, Li")
     drawn = stories.encode("Once upon a time, Li was big")[len(prompt) :]
@@ -274,7 +276,7 @@ def test_a_leading_space_belongs_to_the_first_word(assets):
 
 
 def test_dropped_answers_are_counted_and_stored_ones_have_no_log_probs(tokenizer, tmp_path):
-    """The store that any sampler makes, with a reason more and no gap to a reference."""
+    """The store is as with any sampler, with one more reason and without reference log-probs."""
     split = Rows(6)
 
     def answer(body: Body) -> Reply:
@@ -351,7 +353,7 @@ def test_a_reply_is_not_waited_for_for_ever(echo, tokenizer):
 
 
 def test_a_failure_ends_the_other_requests(tokenizer):
-    """The first refusal stops those that wait for another try, and those not yet begun."""
+    """The first refusal stops requests that wait for another try, and those not yet started."""
 
     def answer(body: Body) -> Reply:
         return Reply(400, {}, after_s=0.2) if body["prompt"] == [7] else BUSY
@@ -374,13 +376,14 @@ def test_nothing_listens():
 def test_another_model_is_refused(echo, tokenizer):
     client_of(echo).check()
     client_of(echo, model="base").check()
-    client_of(echo, model="big", **TEXT).check()  # which has no model before it is asked for one
+    # This server loads a model when it is first asked for it.
+    client_of(echo, model="big", **TEXT).check()
     with pytest.raises(UserError, match="serves base, not big; start it"):
         client_of(echo, model="big").check()
     echo.script = [completion("5", model="base")]
     with pytest.raises(UserError, match="answered with the model base, not name"):
         drawing(echo, tokenizer)(PROMPTS[:1], IDS[:1], [4])
-    echo.script = [completion("5", model="name@main")]  # as transformers serve has it
+    echo.script = [completion("5", model="name@main")]  # transformers serve names models like this
     drawing(echo, tokenizer)(PROMPTS[:1], IDS[:1], [4])
 
 
@@ -428,7 +431,7 @@ def test_weights_that_a_server_refuses(tmp_path):
     with FakeServer(lambda body: Reply(), other=lambda path, body: refusal) as fake:
         with pytest.raises(UserError, match="rank 64 is more than 16"):
             client_of(fake).load("name", tmp_path)
-        client_of(fake).unload("name")  # an adapter that is not there is no trouble
+        client_of(fake).unload("name")  # unloading an absent adapter is no error
 
 
 @pytest.mark.parametrize(

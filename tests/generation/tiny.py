@@ -12,7 +12,7 @@ from proxykd_jax.models.lora import init_adapter
 
 @cache
 def tiny_model(vocab_size: int = 24, **changes):
-    """(config, params, adapter), the adapter away from its neutral start."""
+    """(config, params, adapter); the adapter is random, so it changes the model."""
     options = {
         "num_layers": 2,
         "model_dim": 16,
@@ -43,9 +43,9 @@ _forward = jax.jit(forward, static_argnames="config")
 
 
 def full_logps(model, tokens) -> np.ndarray:
-    """float64 log-softmax ``[T, V]`` of the training forward over one row."""
+    """The float64 log-softmax ``[T, V]`` of the training forward pass over one row."""
     config, params, adapter = model
-    # Padding on the right is never seen, and one length is compiled instead of many.
+    # No token sees padding on its right, and with padding only one length is compiled.
     padded = np.zeros((1, -(-len(tokens) // 48) * 48), np.int32)
     padded[0, : len(tokens)] = tokens
     logits = _forward(params, adapter, padded, config=config)

@@ -1,4 +1,4 @@
-"""The reference stands beside the tests and is imported by its bare name."""
+"""Lets the tests import the reference beside them by its bare name."""
 
 import sys
 from pathlib import Path

@@ -24,7 +24,7 @@ def whiten(values, mask, include_padding, eps=1e-8):
 
 
 def surrogate(logp, old_logp, advantage, clip=None, weight=1.0):
-    """One token."""
+    """The clipped surrogate of one token."""
     rho = weight * math.exp(logp - old_logp)
     if clip is None:
         return -advantage * rho
@@ -41,7 +41,7 @@ def group_advantages(rewards, ddof, eps=1e-6):
 
 
 def drawn_label(student_logps, ids, targets):
-    """KL and cross-entropy of one position."""
+    """The KL and the cross-entropy of one position."""
     kl = cross_entropy = 0.0
     for v, t in zip(ids, targets, strict=True):
         if t > 0:

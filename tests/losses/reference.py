@@ -1,5 +1,7 @@
-"""The losses in float64 NumPy, written as plainly as their definitions; nothing is shared with
-the package. Zero-probability entries follow 0 log 0 = 0."""
+"""The losses in float64 NumPy, written like their definitions.
+
+Nothing is shared with the package. Entries of probability zero follow 0 log 0 = 0.
+"""
 
 import math
 
@@ -41,7 +43,7 @@ def total_variation(t_logits, s_logits):
 
 
 def topk_kl(student_logits, proxy_logits, ids, tail):
-    """One position; the proxy is given in full, so its tail mass is exact."""
+    """The top-k KL of one position. The proxy is given in full, so its tail mass is exact."""
     q_all, p_all = np.exp(log_softmax(student_logits)), np.exp(log_softmax(proxy_logits))
     p, q = p_all[ids], q_all[ids]
     if tail == "zero":
@@ -57,7 +59,7 @@ def topk_kl(student_logits, proxy_logits, ids, tail):
 
 
 def topk_gradient(student_logits, proxy_logits, ids, tail):
-    """Derivative of `topk_kl` for the student's logits, by hand."""
+    """The derivative of `topk_kl` for the student's logits, derived by hand."""
     q, p_all = np.exp(log_softmax(student_logits)), np.exp(log_softmax(proxy_logits))
     inside = np.zeros(len(q), bool)
     inside[ids] = True
@@ -75,7 +77,7 @@ def topk_gradient(student_logits, proxy_logits, ids, tail):
 
 
 def per_example(position_values, mask, reduction):
-    """[B, L] values to [B], with loops."""
+    """Reduces [B, L] values to [B], with loops."""
     out = []
     for values, row_mask in zip(position_values, mask, strict=True):
         kept = [v for v, m in zip(values, row_mask, strict=True) if m]
@@ -100,7 +102,7 @@ def preference(
     chosen, rejected, ref_chosen, ref_rejected, *, loss, beta, margin=0.0, smoothing=0.0,
     chosen_tokens=1, rejected_tokens=1, length_normalize=False,
 ):  # fmt: skip
-    """One pair."""
+    """The loss of one pair."""
     if loss in ("simpo", "orpo"):
         a, b = chosen / chosen_tokens, rejected / rejected_tokens
         if loss == "simpo":

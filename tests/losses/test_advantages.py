@@ -69,7 +69,7 @@ def test_a_constant_reward_gives_one_return_at_every_position_and_length():
     has_next = np.pad(mask[:, 1:], ((0, 0), (0, 1))) == 1
     check(got[has_next], 0.3)
     assert (got[~has_next] == 0).all()
-    # Without the norm an answer is worth its length.
+    # Without the division a longer answer has a larger return.
     plain = rewards_to_go(0.3 * mask, mask, include_current=True, length_normalize=False)
     check(plain[:, 0], 0.3 * np.arange(1, 6))
 
@@ -110,7 +110,7 @@ def test_only_whitening_over_padding_depends_on_padding():
     check([inside.mean(), inside.var()], [0, 1], atol=1e-6)
     change = whiten(*wide, include_padding=True)[:, :6] - whiten(values, mask, include_padding=True)
     assert np.abs(change).max() > 0.1
-    # All rewards above 0: over padding, a token's advantage says above or below zero reward.
+    # All rewards are above 0. With padding in the mean, advantages compare with a reward of zero.
     assert (np.asarray(whiten(values, mask, include_padding=True))[mask == 1] > 0).mean() > 0.5
 
 
@@ -131,7 +131,7 @@ def test_group_advantages():
         got = jax.jit(functools.partial(group_advantages, ddof=ddof))(jnp.array(D))
         check(got, values, rtol=2e-6)
         check(got[0], method_reference.group_advantages(D[0], ddof), rtol=2e-6)
-    # Samples that were dropped, and each prompt by itself.
+    # Dropped samples do not count, and each prompt is normalised by itself.
     two = group_advantages(np.array([D[0] + [np.nan], [5.0, 1, 2, 3, 4]]),
                            np.array([[1, 1, 1, 1, 0], [1] * 5]))  # fmt: skip
     check(two[0], expected[1][0] + [0], rtol=2e-6)

@@ -47,7 +47,7 @@ def test_nothing_leaks_from_a_sample_that_was_dropped(bad):
 
 
 def test_the_optimum_is_the_log_ratio_of_the_two_models():
-    """Tabular, all pairs by enumeration, gradient descent on the scores of three answers."""
+    """Gradient descent on the scores of three answers, over all pairs by enumeration."""
     teacher, student = np.float32([0.6, 0.3, 0.1]), np.float32([0.2, 0.3, 0.5])
 
     def expected(scores, student):
@@ -63,7 +63,7 @@ def test_the_optimum_is_the_log_ratio_of_the_two_models():
     ratio = np.log(teacher / student)
     np.testing.assert_allclose(scores - scores.mean(), ratio - ratio.mean(), atol=1e-4)
     assert expected(scores, student) < np.log(2) - 0.05
-    # Where the student writes like the teacher, nothing tells them apart.
+    # If the student writes like the teacher, no score can tell them apart.
     same = descend(jnp.array([1.0, -1.0, 0.5]), teacher)
     np.testing.assert_allclose(same, same.mean(), atol=1e-4)
     np.testing.assert_allclose(expected(same, teacher), np.log(2), rtol=1e-6)

@@ -1,4 +1,4 @@
-"""Full-vocabulary divergences: values, ends, symmetry, edges, gradients."""
+"""Full-vocabulary divergences: values, the ends of beta, symmetry, edge cases, gradients."""
 
 import functools
 
@@ -94,7 +94,7 @@ def test_fixture_a_gradients():
 
 
 def test_jsd_near_its_ends_is_a_scaled_kl():
-    """The rounding of float32 must shrink with the divergence: 1e-4 is one part in 1e4."""
+    """Rounding errors must shrink with the divergence: the tolerance is relative, 1e-4."""
     low, high = 1e-4, 1 - 1e-4
     first = (A_P[:, :1], A_Q[:, :1])
     np.testing.assert_allclose(
@@ -158,7 +158,7 @@ def test_empty_mask(name):
 
 
 IMPOSSIBLE = [
-    # teacher, student: zero in one, in the other, in both; certainty; underflow
+    # (teacher, student): a zero in one, in the other, in both; certainty; underflow
     ([0, -np.inf, 1], [0, 1, 2]),
     ([0, 1, 2], [0, -np.inf, 1]),
     ([0, -np.inf, 1], [1, -np.inf, 0]),
@@ -176,7 +176,7 @@ def test_zero_probabilities_give_the_true_value_and_finite_gradients(name, logit
     value, grads = jax.value_and_grad(lambda t, s: tokens(t, s).sum(), argnums=(0, 1))(
         teacher, student
     )
-    # The reference underflows to 0 at logits 300 apart in float64 too, apart from log-space terms.
+    # With logits 300 apart the reference underflows to 0 in float64 too, except in log space.
     if max(logits[0]) < 300:
         np.testing.assert_allclose(value, expected(*map(np.array, logits)), rtol=1e-5, atol=1e-6)
     for grad in grads:
@@ -226,7 +226,7 @@ def test_shapes_are_checked():
 
 
 def test_cross_entropy_and_kl_have_one_gradient():
-    """Authors' code of forward-KL distillation mixes in the cross-entropy: the KL plus H(p)."""
+    """Code of other authors uses the cross-entropy instead, which is the KL plus H(p)."""
     labels = np.array([[0, 2, 1]])
     p = np.exp(reference.log_softmax(A_P))
 
@@ -246,7 +246,7 @@ def test_cross_entropy_and_kl_have_one_gradient():
 
 
 def test_black_box_distillation_is_not_touched_by_the_scorer():
-    """The NLL has no scorer; the KL's gradient depends on it."""
+    """The NLL does not depend on the scorer; the gradient of the KL does."""
     noise = np.random.default_rng(7).normal(size=A_P.shape)
     slope = jax.grad(lambda q, p: forward_kl(p, q, A_MASK)[0])
     assert np.abs(slope(jnp.float32(A_Q), A_P) - slope(jnp.float32(A_Q), noise)).max() > 0.01
@@ -286,7 +286,7 @@ def test_tempered_kl_matches_reference(temperature):
 
 
 def test_the_gradient_of_the_tempered_kl_keeps_its_size():
-    """Towards (centred teacher - centred student) / V; without T^2 it would vanish."""
+    """It tends to (centred teacher - centred student) / V; without T^2 it would vanish."""
     teacher, student, _ = batch(9)
     teacher, student = jnp.float32(teacher), jnp.float32(student)
 
@@ -299,7 +299,7 @@ def test_the_gradient_of_the_tempered_kl_keeps_its_size():
         return x - x.mean(-1, keepdims=True)
 
     limit = (centre(student) - centre(teacher)) / student.shape[-1]
-    # The softmax's own rounding is multiplied by T.
+    # T multiplies the rounding error of the softmax.
     np.testing.assert_allclose(slope(1e3), limit, atol=5e-3)
     assert np.abs(slope(1e3, rescale=False)).max() < 1e-5
     with pytest.raises(ValueError, match="temperature is 0"):
@@ -308,7 +308,7 @@ def test_the_gradient_of_the_tempered_kl_keeps_its_size():
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
 def test_jsd_is_finite_where_either_side_underflows(beta):
-    """Disjoint models are H(beta) apart; the KL of the same logits is 1000 nats and more."""
+    """Disjoint models have a JSD of H(beta); their KL is 1000 nats or more."""
     entropy = -beta * np.log(beta) - (1 - beta) * np.log(1 - beta)
     for size in (1e3, 4e3):
         logits = jnp.array([size, 0.0, -size]), jnp.array([-size, 0.0, size])

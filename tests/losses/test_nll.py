@@ -1,4 +1,4 @@
-"""nll and token_logps against the float64 reference, and at the edges of float32."""
+"""nll and token_logps are compared with the float64 reference, also at the limits of float32."""
 
 import jax
 import jax.numpy as jnp

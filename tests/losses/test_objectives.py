@@ -64,7 +64,7 @@ def test_distill_objective():
     assert batch_mean(metrics["kl"]) == 1
     loss, metrics = distill_objective(NLL, kl, alpha=10.0, nll_weight=0.0)
     assert loss == 5 and batch_mean(metrics["nll"]) == 1.5
-    # No teacher's answer in the batch: soft labels alone, nothing is NaN.
+    # Without a teacher's answer in the batch only soft labels count, and nothing is NaN.
     loss, metrics = distill_objective((0.0, 0.0), kl, alpha=10.0)
     assert loss == 5 and batch_mean(metrics["nll"]) == 0
 
@@ -77,10 +77,10 @@ def test_mixed_objective():
     assert {name: float(batch_mean(term)) for name, term in metrics.items()} == {
         "policy_gradient": 1.5, "single_step_kl": 0.25, "anchor": 0.0,
     }  # fmt: skip
-    # The counts of a whole batch make a micro-batch's share.
+    # With the counts of the whole batch, a micro-batch gives its share.
     loss, metrics = mixed_objective(terms, weights, counts={"policy_gradient": 12.0})
     assert loss == 0.5 + 2 * 0.25 and batch_mean(metrics["policy_gradient"]) == 1.5
-    # With two terms it is the student's objective.
+    # With two terms it equals the student's objective.
     pair = {"nll": NLL, "kl": PREFERENCE}
     distilled, _ = distill_objective(NLL, PREFERENCE, alpha=10.0, nll_weight=0.5)
     assert mixed_objective(pair, {"nll": 0.5, "kl": 10.0})[0] == distilled
@@ -103,7 +103,7 @@ def test_metrics_carry_no_gradient():
 
 @pytest.mark.parametrize("reduction", BATCH_REDUCTIONS)
 def test_micro_batches_add_up_to_the_batch(reduction):
-    """Loss, gradient and metrics of unequal parts, with the whole batch's counts."""
+    """Loss, gradient and metrics of unequal parts add up, with the counts of the whole batch."""
     rng = np.random.default_rng(0)
     logits = jnp.asarray(rng.normal(size=(5, 4, 6)), jnp.float32)
     labels = rng.integers(6, size=(5, 4))

@@ -1,4 +1,4 @@
-"""Losses on the student's own samples: fixture B, enumeration of tabular models, edges."""
+"""Losses on the student's own samples: fixture B, enumerated small models, edge cases."""
 
 import functools
 import itertools
@@ -32,7 +32,7 @@ TOKEN_INPUTS = ("now", "old", "scorer", "advantage", "weight")
 
 
 def batch(seed=0):
-    """Log-probs now, at sampling, of the scorer, advantages and weights; a mask with gaps."""
+    """Log-probs (now, at sampling, of the scorer), advantages, weights, and a mask with gaps."""
     rng = np.random.default_rng(seed)
     now, old, scorer = -rng.uniform(0.1, 4, size=(3, 3, 5))
     mask = np.array([[0, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]])
@@ -40,7 +40,7 @@ def batch(seed=0):
     return dict(zip(TOKEN_INPUTS, values, strict=True)), mask
 
 
-# Every loss as a function of all the inputs that one of them has.
+# Every loss, as a function of the union of all inputs.
 LOSSES = {
     "plain": lambda x, mask: policy_gradient_tokens(x["now"], x["old"], x["advantage"], mask),
     "clipped": lambda x, mask: policy_gradient_tokens(
@@ -78,7 +78,7 @@ def test_fixture_b_minillm_as_in_the_paper():
 
 def test_fixture_b_on_policy_distillation():
     check(log_ratio_rewards(B_P, B_OLD), [[-0.5, 1, -1, 0.7]])
-    # Before the first update the value is log q - log p: a sample of the reverse KL.
+    # Before the first update the value is log q - log p, which is a sample of the reverse KL.
     check(sampled_reverse_kl_tokens(B_OLD, B_OLD, B_P), B_OLD - B_P)
     check(
         sampled_reverse_kl_tokens(B_NOW, B_OLD, B_P, coef=2.0),
@@ -93,7 +93,7 @@ def test_low_variance_kl():
     d = inputs["old"] - inputs["now"]
     check(got, np.where(mask, np.exp(d) - d - 1, 0), rtol=1e-5)
     assert (got >= 0).all()
-    # Unbiased in value: by enumeration over what the student draws.
+    # The value is unbiased; this enumerates all tokens that the student can draw.
     q, reference = jax.nn.log_softmax(A_Q), jax.nn.log_softmax(A_P)
     value = (jnp.exp(q) * low_variance_kl_tokens(q, reference)).sum()
     check(value, reverse_kl_tokens(A_P, A_Q), rtol=1e-5)
@@ -145,7 +145,7 @@ def test_clipping_stops_a_token_only_where_it_went_too_far():
     assert slope(1.3, 1.0) == 0 and slope(0.7, -1.0) == 0
     check(slope(1.3, -1.0), 1.3)
     check(slope(0.7, 1.0), -0.7)
-    # A token that the scorer finds impossible has w = 1.25 and is clipped before any update.
+    # A token that the scorer finds impossible has w = 1.25, so it is clipped before any update.
     weight = mixture_weights(np.array([[-np.inf]]), np.array([[-1.0]]), scorer_share=0.2)
     check(weight, 1.25)
     assert slope(1.0, 1.0, 1.25) == 0 and slope(1.0, -1.0, 1.25) > 0
@@ -171,7 +171,7 @@ def test_mixture():
     check(mixture_logps(p, q, scorer_share=0.0), q)
     check(mixture_logps(p, q, scorer_share=1.0), p)
     check(mixture_weights(p, q, scorer_share=0.0), 1)
-    # Weighting what the mixture draws gives the student's expectation, and only weighting does.
+    # Draws from the mixture give the student's expectation only with the weights.
     f = rng.normal(size=6)
     check((np.exp(m) * weight * f).sum(), (np.exp(q) * f).sum(), rtol=1e-5)
     assert abs((np.exp(m) * f).sum() - (np.exp(q) * f).sum()) > 1e-3
@@ -189,7 +189,7 @@ SEQUENCES = list(itertools.product(range(2), repeat=2))
 
 
 def sequence_logps(first, second):
-    """Of two tokens, for every sequence: [4, 2]."""
+    """The log-probs of both tokens of every sequence: [4, 2]."""
     first, second = jax.nn.log_softmax(first), jax.nn.log_softmax(second)
     return jnp.stack([jnp.stack([first[a], second[a, b]]) for a, b in SEQUENCES])
 
@@ -198,9 +198,9 @@ def sequence_logps(first, second):
     ("include_current", "expected"), [(False, 0.167244431), (True, 0.355247400)]
 )
 def test_minillm_gradient_is_that_of_the_sequence_kl(include_current, expected):
-    """Two tokens of a vocabulary of two, all four sequences weighted by their probability.
+    """All four sequences of two tokens from two, each weighted by its probability.
 
-    With R_t beside the single-step term a token's own reward would count twice.
+    With R_t in place of R_{t+1} a token's own reward would count twice.
     """
     old, scorer = sequence_logps(FIRST_Q, SECOND_Q), sequence_logps(FIRST_P, SECOND_P)
     probability = jnp.exp(old.sum(axis=1, keepdims=True))
@@ -238,7 +238,7 @@ def test_minillm_gradient_is_that_of_the_sequence_kl(include_current, expected):
 
 
 def test_sampled_gradient_is_that_of_the_full_reverse_kl():
-    """On-policy distillation, all tokens enumerated; fixture A, position 0."""
+    """On-policy distillation at position 0 of fixture A, with all tokens enumerated."""
     p, old = jax.nn.log_softmax(A_P), jax.nn.log_softmax(A_Q)
 
     def expected(q_logits, coef):
@@ -252,7 +252,7 @@ def test_sampled_gradient_is_that_of_the_full_reverse_kl():
 
 
 def test_a_student_that_equals_the_scorer_is_left_alone_by_every_sample():
-    """Not in expectation alone: centred or whitened rewards would add noise there."""
+    """This holds for every sample; centred or whitened rewards would add noise."""
     rng = np.random.default_rng(6)
     logps = -rng.uniform(0.1, 3, size=(2, 4))
     slope = jax.grad(lambda now: sampled_reverse_kl_tokens(now, logps, logps).sum())(

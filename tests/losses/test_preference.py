@@ -1,4 +1,4 @@
-"""DPO, IPO, SimPO and ORPO: fixture C, the sign of eq. 4, edges, and what many rounds do."""
+"""DPO, IPO, SimPO and ORPO: fixture C, the sign of eq. 4, edge cases, and many rounds."""
 
 import functools
 import math
@@ -121,7 +121,7 @@ def test_gradient_raises_chosen_and_lowers_rejected(loss):
 
 
 def test_equal_answers_give_no_gradient():
-    """y = y-hat come from the same parameters: what raises one lowers the other as much."""
+    """If y = y-hat, raising one lowers the other by as much, so the gradient is zero."""
 
     def loss(theta):
         logp = -jnp.square(theta) * jnp.array([3.0, 5.0])
@@ -167,7 +167,7 @@ def test_gradients_are_finite_at_probability_zero_and_one(loss, values):
 
 
 def test_log_odds_next_to_certainty():
-    """log(1 - exp b) by subtraction would be log 0 at b = -1e-5 / 4."""
+    """Computed by subtraction, log(1 - exp b) would be log 0 at b = -1e-5 / 4."""
     chosen, rejected = np.float32(-1e-5), np.float32(-8.0)
     got = preference_loss(
         np.array([chosen]), np.array([rejected]), loss="orpo", beta=1.0, **C_TOKENS
@@ -241,11 +241,11 @@ def test_a_missing_reference_is_refused(loss):
         preference_loss(*C[:3], np.zeros(2, np.float32), loss=loss, beta=1)
 
 
-# Tabular: a prompt with a handful of possible answers, the exact expectation over all pairs.
+# A prompt has a handful of possible answers, so the expectation over all pairs is exact.
 
 
 def expected_loss(logits_V, reference_logps_V, teacher_V, rejected_V, beta):
-    """E over y ~ teacher and y-hat ~ rejected of the DPO loss, by enumeration."""
+    """The expected DPO loss over y ~ teacher and y-hat ~ rejected, by enumeration."""
     logps_V, size = jax.nn.log_softmax(logits_V), len(teacher_V)
     chosen, rejected = (x.ravel() for x in np.mgrid[:size, :size])
     losses = dpo_loss(
@@ -259,7 +259,7 @@ def expected_loss(logits_V, reference_logps_V, teacher_V, rejected_V, beta):
 
 
 def run_round(reference_V, teacher_V, rejected_V, beta):
-    """One round to convergence by damped Newton steps; the loss is convex in the logits."""
+    """Trains one round to convergence by damped Newton steps; the loss is convex in the logits."""
     start = reference_logps = jnp.log(jnp.asarray(reference_V, jnp.float32))
     arrays = (reference_logps, jnp.float32(teacher_V), jnp.float32(rejected_V), jnp.float32(beta))
     logits = newton(start, *arrays)
@@ -272,7 +272,7 @@ def newton(logits, *arrays):
     def improve(_, logits):
         grad = jax.grad(expected_loss)(logits, *arrays)
         hessian = jax.hessian(expected_loss)(logits, *arrays)
-        # Logits are free up to a constant: the ones matrix fixes it.
+        # The logits have a free constant, which the matrix of ones fixes.
         step = jnp.linalg.solve(hessian + jnp.ones_like(hessian), grad)
         return logits - step * jnp.minimum(1.0, 1.0 / jnp.abs(step).max())
 
@@ -299,13 +299,13 @@ def test_population_optimum_of_one_round(beta, optimum):
     ],
 )
 def test_rejected_answers_from_another_model_than_the_reference(beta, optimum):
-    """y-hat from a base model, reference warmed up: the optimum passes beyond the teacher."""
+    """y-hat comes from a base model and the reference is warmed up: the optimum overshoots."""
     base = np.array([0.2, 0.3, 0.5])
     np.testing.assert_allclose(run_round(START, TEACHER, base, beta), optimum, atol=2e-5)
 
 
 def test_the_teacher_itself_is_not_a_fixed_point_where_the_rejected_come_from_a_base_model():
-    """Warmed up to perfection, reference included, one round ends at teacher^2 / base."""
+    """From a perfect policy and reference, one round ends at teacher^2 / base."""
     base = np.array([0.2, 0.3, 0.5])
     beyond = TEACHER**2 / base
     np.testing.assert_allclose(
@@ -329,7 +329,7 @@ def test_gradient_descent_gets_to_the_same_optimum_from_ln_2():
 
 @pytest.mark.parametrize("beta", [0.4, 0.5, 0.75, 1.0, 2.0])
 def test_each_round_multiplies_the_log_ratio_error(beta):
-    """By 1 - 1/beta: below beta = 1/2 rounds diverge, at 1/2 they oscillate, at 1 they land."""
+    """The factor is 1 - 1/beta: rounds diverge below beta 1/2, oscillate at 1/2, converge at 1."""
 
     def error(policy):
         log_ratio = np.log(policy) - np.log(TEACHER)

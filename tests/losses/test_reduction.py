@@ -32,7 +32,7 @@ def batch(seed=0):
 
 
 def packed(seed=0):
-    """Two rows holding five examples, and the same five as rows of their own."""
+    """Two packed rows with five examples, and the same five examples in separate rows."""
     values, mask = np.random.default_rng(seed).normal(size=(2, 8)).astype(np.float32), None
     segments = np.array([[1, 1, 1, 2, 2, 3, 0, 0], [1, 1, 2, 2, 2, 2, 2, 0]])
     mask = np.array([[0, 1, 1, 0, 1, 0, 0, 0], [0, 1, 0, 0, 1, 1, 1, 0]])
@@ -108,7 +108,7 @@ def test_batch_terms_are_what_the_table_says():
 
 @pytest.mark.parametrize("reduction", BATCH_REDUCTIONS)
 def test_parts_of_a_batch_add_up(reduction):
-    """Unequal parts: the mean of the parts' means would be another number."""
+    """The parts are unequal, so the mean of their means would be another number."""
     values, mask = batch(2)
     mask[3] = [0, 0, 0, 0, 0, 1]
     whole = batch_terms(values, mask, reduction=reduction)
@@ -156,7 +156,7 @@ def test_a_segment_too_many_is_loud():
     values, mask, segments, *_ = packed()
     got = reduce_tokens(values, mask, segment_ids_BL=segments, num_segments=1)
     assert np.isnan(got).all()
-    segments = np.where(mask, segments, 9)  # beyond, but outside the mask: no harm
+    segments = np.where(mask, segments, 9)  # ids above num_segments do no harm outside the mask
     got = reduce_tokens(values, mask, segment_ids_BL=segments, num_segments=2)
     assert np.isfinite(got).all()
 

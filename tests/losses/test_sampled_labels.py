@@ -1,4 +1,4 @@
-"""Random-sampling soft labels: what is drawn, what its loss is, and that it is unbiased."""
+"""Drawn soft labels: the draws, their loss, and that its gradient is unbiased."""
 
 import functools
 
@@ -24,7 +24,7 @@ Q_LOGITS = np.array([2, 1.5, 0, -1, -2])
 COUNTS, IDS = np.array([30, 15, 4, 1, 0]), np.arange(5)
 FULL_GRADIENT = [0.052495757, 0.035105616, -0.025227830, -0.032492856, -0.029880687]
 KEY = jax.random.key(0)
-# Compiled: operation by operation it takes seconds.
+# This is compiled, because operation by operation it takes seconds.
 draw_labels = jax.jit(losses.draw_labels, static_argnames=("num_draws", "proposal_power"))
 
 
@@ -44,7 +44,7 @@ def rows(batch=3, length=4, vocab=37, seed=0):
 
 
 def targets_BLV(drawn, num_draws, vocab):
-    """Targets over the whole vocabulary."""
+    """The targets over the whole vocabulary."""
     share = np.asarray(drawn.counts_BLK) / num_draws * np.asarray(drawn.weights_BLK)
     one_hot = np.asarray(drawn.ids_BLK)[..., None] == np.arange(vocab)
     return (share[..., None] * one_hot).sum(axis=-2)
@@ -52,7 +52,7 @@ def targets_BLV(drawn, num_draws, vocab):
 
 @functools.partial(jax.jit, static_argnames=("num_rows", "num_draws", "proposal_power"))
 def many(num_rows, num_draws, proposal_power=1.0):
-    """One position of P, drawn for many rows."""
+    """Draws for one position of P, for many rows."""
     logits = jnp.broadcast_to(jnp.log(jnp.float32(P)), (num_rows, 1, 5))
     return draw_labels(
         logits,
@@ -76,7 +76,7 @@ def test_check_case():
 
 
 def test_top_k_has_another_optimum():
-    """Top-2 without the tail: p over the kept mass on the head, and nothing on the tail."""
+    """Without the tail, the optimum of top 2 is p / kept mass at the ids, and 0 elsewhere."""
     logps = np.log(P[:2])
 
     def loss(q):
@@ -133,7 +133,7 @@ def test_a_draw_depends_on_row_and_position_alone():
     logits, row_ids = rows()
     draw = functools.partial(draw_labels, num_draws=25)
     whole = draw(logits, KEY, row_ids_B=row_ids)
-    # Another batch order, more padding, a stretch of the row by itself.
+    # Draws stay the same in another batch order, with more padding, and for a part of the row.
     turned = draw(logits[::-1], KEY, row_ids_B=row_ids[::-1])
     wide = draw(
         np.pad(logits, ((0, 0), (2, 5), (0, 0)), constant_values=np.nan),
@@ -148,7 +148,7 @@ def test_a_draw_depends_on_row_and_position_alone():
         np.testing.assert_array_equal(getattr(wide, field)[:, 2:6], values)
         np.testing.assert_array_equal(getattr(part, field), values[:, 2:])
     assert (np.asarray(wide.counts_BLK)[:, [0, 1, 6, 10]] == 0).all()
-    # Equal models at every place: only row, position and key tell the draws apart.
+    # All positions have the same distribution, so draws differ only by row, position and key.
     flat = np.zeros((2, 2, 37))
     seen = draw(flat, KEY, row_ids_B=np.array([1, 2], np.uint32)).counts_BLK
     again = draw(flat, jax.random.key(1), row_ids_B=np.array([1, 2], np.uint32)).counts_BLK
@@ -164,7 +164,7 @@ def test_targets_are_unbiased_and_have_the_multinomial_variance():
     error = np.abs(targets.mean(0) - P) / np.sqrt(variance / num_rows)
     assert (error < 4).all(), error
     np.testing.assert_allclose(targets.var(0), variance, rtol=0.06)
-    # Without replacement 10 draws of 5 ids could not be had, nor 3 of one id.
+    # Without replacement there could be neither 10 draws of 5 ids nor 3 of one id.
     assert targets.max() > 0.9
 
 
@@ -176,7 +176,7 @@ def test_weighted_targets_are_unbiased_and_not_renormalised(power):
     spread = targets.std(0) / np.sqrt(num_rows)
     assert (np.abs(targets.mean(0) - P) < 4 * spread).all()
     assert np.ptp(targets.sum(-1)) > 0.05
-    # Unweighted, they are p^power.
+    # Without weights the draws follow p^power.
     bare = targets_BLV(drawn._replace(weights_BLK=np.ones(drawn.ids_BLK.shape)), 10, 5)[:, 0]
     np.testing.assert_allclose(bare.mean(0), P**power / (P**power).sum(), atol=0.006)
 
@@ -197,7 +197,7 @@ def test_gradient_is_unbiased_for_the_full_kl_and_its_error_falls_with_the_root_
     expected = np.sqrt((P * (1 - P)).sum())
     for num_rows, num_draws in ((100, 10), (6_000, 10)):
         assert error(num_rows, num_draws) < 2.5 * expected / np.sqrt(num_rows * num_draws)
-    # The top 2 of the same model are off by far more, however many rows there are.
+    # The top 2 of the same model have a far larger error, with any number of rows.
     for tail in ("zero", "renormalize"):
         slope = jax.grad(
             lambda q, tail=tail: topk_kl_tokens(
@@ -224,7 +224,7 @@ def test_values_cross_entropy_is_unbiased_and_kl_is_not():
 
 
 def test_rare_ids_are_drawn_as_often_as_they_should():
-    """5e-8 an id is less than a step of a float32 uniform number."""
+    """A probability of 5e-8 is less than one step of a uniform float32 number."""
     vocab, num_draws, num_rows, tail = 16384, 8192, 8, 5e-8
     logps = np.full(vocab, np.log(tail))
     logps[3] = np.log(1 - tail * (vocab - 1))
@@ -238,7 +238,7 @@ def test_rare_ids_are_drawn_as_often_as_they_should():
     rare = (counts > 0) & (ids != 3)
     expected = num_rows * num_draws * tail * (vocab - 1)  # 54
     assert abs(counts[rare].sum() - expected) < 4 * np.sqrt(expected)
-    # Spread over the tail, not caught by a few of its ids.
+    # The draws are spread over the tail and do not pile up on a few ids.
     assert len(set(ids[rare])) > 0.9 * counts[rare].sum()
     assert np.ptp(ids[rare]) > 0.8 * vocab
 

@@ -1,10 +1,10 @@
-"""With the vocabulary spread over devices no loss may collect it anywhere."""
+"""If the vocabulary is sharded over devices, no loss gathers it on any of them."""
 
 import os
 import subprocess
 import sys
 
-# A process of its own: the number of devices is fixed when jax starts.
+# This runs in its own process, because the number of devices is fixed when jax starts.
 PROGRAM = """
 import re
 import jax, jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Top-k KL: the four tails against the reference, against the full KL, and their gradients."""
+"""Top-k KL: values and gradients of the four tails, compared with a reference and the full KL."""
 
 import functools
 
@@ -20,12 +20,12 @@ from proxykd_jax.losses import (
 
 
 def tokens_of(student, logps, ids, mask=None, *, proxy_tail=None, **options):
-    """`topk_kl_tokens` of the student's logits."""
+    """`topk_kl_tokens` as a function of the student's logits."""
     return topk_kl_tokens(topk_logps(student, ids, mask), (logps, proxy_tail), mask, **options)
 
 
 def kl_of(student, logps, ids, mask, *, proxy_tail=None, **options):
-    """`topk_kl` of the student's logits."""
+    """`topk_kl` as a function of the student's logits."""
     return topk_kl(topk_logps(student, ids, mask), (logps, proxy_tail), mask, **options)
 
 
@@ -108,7 +108,7 @@ def test_gradient_matches_the_formula(tail):
 
 
 def test_tails_differ_outside_the_ids():
-    """Bucket knows the tail's mass, renormalize is blind to it, the other two drive it to 0."""
+    """bucket knows the mass of the tail, renormalize ignores it, the other two push it to 0."""
     student, proxy, logps, ids, tail_logps, _ = batch(3)
     hit = np.zeros(student.shape, bool)
     np.put_along_axis(hit, ids, True, -1)
@@ -123,7 +123,7 @@ def test_tails_differ_outside_the_ids():
         for tail in TAILS
     }
     np.testing.assert_allclose(grads["renormalize"][~hit], 0, atol=1e-7)
-    # The loss itself looks at the ids alone; what is left above is the full softmax's rounding.
+    # The loss uses the ids alone, so the difference above is the rounding of the full softmax.
     blind = jax.grad(
         lambda s: topk_kl_tokens(
             (jnp.take_along_axis(s, ids, -1), None), (logps, None), tail="renormalize"
@@ -133,7 +133,7 @@ def test_tails_differ_outside_the_ids():
     np.testing.assert_allclose(blind, grads["renormalize"], atol=1e-6)
     for tail in ("zero", "renormalize_proxy"):
         assert (grads[tail][~hit] > 0).all()
-    # At a student equal to the proxy the bucket's gradient is zero, also outside the ids.
+    # If student and proxy are equal, the gradient of bucket is zero, also outside the ids.
     at_proxy = jax.grad(lambda s: tokens_of(s, logps, ids, proxy_tail=tail_logps).sum())(
         jnp.float32(proxy)
     )
@@ -266,7 +266,7 @@ def test_gradients_are_finite_at_the_edges(tail, edge, from_logps):
 
 
 def test_a_confident_student_keeps_the_gradient_of_its_tail():
-    """1 - sum q has no digits at a tail of e-20; the sum over the tail has them all."""
+    """At a tail of e-20 the form 1 - sum q has no correct digit; the sum over the tail has all."""
     student = np.array([[[20.0, 1, 0, 0.5, -1]]])
     proxy = np.log(np.array([0.7, 0.2, 0.05, 0.03, 0.02]))
     logps, ids = proxy[None, None, :2], np.array([[[0, 1]]])
@@ -318,7 +318,7 @@ def test_topk_logps():
 
 
 def plain_logps(logits, ids, labels):
-    """The definitions, for JAX to differentiate: ids that occur twice count once."""
+    """The definitions, which JAX differentiates; an id that occurs twice counts once."""
     logps = jax.nn.log_softmax(logits)
     numbers = jnp.arange(logits.shape[-1])[None, None, None, :]
     outside = (ids[..., None] != numbers).all(axis=-2)
@@ -333,7 +333,7 @@ def plain_logps(logits, ids, labels):
 @pytest.mark.parametrize("scale", [0.5, 8.0])
 @pytest.mark.parametrize("twice", [False, True])
 def test_topk_and_label_logps_have_the_gradient_of_their_definitions(scale, twice):
-    """Labels among the ids and outside them, and where the tail is next to nothing."""
+    """Labels lie among the ids and outside them, and some tails are almost empty."""
     rng = np.random.default_rng(12)
     logits = jnp.float32(scale * rng.normal(size=(3, 5, 19)))
     ids = jnp.argsort(-logits, axis=-1)[..., :4].astype(jnp.int32)
@@ -349,7 +349,7 @@ def test_topk_and_label_logps_have_the_gradient_of_their_definitions(scale, twic
         np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-5)
     grad, wanted = back(tuple(cotangents))[0], of_plain(tuple(cotangents))[0]
     np.testing.assert_allclose(grad, wanted, rtol=1e-5, atol=2e-6)
-    # Each part alone.
+    # Each output alone has the right gradient.
     alone, back = jax.vjp(lambda x: topk_logps(x, ids), logits)
     np.testing.assert_array_equal(alone[0], out[0])
     zeros = jnp.zeros_like(cotangents[2])

@@ -1,4 +1,4 @@
-"""The demo's stages end to end, with a few steps each, through the product's commands."""
+"""The stages of the demo run end to end through the commands, with a few steps each."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_from_files_to_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     for figures in summary["models"].values():
         assert set(figures) == {"accuracy", "kl", "agreement", "nll", "n"}
         assert figures["n"] == 24
-    # No proxy is touched where alpha is 0; the fresh prompts' proxy is the one that was aligned.
+    # With alpha 0 no proxy is used. The student with fresh prompts uses the aligned proxy.
     assert not (tmp_path / "runs" / "black_box_ds" / "proxy").exists()
     fresh = json.loads((tmp_path / "runs" / "proxy_kd_fresh" / "eval" / "summary.json").read_text())
     aligned = summary["models"]["proxy_aligned"]["kl"]

@@ -107,7 +107,7 @@ def test_every_recipe_is_a_config(folder: Path) -> None:
     assert configs["black_box_ds"].distill.alpha == configs["black_box_all"].distill.alpha == 0
     assert configs["black_box_all"].distill.data == "all"
     assert configs["proxy_kd_fresh"].corpus.fresh_prompts
-    # The evaluator's folder is named nowhere else.
+    # No other file names the evaluator's folder.
     for config in configs.values():
         rest = config.model_dump_json(exclude={"evaluate"})
         assert "teacher_logps" not in rest

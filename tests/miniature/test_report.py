@@ -1,4 +1,4 @@
-"""The demo's table, times and plots, on figures made up here; the teacher measured as a model."""
+"""Table, times and plots of the demo from invented figures; the teacher is measured as a model."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_the_teacher_as_a_model() -> None:
     mask = np.arange(w.MAX_ANSWER) < w.answer_lengths(answers)[:, None]
     with np.errstate(divide="ignore", invalid="ignore"):
         entropy = -np.where(probs_NTV > 0, probs_NTV * np.log(probs_NTV), 0).sum(axis=-1)
-    # Two estimates of the entropy rate, and of the chance that the first choice is said.
+    # Two estimates of the entropy rate, and of the probability of the most likely token.
     assert abs(row.nll.value - entropy[mask].mean()) < 5 * row.nll.error
     assert abs(row.agreement.value - probs_NTV.max(axis=-1)[mask].mean()) < 5 * row.agreement.error
 

@@ -20,7 +20,7 @@ def prompt(value: int, *functions: int) -> np.ndarray:
 
 
 def all_answers(num_functions: int) -> np.ndarray:
-    """Every answer of a prompt with so many functions, filled up with end tokens."""
+    """All answers to a prompt with this number of functions, padded with end tokens."""
     values = range(w.NUM_VALUES)
     connectors = range(w.FIRST_CONNECTOR, w.END)
     answers = [(w.FIRST_STYLE, value) for value in values]
@@ -34,7 +34,7 @@ def all_answers(num_functions: int) -> np.ndarray:
 
 
 def sequence_probs(world: w.World, prompt_P: np.ndarray, answers_NT: np.ndarray) -> np.ndarray:
-    """Probability of each answer, a product written without the code under test's conditionals."""
+    """The probability of each answer, without the conditionals of the code under test."""
     functions = [t - w.FIRST_FUNCTION for t in prompt_P[1:-1] if t != w.NO_FUNCTION]
     probs = []
     for answer in answers_NT:
@@ -94,7 +94,7 @@ def test_the_chain_rule_gives_the_probability_of_every_answer(
 
 @pytest.mark.parametrize("num_functions", [1, 2, 3])
 def test_sum_of_conditional_kls_is_the_kl_of_sequences(num_functions: int) -> None:
-    """KL of whole answers = expected sum over places of the KL of the next token."""
+    """The KL of whole answers is the expected sum over positions of the next token's KL."""
     worlds = w.make_worlds(5, "fmt")
     one = prompt(7, *range(3, 3 + num_functions))
     answers = all_answers(num_functions)
@@ -118,8 +118,8 @@ def test_samples_have_the_frequencies_of_the_process() -> None:
     drawn = w.sample_answers(worlds.teacher, prompts, np.random.default_rng(1))
     known = {answer.tobytes(): index for index, answer in enumerate(answers)}
     counts = np.bincount([known[row.tobytes()] for row in drawn], minlength=len(answers))
-    # Pearson's statistic over answers with enough expectation; its standard deviation is
-    # sqrt(2 m) for m of them.
+    # Pearson's statistic over the m answers whose expected count is large enough; its standard
+    # deviation is sqrt(2 m).
     expected = probs * num
     enough = expected > 20
     statistic = ((counts - expected)[enough] ** 2 / expected[enough]).sum()
@@ -193,7 +193,7 @@ def test_regimes_differ_as_they_say() -> None:
         uniform = np.isclose(worlds.public.results_FAA, 0.1).all(axis=(1, 2)).sum()
         assert uniform == regime.unknown_functions
     modes = [w.make_worlds(0, name).teacher.results_FAA for name in w.REGIMES]
-    np.testing.assert_array_equal(modes[0], modes[1])  # the regime is the public text's alone
+    np.testing.assert_array_equal(modes[0], modes[1])  # the regime only changes the public text
 
 
 def test_the_teacher_is_good_but_not_perfect() -> None:

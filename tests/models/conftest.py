@@ -1,4 +1,4 @@
-"""Random models of every family, made by transformers in PyTorch: the reference of all parity."""
+"""Random models of every family, made by transformers in PyTorch, as references for parity."""
 
 import functools
 from collections.abc import Callable
@@ -86,7 +86,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def _randomise(model: Any) -> None:
-    """Logits of about unit size, biases that are not 0, norms that are not 1."""
+    """Sets random weights: logits of about unit size, biases other than 0, norms other than 1."""
     import torch
 
     generator = torch.Generator().manual_seed(7)
@@ -155,7 +155,7 @@ def random_tokens(seed: int, batch: int, length: int, vocab_size: int = 97) -> n
 
 
 def random_params(config: ModelConfig, seed: int = 0) -> Params:
-    """Weights of unit gain with biases and norms that are not trivial, without PyTorch."""
+    """Random weights of unit gain without PyTorch; no bias is 0 and no norm is 1."""
     rng = np.random.default_rng(seed)
     leaves = {}
     for path, shape in flatten(param_shapes(config)):
@@ -183,7 +183,7 @@ def random_adapter(config: ModelConfig, seed: int = 0) -> lora.Adapter:
 
 @pytest.fixture
 def small_config() -> ModelConfig:
-    """Everything at once: q/k norms, biases, a window in some layers, an adapter everywhere."""
+    """A config with every option: q/k norms, biases, windows in some layers, adapters in all."""
     return ModelConfig(
         family="qwen3",
         vocab_size=97,
@@ -205,7 +205,7 @@ def small_config() -> ModelConfig:
 
 @pytest.fixture
 def helpers() -> Any:
-    """The functions above, for tests (test folders are no packages here)."""
+    """The functions above, as a fixture, because test folders are no packages here."""
 
     class Helpers:
         length = LENGTH

@@ -1,4 +1,4 @@
-"""Grouped-query attention against float64 NumPy."""
+"""Grouped-query attention is compared with float64 NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from proxykd_jax.models.params import init_params
 
 
 def plain(q, k, v, mask):
-    """Softmax attention with the keys repeated, in float64."""
+    """Softmax attention in float64, with keys repeated for each query head of a group."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     repeats = q.shape[2] // k.shape[2]
     k, v = np.repeat(k, repeats, 2), np.repeat(v, repeats, 2)
@@ -64,7 +64,7 @@ def test_blocks_of_queries_equal_one_block(window):
     options = {"mask_BLS": jnp.asarray(mask), "causal": True, "window": window}
     (_, out), gradients = run(q, k, v, **options)
     np.testing.assert_allclose(out, plain(q, k, v, seen), atol=1e-6)
-    # Not causal by name, so computed in one block, and differentiated by JAX.
+    # The mask is not declared causal, so one block computes it and JAX differentiates it.
     _, expected = run(q, k, v, mask_BLS=jnp.asarray(seen))
     for one, other in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5, rtol=1e-5)
@@ -109,7 +109,7 @@ def test_rows_come_after_each_other_where_a_program_is_compiled_for_a_cpu(monkey
 
 
 def test_gradients_are_those_of_differences():
-    """float64 differences of the reference, for the derivative that is written out."""
+    """The written-out derivative is compared with float64 differences of the reference."""
     q, k, v = inputs()
     mask = np.tril(np.ones((1, 7, 7), bool))
     slope = np.random.default_rng(5).normal(size=(2, 7, 6, 8))
@@ -133,7 +133,7 @@ def test_gradients_are_those_of_differences():
 
 
 def test_a_checkpoint_keeps_no_scores():
-    """What every layer keeps is of the size of its inputs, whatever the length of a row."""
+    """A layer keeps arrays of the size of its inputs only, whatever the length of a row."""
     config = ModelConfig(
         family="llama",
         vocab_size=32,
@@ -157,7 +157,7 @@ def test_a_checkpoint_keeps_no_scores():
         if equation.primitive.name == "scan"
     ]
     kept = [variable.aval.shape for variable in scans[0].outvars]
-    assert any(shape[0] == 2 for shape in kept)  # the layers' stacks
+    assert any(shape[0] == 2 for shape in kept)  # the stacks over layers
     assert not [shape for shape in kept if shape[-1] == 128 and shape[-2] >= 64]
 
 

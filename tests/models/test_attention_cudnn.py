@@ -1,4 +1,4 @@
-"""cuDNN's flash attention beside the form in XLA, on a GPU."""
+"""cuDNN's flash attention is compared with attention in XLA, on a GPU."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def inputs(length=256, heads=8, groups=2, head_dim=64):
 
 
 def segments(length):
-    """Two packed examples, and padding behind them."""
+    """Two packed examples, followed by padding."""
     ids = np.ones((2, length), np.int32)
     ids[:, length // 3 :] = 2
     ids[1, -length // 4 :] = 0
@@ -39,7 +39,7 @@ def segments(length):
     ids=str,
 )
 def test_values_and_gradients(options):
-    """Beside attention in float32 of the same numbers."""
+    """Both are compared with float32 attention on the same numbers."""
     options = dict(options)
     packed, prefix = options.pop("packed", False), options.pop("prefix", None)
     window = options.pop("window", None)
@@ -48,7 +48,7 @@ def test_values_and_gradients(options):
     if packed:
         ids = segments(q.shape[1])
         mask = segment_mask(ids, None if prefix is None else jnp.full(2, prefix))
-        real = (ids > 0)[:, :, None, None]  # what padding sees means nothing
+        real = (ids > 0)[:, :, None, None]  # results at padding do not count
 
     def run(backend, dtype):
         def total(*x):
@@ -63,7 +63,7 @@ def test_values_and_gradients(options):
     found, expected = run("cudnn", jnp.bfloat16), run("xla", jnp.float32)
     for name, one, other in zip(("out", "q", "k", "v"), found, expected, strict=True):
         one, other = (np.asarray(x, np.float64) for x in (one, other))
-        # bfloat16 has eight bits; sums of a few hundred terms lose some more.
+        # bfloat16 has eight bits, and sums of a few hundred terms lose some more precision.
         error = np.abs(one - other).max() / np.abs(other).max()
         assert error < 2e-2, f"{name}: {error}"
 

@@ -31,7 +31,7 @@ def test_nothing_depends_on_later_tokens(small_config, helpers):
         changed = {**params, "embed": {"embedding": embedding}}
         return llama.hidden_states(changed, adapter, rows, config=small_config)[0, position].sum()
 
-    # Every position reads an embedding row of its own, so a row's gradient is the position's.
+    # Every position has another token, so the gradient of an embedding row belongs to one position.
     rows = jnp.arange(12, dtype=jnp.int32)[None]
     gradient = np.asarray(jax.jit(jax.grad(output))(params["embed"]["embedding"]))[:12]
     assert (gradient[position + 1 :] == 0).all()
@@ -143,9 +143,10 @@ def test_left_padding_equals_right_padding(small_config, helpers):
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("family", ["small", "plain"])
 def test_cached_equals_uncached(small_config, helpers, family, apart):
-    """Left-padded prefill, then single tokens; a row that has ended is skipped with valid_BL.
+    """Prefill with left padding, then single tokens; valid_BL skips a row that has ended.
 
-    With layers stacked, and with each apart."""
+    Layers are stacked, or each has its own cache.
+    """
     config = small_config
     if family == "plain":
         config = small_config.replace(sliding_layers=(), rope=RopeConfig(kind="linear", factor=2.0))

@@ -1,4 +1,4 @@
-"""Where a model's files are: a folder, or the hub, which is asked last."""
+"""Where a model's files are found: in a folder first, on the hub last."""
 
 import huggingface_hub
 import pytest
@@ -9,7 +9,7 @@ from proxykd_jax.models.folder import MODEL_FILES, local_folder
 
 @pytest.fixture
 def asked(monkeypatch, tmp_path):
-    """What the hub was asked for; it answers with a folder."""
+    """The requests to the hub, which answers with a folder."""
     calls = []
 
     def download(name, allow_patterns):

@@ -39,7 +39,7 @@ KEYS = (
 
 
 def test_every_case_survives_both_directions(helpers, reference):
-    """Through our writer; and what transformers reads from it is the model that it was."""
+    """Our writer keeps every key, and transformers reads the same model from the file."""
     import transformers
 
     for case in helpers.cases:

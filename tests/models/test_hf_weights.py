@@ -1,4 +1,4 @@
-"""Model folders: round trips to the bit, and one sentence for each way of being broken."""
+"""Model folders: bitwise round trips, and one sentence for each kind of damage."""
 
 import json
 import shutil
@@ -63,7 +63,7 @@ def test_round_trip_is_bitwise(model, tmp_path, dtype, max_shard_bytes):
 
 
 def test_what_transformers_wrote_goes_out_as_it_came_in(each_reference, tmp_path):
-    """Same tensor names, types, shapes and bits; and transformers loads ours."""
+    """Names, types, shapes and bits of the tensors stay the same, and transformers loads ours."""
     import transformers
 
     save_model(tmp_path / "out", each_reference.config, each_reference.params)
@@ -116,7 +116,7 @@ def test_put_sees_every_leaf_once_and_whole(model, folder):
 
 
 def test_sharded_placement_reads_only_the_parts(model, sharded):
-    """One fake device holds a whole leaf; the parts are tested on the reader itself."""
+    """Here one device holds a whole array, so the parts are tested on the reader itself."""
     from proxykd_jax.models.hf_weights import StackedTensor
     from proxykd_jax.models.tensor_files import TensorFolder
 
@@ -175,7 +175,7 @@ def test_a_folder_appears_whole_or_not_at_all(model, folder, tmp_path):
     assert same(load_model(folder)[1], changed)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
-    # Killed between moving the old folder away and moving the new one in: nothing is lost.
+    # A kill after the old folder was moved away and before the new one moved in loses nothing.
     shutil.move(folder, tmp_path / ".model.old.tmp")
     with pytest.raises(UserError, match="not empty"):
         save_model(folder, config, params)

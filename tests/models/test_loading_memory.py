@@ -1,4 +1,4 @@
-"""A checkpoint of many shards goes to its devices without ever lying in host memory whole."""
+"""A checkpoint of many shards reaches its devices without being in host memory as a whole."""
 
 import json
 import os
@@ -27,7 +27,7 @@ PUBLISHED = {
     "rms_norm_eps": 1e-5,
     "hidden_act": "silu",
 }
-# Devices are CPUs here, so the arrays themselves are host memory: what is above them is the cost.
+# Devices are CPUs here, so the arrays are in host memory. The cost is what exceeds them.
 PROGRAM = """
 import json, sys, threading, time
 import jax
@@ -88,7 +88,7 @@ def test_the_host_holds_little_more_than_a_shard(tmp_path):
     found = json.loads(done.stdout)
     print(found)
     assert found["first"] == 0.5
-    # Norms lie on every device; all else is cut eight ways.
+    # Norms are on every device; all other arrays are split over eight devices.
     assert found["sum"] <= found["held"] < 1.01 * found["sum"]
     assert found["most"] < 1.01 * found["sum"] / 8
     assert found["peak"] - found["held"] < 2 * SHARD

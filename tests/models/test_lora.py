@@ -1,4 +1,4 @@
-"""Adapters: a fresh one changes nothing, a merged one equals one beside the base."""
+"""Adapters: a new one changes nothing, and a merged one equals an unmerged one."""
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ def test_merging_happens_in_float32(small_config, helpers):
 
 
 def test_float32_adapter_over_a_bfloat16_base(small_config, helpers):
-    """The adapter counts as float32, and so does its gradient."""
+    """The adapter and its gradient stay float32."""
     config, tokens_BL = small_config, helpers.tokens(0, 2, 12)
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), helpers.params(config))
     adapter = helpers.adapter(config)
@@ -73,8 +73,7 @@ def test_float32_adapter_over_a_bfloat16_base(small_config, helpers):
     ("dtype", "rounding", "of_factors"), [("bfloat16", 2**-9, 2e-5), ("float32", 2e-6, 2e-6)]
 )
 def test_layers_of_one_input_against_float64(dtype, rounding, of_factors):
-    """Updates and gradients; beside bfloat16 activations factors that were rounded would be off by
-    2e-3."""
+    """Updates and gradients of joint layers; with bfloat16 factors the error would be 2e-3."""
     draw = np.random.default_rng(0).normal
     x = jnp.asarray(draw(size=(120, 96)), dtype)
     weights = {
@@ -140,7 +139,8 @@ def test_dropout_keeps_the_mean():
         values, counts = np.unique(np.asarray(update), return_counts=True)
         np.testing.assert_allclose(values, [0, 2 / 0.75], rtol=1e-6)
         assert abs(counts[0] / update.size - 0.25) < 0.01
-    both = (updates["q_proj"] == 0) & (updates["k_proj"] == 0)  # each has a draw of its own
+    # Each projection has its own dropout.
+    both = (updates["q_proj"] == 0) & (updates["k_proj"] == 0)
     assert abs(both.mean() - 0.25**2) < 0.01
 
 

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format: what peft loads from us, and what we load from peft."""
+"""Adapters in PEFT's format: peft loads ours, and we load those of peft."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A frozen base in few bits: what it costs in accuracy, and that nothing else changes."""
+"""A frozen base in 8 or 4 bits: its accuracy, and that nothing else changes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from proxykd_jax.models.quantized import METHODS, QuantizedKernel, block_size, q
 from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.parallel.sharding import bytes_per_device, sharding_of
 
-# QLoRA, appendix E; written down again, so that a slip in the module's own table shows.
+# From QLoRA, appendix E. This is a second copy, which would show a slip in the module's table.
 NF4 = np.array(
     [
         *(-1, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -88,7 +88,7 @@ def test_the_error_on_normal_weights(method, most):
 
 
 def test_quantising_what_four_bits_stand_for_changes_nothing():
-    """So a base that was exported from them is the same base."""
+    """So a base that was exported from its codes stays the same."""
     once = quantize(jax.random.normal(jax.random.key(2), (128, 8)), method="nf4")
     again = quantize(once.dequantize(jnp.float32), method="nf4")
     np.testing.assert_array_equal(again.scales, once.scales)
@@ -127,7 +127,7 @@ def test_the_model_is_that_of_the_weights_the_codes_stand_for(method, remat):
 
 
 def test_the_backward_pass_keeps_no_weights():
-    """Dequantised kernels of all layers, kept for it, would be the plain model again."""
+    """If it kept the dequantised kernels of all layers, memory would hold the plain model."""
     model = config(num_layers=16, model_dim=256, ffn_dim=1024, num_heads=8)
     size = 4 * sum(leaf.size for path, leaf in flatten(abstract_params(model)) if is_linear(path))
 

@@ -1,4 +1,4 @@
-"""Splash attention, interpreted on a CPU, against float64 NumPy and XLA's form."""
+"""Splash attention, interpreted on a CPU, is compared with float64 NumPy and with XLA."""
 
 import functools
 from collections import Counter
@@ -24,14 +24,14 @@ def _on_a_cpu(monkeypatch):
 
 
 def numbers(length, heads, groups, head_dim, dtype=np.float32):
-    """q, k, v and the gradient of the result."""
+    """Random q, k, v and a random gradient of the result."""
     rng = np.random.default_rng(0)
     shapes = [(2, length, n, head_dim) for n in (heads, groups, groups, heads)]
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
 def packed(length):
-    """Two rows of segments: one that ends in padding, one that begins with it."""
+    """Two rows of segments: one ends in padding, the other begins with it."""
     ids = np.zeros((2, length), np.int32)
     ids[0, : length // 3], ids[0, length // 3 : length - 5] = 1, 2
     ids[1, 9:20], ids[1, 20 : length // 2], ids[1, length // 2 :] = 1, 2, 3
@@ -65,7 +65,7 @@ def in_float64(q, k, v, slope, mask):
     return result, np.einsum("bhls,bshc->blhc", slopes, k), of_keys, of_values
 
 
-# One block; two, of which the second is padded; five, which have two backward kernels.
+# One block; two blocks, the second padded; five blocks, which have two backward kernels.
 @pytest.mark.parametrize(
     "length, block, heads, groups, window, is_packed",
     [
@@ -88,7 +88,7 @@ def test_values_and_gradients(monkeypatch, length, block, heads, groups, window,
         result, pull = jax.vjp(attend, q, k, v)
         return result, *pull(slope)
 
-    # Padding sees padding, of which nobody makes use.
+    # Padding attends to padding, and nothing uses the result.
     expected = in_float64(q, k, v, slope, seen(length, window, ids))
     for one, other in zip(run(q, k, v, slope), expected, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-5)
@@ -109,7 +109,7 @@ def test_bfloat16():
     expected = in_float64(q, k, v, slope, seen(200, None, ids))
     for one, other in zip(run(q, k, v, slope), expected, strict=True):
         assert one.dtype == jnp.bfloat16
-        # Two of bfloat16's steps of the largest values that a sum is made of.
+        # Two bfloat16 steps of the largest values in a sum.
         np.testing.assert_allclose(np.asarray(one, np.float64), other, rtol=0.02, atol=0.03)
 
 
@@ -139,10 +139,10 @@ def test_blocks_are_few_and_even(length, padded, block):
 
 
 def kernels(jaxpr):
-    """How many Pallas kernels of each name a program has, those of inner programs included."""
+    """Counts the Pallas kernels of each name in a program and its inner programs."""
     found = Counter()
     for equation in jaxpr.eqns:
-        if not equation.outvars:  # a program of which nothing is used, which compilers drop
+        if not equation.outvars:  # nothing uses this inner program, so compilers drop it
             continue
         if equation.primitive.name == "pallas_call":
             found[equation.params["name"]] += 1
@@ -154,7 +154,7 @@ def kernels(jaxpr):
 
 
 def loss_of(config, remat, backend, **rows):
-    """A function of parameters: some number that depends on the hidden states of real tokens."""
+    """A function of parameters that depends on the hidden states of real tokens."""
     real = rows.get("segment_ids_BL", np.ones((2, 140), np.int32)) > 0
 
     def total(params):
@@ -169,7 +169,7 @@ def loss_of(config, remat, backend, **rows):
 
 @pytest.mark.parametrize("remat, sliding", [("none", ()), ("full", (0, 1, 2))])
 def test_a_decoder_learns_as_with_xla(monkeypatch, small_config, remat, sliding):
-    """Packed rows in float32, which the kernel computes in full on a CPU."""
+    """The rows are packed and float32, which the kernel computes exactly on a CPU."""
     monkeypatch.setattr(splash, "obstacle", lambda *_: None)
     config = small_config.replace(sliding_layers=sliding, sliding_window=30 if sliding else None)
     params = init_params(jax.random.key(0), config)
@@ -197,7 +197,7 @@ def test_what_a_checkpoint_keeps(small_config, remat, forwards):
     assert sum(found.values()) == forwards + 1
     scan = next(equation for equation in jaxpr.eqns if equation.primitive.name == "scan")
     kept = Counter(variable.aval.shape for variable in scan.outvars)
-    # The result and the logarithms of the sums, of a row that was padded to a block.
+    # The result, and the logarithms of the sums, for a row that was padded to a block.
     heads = (config.num_layers, 2, config.num_heads, 256)
     assert kept[(*heads, config.head_dim)] == kept[heads] == (remat == "none")
     assert not [shape for shape in kept if shape[-2:] in ((140, 140), (256, 256))]
@@ -207,7 +207,7 @@ def test_what_a_checkpoint_keeps(small_config, remat, forwards):
 
 
 class Described(NamedTuple):
-    """What JAX knows of the devices of a mesh that is not there."""
+    """What JAX knows about the devices of a mesh that does not exist."""
 
     device_kind: str
     num_cores: int = 1
@@ -215,7 +215,7 @@ class Described(NamedTuple):
 
 
 def rows_on(kind, *shape, dtype=jnp.bfloat16, mesh=(1, 1, 1)):
-    """Traced rows of a mesh of devices of that kind, as ``choose_backend`` sees them."""
+    """Traced rows on a mesh of devices of one kind, as ``choose_backend`` sees them."""
     found = []
     mesh = AbstractMesh(mesh, AXES, (AxisType.Auto,) * 3, abstract_device=Described(kind))
     given = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P()))
@@ -259,7 +259,7 @@ def test_what_cannot_be_served():
 
 
 def test_the_decoder_takes_it_where_it_can(monkeypatch, small_config):
-    """Lowered for a mesh of TPUs that is not here; a shared prefix and mixed layers have a mask."""
+    """Lowered for a mesh of TPUs; a shared prefix and mixed layers need a mask instead."""
     monkeypatch.setattr(splash, "_interpret", False)
     none = small_config.replace(sliding_layers=(), sliding_window=None)
     mesh = AbstractMesh((2, 1, 2), AXES, (AxisType.Auto,) * 3, abstract_device=Described("TPU v5"))

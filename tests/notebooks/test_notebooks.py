@@ -27,11 +27,11 @@ def test_outputs_are_cleared(path):
 def test_runs(path, monkeypatch, tmp_path):
     nbclient = pytest.importorskip("nbclient")
     nbformat = pytest.importorskip("nbformat")
-    # The kernel is a process of its own: it must find this checkout and needs no screen.
+    # The kernel is a separate process, which must find this checkout and needs no screen.
     paths = [str(FOLDER.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.delenv("XLA_FLAGS", raising=False)  # of tests that compute little
+    monkeypatch.delenv("XLA_FLAGS", raising=False)  # these flags are for tests that compute little
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(
         notebook,

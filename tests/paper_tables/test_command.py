@@ -1,4 +1,4 @@
-"""The command with a few rows and steps, and in its quick form."""
+"""The command with few rows and steps, and with --quick."""
 
 import json
 import os
@@ -35,7 +35,7 @@ FEW = Sizes(
 )
 
 
-@pytest.mark.slow  # a minute of compiling
+@pytest.mark.slow  # it compiles for a minute
 def test_few_steps_to_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(pretrain, "STEPS_A_CALL", 2)
     arguments = ["--quick", "--seeds", "2", "--methods", "proxy_kd", "--out", str(tmp_path)]
@@ -53,7 +53,7 @@ def test_few_steps_to_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert capsys.readouterr().out.endswith(text + "\n")
     assert (tmp_path / "fig_5_agreement_fmt_paper.svg").exists()
 
-    # Again: what lies on disk is taken, and gives the same.
+    # A second call uses the records on disk and gives the same tables.
     monkeypatch.setattr(Study, "proxy_records", None)
     monkeypatch.setattr(Study, "student_records", None)
     assert command.main(arguments, FEW) == 0
@@ -75,7 +75,7 @@ def test_unknown_change_is_refused(tmp_path: Path, capsys) -> None:
 
 
 def test_students_that_a_change_trains_are_trained_without_it_too() -> None:
-    """Their difference is what the table of changes shows."""
+    """The table of changes shows their difference."""
     assert sweeps.students(["four times the alignment", "alpha 1"], ["recommended"]) == [
         "proxy_kd",
         "without_preference",
@@ -87,8 +87,8 @@ def test_students_that_a_change_trains_are_trained_without_it_too() -> None:
 @pytest.mark.slow
 def test_quick_form(tmp_path: Path) -> None:
     program = [sys.executable, "-m", "benchmarks.paper_tables", "--quick", "--out", str(tmp_path)]
-    program += ["--seeds", str(SEEDS)]  # half of them, in half of the time
-    # Optimised, unlike the programs of the tests, which compute little.
+    program += ["--seeds", str(SEEDS)]  # half of the seeds take half of the time
+    # These programs are optimised, unlike those of tests that compute little.
     optimised = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     subprocess.run(program, check=True, env=optimised)
     records = json.loads((tmp_path / "tables.json").read_text())
@@ -99,7 +99,7 @@ def test_quick_form(tmp_path: Path) -> None:
 
     measured = {method for method, *_ in values}
     assert set(METHODS) - set(command.QUICK_WITHOUT) <= measured
-    # The effects that every seed of every run has shown; those of preference and weights have not.
+    # Every seed of every run has shown these effects. Those of preference and weights vary.
     assert mean("proxy/nll", "kl") < 0.7 * mean("proxy/raw", "kl")
     assert mean("proxy/nll", "agreement") > mean("proxy/raw", "agreement")
     assert mean("proxy_kd", "accuracy") > mean("black_box_kd", "accuracy")

@@ -1,4 +1,4 @@
-"""One seed of the vectorised study against ``align`` and ``distill`` on the same files."""
+"""One seed of the vectorised study equals ``align`` and ``distill`` on the same files."""
 
 import shutil
 from pathlib import Path
@@ -41,13 +41,13 @@ SIZES = s.Sizes(
         "distill.max_steps=6",
         "distill.stop.every=3",
         "distill.batch_size=16",
-        # Adam's first steps are the signs of gradients however small: with its usual eps a
-        # rounding of a gradient near 0 would become a whole step.
+        # Adam's first steps are the signs of the gradients. With its usual eps a rounding error
+        # of a gradient near 0 would become a whole step.
         "align.optimizer.eps=1e-3",
         "distill.optimizer.eps=1e-3",
     ),
 )
-ROUNDING = 2e-5  # nats of a log-prob; 6 float32 roundings of one of 8 nats
+ROUNDING = 2e-5  # nats of a log-prob: six float32 roundings of a log-prob of 8 nats
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +72,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 @pytest.fixture(scope="module")
 def study(run: Config) -> Study:
-    """Two seeds, so that what is compared was computed beside another; seed 0's models are those
-    of the files."""
+    """Two seeds, so that seed 0 is computed beside another; its models are those of the files."""
     made = Study(s.Setting("fmt", "paper", SIZES), [0, 1], lambda line: None)
 
     def beside(folder: str) -> Any:
@@ -113,7 +112,7 @@ def test_aligned_proxy_is_that_of_align(study: Study, run: Config, which: str) -
     mine = _logps(study, study.setting.proxy_model, _first(states[px.PREFERENCE]))
     theirs = _logps(study, study.setting.proxy_model, model.params)
     np.testing.assert_allclose(mine, theirs, atol=ROUNDING, rtol=0)
-    # And it moved: the raw proxy is far from it.
+    # Training changed the proxy: the raw proxy is far from it.
     raw = _logps(study, study.setting.proxy_model, _first(states[px.RAW]))
     assert np.abs(mine - raw).max() > 100 * ROUNDING
 

@@ -1,4 +1,4 @@
-"""Rows, plans, labels and objectives of the study against what they stand for."""
+"""Rows, plans, labels and objectives of the study equal those of the package."""
 
 import dataclasses
 import itertools
@@ -41,7 +41,7 @@ def rows() -> seeds.Rows:
 
 def test_rows_of_samples_are_collated_rows(rows: seeds.Rows) -> None:
     expected = collate_rows([[row] for row in rows.rows], s.ROW_LENGTH - 1, 1, len(rows.rows))
-    # What stands beyond an answer's end must not matter.
+    # Tokens after the end of an answer must not matter.
     answers = offline.padded_answers(rows)
     found = on_policy.rows_of_samples(
         jnp.asarray(rows.prompts_NP), jnp.asarray(answers), jnp.asarray(rows.lengths)
@@ -86,7 +86,7 @@ def test_true_labels_are_the_teachers(rows: seeds.Rows) -> None:
     (logps,) = teacher.logps([rows.prompts_NP], [answers])
     whole = offline.at_places(logps, rows.batch.tokens_BL.shape)
     said = np.take_along_axis(whole, rows.batch.labels_BL[..., None], axis=-1)[..., 0]
-    # The teacher wrote these answers, so it finds each of their tokens possible.
+    # The teacher wrote these answers, so each of their tokens has a probability above zero.
     assert np.isfinite(said[rows.batch.mask_BL]).all()
     np.testing.assert_allclose(np.exp(whole).sum(axis=-1), 1, rtol=1e-5)
 
@@ -107,7 +107,7 @@ def test_objectives_are_the_products() -> None:
 
 @pytest.mark.parametrize("is_own", [False, True])
 def test_a_mixed_step_has_the_loss_of_its_kind(is_own: bool) -> None:
-    """With stand-ins of the two objectives: value and gradient are those of one alone."""
+    """With two made-up objectives, value and gradient are those of one of them alone."""
 
     @dataclasses.dataclass(frozen=True)
     class Power:
@@ -119,7 +119,8 @@ def test_a_mixed_step_has_the_loss_of_its_kind(is_own: bool) -> None:
     @dataclasses.dataclass(frozen=True)
     class Stored(Power):
         def share(self, models, batch, counts, spec, key):
-            assert counts == {"mine": batch} and spec == "student's"  # not the other's
+            # Neither counts nor spec are those of the other kind.
+            assert counts == {"mine": batch} and spec == "student's"
             return models[0] ** self.exponent, {}
 
     class Spec:
@@ -192,7 +193,7 @@ def test_judged_answers_are_the_products_batch(rows: seeds.Rows) -> None:
 
 @pytest.fixture(scope="module")
 def material(rows: seeds.Rows) -> offline.Material:
-    """Two seeds of a tiny student and a proxy that is another model of its shape."""
+    """Two seeds of a tiny student, and a proxy of the same shape with other weights."""
     sizes = s.Sizes(
         overrides=("distill.max_steps=4", "distill.stop.every=1", "distill.batch_size=4")
     )
@@ -203,7 +204,7 @@ def material(rows: seeds.Rows) -> offline.Material:
 
 
 def models_of(first: int) -> object:
-    """One model a seed."""
+    """One model per seed."""
     return jax.vmap(lambda key: init_params(key, MODEL))(jax.random.split(jax.random.key(first)))
 
 
@@ -220,7 +221,7 @@ def test_drawn_labels_are_those_of_each_seed(rows: seeds.Rows) -> None:
         np.testing.assert_allclose(np.exp(shares[:-1]) * 4, expected.counts_BLK, atol=1e-6)
 
 
-@pytest.mark.slow  # a program of its own to compile
+@pytest.mark.slow  # it compiles a program of its own
 def test_gads_discriminator_learns_at_every_step(material: offline.Material) -> None:
     student_S = models_of(0)
     validation = stacked_rows([rows.batch for rows in material.rows("distill", offline.TRUTH)])
@@ -231,7 +232,7 @@ def test_gads_discriminator_learns_at_every_step(material: offline.Material) -> 
         heads.append(run.state.trainable["discriminator"]["score_head"]["kernel"])
     for before, after in itertools.pairwise(heads):
         assert (np.abs(np.asarray(after - before)).max(axis=-1) > 0).all()
-    # What is measured is the student, not the pair.
+    # The student alone is measured, not the pair.
     assert jax.tree.structure(run.last) == jax.tree.structure(student_S)
 
 
@@ -247,7 +248,7 @@ def test_presets_differ_in_proxy_kd_alone() -> None:
 
 
 def test_presets_share_corpus_and_proxies() -> None:
-    """What one preset has pre-trained and aligned is not made again for the other."""
+    """The second preset uses the models that the first has pre-trained and aligned."""
     paper, recommended = (s.Setting("fmt", preset) for preset in s.PRESETS)
     assert paper.rows == recommended.rows
     assert paper.config.align == recommended.config.align

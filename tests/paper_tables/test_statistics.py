@@ -74,7 +74,7 @@ def test_interval_is_students() -> None:
 def test_difference_is_paired() -> None:
     found = results_of(SPREAD + 0.1, SPREAD).difference("one", "other", BEST, ACCURACY)
     assert found.mean == pytest.approx(0.1)
-    assert found.error == pytest.approx(SPREAD_ERROR)  # the seeds' own spread has gone
+    assert found.error == pytest.approx(SPREAD_ERROR)  # the spread between seeds cancels
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_tables_show_every_cell() -> None:
     text = tables.write_tables(records, cells, command="the command", notes=["a note"])
     assert "the command" in text
     line = next(li for li in text.splitlines() if li.startswith("| Proxy-KD > black-box KD on D_s"))
-    # The regimes side by side, with the flattering one beside the other.
+    # The table has all regimes side by side.
     assert line.endswith(f"| {HOLDS} | {REVERSED} |")
     students = section_of(text, "## Students side by side, preset paper")
     row = next(li for li in students if li.startswith("| Proxy-KD |"))
@@ -162,7 +162,7 @@ def test_metrics_and_checkpoints_that_disagree_are_both_said() -> None:
     gain = SPREAD + 10 * SPREAD_ERROR
     records = whole("black_box_kd", 0 * gain, "paper")
     for metric in (ACCURACY, KL, "agreement", "nll"):
-        # More accurate and farther from the teacher; the last state is better by another 1.
+        # One is more accurate and farther from the teacher; the last state is better by another 1.
         best, last = COMMON + gain, COMMON + gain + 1
         records += records_of("proxy_kd", best, last, metric=metric)
     text = tables.write_tables(records, [("fmt", "paper")], command="", notes=[])
@@ -180,7 +180,7 @@ def section_of(text: str, title: str) -> list[str]:
 
 
 def whole(method: str, shift: np.ndarray, preset: str) -> list[Record]:
-    """Accuracy and agreement higher by ``shift``, KL and NLL lower."""
+    """Records in which accuracy and agreement are higher by ``shift``, and KL and NLL lower."""
     found = []
     for metric in (ACCURACY, KL, "agreement", "nll"):
         values = COMMON - shift if metric in (KL, "nll") else COMMON + shift
@@ -195,7 +195,7 @@ def test_presets_are_compared_by_seed() -> None:
     text = tables.write_tables(records, cells, command="", notes=[])
     rows = section_of(text, "## The recommended preset against the paper's")
     assert len(rows) == 6 and "recommended Proxy-KD > Proxy-KD" in rows[3]
-    # The seeds' own spread is far larger than the error of the paired difference.
+    # The spread between seeds is far larger than the error of the paired difference.
     assert estimate(gain).with_interval() in rows[3] and rows[3].endswith(f"{HOLDS} |")
     assert rows[4].endswith(f"{HOLDS} |")
     alone = tables.write_tables(records, cells[:1], command="", notes=[])

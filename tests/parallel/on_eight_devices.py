@@ -1,4 +1,4 @@
-"""Every arrangement of eight devices computes what one device does.
+"""Every mesh of eight devices computes the same as one device.
 
 Run by ``test_eight_devices.py`` in a process that has eight.
 """
@@ -61,7 +61,7 @@ PUBLISHED = {
     "hidden_act": "silu",
     "initializer_range": 0.15,
 }
-# Every line of the sharding table: biases, q/k norms, tied and untied embeddings.
+# Together these use every line of the sharding table: biases, q/k norms, embeddings tied or not.
 FAMILIES = {
     "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
@@ -79,7 +79,7 @@ OBJECTIVES = {
     ),
     "distill": (DistillObjective(10.0, 1.0, "bucket", "example_mean"), random_distill),
 }
-ROWS = 16  # two micro-batches of a row a device
+ROWS = 16  # two micro-batches with one row per device
 
 
 def test_there_are_eight_devices():
@@ -88,7 +88,7 @@ def test_there_are_eight_devices():
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request) -> tuple[ModelConfig, Any, Any]:
-    """(config, params, adapter), neither of which is zero anywhere, on the host."""
+    """(config, params, adapter) on the host; no parameter is zero."""
     config = ModelConfig.from_hf(PUBLISHED | FAMILIES[request.param])
     config = config.replace(lora=LoraConfig(rank=3, alpha=6.0))
     params = init_params(jax.random.key(0), config)
@@ -101,7 +101,7 @@ def model(request) -> tuple[ModelConfig, Any, Any]:
 
 
 def close(found: Any, expected: Any) -> None:
-    """Equal within 1e-5 of the largest value of each array."""
+    """Asserts that arrays are equal within 1e-5 of their largest value."""
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         a, b = np.asarray(a), np.asarray(b)
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
@@ -109,8 +109,10 @@ def close(found: Any, expected: Any) -> None:
 
 @pytest.fixture(scope="module")
 def gradients(model) -> tuple[Any, dict[str, Any]]:
-    """A function of a mesh, and what it gives on one device: of an adapter, or of all weights
-    where these have more kinds than the adapter."""
+    """A function that computes gradients on a mesh, and its result on one device.
+
+    The gradients are those of an adapter, or of all weights if these have more kinds of arrays.
+    """
     config, params, adapter = model
     full = config.qkv_bias or config.qk_norm
     bare = config.replace(lora=None)
@@ -172,7 +174,7 @@ def test_log_probs(model, axes):
 
 @pytest.mark.parametrize("name", ["2x2x2", "1x8x1", "1x1x8"])
 def test_splash_attention(monkeypatch, name):
-    """Each device attends for its own rows and heads, to the last bit of what one device does."""
+    """Each device attends for its own rows and heads, bitwise equal to one device."""
     monkeypatch.setattr(splash, "_interpret", True)
     rng = np.random.default_rng(0)
     q, k, v, slope = (
@@ -201,7 +203,7 @@ def test_splash_attention(monkeypatch, name):
 
 @pytest.mark.parametrize("name", ["2x2x2", "1x8x1"])
 def test_a_decoder_with_splash_attention(monkeypatch, name):
-    """Kernels inside a scanned, checkpointed layer; in float32, which they compute in full here."""
+    """The kernels are inside a scanned, checkpointed layer, in float32 without rounding."""
     monkeypatch.setattr(splash, "_interpret", True)
     monkeypatch.setattr(splash, "obstacle", lambda *_: None)
     config = ModelConfig.from_hf(PUBLISHED | FAMILIES["llama"]).replace(max_positions=130)
@@ -225,7 +227,7 @@ def test_a_decoder_with_splash_attention(monkeypatch, name):
 
 @pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
 def test_samples(model, axes):
-    """With these numbers no two tokens are near enough to a tie for rounding to matter."""
+    """With these weights no two tokens are so near to a tie that rounding matters."""
     config, params, adapter = model
     if config.qkv_bias or config.qk_norm:
         pytest.skip("one family is enough: the cache is the same")
@@ -262,22 +264,22 @@ def test_each_device_holds_what_the_table_predicts(model, axes):
     assert set(held.values()) == {predicted}
 
     if config.qkv_bias or config.qk_norm:
-        return  # one family is enough: what a step takes are these arrays and its batch
+        return  # one family is enough, because a step has only these arrays and its batch as inputs
     batch = put_rows(random_rows(np.random.default_rng(0), ROWS), mesh)
     ways = axes.data * axes.fsdp
     rows = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(batch)) // ways
     step = make_train_step(spec, NllObjective("sum"), optimizer, microbatches=1, seed=0)
     program = step.lower(state, frozen, batch).compile()
-    # Arguments that a step does not look at (positions of rows that hold one example) are dropped.
+    # XLA drops arguments that a step does not use, such as positions of rows with one example.
     kept = program.memory_analysis().argument_size_in_bytes
     assert predicted < kept <= predicted + rows
 
 
 @pytest.mark.parametrize("name", ["1x8x1", "1x1x8", "2x2x2"])
 def test_a_base_in_four_bits(name, tmp_path):
-    """Each device makes the codes of its part; together they are those that one device makes."""
+    """Each device makes the codes of its part; together they equal those of one device."""
     wide = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 32, "num_hidden_layers": 2}
-    wide |= {"initializer_range": 0.05}  # activations of the others' size
+    wide |= {"initializer_range": 0.05}  # activations of the same size as in the other families
     config = ModelConfig.from_hf(PUBLISHED | FAMILIES["llama"] | wide)
     save_model(tmp_path / "model", config, init_params(jax.random.key(0), config))
     config = config.replace(lora=LoraConfig(rank=3, alpha=6.0))
@@ -322,7 +324,7 @@ def test_a_checkpoint_of_one_mesh_is_restored_on_another(model, tmp_path):
 
 
 def test_a_run_on_another_mesh_makes_the_same_samples_and_labels(tmp_path):
-    """From ``align`` to ``score``, answers drawn on a mesh of their own; step by step the same."""
+    """``align`` and ``score``, with another mesh for drawing answers; every step is the same."""
     files = make_files(tmp_path / "files")
     meshes = {
         "plain": {"data": 8},

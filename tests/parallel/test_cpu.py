@@ -1,4 +1,4 @@
-"""Cores and caches, as Linux tells of them."""
+"""Cores and caches are read from the files of Linux."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 
 
-# Eight threads share two cores with other tests: the default of 40 s is no sign of a deadlock.
+# Eight threads share two cores with other tests, so 40 s (the default) do not mean a deadlock.
 FLAGS = (
     "--xla_force_host_platform_device_count=8"
     " --xla_cpu_collective_call_warn_stuck_timeout_seconds=120"

@@ -1,4 +1,4 @@
-"""The process beside a worker: signals, stderr, exit codes and sentences."""
+"""The keeper of a worker: signals, stderr, exit codes and sentences."""
 
 from __future__ import annotations
 

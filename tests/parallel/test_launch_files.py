@@ -1,4 +1,4 @@
-"""What the files in launch/ say, as far as schemas and the code itself can tell."""
+"""The files in launch/ agree with published schemas and with the code."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_pods_of_the_job_find_each_other():
     count = spec["completions"]
     assert spec["parallelism"] == count
     for index in range(count):
-        # The host name of an Indexed Job's pod is JOB-INDEX, its domain the service's.
+        # The host name of a pod is JOB-INDEX, and its domain is the service's name.
         launch = find_launch({**variables, "JOB_COMPLETION_INDEX": str(index)})
         assert launch == Launch("hand", f"{name}-0.{name}:51234", count, index)
     fail_at_once, _ = spec["podFailurePolicy"]["rules"]

@@ -1,4 +1,4 @@
-"""Who started a process, from variables as each launcher sets them."""
+"""Launchers are recognised by the variables that each of them sets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HAND = {
     "PROXYKD_NUM_PROCESSES": "4",
     "PROXYKD_PROCESS_INDEX": "3",
 }
-# As srun of SLURM 22.05 sets them for a step of two tasks.
+# The variables that srun of SLURM 22.05 sets for a step of two tasks.
 SLURM = {
     "SLURM_JOB_ID": "4099",
     "SLURM_NTASKS": "2",
@@ -26,7 +26,7 @@ SLURM = {
     "SLURM_STEP_NUM_NODES": "2",
     "SLURM_STEP_NUM_TASKS": "2",
 }
-# As mpirun of Open MPI 4.1 sets them.
+# The variables that mpirun of Open MPI 4.1 sets.
 MPI = {
     "OMPI_COMM_WORLD_SIZE": "2",
     "OMPI_COMM_WORLD_RANK": "1",
@@ -57,14 +57,14 @@ def test_by_hand_and_on_kubernetes():
 
 
 def test_slurm():
-    # One task a node has all of its devices.
+    # A single task of a node gets all devices of the node.
     assert find_launch(SLURM) == Launch("SLURM", "node07:61443", 2, 1)
     crowded = {**SLURM, "SLURM_STEP_NUM_NODES": "1"}
     assert find_launch(crowded) == Launch("SLURM", "node07:61443", 2, 1, (1,))
     assert find_launch({**crowded, "CUDA_VISIBLE_DEVICES": "0,1"}).local_devices == (1,)
-    # SLURM dealt the devices out.
+    # SLURM has assigned a device to each task.
     assert find_launch({**crowded, "CUDA_VISIBLE_DEVICES": "1"}).local_devices is None
-    # Two jobs on a node do not take one port.
+    # Two jobs on a node use different ports.
     assert find_launch({**SLURM, "SLURM_JOB_ID": "4100"}).coordinator == "node07:61444"
 
 

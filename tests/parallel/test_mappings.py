@@ -1,4 +1,4 @@
-"""Programs are forgotten before a process runs out of mappings."""
+"""Compiled programs are dropped before a process runs out of memory mappings."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""How processes agree, with a dictionary between them."""
+"""How processes agree; here a dictionary connects them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from proxykd_jax.errors import Stopped, UserError
 
 
 class Told(dict):
-    """A channel that never waits: what is asked for must have been said."""
+    """A channel that never waits: a key must be set before it is read."""
 
     def put(self, key, text):
         assert key not in self
@@ -29,7 +29,7 @@ class Told(dict):
 
 @pytest.fixture
 def as_process():
-    """``as_process(index)``: this process is that one of three from now on."""
+    """``as_process(index)`` makes this process the one of three with that index."""
     told = Told()
 
     def become(index):
@@ -103,7 +103,7 @@ def test_stages_and_parts_are_opened_alike(as_process, tmp_path):
 def test_all_stop_at_the_boundary_that_the_first_says(as_process):
     told = as_process(0)
     assert [peers.stop_wanted() for _ in range(3)] == [False] * 3
-    told.put("term/2", "")  # process 2 was told to stop
+    told.put("term/2", "")  # process 2 was asked to stop
     assert peers.stop_wanted()
     with pytest.raises(Stopped, match="the same command continues"):
         peers.stop_if_wanted()
@@ -117,7 +117,7 @@ def test_a_process_that_is_told_to_stop_tells_the_first(as_process):
     told.update({"boundary/0": "go on", "boundary/1": "go on", "call/0": '{"value": 1}'})
     with peers.sigterm_stops():
         assert not peers.stop_wanted() and "term/1" not in told
-        os.kill(os.getpid(), signal.SIGTERM)  # nothing is raised: the first decides
+        os.kill(os.getpid(), signal.SIGTERM)  # nothing is raised, because process 0 decides
         assert peers.on_first(int) == 1
         assert "term/1" in told
         assert not peers.stop_wanted()

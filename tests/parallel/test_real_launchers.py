@@ -1,4 +1,4 @@
-"""SLURM and Open MPI, where they are: a job that was put back ends as one that was left alone."""
+"""SLURM and Open MPI, if installed: a requeued job gives the same result as an undisturbed one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.tiny_run import recipe
 
 pytestmark = pytest.mark.slow
 
-# Submits a job, tells it to stop as before the time limit once it trains, and waits for its end.
+# Submits a job, asks it to stop once it trains (as before the time limit), waits for its end.
 REQUEUE = """
 job=$(sbatch --parsable --ntasks-per-node=2 --output="$LOG" --chdir="$PWD" \
   launch/slurm/stage.sbatch distill "$CONFIG")
@@ -30,7 +30,7 @@ for ((i = 0; i < 300; i++)); do
 done
 scontrol show job "$job" | grep -o 'JobState=[A-Z]*\\|Restarts=[0-9]*'
 """
-# A stage that does nothing but end as one that was told to stop.
+# A stage that ends at once with the code of a stopped run.
 STAGE = """#!/bin/bash
 trap 'exit 75' TERM
 echo ready
@@ -81,7 +81,7 @@ def by_mpi(tiny_files, tmp_path_factory) -> Config:
 
 
 def slurm(script: str, variables: dict[str, str]) -> list[str]:
-    """What a script printed within a SLURM of this machine alone."""
+    """What a script prints when it runs in a SLURM on this machine alone."""
     if os.getuid() != 0 or shutil.which("slurmctld") is None or shutil.which("munged") is None:
         pytest.skip("needs root and a SLURM of its own (packages slurm-wlm, munge)")
     done = subprocess.run(

@@ -1,6 +1,6 @@
-"""Two processes of one device each do what one process of two devices does, whatever befalls them.
+"""Two processes of one device each do the same as one process of two devices, despite failures.
 
-Real processes, connected by jax's coordination service and gloo on this machine.
+The tests start real processes, connected by jax's coordination service and gloo.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.training.test_kills import contents, metrics_of
 pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# One round, and steps enough in it to be disturbed.
+# One round, with enough steps to interrupt it.
 CHANGES: dict[str, Any] = {
     "align": {"num_rounds": 1, "epochs_per_round": 2, "stop": {"enabled": False}},
     "distill": {"max_steps": 6},
@@ -41,8 +41,8 @@ class Job:
     """One command on one or two processes.
 
     Args:
-      config: of the run.
-      folder: of the config's file and of what the processes print.
+      config: the config of the run.
+      folder: folder for the config's file and the output of the processes.
       stage: the command.
     """
 
@@ -59,7 +59,7 @@ class Job:
         }
 
     def start(self, count: int, arguments: Mapping[int, Sequence[str]] | None = None) -> Running:
-        """Starts ``count`` processes with two devices among them; arguments by process."""
+        """Starts ``count`` processes that have two devices together; arguments are per process."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -93,11 +93,11 @@ class Running:
         self._processes, self._folder = processes, folder
 
     def said(self, index: int) -> str:
-        """What a process printed so far."""
+        """What a process has printed so far."""
         return (self._folder / f"output_{index}.txt").read_text(errors="replace")
 
     def send(self, index: int, number: int, when: Callable[[], bool]) -> None:
-        """Sends a signal to a process once something is seen."""
+        """Sends a signal to a process as soon as a condition holds."""
         deadline = time.monotonic() + 120
         while not when():
             assert time.monotonic() < deadline, self.said(0)
@@ -106,7 +106,7 @@ class Running:
         self._processes[index].send_signal(number)
 
     def ends(self, *codes: int, within: float = 150) -> None:
-        """Waits for all; they must end with these codes in time."""
+        """Waits for all processes, which must end with these codes in time."""
         deadline = time.monotonic() + within
         try:
             for process in self._processes:
@@ -125,7 +125,7 @@ class Running:
 
 
 def checkpoints_of(stage: Path) -> dict[str, tuple[str, list[tuple[str, Any, bytes]]]]:
-    """Progress and arrays of each checkpoint, whichever devices it was saved from."""
+    """The progress and the arrays of each checkpoint, whatever devices saved it."""
     import orbax.checkpoint as ocp
 
     found = {}
@@ -144,12 +144,12 @@ def checkpoints_of(stage: Path) -> dict[str, tuple[str, list[tuple[str, Any, byt
 
 
 def saved(stage: Path) -> list[int]:
-    """Steps of the checkpoints that count."""
+    """The steps of the complete checkpoints."""
     return sorted(int(path.stem) for path in (stage / "digests").glob("[0-9]*.json"))
 
 
 def assert_same(whole: Path, other: Path, stages: Sequence[str]) -> None:
-    """Files, metrics and checkpoints, bit by bit; of a whole run what ``stages`` made of it."""
+    """Asserts that files, metrics and checkpoints of ``stages`` are bitwise equal."""
     ours, theirs = contents(whole), contents(other)
     if "student" not in stages:
         later = ("student", "soft_labels", "samples/fresh", "export/student")
@@ -167,7 +167,7 @@ def assert_same(whole: Path, other: Path, stages: Sequence[str]) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tiny_files, tmp_path_factory) -> Config:
-    """A run to the student, of one process with two devices."""
+    """A run up to the student, by one process with two devices."""
     folder = tmp_path_factory.mktemp("whole")
     config = recipe(tiny_files, folder / "runs", CHANGES)
     Job(config, folder, "distill").start(1).ends(0)
@@ -179,7 +179,7 @@ def test_two_processes_make_the_same_files(whole, tiny_files, tmp_path):
     job = Job(config, tmp_path, "distill").start(2)
     job.ends(0, 0)
     assert_same(whole.folder, config.folder, ("proxy", "student"))
-    # One speaks.
+    # Only process 0 prints.
     assert "align: warmup" in job.said(0) and "export: student" in job.said(0)
     assert "align:" not in job.said(1) and "export:" not in job.said(1)
 
@@ -199,16 +199,16 @@ def test_a_run_that_is_stopped_and_killed_again_and_again(whole, tiny_files, tmp
     config = recipe(tiny_files, tmp_path / "runs", CHANGES)
     job, proxy = Job(config, tmp_path, "align"), config.folder / "proxy"
 
-    # A preemption notice to one process: both stop at one step, which is saved.
+    # One process gets a preemption notice. Both stop at the same step, which is saved.
     running = job.start(2)
     running.send(1, signal.SIGTERM, lambda: "round_01 1/" in running.said(0))
     running.ends(75, 75, within=60)
     assert "stopped as asked (SIGTERM)" in running.said(0)
     assert read_json(proxy / "manifest.json")["status"] == "running"
     stopped_at = saved(proxy)[-1]
-    assert stopped_at > 2  # in the round: the warm-up has two steps
+    assert stopped_at > 2  # this is in the round, because the warm-up has two steps
 
-    # A process that is killed takes the other along, with a sentence.
+    # If one process is killed, the other ends too, with a sentence.
     running = job.start(2)
     running.send(1, signal.SIGKILL, lambda: saved(proxy)[-1] > stopped_at)
     running.ends(75, -signal.SIGKILL, within=60)
@@ -216,19 +216,19 @@ def test_a_run_that_is_stopped_and_killed_again_and_again(whole, tiny_files, tmp
     assert LOST in running.said(0)
     killed_at = saved(proxy)[-1]
 
-    # So does process 0, which connects them.
+    # The same holds for process 0, which connects them.
     running = job.start(2)
     running.send(0, signal.SIGKILL, lambda: saved(proxy)[-1] > killed_at)
     running.ends(-signal.SIGKILL, 75, within=60)
     assert LOST in running.said(1)
 
-    # What is left a single process may finish.
+    # A single process can finish the rest.
     job.start(1).ends(0)
     assert_same(whole.folder, config.folder, ("proxy",))
 
 
 def test_one_process_that_is_stopped(tiny_files, tmp_path):
-    # Nothing else would save within the warm-up.
+    # Otherwise no checkpoint is saved within the warm-up.
     change = {"align": {"warmup_epochs": 200, "checkpoint_every": 1000, "stop": {"enabled": False}}}
     config = recipe(tiny_files, tmp_path / "runs", change)
     running = Job(config, tmp_path, "align").start(1)

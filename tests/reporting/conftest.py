@@ -13,13 +13,13 @@ from tests.reporting.made_run import make_run
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A run that is shared: change a copy of its folder (``folder``)."""
+    """A run that all tests share. To change it, take the copy ``folder``."""
     return make_run(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture
 def folder(made: Config, tmp_path: Path) -> Path:
-    """A copy of its folder."""
+    """A copy of the folder of the shared run."""
     return Path(shutil.copytree(made.folder, tmp_path / "run"))
 
 

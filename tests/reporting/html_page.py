@@ -1,4 +1,4 @@
-"""A page as a browser reads it, as far as the tests ask."""
+"""Reads a page like a browser, as far as the tests need it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ VOID = {"meta", "link", "img", "br", "hr", "input", "circle", "rect", "path"}
 
 
 class Page(HTMLParser):
-    """What a browser makes of a page, as far as the tests ask."""
+    """The elements that a browser finds in a page, as far as the tests need them."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -46,7 +46,7 @@ class Page(HTMLParser):
 
     @property
     def csvs(self) -> dict[str, list[list[str]]]:
-        """The tables to be downloaded, by file name; numbers follow a name that repeats."""
+        """The CSV files of the page by file name; a name that occurs again gets a number."""
         found: dict[str, list[list[str]]] = {}
         for tag, attributes in self.tags:
             if tag == "a" and "download" in attributes:

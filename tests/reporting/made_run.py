@@ -1,6 +1,6 @@
-"""Folders of runs without a model: the real corpus, store and manifests, around invented figures.
+"""Makes folders of runs without a model: corpus, store and manifests are real, figures invented.
 
-The tokenizer's words are such as would break a page if they were not escaped.
+The words of the tokenizer would break a page if they were not escaped.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def write_tokenizer(folder: Path) -> Path:
 
 
 def made_config(root: Path, name: str, changes: dict[str, Any]) -> Config:
-    """A config over files in ``root``, which are made where they are not there."""
+    """A config for files in ``root``; missing files are made."""
     rows = root / "rows.jsonl"
     if not rows.exists():
         write_tokenizer(root / "model")
@@ -135,7 +135,7 @@ def _align(config: Config, corpus: TokenCorpus, log: MetricsLog, rounds: int, rn
 
 
 def _sample(config: Config, corpus: TokenCorpus, number: int, rng: Any) -> dict[str, Any]:
-    """Answers of a round in its store; figures of the log."""
+    """Writes the answers of a round to its store; returns figures for the log."""
     store = SampleStore(config.folder / "samples" / f"round_{number:02d}")
     store.begin({"round": number}, {})
     split = corpus.split("align")
@@ -209,7 +209,7 @@ def _distill(config: Config, log: MetricsLog, rng: Any) -> None:
 
 
 def summary(rng: Any) -> dict[str, Any]:
-    """What evaluate leaves, of invented figures."""
+    """The summary that evaluate would write, with invented figures."""
 
     def figures() -> dict[str, Any]:
         return {

@@ -1,4 +1,4 @@
-"""The page in a real browser: nothing is wider than the screen, on a phone or a desk."""
+"""In a real browser nothing on the page is wider than the screen of a phone or a computer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ QUIET = (
     *("--hide-scrollbars", "--force-device-scale-factor=1"),
 )
 DARK, LIGHT = "--blink-settings=preferredColorScheme=0", "--blink-settings=preferredColorScheme=1"
-# Told by the page itself: its width, and what reaches beyond it outside of a box that scrolls.
+# The page reports its width, and elements that are wider and in no box that scrolls.
 PROBE = """
 <script>
 addEventListener("load", () => {
@@ -39,7 +39,7 @@ addEventListener("load", () => {
 });
 </script>
 """
-# A window of headless Chromium is at least 500 wide; a frame in it has the width of a phone.
+# A window of headless Chromium is at least 500 wide, so a frame in it has the width of a phone.
 FRAME = """<!doctype html><meta name="color-scheme" content="light dark">
 <script>addEventListener("message",
   (told) => document.documentElement.setAttribute("data-probe", told.data));</script>
@@ -57,7 +57,7 @@ def browser() -> str:
 
 @pytest.fixture(scope="module")
 def pages(made, other, tmp_path_factory) -> Path:
-    """``run.html`` and ``runs.html``, all that folds unfolded, with the probe in them."""
+    """``run.html`` and ``runs.html`` with all sections unfolded and the probe added."""
     folder = tmp_path_factory.mktemp("pages")
     for name, runs in (("run", [made.folder]), ("runs", [made.folder, other.folder])):
         text = render(read_runs(runs)).replace("<details", "<details open")

@@ -123,7 +123,7 @@ def test_mistakes_are_sentences(made, other, tmp_path, capsys):
 
 
 def test_no_model_is_loaded(made, monkeypatch):
-    """Nor anything of the accelerator's: the page is made of files."""
+    """The page is made from files, so no accelerator is needed either."""
     for module in ("models.hf_weights", "training.restore"):
         monkeypatch.setitem(sys.modules, f"proxykd_jax.{module}", None)
     render([read_run(made.folder)])

@@ -1,4 +1,4 @@
-"""The page of a run: whole, true to the files, safe against them, and the same each time."""
+"""The page of a run: complete, equal to the files, escaped, and the same each time."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_every_plot_has_words_and_every_table_headers(page):
 
 
 def test_corpus_text_stays_text(made, page):
-    """Words of the corpus are tags; none becomes one, and all are read."""
+    """The words of the corpus look like tags. None becomes a tag, and all can be read."""
     assert not [tag for tag, _ in page.tags if tag in {"script", "img"}]
     assert SCRIPT in page.text and IMAGE in page.text and "&amp;" in page.text
     text = render([read_run(made.folder)])
@@ -177,7 +177,7 @@ def test_the_proxy_is_shown_round_by_round_and_by_its_confidence(made, page):
 
 
 def test_tables_show_what_their_csv_holds(made):
-    """Cell by cell, rounded."""
+    """Each cell is the rounded value of the CSV."""
     text = render([read_run(made.folder)])
     tables = re.findall(r"<table>.*?</thead>(.*?)</table>.*?</figure>", text, re.S)
     data = re.findall(r"<table>.*?</table>.*?</figure>", text, re.S)
@@ -337,7 +337,7 @@ def test_what_is_missing_is_said(folder, name, sentence):
 
 
 def test_a_killed_run_has_a_page(folder):
-    """In the middle of the second round: manifests say running, the last line is cut off."""
+    """The kill is in the second round: manifests say running, and the last line is cut off."""
     for stage in ("soft_labels", "student", "eval", "samples/round_03"):
         shutil.rmtree(folder / stage)
     manifest = read_json(folder / "proxy" / MANIFEST)

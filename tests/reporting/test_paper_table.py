@@ -1,4 +1,4 @@
-"""A table of the paper beside what was measured: its three files, and rows that are missing."""
+"""A table of the paper beside measured values: its three files, and missing rows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def table_of(root: Path, number: int, *rows: dict, **keys) -> TableFile:
 
 
 def measure(table: TableFile, name: str, config, scores: dict, model: str = "student") -> Path:
-    """What a finished row leaves."""
+    """Writes the files of a finished row."""
     folder = table.folder / name
     write_bytes(folder / "config.yaml", dump_config(config).encode())
     tasks = {task: {"accuracy": a, "se": 0.03, "n": 200} for task, a in scores.items()}
@@ -48,7 +48,7 @@ def test_measured_rows_stand_beside_the_papers(made, tmp_path):
     measure(table, "extra", made, partial)
     text = write_table(table).read_text()
     assert "2 of 3 rows are measured" in text and "A note." in text
-    # 53.22 is printed, and does not follow from the six scores: 54.22.
+    # The paper prints 53.22, but its six scores give 54.22.
     assert cells(text, "paper | TAKD")[-1] == "53.22 †"
     assert "TAKD, Llama-2-7B: printed 53.22, the six scores give 54.22" in text
     here = cells(text, "here | takd")
@@ -58,7 +58,7 @@ def test_measured_rows_stand_beside_the_papers(made, tmp_path):
         *("30.00 ± 3.00", "35.00 ± 3.00", "40.00 ± 1.22"),
     ]
     gaps = cells(text, "difference")
-    assert gaps[5] == "−18.31" and gaps[-1] == "−14.22"  # to 54.22
+    assert gaps[5] == "−18.31" and gaps[-1] == "−14.22"  # the difference to 54.22
     extra = ["–"] * 7
     extra[1], extra[5] = "50.00 ± 3.00", "35.00 ± 3.00"
     assert cells(text, "here | extra")[4:] == extra
@@ -77,7 +77,7 @@ def test_measured_rows_stand_beside_the_papers(made, tmp_path):
     page = Page((table.folder / "made.html").read_text())
     assert not page.open and "a table of the paper" in page.text
     assert page.csvs["made_unrounded.csv"][1:] == [list(row.values()) for row in lines]
-    # The same runs give the same bytes.
+    # The same runs give the same files, byte for byte.
     files = [(table.folder / f"made.{end}").read_bytes() for end in ("md", "html", "csv")]
     write_table(table)
     assert files == [(table.folder / f"made.{e}").read_bytes() for e in ("md", "html", "csv")]
@@ -124,7 +124,7 @@ def test_hours_stand_beside_the_papers(made, other, tmp_path):
     assert sft[1:6] == ["8", "5.5", "1", "A100", "4"] and sft[7:] == ["1", "6"]
     assert pref[1:4] == ["8", "28", "5.091"]
     assert float(pref[7]) == pytest.approx(float(pref[6]) / float(sft[6]), rel=1e-3)
-    # 0.125 s a step of 32, for 40,000; no SFT of its size was run.
+    # A step of 32 rows takes 0.125 s; this is for 40,000 rows. No SFT of the same size was run.
     distill = cells(text, "Llama-7B-Distill")
     assert float(distill[6]) == pytest.approx(40_000 * 0.125 / 32 / 3600, rel=1e-3)
     assert distill[7] == "–"

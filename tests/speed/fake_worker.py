@@ -1,4 +1,4 @@
-"""A worker of the speed benchmark that measures nothing: it notes its turns in a file."""
+"""A worker of the speed benchmark that measures nothing and writes its turns to a file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 def main() -> None:
-    """``fake_worker.py NAME SECONDS LOSS TURNS``; SECONDS ``dies`` or ``fails`` to go wrong."""
+    """``fake_worker.py NAME SECONDS LOSS TURNS``; SECONDS may be ``dies`` or ``fails``."""
     name, seconds, loss, turns = sys.argv[1:]
     print("a library says hello", file=sys.stderr)
     for line in sys.stdin:
@@ -22,7 +22,7 @@ def main() -> None:
         else:
             with open(turns, "a") as file:
                 file.write(name)
-            # The clock is the fake's own: the first turn is an outlier.
+            # The times are invented; the first turn is an outlier.
             first = not getattr(main, "ran", False)
             main.ran = True
             took = float(seconds) * (10 if first else 1)

@@ -1,4 +1,4 @@
-"""Turns, refusals and failures, with workers that measure nothing."""
+"""Turns, refusals and failures are tested with workers that measure nothing."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_silence_is_a_failure(tmp_path: Path) -> None:
 
 
 def bench_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **seconds_and_loss: tuple) -> Bench:
-    """A bench whose tools are fakes."""
+    """A bench whose workers are fakes."""
     bench = Bench(tmp_path / "work", dict.fromkeys(seconds_and_loss, sys.executable))
     monkeypatch.setattr(
         Bench, "start", lambda self, tool, log: fake(tmp_path, tool, *seconds_and_loss[tool])

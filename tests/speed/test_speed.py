@@ -102,7 +102,7 @@ def test_ours_against_the_floor(tmp_path: Path) -> None:
     walls = [record["turns"][side]["wall"] for side in ("ours", "peer")]
     assert [len(wall) for wall in walls] == [3, 3]
     assert record["ours"] > 0 and record["peer"] > 0 and record["ratio"] > 0
-    # Two rows of sixteen answer tokens in a step.
+    # A step has two rows of sixteen answer tokens.
     assert record["units_a_second"]["ours"] == pytest.approx(32 / np.median(walls[0]))
 
 

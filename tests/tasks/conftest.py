@@ -1,4 +1,4 @@
-"""Benchmark files and a model that any prompt can be put to."""
+"""Benchmark files, and a model that accepts any prompt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CHOICES = [{"text": text, "label": label} for text, label in zip(["ice", "fog"],
 
 @pytest.fixture
 def benchmarks(tmp_path: Path) -> dict[str, str]:
-    """Five items of GSM8K, three of CSQA, and four of two BBH sub-tasks."""
+    """Files with five items of GSM8K, three of CSQA, and four of two BBH sub-tasks."""
     bbh = tmp_path / "bbh"
     bbh.mkdir()
     for name, target in (("navigate", "Yes"), ("counting", "3")):
@@ -36,7 +36,7 @@ def benchmarks(tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model whose tokens are bytes, so that any prompt can be put to it."""
+    """A random model whose tokens are bytes, so that it accepts any prompt."""
     import jax
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 

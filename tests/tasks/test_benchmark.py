@@ -1,4 +1,4 @@
-"""Benchmarks from questions to a summary: who answers, what is kept, and what is refused."""
+"""Benchmarks from questions to a summary: which models answer, what is stored and refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def right_outputs(benchmarks: dict[str, str]) -> list[dict[str, Any]]:
 
 def test_collected_outputs(tmp_path: Path, benchmarks: dict[str, str]):
     right = right_outputs(benchmarks)
-    # The second lot is found by its prompts; one answer of CSQA is wrong, one a refusal.
+    # The second file is matched by its prompts. One answer of CSQA is wrong, and one is a refusal.
     prompts = [
         prompt_hash(prompt_of(item))
         for task, path in benchmarks.items()
@@ -80,7 +80,7 @@ def test_outputs_that_do_not_fit(tmp_path: Path, benchmarks: dict[str, str]):
     keyless = write(tmp_path / "keyless.jsonl", [{"id": "x", "text": "y"}])
     with pytest.raises(UserError, match="needs output"):
         run_benchmarks(config, [keyless])
-    # Nothing was made, so a file that is whole now counts.
+    # Nothing was made yet, so the repaired file counts.
     write(tmp_path / "some.jsonl", right_outputs({"gsm8k": benchmarks["gsm8k"]}))
     run_benchmarks(config, [some])
     write(tmp_path / "some.jsonl", [])
@@ -115,7 +115,7 @@ def test_a_server_is_asked_for_what_is_missing(
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("gpt", 0, 77)
     folder = config.folder / "eval" / "benchmarks" / "gpt"
     whole = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    # As a kill leaves it: one part is not there, the next is half-written under another name.
+    # The state after a kill: one part is missing, the next is half-written under another name.
     manifest = json.loads((folder / "gsm8k" / "manifest.json").read_text())
     manifest["status"] = "running"
     (folder / "gsm8k" / "manifest.json").write_text(json.dumps(manifest))
@@ -192,7 +192,7 @@ def test_who_is_named(tmp_path: Path, benchmarks: dict[str, str]):
 
 
 def test_states_of_a_run(tmp_path: Path, benchmarks: dict[str, str]):
-    """best, last and phases are steps of the stage's manifest; none is taken for another."""
+    """best, last and the phases are steps in the stage's manifest, and are not confused."""
     config = config_of(tmp_path, benchmarks)
     results = [
         {"phase": name, "step": n} for n, name in ((0, "raw"), (2, "warmup"), (5, "round_01"))
@@ -217,7 +217,7 @@ def test_states_of_a_run(tmp_path: Path, benchmarks: dict[str, str]):
 
 
 def test_prompts_ask_for_a_form_that_is_read():
-    """Every kind's prompt names its last line; answers to other versions do not compare."""
+    """The prompt of each kind asks for a last line; answers to another version do not count."""
     choices = (("A", "ice"), ("B", "fog"))
     listed = "Which?\nOptions:\n(A) ice\n(B) fog"
     items = {
@@ -272,7 +272,7 @@ def test_accuracies_and_differences():
 def test_a_model_generates_and_compares(
     tmp_path: Path, benchmarks: dict[str, str], byte_model: Path
 ):
-    """Greedy outputs are the argmax of the model, log-likelihoods its sums over the choices."""
+    """Greedy outputs are the model's argmax; log-likelihoods are sums over each choice's tokens."""
     import jax
 
     from proxykd_jax.models.decoder import forward
@@ -318,7 +318,7 @@ def test_a_model_generates_and_compares(
         messages = (Message("user", question_alone(item)), Message("assistant", text))
         tokens, place = renderer.encode(TextRow(messages, None, "here"))
         steps = logps(tokens)[place - 1 :]
-        # The end token is no part of a choice.
+        # The end token does not belong to a choice.
         wanted = sum(float(steps[n][token]) for n, token in enumerate(tokens[place:-1]))
         assert loglik == pytest.approx(wanted, abs=1e-3)
 

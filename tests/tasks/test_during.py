@@ -1,4 +1,4 @@
-"""Benchmarks while a student is trained: when, on what, and that they change nothing."""
+"""Benchmarks during a student's training: when, on what, and that they change nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.tasks.files import write
 def training_config(
     tmp_path: Path, model: Path, benchmarks: dict[str, Any], name: str = "plain"
 ) -> Config:
-    """Five steps of plain fine-tuning on answers in the form that GSM8K's items want."""
+    """Five steps of plain fine-tuning on answers in the form that GSM8K asks for."""
     rows = [{"prompt": f"What is {n} + {n}?", "response": "#### 0"} for n in range(20)]
     corpus = write(tmp_path / "rows.jsonl", rows)
     return make_config(
@@ -72,14 +72,14 @@ def test_a_student_answers_every_so_many_steps_and_learns_the_same(
         assert line["benchmark/mean"] == pytest.approx(np.mean(shares))
     others = [without_times(line) for line in lines_of(watched) if "benchmark/gsm8k" not in line]
     assert others == [without_times(line) for line in lines_of(plain)]
-    # The last look is what evaluate finds of the trained student on the same questions.
+    # The last measurement equals that of evaluate for the trained student on the same questions.
     asked = {item.id for item in drawn(read_items("gsm8k", files["gsm8k"]), 4, watched.seed)}
     run_benchmarks(watched, ["student:last"], ["gsm8k"])
     path = watched.folder / "eval" / "benchmarks" / "student_last" / "gsm8k.jsonl"
     samples = [json.loads(line) for line in path.read_text().splitlines()]
     scores = [sample["score"] for sample in samples if sample["id"] in asked]
     assert looks[-1]["benchmark/gsm8k"] == np.mean(scores)
-    # What it learnt to say is right of the question about nothing and nothing, and only of that.
+    # The student learns one answer, which is right only for the question about 0 and 0.
     assert looks[0]["benchmark/gsm8k"] == 0
 
 

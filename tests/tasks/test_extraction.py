@@ -1,4 +1,4 @@
-"""What a model's text says its final answer is: phrases, forms of numbers, labels and formulas."""
+"""The final answer in a model's text: phrases, forms of numbers, labels and formulas."""
 
 from __future__ import annotations
 
@@ -446,7 +446,7 @@ def test_what_is_no_formula_has_no_value(text: str):
 
 
 def test_any_text_is_read():
-    """Damaged output stops nothing."""
+    """Damaged output raises no error."""
     items = (GSM8K, CSQA, MATHS, bbh("Input: (", ")"), bbh("List: b a", "a b"), bbh("?", "yes"))
     texts = ("\\boxed{", "####", "answer is", "**", "$", "(", "\x00", "é" * 50, "答案", "A" * 3000)
     for item, text in itertools.product(items, texts):
@@ -465,7 +465,7 @@ def test_long_texts_are_read_at_once():
 
 @real_files
 def test_recorded_scores_are_reproduced():
-    """Every file of public generations within one point, every difference with a known cause."""
+    """Each public file agrees within one point, and each difference has a known cause."""
     for path in sorted((ASSETS / "eval" / "model_outputs").iterdir()):
         for way, samples in read_samples(path).items():
             found = differences(samples)
@@ -476,7 +476,7 @@ def test_recorded_scores_are_reproduced():
 
 @real_files
 def test_the_solutions_of_the_benchmarks_themselves():
-    """What GSM8K and AGIEval print as solutions gives their own golds."""
+    """The printed solutions of GSM8K and AGIEval give their own gold answers."""
     rows = [
         *_rows("gsm8k", "gsm8k/test.jsonl", lambda record: record["answer"]),
         *_rows("agieval", "agieval/math.jsonl", lambda record: record["other"]["solution"]),

@@ -1,4 +1,4 @@
-"""Benchmarks through EleutherAI's harness: its requests, and its scores beside ours."""
+"""Benchmarks through EleutherAI's harness: its requests, and its scores compared with ours."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FOLDERS = ("generated", "real")
 
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch):
-    """Whatever the harness would fetch is an error; servers of the tests are on this machine."""
+    """A download by the harness is an error; the servers of the tests are on this machine."""
     connect = socket.socket.connect
 
     def local(self: socket.socket, address: Any) -> None:
@@ -80,7 +80,7 @@ def folder(request: pytest.FixtureRequest, byte_model: Path) -> Path:
 
 
 class Reference:
-    """The model in PyTorch, float64, by transformers."""
+    """The same model in PyTorch by transformers, in float64."""
 
     def __init__(self, folder: Path) -> None:
         import torch
@@ -108,7 +108,7 @@ class Reference:
 
 def test_log_likelihoods_equal_transformers(folder: Path, respondent_of: Any):
     reference, respondent = Reference(folder), respondent_of(folder)
-    # What is said greedily is greedy, and another letter is not. (Random bytes are seldom text.)
+    # The greedy output counts as greedy, another letter does not. (Random bytes are seldom text.)
     beginnings = [STORY[:n] for n in range(20, 80, 4) if STORY[n - 1] != " "]
     answers = respondent.generate([(text, {"max_gen_toks": 1}) for text in beginnings])
     begun, said = next(
@@ -127,7 +127,7 @@ def test_log_likelihoods_equal_transformers(folder: Path, respondent_of: Any):
     assert {greedy for _, greedy in found} == {True, False}
     assert found[0] == pytest.approx(found[1], abs=1e-5)
 
-    # Without context a text follows BOS, or the end token where there is none.
+    # Without context a text follows BOS, or the end token if there is no BOS.
     ids = respondent.renderer.tokenizer.encode("A cat").tolist()
     prefix = respondent.renderer.tokenizer.bos_id
     prefix = respondent.renderer.end_token_ids[0] if prefix is None else prefix
@@ -147,7 +147,7 @@ def test_long_contexts_are_cut_from_the_left(folder: Path, respondent_of: Any):
     assert loglik == pytest.approx(reference.loglik(kept, after)[0], abs=1e-3)
     with pytest.raises(UserError, match=f"longer than the model's context of {reference.length}"):
         respondent.logliks([("A", context)])
-    # For an answer half of the context is left free, or what is wanted.
+    # Half of the context is left free for an answer, or the requested number of tokens.
     model, length = respondent._load().model, reference.length
     for tokens, wanted, begin, budget in (
         (length + 10, 5, 15, 5),
@@ -178,7 +178,7 @@ def test_rolling_log_likelihoods_predict_each_token_once(folder: Path, responden
     wanted = 0.0
     for start in range(0, len(tokens), length):
         after = tokens[start : start + length]
-        # Place n of ``read`` predicts token n; the last piece reads as much as fits.
+        # Position n of ``read`` predicts token n; the last piece reads as much as fits.
         end = start + len(after)
         before = read[max(0, end - length) : start + 1]
         wanted += reference.loglik(before, after)[0]
@@ -267,7 +267,7 @@ def test_chat_prompts_have_the_renderer_s_tokens(
             if not any(token in content for token in ("</s>", "<|im_end|>")):
                 plain = renderer.tokenizer.encode(str(text))
                 assert np.array_equal(tokens, plain)
-            # A continuation is the assistant's answer, without what the template puts behind it.
+            # A continuation is the assistant's answer, without what the template adds after it.
             answered = TextRow((*row.messages, Message("assistant", "Four.")), None, "here")
             (whole,) = renderer.encode_batch([answered])
             found, start = respondent._continued(text, "Four.")
@@ -316,7 +316,7 @@ def test_a_bos_is_written_once(tmp_path: Path):
 
 
 class Scripted(Respondent):
-    """Says what the tests want said."""
+    """A model that gives the answers of the test."""
 
     def __init__(self, renderer: Renderer, outputs: Sequence[str]) -> None:
         super().__init__(renderer, pytest.fail, batch_size=1, seed=0)
@@ -327,7 +327,7 @@ class Scripted(Respondent):
 
 
 def in_form(item: Item, gold: str) -> str:
-    """A text that ends as the prompt asks."""
+    """A text with the last line that the prompt asks for."""
     if item.kind == "number":
         return f"Let us see.\n#### {gold}"
     if item.kind == "maths":
@@ -393,13 +393,13 @@ def test_golds_of_the_real_files_score_as_here(assets: Path, byte_model: Path):
 
 
 def test_the_harness_knows_the_forms_alone(byte_model: Path):
-    """Where the two part: other forms are read here, and count as wrong there."""
+    """The difference between the two: other forms are read here and count as wrong there."""
     renderer = Renderer(load_tokenizer(byte_model), "plain")
     (item, _), (choice, _) = GENERATED["gsm8k"][0], GENERATED["arc"][0]
     assert scores([item, item], ["So it is $1,050.00.", "#### 1,050"], renderer) == [0, 1]
     assert is_right(item, extract(item, "So it is $1,050.00."))
     assert scores([choice], ["It must be fog."], renderer) == [0]
-    # The last answer counts, in both.
+    # In both the last answer counts.
     assert scores([choice], ["The answer is (A). Wait: the answer is (B)."], renderer) == [1]
 
 
@@ -413,7 +413,7 @@ def test_a_model_checked_by_the_harness(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    # Texts of different lengths, so that raw sums and shares choose differently.
+    # The texts have different lengths, so that sums and means choose different ones.
     rng = np.random.default_rng(0)
     files = dict(benchmarks)
     for task, letters in (("csqa", "abcdefgh"), ("arc", "abcd雨雪é")):
@@ -442,7 +442,7 @@ def test_a_model_checked_by_the_harness(
         assert of["same_outputs"] == of["n"] and of["other_outputs"] == []
         for metric, scored in of["metrics"].items():
             if task == "arc_loglikelihood" and metric == "acc_norm":
-                continue  # it counts characters, and ours bytes
+                continue  # the harness counts characters, and we count bytes
             assert scored["same_scores"] == of["n"] and scored["other_scores"] == []
             assert scored["accuracy"] == pytest.approx(scored["ours"]["accuracy"]), (task, metric)
             assert scored["se"] == pytest.approx(scored["ours"]["se"])
@@ -459,7 +459,7 @@ def test_a_model_checked_by_the_harness(
     said = capsys.readouterr().out
     assert "csqa_loglikelihood harness acc_norm: " in said and "of 12 the same: 12 scores" in said
 
-    # What was answered is not asked again; a part that is missing is.
+    # Stored answers are not asked again, but a missing part is.
     monkeypatch.setattr(benchmark, "speaker", pytest.fail)
     assert run_benchmarks(config, [f"tiny={byte_model}"]) == summary
     part = folder / "tiny/bbh_harness"
@@ -533,7 +533,7 @@ def test_without_the_extra(
 def test_real_files_and_a_real_model(
     tmp_path: Path, assets: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """GSM8K and ARC on stories260K: every output and score of prompts that fit is the same."""
+    """GSM8K and ARC on stories260K: outputs and scores agree for all prompts that fit."""
     import yaml
 
     files = {
@@ -568,7 +568,7 @@ def test_any_other_task_by_the_harness_s_command_line(
     import yaml
     from lm_eval.tasks import TaskManager
 
-    # Reading the 14,000 tasks that lm-eval brings along takes most of the time.
+    # Most of the time goes into reading the 14,000 tasks of lm-eval.
     only_named = functools.partialmethod(TaskManager.__init__, include_defaults=False)
     monkeypatch.setattr(TaskManager, "__init__", only_named)
     config = config_of(tmp_path, {"gsm8k": benchmarks["gsm8k"]}, byte_model)

@@ -1,4 +1,4 @@
-"""Benchmarks from datasets in the hub's form, in local folders: nothing is fetched."""
+"""Benchmarks from datasets in the form of the hub, in local folders, without downloads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from proxykd_jax.errors import UserError
 from proxykd_jax.tasks.items import hub_place, read_items
 
 CHOICES = {"text": ["ice", "fog"], "label": ["A", "B"]}
-# task -> (rows as the hub has them, gold and choices that follow)
+# task -> (rows in the form of the hub, the expected gold answer and choices)
 ROWS: dict[str, tuple[dict[str, Any], str, int]] = {
     "gsm8k": ({"question": "2 + 2?", "answer": "It is 4.\n#### 4"}, "4", 0),
     "arc": ({"id": "M_1", "question": "Cold?", "choices": CHOICES, "answerKey": "A"}, "A", 2),

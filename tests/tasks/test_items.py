@@ -1,4 +1,4 @@
-"""Items of the six benchmarks with their golds, from official forms and re-dumps."""
+"""Items of the six benchmarks with their gold answers, from official files and re-dumps."""
 
 from __future__ import annotations
 

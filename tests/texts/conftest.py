@@ -1,4 +1,4 @@
-"""Tokenizers made on the spot: byte-level BPE without a BOS, and one after Llama's manner."""
+"""Generated tokenizers: byte-level BPE without a BOS, and one like Llama's."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MARKED = (
 
 
 def save_bpe(folder: Path, chat_template: str | None = CHATML, vocab_size: int = 400) -> Path:
-    """Byte-level BPE with ChatML tokens, EOS ``<|im_end|>``, nothing added by itself."""
+    """Saves byte-level BPE with ChatML tokens and EOS ``<|im_end|>``; it adds no token itself."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -54,7 +54,7 @@ def save_bpe(folder: Path, chat_template: str | None = CHATML, vocab_size: int =
 
 
 def save_llama(folder: Path, vocab_size: int = 400) -> Path:
-    """BPE with byte fallback that marks words with ``▁`` and adds ``<s>`` by itself."""
+    """Saves BPE with byte fallback, which marks words with ``▁`` and adds ``<s>`` by itself."""
     from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 
     special = ["<unk>", "<s>", "</s>"]
@@ -114,11 +114,11 @@ def bpe_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def marked_folder(tmp_path_factory) -> Path:
-    """The same with a template that marks the answer with ``{% generation %}``."""
+    """The same tokenizer with a template that marks the answer with ``{% generation %}``."""
     return save_bpe(tmp_path_factory.mktemp("marked"), MARKED)
 
 
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory) -> Path:
-    """A tokenizer after Llama's manner, without a template."""
+    """A tokenizer like Llama's, without a template."""
     return save_llama(tmp_path_factory.mktemp("llama"))

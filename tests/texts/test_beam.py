@@ -1,4 +1,4 @@
-"""prepare on Apache Beam's local runner: every file is the one that the local path writes."""
+"""prepare on Apache Beam's local runner writes the same files as the local path."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def both(tmp_path, tokenizer, *, beam=ONE_WORKER, **corpus):
 
 
 def same_files(folder, expected):
-    """But for the time, which no manifest holds, the runs are equal to the byte."""
+    """Both runs are equal byte for byte; manifests hold no times."""
     found, wanted = snapshot(folder), snapshot(expected)
     assert list(found) == list(wanted)
     differing = [name for name in found if found[name] != wanted[name]]
@@ -59,15 +59,15 @@ def drops(result, label):
 
 
 def many_sources(tmp_path):
-    """Sources with everything that leaves rows out, over many files."""
+    """Many files, with rows for each reason to leave a row out."""
     rng = random.Random(5)
     chat = tmp_path / "chat"
     (chat / "deeper").mkdir(parents=True)
     everything = []
     for number in range(5):
         rows = pairs(60, seed=number)
-        rows += rng.sample(everything, min(15, len(everything)))  # of other files
-        rows += rng.sample(rows, 10)  # of this file
+        rows += rng.sample(everything, min(15, len(everything)))  # rows that other files have too
+        rows += rng.sample(rows, 10)  # rows that this file has twice
         rows += [{"prompt": f"long {number}.{i}", "response": "cat " * 300} for i in range(3)]
         rows += [{"prompt": f"empty {number}.{i}", "response": ""} for i in range(2)]
         rows += [{"prompt": f"odd {number}", "response": "a \U00108001 b"}]
@@ -75,7 +75,7 @@ def many_sources(tmp_path):
         everything += rows
         write(chat / ("deeper" if number % 2 else ".") / f"{number}.jsonl", rows)
     (chat / "array.json").write_text(json.dumps(pairs(20, seed=11) + pairs(20, seed=0)))
-    write(chat / "nothing.jsonl", [{"prompt": "no answer", "response": ""}])  # gives no row
+    write(chat / "nothing.jsonl", [{"prompt": "no answer", "response": ""}])  # it gives no row
     twice = rng.sample(everything, 40) + pairs(30, seed=12)
     test = [{"prompt": row["prompt"].upper(), "response": "t"} for row in everything[:30]]
     fresh = [{"prompt": row["prompt"]} for row in everything[:200]]
@@ -177,7 +177,7 @@ def _row_ids(folder, shard):
 
 
 def test_tfds_opens_it_and_beam_reads_it(tmp_path, llama_folder):
-    """By shard; ``tfds.beam.ReadFromTFDS`` itself reads no ArrayRecord (TFDS 4.9.10)."""
+    """Beam reads it by shard, because ``ReadFromTFDS`` reads no ArrayRecord (TFDS 4.9.10)."""
     import tensorflow_datasets as tfds
 
     result = main(config_for(tmp_path, llama_folder, pairs(90), shard_rows=10, beam=ONE_WORKER))
@@ -232,12 +232,12 @@ def test_killed_while_shards_are_committed(tmp_path, llama_folder):
     config = config_for(tmp_path, llama_folder, name="killed", beam=ONE_WORKER, **corpus)
     yaml = write_config(tmp_path / "c.yaml", config)
     folder = tmp_path / "runs" / "killed" / "corpus"
-    for replaces in (3, 90, 80):  # in a step before the shards, then among them
+    for replaces in (3, 90, 80):  # before the shards are written, then while they are written
         run = subprocess.run([sys.executable, "-c", KILLED_AT, yaml, str(replaces)], check=False)
         assert run.returncode == -signal.SIGKILL
         assert read_json(folder / "manifest.json")["status"] == "running"
     assert list(folder.rglob("part_*"))
-    # The local path goes on with what Beam began.
+    # The local path continues what Beam has begun.
     local = config_for(tmp_path, llama_folder, name="killed", **corpus)
     assert main(local).counts == whole.counts
     same_files(folder, whole.folder)
@@ -268,7 +268,7 @@ def test_threads_that_lose_rows_are_refused(tmp_path, llama_folder):
 
 
 def said(tmp_path, tokenizer, **corpus):
-    """What the local path and Beam say of the same mistake."""
+    """The messages of the local path and of Beam for the same mistake."""
     sentences = []
     for name, extra in (("local", {}), ("spread", {"beam": ONE_WORKER})):
         with pytest.raises(UserError) as caught:
@@ -304,7 +304,7 @@ def test_a_row_that_cannot_be_rendered(tmp_path, llama_folder):
     keys = {"sources": [{"path": str(tmp_path / "*.jsonl")}], "template": str(template)}
     text = said(tmp_path, llama_folder, shard_rows=10, **keys)
     assert "1.jsonl:8" in text
-    # No shard that lacks a row counts; once the rows are mended the corpus is the local one.
+    # A shard that lacks a row does not count. With repaired rows the corpus equals the local one.
     for number in (1, 3):
         path = tmp_path / f"{number}.jsonl"
         path.write_text(path.read_text().replace("forbidden", ""))

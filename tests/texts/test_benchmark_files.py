@@ -68,7 +68,7 @@ def read(prompts_only=False, **keys):
 
 @pytest.mark.parametrize("case", ITEMS)
 def test_prompts_and_answers(tmp_path, case):
-    """By prompt, in the official form or a re-dump; auto knows it, and so does its name."""
+    """Answers join by prompt, for official files and re-dumps, with format auto or by name."""
     item, prompt = ITEMS[case]
     path = write(tmp_path / "train.jsonl", [item])
     assert read(prompts_only=True, path=path)[0] == [[prompt]]
@@ -81,7 +81,7 @@ def test_prompts_and_answers(tmp_path, case):
 
 
 def test_answers_by_id(tmp_path):
-    """Ids of any type; a row's own id first, else file and line; answers may be several."""
+    """Ids have any type; without an id, file and line serve. An id may have several answers."""
     rows = [{**ITEMS["arc"][0], "id": identity} for identity in (7, "8", "9")]
     path = write(tmp_path / "arc.jsonl", rows)
     answers = [

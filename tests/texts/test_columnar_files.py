@@ -114,7 +114,7 @@ def _builder(folder, file_format):
         def _generate_examples(self):
             yield from enumerate(CHATS)
 
-    # A class of a script: for others tfds looks for files of checksums beside the module.
+    # The class is defined in a script, because tfds looks for checksum files beside a module.
     Chats.__module__ = "__main__"
     builder = Chats(data_dir=folder, file_format=file_format)
     builder.download_and_prepare()
@@ -125,7 +125,7 @@ def _builder(folder, file_format):
     "file_format", ["array_record", pytest.param("tfrecord", marks=pytest.mark.slow)]
 )
 def test_tfds(tmp_path, file_format):
-    """Array records are read without TensorFlow; TFRecord needs it (13 s to import)."""
+    """ArrayRecord files are read without TensorFlow; TFRecord needs it (13 s to import)."""
     builder = _builder(tmp_path, file_format)
     for folder in (tmp_path, builder.data_dir):
         rows = read(tfds=str(folder))

@@ -1,4 +1,4 @@
-"""Benchmark questions are found, and ordinary text is not taken for them."""
+"""Benchmark questions are found, and ordinary text is not mistaken for them."""
 
 import json
 import random
@@ -93,7 +93,7 @@ def test_boilerplate_of_the_benchmark_does_not_count():
     index = ContaminationIndex(many)
     assert how(index, text) is None
     assert all(how(index, f"So: {question}") == "contained" for question in many)
-    # The same question twice is one question.
+    # A question that occurs twice counts once.
     assert how(ContaminationIndex(questions(1) * 50), text) == "overlap"
 
 
@@ -104,7 +104,7 @@ def test_runs_of_letters_and_numbers_do_not_count():
 
 
 def test_general_questions_with_choices():
-    """ "Which is true?" alone is nobody's question; with its choices it is."""
+    """A general text such as "Which is true?" only counts together with its choices."""
     question = "Which one of the following statements is true:"
     prompt = f"{question}\n\nA. Plants breathe nitrogen\nB. Whales are mammals that live in water"
     index = ContaminationIndex([SoughtText(question, True), SoughtText(prompt, False)])
@@ -124,7 +124,7 @@ def test_han_letters_count_as_words():
 
 
 def test_agrees_with_a_plain_search():
-    """Random texts over few words, against a search with Python's own string methods."""
+    """On random texts over few words, the result equals a search with Python's string methods."""
     draw = random.Random(0)
     vocabulary = [f"w{n:03d}" for n in range(12)]
     questions = [" ".join(draw.choices(vocabulary, k=draw.randrange(3, 25))) for _ in range(300)]

@@ -1,4 +1,4 @@
-"""Sets of digests: exact, small, and about (prompt, answer)."""
+"""Sets of digests of (prompt, answer): exact and small."""
 
 import random
 
@@ -15,7 +15,7 @@ def row(prompt, answer="yes", system=None):
 
 def test_behaves_like_a_set():
     draw = random.Random(0)
-    # Few leading and trailing bits differ, so that probes meet and wrap around the table's end.
+    # Only few bits at both ends differ, so that probes collide and wrap around the table's end.
     values = [draw.choice([0, 1, 2**64 - 1, draw.getrandbits(64)]) for _ in range(300)]
     values += [(draw.getrandbits(4) << 60) | 1023 for _ in range(300)]
     values += [draw.getrandbits(64) for _ in range(5000)]

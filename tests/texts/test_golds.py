@@ -1,4 +1,4 @@
-"""Gold answers of benchmark items and of other rows, and when a text agrees with one."""
+"""Gold answers of benchmark items and other rows, and whether a text agrees with one."""
 
 from __future__ import annotations
 

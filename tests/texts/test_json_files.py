@@ -1,4 +1,4 @@
-"""The strict reader: what it accepts, and what it refuses with file and line."""
+"""The strict reader: what it accepts, and errors with file and line."""
 
 import gzip
 import json
@@ -31,7 +31,7 @@ def lines(rows, end="\n", **dumps):
 
 @pytest.mark.parametrize("ascii_only", [True, False])
 def test_what_is_written_comes_back_unchanged(tmp_path, ascii_only):
-    """Dates, long numbers and mixed ids stay as they are; U+2028 ends no line."""
+    """Dates, long numbers and mixed ids stay as they are, and U+2028 does not end a line."""
     text = lines(ROWS, ensure_ascii=ascii_only)
     assert records(write(tmp_path / "a.jsonl", text)) == ROWS
 
@@ -164,7 +164,7 @@ def test_memory_is_flat_in_the_number_of_rows(tmp_path, array):
 
 
 def test_long_rows_and_chunk_borders(tmp_path):
-    """Rows longer than a read, and characters cut by its border."""
+    """Rows longer than one read, and characters at the border of two reads."""
     rows = [{"text": "é" * n, "n": n} for n in (3, 600_000, 1, 2_000_000, 5)]
     for text in (lines(rows, ensure_ascii=False), json.dumps(rows, ensure_ascii=False)):
         assert records(write(tmp_path / "a.json", text)) == rows

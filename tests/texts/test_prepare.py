@@ -1,4 +1,4 @@
-"""prepare, end to end on generated corpora: nothing lost, nothing leaked, killed and gone on."""
+"""prepare on generated corpora: no row is lost or leaks, and a killed run continues."""
 
 import json
 import os
@@ -105,7 +105,7 @@ def test_every_row_lands_in_its_split(tmp_path, llama_folder):
         for row, encoded in zip(rows, expected_rows(config, rows), strict=True)
     ]
     assert sorted(contents(corpus)) == sorted(expected)
-    # Within a split the order is the file's.
+    # Within a split rows keep the order of the file.
     align = [row for row in expected if row[0] == "align"]
     assert [row for row in contents(corpus) if row[0] == "align"] == align
     assert len(list(result.folder.glob("*align*-of-00003"))) == 3
@@ -129,7 +129,7 @@ def test_order_of_the_file_does_not_matter(tmp_path, llama_folder):
 
 def test_funnel_adds_up(tmp_path, llama_folder, capsys):
     rows = pairs(200)
-    rows += rows[:30]  # repeated
+    rows += rows[:30]  # repeated rows
     rows += [{"prompt": f"long {i}", "response": "cat " * 300} for i in range(7)]
     rows += [{"prompt": "dog " * 300 + str(i), "response": "x"} for i in range(5)]
     rows += [{"prompt": f"empty {i}", "response": ""} for i in range(3)]
@@ -202,7 +202,7 @@ def test_held_out_prompts_are_nowhere_else(tmp_path, llama_folder):
     assert drops[IN_TEST] == 25 + 30
     assert drops[IN_VALIDATION] == len(corpus.split("validation"))
     assert drops[IN_BENCHMARK] >= 6
-    # Training prompts may be fresh prompts; each prompt is there once.
+    # A training prompt may be a fresh prompt too; each prompt occurs once.
     assert prompts["fresh"] & prompts["align"]
     assert len(prompts["fresh"]) == len(corpus.split("fresh"))
     for row in corpus.split("fresh"):
@@ -261,13 +261,13 @@ def test_many_sources_and_plain_texts(tmp_path, llama_folder):
     corpus = open_corpus(result.folder)
     kept = {label.split(" ")[0]: entry["kept"] for label, entry in result.counts["sources"].items()}
     assert kept == {"sources.0": 60, "sources.1": 41, "sources.2": 20}
-    assert len(corpus.split("validation")) == 0  # the paper's preset sets none aside
+    assert len(corpus.split("validation")) == 0  # the paper's preset has no validation rows
     lengths = np.concatenate([corpus.split(name).prompt_lengths for name in SPLITS])
     assert (lengths == 5).sum() >= 41  # BOS and four tokens
 
 
 def stories(count, endings=3, seed=0):
-    """Texts of which several begin with the same sentence of nine words and more."""
+    """Texts, of which several begin with the same sentence of nine or more words."""
     rng = random.Random(seed)
     begins = [f"Once {seed} there was {i} cat and {sentence(rng, 3, 5)}." for i in range(count)]
     return [{"text": f"{begin} {sentence(rng)}. End."} for begin in begins for _ in range(endings)]
@@ -297,7 +297,7 @@ def test_beginnings_of_held_out_stories_are_nowhere_else(tmp_path, llama_folder,
     test = [{"text": row["text"].replace("End.", "Another end.")} for row in rows[:9]]
     fresh = [{"text": row["text"].split(".")[0] + ". Not told."} for row in rows]
     fresh += [{"text": f"{text} x"} for row in stories(5, 2, seed=7) for text in row.values()]
-    # A prompt of one sentence holds this question, one of 12 tokens does not.
+    # A prompt of one sentence contains this question, and a prompt of 12 tokens does not.
     question = stories(5, 2, seed=7)[0]["text"].split(".")[0] + "."
     config = config_for(
         tmp_path,
@@ -318,7 +318,7 @@ def test_beginnings_of_held_out_stories_are_nowhere_else(tmp_path, llama_folder,
     drops = drops_of(result, "fresh_prompts.0")
     assert drops[IN_TEST] == 9 and drops[IN_VALIDATION] >= len(prompts["validation"])
     assert drops.get(IN_BENCHMARK, 0) == (0 if keys else 2)
-    # What is kept of a fresh text is its prompt, so each is there once.
+    # Only the prompt of a fresh text is kept, so each occurs once.
     assert drops[REPEATED] > 0 and len(prompts["fresh"]) == len(corpus.split("fresh"))
     assert prompts["fresh"] & prompts["align"]
 
@@ -343,7 +343,7 @@ def test_second_run_does_nothing_and_a_changed_one_says_so(tmp_path, llama_folde
     stamps = {path: path.stat().st_mtime_ns for path in result.folder.rglob("*")}
     assert main(config) == result
     assert {path: path.stat().st_mtime_ns for path in result.folder.rglob("*")} == stamps
-    # Looked at, not part of the corpus:
+    # This key does not change the corpus:
     main(config_for(tmp_path, llama_folder, rows, validation_max_rows=5))
     changed = [
         (config_for(tmp_path, llama_folder, rows, max_length=256), "corpus.max_length"),
@@ -397,7 +397,7 @@ def test_killed_while_shards_are_committed(tmp_path, llama_folder):
     config = config_for(tmp_path, llama_folder, rows, name="killed", shard_rows=30)
     yaml = write_config(tmp_path / "c.yaml", config)
     folder = tmp_path / "runs" / "killed" / "corpus"
-    # Between a shard's records and its index; among the last renames.
+    # The kill comes between a shard's records and its index, or among the last renames.
     for replaces in (7, 25):
         run = subprocess.run([sys.executable, "-c", KILLED_AT, yaml, str(replaces)], check=False)
         assert run.returncode == -signal.SIGKILL

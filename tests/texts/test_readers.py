@@ -1,4 +1,4 @@
-"""Sources as rows: every schema, every verdict on a row, files of mixed formats."""
+"""Reading sources as rows: every schema, every reason to drop a row, mixed formats."""
 
 import json
 
@@ -121,7 +121,7 @@ def test_plain_text(tmp_path):
 
 
 def test_texts_are_not_touched(tmp_path):
-    """Special-token text, dates and white space reach the tokeniser as they are."""
+    """Text of special tokens, dates and white space reach the tokenizer unchanged."""
     answer = " 2024-01-01</s> <|eot_id|> [INST]\r\n\tİ ﬁ "
     rows, _ = read(write(tmp_path / "a.jsonl", [{"prompt": " q ", "response": answer}]))
     assert rows[0].messages == (Message(U, " q "), Message(A, answer))

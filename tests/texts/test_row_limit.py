@@ -1,4 +1,4 @@
-"""max_rows keeps the rows of smallest hash among those that fit, in any order of the files."""
+"""max_rows keeps the rows with the smallest hashes that fit, whatever the order of the files."""
 
 import math
 import random
@@ -17,7 +17,7 @@ SOURCES = [SourceConfig(path="a.jsonl"), SourceConfig(path="b.jsonl")]
 
 
 class WordRenderer:
-    """A token a word; counts what it was asked for."""
+    """A renderer with one token per word, which counts its calls."""
 
     def __init__(self):
         self.rows = 0
@@ -53,10 +53,10 @@ def test_the_smallest_hashes_among_the_rows_that_fit(max_rows, monkeypatch):
     kept, looked_at = chosen(rows, max_rows)
     fitting = sorted((r for r in rows if fits(r.messages)), key=selection_hash)
     assert {m for m in kept if fits(m)} == {r.messages for r in fitting[:max_rows]}
-    # What does not fit counts as kept below the same threshold alone.
+    # Rows that do not fit are in `kept` too if their hash is below the same threshold.
     limit = selection_hash(fitting[max_rows])
     assert kept == {r.messages for r in rows if selection_hash(r) < limit}
-    # The others were never cut into tokens.
+    # The other rows were never tokenised.
     assert looked_at < 1.5 * (max_rows + 1) * (1 + math.log(1000 / max_rows)) * 1.5 + 40
     random.Random(0).shuffle(rows)
     assert chosen(rows, max_rows)[0] == kept

@@ -1,4 +1,4 @@
-"""Templates and masks: the answer and its end are in the loss, nothing else is."""
+"""Templates and masks: the loss covers the answer and its end token, and nothing else."""
 
 import json
 
@@ -19,7 +19,7 @@ from proxykd_jax.texts.tokenizer import load_tokenizer
 
 
 def chat(*turns, system=None, origin="rows.jsonl:7"):
-    """A conversation; turns are the user's and the assistant's, in turn."""
+    """A conversation in which user and assistant take turns."""
     roles = ("user", "assistant") * len(turns)
     messages = [Message(role, text) for role, text in zip(roles, turns, strict=False)]
     if system is not None:
@@ -32,7 +32,7 @@ def text_row(text, origin="stories.jsonl:3"):
 
 
 def parts(renderer, row, source=None):
-    """The texts of prompt and answer."""
+    """The texts of the prompt and of the answer."""
     tokens, prompt_length = renderer.encode(row, source)
     decode = renderer.tokenizer.decode
     return decode(tokens[:prompt_length]), decode(tokens[prompt_length:])
@@ -69,7 +69,7 @@ def test_own_template_by_prefix(bpe, row):
 
 @pytest.mark.parametrize("row", ROWS)
 def test_marks_agree_with_transformers(marked_folder, row):
-    """The mask of transformers, which finds the marks in its own way, is ours."""
+    """Our mask equals that of transformers, which finds the marks in another way."""
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(marked_folder).apply_chat_template(
@@ -275,7 +275,7 @@ def test_quoted_control_tokens_in_plain_texts(llama):
 
 
 def test_the_copy_of_the_tokenizer_cuts_like_the_original(bpe, llama):
-    """Where nothing is quoted, both ways give the same tokens: only names differ."""
+    """Without quoted control tokens both tokenizers give the same tokens; only names differ."""
     for tokenizer, template in ((bpe, "auto"), (llama, "llama2"), (llama, "alpaca")):
         renderer = Renderer(tokenizer, template)
         special = SpecialText(tokenizer.backend)
@@ -347,7 +347,7 @@ def test_text_by_sentences(llama, bpe, sentences, prompt):
 
 
 def test_text_is_cut_once(llama):
-    """Tokens of a text do not depend on where its prompt ends."""
+    """The tokens of a text do not depend on where its prompt ends."""
     text = "The cat sat on the mat. It was warm. The dog looked."
     rows = [
         Renderer(llama).encode(text_row(text), source(**keys))[0].tolist()
@@ -394,7 +394,7 @@ def test_prompt_that_is_no_prefix_names_the_row(bpe, tmp_path):
 @pytest.mark.parametrize(
     "text",
     [
-        # The assistant's words are left out, with and without marks.
+        # These templates omit the assistant's words, with and without marks.
         "{% for m in messages %}{{ m['content'] if m['role'] == 'user' }}{% endfor %}!",
         "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}"
         "{% endif %}{% endfor %}{{ '<|im_end|>' if not add_generation_prompt }}",

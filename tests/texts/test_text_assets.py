@@ -1,6 +1,6 @@
-"""Real files: every corpus and benchmark by its published counts and traps.
+"""Real files: each corpus and benchmark has its published counts and known traps.
 
-The twins on generated data are in the other files of this folder.
+The same tests on generated data are in the other files of this folder.
 """
 
 import json
@@ -84,7 +84,7 @@ def test_openorca_parquet_equals_jsonl_and_needs_the_right_name(assets, tmp_path
 
 
 def test_the_same_prompts_in_two_corpora_share_their_splits(assets):
-    """488 prompts occur in both files: never in two splits, and no answer is lost."""
+    """488 prompts occur in both files. None is in two splits, and no answer is lost."""
     nectar = read(assets / "corpora/nectar_schema.jsonl")
     alpaca = read(assets / "corpora/alpaca_eval/gpt4_0613.json")
     prompts = PromptSet(nectar)

@@ -1,4 +1,4 @@
-"""Prompts of plain texts: what decides the split is a function of the prompt alone."""
+"""Prompts of plain texts: the split depends on the prompt alone."""
 
 import random
 
@@ -14,7 +14,7 @@ from proxykd_jax.texts.text_prompts import sentence_end, with_prompts
 from proxykd_jax.texts.tokenizer import load_tokenizer
 
 OPTIONS = [{}, {"prompt_sentences": 2}, {"prompt_tokens": 1}, {"prompt_tokens": 6}]
-# Letters of one to four bytes that share bytes with each other, closing marks, control tokens.
+# Letters of one to four bytes that share bytes, closing marks, and control tokens.
 PIECES = [
     *("The cat", "sat", " on", "é", "è", "🙂", "🙃", "猫", "犬", "。", "！", "”", '"', ")", "..."),
     *(". ", ". ", "! ", "?", "\n", " ", "<s>", "</s>", "<|im_end|>", "A", "a"),
@@ -36,7 +36,7 @@ def rows_of(texts, renderer, **keys):
 
 
 def random_texts(count, seed=0):
-    """Half of them share a beginning of random length with the text before."""
+    """Random texts; half of them share a beginning of random length with the text before."""
     draw = random.Random(seed)
     texts = ["The cat sat."]
     while len(texts) < count:
@@ -48,7 +48,7 @@ def random_texts(count, seed=0):
 
 @pytest.mark.parametrize("keys", OPTIONS)
 def test_one_prompt_has_one_key(renderer, keys):
-    """Whatever follows: texts whose prompts are the same tokens go to the same split."""
+    """Texts whose prompts have the same tokens go to the same split, whatever follows."""
     texts = random_texts(3000)
     rows = rows_of(texts, renderer, **keys)
     assert [row.text for row in rows] == texts
@@ -70,7 +70,7 @@ def test_the_key_does_not_depend_on_the_other_texts(renderer, keys):
 
 
 def test_a_prompt_that_ends_within_a_letter(renderer):
-    """The first three bytes of both letters are the same, and both may be the prompt's last."""
+    """Both letters share their first three bytes, and either may be the last of the prompt."""
     smile, upside = rows_of(["🙂 yes. No.", "🙃 yes. No."], renderer, prompt_tokens=3)
     tokens = renderer.encode_batch([smile, upside], source(prompt_tokens=3), prompts_only=True)
     assert np.array_equal(tokens[0].tokens, tokens[1].tokens)
@@ -87,7 +87,7 @@ def test_the_prompt_is_what_the_model_is_given(renderer):
     tokens = renderer.tokenizer.encode(text)
     assert row.prompt == renderer.tokenizer.decode(tokens[:7])
     assert text.startswith(row.prompt) and row.prompt != text
-    # A text that is all prompt is its own key.
+    # If the whole text is the prompt, the text is its own key.
     for keys in ({"prompt_sentences": 9}, {"prompt_tokens": 99}):
         (row,) = rows_of([text], renderer, **keys)
         assert row.prompt == text

@@ -1,4 +1,4 @@
-"""Tokenizers: conventions, digests, errors as sentences, and whether two are one."""
+"""Tokenizers: conventions, digests, error messages, and whether two are the same."""
 
 import json
 import shutil
@@ -99,7 +99,7 @@ def test_same_vocabulary(bpe_folder, llama_folder, tmp_path):
     check_same_vocabulary(bpe, bpe)
     with pytest.raises(UserError, match="share one vocabulary"):
         check_same_vocabulary(bpe, llama)
-    # Two tokens change places: the kind of difference that sizes do not show.
+    # Two tokens change places, which the sizes of the vocabularies do not show.
     shutil.copytree(bpe_folder, tmp_path / "b")
     data = json.loads((tmp_path / "b" / "tokenizer.json").read_text())
     vocabulary = data["model"]["vocab"]
