@@ -1,8 +1,8 @@
 """Several processes with one mesh: start, common end, and arrays that span processes.
 
 jax's coordination service connects them; it runs in process 0. It notices a silent process within
-``_SILENCE_S`` and aborts the others, which ``keeper`` reports. A process that ends with an error
-first announces it under ``failed/<index>``, and the others end because of it.
+``_SILENCE_S`` and aborts the others, which ``supervisor`` reports. A process that ends with an
+error first announces it under ``failed/<index>``, and the others end because of it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from proxykd_jax import peers
 from proxykd_jax.errors import UserError
-from proxykd_jax.parallel.keeper import PEER_LOST, TRY_AGAIN
 from proxykd_jax.parallel.launchers import Launch
 from proxykd_jax.parallel.sharding import ROWS, row_ways
+from proxykd_jax.parallel.supervisor import PEER_LOST, TRY_AGAIN
 
 # A process that is silent for this long counts as lost.
 _SILENCE_S = 30
@@ -46,7 +46,7 @@ _GATHERED_AT_ONCE = 1 << 28
 def start(launch: Launch) -> None:
     """Connects this process with the others, before anything uses a device.
 
-    If the others do not appear in time, jax aborts and the keeper reports it.
+    If the others do not appear in time, jax aborts and the supervisor reports it.
 
     Raises:
       UserError: the processes do not fit together, or the port is taken.
@@ -109,18 +109,18 @@ def fail(code: int, error: BaseException) -> NoReturn:
     if lost:
         time.sleep(_SAME_ERROR_S)  # the process that failed may be about to say so
         for other, (its_code, its_text) in channel.failures().items():
-            _say(f"process {other} ended: {its_text}")
+            _print_sentence(f"process {other} ended: {its_text}")
             _exit(its_code)
-        _say(f"{PEER_LOST} ({text})")
+        _print_sentence(f"{PEER_LOST} ({text})")
         _exit(TRY_AGAIN)
     channel.put(f"failed/{index}", json.dumps([code, text]))
     if index:
         time.sleep(_SAME_ERROR_S / 2)
         told = channel.failures().get(0)
         if told is None or told[1] != text:
-            _tell(error, f"process {index}: ")
+            _print_error(error, f"process {index}: ")
         _exit(code)
-    _tell(error, "")
+    _print_error(error, "")
     # When process 0 ends, so does the service, and the others are aborted. So let them go first.
     end = time.monotonic() + 2 * _SAME_ERROR_S
     while time.monotonic() < end and len(channel.left()) < peers.count() - 1:
@@ -128,15 +128,15 @@ def fail(code: int, error: BaseException) -> NoReturn:
     _exit(code)
 
 
-def _tell(error: BaseException, prefix: str) -> None:
+def _print_error(error: BaseException, prefix: str) -> None:
     if isinstance(error, UserError | KeyboardInterrupt):
-        _say(f"{prefix}{error}")
+        _print_sentence(f"{prefix}{error}")
     else:
         print(prefix, file=sys.stderr, end="")
         traceback.print_exception(error)
 
 
-def _say(text: str) -> None:
+def _print_sentence(text: str) -> None:
     print(f"error: {text}", file=sys.stderr, flush=True)
 
 
@@ -158,15 +158,15 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}"
 
 
-def _hear_of_ends() -> None:
+def _watch_others() -> None:
     """Ends this process when another one reports an error, and forwards a stop to process 0."""
     channel = _Channel()
-    told = False
+    forwarded = False
     while not _over.wait(_LOOK_EVERY_S):
         try:
             failures = channel.failures()
-            if peers.is_first() and not told and channel.any_under("term"):
-                told = True
+            if peers.is_first() and not forwarded and channel.any_under("term"):
+                forwarded = True
                 os.kill(os.getpid(), signal.SIGTERM)
         except Exception:
             return  # connection lost: jax aborts
@@ -175,12 +175,12 @@ def _hear_of_ends() -> None:
             time.sleep(_SAME_ERROR_S)  # this process may be about to report the same error
             other, (code, text) = next(iter(failures.items()))
             if peers.is_first() or 0 not in failures:
-                _say(f"process {other} ended: {text}")
+                _print_sentence(f"process {other} ended: {text}")
             _exit(code)
 
 
 _over = threading.Event()
-_listener = threading.Thread(target=_hear_of_ends, daemon=True)
+_listener = threading.Thread(target=_watch_others, daemon=True)
 
 
 class _Channel:

@@ -14,7 +14,7 @@ from proxykd_jax.evaluation import measures
 from proxykd_jax.evaluation.calibration import NUM_BINS
 from proxykd_jax.evaluation.exact_teacher import TeacherLogps, write_teacher_logps
 from proxykd_jax.evaluation.measures import (
-    first_choice,
+    is_argmax,
     measure,
     paired_differences,
     token_mean,
@@ -159,10 +159,10 @@ def test_the_first_choice_is_the_argmax_ties_and_all() -> None:
     labels = rng.integers(7, size=(50, 40)).astype(np.int32)
     expected = logps.argmax(axis=-1) == labels
     assert 0.1 < expected.mean() < 0.5
-    for function in (first_choice, jax.jit(first_choice)):
+    for function in (is_argmax, jax.jit(is_argmax)):
         np.testing.assert_array_equal(function(logps, labels), expected)
     logps[..., 4] = np.nan
-    assert not np.any(first_choice(logps, labels))
+    assert not np.any(is_argmax(logps, labels))
 
 
 def test_the_teacher_itself_has_no_kl(params, split: Split, tmp_path: Path) -> None:
