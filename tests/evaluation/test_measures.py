@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -274,8 +273,7 @@ def test_teacher_file_is_checked(tmp_path: Path) -> None:
 
 
 def test_what_training_looks_at(params, split: Split) -> None:
-    model = SimpleNamespace(config=CONFIG, params=params, adapter=None)
-    got = validation_figures(4, None)(model, split, 5)
+    got = validation_figures(4, None)(model_of(params), split, 5)
     whole = measure(model_of(params), split, batch_size=4, max_rows=5)
     assert set(got) == {"nll", "agreement"}
     np.testing.assert_allclose(got["nll"], whole.nll.sum() / whole.tokens.sum(), rtol=1e-5)
