@@ -120,7 +120,7 @@ def _report(error: BaseException) -> int:
 
 def _as_one_of_several(launch: Launch, work: Callable[[], int]) -> int:
     """``_ended`` in a process that starts, works and ends together with others."""
-    from proxykd_jax.parallel.keeper import split_off_worker
+    from proxykd_jax.parallel.supervisor import split_off_worker
 
     code = split_off_worker(launch)
     if code is not None:

@@ -17,7 +17,7 @@ from benchmarks.paper_tables.offline import at_places, padded_answers
 from benchmarks.paper_tables.seeds import Seed
 from benchmarks.paper_tables.training import stacked_rows
 from benchmarks.paper_tables.vectorise import over_seeds
-from proxykd_jax.evaluation.measures import place_figures
+from proxykd_jax.evaluation.measures import position_measures
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.types import TokenBatch
 
@@ -122,7 +122,7 @@ class Evaluator:
 @functools.lru_cache(maxsize=16)
 def _figures(model: ModelConfig, top_ks: tuple[int, ...]) -> Callable[..., Any]:
     def figures(params: Any, rows: TokenBatch, logps_BLV: jax.Array) -> dict[str, jax.Array]:
-        found = place_figures(model, params, None, rows, logps_BLV, top_ks=top_ks)
+        found = position_measures(model, params, None, rows, logps_BLV, top_ks=top_ks)
         tokens = rows.mask_BL.sum()
         means = {
             name: jnp.where(rows.mask_BL, found[name], 0).sum() / tokens

@@ -17,7 +17,7 @@ import optax
 
 from benchmarks.paper_tables.vectorise import over_seeds, stack
 from proxykd_jax.config import TrainingSection
-from proxykd_jax.evaluation.measures import place_figures
+from proxykd_jax.evaluation.measures import position_measures
 from proxykd_jax.random_keys import purpose_seed
 from proxykd_jax.training.batch_objectives import Objective
 from proxykd_jax.training.batches import make_plan
@@ -62,7 +62,7 @@ def _steps(
 @functools.lru_cache(maxsize=8)
 def _validation(spec: ModelSpec) -> Callable[..., Any]:
     def nll(params: Any, batch: TokenBatch) -> jax.Array:
-        figures = place_figures(spec.config, params, None, batch)
+        figures = position_measures(spec.config, params, None, batch)
         return jnp.where(batch.mask_BL, figures["nll"], 0.0).sum() / batch.mask_BL.sum()
 
     return over_seeds(nll)

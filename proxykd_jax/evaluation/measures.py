@@ -212,7 +212,7 @@ def measure(
     return RowMeasures(**sums, kl=None if teacher is None else kl, top_ks=tuple(top_ks))
 
 
-def first_choice(logps_BLV: jax.Array, labels_BL: jax.Array) -> jax.Array:
+def is_argmax(logps_BLV: jax.Array, labels_BL: jax.Array) -> jax.Array:
     """bool ``[B, L]``: whether the label is the argmax (lowest id among equals); False for NaN.
 
     It is ``argmax(...) == labels`` as one reduction. XLA's argmax over 32,000 tokens takes 147 ms
@@ -284,7 +284,7 @@ def _add(sums: dict[str, np.ndarray], waiting: tuple[np.ndarray, Any, Any] | Non
     return count
 
 
-def place_figures(
+def position_measures(
     config: ModelConfig,
     params: Any,
     adapter: Any,
@@ -307,7 +307,7 @@ def place_figures(
     def head(hidden: jax.Array, labels: jax.Array, *teacher: jax.Array) -> Any:
         logps = jax.nn.log_softmax(unembed(params, hidden, config=config), axis=-1)
         label_logps = jnp.take_along_axis(logps, labels[..., None], axis=-1)[..., 0]
-        figures = {"nll": -label_logps, "agreement": first_choice(logps, labels)}
+        figures = {"nll": -label_logps, "agreement": is_argmax(logps, labels)}
         if confidence:
             figures["confidence"] = jnp.exp(logps.max(axis=-1))
         if top_ks:
@@ -331,7 +331,7 @@ def place_figures(
 @functools.lru_cache(maxsize=8)
 def _compiled(config: ModelConfig, top_ks: tuple[int, ...], mesh: Mesh | None) -> Any:
     """``(params, adapter, batch, teacher_logps_BLV | None) -> {name: [B, L] or [B, L, J]}``."""
-    compute = functools.partial(place_figures, config, top_ks=top_ks, confidence=True)
+    compute = functools.partial(position_measures, config, top_ks=top_ks, confidence=True)
     if mesh is None:
         return jax.jit(compute)
     return jax.jit(compute, out_shardings=NamedSharding(mesh, PartitionSpec()))

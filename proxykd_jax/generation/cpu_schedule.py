@@ -88,7 +88,7 @@ class CpuSchedule:
             places[part] = count + np.arange(len(part))
             count += len(batch.tokens_BL)
         filled = -(-max(lengths) // _SLOTS_OF_PROMPTS) * _SLOTS_OF_PROMPTS
-        with batches.turns:
+        with batches.launch_lock:
             slots = self.more_slots(filled, most_slots)
             return join_rows(tuple(states), places, filled=filled, slots=slots)
 

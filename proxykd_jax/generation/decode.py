@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 
 from proxykd_jax.losses import draw_ids, mixture_logps
 from proxykd_jax.models.config import ModelConfig
-from proxykd_jax.models.llama import KVCache, forward_cached, init_cache, layers_apart, unembed
+from proxykd_jax.models.llama import KVCache, forward_cached, init_cache, unembed, unstack_layers
 from proxykd_jax.parallel.sharding import CACHE, ROWS, constrain
 from proxykd_jax.random_keys import row_keys
 
@@ -193,7 +193,7 @@ def _record(logits_BV: jax.Array, state: DecodeState, settings: DrawSettings) ->
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "slots", "settings", "apart"))
+@functools.partial(jax.jit, static_argnames=("config", "slots", "settings", "unstacked"))
 def prefill(
     weights: tuple[Any, Any],
     batch: PromptBatch,
@@ -204,14 +204,14 @@ def prefill(
     config: ModelConfig,
     slots: int,
     settings: DrawSettings,
-    apart: bool = False,
+    unstacked: bool = False,
 ) -> DecodeState:
     """Runs the prompts through the model and draws the first token of each row.
 
     ``weights`` are (params, adapter) of the model, and ``other`` those of the model that
-    ``settings.mixing`` describes. With ``apart``, each layer of the caches has its own arrays, and
-    ``decode`` unrolls the layers instead of scanning them. On one CPU device that is twice as fast,
-    and compiling takes longer by the number of layers.
+    ``settings.mixing`` describes. With ``unstacked``, each layer of the caches has its own arrays,
+    and ``decode`` unrolls the layers instead of scanning them. On one CPU device that is twice as
+    fast, and compiling takes longer by the number of layers.
     """
     mixing = settings.mixing
     num_rows = batch.tokens_BL.shape[0]
@@ -231,9 +231,9 @@ def prefill(
         positions_BL=positions_BL,
         valid_BL=batch.valid_BL,
     )
-    if apart:
-        cache = _of_cache(cache, layers_apart)
-        other_cache = None if other_cache is None else _of_cache(other_cache, layers_apart)
+    if unstacked:
+        cache = _of_cache(cache, unstack_layers)
+        other_cache = None if other_cache is None else _of_cache(other_cache, unstack_layers)
     zeros_B = jnp.zeros(num_rows, jnp.int32)
     state = DecodeState(
         cache=cache,
@@ -299,7 +299,7 @@ def decode_specs(state: DecodeState) -> DecodeState:
         if cache is None:
             return None
         one = PartitionSpec(*CACHE[1:])
-        spec = (one,) * len(cache.k_NBGSC) if cache.is_apart else CACHE
+        spec = (one,) * len(cache.k_NBGSC) if cache.is_unstacked else CACHE
         return _of_cache(getattr(specs, name), lambda _: spec)
 
     return dataclasses.replace(specs, **{name: of_cache(name) for name in _CACHES})
@@ -321,7 +321,7 @@ def decode(
 ) -> DecodeState:
     """Decodes until at most ``few`` rows (int32 scalar) are not done, or all slots are filled.
 
-    If the caches' layers are apart, pass weights (and ``other``) from ``weights_apart``.
+    If the caches' layers are unstacked, pass weights (and ``other``) from ``unstack_weights``.
     """
     num_slots = state.cache.positions_BS.shape[1]
 
@@ -349,15 +349,15 @@ def decode(
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def weights_apart(params: Any, adapter: Any, *, config: ModelConfig) -> tuple[Any, Any]:
-    """The weights in the form that ``decode`` needs when the caches' layers are apart.
+def unstack_weights(params: Any, adapter: Any, *, config: ModelConfig) -> tuple[Any, Any]:
+    """The weights in the form that ``decode`` needs when the caches' layers are unstacked.
 
     Each layer has its own arrays. Tied embeddings also get a transposed copy as a projection [D,
     V]: otherwise a product with few rows would transpose them at every token (9.8 instead of 8.3 ms
     with 32 rows of 288 and 32,000 entries, 5.2 instead of 3.7 with 8 rows).
     """
     params, adapter = (
-        tree if tree is None else {**tree, "layers": layers_apart(tree["layers"])}
+        tree if tree is None else {**tree, "layers": unstack_layers(tree["layers"])}
         for tree in (params, adapter)
     )
     if config.tie_embeddings:
@@ -372,7 +372,7 @@ def join_rows(
     """Joins rows of several states that have run their prompts and nothing more.
 
     Args:
-      states: with layers apart, and caches as long as their prompts.
+      states: with layers unstacked, and caches as long as their prompts.
       rows_B: int32 indices into the rows of all states together, in the wanted order; a negative
         index stands for a padding row, which is done.
       filled: slots of the new caches that hold prompts, at least the longest prompt's tokens.
@@ -420,7 +420,7 @@ def move_rows(state: DecodeState, rows_B: jax.Array, *, slots: int) -> DecodeSta
     def of_cache(cache: KVCache | None) -> KVCache | None:
         if cache is None:
             return None
-        rows_axis = 0 if cache.is_apart else 1
+        rows_axis = 0 if cache.is_unstacked else 1
 
         def moved(array: jax.Array) -> jax.Array:
             return wider(jnp.take(array, rows_B, axis=rows_axis, mode="clip"), rows_axis + 2)

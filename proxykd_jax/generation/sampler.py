@@ -28,7 +28,7 @@ from proxykd_jax.generation.decode import (
     decode,
     move_rows,
     prefill,
-    weights_apart,
+    unstack_weights,
 )
 from proxykd_jax.generation.shapes import prompt_bucket, row_counts, slot_bucket
 from proxykd_jax.models.config import ModelConfig
@@ -154,7 +154,7 @@ class Batches:
       weights, other, prompts, config, settings, seed, round_index, mesh: as in ``sample``.
       cpu: how one CPU device runs them, several at a time; None on other devices.
       row_counts: the sizes that a batch shrinks through, largest first.
-      turns: held while a program is compiled and started, not while it runs.
+      launch_lock: held while a program is compiled and started, not while it runs.
     """
 
     weights: tuple[Any, Any]
@@ -167,7 +167,7 @@ class Batches:
     mesh: Mesh | None
     cpu: CpuSchedule | None
     row_counts: list[int]
-    turns: threading.Lock = field(default_factory=threading.Lock)
+    launch_lock: threading.Lock = field(default_factory=threading.Lock)
 
     def answers(self, rows: list[int]) -> list[tuple[int, Sample]]:
         """(row, answer) for the prompts of a batch, in ever smaller batches."""
@@ -197,7 +197,7 @@ class Batches:
             size = min(count for count in self.row_counts if count >= left.size)
             idle = np.repeat(np.flatnonzero(done_B)[:1], size - left.size)
             places = [places[place] for place in left] + [None] * len(idle)
-            with self.turns:
+            with self.launch_lock:
                 chosen = np.concatenate([left, idle]).astype(np.int32)
                 state = move_rows(state, chosen, slots=slots)
 
@@ -209,7 +209,7 @@ class Batches:
 
     def run_prompts(self, batch: PromptBatch, slots: int) -> DecodeState:
         """The state after the prompts, in a cache of ``slots``."""
-        with self.turns:
+        with self.launch_lock:
             return prefill(
                 self.weights,
                 batch if self.mesh is None else put_rows(batch, self.mesh),
@@ -219,11 +219,11 @@ class Batches:
                 config=self.config,
                 slots=slots,
                 settings=self.settings,
-                apart=self.cpu is not None,
+                unstacked=self.cpu is not None,
             )
 
     def _go_on(self, state: DecodeState, few: int) -> DecodeState:
-        with self.turns:
+        with self.launch_lock:
             weights, other = self._decoding_weights
             few_rows = np.int32(few)
             return decode(
@@ -237,8 +237,8 @@ class Batches:
             return self.weights, self.other
         other, mixing = self.other, self.settings.mixing
         if other is not None and mixing is not None:
-            other = weights_apart(*other, config=mixing.config)
-        return weights_apart(*self.weights, config=self.config), other
+            other = unstack_weights(*other, config=mixing.config)
+        return unstack_weights(*self.weights, config=self.config), other
 
 
 def _answers_of(state: DecodeState, places: np.ndarray) -> Iterator[tuple[int, Sample]]:

@@ -22,7 +22,7 @@ class KVCache:
     """Keys (rotated) and values of S slots per row, for every layer.
 
     ``k_NBGSC`` and ``v_NBGSC`` are arrays with a leading axis of layers, or tuples of N arrays
-    ``[B, G, S, C]`` (``layers_apart``).
+    ``[B, G, S, C]`` (``unstack_layers``).
 
     Slots lie next to the head dimension, because the matrix products of one head need them so. With
     heads between them XLA transposes the whole cache at every token: 14 instead of 1.3 ms a layer
@@ -39,7 +39,7 @@ class KVCache:
     index: jax.Array
 
     @property
-    def is_apart(self) -> bool:
+    def is_unstacked(self) -> bool:
         """Whether each layer has its own arrays."""
         return isinstance(self.k_NBGSC, tuple)
 
@@ -56,7 +56,7 @@ def init_cache(config: ModelConfig, batch: int, slots: int, dtype: Any = jnp.bfl
     )
 
 
-def layers_apart(stacked: Any) -> tuple[Any, ...]:
+def unstack_layers(stacked: Any) -> tuple[Any, ...]:
     """Splits a tree of arrays with a leading layer axis into a tuple of one tree per layer.
 
     A CPU copies a layer out of a stack before multiplying with it. Separate arrays halve the time
@@ -88,7 +88,7 @@ def forward_cached(
     would be shifted back over earlier tokens.
 
     Args:
-      params, adapter: if the cache's layers are apart, ``params["layers"]`` and
+      params, adapter: if the cache's layers are unstacked, ``params["layers"]`` and
         ``adapter["layers"]`` must be, too.
       positions_BL: int32 rotary positions, counted from 0 at each row's first valid token.
       valid_BL: bool, False for padding and for rows that have ended; default: all valid. The slot
@@ -152,7 +152,7 @@ def forward_cached(
 
     flags = decoder.sliding_flags(config)
     hidden_BLD = constrain_rows(decoder.embed(params, tokens_BL))
-    if cache.is_apart:
+    if cache.is_unstacked:
         updates_N: Any = adapter_layers or ({},) * config.num_layers
         keys_N, values_N = [], []
         for n, caches in enumerate(zip(cache.k_NBGSC, cache.v_NBGSC, strict=True)):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from proxykd_jax.models.numerics import dot_precision, masked_scores
-from proxykd_jax.parallel.cpu import second_caches
+from proxykd_jax.parallel.cpu import l2_cache_bytes
 
 
 def attend_causally(
@@ -122,7 +122,7 @@ def _in_parts(compute: Callable[..., Any], q_BGRC: Any, k_BGCS: Any, *rest: Any)
     num_batch, num_groups, num_rows = q_BGRC.shape[:3]
     num_slots = k_BGCS.shape[-1]
     row_bytes = 4 * num_groups * (num_rows // query_blocks(num_slots)) * num_slots
-    fitting = max(second_caches() // row_bytes, 1)
+    fitting = max(l2_cache_bytes() // row_bytes, 1)
     at_once = next(n for n in range(num_batch, 0, -1) if num_batch % n == 0 and n <= fitting)
     # Leave rows alone that are sharded over devices.
     if at_once == num_batch or jax.device_count() > 1:

@@ -7,7 +7,7 @@ config is static under jit. This module collects the names that other rooms use 
 pieces).
 """
 
-from proxykd_jax.models.cache import KVCache, forward_cached, init_cache, layers_apart
+from proxykd_jax.models.cache import KVCache, forward_cached, init_cache, unstack_layers
 from proxykd_jax.models.chunked import map_positions
 from proxykd_jax.models.decoder import (
     batch_hidden_states,
@@ -27,8 +27,8 @@ __all__ = [
     "hidden_states",
     "init_cache",
     "init_params",
-    "layers_apart",
     "map_positions",
     "param_shapes",
     "unembed",
+    "unstack_layers",
 ]

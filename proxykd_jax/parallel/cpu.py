@@ -18,12 +18,12 @@ def cores() -> tuple[int, ...]:
 
 
 @functools.cache
-def second_caches() -> int:
+def l2_cache_bytes() -> int:
     """Bytes of these cores' second-level caches together; 1 MiB per core if unknown."""
-    return _second_caches(_CORES, cores())
+    return _l2_cache_bytes(_CORES, cores())
 
 
-def _second_caches(folder: Path, numbers: tuple[int, ...]) -> int:
+def _l2_cache_bytes(folder: Path, numbers: tuple[int, ...]) -> int:
     found: dict[str, int] = {}  # keyed by the cores that share a cache
     for number in numbers:
         try:

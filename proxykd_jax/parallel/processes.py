@@ -1,7 +1,7 @@
 """Several processes with one mesh: they start and end together, and arrays span them.
 
 jax's coordination service connects them; it runs in process 0. It notices a silent process within
-``_SILENCE_S`` seconds and aborts the others, which ``keeper`` reports. A process that ends with an
+``_SILENCE_S`` seconds and aborts the others, which ``supervisor`` reports. A process that ends with an
 error first announces this under the key ``failed/<index>``, and then the others end too.
 """
 
@@ -25,9 +25,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from proxykd_jax import peers
 from proxykd_jax.errors import UserError
-from proxykd_jax.parallel.keeper import PEER_LOST, TRY_AGAIN
 from proxykd_jax.parallel.launchers import Launch
 from proxykd_jax.parallel.sharding import ROWS, row_ways
+from proxykd_jax.parallel.supervisor import PEER_LOST, TRY_AGAIN
 
 # A process that is silent for this long counts as lost.
 _SILENCE_S = 30
@@ -46,7 +46,7 @@ _GATHERED_AT_ONCE = 1 << 28
 def start(launch: Launch) -> None:
     """Connects this process with the others, before anything uses a device.
 
-    If the others do not appear in time, jax aborts and the keeper reports it.
+    If the others do not appear in time, jax aborts and the supervisor reports it.
 
     Raises:
       UserError: the processes do not fit together, or the port is taken.
@@ -117,18 +117,18 @@ def fail(code: int, error: BaseException) -> NoReturn:
     if lost:
         time.sleep(_SAME_ERROR_S)  # the process that failed may be about to say so
         for other, (its_code, its_text) in channel.failures().items():
-            _say(f"process {other} ended: {its_text}")
+            _print_sentence(f"process {other} ended: {its_text}")
             _exit(its_code)
-        _say(f"{PEER_LOST} ({text})")
+        _print_sentence(f"{PEER_LOST} ({text})")
         _exit(TRY_AGAIN)
     channel.put(f"failed/{index}", json.dumps([code, text]))
     if index:
         time.sleep(_SAME_ERROR_S / 2)
         told = channel.failures().get(0)
         if told is None or told[1] != text:
-            _tell(error, f"process {index}: ")
+            _print_error(error, f"process {index}: ")
         _exit(code)
-    _tell(error, "")
+    _print_error(error, "")
     # The service ends with process 0, and then jax aborts the others. So process 0 ends last.
     end = time.monotonic() + 2 * _SAME_ERROR_S
     while time.monotonic() < end and len(channel.left()) < peers.count() - 1:
@@ -136,15 +136,15 @@ def fail(code: int, error: BaseException) -> NoReturn:
     _exit(code)
 
 
-def _tell(error: BaseException, prefix: str) -> None:
+def _print_error(error: BaseException, prefix: str) -> None:
     if isinstance(error, UserError | KeyboardInterrupt):
-        _say(f"{prefix}{error}")
+        _print_sentence(f"{prefix}{error}")
     else:
         print(prefix, file=sys.stderr, end="")
         traceback.print_exception(error)
 
 
-def _say(text: str) -> None:
+def _print_sentence(text: str) -> None:
     print(f"error: {text}", file=sys.stderr, flush=True)
 
 
@@ -172,12 +172,12 @@ def _watch_others() -> None:
     On process 0 it also raises SIGTERM when another process was asked to stop.
     """
     channel = _Channel()
-    told = False
+    forwarded = False
     while not _over.wait(_LOOK_EVERY_S):
         try:
             failures = channel.failures()
-            if peers.is_first() and not told and channel.any_under("term"):
-                told = True
+            if peers.is_first() and not forwarded and channel.any_under("term"):
+                forwarded = True
                 os.kill(os.getpid(), signal.SIGTERM)
         except Exception:
             return  # connection lost: jax aborts
@@ -186,7 +186,7 @@ def _watch_others() -> None:
             time.sleep(_SAME_ERROR_S)  # this process may be about to report the same error
             other, (code, text) = next(iter(failures.items()))
             if peers.is_first() or 0 not in failures:
-                _say(f"process {other} ended: {text}")
+                _print_sentence(f"process {other} ended: {text}")
             _exit(code)
 
 

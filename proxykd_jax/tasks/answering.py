@@ -44,7 +44,7 @@ COMPARING_VERSION = 2
 
 
 @dataclass(frozen=True)
-class Speaker:
+class ChatModel:
     """A model on the mesh, with its tokenizer and template."""
 
     model: Model
@@ -91,7 +91,7 @@ class Speaker:
         return self.renderer.tokenizer.decode(tokens, skip_special=True)
 
 
-def speaker(config: Config, candidate: Candidate, mesh: Mesh) -> Speaker:
+def load_chat_model(config: Config, candidate: Candidate, mesh: Mesh) -> ChatModel:
     """Loads a model, to be asked in the corpus's format.
 
     Raises:
@@ -100,7 +100,7 @@ def speaker(config: Config, candidate: Candidate, mesh: Mesh) -> Speaker:
     renderer = renderer_of(config, candidate.tokenizer)
     model = candidate.load(mesh)
     check_embedding_rows(renderer.tokenizer, model.config.vocab_size, str(model.folder))
-    return Speaker(model, renderer, mesh)
+    return ChatModel(model, renderer, mesh)
 
 
 def renderer_of(config: Config, own_tokenizer: Path | None = None) -> Renderer:
@@ -119,35 +119,35 @@ def renderer_of(config: Config, own_tokenizer: Path | None = None) -> Renderer:
 
 
 def generating(
-    speaker: Speaker, items: Sequence[Item], *, seed: int, max_new_tokens: int, batch_size: int
+    chat_model: ChatModel, items: Sequence[Item], *, seed: int, max_new_tokens: int, batch_size: int
 ) -> Answering:
     """Greedy answers by the built-in sampler, with rows split over the mesh.
 
     If a prompt leaves no room in the model's context, the output is empty and unfinished.
     """
-    model = speaker.model
-    draw = speaker.drawing(seed=seed, batch_size=batch_size)
+    model = chat_model.model
+    draw = chat_model.drawing(seed=seed, batch_size=batch_size)
 
     def answer(places: Sequence[int]) -> list[Line]:
         asked = [prompt_of(items[place]) for place in places]
-        prompts = _prompt_tokens(speaker.renderer, asked)
+        prompts = _prompt_tokens(chat_model.renderer, asked)
         room = [model.config.max_positions - len(prompt) for prompt in prompts]
         budgets = [min(max_new_tokens, left) if left >= FEWEST_TOKENS else 0 for left in room]
         names = [f"{items[place].task}/{items[place].id}" for place in places]
         lines = []
         for place, prompt, found in zip(places, asked, draw(prompts, names, budgets), strict=True):
-            lines.append(_line(items[place], prompt, speaker.text_of(found), found.finished))
+            lines.append(_line(items[place], prompt, chat_model.text_of(found), found.finished))
         return lines
 
     return answer
 
 
-def comparing(speaker: Speaker, items: Sequence[Item], *, batch_size: int) -> Answering:
+def comparing(chat_model: ChatModel, items: Sequence[Item], *, batch_size: int) -> Answering:
     """Log-likelihoods of the choices' texts as answers to the question alone.
 
     Only the text counts, not the end token or anything else after it.
     """
-    model = speaker.model
+    model = chat_model.model
 
     def answer(places: Sequence[int]) -> list[Line]:
         rows, owners = [], []
@@ -157,14 +157,14 @@ def comparing(speaker: Speaker, items: Sequence[Item], *, batch_size: int) -> An
             owners += [place] * len(items[place].choices)
         encoded = [
             TokenRow(found.tokens, found.prompt_length, "")
-            for found in speaker.renderer.encode_batch(rows, with_end=False)
+            for found in chat_model.renderer.encode_batch(rows, with_end=False)
         ]
         # The last token is predicted but never an input.
         kept = [len(row.tokens) - 1 <= model.config.max_positions for row in encoded]
         logliks = np.full(len(encoded), np.nan)
         fitting = [row for row, fits in zip(encoded, kept, strict=True) if fits]
         if fitting:
-            logliks[np.array(kept)] = -speaker.measured(fitting, batch_size).nll
+            logliks[np.array(kept)] = -chat_model.measured(fitting, batch_size).nll
         return [_compared(items[place], owners, logliks, place) for place in places]
 
     return answer

@@ -25,13 +25,13 @@ from proxykd_jax.peers import on_first, say
 from proxykd_jax.tasks.accuracies import BY_LENGTH, COMPARED, described, summarise
 from proxykd_jax.tasks.answering import (
     COMPARING_VERSION,
-    Speaker,
+    ChatModel,
     asking,
     comparing,
     generating,
+    load_chat_model,
     looking_up,
     renderer_of,
-    speaker,
 )
 from proxykd_jax.tasks.extraction import EXTRACTION_VERSION, extract, is_right
 from proxykd_jax.tasks.harness import check, described_checks, require_harness
@@ -159,11 +159,11 @@ def _of_model(
 
     # Loaded at the first missing part, then shared by all tasks.
     @functools.cache
-    def load() -> Speaker:
+    def load() -> ChatModel:
         assert isinstance(who, Candidate)
         mesh = make_mesh(config.mesh.of("evaluate"))
         check_rows(settings.batch_size, mesh, "evaluate.benchmarks.batch_size")
-        return speaker(config, who, mesh)
+        return load_chat_model(config, who, mesh)
 
     scored, checks = {}, {}
     if settings.harness and not isinstance(who, Candidate):
@@ -231,7 +231,7 @@ def _answering(
     settings: BenchmarksConfig,
     who: Who,
     ask: Ask,
-    load: Callable[[], Speaker],
+    load: Callable[[], ChatModel],
 ) -> Answering:
     budget = settings.max_new_tokens
     if isinstance(who, Server):

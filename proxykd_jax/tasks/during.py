@@ -8,7 +8,7 @@ from proxykd_jax.config import Config
 from proxykd_jax.data.order import permutation
 from proxykd_jax.parallel.sharding import check_rows
 from proxykd_jax.peers import stop_if_wanted
-from proxykd_jax.tasks.answering import Speaker, generating, renderer_of
+from proxykd_jax.tasks.answering import ChatModel, generating, renderer_of
 from proxykd_jax.tasks.extraction import extract, is_right
 from proxykd_jax.tasks.items import Item, files_of, read_items
 from proxykd_jax.training.loop import Periodic
@@ -41,12 +41,12 @@ def accuracy_while_training(config: Config, mesh: Mesh) -> Periodic | None:
     renderer = renderer_of(config)
 
     def figures(model: Model) -> dict[str, float]:
-        speaker = Speaker(model, renderer, mesh)
+        chat_model = ChatModel(model, renderer, mesh)
         shares = {}
         for task, items in asked.items():
             stop_if_wanted()
             answer = generating(
-                speaker,
+                chat_model,
                 items,
                 seed=config.seed,
                 max_new_tokens=during.max_new_tokens,

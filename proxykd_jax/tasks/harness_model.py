@@ -24,7 +24,7 @@ import numpy as np
 from proxykd_jax.data.collate import TokenRow
 from proxykd_jax.errors import UserError
 from proxykd_jax.peers import say, stop_if_wanted
-from proxykd_jax.tasks.answering import FEWEST_TOKENS, Speaker
+from proxykd_jax.tasks.answering import FEWEST_TOKENS, ChatModel
 from proxykd_jax.texts.records import Message, TextRow
 from proxykd_jax.texts.template import Renderer
 
@@ -57,7 +57,7 @@ class ChatText(str):
         return text
 
 
-class Wish(NamedTuple):
+class GenerationOptions(NamedTuple):
     """The wanted answer: the sampler's settings, and texts before which it is cut."""
 
     until: tuple[str, ...]
@@ -66,7 +66,7 @@ class Wish(NamedTuple):
     top_p: float
 
 
-def wish_of(kwargs: Mapping[str, Any]) -> Wish:
+def generation_options(kwargs: Mapping[str, Any]) -> GenerationOptions:
     """What the harness's ``generation_kwargs`` ask for. Greedy unless they ask for sampling.
 
     Raises:
@@ -88,7 +88,7 @@ def wish_of(kwargs: Mapping[str, Any]) -> Wish:
             + " in generation_kwargs, which the sampler does not do; it takes until, max_gen_toks, "
             "do_sample, temperature and top_p."
         )
-    return Wish(
+    return GenerationOptions(
         (until,) if isinstance(until, str) else tuple(until),
         int(lengths[0]) if lengths else _MAX_NEW_TOKENS,
         temperature,
@@ -107,7 +107,7 @@ class Respondent:
     """
 
     def __init__(
-        self, renderer: Renderer, load: Callable[[], Speaker], *, batch_size: int, seed: int
+        self, renderer: Renderer, load: Callable[[], ChatModel], *, batch_size: int, seed: int
     ) -> None:
         self.renderer = renderer
         self._load = load
@@ -128,31 +128,31 @@ class Respondent:
         Raises:
           UserError: a request asks for something that the sampler does not support.
         """
-        wishes = [wish_of(kwargs) for _, kwargs in requests]
+        wanted = [generation_options(kwargs) for _, kwargs in requests]
         contexts = self.encode([context for context, _ in requests])
-        speaker = self._load()
-        model = speaker.model
+        chat_model = self._load()
+        model = chat_model.model
         responses = [""] * len(requests)
-        for temperature, top_p in dict.fromkeys((w.temperature, w.top_p) for w in wishes):
+        for temperature, top_p in dict.fromkeys((w.temperature, w.top_p) for w in wanted):
             chosen = [
                 place
-                for place, wish in enumerate(wishes)
-                if (wish.temperature, wish.top_p) == (temperature, top_p)
+                for place, options in enumerate(wanted)
+                if (options.temperature, options.top_p) == (temperature, top_p)
             ]
-            draw = speaker.drawing(
+            draw = chat_model.drawing(
                 seed=self._seed,
                 batch_size=self._batch_size,
                 temperature=temperature,
                 top_p=top_p,
             )
             prompts, budgets = zip(
-                *(self._with_room(contexts[n], wishes[n].max_new_tokens, model) for n in chosen),
+                *(self._with_room(contexts[n], wanted[n].max_new_tokens, model) for n in chosen),
                 strict=True,
             )
             names = [f"request/{next(self._numbers)}" for _ in chosen]
             found = draw(list(prompts), names, list(budgets))
             for place, answer in zip(chosen, found, strict=True):
-                responses[place] = _before(speaker.text_of(answer), wishes[place].until)
+                responses[place] = _before(chat_model.text_of(answer), wanted[place].until)
         return responses
 
     def logliks(self, requests: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
@@ -254,8 +254,8 @@ class Respondent:
 
     def _measured(self, rows: Sequence[tuple[np.ndarray, int]]) -> list[tuple[float, bool]]:
         """For rows (int32[T], S) the log-likelihood of ``tokens[S:]``; an empty one has 0."""
-        speaker = self._load()
-        model = speaker.model
+        chat_model = self._load()
+        model = chat_model.model
         # The last token is predicted but never an input.
         longest = model.config.max_positions + 1
         found = [(0.0, True)] * len(rows)
@@ -270,7 +270,7 @@ class Respondent:
                     f"a continuation is longer than the model's context of {longest - 1} tokens."
                 )
         if asked:
-            sums = speaker.measured(list(asked.values()), self._batch_size)
+            sums = chat_model.measured(list(asked.values()), self._batch_size)
             greedy = sums.agreement == sums.tokens
             for place, nll, is_greedy in zip(asked, sums.nll, greedy, strict=True):
                 found[place] = (-float(nll), bool(is_greedy))
@@ -361,7 +361,7 @@ def _named_respondent(arguments: Mapping[str, Any], batch_size: Any) -> Responde
     from proxykd_jax.evaluation.candidates import Candidate, named_candidate
     from proxykd_jax.parallel.mesh import make_mesh
     from proxykd_jax.parallel.sharding import check_rows
-    from proxykd_jax.tasks.answering import renderer_of, speaker
+    from proxykd_jax.tasks.answering import load_chat_model, renderer_of
 
     if not {"config"} <= set(arguments) <= {"config", "model"}:
         raise UserError(
@@ -379,7 +379,7 @@ def _named_respondent(arguments: Mapping[str, Any], batch_size: Any) -> Responde
     check_rows(rows, mesh, "the batch size")
     return Respondent(
         renderer_of(config, who.tokenizer),
-        functools.cache(lambda: speaker(config, who, mesh)),
+        functools.cache(lambda: load_chat_model(config, who, mesh)),
         batch_size=rows,
         seed=config.seed,
     )

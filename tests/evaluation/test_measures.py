@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,7 +13,7 @@ from proxykd_jax.evaluation import measures
 from proxykd_jax.evaluation.calibration import NUM_BINS
 from proxykd_jax.evaluation.exact_teacher import TeacherLogps, write_teacher_logps
 from proxykd_jax.evaluation.measures import (
-    first_choice,
+    is_argmax,
     measure,
     paired_differences,
     token_mean,
@@ -159,10 +158,10 @@ def test_the_first_choice_is_the_argmax_ties_and_all() -> None:
     labels = rng.integers(7, size=(50, 40)).astype(np.int32)
     expected = logps.argmax(axis=-1) == labels
     assert 0.1 < expected.mean() < 0.5
-    for function in (first_choice, jax.jit(first_choice)):
+    for function in (is_argmax, jax.jit(is_argmax)):
         np.testing.assert_array_equal(function(logps, labels), expected)
     logps[..., 4] = np.nan
-    assert not np.any(first_choice(logps, labels))
+    assert not np.any(is_argmax(logps, labels))
 
 
 def test_the_teacher_itself_has_no_kl(params, split: Split, tmp_path: Path) -> None:
@@ -275,8 +274,7 @@ def test_teacher_file_is_checked(tmp_path: Path) -> None:
 
 
 def test_what_training_looks_at(params, split: Split) -> None:
-    model = SimpleNamespace(config=CONFIG, params=params, adapter=None)
-    got = validation_figures(4, None)(model, split, 5)
+    got = validation_figures(4, None)(model_of(params), split, 5)
     whole = measure(model_of(params), split, batch_size=4, max_rows=5)
     assert set(got) == {"nll", "agreement"}
     np.testing.assert_allclose(got["nll"], whole.nll.sum() / whole.tokens.sum(), rtol=1e-5)

@@ -81,7 +81,7 @@ def test_rows_that_are_computed_after_each_other_equal_all_at_once(monkeypatch, 
     if masks is not None:
         mask = jnp.asarray((rng.random((masks, 128, 128)) < 0.5) | np.eye(128, dtype=bool))
     bytes_at_once = 4 * 2 * 3 * 64 * 128 * at_once
-    monkeypatch.setattr(causal_blocks, "second_caches", lambda: bytes_at_once)
+    monkeypatch.setattr(causal_blocks, "l2_cache_bytes", lambda: bytes_at_once)
 
     def run(x):
         out, pull = jax.vjp(lambda *x: attention(*x, mask_BLS=mask, causal=True), *x)
@@ -98,7 +98,7 @@ def test_rows_that_are_computed_after_each_other_equal_all_at_once(monkeypatch, 
 
 
 def test_rows_come_after_each_other_where_a_program_is_compiled_for_a_cpu(monkeypatch):
-    monkeypatch.setattr(causal_blocks, "second_caches", lambda: 1)
+    monkeypatch.setattr(causal_blocks, "l2_cache_bytes", lambda: 1)
     run = jax.jit(lambda *x: attention(*x, causal=True))
     traced = run.trace(*inputs(length=64, slots=64))
     loops = {

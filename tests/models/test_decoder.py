@@ -166,10 +166,10 @@ def test_cached_equals_uncached(small_config, helpers, family, apart):
     cache = llama.init_cache(config, 3, 20, jnp.float32)
     if apart:
         cache = cache.replace(
-            k_NBGSC=llama.layers_apart(cache.k_NBGSC), v_NBGSC=llama.layers_apart(cache.v_NBGSC)
+            k_NBGSC=llama.unstack_layers(cache.k_NBGSC), v_NBGSC=llama.unstack_layers(cache.v_NBGSC)
         )
         params, adapter = (
-            {**tree, "layers": llama.layers_apart(tree["layers"])} for tree in (params, adapter)
+            {**tree, "layers": llama.unstack_layers(tree["layers"])} for tree in (params, adapter)
         )
     outputs = []
     for start, stop in [(0, prefill), *((i, i + 1) for i in range(prefill, 15))]:

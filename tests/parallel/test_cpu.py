@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from proxykd_jax.parallel.cpu import _second_caches, cores, second_caches
+from proxykd_jax.parallel.cpu import _l2_cache_bytes, cores, l2_cache_bytes
 
 
 def core(folder: Path, number: int, caches: list[tuple[str, str, str]]) -> None:
@@ -22,8 +22,8 @@ def test_a_cache_that_two_cores_share_counts_once(tmp_path: Path) -> None:
     for number in range(4):
         pair = "0-1" if number < 2 else "2-3"
         core(tmp_path, number, [("1", "48K", str(number)), ("2", "2M", pair), ("3", "64M", "0-3")])
-    assert _second_caches(tmp_path, (0, 1, 2, 3)) == 4 << 20
-    assert _second_caches(tmp_path, (0, 1)) == 2 << 20
+    assert _l2_cache_bytes(tmp_path, (0, 1, 2, 3)) == 4 << 20
+    assert _l2_cache_bytes(tmp_path, (0, 1)) == 2 << 20
 
 
 @pytest.mark.parametrize("caches", [[], [("1", "48K", "0")], [("2", "?", "0")], [("2", "", "0")]])
@@ -31,9 +31,9 @@ def test_where_the_system_does_not_tell_it_is_one_mebibyte_a_core(
     tmp_path: Path, caches: list[tuple[str, str, str]]
 ) -> None:
     core(tmp_path, 0, caches)
-    assert _second_caches(tmp_path, (0,)) == 1 << 20
+    assert _l2_cache_bytes(tmp_path, (0,)) == 1 << 20
 
 
 def test_of_this_machine() -> None:
     assert 1 <= len(cores()) <= (os.cpu_count() or 1)
-    assert second_caches() >= 1 << 18
+    assert l2_cache_bytes() >= 1 << 18

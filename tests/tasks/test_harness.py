@@ -20,11 +20,11 @@ from proxykd_jax.errors import UserError
 from proxykd_jax.evaluation.candidates import Candidate, named_candidate
 from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.tasks import benchmark, harness
-from proxykd_jax.tasks.answering import renderer_of, speaker
+from proxykd_jax.tasks.answering import load_chat_model, renderer_of
 from proxykd_jax.tasks.benchmark import run_benchmarks
 from proxykd_jax.tasks.extraction import extract, is_right
 from proxykd_jax.tasks.harness import run_task, task_config
-from proxykd_jax.tasks.harness_model import ChatText, Respondent, harness_model, wish_of
+from proxykd_jax.tasks.harness_model import ChatText, Respondent, generation_options, harness_model
 from proxykd_jax.tasks.items import TASKS, Item, read_items
 from proxykd_jax.texts.records import Message, TextRow
 from proxykd_jax.texts.template import Renderer
@@ -60,9 +60,9 @@ def respondent_of(
             config = config_of(tmp_path_factory.mktemp("run"), {"gsm8k": "none"}, folder)
             _, who = named_candidate(config, str(folder))
             assert isinstance(who, Candidate)
-            spoken = speaker(config, who, make_mesh(config.mesh.of("evaluate")))
+            loaded = load_chat_model(config, who, make_mesh(config.mesh.of("evaluate")))
             made[folder] = Respondent(
-                renderer_of(config, who.tokenizer), lambda: spoken, batch_size=4, seed=0
+                renderer_of(config, who.tokenizer), lambda: loaded, batch_size=4, seed=0
             )
         return made[folder]
 
@@ -221,13 +221,13 @@ def test_sampling_is_the_sampler_s_and_the_rest_is_refused(byte_model: Path, res
     found = fresh().generate(requests)
     assert found == fresh().generate(requests)
     assert len(set(found)) == 3 and found[1] == fresh().generate([(STORY, greedy)])[0]
-    assert wish_of({"do_sample": False, "temperature": 0.7}).temperature == 0.0
-    assert wish_of({"temperature": 0.7}).temperature == 0.7
-    assert wish_of({"do_sample": True}).temperature == 1.0
-    assert wish_of({"top_p": 0.5, "top_k": 9, "num_beams": 1}) == ((), 256, 0.0, 1.0)
-    assert wish_of({"max_new_tokens": 3, "max_gen_toks": 5}).max_new_tokens == 5
+    assert generation_options({"do_sample": False, "temperature": 0.7}).temperature == 0.0
+    assert generation_options({"temperature": 0.7}).temperature == 0.7
+    assert generation_options({"do_sample": True}).temperature == 1.0
+    assert generation_options({"top_p": 0.5, "top_k": 9, "num_beams": 1}) == ((), 256, 0.0, 1.0)
+    assert generation_options({"max_new_tokens": 3, "max_gen_toks": 5}).max_new_tokens == 5
     with pytest.raises(UserError, match="sets num_beams: 4 in generation_kwargs"):
-        wish_of({"num_beams": 4})
+        generation_options({"num_beams": 4})
 
 
 def _renderers(tmp_path: Path) -> list[Renderer]:
@@ -431,8 +431,8 @@ def test_a_model_checked_by_the_harness(
     keys = {"mode": "both", "max_new_tokens": 8, "items_per_part": 3, "batch_size": 8}
     config = config_of(tmp_path, {**files, **keys, "harness": True}, byte_model)
     loads: list[Any] = []
-    load = speaker
-    monkeypatch.setattr(benchmark, "speaker", lambda *of: loads.append(of) or load(*of))
+    load = load_chat_model
+    monkeypatch.setattr(benchmark, "load_chat_model", lambda *of: loads.append(of) or load(*of))
     summary = run_benchmarks(config, [f"tiny={byte_model}"])
     assert len(loads) == 1
     found = summary["harness"]["tiny"]
@@ -460,13 +460,13 @@ def test_a_model_checked_by_the_harness(
     assert "csqa_loglikelihood harness acc_norm: " in said and "of 12 the same: 12 scores" in said
 
     # Stored answers are not asked again, but a missing part is.
-    monkeypatch.setattr(benchmark, "speaker", pytest.fail)
+    monkeypatch.setattr(benchmark, "load_chat_model", pytest.fail)
     assert run_benchmarks(config, [f"tiny={byte_model}"]) == summary
     part = folder / "tiny/bbh_harness"
     manifest = json.loads((part / "manifest.json").read_text())
     (part / "manifest.json").write_text(json.dumps({**manifest, "status": "running"}))
     (part / "part_00001.jsonl").unlink()
-    monkeypatch.setattr(benchmark, "speaker", load)
+    monkeypatch.setattr(benchmark, "load_chat_model", load)
     assert run_benchmarks(config, [f"tiny={byte_model}"]) == summary
 
 

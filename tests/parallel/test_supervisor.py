@@ -14,7 +14,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 START = """
 import os, signal, sys, time
-from proxykd_jax.parallel.keeper import split_off_worker
+from proxykd_jax.parallel.supervisor import split_off_worker
 from proxykd_jax.parallel.launchers import Launch
 code = split_off_worker(Launch("hand", "a:1", 2, 0))
 if code is not None:
@@ -76,7 +76,7 @@ def test_sigterm_reaches_the_worker():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a facility of Linux")
-def test_a_killed_keeper_takes_its_worker_along():
+def test_a_killed_supervisor_takes_its_worker_along():
     process = start("time.sleep(60)")
     worker = int(process.stdout.readline().split()[1])
     process.kill()

@@ -1,8 +1,8 @@
-"""The keeper: a parent process that reports how the working process ended.
+"""The supervisor: a parent process that reports how the working process ended.
 
 When another process of the run is lost, jax calls ``abort`` in this one, and no Python code can
-react. So the keeper forks the worker before jax is imported. It forwards signals to the worker,
-copies the worker's stderr to its own, and waits. If the worker was aborted, the keeper prints a
+react. So the supervisor forks the worker before jax is imported. It forwards signals to the worker,
+copies the worker's stderr to its own, and waits. If the worker was aborted, the supervisor prints a
 sentence and returns an exit code.
 """
 
@@ -28,45 +28,45 @@ PEER_LOST = (
     "another process of this run has gone; the same command, on all processes, continues from the "
     "last checkpoint"
 )
-_PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1
 
 
 def split_off_worker(launch: Launch) -> int | None:
-    """Forks. The worker returns None at once; the keeper returns an exit code when the worker ends.
+    """Forks. The worker returns None at once, the supervisor an exit code when the worker ends.
 
     Args:
       launch: how the processes were started, for messages.
 
     Returns:
-      In the keeper: the worker's code, 75 if it was aborted because another process was lost, or
-      128 + n after signal n.
+      In the supervisor: the worker's code, 75 if it was aborted because another process was lost,
+      or 128 + n after signal n.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    keeper = os.getpid()
+    supervisor = os.getpid()
     reads, writes = os.pipe()
     # A signal that arrives now waits until there is a worker to forward it to.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
     worker = os.fork()
     if worker == 0:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.dup2(writes, 2)
         os.close(reads)
         os.close(writes)
-        _die_with(keeper)
+        _die_with(supervisor)
         return None
     os.close(writes)
     tail = bytearray()
     copier = threading.Thread(target=_copy, args=(reads, tail), daemon=True)
     copier.start()
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
+    def forward(number: int, frame: FrameType | None) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(worker, number)
 
-    for number in _PASSED_ON:
-        signal.signal(number, pass_on)
+    for number in _FORWARDED:
+        signal.signal(number, forward)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the worker, too
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
     _, status = os.waitpid(worker, 0)
@@ -108,9 +108,9 @@ def exit_code(status: int, last_words: bytes, launch: Launch) -> int:
     return 128 + number
 
 
-def _die_with(keeper: int) -> None:
-    """Makes the worker die when the keeper is killed (Linux)."""
+def _die_with(supervisor: int) -> None:
+    """Makes the worker die when the supervisor is killed (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != keeper:
+        if os.getppid() != supervisor:
             os._exit(128 + signal.SIGKILL)
