@@ -348,6 +348,12 @@ def greedy_answers(world: World, prompts_NP: np.ndarray) -> np.ndarray:
     return answers_NT
 
 
+def greedy_correct(worlds: Worlds, prompts_NP: np.ndarray) -> np.ndarray:
+    """bool ``[N]``: whether the teacher's greedy answer ends with the correct value."""
+    values = final_values(list(greedy_answers(worlds.teacher, prompts_NP)))
+    return values == true_results(worlds.truth_FA, prompts_NP)
+
+
 def final_values(answers: list[np.ndarray]) -> np.ndarray:
     """The last value before the end token of each answer; -1 where it is none or has no end."""
     values = np.full(len(answers), -1)

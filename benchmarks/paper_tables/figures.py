@@ -8,10 +8,10 @@ from typing import Any
 
 from benchmarks.miniature.plots import BLACK, BLUE, GREEN, GREY, ORANGE, SKY, plotting
 from benchmarks.paper_tables import proxies as px
+from benchmarks.paper_tables.labels import STATE_LABELS, label_of
 from benchmarks.paper_tables.methods import BLACK_BOX, METHODS, PROXY_KD
 from benchmarks.paper_tables.metrics import ACCURACY, AGREEMENT, BEST, KL, LAST, TOP_KS
 from benchmarks.paper_tables.statistics import MANY_ERRORS, Results
-from benchmarks.paper_tables.tables import STATE_LABELS, label_of
 
 CURVES = {BLACK_BOX: SKY, "fkl_unaligned": ORANGE, PROXY_KD: GREEN}
 STATES = {px.RAW: GREY, px.WARMUP: SKY, px.NLL: BLUE, px.PREFERENCE: GREEN}

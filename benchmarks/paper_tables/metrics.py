@@ -13,10 +13,9 @@ import numpy as np
 
 from benchmarks.miniature import world as w
 from benchmarks.paper_tables import models
-from benchmarks.paper_tables.offline import at_places, padded_answers
+from benchmarks.paper_tables.offline import at_places
 from benchmarks.paper_tables.seeds import Seed
-from benchmarks.paper_tables.training import stacked_rows
-from benchmarks.paper_tables.vectorise import over_seeds
+from benchmarks.paper_tables.vectorise import filled, over_seeds
 from proxykd_jax.evaluation.measures import place_figures
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.types import TokenBatch
@@ -76,13 +75,17 @@ class Recorder:
             for seed, value in zip(self.seeds, per_seed, strict=True)
         ]
 
+    def same(self, method: str, checkpoint: str, metric: str, value: float) -> list[Record]:
+        """Makes records of a value that all seeds share."""
+        return self(method, checkpoint, {metric: [value] * len(self.seeds)})
+
 
 class Evaluator:
     """The test rows of all seeds with the teacher's distribution on them."""
 
     def __init__(self, data: Sequence[Seed], seeds: Sequence[int]) -> None:
         self._data, self._seeds = data, seeds
-        self._rows = stacked_rows([seed.test.batch for seed in data])
+        self._rows = filled([seed.test.batch for seed in data])
         self._logps = np.stack(
             [at_places(seed.teacher_logps_NTV, seed.test.batch.tokens_BL.shape) for seed in data]
         )
@@ -108,7 +111,7 @@ class Evaluator:
         """The teacher against its own text; its greedy accuracy where it is the world itself."""
         values: dict[str, list[float]] = {AGREEMENT: [], TEACHER_NLL: [], KL: []}
         for seed in self._data:
-            answers_NT = padded_answers(seed.test)
+            answers_NT = seed.test.answers_NT
             lengths = w.answer_lengths(answers_NT)
             mask_NT = np.arange(w.MAX_ANSWER)[None, :] < lengths[:, None]
             logps = seed.teacher_logps_NTV
