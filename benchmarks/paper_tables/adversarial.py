@@ -35,15 +35,10 @@ def judged_answers(
     Returns:
       The answers, and the position of each one's last token.
     """
-    rows = rows_of_samples(prompts_BP, answers_BT, count_B)
-    names = ("tokens_BL", "labels_BL", "mask_BL", "segment_ids_BL", "positions_BL")
-    longer = {name: jnp.pad(getattr(rows, name), ((0, 0), (0, 1))) for name in names}
-    whole_BL = jnp.concatenate([prompts_BP, answers_BT], axis=1)
     there_B = count_B > 0
+    rows = rows_of_samples(prompts_BP, answers_BT, count_B, last_tokens=True)
     last_B = jnp.where(there_B, prompts_BP.shape[1] + count_B - 1, 0)
-    at_last_BL = (jnp.arange(whole_BL.shape[1])[None, :] == last_B[:, None]) & there_B[:, None]
-    longer["tokens_BL"] = jnp.where(at_last_BL, whole_BL, longer["tokens_BL"])
-    return AnswerBatch(rows.replace(**longer), finished_B, there_B), last_B
+    return AnswerBatch(rows, finished_B, there_B), last_B
 
 
 @functools.lru_cache(maxsize=8)

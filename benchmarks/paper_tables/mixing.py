@@ -23,7 +23,6 @@ from benchmarks.paper_tables.on_policy import (
 from benchmarks.paper_tables.seeds import Rows
 from benchmarks.paper_tables.training import MakeBatch, Run, every_row
 from proxykd_jax.baselines.beside_scorer import ScoredSpec
-from proxykd_jax.baselines.gkd import GkdObjective
 from proxykd_jax.baselines.mixing import MixedObjective
 from proxykd_jax.baselines.rollouts import AnswerBatch
 from proxykd_jax.training.batch_objectives import Counts, Metrics, Objective
@@ -41,13 +40,12 @@ class EitherBatch:
 
 @dataclass(frozen=True)
 class EitherObjective:
-    """The loss of one kind of step: ``MixedObjective`` where the kind is data."""
+    """The product's objective where the kind of a step is data."""
 
-    stored: Objective
-    own: GkdObjective
+    mixed: MixedObjective
 
     def counts(self, batch: EitherBatch) -> dict[str, Counts]:
-        return {"stored": self.stored.counts(batch.stored), "own": self.own.counts(batch.own)}
+        return {kind: self.mixed.counts(getattr(batch, kind)) for kind in ("stored", "own")}
 
     def share(
         self,
@@ -58,14 +56,11 @@ class EitherObjective:
         spec: ScoredSpec,
         dropout_key: jax.Array | None,
     ) -> tuple[jax.Array, Metrics]:
-        def own() -> jax.Array:
-            return self.own.share(params, adapter, batch.own, counts["own"], spec, dropout_key)[0]
+        def loss_on(kind: str) -> jax.Array:
+            part = (getattr(batch, kind), counts[kind])
+            return self.mixed.share(params, adapter, *part, spec, dropout_key)[0]
 
-        def stored() -> jax.Array:
-            student = params["student"]
-            rows, count = batch.stored, counts["stored"]
-            return self.stored.share(*student, rows, count, spec.student, dropout_key)[0]
-
+        own, stored = (functools.partial(loss_on, kind) for kind in ("own", "stored"))
         return jax.lax.cond(batch.is_own, own, stored), {}
 
     def terms(self) -> dict[str, Objective]:
@@ -106,7 +101,7 @@ def train(
         count = len(phase.rows)
         prompts = padded_prompts(Rows(phase.rows.read(range(count))))
         pools.append((prompts, collate(every_row(count))))
-        either.append(phase.with_(objective=EitherObjective(objective.stored, objective.own)))
+        either.append(phase.with_(objective=EitherObjective(objective)))
     run = Run.start(phases[0], material.setting.config.distill, student_S, validation)
     run.take(
         either,

@@ -75,15 +75,23 @@ def text_orders(material: Material, steps: int) -> list[np.ndarray]:
 # --- batches of one seed --------------------------------------------------------------------------
 
 
-def rows_of_samples(prompts_BP: jax.Array, answers_BT: jax.Array, count_B: jax.Array) -> TokenBatch:
-    """Does what ``collate_rows`` does to answers of ``count_B`` tokens, traceable."""
+def rows_of_samples(
+    prompts_BP: jax.Array, answers_BT: jax.Array, count_B: jax.Array, *, last_tokens: bool = False
+) -> TokenBatch:
+    """Does what ``collate_rows`` does to answers of ``count_B`` tokens, traceable.
+
+    With ``last_tokens`` the rows have one position more, where the last token is an input.
+    """
     whole = jnp.concatenate([prompts_BP, answers_BT], axis=1)
-    prompt = prompts_BP.shape[1]
-    place_1L = jnp.arange(whole.shape[1] - 1)[None, :]
-    inside_BL = place_1L < (prompt + count_B - 1)[:, None]
+    prompt, length = prompts_BP.shape[1], whole.shape[1] - (not last_tokens)
+    place_1L = jnp.arange(length)[None, :]
+    labels_BL = jnp.pad(whole[:, 1:], ((0, 0), (0, 1)))[:, :length]
+    end_B = prompt + count_B - 1
+    inside_BL = place_1L < end_B[:, None]
+    read_BL = place_1L < (end_B + (last_tokens & (count_B > 0)))[:, None]
     return TokenBatch(
-        tokens_BL=jnp.where(inside_BL, whole[:, :-1], 0),
-        labels_BL=jnp.where(inside_BL, whole[:, 1:], 0),
+        tokens_BL=jnp.where(read_BL, whole[:, :length], 0),
+        labels_BL=jnp.where(inside_BL, labels_BL, 0),
         mask_BL=inside_BL & (place_1L >= prompt - 1),
         segment_ids_BL=inside_BL.astype(jnp.int32),
         positions_BL=jnp.where(inside_BL, place_1L, 0),

@@ -19,6 +19,7 @@ from benchmarks.paper_tables.vectorise import CHUNK, filled, in_chunks, over_see
 from proxykd_jax.baselines.gad import GadObjective, GadWarmupObjective, game_batch
 from proxykd_jax.baselines.gkd import GkdObjective
 from proxykd_jax.baselines.minillm import MiniLlmObjective, rollout_batch
+from proxykd_jax.baselines.mixing import MixedObjective
 from proxykd_jax.baselines.on_policy import OnPolicyObjective
 from proxykd_jax.baselines.rollouts import AnswerBatch, given_answers
 from proxykd_jax.config import PreferenceConfig
@@ -32,6 +33,7 @@ from proxykd_jax.models.params import init_params
 from proxykd_jax.training.batch_objectives import AlignObjective, DistillObjective, NllObjective
 from proxykd_jax.training.batches import make_plan, phase_seed
 from proxykd_jax.training.distillation import text_phase
+from proxykd_jax.types import DistillBatch
 
 MODEL = pretrain.model_config(16, 24, 1)
 
@@ -172,33 +174,33 @@ def test_a_students_phase_is_the_methods(material: offline.Material, rows: seeds
 
 
 @pytest.mark.parametrize("is_own", [False, True])
-def test_a_mixed_step_has_the_loss_of_its_kind(is_own: bool) -> None:
+def test_a_mixed_step_has_the_loss_of_its_kind(is_own: bool, rows: seeds.Rows) -> None:
     """With stand-ins of the two objectives: value and gradient are those of one alone."""
 
-    @dataclasses.dataclass(frozen=True)
-    class Power:
-        exponent: int
+    class Stored:
+        def counts(self, batch: DistillBatch) -> dict[str, float]:
+            return {"mine": 1.0}
 
-        def counts(self, batch: float) -> dict[str, float]:
-            return {"mine": batch}
-
-    @dataclasses.dataclass(frozen=True)
-    class Stored(Power):
         def share(self, params, adapter, batch, counts, spec, key):
-            assert counts == {"mine": batch} and spec == "student's"  # not the other's
-            return params**self.exponent, {}
+            assert counts == {"mine": 1.0} and spec == "student's"  # not the other's
+            return params**2, {}
+
+    class Own:
+        def counts(self, batch: AnswerBatch) -> dict[str, float]:
+            return {"mine": 2.0}
+
+        def share(self, params, adapter, batch, counts, spec, key):
+            assert counts == {"mine": 2.0} and isinstance(spec, Spec)
+            return params["student"][0] ** 3, {"divergence": None}
 
     class Spec:
         student = "student's"
 
-    @dataclasses.dataclass(frozen=True)
-    class Own(Power):
-        def share(self, params, adapter, batch, counts, spec, key):
-            assert counts == {"mine": batch} and isinstance(spec, Spec)
-            return params["student"][0] ** self.exponent, {}
-
-    objective = mixing.EitherObjective(Stored(2), Own(3))
-    batch = mixing.EitherBatch(1.0, 2.0, is_own)
+    nobody_B = np.zeros(len(rows) + 1, bool)
+    objective = mixing.EitherObjective(MixedObjective(Stored(), Own()))
+    own = AnswerBatch(rows.batch, nobody_B, nobody_B)
+    stored = DistillBatch(rows.batch, *[None] * 5)
+    batch = mixing.EitherBatch(stored, own, is_own)
 
     def loss(x: jax.Array) -> jax.Array:
         counts = objective.counts(batch)
