@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.command import exit_code
 from proxykd_jax.config import Config, load_config
 from proxykd_jax.data.collate import TokenRow
 from proxykd_jax.data.corpus import open_corpus
-from proxykd_jax.errors import UserError
 from proxykd_jax.models.decoder import forward
 from proxykd_jax.training.model import Model
 
@@ -54,9 +53,4 @@ def run(
     parser.add_argument("--set", action="append", default=[], help="key=value over the file")
     parser.add_argument("--rows", type=int, default=64, help="validation rows to look at")
     arguments = parser.parse_args(argv)
-    try:
-        show(load_config(arguments.config, arguments.set), arguments.rows)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: show(load_config(arguments.config, arguments.set), arguments.rows))

@@ -1,4 +1,4 @@
-"""Greedy accuracy of a model on the test prompts, with the product's own sampler."""
+"""The greedy accuracy of a model on the test prompts, by the product's sampler."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def greedy_correct(model: Model, prompts_NP: np.ndarray, truth_FA: np.ndarray) -
     """bool [N]: whether the model's greedy answer ends with the correct value.
 
     Args:
-      model: of the miniature's vocabulary.
-      prompts_NP: prompts.
+      model: a model of the miniature's vocabulary.
+      prompts_NP: the prompts.
       truth_FA: the correct results of each function.
     """
     answers = sample(
@@ -26,7 +26,7 @@ def greedy_correct(model: Model, prompts_NP: np.ndarray, truth_FA: np.ndarray) -
         seed=0,
         round_index=0,
         end_token_ids=(w.END,),
-        # One token more than the longest answer: a model that rambles has no end and is wrong.
+        # One token more than the longest answer: a model that goes on has no end and is wrong.
         max_new_tokens=[w.MAX_ANSWER + 1] * len(prompts_NP),
         temperature=0.0,
         batch_size=256,

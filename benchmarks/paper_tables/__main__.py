@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import exit_code
 from benchmarks.paper_tables import vectorise
 from proxykd_jax.artifacts import digest_value, read_json, write_json
 from proxykd_jax.errors import UserError
@@ -66,13 +67,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None, sizes: Any = None) -> int:
     """Runs the command line and returns the exit code. ``sizes`` are for tests."""
-    arguments = parser().parse_args(argv)
-    try:
-        _run(arguments, sizes, list(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = parser().parse_args(given)
+    return exit_code(lambda: _run(arguments, sizes, given))
 
 
 def _run(arguments: argparse.Namespace, sizes: Any, argv: list[str]) -> None:

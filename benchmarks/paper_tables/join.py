@@ -6,10 +6,10 @@ python -m benchmarks.paper_tables.join runs/seeds_0_3 runs/seeds_4_7 --out runs/
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.command import exit_code
 from benchmarks.paper_tables import tables
 from benchmarks.paper_tables.metrics import EITHER_PRESET, Record
 from proxykd_jax.artifacts import read_json
@@ -51,12 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folders", nargs="+", type=Path, help="folders that --out named")
     parser.add_argument("--out", type=Path, required=True, help="folder for tables and figures")
     arguments = parser.parse_args(argv)
-    try:
-        join(arguments.folders, arguments.out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: join(arguments.folders, arguments.out))
 
 
 if __name__ == "__main__":
