@@ -1,4 +1,4 @@
-"""Every student: what it learns from and how. All begin at one model and take equal steps."""
+"""All students: what they learn from and how. They start from one model and take equal steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SODA, GAD = "soda", "gad"
 PROXY_KD, BLACK_BOX, BLACK_BOX_ALL = "proxy_kd", "black_box_kd", "black_box_kd_all"
 Any_Method = Method | OnPolicyMethod | str
 
-# name -> (label, group); the groups are those of the tables.
+# The methods by name: (label, group of the tables).
 BASELINES, ABLATIONS, CONTROLS, BEYOND = "Table 1", "Table 2", "controls", "beyond the paper"
 METHODS: dict[str, tuple[str, str]] = {
     "fkl_unaligned": ("forward KL, unaligned proxy, its text", BASELINES),
@@ -46,7 +46,7 @@ METHODS: dict[str, tuple[str, str]] = {
     SODA: ("SODA", BEYOND),
     GAD: ("GAD", BEYOND),
 }
-# Those that are not Proxy-KD have their own papers' values: the same students serve both presets.
+# These depend on the preset. The others have their own papers' values and serve both presets.
 OF_PRESET = (
     PROXY_KD,
     "without_alignment_raw",
@@ -60,10 +60,8 @@ OF_PRESET = (
     "random_labels",
 )
 OF_NO_PRESET = tuple(name for name in METHODS if name not in OF_PRESET)
-# The weight of the KL beside an NLL of weight 1, where the paper gives no alpha.
-EQUAL = 1.0
-# Others' KL is over the whole vocabulary, nearly all of which the top 10 of 46 tokens hold; no
-# preset changes them.
+EQUAL = 1.0  # The KL has this weight beside an NLL of weight 1, where the paper gives no alpha.
+# The KL of the others is over the whole vocabulary. The top 10 of 46 tokens hold nearly all of it.
 OTHERS_TAIL = "renormalize_proxy"
 
 

@@ -57,7 +57,7 @@ def draw_answers(
     settings = DrawSettings(temperature, 1.0, w.VOCAB_SIZE, (w.END,))
     options: dict[str, Any] = {"config": model, "settings": settings, "mixing": mixing}
     state = prefill(params, None, batch, seed, round_index, other, slots=slots, **options)
-    # 0: until all rows are done.
+    # With 0 it decodes until all rows are done.
     state = decode(params, None, state, jnp.int32(0), other, **options)
     return state.tokens_BS[:, :budget], state.count_B, state.finished_B
 

@@ -76,7 +76,7 @@ def dpo_plain_fused(model: Any, batch: Batch) -> torch.Tensor:
 
 
 def _distill(topk: torch.Tensor, gold: torch.Tensor, batch: Batch, first: int) -> torch.Tensor:
-    """The forward KL of ``ServerDistillationTrainer`` on stored top-k log-probs and the tail's bucket.
+    """The forward KL of ``ServerDistillationTrainer`` on stored log-probs and the tail's bucket.
 
     The NLL of the answers and the weights of the examples are added; TRL has neither.
     """
