@@ -1,1 +1,1 @@
-"""Measurements of the library: the miniature in which the teacher is known, and its tables."""
+"""Measurements of the library: the miniature whose teacher is known, its tables, and speed."""

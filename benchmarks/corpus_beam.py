@@ -1,10 +1,11 @@
-"""Prepares one generated corpus by the local path and by Beam's local runner, in turns.
+"""Prepares one generated corpus alternately by the local path and by Beam's local runner.
 
     python benchmarks/corpus_beam.py --rows 24000
 
-Needs the environment of requirements-beam.txt. The rows are those of ``corpus_scale.py``, in eight
-files. Each run is a process of its own, start-up included; the corpora are compared by the digest
-in their manifests. Printed is a table of seconds.
+The command needs the environment of requirements-beam.txt. The rows are those of
+``corpus_scale.py``, in eight files. Each run is a process of its own, and its start is part of the
+time. The command compares the corpora by the digests in their manifests, and prints a table of
+seconds.
 """
 
 from __future__ import annotations
@@ -50,10 +51,13 @@ def config_of(work: Path, path: str) -> dict:
 
 
 def main() -> None:
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=24_000)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--work", type=Path, default=Path("runs/corpus_beam"))
+    parser.add_argument("--rows", type=int, default=24_000, help="rows of the corpus")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each path")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/corpus_beam"), help="folder for files"
+    )
     arguments = parser.parse_args()
     work: Path = arguments.work.resolve()
     if not (work / "rows").exists():

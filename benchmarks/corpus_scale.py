@@ -1,11 +1,11 @@
-"""Prepares and streams a generated corpus at two sizes: rates, and memory that must not grow.
+"""Prepares and streams a generated corpus at two sizes: the rates, and whether memory grows.
 
     python benchmarks/corpus_scale.py --rows 1000000 --tokenizer FOLDER
 
-Rows are prompts and answers of English prose (the documentation inside Python's own library) in
-lengths that look like a teacher's: medians of 35 and 120 words, long tails. Each step runs in a
-process of its own, whose peak memory is read when it ends. The result is printed as one JSON line
-a step, and as a table.
+Rows are prompts and answers of English prose (the documentation inside Python's library). Their
+lengths resemble a teacher's: medians of 35 and 120 words, long tails. Each step runs in its own
+process, whose peak memory is read when it ends. The command prints a JSON line for each step, and a
+table.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MIB = 1 << 20
 
 
 def write_rows(path: Path, count: int, seed: int = 0) -> None:
-    """Writes a JSONL corpus; every row is another one."""
+    """Writes a JSONL corpus without repeated rows."""
     from pydoc_data.topics import topics
 
     words = " ".join(topics[name] for name in sorted(topics)).split()
@@ -46,7 +46,7 @@ def _passage(words: list[str], rng: random.Random, length: int) -> str:
 
 
 def make_tokenizer(folder: Path) -> Path:
-    """A byte-level BPE of 32,000 tokens from the same prose, where none is given."""
+    """Trains a byte-level BPE of 32,000 tokens on the same prose."""
     from pydoc_data.topics import topics
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -65,7 +65,7 @@ def make_tokenizer(folder: Path) -> Path:
 
 
 def run_config(work: Path, tokenizer: str, rows: int) -> Any:
-    """The config of one size: the paper's lengths, a validation share, and no repeated rows."""
+    """The config of one size, with the paper's lengths."""
     from proxykd_jax.config import make_config
 
     return make_config(
@@ -86,7 +86,7 @@ def run_config(work: Path, tokenizer: str, rows: int) -> Any:
 
 
 def measure_prepare(work: Path, tokenizer: str, rows: int) -> dict[str, Any]:
-    """Text to a tokenised, split corpus."""
+    """Turns the text into a tokenised, split corpus."""
     from proxykd_jax.prepare import main as prepare
 
     result = prepare(run_config(work, tokenizer, rows))
@@ -98,46 +98,31 @@ def measure_prepare(work: Path, tokenizer: str, rows: int) -> dict[str, Any]:
 
 
 def measure_stream(work: Path, tokenizer: str, rows: int, batching: str) -> dict[str, Any]:
-    """One epoch over D_w, D_p and D_s in batches of 32."""
-    import numpy as np
-
-    from proxykd_jax.data.collate import collate_rows
+    """Streams one epoch over D_w, D_p and D_s in batches of 32."""
     from proxykd_jax.data.corpus import open_corpus
-    from proxykd_jax.data.order import PlannedBatch, default_buckets, plan_epoch
+    from proxykd_jax.data.order import default_buckets, plan_epoch
     from proxykd_jax.data.stream import BatchStream
+    from proxykd_jax.training.batches import Joined, token_collate
 
     corpus = open_corpus(work / "runs" / f"rows_{rows}" / "corpus")
-    splits = [corpus.split(name) for name in ("warmup", "align", "distill")]
-    starts = np.cumsum([0, *(len(split) for split in splits)])
-    lengths = np.concatenate([split.lengths for split in splits]) - 1
+    joined = Joined({name: corpus.split(name) for name in ("warmup", "align", "distill")})
     plan = plan_epoch(
-        lengths,
+        joined.lengths - 1,
         seed=0,
         epoch=0,
         batch_size=32,
         batching=batching,  # type: ignore[arg-type]
         buckets=default_buckets(1024),
     )
-
-    def collate(batch: PlannedBatch) -> Any:
-        flat = np.array([i for row in batch.rows for i in row], np.int64)
-        found: dict[int, Any] = {}
-        which = np.searchsorted(starts, flat, side="right") - 1
-        for s in np.unique(which):
-            mine = flat[which == s]
-            found.update(zip(mine.tolist(), splits[s].read(mine - starts[s]), strict=True))
-        examples = [[found[i] for i in row] for row in batch.rows]
-        return collate_rows(examples, batch.length, batch.num_segments, len(batch.rows))
-
     seen = tokens = positions = 0
     shapes = set()
-    for batch in BatchStream(lambda epoch: plan, collate, 0, len(plan)):
+    for batch in BatchStream(lambda epoch: plan, token_collate(joined), 0, len(plan)):
         seen += int(batch.example_mask_BS.sum())
         tokens += int((batch.segment_ids_BL > 0).sum())
         positions += batch.tokens_BL.size
         shapes.add(batch.tokens_BL.shape)
-    if seen != len(lengths):
-        raise RuntimeError(f"{seen} rows were streamed of {len(lengths)}.")
+    if seen != len(joined):
+        raise RuntimeError(f"{seen} rows were streamed of {len(joined)}.")
     return {"rows": seen, "tokens": tokens, "filled": tokens / positions, "shapes": len(shapes)}
 
 
@@ -150,7 +135,7 @@ def in_a_process(step: str, work: Path, tokenizer: str, rows: int) -> dict[str, 
 
 
 def run_step(step: str, work: Path, tokenizer: str, rows: int) -> None:
-    """What the fresh process does: the step, then a line of figures."""
+    """Runs the step and prints a line of figures; the fresh process calls it."""
     wall, cpu = time.perf_counter(), time.process_time()
     if step == "prepare":
         figures = measure_prepare(work, tokenizer, rows)
@@ -167,10 +152,13 @@ def run_step(step: str, work: Path, tokenizer: str, rows: int) -> None:
 
 
 def main() -> None:
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--tokenizer", help="folder (default: a BPE trained on the spot)")
-    parser.add_argument("--work", type=Path, default=Path("runs/corpus_scale"))
+    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the larger corpus")
+    parser.add_argument("--tokenizer", help="its folder (default: a new BPE is trained)")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/corpus_scale"), help="folder for files"
+    )
     parser.add_argument("--step", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     work: Path = arguments.work

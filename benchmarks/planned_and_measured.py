@@ -1,11 +1,12 @@
-"""What ``plan`` says of a run's programs, beside what the devices at hand do with them.
+"""Runs the programs of a run on the devices at hand, and compares them with what ``plan`` says.
 
     python -m proxykd_jax.plan --config FILE --device h100 --count 1 --json plan.json
     python -m benchmarks.planned_and_measured --config FILE --plan plan.json --json FILE
 
-Every program of the recipe runs with random weights and random rows of the greatest length; no
-model and no data are needed, only their config.json. A program has a process of its own, because
-a device tells the most memory that it ever held. With ``--plan`` its figures stand beside.
+Every program of the recipe runs with random weights and random rows of the greatest length. It
+needs the models' config.json, but no weights and no data. Each program has its own process, because
+a device reports the most memory that it ever held. With ``--plan`` the planned figures stand beside
+the measured ones.
 """
 
 from __future__ import annotations
@@ -34,12 +35,15 @@ def measure(config: Config, stage: str, steps: int) -> dict[str, Any]:
 
     Args:
       config: of the run.
-      stage: the program's name, see ``planning.phases``.
-      steps: runs that are timed, after two that are not.
+      stage: the name of the program, see ``planning.run_programs``.
+      steps: number of runs that are timed, after two that are not.
 
     Returns:
-      Peak bytes of a device, ``batch`` rows computed at once and ``rows`` of a run (a step may
-      take several micro-batches), its seconds (the median) and FLOPs, and tokens a second.
+      The peak bytes of a device, the ``batch`` of rows computed at once, the ``rows`` of a run (a
+      step may take several micro-batches), the median seconds, the FLOPs and the tokens a second.
+
+    Raises:
+      UserError: the run has no such program.
     """
     import jax
 
@@ -87,7 +91,7 @@ def measure(config: Config, stage: str, steps: int) -> dict[str, Any]:
 
 
 def _rows(lowered: Any) -> int:
-    """Rows (or pairs) that a run of a program computes."""
+    """The number of rows (or pairs) that a run of a program computes."""
     import jax
 
     leaves = jax.tree_util.tree_leaves_with_path(lowered.args_info)
@@ -95,7 +99,7 @@ def _rows(lowered: Any) -> int:
 
 
 def _time(compiled: Any, lowered: Any, models: dict[str, Any], steps: int) -> float:
-    """Median seconds of a program; what it donates comes from its result, as in training."""
+    """The median seconds of a program. Its result replaces what it donates, as in training."""
     import jax
 
     vocab_size = min(model.vocab_size for model in models.values())
@@ -113,7 +117,7 @@ def _time(compiled: Any, lowered: Any, models: dict[str, Any], steps: int) -> fl
 
 
 def _time_sampling(config: Config, model: Any, prefill: Any, mesh: Any, half: int) -> float:
-    """Seconds for a batch of answers by the sampler, every row to the end of its budget."""
+    """The seconds of a batch of answers, each as long as its budget."""
     import numpy as np
 
     from proxykd_jax.generation.decode import DrawSettings
@@ -149,7 +153,7 @@ def _time_sampling(config: Config, model: Any, prefill: Any, mesh: Any, half: in
 
 
 def _random(lowered: Any, compiled: Any, vocab_size: int) -> Any:
-    """(args, kwargs) of a program, made on the devices where it wants them."""
+    """Makes (args, kwargs) of a program on the devices where it wants them."""
     import jax
 
     shardings = compiled.input_shardings
@@ -172,13 +176,13 @@ def _name(key: Any) -> str:
 def _value_of(
     names: list[str], shape: tuple[int, ...], dtype: Any, vocab_size: int, salt: int
 ) -> Callable[[], Any]:
-    """What an argument of that name holds."""
+    """A function that makes the value of an argument of that name."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     def numbers() -> Any:
-        """uint32, scattered; nothing beside the result is ever in memory."""
+        """Hashed positions, uint32; only the result is ever in memory."""
         number = jnp.full(shape, salt, jnp.uint32)
         for axis in range(len(shape)):
             number = (number + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)) * np.uint32(
@@ -189,7 +193,7 @@ def _value_of(
 
     def floats() -> Any:
         uniform = numbers().astype(jnp.float32) / 2.0**32 - 0.5
-        return (uniform * 0.07).astype(dtype)  # standard deviation 0.02
+        return (uniform * 0.07).astype(dtype)  # The standard deviation is 0.02.
 
     last = names[-1]
     kinds: dict[str, Callable[[], Any]] = {
@@ -212,7 +216,7 @@ def _value_of(
         return kinds[last]
     if dtype == jnp.bool_ or not jnp.issubdtype(dtype, jnp.floating) or "norm" in " ".join(names):
         return lambda: jnp.ones(shape, dtype)
-    if last.endswith("_BS"):  # sample weights
+    if last.endswith("_BS"):  # These are sample weights.
         return lambda: jnp.ones(shape, dtype)
     return floats
 
@@ -221,7 +225,7 @@ def _value_of(
 
 
 def _in_process(argv: list[str], stage: str, timeout: float) -> dict[str, Any] | str:
-    """A stage's figures from a process of its own, or what it said last."""
+    """The figures of a stage from a process of its own, or the last error that it printed."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "figures.json"
         command = [sys.executable, "-m", "benchmarks.planned_and_measured", *argv]
@@ -260,19 +264,19 @@ def render(name: str, found: dict[str, Any] | str, planned: dict[str, Any] | Non
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Runs the command line and returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.planned_and_measured",
-        description="Run the programs of a recipe with random weights; beside what plan says.",
+        description="Run the programs of a recipe with random weights and compare with plan.",
     )
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("--set", action="append", default=[], help="key=value over the file")
-    parser.add_argument("--plan", type=Path, help="what plan wrote with --json")
-    parser.add_argument("--stages", help="names, with commas between (default: the plan's)")
-    parser.add_argument("--stage", help="measure this one here, in this process")
-    parser.add_argument("--steps", type=int, default=5, help="runs that are timed")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for a stage")
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--plan", type=Path, help="file that plan wrote with --json")
+    parser.add_argument("--stages", help="names, separated by commas (default: the plan's)")
+    parser.add_argument("--stage", help="measure this stage in this process")
+    parser.add_argument("--steps", type=int, default=5, help="number of timed runs")
+    parser.add_argument("--timeout", type=float, default=600.0, help="most seconds of a stage")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
     arguments = parser.parse_args(argv)
     try:
         config = load_config(arguments.config, arguments.set)

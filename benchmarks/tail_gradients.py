@@ -1,8 +1,8 @@
-"""How near the gradient of a top-k KL is to the full KL's, for each treatment of the tail.
+"""Compares the gradient of a top-k KL with the full KL's, for each treatment of the tail.
 
-Proxy and student are those of a finished run; gradients are with respect to the student's logits,
-one a position of the validation answers. Printed for each top_k: the mean cosine with the gradient
-of the full KL, and the mean ratio of the two lengths.
+Proxy and student are those of a finished run. Gradients are taken with respect to the student's
+logits at each position of the validation answers. For each top_k the command prints the mean cosine
+of the two gradients and the mean ratio of their lengths.
 
     python -m benchmarks.tail_gradients --config RUN.yaml [--set key=value ...] [--rows 64]
 """
@@ -25,12 +25,15 @@ from proxykd_jax.training.model import load_for_training
 from proxykd_jax.training.restore import load_student
 
 TOP_KS = (1, 3, 10, 50)
-# Positions whose gradients are taken at once.
-_POSITIONS = 1024
+_POSITIONS = 1024  # The gradients of so many positions are taken at once.
 
 
 def compare(config: Config, rows: int) -> Iterator[tuple[int, str, float, float]]:
-    """(top_k, tail, mean cosine, mean ratio of lengths) over the first so many validation rows.
+    """Yields (top_k, tail, mean cosine, mean ratio of lengths) over the first validation rows.
+
+    Args:
+      config: of the finished run.
+      rows: number of validation rows.
 
     Raises:
       UserError: the run's corpus or student is missing.
@@ -54,7 +57,7 @@ def compare(config: Config, rows: int) -> Iterator[tuple[int, str, float, float]
 
 
 def _cosines(proxy_MV: np.ndarray, student_MV: np.ndarray, top_k: int, tail: str) -> np.ndarray:
-    """[2, M]: cosine and ratio of lengths at each position."""
+    """[2, M], the cosine and the ratio of lengths at each position."""
     labels = soft_labels_of_logits(
         jnp.asarray(proxy_MV), jnp.zeros(len(proxy_MV), jnp.int32), top_k=top_k
     )
@@ -77,7 +80,7 @@ def _show(config: Config, rows: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Runs the command line and returns the exit code."""
     description = "Compare top-k KL gradients with the full KL's on a finished run's models."
     return run("tail_gradients", description, _show, argv)
 

@@ -1,10 +1,11 @@
-"""A LoRA SFT step in PyTorch, as transformers and PEFT do it best: the peer of ``warmup``.
+"""Measures a LoRA SFT step in PyTorch, transformers and PEFT: the peer of ``warmup``.
 
     python benchmarks/torch_lora_step.py --config configs/models/llama2_7b --rows 16 --length 1024
 
-Random weights, bfloat16 base, float32 adapters under autocast, flash attention (SDPA), fused AdamW;
-with and without ``torch.compile`` and gradient checkpointing. Prints the median seconds of a step,
-tokens a second and the peak memory of each setting; one that does not fit says so.
+The model has random weights, a bfloat16 base, float32 adapters under autocast, flash attention
+(SDPA) and fused AdamW. It runs with and without ``torch.compile`` and gradient checkpointing. The
+command prints the median seconds of a step, tokens a second and the peak memory of each setting, or
+that the setting does not fit.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 
 
 def build(folder: str, layers: int | None, checkpointing: bool) -> Any:
-    """The model with its adapter, on the GPU."""
+    """Makes the model with its adapter on the GPU."""
     config = transformers.AutoConfig.from_pretrained(folder)
     if layers:
         config.num_hidden_layers = layers
@@ -44,7 +45,7 @@ def build(folder: str, layers: int | None, checkpointing: bool) -> Any:
 
 
 def measure(arguments: argparse.Namespace, compiled: bool, checkpointing: bool) -> str:
-    """A line for one setting."""
+    """Measures one setting and returns its line."""
     model = build(arguments.config, arguments.layers, checkpointing)
     learnt = [p for p in model.parameters() if p.requires_grad]
     assert all(p.dtype == torch.float32 for p in learnt)
@@ -80,14 +81,16 @@ def measure(arguments: argparse.Namespace, compiled: bool, checkpointing: bool) 
 
 
 def main() -> None:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="folder with a Llama's config.json")
-    parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--layers", type=int, help="only so many layers")
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--settings", default="all", help="compiled+checkpointing, ...; or all")
+    parser.add_argument("--rows", type=int, default=16, help="rows of a batch")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a row")
+    parser.add_argument("--layers", type=int, help="number of layers (default: the config's)")
+    parser.add_argument("--steps", type=int, default=5, help="number of timed steps")
+    parser.add_argument(
+        "--settings", default="all", help="settings to run, such as compiled+checkpointing,plain"
+    )
     arguments = parser.parse_args()
     print(f"torch {torch.__version__}, transformers {transformers.__version__}")
     for compiled, checkpointing in itertools.product((False, True), (True, False)):

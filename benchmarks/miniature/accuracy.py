@@ -1,4 +1,4 @@
-"""Greedy accuracy of a model on the test prompts, with the product's own sampler."""
+"""The greedy accuracy of a model on the test prompts, by the product's sampler."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def greedy_correct(model: Model, prompts_NP: np.ndarray, truth_FA: np.ndarray) -
     """bool [N]: whether the model's greedy answer ends with the correct value.
 
     Args:
-      model: of the miniature's vocabulary.
-      prompts_NP: prompts.
+      model: a model of the miniature's vocabulary.
+      prompts_NP: the prompts.
       truth_FA: the correct results of each function.
     """
     answers = sample(
         model.weights,
-        # One token more than the longest answer: a model that rambles has no end and is wrong.
+        # One token more than the longest answer: a model that goes on has no end and is wrong.
         [Prompt(prompt_P, str(n), w.MAX_ANSWER + 1) for n, prompt_P in enumerate(prompts_NP)],
         config=model.config,
         settings=DrawSettings(0.0, 1.0, model.config.vocab_size, (w.END,)),

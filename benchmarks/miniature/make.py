@@ -2,14 +2,14 @@
 
     python -m benchmarks.miniature.make --out runs/demo/miniature [--regime fmt] [--seed 0]
 
-In the folder afterwards:
+The folder then holds:
 
     proxy/ student/      Hugging Face model folders with a tokenizer, pre-trained on public text
     teacher.jsonl        prompts with one sampled answer of the teacher each: the corpus
     test.jsonl           the same for prompts that occur nowhere else
     fresh.jsonl          prompts without answers
-    teacher_logps/       the teacher's exact next-token log-probs on the test rows; for the
-                         evaluator alone
+    teacher_logps/       the teacher's exact next-token log-probs on the test rows, which only
+                         the evaluator reads
     configs/             a recipe for each student
     made.json            seed, regime, counts and seconds
 """
@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.command import exit_code
 from benchmarks.miniature import world as w
 from benchmarks.miniature.recipes import write_recipes
 from proxykd_jax.artifacts import read_json, write_bytes, write_json
@@ -48,16 +49,16 @@ def make(
 
     Args:
       out: the folder.
-      seed: of worlds, prompts, answers, initialisation and public text.
+      seed: the seed of worlds, prompts, answers, initialisation and public text.
       regime: a name in ``world.REGIMES``.
-      steps_share: less than 1 pre-trains for fewer steps, for tests.
-      num_corpus, num_test, num_fresh: how many prompts of each kind.
+      steps_share: a share below 1 shortens pre-training, for tests.
+      num_corpus, num_test, num_fresh: the number of prompts of each kind.
 
     Returns:
       What ``made.json`` holds.
 
     Raises:
-      UserError: an unknown regime, or a folder made with other settings.
+      UserError: the regime is unknown, or the folder was made with other settings.
     """
     if regime not in w.REGIMES:
         raise UserError(f"regime {regime!r} is none of {', '.join(w.REGIMES)}.")
@@ -88,11 +89,9 @@ def make(
     write_teacher(out / "teacher_logps", worlds.teacher, test_NP, test_NT)
     write_recipes(out)
     _write_models(out, worlds.public, seed, regime, steps_share, w.encode_prompts(test_NP))
-    teacher_values = w.final_values(list(w.greedy_answers(worlds.teacher, test_NP)))
-    correct = teacher_values == w.true_results(worlds.truth_FA, test_NP)
     made = {
         "settings": settings,
-        "teacher_greedy_accuracy": float(correct.mean()),
+        "teacher_greedy_accuracy": float(w.greedy_correct(worlds, test_NP).mean()),
         "seconds": time.perf_counter() - started,
     }
     write_json(out / MADE, made)
@@ -100,12 +99,12 @@ def make(
 
 
 def write_rows(path: Path, prompts_NP: np.ndarray, answers_NT: np.ndarray | None) -> None:
-    """A JSONL of ``{"prompt", "response"}``, or of prompts alone."""
+    """Writes a JSONL of ``{"prompt", "response"}``, or of prompts alone."""
     lines: Iterable[dict[str, str]]
     if answers_NT is None:
         lines = ({"prompt": w.to_text(prompt)} for prompt in prompts_NP)
     else:
-        # The end token is the template's to write.
+        # The template writes the end token.
         ends = w.answer_lengths(answers_NT) - 1
         lines = (
             {"prompt": w.to_text(prompt), "response": w.to_text(answer[:end])}
@@ -117,7 +116,7 @@ def write_rows(path: Path, prompts_NP: np.ndarray, answers_NT: np.ndarray | None
 def write_teacher(
     folder: Path, world: w.World, prompts_NP: np.ndarray, answers_NT: np.ndarray
 ) -> None:
-    """The teacher's distribution, in the form that ``evaluate.teacher_logps`` names."""
+    """Writes the teacher's distribution, as ``evaluate.teacher_logps`` reads it."""
     from proxykd_jax.evaluation.exact_teacher import write_teacher_logps
 
     lengths = w.answer_lengths(answers_NT)
@@ -163,22 +162,21 @@ def _write_models(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Runs the command line and returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.miniature.make",
         description="Pre-train a tiny proxy and student and write a teacher's answers.",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the files")
     parser.add_argument("--regime", default="fmt", help=f"one of {', '.join(w.REGIMES)}")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything")
+    parser.add_argument("--seed", type=int, default=0, help="the seed of everything")
     arguments = parser.parse_args(argv)
-    try:
+
+    def work() -> None:
         made = make(arguments.out, seed=arguments.seed, regime=arguments.regime)
-    except UserError as error:
-        print(f"error: {error}")
-        return 2
-    print(f"{arguments.out}: made in {made['seconds']:.0f} s")
-    return 0
+        print(f"{arguments.out}: made in {made['seconds']:.0f} s")
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

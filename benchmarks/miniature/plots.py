@@ -1,4 +1,4 @@
-"""The demo's plots: vector (SVG) and PNG, from its figures and its metrics.jsonl."""
+"""Draws the demo's plots, as SVG and PNG, from its figures and its metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from proxykd_jax.training.metrics import read_metrics
 if TYPE_CHECKING:
     from benchmarks.miniature.report import Measured
 
-# Okabe and Ito's palette, which the colour-blind can tell apart.
+# Colour-blind readers can tell apart the colours of this palette (Okabe and Ito).
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY, BLACK = (
     "#0072B2",
     "#E69F00",
@@ -38,7 +38,7 @@ COLOURS = {
 
 @contextlib.contextmanager
 def plotting() -> Iterator[Any]:
-    """matplotlib's pyplot without a display, in the style of all plots."""
+    """Gives matplotlib's pyplot without a display, in the style of all plots."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -64,55 +64,41 @@ def plotting() -> Iterator[Any]:
 def draw_all(out: Path, measured: Mapping[str, Measured], logs: Mapping[str, Path]) -> list[Path]:
     """Draws ``alignment``, ``students`` and ``losses`` into ``out``; returns the files."""
     lines = {name: read_metrics(path)[0] for name, path in logs.items()}
-    written = []
     with plotting() as plt:
-        for name, figure in (
-            ("alignment", _alignment(plt, measured, lines["proxy_kd"])),
-            ("students", _students(plt, measured)),
-            ("losses", _losses(plt, measured, lines)),
-        ):
-            for suffix in ("svg", "png"):
-                path = out / f"{name}.{suffix}"
-                figure.savefig(path, dpi=160)
-                written.append(path)
-            plt.close(figure)
-    return written
+        figures = {
+            "alignment": _alignment(plt, measured, lines["proxy_kd"]),
+            "students": _students(plt, measured),
+            "losses": _losses(plt, measured, lines),
+        }
+        return [path for name, figure in figures.items() for path in save(plt, figure, out / name)]
+
+
+def save(plt: Any, figure: Any, path: Path) -> list[Path]:
+    """Writes a figure as SVG and as PNG, and closes it; returns the files."""
+    files = [path.with_name(f"{path.name}.{suffix}") for suffix in ("svg", "png")]
+    for file in files:
+        figure.savefig(file, dpi=160)
+    plt.close(figure)
+    return files
 
 
 def series(
     lines: list[dict[str, Any]], stage: str, name: str
 ) -> tuple[list[int], list[float], list[str]]:
-    """Steps, values and phases of one figure in a stage."""
-    found = [
-        (line["step"], line[name], line.get("phase", ""))
-        for line in lines
-        if line["stage"] == stage and line.get(name) is not None
-    ]
-    steps, values, phases = (
-        (list(column) for column in zip(*found, strict=True))
-        if found
-        else (
-            [],
-            [],
-            [],
-        )
-    )
-    return steps, values, phases
+    """The steps, values and phases of one figure in a stage."""
+    found = [line for line in lines if line["stage"] == stage and line.get(name) is not None]
+    steps, values = ([line[key] for line in found] for key in ("step", name))
+    return steps, values, [line.get("phase", "") for line in found]
 
 
 def _alignment(plt: Any, measured: Mapping[str, Measured], lines: list[dict[str, Any]]) -> Any:
     figure, axes = plt.subplots(1, 2, figsize=(9.2, 3.6))
-    plans = (
-        (
-            axes[0],
-            "validation/agreement",
-            "agreement",
-            "Share of the teacher's tokens chosen first",
-        ),
-        (axes[1], "validation/nll", "nll", "NLL of the teacher's tokens (nats)"),
-    )
-    for axis, metric, name, title in plans:
-        steps, values, phases = series(lines, "align", metric)
+    titles = {
+        "agreement": "Share of the teacher's tokens chosen first",
+        "nll": "NLL of the teacher's tokens (nats)",
+    }
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        steps, values, phases = series(lines, "align", f"validation/{name}")
         axis.plot(steps, values, color=GREEN, marker="o", markersize=3.5)
         ceiling = getattr(measured["teacher"], name).value
         axis.axhline(ceiling, color=BLACK, linestyle=":", linewidth=1)
@@ -132,12 +118,12 @@ def _alignment(plt: Any, measured: Mapping[str, Measured], lines: list[dict[str,
 
 
 def _mark_phases(axis: Any, steps: list[int], phases: list[str]) -> None:
-    """A line where a phase ends, and its name under the middle of it."""
+    """Draws a line where a phase ends, and writes its name under the middle of it."""
     ends = {phase: step for step, phase in zip(steps, phases, strict=True)}
     begin = 0
     for phase, end in ends.items():
         if end == begin:
-            continue  # the look at the raw proxy
+            continue  # This is the look at the raw proxy, which has no steps.
         axis.axvline(end, color="#cccccc", linewidth=0.8, zorder=0)
         axis.annotate(
             phase.replace("_0", " ").replace("_", " "),
@@ -155,11 +141,11 @@ def _mark_phases(axis: Any, steps: list[int], phases: list[str]) -> None:
 def _students(plt: Any, measured: Mapping[str, Measured]) -> Any:
     names = [name for name in COLOURS if name in measured][::-1]
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
-    plans = (
-        (axes[0], "accuracy", "Greedy accuracy (more is better)"),
-        (axes[1], "kl", "KL(teacher || model), nats a token (less is better)"),
-    )
-    for axis, name, title in plans:
+    titles = {
+        "accuracy": "Greedy accuracy (more is better)",
+        "kl": "KL(teacher || model), nats a token (less is better)",
+    }
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
         figures = [getattr(measured[model], name) for model in names]
         bars = axis.barh(
             [measured[model].label for model in names],
@@ -214,7 +200,7 @@ def _losses(
 
 
 def _smooth(values: list[float], width: int = 9) -> list[float]:
-    """Running mean over the last ``width`` steps."""
+    """The running mean over the last ``width`` steps."""
     return [
         sum(values[max(0, i - width + 1) : i + 1]) / (i + 1 - max(0, i - width + 1))
         for i in range(len(values))

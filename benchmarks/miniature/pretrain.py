@@ -1,4 +1,4 @@
-"""Pre-training of the tiny proxy and student on the public text, and their model folders."""
+"""Pre-trains the tiny proxy and student on the public text, and writes their tokenizer."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from proxykd_jax.models.params import init_params
 
 BATCH_SIZE = 64
 PROXY_STEPS, PROXY_RATE, STUDENT_RATE = 1750, 4e-3, 5e-3
-LAST_SHARE, LAST_FACTOR = 0.2, 0.2  # the last fifth of the steps at a fifth of the rate
+LAST_SHARE, LAST_FACTOR = 0.2, 0.2  # The last fifth of the steps has a fifth of the rate.
 STEPS_A_CALL = 50
 
-# A word for each symbol; the spaces between them fall away. {% generation %} marks the answer's
-# tokens; it must begin at a token, so the space stands before it.
+# Each symbol is a word, and the tokenizer drops the spaces between words. {% generation %} marks
+# the answer's tokens. It must begin at a token, so the space stands before it.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}"
     "{{ ' ' }}{% generation %}{{ message['content'] + ' </s>' }}{% endgeneration %}"
@@ -34,7 +34,7 @@ CHAT_TEMPLATE = (
 
 
 def model_config(model_dim: int, ffn_dim: int, num_layers: int = 2) -> ModelConfig:
-    """A Llama of the miniature's vocabulary; heads of 16 dimensions."""
+    """A Llama of the miniature's vocabulary, whose heads have 16 dimensions."""
     return ModelConfig(
         family="llama",
         vocab_size=w.VOCAB_SIZE,
@@ -59,7 +59,7 @@ STUDENT = model_config(32, 88)  # 28,192 parameters
 def public_rows(
     world: w.World, rng: np.random.Generator, count: int, excluded: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(rows, mask): ``[count, P + 7]`` prompts with answers, and which labels are answers."""
+    """Draws ``[count, P + 7]`` prompts with answers, and which labels are answers."""
     prompts_NP = w.random_prompts(rng, count, excluded)
     answers_NT = w.sample_answers(world, prompts_NP, rng)
     rows = np.concatenate([prompts_NP, answers_NT], axis=1)
@@ -80,7 +80,7 @@ def _all_at_once(function: Callable[..., Any]) -> Callable[..., Any]:
 def _training(
     config: ModelConfig, num_steps: int, learning_rate: float, over_seeds: OverSeeds
 ) -> tuple[optax.GradientTransformation, Callable[..., Any]]:
-    """The optimizer, and ``(state, rows_SZBT, mask_SZBL) -> (state, losses_SZ)``."""
+    """The optimizer, and a function ``(state, rows_SZBT, mask_SZBL) -> (state, losses_SZ)``."""
     last = round(num_steps * (1 - LAST_SHARE))
     schedule = optax.join_schedules(
         [
@@ -118,7 +118,7 @@ def pretrain(
     excluded: np.ndarray,
     log: Callable[[str], Any] = lambda line: None,
 ) -> dict[str, Any]:
-    """Parameters after ``num_steps`` batches of fresh public text: ``pretrain_seeds`` of one."""
+    """Pre-trains a model of one seed as ``pretrain_seeds`` does."""
     params_S: dict[str, Any] = pretrain_seeds(
         config,
         [world],
@@ -142,20 +142,23 @@ def pretrain_seeds(
     log: Callable[[str], Any] = lambda line: None,
     over_seeds: OverSeeds = _all_at_once,
 ) -> Any:
-    """Parameters of every seed, with a leading axis S, after batches of fresh public text.
+    """Trains a model of every seed on batches of fresh public text.
 
     Args:
       config: the model.
       worlds: the public text of each seed.
-      seeds: of initialisation and text.
+      seeds: the seeds of initialisation and text.
       num_steps: a multiple of 50, so that one program serves all calls.
-      learning_rate: peak rate of Adam; the last fifth of the steps runs at a fifth of it.
+      learning_rate: the rate of Adam; the last fifth of the steps has a fifth of it.
       excluded: for each seed ``encode_prompts`` of prompts that must not occur.
-      log: told the mean loss now and then.
-      over_seeds: makes of a function of one seed a compiled one of all.
+      log: takes lines with the mean loss.
+      over_seeds: turns a function of one seed into a compiled function of all seeds.
+
+    Returns:
+      The parameters, with a leading axis S.
 
     Raises:
-      ValueError: num_steps is no multiple of 50.
+      ValueError: num_steps is not a multiple of 50.
     """
     if num_steps % STEPS_A_CALL:
         raise ValueError(f"num_steps must be a multiple of {STEPS_A_CALL}, got {num_steps}")
@@ -180,7 +183,7 @@ def pretrain_seeds(
 
 
 def write_tokenizer(folder: Path) -> None:
-    """An ordinary tokenizer folder: ``tokenizer.json`` and ``tokenizer_config.json``."""
+    """Writes a tokenizer folder: ``tokenizer.json`` and ``tokenizer_config.json``."""
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
     ids = {symbol: index for index, symbol in enumerate(w.SYMBOLS)}

@@ -10,8 +10,8 @@ import yaml
 
 from proxykd_jax.artifacts import write_bytes
 
-# Each student differs from the headline in what its name says and in nothing else. All see
-# batches of 64 rows for at most 400 steps and keep the state with the best validation NLL.
+# Each student differs from the headline only in what its name says. All take at most 400 steps on
+# batches of 64 rows and keep the state with the best validation NLL.
 HEADLINE = "proxy_kd"
 STUDENTS = (
     "black_box_ds",
@@ -24,7 +24,7 @@ STUDENTS = (
 
 
 def recipes(out: Path) -> dict[str, dict[str, Any]]:
-    """Config of each student by name; ``out`` is the miniature's folder."""
+    """The config of each student by name; ``out`` is the miniature's folder."""
     headline = _headline(out)
     made: dict[str, dict[str, Any]] = {HEADLINE: headline}
 
@@ -33,16 +33,17 @@ def recipes(out: Path) -> dict[str, dict[str, Any]]:
         made[name]["name"] = name
         return made[name]
 
-    # alpha 0 is plain fine-tuning on the teacher's answers: no proxy is touched.
+    # With alpha 0 the student is fine-tuned on the teacher's answers, and no proxy is loaded.
     variant("black_box_ds")["distill"]["alpha"] = 0.0
     variant("black_box_all")["distill"].update(alpha=0.0, data="all")
-    # TAKD, read as the paper blames it: the raw proxy's soft labels beside the teacher's answers.
+    # This is TAKD as the paper criticises it: it learns the raw proxy's soft labels beside the
+    # teacher's answers.
     takd = variant("takd")
     takd["align"] = {**takd["align"], "alignment": "none"}
     takd["distill"].update(alpha=1.0, weights={"enabled": False})
     without = variant("without_alignment")
     without["align"] = {**without["align"], "alignment": "none"}
-    # The proxy that the headline's run aligned and exported; it answers the fresh prompts too.
+    # This takes the proxy that the headline's run has exported; it answers the fresh prompts too.
     fresh = variant("proxy_kd_fresh")
     fresh["proxy"]["path"] = str(out / "runs" / HEADLINE / "export" / "proxy")
     fresh["tokenizer"] = str(out / "proxy")
@@ -61,7 +62,7 @@ def write_recipes(out: Path) -> None:
 
 
 def _headline(out: Path) -> dict[str, Any]:
-    """Proxy-KD as the paper has it (alpha 100, eq. 9, DPO), at the miniature's sizes."""
+    """The paper's Proxy-KD (alpha 100, eq. 9, DPO) at the miniature's sizes."""
     model = {"trainable": "full", "dtype": "float32"}
     return {
         "preset": "paper",
@@ -88,9 +89,9 @@ def _headline(out: Path) -> dict[str, Any]:
             "preference": {"beta": 1.0},
             "sampling": {"batch_size": 256, "rows_per_part": 1024},
             "batch_size": 64,
-            "batching": "pad",  # all rows fit one length; batches of mixed lengths
+            "batching": "pad",  # All rows fit one length, so no batch needs another one.
             "optimizer": {"learning_rate": 3e-4, "b2": 0.98, "clip_norm": 1.0},
-            # Never stops: validation only chooses the state that is kept.
+            # Training never stops early: validation only chooses the state that is kept.
             "stop": {"enabled": True, "every": 20, "patience": 1000},
             "checkpoint_every": 1000,
             "diagnose_every": 40,

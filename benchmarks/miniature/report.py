@@ -1,4 +1,4 @@
-"""The demo's table, ``summary.json`` and plots.
+"""Makes the demo's table, ``summary.json`` and plots.
 
 python -m benchmarks.miniature.report --out runs/demo
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.command import exit_code
 from benchmarks.miniature import world as w
 from benchmarks.miniature.accuracy import greedy_correct
 from benchmarks.miniature.make import MADE
@@ -23,11 +23,10 @@ from benchmarks.miniature.times import add_time, read_times
 from proxykd_jax import evaluate
 from proxykd_jax.artifacts import read_json, write_json
 from proxykd_jax.config import load_config
-from proxykd_jax.errors import UserError
 from proxykd_jax.evaluation.measures import mean, token_mean
 from proxykd_jax.parallel.mesh import make_mesh
 
-# name -> (label, run, name in that run's eval/summary.json)
+# The models by name: (label, run, name in that run's eval/summary.json).
 MODELS: dict[str, tuple[str, str, str]] = {
     "proxy_unaligned": ("proxy, unaligned", HEADLINE, "proxy_raw"),
     "proxy_warmup": ("proxy, warmed up", HEADLINE, "proxy_warmup"),
@@ -40,8 +39,7 @@ MODELS: dict[str, tuple[str, str, str]] = {
     "proxy_kd": ("Proxy-KD", HEADLINE, "student"),
     "proxy_kd_fresh": ("Proxy-KD + fresh prompts", "proxy_kd_fresh", "student"),
 }
-
-
+COLUMNS = ("accuracy", "kl", "agreement", "nll")
 PAIRS = (
     ("proxy_aligned", "proxy_unaligned"),
     ("proxy_kd", "black_box_ds"),
@@ -66,12 +64,13 @@ class Measured:
     """One model on the test prompts.
 
     Attributes:
+      label: the name of the model in the table.
       accuracy: share of greedy answers whose last value is correct.
       kl: exact KL(teacher || model), nats a token.
       agreement: share of the teacher's tokens that are the model's first choice.
-      nll: of the teacher's tokens, nats.
-      n: test prompts.
-      correct: bool [n], of each prompt's greedy answer.
+      nll: the NLL of the teacher's tokens, nats a token.
+      n: number of test prompts.
+      correct: bool [n], whether each greedy answer is correct.
     """
 
     label: str
@@ -84,15 +83,14 @@ class Measured:
 
     def to_json(self) -> dict[str, float | int]:
         """The four values and n."""
-        names = ("accuracy", "kl", "agreement", "nll")
-        return {**{name: getattr(self, name).value for name in names}, "n": self.n}
+        return {**{name: getattr(self, name).value for name in COLUMNS}, "n": self.n}
 
 
 def collect(out: Path) -> dict[str, Measured]:
-    """The teacher and every model of the finished runs under ``out``, measured.
+    """Measures the teacher and every model of the finished runs under ``out``.
 
     Raises:
-      UserError: the miniature or a run's evaluation is missing.
+      UserError: the miniature or the evaluation of a run is missing.
     """
     settings = read_json(out / MADE)["settings"]
     worlds = w.make_worlds(settings["seed"], settings["regime"])
@@ -125,7 +123,7 @@ def _figure(summary: dict[str, Any]) -> Figure:
 
 
 def read_test_rows(out: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts and the teacher's answers of ``test.jsonl`` as tokens."""
+    """Reads the prompts and the teacher's answers of ``test.jsonl`` as tokens."""
     ids = {symbol: index for index, symbol in enumerate(w.SYMBOLS)}
     lines = (out / "test.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
@@ -138,15 +136,14 @@ def read_test_rows(out: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def teacher_itself(worlds: w.Worlds, prompts_NP: np.ndarray, answers_NT: np.ndarray) -> Measured:
-    """The ceiling: the teacher measured as if it were a model."""
+    """Measures the teacher as if it were a model: the ceiling."""
     probs_NTV = w.answer_probs(worlds.teacher, prompts_NP, answers_NT)
     tokens = w.answer_lengths(answers_NT)
     mask_NT = np.arange(w.MAX_ANSWER)[None, :] < tokens[:, None]
     said = np.take_along_axis(probs_NTV, answers_NT[..., None], axis=-1)[..., 0]
     nll = -(np.log(said) * mask_NT).sum(axis=1)
     agreed = ((probs_NTV.argmax(axis=-1) == answers_NT) & mask_NT).sum(axis=1)
-    greedy = w.final_values(list(w.greedy_answers(worlds.teacher, prompts_NP)))
-    correct = greedy == w.true_results(worlds.truth_FA, prompts_NP)
+    correct = w.greedy_correct(worlds, prompts_NP)
     return Measured(
         "teacher",
         Figure(*mean(correct.astype(float))),
@@ -160,7 +157,6 @@ def teacher_itself(worlds: w.Worlds, prompts_NP: np.ndarray, answers_NT: np.ndar
 
 def table(measured: dict[str, Measured]) -> str:
     """The table that the demo prints: value +- standard error."""
-    columns = ("accuracy", "kl", "agreement", "nll")
     head = f"{'':<28}" + "".join(
         f"{text:>17}" for text in ("accuracy", "KL(t||m)/token", "agreement", "teacher NLL")
     )
@@ -168,7 +164,7 @@ def table(measured: dict[str, Measured]) -> str:
     for name, row in measured.items():
         if name in ("proxy_unaligned", "student_pretrained", "black_box_ds"):
             lines.append("")
-        cells = "".join(f"{_cell(getattr(row, column)):>17}" for column in columns)
+        cells = "".join(f"{_cell(getattr(row, column)):>17}" for column in COLUMNS)
         lines.append(f"{row.label:<28}{cells}")
     some = next(iter(measured.values()))
     lines += ["", f"{some.n} test prompts that occur nowhere else; value +- standard error."]
@@ -209,19 +205,14 @@ def report(out: Path) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Runs the command line and returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.miniature.report",
         description="Print the table of a finished demo and draw its plots.",
     )
     parser.add_argument("--out", type=Path, required=True, help="the miniature's folder")
     arguments = parser.parse_args(argv)
-    try:
-        report(arguments.out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: report(arguments.out))
 
 
 if __name__ == "__main__":

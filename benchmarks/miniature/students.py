@@ -1,22 +1,21 @@
-"""Distils and measures the students beside the headline, all in one process.
+"""Distils and measures the students that stand beside the headline, all in one process.
 
     python -m benchmarks.miniature.students --out runs/demo
 
 It calls what ``python -m proxykd_jax.distill`` and ``python -m proxykd_jax.evaluate`` call, once
-for each recipe; one process pays for imports once.
+for each recipe, so that the libraries are imported once.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from benchmarks.command import exit_code
 from benchmarks.miniature.recipes import HEADLINE, STUDENTS
 from proxykd_jax import distill, evaluate
 from proxykd_jax.config import load_config
-from proxykd_jax.errors import UserError
 
 
 def run_students(out: Path, names: Iterable[str]) -> None:
@@ -28,7 +27,7 @@ def run_students(out: Path, names: Iterable[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Runs the command line and returns the exit code."""
     others = [name for name in STUDENTS if name != HEADLINE]
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.miniature.students",
@@ -37,12 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the miniature's folder")
     parser.add_argument("names", nargs="*", default=others, help=f"some of {', '.join(others)}")
     arguments = parser.parse_args(argv)
-    try:
-        run_students(arguments.out, arguments.names)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run_students(arguments.out, arguments.names))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Seconds of each stage: a line a start, so that an interrupted demo still adds up."""
+"""The seconds of each stage. Each start adds a line, so the sums hold after an interrupt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def add_time(out: Path, stage: str, seconds: float) -> None:
 
 
 def read_times(out: Path) -> dict[str, float]:
-    """Seconds of each stage over all its starts, in the order of the first."""
+    """The seconds of each stage over all its starts, in the order of the first starts."""
     times: dict[str, float] = {}
     if (out / FILE).exists():
         for line in (out / FILE).read_text(encoding="utf-8").splitlines():

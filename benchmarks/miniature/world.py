@@ -1,10 +1,10 @@
-"""An analytic teacher: composition of functions, with or without a chain of thought.
+"""The analytic teacher composes functions, with or without a chain of thought.
 
 A prompt is ``a f1 f2 f3 =``: a value and one to three functions (``.`` fills the rest). An answer
 is ``style r1 c r2 c r3 </s>``: a style token, the intermediate values with connectors between
 them, and the end token. Style 0 answers at once, ``s0 r </s>``, and is then often wrong. Every
-conditional is known exactly, so the KL from the teacher to any model can be computed without an
-estimate; a prompt's correct result is known too, and the teacher itself is not always right.
+conditional is known exactly, so the KL from the teacher to any model is exact. The correct result
+of a prompt is known as well, and the teacher is not always right.
 
 Axes: N prompts, P tokens of a prompt (5), T tokens of an answer (at most 7), V vocabulary (46),
 F functions (24), A values (10), S styles (4), C connectors (4), M number of functions less one.
@@ -39,18 +39,18 @@ END = FIRST_CONNECTOR + NUM_CONNECTORS
 UNKNOWN = END + 1
 
 NOISE_LEVELS = (0.1, 0.35, 0.6)
-TEACHER_MISTAKES = 0.06  # share of table entries whose most probable value is wrong
-TEACHER_DIRECT = 0.05  # share of answers without a chain of thought
-DIRECT_SKILL = 0.5  # weight of the exact marginal in a direct answer; the rest is a blind guess
+TEACHER_MISTAKES = 0.06  # This share of the table's entries has a wrong most probable value.
+TEACHER_DIRECT = 0.05  # This share of the answers has no chain of thought.
+DIRECT_SKILL = 0.5  # The exact marginal has this weight in a direct answer; a guess has the rest.
 
 
 @dataclass(frozen=True)
 class Regime:
-    """How the public text, on which proxy and student are pre-trained, differs from the teacher.
+    """The differences between the teacher and the public text of the pre-training.
 
     Attributes:
       altered: share of table entries that are drawn anew.
-      unknown_functions: functions whose results are uniform noise in the public text.
+      unknown_functions: number of functions whose results are uniform noise in the public text.
       direct: share of public answers without a chain of thought.
       student_steps: pre-training steps of the student.
     """
@@ -70,7 +70,7 @@ REGIMES: dict[str, Regime] = {
 
 @dataclass(frozen=True)
 class World:
-    """One process that answers prompts.
+    """A process that answers prompts.
 
     Attributes:
       results_FAA: probability of each result of a function at a value.
@@ -87,7 +87,7 @@ class World:
 
 @dataclass(frozen=True)
 class Worlds:
-    """The teacher, the public text, and what is true (``truth_FA``, the correct results)."""
+    """The teacher, the public text, and the correct results ``truth_FA``."""
 
     teacher: World
     public: World
@@ -98,11 +98,11 @@ def make_worlds(seed: int, regime: str) -> Worlds:
     """The worlds of a seed.
 
     Args:
-      seed: of everything drawn.
+      seed: the seed of everything that is drawn.
       regime: a name in ``REGIMES``.
 
     Raises:
-      KeyError: an unknown regime.
+      KeyError: the regime is unknown.
     """
     settings = REGIMES[regime]
     rng = np.random.Generator(np.random.PCG64([seed, 1]))
@@ -135,7 +135,7 @@ def _other_values(table: np.ndarray, where: np.ndarray, rng: np.random.Generator
 
 
 def _noisy_table(mode_FA: np.ndarray, noise_FA: np.ndarray) -> np.ndarray:
-    """Noise goes by halves to the two neighbours of the mode and to all values alike."""
+    """One half of the noise goes to the two neighbours of the mode, the other to all values."""
     eye = np.eye(NUM_VALUES)
     neighbours = (np.roll(eye, 1, axis=1) + np.roll(eye, -1, axis=1)) / 2
     spread = 0.5 * neighbours + 0.5 / NUM_VALUES
@@ -149,7 +149,7 @@ def _styles(direct: float, rng: np.random.Generator) -> np.ndarray:
 
 
 def _rows(rows: int, columns: int, rng: np.random.Generator) -> np.ndarray:
-    """Uneven probabilities: a shuffled geometric row, so that each row has a clear favourite."""
+    """Shuffled geometric probabilities, so that each row has a clear favourite."""
     favour = 0.5 ** np.arange(columns)
     return np.stack([rng.permutation(favour / favour.sum()) for _ in range(rows)])
 
@@ -158,9 +158,9 @@ def _rows(rows: int, columns: int, rng: np.random.Generator) -> np.ndarray:
 
 
 class PromptPool:
-    """Distinct prompts, handed out without repetition.
+    """Hands out distinct prompts.
 
-    Single functions have only 240 prompts; ``shares`` keeps them rare, so that a few thousand
+    There are only 240 prompts with one function. ``shares`` keeps them rare, so that a few thousand
     distinct prompts can be drawn.
     """
 
@@ -173,10 +173,10 @@ class PromptPool:
         self._waiting = [rng.permutation(size) for size in sizes]
 
     def take(self, count: int) -> np.ndarray:
-        """int32 ``[count, P]`` prompts that were never handed out before, in random order.
+        """Returns int32 ``[count, P]`` new prompts, in random order.
 
         Raises:
-          ValueError: the pool has not so many prompts left.
+          ValueError: the pool has fewer prompts left.
         """
         numbers = [round(count * share) for share in self.shares[:-1]]
         numbers.append(count - sum(numbers))
@@ -190,7 +190,7 @@ class PromptPool:
 
 
 def decode_prompts(codes: np.ndarray, num_functions: int) -> np.ndarray:
-    """int32 ``[N, P]`` prompts of the numbers 0 .. 10 * 24**num_functions - 1."""
+    """int32 ``[N, P]``, the prompts with the numbers 0 .. 10 * 24**num_functions - 1."""
     prompts = np.full((len(codes), PROMPT_LENGTH), NO_FUNCTION, np.int32)
     prompts[:, -1] = EQUALS
     rest = np.asarray(codes)
@@ -202,7 +202,7 @@ def decode_prompts(codes: np.ndarray, num_functions: int) -> np.ndarray:
 
 
 def encode_prompts(prompts_NP: np.ndarray) -> np.ndarray:
-    """A number for each prompt, distinct for distinct prompts."""
+    """A number for each prompt; distinct prompts have distinct numbers."""
     base = np.int64(NUM_FUNCTIONS + 1)
     code = prompts_NP[:, 0].astype(np.int64)
     for place in range(MAX_FUNCTIONS):
@@ -211,14 +211,16 @@ def encode_prompts(prompts_NP: np.ndarray) -> np.ndarray:
 
 
 def count_functions(prompts_NP: np.ndarray) -> np.ndarray:
-    """How many functions each prompt has, 1 to 3."""
+    """The number of functions of each prompt, 1 to 3."""
     return (prompts_NP[:, 1:-1] != NO_FUNCTION).sum(axis=1)
 
 
 def random_prompts(rng: np.random.Generator, count: int, excluded: np.ndarray) -> np.ndarray:
-    """``[count, P]`` prompts of one to three functions in equal shares, with repetition.
+    """Draws ``[count, P]`` prompts of one to three functions in equal shares, with repetition.
 
     Args:
+      rng: gives the random numbers.
+      count: number of prompts.
       excluded: ``encode_prompts`` of prompts that must not occur.
     """
     kept: list[np.ndarray] = []
@@ -259,7 +261,7 @@ def next_token_probs(world: World, prompts_NP: np.ndarray, prefix_NT: np.ndarray
       prefix_NT: the answers so far, all of one length, ``[N, 0]`` at the start.
 
     Raises:
-      ValueError: a prefix that the process cannot write.
+      ValueError: the process cannot write a prefix.
     """
     num, step = prefix_NT.shape
     probs_NV = np.zeros((num, VOCAB_SIZE))
@@ -272,7 +274,7 @@ def next_token_probs(world: World, prompts_NP: np.ndarray, prefix_NT: np.ndarray
     if np.any((style < 0) | (style >= NUM_STYLES)):
         raise ValueError("an answer must begin with a style")
     direct = style == 0
-    num_results = step // 2  # results already written, where the answer has not ended
+    num_results = step // 2  # So many results are written, where the answer has not ended.
     ended = np.where(direct, 1, functions) <= num_results
     if step % 2 == 0:
         probs_NV[ended, END] = 1
@@ -292,7 +294,7 @@ def next_token_probs(world: World, prompts_NP: np.ndarray, prefix_NT: np.ndarray
 
 
 def direct_probs(world: World, prompts_NP: np.ndarray) -> np.ndarray:
-    """``[N, A]`` probabilities of an answer at once: right in its marginal, but unsure of it."""
+    """``[N, A]`` probabilities of a direct answer: the exact marginal, mixed with a guess."""
     functions = count_functions(prompts_NP)
     probs_NA = np.eye(NUM_VALUES)[prompts_NP[:, 0]]
     for place in range(MAX_FUNCTIONS):
@@ -305,7 +307,7 @@ def direct_probs(world: World, prompts_NP: np.ndarray) -> np.ndarray:
 
 
 def answer_lengths(answers_NT: np.ndarray) -> np.ndarray:
-    """Tokens of each answer up to and with its end token.
+    """The number of tokens of each answer, its end token included.
 
     Raises:
       ValueError: an answer without an end token.
@@ -317,9 +319,9 @@ def answer_lengths(answers_NT: np.ndarray) -> np.ndarray:
 
 
 def answer_probs(world: World, prompts_NP: np.ndarray, answers_NT: np.ndarray) -> np.ndarray:
-    """``[N, T, V]`` exact next-token probabilities at every place of complete answers.
+    """``[N, T, V]`` exact next-token probabilities at every position of complete answers.
 
-    Places after the end token hold the end token with probability 1.
+    After an end token the end token has probability 1.
     """
     length = answers_NT.shape[1]
     return np.stack(
@@ -328,7 +330,7 @@ def answer_probs(world: World, prompts_NP: np.ndarray, answers_NT: np.ndarray) -
 
 
 def sample_answers(world: World, prompts_NP: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """int32 ``[N, 7]`` answers drawn from the process, filled up with end tokens."""
+    """Draws int32 ``[N, 7]`` answers from the process, filled up with end tokens."""
     answers_NT = np.zeros((len(prompts_NP), 0), np.int32)
     for _ in range(MAX_ANSWER):
         probs_NV = next_token_probs(world, prompts_NP, answers_NT)
@@ -340,7 +342,7 @@ def sample_answers(world: World, prompts_NP: np.ndarray, rng: np.random.Generato
 
 
 def greedy_answers(world: World, prompts_NP: np.ndarray) -> np.ndarray:
-    """int32 ``[N, 7]``: the most probable token at each place, filled up with end tokens."""
+    """int32 ``[N, 7]``, the most probable token at each position, filled up with end tokens."""
     answers_NT = np.zeros((len(prompts_NP), 0), np.int32)
     for _ in range(MAX_ANSWER):
         token_N = next_token_probs(world, prompts_NP, answers_NT).argmax(axis=1)
@@ -348,8 +350,14 @@ def greedy_answers(world: World, prompts_NP: np.ndarray) -> np.ndarray:
     return answers_NT
 
 
+def greedy_correct(worlds: Worlds, prompts_NP: np.ndarray) -> np.ndarray:
+    """bool ``[N]``: whether the teacher's greedy answer ends with the correct value."""
+    values = final_values(list(greedy_answers(worlds.teacher, prompts_NP)))
+    return values == true_results(worlds.truth_FA, prompts_NP)
+
+
 def final_values(answers: list[np.ndarray]) -> np.ndarray:
-    """The last value before the end token of each answer; -1 where it is none or has no end."""
+    """The last value before the end token of each answer; -1 where there is no value or no end."""
     values = np.full(len(answers), -1)
     for index, answer in enumerate(answers):
         ends = np.flatnonzero(np.asarray(answer) == END)
@@ -359,5 +367,5 @@ def final_values(answers: list[np.ndarray]) -> np.ndarray:
 
 
 def to_text(tokens: np.ndarray) -> str:
-    """Symbols with spaces between them."""
+    """The symbols with spaces between them."""
     return " ".join(SYMBOLS[token] for token in tokens)

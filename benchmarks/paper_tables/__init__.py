@@ -1,12 +1,16 @@
-"""The paper's tables in a miniature whose teacher is known, over many seeds at once.
+"""The paper's tables on the miniature, whose teacher is known, over many seeds at once.
 
     python -m benchmarks.paper_tables --out runs/paper_tables [--quick]
 
-To every method the teacher is a black box: only sampled text is passed on. Its distribution is
-seen by ``metrics`` alone. ``settings`` says how large everything is; ``seeds`` makes the worlds,
-the corpus and its splits; ``vectorise`` runs a function of one seed over all; ``training`` holds
-the product's steps; ``proxies`` aligns, ``methods`` and ``on_policy`` make the students;
-``statistics``, ``tables`` and ``figures`` say what came out.
+The teacher is a black box to every method: methods see its sampled text. Only ``metrics`` and the
+method ``teacher_logits`` read its distribution.
 
-Axes beside those of ``proxykd_jax``: S seeds, Z steps, N rows, P prompt, T answer.
+The phases, objectives, batches and orders are the product's; this package runs them on all seeds at
+once. ``settings`` holds the sizes and the configs. ``seeds`` makes worlds, corpora and splits.
+``vectorise`` runs a function of one seed on all seeds. ``training`` takes the product's phases.
+``proxies`` aligns the proxies. ``methods`` lists the students, which ``offline``, ``on_policy``,
+``mixing`` and ``adversarial`` train. ``statistics``, ``tables`` and ``figures`` write the results.
+
+Array names have these axes beside those of ``proxykd_jax``: S seeds, Z steps, N rows, P tokens of
+a prompt, T tokens of an answer.
 """

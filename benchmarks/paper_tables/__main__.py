@@ -1,4 +1,4 @@
-"""The command line: which cells, in which order; records on disk cell by cell."""
+"""The command line: which cells are measured, in which order; records on disk part by part."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import exit_code
 from benchmarks.paper_tables import vectorise
-from proxykd_jax.artifacts import digest_value, read_json, write_bytes, write_json
+from proxykd_jax.artifacts import digest_value, read_json, write_json
 from proxykd_jax.errors import UserError
 
 QUICK_SEEDS, FULL_SEEDS = 4, 8
 DEVICES = 2
-# Left out by --quick: each has a program of its own to compile.
+# --quick leaves out the methods that each need a program of their own.
 QUICK_WITHOUT = (
     "minillm",
     "on_policy",
@@ -30,61 +31,59 @@ QUICK_WITHOUT = (
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the command line."""
+    """The parser of the command line."""
     from benchmarks.paper_tables.settings import PRESETS, REGIMES
 
     made = argparse.ArgumentParser(
         prog="python -m benchmarks.paper_tables",
-        description="The paper's tables in miniature: every method over many seeds, with the "
-        "teacher a black box to all of them and known to the evaluator.",
+        description="Make the paper's tables in miniature: every method over many seeds. The "
+        "teacher is a black box to the methods and known to the evaluator.",
     )
     made.add_argument("--out", type=Path, required=True, help="folder for tables and figures")
     made.add_argument(
-        "--quick", action="store_true", help=f"the main regime and preset, {QUICK_SEEDS} seeds"
+        "--quick",
+        action="store_true",
+        help=f"measure only the main regime and preset, on {QUICK_SEEDS} seeds",
     )
-    made.add_argument("--seeds", type=int, help=f"how many (default {FULL_SEEDS})")
-    made.add_argument("--first-seed", type=int, default=0, help="the first of them (default 0)")
-    made.add_argument("--regime", choices=REGIMES, help="one alone (default: all)")
-    made.add_argument("--preset", choices=PRESETS, help="one alone (default: both)")
+    made.add_argument("--seeds", type=int, help=f"number of seeds (default {FULL_SEEDS})")
+    made.add_argument("--first-seed", type=int, default=0, help="the first seed (default 0)")
+    made.add_argument("--regime", choices=REGIMES, help="measure only this one (default: all)")
+    made.add_argument("--preset", choices=PRESETS, help="measure only this one (default: both)")
     made.add_argument(
         "--sweeps",
         action="store_true",
-        help="also one change at a time: alpha, weights, tails, corpus, rounds, beta, losses ..",
+        help="also make one change at a time: alpha, weights, tails, corpus, rounds, beta, losses",
     )
     made.add_argument(
         "--sweep",
         action="append",
         default=[],
         metavar="NAME",
-        help="one of these changes alone, by its name in the tables; may be repeated",
+        help="also make this change, by its name in the tables; may be repeated",
     )
-    made.add_argument("--methods", help="students to train, with commas between (default: all)")
+    made.add_argument("--methods", help="students to train, separated by commas (default: all)")
     return made
 
 
 def main(argv: Sequence[str] | None = None, sizes: Any = None) -> int:
-    """The command line; returns the exit code. ``sizes`` are for tests."""
-    arguments = parser().parse_args(argv)
-    try:
-        _run(arguments, sizes, list(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Runs the command line and returns the exit code. ``sizes`` are for tests."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = parser().parse_args(given)
+    return exit_code(lambda: _run(arguments, sizes, given))
 
 
 def _run(arguments: argparse.Namespace, sizes: Any, argv: list[str]) -> None:
-    from benchmarks.paper_tables import figures, sweeps, tables
     from benchmarks.paper_tables import settings as s
+    from benchmarks.paper_tables import sweeps, tables
     from benchmarks.paper_tables.metrics import Record
-    from benchmarks.paper_tables.statistics import Results
 
     started = time.perf_counter()
     sizes = s.Sizes() if sizes is None else sizes
     count = arguments.seeds or (QUICK_SEEDS if arguments.quick else FULL_SEEDS)
     if count < 1 or arguments.first_seed < 0:
         raise UserError(
-            f"--seeds {count} --first-seed {arguments.first_seed}: at least one seed from 0 on."
+            f"--seeds {count} --first-seed {arguments.first_seed}: give at least one seed, from 0 "
+            "on."
         )
     seeds = list(range(arguments.first_seed, arguments.first_seed + count))
     quick = arguments.quick
@@ -94,26 +93,27 @@ def _run(arguments: argparse.Namespace, sizes: Any, argv: list[str]) -> None:
     changes = _change_names(arguments)
     # A change is compared with the same student without it.
     names = list(dict.fromkeys([*names, *sweeps.students(changes, presets)]))
+    settings = {
+        "presets": list(presets),
+        "seeds": seeds,
+        "methods": names,
+        "quick": quick,
+        "sweeps": changes,
+    }
     records: list[Record] = []
     for regime in regimes:
-        settings = {
-            "regime": regime,
-            "presets": list(presets),
-            "seeds": seeds,
-            "methods": names,
-            "quick": quick,
-            "sweeps": changes,
-        }
-        records += _regime(arguments.out, settings, sizes)
-    cells = [(regime, preset) for regime in regimes for preset in presets]
-    write_json(arguments.out / "tables.json", [record.to_json() for record in records])
+        records += _regime(arguments.out, {"regime": regime, **settings}, sizes)
+    notes = [
+        f"Seeds {seeds[0]} to {seeds[-1]}: each has its own world, data, split, initialisation and "
+        f"pre-training. {sizes.num_corpus} prompts with one sampled answer of the teacher each, "
+        f"{sizes.num_test} test prompts. {time.perf_counter() - started:.0f} s in all (what lay on "
+        "disk not counted).",
+        "",
+        tables.READING,
+    ]
     command = shlex.join(["python", "-m", "benchmarks.paper_tables", *argv])
-    notes = _notes(sizes, seeds, time.perf_counter() - started)
-    text = tables.write_tables(records, cells, command=command, notes=notes)
-    write_bytes(arguments.out / "tables.md", text.encode())
-    for cell in cells:
-        figures.draw(arguments.out, Results(records, *cell))
-    print(text)
+    cells = [(regime, preset) for regime in regimes for preset in presets]
+    print(tables.write_all(arguments.out, records, cells, command=command, notes=notes))
 
 
 def _method_names(asked: str | None, quick: bool) -> list[str]:
@@ -139,7 +139,7 @@ def _change_names(arguments: argparse.Namespace) -> list[str]:
 
 
 def _regime(out: Path, settings: dict[str, Any], sizes: Any) -> list[Any]:
-    """All records of a regime, part by part: those on disk, or new ones, written there."""
+    """All records of a regime; parts that are not on disk are measured and written there."""
     from benchmarks.paper_tables.metrics import Record
 
     identity = {**settings, "sizes": digest_value(repr(sizes))}
@@ -160,19 +160,17 @@ def _regime(out: Path, settings: dict[str, Any], sizes: Any) -> list[Any]:
 
 
 def _parts(settings: dict[str, Any], sizes: Any) -> Iterator[tuple[str, Callable[[], list[Any]]]]:
-    """(name, what measures it): nothing is made before a part asks for it."""
+    """(name, what measures it) of each part; nothing is made before a part asks for it."""
     from benchmarks.miniature import pretrain
     from benchmarks.paper_tables import methods as m
     from benchmarks.paper_tables import settings as s
     from benchmarks.paper_tables import sweeps
     from benchmarks.paper_tables.study import CURVES, Study
 
-    def log(line: str) -> None:
-        print(line, flush=True)
-
     regime, presets, names = (settings[key] for key in ("regime", "presets", "methods"))
     quick = settings["quick"]
-    study = Study(s.Setting(regime, presets[0], sizes), settings["seeds"], log)
+    say = functools.partial(print, flush=True)
+    study = Study(s.Setting(regime, presets[0], sizes), settings["seeds"], say)
     yield "proxies", lambda: study.start_records() + study.proxy_records()
     curves = () if quick else CURVES
     cell = functools.cache(
@@ -184,17 +182,17 @@ def _parts(settings: dict[str, Any], sizes: Any) -> Iterator[tuple[str, Callable
         wanted = [name for name in names if first or name in m.OF_PRESET]
         return cell(preset).student_records(wanted, curves=curves)
 
+    def changed(preset: str) -> list[Any]:
+        return sweeps.records(cell(preset), settings["sweeps"])
+
     for preset in presets:
         yield preset, functools.partial(students, preset)
         if settings["sweeps"]:
-            yield (
-                f"{preset}-sweeps",
-                lambda preset=preset: sweeps.records(cell(preset), settings["sweeps"]),
-            )
+            yield f"{preset}-sweeps", functools.partial(changed, preset)
     if quick or regime != s.MAIN_REGIME:
         return
 
-    # Fig. 3's small proxy and Table 5's pair, in the main regime alone.
+    # Fig. 3's small proxy and Table 5's pair belong to the main regime alone.
     def small() -> list[Any]:
         its = study.with_changes(proxy_model=s.SMALL_PROXY)
         return its.proxy_records("small") + its.student_records([m.PROXY_KD], prefix="small/")
@@ -209,18 +207,6 @@ def _parts(settings: dict[str, Any], sizes: Any) -> Iterator[tuple[str, Callable
 
     yield "small", small
     yield "qwen", qwen
-
-
-def _notes(sizes: Any, seeds: list[int], seconds: float) -> list[str]:
-    from benchmarks.paper_tables import tables
-
-    return [
-        f"Seeds {seeds[0]} to {seeds[-1]}: each has its own world, data, split, initialisation and "
-        f"pre-training. {sizes.num_corpus} prompts with one sampled answer of the teacher each, "
-        f"{sizes.num_test} test prompts. {seconds:.0f} s in all (what lay on disk not counted).",
-        "",
-        tables.READING,
-    ]
 
 
 if __name__ == "__main__":

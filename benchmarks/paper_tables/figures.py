@@ -1,4 +1,4 @@
-"""The figures of one regime and preset, as SVG and PNG."""
+"""Draws the figures of one regime and preset, as SVG and PNG."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.miniature.plots import BLACK, BLUE, GREEN, GREY, ORANGE, SKY, plotting
+from benchmarks.miniature.plots import BLACK, BLUE, GREEN, GREY, ORANGE, SKY, plotting, save
 from benchmarks.paper_tables import proxies as px
+from benchmarks.paper_tables.labels import STATE_LABELS, label_of
 from benchmarks.paper_tables.methods import BLACK_BOX, METHODS, PROXY_KD
 from benchmarks.paper_tables.metrics import ACCURACY, AGREEMENT, BEST, KL, LAST, TOP_KS
 from benchmarks.paper_tables.statistics import MANY_ERRORS, Results
-from benchmarks.paper_tables.tables import STATE_LABELS, label_of
 
 CURVES = {BLACK_BOX: SKY, "fkl_unaligned": ORANGE, PROXY_KD: GREEN}
 STATES = {px.RAW: GREY, px.WARMUP: SKY, px.NLL: BLUE, px.PREFERENCE: GREEN}
@@ -34,16 +34,12 @@ def draw(out: Path, results: Results) -> list[Path]:
                 continue
             figure = make(plt, results)
             figure.suptitle(f"regime {results.regime}, preset {results.preset}", fontsize=9)
-            for suffix in ("svg", "png"):
-                path = out / f"{name}_{results.regime}_{results.preset}.{suffix}"
-                figure.savefig(path, dpi=160)
-                written.append(path)
-            plt.close(figure)
+            written += save(plt, figure, out / f"{name}_{results.regime}_{results.preset}")
     return written
 
 
 def _students(plt: Any, results: Results) -> Any:
-    """Differences against black-box KD with three paired standard errors."""
+    """Draws differences from black-box KD with three paired standard errors."""
     names = [name for name in METHODS if results.has(name) and name != BLACK_BOX]
     figure, axes = plt.subplots(1, 2, figsize=(10, 0.28 * len(names) + 1.2), sharey=True)
     for axis, metric in zip(axes, (ACCURACY, KL), strict=True):
@@ -60,7 +56,7 @@ def _students(plt: Any, results: Results) -> Any:
             )
         axis.axvline(0, color=BLACK, linewidth=1)
         axis.set_title(f"{metric} minus black-box KD's")
-        if metric == KL:  # what never stops may end ten times as far away as all others
+        if metric == KL:  # A student that never stops may end ten times as far away as others.
             axis.set_xscale("symlog", linthresh=1)
     axes[0].set_yticks([-place for place in range(len(names))], [label_of(n) for n in names])
     axes[0].set_xlabel("bars: three paired standard errors")
@@ -69,7 +65,7 @@ def _students(plt: Any, results: Results) -> Any:
 
 
 def _sizes(plt: Any, results: Results) -> Any:
-    """Accuracy of proxy and student for both sizes of the proxy."""
+    """Draws the accuracy of proxy and student for both sizes of the proxy."""
     figure, axis = plt.subplots(figsize=(5, 3.4))
     pairs = (("proxy", ""), ("small", "small/"))
     for place, (proxy, prefix) in enumerate(pairs):

@@ -1,4 +1,4 @@
-"""What methods and states are called in the tables, and how a table is written."""
+"""The names of methods and states in the tables, and Markdown."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STATE_LABELS = {
 
 
 def label_of(name: str) -> str:
-    """A method's name for people."""
+    """The name of a method for people."""
     if name in METHODS:
         return METHODS[name][0]
     if "/" in name:
@@ -28,6 +28,6 @@ def label_of(name: str) -> str:
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A table, a line a row."""
+    """The lines of a table."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return lines + ["| " + " | ".join(row) + " |" for row in rows]

@@ -1,4 +1,4 @@
-"""Every student: what it learns from and how. All begin at one model and take equal steps."""
+"""All students: what they learn from and how. They start from one model and take equal steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SODA, GAD = "soda", "gad"
 PROXY_KD, BLACK_BOX, BLACK_BOX_ALL = "proxy_kd", "black_box_kd", "black_box_kd_all"
 Any_Method = Method | OnPolicyMethod | str
 
-# name -> (label, group); the groups are those of the tables.
+# The methods by name: (label, group of the tables).
 BASELINES, ABLATIONS, CONTROLS, BEYOND = "Table 1", "Table 2", "controls", "beyond the paper"
 METHODS: dict[str, tuple[str, str]] = {
     "fkl_unaligned": ("forward KL, unaligned proxy, its text", BASELINES),
@@ -46,7 +46,7 @@ METHODS: dict[str, tuple[str, str]] = {
     SODA: ("SODA", BEYOND),
     GAD: ("GAD", BEYOND),
 }
-# Those that are not Proxy-KD have their own papers' values: the same students serve both presets.
+# These depend on the preset. The others have their own papers' values and serve both presets.
 OF_PRESET = (
     PROXY_KD,
     "without_alignment_raw",
@@ -60,10 +60,8 @@ OF_PRESET = (
     "random_labels",
 )
 OF_NO_PRESET = tuple(name for name in METHODS if name not in OF_PRESET)
-# The weight of the KL beside an NLL of weight 1, where the paper gives no alpha.
-EQUAL = 1.0
-# Others' KL is over the whole vocabulary, nearly all of which the top 10 of 46 tokens hold; no
-# preset changes them.
+EQUAL = 1.0  # The KL has this weight beside an NLL of weight 1, where the paper gives no alpha.
+# The KL of the others is over the whole vocabulary. The top 10 of 46 tokens hold nearly all of it.
 OTHERS_TAIL = "renormalize_proxy"
 
 
@@ -75,58 +73,54 @@ def make_methods(setting: Setting) -> dict[str, Any_Method]:
     alpha = setting.config.distill.alpha
     whole = setting.config.distill.data == "all"
 
-    def proxy_kd(state: str, splits: tuple[str, ...] = (DISTILL,), **options: Any) -> Method:
-        options = {"weighted": True, **options}
-        sources = tuple(Source(split, labels=state, **options) for split in splits)
-        return Method(sources, alpha)
+    def proxy_kd(state: str, splits: tuple[str, ...] = (DISTILL,), **source: Any) -> Method:
+        sources = tuple(Source(split, labels=state, **source) for split in splits)
+        return Method(sources, alpha, weighted=True)
 
-    def fresh(state: str, drawn: bool = False) -> Source:
-        return Source(FRESH, writer=state, labels=state, nll=False, drawn=drawn)
+    def with_fresh(method: Method, state: str, **source: Any) -> Method:
+        fresh = Source(FRESH, writer=state, labels=state, nll=False, **source)
+        return dataclasses.replace(method, sources=(*method.sources, fresh))
 
-    def headline(state: str, **options: Any) -> Method:
+    def headline(state: str, **source: Any) -> Method:
         if not whole:
-            return proxy_kd(state, **options)
-        method = proxy_kd(state, ALL, **options)
-        return Method((*method.sources, fresh(state, options.get("drawn", False))), alpha)
+            return proxy_kd(state, **source)
+        return with_fresh(proxy_kd(state, ALL, **source), state, **source)
+
+    def others(*sources: Source, alpha: float = EQUAL, temperature: float | None = None) -> Method:
+        return Method(sources, alpha, temperature=temperature, tail=OTHERS_TAIL)
 
     def own_text(state: str) -> Method:
         """Forward KL alone on the proxy's own answers."""
-        return others((Source(DISTILL, writer=state, labels=state, nll=False),))
-
-    def others(
-        sources: tuple[Source, ...], alpha: float = EQUAL, temperature: float | None = None
-    ) -> Method:
-        return Method(sources, alpha, temperature, tail=OTHERS_TAIL)
+        return others(Source(DISTILL, writer=state, labels=state, nll=False))
 
     aligned, sft, mentor = px.PREFERENCE, px.NLL, MentorKd()
-    with_fresh = proxy_kd(aligned)
+    half: dict[str, Any] = {"beta": 0.5, "student_share": 0.5}
     return {
         "fkl_unaligned": own_text(px.RAW),
         "minillm": OnPolicyMethod(px.RAW, MiniLlm()),
-        "gkd": OnPolicyMethod(
-            px.RAW, Gkd(beta=0.5, student_share=0.5), Source(DISTILL, writer=px.RAW)
-        ),
+        "gkd": OnPolicyMethod(px.RAW, Gkd(**half, fixed="scorer")),
         "fkl_aligned": own_text(aligned),
         BLACK_BOX: Method((Source(DISTILL),)),
-        "takd_raw": others((Source(DISTILL, labels=px.RAW),)),
-        "takd_finetuned": others((Source(DISTILL, labels=sft),)),
+        "takd_raw": others(Source(DISTILL, labels=px.RAW)),
+        "takd_finetuned": others(Source(DISTILL, labels=sft)),
         "mentor_kd": others(
-            (Source(DISTILL, labels=sft), Source(DISTILL, writer=sft, labels=sft)),
-            mentor.lam / (1 - mentor.lam),
-            mentor.temperature,
+            Source(DISTILL, labels=sft),
+            Source(DISTILL, writer=sft, labels=sft),
+            alpha=mentor.lam / (1 - mentor.lam),
+            temperature=mentor.temperature,
         ),
         PROXY_KD: headline(aligned),
         "without_alignment_raw": headline(px.RAW),
         "without_alignment_warmup": headline(px.WARMUP),
         "without_preference": headline(sft),
-        "without_weights": headline(aligned, weighted=False),
+        "without_weights": dataclasses.replace(headline(aligned), weighted=False),
         BLACK_BOX_ALL: Method(tuple(Source(split) for split in ALL)),
         "teacher_logits": Method((Source(DISTILL, labels=TRUTH),), alpha),
         "proxy_kd_all": proxy_kd(aligned, ALL),
-        "proxy_kd_fresh": Method((*with_fresh.sources, fresh(aligned)), alpha),
+        "proxy_kd_fresh": with_fresh(proxy_kd(aligned), aligned),
         "proxy_kd_mix": dataclasses.replace(headline(aligned), student_share=0.5),
         "on_policy": OnPolicyMethod(aligned, OnPolicy(samples_per_prompt=1)),
-        "on_policy_mix": OnPolicyMethod(aligned, Gkd(beta=0.5, student_share=0.5), Source(DISTILL)),
+        "on_policy_mix": OnPolicyMethod(aligned, Gkd(**half)),
         "random_labels": headline(aligned, drawn=True),
         SODA: SODA,
         GAD: GAD,

@@ -1,4 +1,4 @@
-"""What the evaluator, who knows the teacher, measures on the test prompts."""
+"""Measures models on the test prompts; the evaluator knows the teacher's distribution."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ import numpy as np
 
 from benchmarks.miniature import world as w
 from benchmarks.paper_tables import models
-from benchmarks.paper_tables.offline import at_places, padded_answers
+from benchmarks.paper_tables.offline import at_places
 from benchmarks.paper_tables.seeds import Seed
-from benchmarks.paper_tables.training import stacked_rows
-from benchmarks.paper_tables.vectorise import over_seeds
+from benchmarks.paper_tables.vectorise import filled, over_seeds
 from proxykd_jax.evaluation.measures import position_measures
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.types import TokenBatch
 
 BEST, LAST = "best", "last"
 ACCURACY, KL, AGREEMENT, TEACHER_NLL = "accuracy", "kl", "agreement", "nll"
-EITHER_PRESET = "both"  # of records that no preset changes
-SWEEP = "sweep "  # begins the names of what a sweep changed
+EITHER_PRESET = "both"  # The preset of records that no preset changes.
+SWEEP = "sweep "  # The names of changed students and proxies begin with it.
 TOP_KS = (1, 2, 3, 5, 10, 20)
 MAIN_METRICS = (ACCURACY, KL, AGREEMENT, TEACHER_NLL)
 
@@ -34,15 +33,15 @@ class Record:
     """One line of ``tables.json``.
 
     Attributes:
-      regime: of the study.
-      preset: of the study; ``both`` where none changes the number.
+      regime: the study's.
+      preset: the study's; ``both`` where no preset changes the number.
       method: a student's, ``proxy/<state>``, ``student`` (pre-trained) or ``teacher``.
       checkpoint: ``best`` on validation NLL, ``last``, or ``step_<n>``.
-      seed: of everything.
+      seed: the seed of everything.
       metric: ``accuracy`` (greedy, on unseen prompts), ``kl`` (teacher || model, nats a token),
-        ``agreement`` (top-1, with the teacher's tokens), ``nll`` (of them), ``top_mass_<K>``,
-        ``length_correlation``, or seconds.
-      value: a number.
+        ``agreement`` (top-1, with the teacher's tokens), ``nll`` (of these tokens),
+        ``top_mass_<K>``, or seconds.
+      value: the number.
     """
 
     regime: str
@@ -54,7 +53,7 @@ class Record:
     value: float
 
     def to_json(self) -> dict[str, Any]:
-        """As a line of the file."""
+        """The line of the file."""
         return asdict(self)
 
 
@@ -69,12 +68,16 @@ class Recorder:
     def __call__(
         self, method: str, checkpoint: str, values: dict[str, Iterable[float]]
     ) -> list[Record]:
-        """Records of every seed's value of every metric."""
+        """Makes a record of every seed's value of every metric."""
         return [
             Record(self.regime, self.preset, method, checkpoint, seed, metric, float(value))
             for metric, per_seed in values.items()
             for seed, value in zip(self.seeds, per_seed, strict=True)
         ]
+
+    def same(self, method: str, checkpoint: str, metric: str, value: float) -> list[Record]:
+        """Makes records of a value that all seeds share."""
+        return self(method, checkpoint, {metric: [value] * len(self.seeds)})
 
 
 class Evaluator:
@@ -82,7 +85,7 @@ class Evaluator:
 
     def __init__(self, data: Sequence[Seed], seeds: Sequence[int]) -> None:
         self._data, self._seeds = data, seeds
-        self._rows = stacked_rows([seed.test.batch for seed in data])
+        self._rows = filled([seed.test.batch for seed in data])
         self._logps = np.stack(
             [at_places(seed.teacher_logps_NTV, seed.test.batch.tokens_BL.shape) for seed in data]
         )
@@ -90,12 +93,12 @@ class Evaluator:
     def measure(
         self, model: ModelConfig, params_S: Any, *, masses: bool = False, distance: bool = True
     ) -> dict[str, np.ndarray]:
-        """Metric -> value of every seed.
+        """Measures a model: metric -> value of every seed.
 
         Args:
-          model, params_S: what is measured.
-          masses: the shares of Fig. 4 too.
-          distance: KL, agreement and NLL; without, accuracy alone.
+          model, params_S: the model.
+          masses: whether the shares of Fig. 4 are measured too.
+          distance: whether KL, agreement and NLL are measured; if not, only accuracy is.
         """
         values: dict[str, np.ndarray] = {}
         if distance:
@@ -105,10 +108,10 @@ class Evaluator:
         return {ACCURACY: np.array([each.mean() for each in correct]), **values}
 
     def teacher(self) -> dict[str, np.ndarray]:
-        """The teacher against its own text; its greedy accuracy where it is the world itself."""
+        """Measures the teacher on its own text: agreement, NLL and a KL of 0."""
         values: dict[str, list[float]] = {AGREEMENT: [], TEACHER_NLL: [], KL: []}
         for seed in self._data:
-            answers_NT = padded_answers(seed.test)
+            answers_NT = seed.test.answers_NT
             lengths = w.answer_lengths(answers_NT)
             mask_NT = np.arange(w.MAX_ANSWER)[None, :] < lengths[:, None]
             logps = seed.teacher_logps_NTV

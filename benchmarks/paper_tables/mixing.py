@@ -1,6 +1,6 @@
 """Proxy-KD whose student also learns on its own answers: ``baselines.mixing`` of all seeds.
 
-Which kind a step is differs between seeds, so it is data, and the other kind is not computed.
+Seeds differ in the kind of a step, so the kind is data, and the other kind is not computed.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from benchmarks.miniature import world as w
 from benchmarks.paper_tables import offline
-from benchmarks.paper_tables.on_policy import answers_or, padded_prompts
-from benchmarks.paper_tables.training import MakeBatch, Run, plan_rows, planned
+from benchmarks.paper_tables.on_policy import (
+    answers_or,
+    beside_scorer,
+    padded_prompts,
+    who_answers,
+)
+from benchmarks.paper_tables.seeds import Rows
+from benchmarks.paper_tables.training import MakeBatch, Run, every_row
 from proxykd_jax.baselines.beside_scorer import ScoredSpec
-from proxykd_jax.baselines.gkd import GkdObjective
-from proxykd_jax.baselines.rollouts import AnswerBatch, student_answers
+from proxykd_jax.baselines.mixing import MixedObjective
+from proxykd_jax.baselines.rollouts import AnswerBatch
 from proxykd_jax.training.batch_objectives import Counts, Metrics, Objective
 from proxykd_jax.types import DistillBatch, TokenBatch
 
@@ -36,30 +40,26 @@ class EitherBatch:
 
 @dataclass(frozen=True)
 class EitherObjective:
-    """The loss of one kind of step; ``baselines.mixing.MixedObjective`` where that is data."""
+    """The product's objective where the kind of a step is data."""
 
-    stored: Objective
-    own: GkdObjective
+    mixed: MixedObjective
 
     def counts(self, batch: EitherBatch) -> dict[str, Counts]:
-        return {"stored": self.stored.counts(batch.stored), "own": self.own.counts(batch.own)}
+        return {kind: self.mixed.counts(getattr(batch, kind)) for kind in ("stored", "own")}
 
     def share(
         self,
-        models: Any,
+        models: dict[str, Any],
         batch: EitherBatch,
         counts: dict[str, Counts],
         spec: ScoredSpec,
         dropout_key: jax.Array | None,
     ) -> tuple[jax.Array, Metrics]:
-        def own() -> jax.Array:
-            return self.own.share(models, batch.own, counts["own"], spec, dropout_key)[0]
+        def loss_on(kind: str) -> jax.Array:
+            part = (getattr(batch, kind), counts[kind])
+            return self.mixed.share(models, *part, spec, dropout_key)[0]
 
-        def stored() -> jax.Array:
-            student = models["student"]
-            rows, count = batch.stored, counts["stored"]
-            return self.stored.share(student, rows, count, spec.student, dropout_key)[0]
-
+        own, stored = (functools.partial(loss_on, kind) for kind in ("own", "stored"))
         return jax.lax.cond(batch.is_own, own, stored), {}
 
     def terms(self) -> dict[str, Objective]:
@@ -68,10 +68,10 @@ class EitherObjective:
 
 @functools.lru_cache(maxsize=8)
 def either_batch(spec: ScoredSpec) -> MakeBatch:
-    """A step's batch of the kind that counts; the other one's answers are empty."""
+    """A step's batch of the kind that counts; the other kind's answers are empty."""
 
     def make(constants: Any, params: Any, data: Any, step: jax.Array) -> EitherBatch:
-        prompts, stored, is_own = data
+        (prompts, stored), is_own = data
         nobody_B = jnp.zeros(stored.rows.tokens_BL.shape[0], bool)
         nothing = AnswerBatch(stored.rows, nobody_B, nobody_B)
         own = answers_or(nothing, is_own, constants, params, prompts, step, spec)
@@ -87,42 +87,27 @@ def train(
     validation: TokenBatch,
     **options: Any,
 ) -> Run:
-    """Trains the students of all seeds; half of the steps are on their own answers.
+    """Trains the students of all seeds on stored rows and on their own answers.
 
     The scorer is the proxy that made the labels of the method's first source.
     """
-    setting, share = material.setting, method.student_share
-    steps, section = setting.student_steps, setting.config.distill
-    scorer = method.sources[0].labels
+    phases, scorer = offline.phases_of(material, method), method.sources[0].labels
     assert scorer is not None
-    spec = ScoredSpec(setting.student, setting.proxy, w.VOCAB_SIZE)
-    run = Run.start(setting.student, setting.distill_optimizer, student_S, validation)
-    stored = offline.batches_of(material, method)
-    asked = [
-        [padded_prompts(rows) for rows in material.rows(source.prompts, source.writer)]
-        for source in method.sources
-    ]
-    pools, plans, owns = [], [], []
-    for i, seed in enumerate(material.seeds):
-        pools.append((offline.joined([prompts[i] for prompts in asked]), stored[i]))
-        count = jax.tree.leaves(stored[i])[0].shape[0] - 1
-        plans.append(plan_rows(count, section, seed, "distill", steps))
-        owns.append([student_answers(seed, step, share) for step in range(steps)])
-    both, owns_SZ = planned(pools, plans), np.array(owns)
-    run.train(
-        EitherObjective(
-            offline.objective_of(setting, method),
-            GkdObjective(0.0, 1.0, section.reduction, method.alpha),
-        ),
-        lambda start, stop: (*both(start, stop), owns_SZ[:, start:stop]),
-        steps,
-        every=section.stop.every,
+    pools, either = [], []
+    for phase in phases:
+        objective, spec, collate = phase.objective, phase.spec, phase.collate
+        assert isinstance(objective, MixedObjective) and isinstance(spec, ScoredSpec) and collate
+        count = len(phase.rows)
+        prompts = padded_prompts(Rows(phase.rows.read(range(count))))
+        pools.append((prompts, collate(every_row(count))))
+        either.append(phase.with_(objective=EitherObjective(objective)))
+    run = Run.start(phases[0], material.setting.config.distill, student_S, validation)
+    run.take(
+        either,
+        pools=pools,
+        beside=[who_answers(material, method.student_share)],
         make_batch=either_batch(spec),
-        constants={
-            "seed": np.asarray(material.seeds, np.uint32),
-            "frozen": {"student": {}, "scorer": (material.proxies[scorer], None)},
-        },
-        step_spec=spec,
+        constants=beside_scorer(material, scorer),
         **options,
     )
     return run

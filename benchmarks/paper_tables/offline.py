@@ -1,11 +1,9 @@
-"""Students whose data lie ready before their training: eqs. 7 and 11 on rows of several sources.
-
-A method is a list of sources and the weights of its two terms; the objectives are the product's.
-"""
+"""Students that learn from rows on hand: the product's text and label phases on rows in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,19 +13,23 @@ import numpy as np
 
 from benchmarks.miniature import world as w
 from benchmarks.paper_tables import models
-from benchmarks.paper_tables.models import Labels
-from benchmarks.paper_tables.seeds import Rows, Seed
+from benchmarks.paper_tables.seeds import Rows, Seed, Teacher
 from benchmarks.paper_tables.settings import Setting
-from benchmarks.paper_tables.training import Run, plan_rows, planned
-from proxykd_jax.data.sample_weights import weights_of
-from proxykd_jax.generation.label_batch import soft_labels_of_logits
-from proxykd_jax.training.batch_objectives import DistillObjective, NllObjective, Objective
+from benchmarks.paper_tables.training import Run
+from proxykd_jax.baselines.mixing import with_own_answers
+from proxykd_jax.config.methods import ProxyKd
+from proxykd_jax.data.order import PlannedBatch
+from proxykd_jax.data.soft_labels import SoftLabels
+from proxykd_jax.generation.label_batch import TopKLabels, soft_labels_of_logits
+from proxykd_jax.training.batches import Joined
+from proxykd_jax.training.distillation import label_phase, text_phase
+from proxykd_jax.training.phase import Phase
 from proxykd_jax.types import DistillBatch, TokenBatch
 
 DISTILL, FRESH = "distill", "fresh"
 ALL = ("warmup", "align", "distill")
-TRUTH = "teacher"  # the teacher's own distribution as labels: the ceiling
-STUDENT_ROUND = 1000  # round index of answers that are drawn for students
+TRUTH = "teacher"  # As labels it stands for the teacher's own distribution, which is the ceiling.
+STUDENT_ROUND = 1000  # The round index of answers that are drawn for students.
 
 
 @dataclass(frozen=True)
@@ -37,18 +39,21 @@ class Source:
     Attributes:
       prompts: a split of the corpus, or ``fresh``.
       writer: ``teacher``, or the state of the proxy that answers.
-      labels: whose soft labels; None for none.
+      labels: the state of the proxy that gives the soft labels; None for no labels.
       nll: whether the answers' own tokens count.
-      weighted: whether eq. 9 weighs the examples.
-      drawn: keep drawn ids in place of the most probable ones.
+      drawn: whether drawn ids replace the most probable ones.
     """
 
     prompts: str
     writer: str = TRUTH
     labels: str | None = None
     nll: bool = True
-    weighted: bool = False
     drawn: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name of the rows in a run."""
+        return f"{self.prompts}/{self.writer}"
 
 
 @dataclass(frozen=True)
@@ -57,26 +62,65 @@ class Method:
 
     Attributes:
       sources: of rows.
-      alpha: factor of the KL beside an NLL of weight 1; 0 has no soft labels at all.
-      temperature: of both softmaxes, None for the config's; then the KL is not rescaled.
-      student_share: of the steps, those on the student's own answers (``mixing``).
-      tail: of the stored labels, None for the config's.
+      alpha: the factor of the KL beside an NLL of weight 1; at 0 there are no soft labels.
+      weighted: whether eq. 9 weighs the examples that have an NLL.
+      temperature: of both softmaxes; None for the config's. The KL is then not rescaled.
+      student_share: the share of the steps on the student's own answers (``mixing``).
+      tail: of the stored labels; None for the config's.
     """
 
     sources: tuple[Source, ...]
     alpha: float = 0.0
+    weighted: bool = False
     temperature: float | None = None
     student_share: float = 0.0
     tail: str | None = None
+
+
+class LabelsInMemory:
+    """Soft labels of rows in memory, with the interface of a ``SoftLabelStore``.
+
+    Args:
+      splits: the rows of each split, and the labels at all positions of their batch.
+    """
+
+    def __init__(self, splits: Mapping[str, tuple[Rows, TopKLabels]]) -> None:
+        self._splits = splits
+
+    def read(self, split: str, indices: Sequence[int], row_ids: Sequence[str]) -> list[SoftLabels]:
+        """The labels of some rows."""
+        rows, labels = self._splits[split]
+        found = []
+        for index, row_id in zip(indices, row_ids, strict=True):
+            tokens = rows.rows[index].tokens
+            at = (index, slice(w.PROMPT_LENGTH - 1, len(tokens) - 1))
+            parts = (labels.ids_K, labels.logps_K, labels.gold_logps, labels.tail_logps)
+            ends = bool(tokens[-1] == w.END)
+            found.append(SoftLabels(row_id, *(np.asarray(part[at]) for part in parts), ends))
+        return found
+
+    def seq_logliks(self, split: str) -> np.ndarray:
+        """float64 ``[N]``, the log-likelihood of each answer."""
+        rows, labels = self._splits[split]
+        gold_NL = np.where(rows.batch.mask_BL, labels.gold_logps, 0).astype(np.float64)
+        return gold_NL.sum(axis=1)[:-1]
+
+    def lengths(self, split: str) -> np.ndarray:
+        """The number of tokens of each answer."""
+        return self._splits[split][0].answer_lengths
+
+    def finished(self, split: str) -> np.ndarray:
+        """Which answers have their end token."""
+        return self._splits[split][0].finished
 
 
 class Material:
     """Answers and soft labels of all seeds, made when they are first asked for.
 
     Args:
-      setting, data, seeds: of the study.
+      setting, data, seeds: the study's.
       proxies: parameters by state of the proxy.
-      teacher: its text is in the splits; asked for its distribution by the ceiling alone.
+      teacher: asked for its distribution by ``teacher_logits`` alone.
     """
 
     def __init__(
@@ -85,14 +129,14 @@ class Material:
         data: Sequence[Seed],
         seeds: Sequence[int],
         proxies: dict[str, Any],
-        teacher: Any,
+        teacher: Teacher,
     ) -> None:
         self.setting, self.data, self.seeds = setting, data, seeds
         self.proxies, self.teacher = proxies, teacher
         self._rows: dict[tuple[str, str], list[Rows]] = {}
-        self._labels: dict[tuple[str, str, str, float], list[Labels]] = {}
+        self._labels: dict[tuple[Source, float], list[TopKLabels]] = {}
 
-    def rows(self, prompts: str, writer: str) -> list[Rows]:
+    def rows(self, prompts: str, writer: str = TRUTH) -> list[Rows]:
         """The answers of a writer to the prompts, of every seed."""
         key = (prompts, writer)
         if key not in self._rows:
@@ -107,183 +151,111 @@ class Material:
             asked = [seed.fresh_NP for seed in self.data]
             ids = [[str(row) for row in range(len(each))] for each in asked]
         else:
-            asked = [seed.splits[prompts].prompts_NP for seed in self.data]
-            ids = [seed.splits[prompts].ids for seed in self.data]
-        drawn = models.answer(
-            self.setting.proxy_model,
-            self.proxies[writer],
-            asked,
-            ids,
-            seeds=self.seeds,
-            salt=STUDENT_ROUND,
-        )
+            asked = [rows.prompts_NP for rows in self.rows(prompts)]
+            ids = [rows.ids for rows in self.rows(prompts)]
+        model, params_S = self.setting.proxy_model, self.proxies[writer]
+        options: dict[str, Any] = {"seeds": self.seeds, "salt": STUDENT_ROUND}
+        drawn = models.answer(model, params_S, asked, ids, **options)
         return models.answered_rows(asked, drawn)
 
-    def labels(
-        self, prompts: str, writer: str, scorer: str, temperature: float | None = None
-    ) -> list[Labels]:
-        """Soft labels of these answers by a state of the proxy, or by the teacher itself."""
-        score = self.setting.config.score
-        temperature = score.temperature if temperature is None else temperature
-        key = (prompts, writer, scorer, temperature)
+    def labels(self, source: Source, temperature: float) -> list[TopKLabels]:
+        """The soft labels of a source's answers."""
+        key = (dataclasses.replace(source, nll=True), temperature)
         if key not in self._labels:
-            rows = self.rows(prompts, writer)
-            if scorer == TRUTH:
-                self._labels[key] = self._true_labels(rows, score.top_k)
-            else:
-                self._labels[key] = models.score(
-                    self.setting.proxy_model,
-                    self.proxies[scorer],
-                    rows,
-                    top_k=score.top_k,
-                    temperature=temperature,
-                )
+            self._labels[key] = self._made_labels(source, temperature)
         return self._labels[key]
 
-    def _true_labels(self, rows_S: list[Rows], top_k: int) -> list[Labels]:
-        answers = [padded_answers(rows) for rows in rows_S]
-        logps_S = self.teacher.logps([rows.prompts_NP for rows in rows_S], answers)
-        found = []
-        for rows, logps_NTV in zip(rows_S, logps_S, strict=True):
-            whole_NLV = at_places(logps_NTV, rows.batch.tokens_BL.shape)
-            labels = jax.device_get(
-                soft_labels_of_logits(
-                    jnp.asarray(whole_NLV), jnp.asarray(rows.batch.labels_BL), top_k=top_k
-                )
-            )
-            found.append(Labels(labels.ids_K, labels.logps_K, labels.gold_logps, labels.tail_logps))
-        return found
-
-    def drawn_labels(self, prompts: str, writer: str, scorer: str) -> list[Labels]:
-        """As many ids drawn from the distribution as others keep of its top, with their shares.
-
-        The shares add up to 1, so that nothing is in the tail and every choice of it is the same.
-        """
-        drawn = models.drawn_labels(
-            self.setting.proxy_model,
-            self.proxies[scorer],
-            self.rows(prompts, writer),
-            seeds=self.seeds,
-            num_draws=self.setting.config.score.top_k,
-        )
+    def _made_labels(self, source: Source, temperature: float) -> list[TopKLabels]:
+        rows, top_k = self.rows(source.prompts, source.writer), self.setting.config.score.top_k
+        if source.labels == TRUTH:
+            return self._true_labels(rows, top_k)
+        assert source.labels is not None
+        model, params_S = self.setting.proxy_model, self.proxies[source.labels]
+        if not source.drawn:
+            return models.score(model, params_S, rows, top_k=top_k, temperature=temperature)
+        drawn = models.drawn_labels(model, params_S, rows, seeds=self.seeds, num_draws=top_k)
+        kept = self.labels(dataclasses.replace(source, drawn=False), temperature)
+        # The shares of the drawn ids add up to 1, so the tail is empty and every treatment of it
+        # gives the same loss.
         return [
-            Labels(ids, logps, kept.gold_NL, np.full_like(kept.tail_NL, -np.inf))
-            for (ids, logps), kept in zip(drawn, self.labels(prompts, writer, scorer), strict=True)
+            TopKLabels(ids, logps, its.gold_logps, np.full_like(its.tail_logps, -np.inf))
+            for (ids, logps), its in zip(drawn, kept, strict=True)
         ]
 
-
-def padded_answers(rows: Rows) -> np.ndarray:
-    """``[N, T]`` answers filled up with end tokens."""
-    answers = np.full((len(rows.rows), w.MAX_ANSWER), w.END, np.int32)
-    for answer, row in zip(answers, rows.rows, strict=True):
-        answer[: len(row.answer)] = row.answer
-    return answers
+    def _true_labels(self, rows_S: list[Rows], top_k: int) -> list[TopKLabels]:
+        prompts, answers = [r.prompts_NP for r in rows_S], [r.answers_NT for r in rows_S]
+        found = []
+        for rows, logps in zip(rows_S, self.teacher.logps(prompts, answers), strict=True):
+            whole_NLV = jnp.asarray(at_places(logps, rows.batch.tokens_BL.shape))
+            labels_NL = jnp.asarray(rows.batch.labels_BL)
+            labels = soft_labels_of_logits(whole_NLV, labels_NL, top_k=top_k)
+            found.append(jax.device_get(labels))
+        return found
 
 
 def at_places(logps_NTV: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """``[N, L, V]`` log-probs at a batch's places; where no answer is, all tokens are alike."""
+    """``[N, L, V]`` log-probs at a batch's positions; they are uniform outside the answers."""
     num_tokens, vocabulary = logps_NTV.shape[1:]
     whole = np.full((*shape, vocabulary), -np.log(vocabulary), np.float32)
     whole[: len(logps_NTV), w.PROMPT_LENGTH - 1 : w.PROMPT_LENGTH - 1 + num_tokens] = logps_NTV
     return whole
 
 
-def batches_of(material: Material, method: Method) -> list[TokenBatch] | list[DistillBatch]:
-    """Every seed's rows of a method, its row of padding last."""
-    parts = [_part(material, source, method) for source in method.sources]
-    return [joined([part[i] for part in parts]) for i in range(len(material.seeds))]
+def phases_of(material: Material, method: Method) -> list[Phase]:
+    """Every seed's phase of the product: eq. 7 where alpha is 0, else eq. 11."""
+    config, sources = material.setting.config, method.sources
+    rows = {source.name: material.rows(source.prompts, source.writer) for source in sources}
+    fixed, weights = method.temperature, config.distill.weights
+    temperature = config.score.temperature if fixed is None else fixed
+    changes = {
+        "alpha": method.alpha,
+        "tail": method.tail or config.distill.tail,
+        "weights": weights.model_copy(update={"enabled": weights.enabled and method.weighted}),
+    }
+    labels = {
+        source.name: material.labels(source, temperature) for source in sources if method.alpha
+    }
+    phases = []
+    for i, seed in enumerate(material.seeds):
+        splits = {name: its[i] for name, its in rows.items()}
+        sketch = material.setting.run(
+            "distill", seed, splits, distill=changes, score={"temperature": temperature}
+        )
+        if not method.alpha:
+            phases.append(text_phase(sketch, splits))
+            continue
+        store: Any = LabelsInMemory({name: (splits[name], its[i]) for name, its in labels.items()})
+        run = dataclasses.replace(sketch, scorer=None, labels=store)
+        nll_splits = [source.name for source in sources if source.nll]
+        phase = label_phase(run, splits, nll_splits=nll_splits, rescale=fixed is None)
+        phase = _with_alpha_in_weights(phase, method.alpha)
+        if method.student_share:
+            share = ProxyKd(student_share=method.student_share)
+            phase = with_own_answers(sketch, share, phase, Joined(splits))
+        phases.append(phase)
+    return phases
 
 
-def _part(material: Material, source: Source, method: Method) -> list[Any]:
-    rows_S, alpha = material.rows(source.prompts, source.writer), method.alpha
-    if not alpha:
-        return [rows.batch for rows in rows_S]
-    assert source.labels is not None
-    labels_S = material.labels(source.prompts, source.writer, source.labels, method.temperature)
-    if source.drawn:
-        labels_S = material.drawn_labels(source.prompts, source.writer, source.labels)
-    return [
-        _distill_batch(material.setting, rows, labels, source, alpha)
-        for rows, labels in zip(rows_S, labels_S, strict=True)
-    ]
+def _with_alpha_in_weights(phase: Phase, alpha: float) -> Phase:
+    """The same loss with alpha as a factor of the weights, so that one program serves every
+    alpha."""
+    collate = phase.collate
+    assert collate is not None
 
+    def collate_weighted(planned: PlannedBatch) -> DistillBatch:
+        batch: DistillBatch = collate(planned)
+        return batch.replace(sample_weight_BS=np.float32(alpha) * batch.sample_weight_BS)
 
-def _distill_batch(
-    setting: Setting, rows: Rows, labels: Labels, source: Source, alpha: float
-) -> DistillBatch:
-    mask_NL = rows.batch.mask_BL
-    weight = setting.config.distill.weights
-    logliks = np.where(mask_NL, labels.gold_NL, 0).astype(np.float64).sum(axis=1)
-    found = weights_of(
-        logliks[:-1],
-        rows.lengths,
-        rows.finished,
-        loglik=weight.loglik,
-        normalize=weight.normalize,
-        enabled=weight.enabled and source.weighted,
-    )
-    column = (len(rows.rows) + 1, 1)
-    return DistillBatch(
-        rows=rows.batch,
-        topk_ids_BLK=labels.ids_NLK,
-        topk_logps_BLK=labels.logps_NLK,
-        tail_logps_BL=labels.tail_NL,
-        sample_weight_BS=np.append(alpha * found.sample_weight, 0).astype(np.float32)[:, None],
-        nll_mask_BS=np.full(column, source.nll),
-    )
-
-
-def joined(batches: list[Any]) -> Any:
-    """One after another, the padding of the last at the end."""
-
-    def join(*leaves: np.ndarray) -> np.ndarray:
-        return np.concatenate([*(leaf[:-1] for leaf in leaves), leaves[-1][-1:]])
-
-    return jax.tree.map(join, *batches)
-
-
-def objective_of(setting: Setting, method: Method) -> Objective:
-    """Eq. 7 where alpha is 0, else eq. 11.
-
-    Alpha is a factor of the weights (``_distill_batch``), so that one program serves all methods.
-    """
-    distill = setting.config.distill
-    if not method.alpha:
-        return NllObjective(distill.reduction, distill.nll_weight)
-    fixed = method.temperature
-    temperature = setting.config.score.temperature if fixed is None else fixed
-    return DistillObjective(
-        1.0,
-        distill.nll_weight,
-        method.tail or distill.tail,
-        distill.reduction,
-        temperature,
-        rescale=fixed is None,
-    )
+    objective: Any = phase.objective
+    objective = dataclasses.replace(objective, alpha=1.0)
+    return phase.with_(objective=objective, collate=collate_weighted)
 
 
 def train(
     material: Material, method: Method, student_S: Any, validation: TokenBatch, **options: Any
 ) -> Run:
     """Trains the students of all seeds by a method."""
-    setting = material.setting
-    run = Run.start(setting.student, setting.distill_optimizer, student_S, validation)
-    pools = batches_of(material, method)
-    plans = [
-        plan_rows(
-            jax.tree.leaves(pool)[0].shape[0] - 1,
-            setting.config.distill,
-            seed,
-            "distill",
-            setting.student_steps,
-        )
-        for pool, seed in zip(pools, material.seeds, strict=True)
-    ]
-    run.train(
-        objective_of(setting, method),
-        planned(pools, plans),
-        setting.student_steps,
-        every=setting.config.distill.stop.every,
-        **options,
-    )
+    phases = phases_of(material, method)
+    run = Run.start(phases[0], material.setting.config.distill, student_S, validation)
+    run.take(phases, **options)
     return run

@@ -1,12 +1,13 @@
 """Students that learn from their own samples, and SODA, whose samples are the base student's.
 
-The objectives, and the batches that they take, are the product's; here all seeds answer at once.
+Objectives, orders and the batches of updates are the product's; here all seeds answer at once.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,39 +19,79 @@ from benchmarks.miniature import world as w
 from benchmarks.paper_tables import models
 from benchmarks.paper_tables import proxies as px
 from benchmarks.paper_tables.models import draw_answers
-from benchmarks.paper_tables.offline import TRUTH, Material, Method, Source
-from benchmarks.paper_tables.offline import batches_of as offline_batches
+from benchmarks.paper_tables.offline import DISTILL, TRUTH, Material, Method, Source, phases_of
+from benchmarks.paper_tables.seeds import Rows
 from benchmarks.paper_tables.settings import Setting
-from benchmarks.paper_tables.training import MakeBatch, Run, plan_rows, planned
+from benchmarks.paper_tables.training import MakeBatch, Run, order_of
+from proxykd_jax.baselines import method_of
 from proxykd_jax.baselines.beside_scorer import ScoredSpec, sampling_time_logps
-from proxykd_jax.baselines.gkd import GkdObjective
-from proxykd_jax.baselines.minillm import (
-    MiniLlmObjective,
-    inner_batches,
-    rollout_batch,
-    take_answers,
-)
-from proxykd_jax.baselines.on_policy import OnPolicyObjective
+from proxykd_jax.baselines.minillm import inner_batches, rollout_batch, take_answers
 from proxykd_jax.baselines.rollouts import AnswerBatch, student_answers
-from proxykd_jax.config import PreferenceConfig
-from proxykd_jax.config.online_methods import Gkd, MiniLlm, OnPolicy
-from proxykd_jax.generation.decode import DrawSettings, Mixing, PromptBatch
+from proxykd_jax.config.methods import Soda
+from proxykd_jax.config.online_methods import Gad, Gkd, MiniLlm, OnPolicy
+from proxykd_jax.generation.decode import Mixing, PromptBatch
 from proxykd_jax.random_keys import purpose_seed
-from proxykd_jax.training.batch_objectives import AlignObjective, NllObjective, Objective
+from proxykd_jax.training.phase import Phase
 from proxykd_jax.types import TokenBatch
 
-SODA_BETA = 0.1  # its paper's is not known
+SODA = Soda(beta=0.1)  # The beta of its paper is not known.
 
 
-def rows_of_samples(prompts_BP: jax.Array, answers_BT: jax.Array, count_B: jax.Array) -> TokenBatch:
-    """What ``collate_rows`` makes of prompts and answers of ``count_B`` tokens, traceable."""
+@dataclass(frozen=True)
+class OnPolicyMethod:
+    """How a student learns from its own samples.
+
+    Attributes:
+      scorer: the state of the proxy that sees them.
+      section: the product's method.
+    """
+
+    scorer: str
+    section: Gkd | OnPolicy | MiniLlm
+
+
+def method_phases(
+    material: Material, section: Gkd | OnPolicy | MiniLlm | Gad | Soda, **distill: Any
+) -> list[Sequence[Phase]]:
+    """The phases of a method of the product on D_s; of each the phase of every seed.
+
+    Args:
+      material, section: the study's, and the method.
+      **distill: further keys of ``distill``.
+    """
+    keys = {**section.defines()["distill"], "data": DISTILL, **distill}
+    runs = [
+        material.setting.run("distill", seed, {DISTILL: rows}, method=section, distill=keys)
+        for seed, rows in zip(material.seeds, material.rows(DISTILL), strict=True)
+    ]
+    return list(zip(*(method_of(run.config).phases(run) for run in runs), strict=True))
+
+
+def text_orders(material: Material, steps: int) -> list[np.ndarray]:
+    """The rows of so many steps on D_s, in the order of the NLL of its texts."""
+    return [order_of(phase, steps) for phase in phases_of(material, Method((Source(DISTILL),)))]
+
+
+# --- batches of one seed --------------------------------------------------------------------------
+
+
+def rows_of_samples(
+    prompts_BP: jax.Array, answers_BT: jax.Array, count_B: jax.Array, *, last_tokens: bool = False
+) -> TokenBatch:
+    """Does what ``collate_rows`` does to answers of ``count_B`` tokens, traceable.
+
+    With ``last_tokens`` the rows have one position more, where the last token is an input.
+    """
     whole = jnp.concatenate([prompts_BP, answers_BT], axis=1)
-    prompt = prompts_BP.shape[1]
-    place_1L = jnp.arange(whole.shape[1] - 1)[None, :]
-    inside_BL = place_1L < (prompt + count_B - 1)[:, None]
+    prompt, length = prompts_BP.shape[1], whole.shape[1] - (not last_tokens)
+    place_1L = jnp.arange(length)[None, :]
+    labels_BL = jnp.pad(whole[:, 1:], ((0, 0), (0, 1)))[:, :length]
+    end_B = prompt + count_B - 1
+    inside_BL = place_1L < end_B[:, None]
+    read_BL = place_1L < (end_B + (last_tokens & (count_B > 0)))[:, None]
     return TokenBatch(
-        tokens_BL=jnp.where(inside_BL, whole[:, :-1], 0),
-        labels_BL=jnp.where(inside_BL, whole[:, 1:], 0),
+        tokens_BL=jnp.where(read_BL, whole[:, :length], 0),
+        labels_BL=jnp.where(inside_BL, labels_BL, 0),
         mask_BL=inside_BL & (place_1L >= prompt - 1),
         segment_ids_BL=inside_BL.astype(jnp.int32),
         positions_BL=jnp.where(inside_BL, place_1L, 0),
@@ -66,30 +107,26 @@ def sampled_answers(
     spec: ScoredSpec,
     mixing: Mixing | None = None,
 ) -> AnswerBatch:
-    """The student's answers as it is now, or those of a mixture with the scorer."""
-    settings = DrawSettings(1.0, 1.0, w.VOCAB_SIZE, (w.END,), mixing)
-    other = None if mixing is None else constants["frozen"]["scorer"]
-    state = draw_answers(
+    """The answers of the student as it is now, or of a mixture with the scorer."""
+    answers_BT, count_B, finished_B = draw_answers(
         params,
         prompts,
         constants["seed"],
         round_index,
         spec.config,
-        settings,
-        w.MAX_ANSWER,
-        other,
+        other=None if mixing is None else constants["frozen"]["scorer"],
+        mixing=mixing,
     )
-    answers_BT = state.tokens_BS[:, : w.MAX_ANSWER]
-    rows = rows_of_samples(prompts.tokens_BL, answers_BT, state.count_B)
-    return jax.lax.stop_gradient(AnswerBatch(rows, state.finished_B, state.count_B > 0))
+    rows = rows_of_samples(prompts.tokens_BL, answers_BT, count_B)
+    return jax.lax.stop_gradient(AnswerBatch(rows, finished_B, count_B > 0))
 
 
 @functools.lru_cache(maxsize=8)
 def answered_batch(spec: ScoredSpec) -> MakeBatch:
-    """A step's batch: of the student's answers, or of given ones where it does not answer."""
+    """A step's batch holds the student's answers, or given ones where it does not answer."""
 
     def make(constants: Any, params: Any, data: Any, step: jax.Array) -> AnswerBatch:
-        prompts, given, own = data
+        (prompts, given), own = data
         return answers_or(given, own, constants, params, prompts, step, spec)
 
     return make
@@ -102,9 +139,8 @@ def answers_or(given: AnswerBatch, own: jax.Array, *asked: Any) -> AnswerBatch:
 
 
 @functools.lru_cache(maxsize=8)
-def rollout_batches(spec: ScoredSpec, updates: int) -> MakeBatch:
+def rollout_batches(spec: ScoredSpec, method: MiniLlm, updates: int) -> MakeBatch:
     """The batches of all updates on a rollout, whose answers scorer and student draw together."""
-    method = MiniLlm()
     mixing = Mixing(spec.scorer.config, method.teacher_mixing)
 
     def make(constants: Any, params: Any, data: Any, step: jax.Array) -> Any:
@@ -118,33 +154,12 @@ def rollout_batches(spec: ScoredSpec, updates: int) -> MakeBatch:
             taken = take_answers(answers, places)
             return rollout_batch(taken, old_RL[places], scorer_RL[places], None, method)
 
-        return batch(places_UB) if updates == 1 else jax.vmap(batch)(places_UB)
+        return batch(places_UB[0]) if updates == 1 else jax.vmap(batch)(places_UB)
 
     return make
 
 
-@dataclass(frozen=True)
-class OnPolicyMethod:
-    """How a student learns from its own samples.
-
-    Attributes:
-      scorer: state of the proxy that sees them.
-      section: the product's method.
-      fixed: the other answers of GKD.
-    """
-
-    scorer: str
-    section: Gkd | OnPolicy | MiniLlm
-    fixed: Source | None = None
-
-
-def objective_of(section: Gkd | OnPolicy | MiniLlm, reduction: str) -> Objective:
-    """The product's; ``reduction`` is for the method that has none of its own."""
-    if isinstance(section, MiniLlm):
-        return MiniLlmObjective.of(section)
-    if isinstance(section, Gkd):
-        return GkdObjective(section.beta, section.scorer_temperature, "example_mean")
-    return OnPolicyObjective(section.form, section.coef, reduction)
+# --- training -------------------------------------------------------------------------------------
 
 
 def train(
@@ -155,57 +170,57 @@ def train(
     **options: Any,
 ) -> Run:
     """Trains the students of all seeds on prompts of D_s."""
-    setting, section = material.setting, method.section
-    steps, every = setting.student_steps, setting.config.distill.stop.every
-    spec = ScoredSpec(setting.student, setting.proxy, w.VOCAB_SIZE)
-    run = Run.start(setting.student, setting.distill_optimizer, student_S, validation)
-    updates = 1
+    section = method.section
+    phases = method_phases(material, section)[-1]
+    spec: Any = phases[0].spec
+    run = Run.start(phases[0], material.setting.config.distill, student_S, validation)
     if isinstance(section, MiniLlm):
-        epochs, count = rollout_sizes(setting, section)
+        epochs, count = rollout_sizes(material.setting, section)
+        data = _rollouts(material, epochs, count)
         updates = epochs * count
-        batches = _rollouts(material, epochs, count)
-        make_batch = rollout_batches(spec, updates)
+        make_batch = rollout_batches(spec, section, updates)
     else:
-        batches = _answered(material, method)
+        data, updates = _answered(material, method, phases), 1
         make_batch = answered_batch(spec)
-    run.train(
-        objective_of(section, setting.config.distill.reduction),
-        batches,
-        steps // updates,
-        every=max(every // updates, 1),
+    run.take(
+        phases,
+        **data,
         make_batch=make_batch,
-        constants={
-            "seed": np.asarray(material.seeds, np.uint32),
-            "frozen": {"student": {}, "scorer": (material.proxies[method.scorer], None)},
-        },
-        step_spec=spec,
+        constants=beside_scorer(material, method.scorer),
         updates=updates,
         **options,
     )
     return run
 
 
-def _answered(material: Material, method: OnPolicyMethod) -> Any:
-    """Data of ``answered_batch``: prompts, the same prompts' fixed answers, who answers."""
-    setting, section = material.setting, method.section
-    steps = setting.student_steps
-    share = section.student_share if isinstance(section, Gkd) else 1.0
-    pools, plans, owns = [], [], []
-    for seed, rows, given in zip(
-        material.seeds,
-        material.rows("distill", TRUTH),
-        offline_batches(material, Method((method.fixed or Source("distill"),))),
-        strict=True,
-    ):
-        assert isinstance(given, TokenBatch)
-        there_B = given.mask_BL.any(axis=-1)
-        ends_B = (given.mask_BL & (given.labels_BL == w.END)).any(axis=-1)
-        fixed = AnswerBatch(given, ends_B, np.zeros_like(there_B))
+def beside_scorer(material: Material, state: str) -> dict[str, Any]:
+    """The constants of steps whose student answers beside a state of the proxy."""
+    return {
+        "seed": np.asarray(material.seeds, np.uint32),
+        "frozen": {"student": {}, "scorer": (material.proxies[state], None)},
+    }
+
+
+def who_answers(material: Material, share: float) -> np.ndarray:
+    """bool ``[S, Z]``, whether the student answers the batch of a step."""
+    steps = range(material.setting.student_steps)
+    return np.array([[student_answers(s, step, share) for step in steps] for s in material.seeds])
+
+
+def _answered(
+    material: Material, method: OnPolicyMethod, phases: Sequence[Phase]
+) -> dict[str, Any]:
+    """The data of ``answered_batch``: prompts, fixed answers to them, and who answers."""
+    section = method.section
+    from_scorer = isinstance(section, Gkd) and section.fixed == "scorer"
+    given_S = material.rows(DISTILL, method.scorer if from_scorer else TRUTH)
+    pools = []
+    for rows, given in zip(material.rows(DISTILL), given_S, strict=True):
+        finished = np.append(given.finished, False)
+        fixed = AnswerBatch(given.batch, finished, np.zeros_like(finished))
         pools.append((padded_prompts(rows), fixed))
-        plans.append(plan_rows(len(rows.rows), setting.config.distill, seed, "distill", steps))
-        owns.append(np.array([student_answers(seed, step, share) for step in range(steps)]))
-    both = planned(pools, plans)
-    return lambda start, stop: (*both(start, stop), np.stack(owns)[:, start:stop])
+    share = section.student_share if isinstance(section, Gkd) else 1.0
+    return {"pools": pools, "beside": [who_answers(material, share)]}
 
 
 def rollout_sizes(setting: Setting, section: MiniLlm) -> tuple[int, int]:
@@ -217,69 +232,46 @@ def rollout_sizes(setting: Setting, section: MiniLlm) -> tuple[int, int]:
     return epochs, max(count for count in counts if steps % (epochs * count) == 0)
 
 
-def _rollouts(material: Material, epochs: int, count: int) -> Any:
-    """Data of ``rollout_batches``: the prompts of a rollout and the places of each update."""
-    setting = material.setting
-    steps, size = setting.student_steps, setting.config.distill.batch_size
+def _rollouts(material: Material, epochs: int, count: int) -> dict[str, Any]:
+    """The data of ``rollout_batches``: a rollout's prompts, and the places of each update."""
+    steps, size = material.setting.student_steps, material.setting.config.distill.batch_size
     num = steps // (epochs * count)
-    pools, plans, places = [], [], []
-    for seed, rows in zip(material.seeds, material.rows("distill", TRUTH), strict=True):
-        plan = plan_rows(len(rows.rows), setting.config.distill, seed, "distill", 2 * steps)
-        # Without the padding at an epoch's end, so that every update is of a whole batch.
-        plans.append(np.resize(plan[plan >= 0], (num, count * size)))
-        pools.append(padded_prompts(rows))
-        there_R = np.ones(count * size, bool)
-        places.append(
-            [
-                list(
-                    inner_batches(
-                        there_R,
-                        size,
-                        epochs=epochs,
-                        seed=purpose_seed(seed, f"distill/inner/{rollout}"),
-                    )
-                )
-                for rollout in range(num)
-            ]
-        )
-    prompts, places_SZUB = planned(pools, plans), np.asarray(places)
-    if epochs * count == 1:
-        places_SZUB = places_SZUB[:, :, 0]
-    return lambda start, stop: (prompts(start, stop), places_SZUB[:, start:stop])
+    there_R = np.ones(count * size, bool)
+
+    def places(seed: int, rollout: int) -> list[np.ndarray]:
+        order_seed = purpose_seed(seed, f"distill/inner/{rollout}")
+        return list(inner_batches(there_R, size, epochs=epochs, seed=order_seed))
+
+    return {
+        "pools": [padded_prompts(rows) for rows in material.rows(DISTILL)],
+        # The padding at an epoch's end is left out, so that every update is of a whole batch.
+        "orders": [
+            np.resize(order[order >= 0], (num, count * size))
+            for order in text_orders(material, 2 * steps)
+        ],
+        "beside": [np.array([[places(s, r) for r in range(num)] for s in material.seeds])],
+    }
 
 
-def padded_prompts(rows: Any, number: int = 0) -> PromptBatch:
-    """All prompts and a row at the end that draws nothing; ``number`` is the answer's."""
+def padded_prompts(rows: Rows, number: int = 0) -> PromptBatch:
+    """All prompts and a last row that draws nothing; ``number`` tells a prompt's answers apart."""
     ids = [f"{row_id}/student/{number}" for row_id in rows.ids]
-    return _with_padding(models.prompt_batch(rows.prompts_NP, ids, w.MAX_ANSWER))
-
-
-def _with_padding(batch: PromptBatch) -> PromptBatch:
-    """With a row at the end that draws nothing."""
+    batch = models.prompt_batch(rows.prompts_NP, ids, w.MAX_ANSWER)
     padded: PromptBatch = jax.tree.map(lambda x: np.concatenate([x, x[-1:]]), batch)
-    budgets = padded.budgets_B.copy()
-    budgets[-1] = 0
-    return padded.replace(budgets_B=budgets)
+    padded.budgets_B[-1] = 0
+    return padded
 
 
 def train_soda(material: Material, student_S: Any, validation: TokenBatch, **options: Any) -> Run:
-    """SODA: a warm-up by NLL, then DPO against the base student's answers, reference the warmed."""
-    setting, distill = material.setting, material.setting.config.distill
-    rows = material.rows("distill", TRUTH)
-    model = setting.student_model
-    pairs = px.make_pairs(model, student_S, rows, seeds=material.seeds, salt=0)
-    run = Run.start(setting.student, setting.distill_optimizer, student_S, validation)
-    warmup = max(round(setting.student_steps * setting.sizes.warmup_share), 1)
-    plans = [
-        plan_rows(len(each.rows), distill, seed, "distill", setting.student_steps)
-        for each, seed in zip(rows, material.seeds, strict=True)
-    ]
-    every = distill.stop.every
-    nll = NllObjective(distill.reduction, distill.nll_weight)
-    first = [plan[:warmup] for plan in plans]
-    run.train(nll, planned([each.batch for each in rows], first), warmup, every=every)
-    pairs = px.with_references(setting.student, run.last, pairs)
-    preference = PreferenceConfig(loss="dpo", beta=SODA_BETA)
-    objective = AlignObjective(preference, distill.reduction, 0.0, 1.0)
-    px.pair_phase(run, objective, pairs, [plan[warmup:] for plan in plans], every=every, **options)
+    """Trains by NLL, then by DPO against the base student's answers; the student between both is
+    the reference."""
+    setting, rows = material.setting, material.rows(DISTILL)
+    warmup, preference = method_phases(material, SODA)
+    pairs = px.make_pairs(setting.student_model, student_S, rows, seeds=material.seeds, salt=0)
+    run = Run.start(warmup[0], setting.config.distill, student_S, validation)
+    # Both phases go through the rows in one order.
+    orders, first = text_orders(material, setting.student_steps), setting.warmup_steps
+    run.take(warmup, orders=[order[:first] for order in orders])
+    pairs = px.with_references(run.spec, run.last, pairs)
+    run.take(preference, pools=pairs, orders=[order[first:] for order in orders], **options)
     return run

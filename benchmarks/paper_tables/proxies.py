@@ -1,4 +1,4 @@
-"""The proxy in its states: raw, warmed up, aligned by NLL, and by NLL and preference (eqs. 3-6)."""
+"""Aligns the proxies of all seeds: raw, warmed up, by NLL, and by NLL and preference (eqs. 3-6)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import numpy as np
 from benchmarks.paper_tables import models
 from benchmarks.paper_tables.seeds import Rows, Seed
 from benchmarks.paper_tables.settings import Setting
-from benchmarks.paper_tables.training import Run, plan_rows, planned, stacked_rows
-from benchmarks.paper_tables.vectorise import over_seeds
-from proxykd_jax.data.order import permutation
+from benchmarks.paper_tables.training import Run, every_row
+from benchmarks.paper_tables.vectorise import filled, in_chunks, over_seeds
 from proxykd_jax.models.config import ModelConfig
-from proxykd_jax.random_keys import purpose_seed
-from proxykd_jax.training.batch_objectives import AlignObjective, NllObjective
+from proxykd_jax.training.alignment import alignment_phases
+from proxykd_jax.training.pairs import collate_pairs
+from proxykd_jax.training.phase import Phase
 from proxykd_jax.training.reference import pair_logps
-from proxykd_jax.training.state import ModelSpec
+from proxykd_jax.training.state import Spec
 from proxykd_jax.types import PairBatch
 
 RAW, WARMUP, NLL, PREFERENCE = "raw", "warmup", "nll", "nll_preference"
@@ -30,12 +30,12 @@ STATES = (RAW, WARMUP, NLL, PREFERENCE)
 
 @dataclass(frozen=True)
 class Proxies:
-    """Parameters of all seeds by state of the proxy.
+    """The parameters of all seeds by state of the proxy.
 
     Attributes:
-      best: with the lowest validation NLL of the stage so far, the students' proxies.
+      best: with the lowest validation NLL of the stage so far; students learn from these.
       last: after the last step.
-      seconds: of a round's parts, for Table 3; nothing is compiled in them but for the first.
+      seconds: of the parts of each round, for Table 3. The first round's include compilation.
     """
 
     best: dict[str, Any]
@@ -44,14 +44,33 @@ class Proxies:
 
 
 def align(setting: Setting, data: Sequence[Seed], seeds: Sequence[int], raw_S: Any) -> Proxies:
-    """All states of the proxy: NLL and NLL with preference begin at the same warm-up."""
-    stage = _Alignment(setting, data, seeds)
-    validation = stacked_rows([seed.splits["validation"].batch for seed in data])
-    warm = Run.start(setting.proxy, setting.align_optimizer, raw_S, validation)
-    warmup_rows = [seed.splits["warmup"] for seed in data]
-    stage.train_nll(warm, warmup_rows, "warmup", setting.config.align.warmup_max_steps)
+    """Makes all states of the proxy. NLL and NLL with preference start from the same warm-up."""
+
+    def phases(alignment: str) -> list[tuple[Phase, ...]]:
+        runs = [
+            setting.run("align", seed, its.splits, align={"alignment": alignment})
+            for seed, its in zip(seeds, data, strict=True)
+        ]
+        return list(zip(*map(alignment_phases, runs), strict=True))
+
+    (warmup, *nll_rounds), (_, *preference_rounds) = phases(NLL), phases(PREFERENCE)
+    validation = filled([seed.splits["validation"].batch for seed in data])
+    warm = Run.start(warmup[0], setting.config.align, raw_S, validation)
+    warm.take(warmup)
     by_nll, by_preference = warm.copy(), warm.copy()
-    seconds = {**stage.nll_rounds(by_nll), **stage.preference_rounds(by_preference)}
+    seconds: dict[str, list[float]] = {"train_nll": [], "sample": [], "train_preference": []}
+
+    def timed(part: str, function: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        found = function()
+        seconds[part].append(time.perf_counter() - started)
+        return found
+
+    for round_ in nll_rounds:
+        timed("train_nll", functools.partial(by_nll.take, round_))
+    for index, round_ in enumerate(preference_rounds, start=1):
+        pairs = timed("sample", functools.partial(_pairs, setting, by_preference, round_, index))
+        timed("train_preference", functools.partial(by_preference.take, round_, pools=pairs))
     runs = {WARMUP: warm, NLL: by_nll, PREFERENCE: by_preference}
     return Proxies(
         best={RAW: raw_S, **{state: run.best for state, run in runs.items()}},
@@ -60,122 +79,49 @@ def align(setting: Setting, data: Sequence[Seed], seeds: Sequence[int], raw_S: A
     )
 
 
-def round_name(index: int) -> str:
-    """As the product names its rounds, from 1 on."""
-    return f"round_{index + 1:02d}"
-
-
-@dataclass(frozen=True)
-class _Alignment:
-    """``training.alignment`` of all seeds."""
-
-    setting: Setting
-    data: Sequence[Seed]
-    seeds: Sequence[int]
-
-    @functools.cached_property
-    def rounds(self) -> list[list[Rows]]:
-        """Every seed's rows of each round: D_p cut into disjoint slices."""
-        parts = []
-        for seed, its in zip(self.seeds, self.data, strict=True):
-            rows = its.splits["align"].rows
-            order = permutation(len(rows), seed=purpose_seed(seed, "slices"), epoch=0)
-            cut = np.array_split(order, self.setting.config.align.num_rounds)
-            parts.append([Rows.of([rows[place] for place in places]) for places in cut])
-        return [list(rows_S) for rows_S in zip(*parts, strict=True)]
-
-    def train_nll(self, run: Run, rows_S: Sequence[Rows], phase: str, steps: int | None) -> None:
-        """NLL of the teacher's answers."""
-        config = self.setting.config.align
-        objective = NllObjective(config.reduction, config.nll_weight)
-        plans = self._plans(rows_S, phase, steps)
-        batches = planned([rows.batch for rows in rows_S], plans)
-        run.train(objective, batches, len(plans[0]), every=config.stop.every)
-
-    def nll_rounds(self, run: Run) -> dict[str, list[float]]:
-        """All rounds by NLL alone; seconds of each."""
-        seconds = []
-        for index, rows_S in enumerate(self.rounds):
-            started = time.perf_counter()
-            steps = self.setting.config.align.round_max_steps
-            self.train_nll(run, rows_S, round_name(index), steps)
-            seconds.append(time.perf_counter() - started)
-        return {"train_nll": seconds}
-
-    def preference_rounds(self, run: Run) -> dict[str, list[float]]:
-        """All rounds by NLL and preference; seconds of each one's sampling and training."""
-        config, spec = self.setting.config.align, self.setting.proxy
-        seconds: dict[str, list[float]] = {"sample": [], "train_preference": []}
-        for index, rows_S in enumerate(self.rounds):
-            started = time.perf_counter()
-            pairs = make_pairs(spec.config, run.last, rows_S, seeds=self.seeds, salt=index + 1)
-            pairs = with_references(spec, run.last, pairs)
-            sampled = time.perf_counter()
-            plans = self._plans(rows_S, round_name(index), config.round_max_steps)
-            pair_phase(run, AlignObjective.of(config), pairs, plans, every=config.stop.every)
-            seconds["sample"].append(sampled - started)
-            seconds["train_preference"].append(time.perf_counter() - sampled)
-        return seconds
-
-    def _plans(self, rows_S: Sequence[Rows], phase: str, steps: int | None) -> list[np.ndarray]:
-        assert steps is not None
-        config = self.setting.config.align
-        return [
-            plan_rows(len(rows.rows), config, seed, f"align/{phase}", steps)
-            for rows, seed in zip(rows_S, self.seeds, strict=True)
-        ]
+def _pairs(setting: Setting, run: Run, phases: Sequence[Phase], index: int) -> list[PairBatch]:
+    """The pairs of a round, with the proxy at its beginning as the reference."""
+    rows_S = [Rows(phase.rows.read(range(len(phase.rows)))) for phase in phases]
+    seeds = [phase.seed for phase in phases]
+    pairs = make_pairs(setting.proxy_model, run.last, rows_S, seeds=seeds, salt=index)
+    return with_references(run.spec, run.last, pairs)
 
 
 def make_pairs(
     model: ModelConfig, params_S: Any, rows_S: Sequence[Rows], *, seeds: Sequence[int], salt: int
 ) -> list[PairBatch]:
-    """The teacher's answers beside the model's own, without reference log-probs.
+    """Makes pairs of the teacher's answers and the model's own, without reference log-probs.
 
-    An own answer that equals the teacher's is no pair, as in the product.
+    As in the product, an own answer that equals the teacher's makes no pair.
     """
     prompts = [rows.prompts_NP for rows in rows_S]
     ids = [rows.ids for rows in rows_S]
     drawn = models.answer(model, params_S, prompts, ids, seeds=seeds, salt=salt)
     pairs = []
     for rows, own in zip(rows_S, models.answered_rows(prompts, drawn), strict=True):
-        usable = [
-            not np.array_equal(a.tokens, b.tokens) for a, b in zip(rows.rows, own.rows, strict=True)
+        both = [
+            (a, None if np.array_equal(a.tokens, b.tokens) else b)
+            for a, b in zip(rows.rows, own.rows, strict=True)
         ]
-        zeros = np.zeros(len(usable) + 1, np.float32)
-        pairs.append(PairBatch(rows.batch, own.batch, zeros, zeros, np.array([*usable, False])))
+        nothing = np.zeros(len(both), np.float32)
+        batch = collate_pairs(both, every_row(len(both)), (nothing, nothing), share_prompt=False)
+        assert isinstance(batch, PairBatch)
+        pairs.append(batch)
     return pairs
 
 
-def with_references(spec: ModelSpec, params_S: Any, pairs: Sequence[PairBatch]) -> list[PairBatch]:
-    """The pairs with log pi_ref of these parameters."""
-    compute = _references(spec)
-    parts = [
-        [np.asarray(x) for x in compute(params_S, part)] for part in models.chunks(list(pairs))
+def with_references(spec: Spec, params_S: Any, pairs: Sequence[PairBatch]) -> list[PairBatch]:
+    """The pairs with the log-probs of these parameters as the references."""
+    found = in_chunks(functools.partial(_references(spec), params_S), pairs)
+    return [
+        pair.replace(reference_chosen_B=chosen, reference_rejected_B=rejected)
+        for pair, (chosen, rejected) in zip(pairs, found, strict=True)
     ]
-    referenced = []
-    for i, pair in enumerate(pairs):
-        size = len(pair.pair_mask_B)
-        chosen, rejected = (np.concatenate([p[k][i] for p in parts])[:size] for k in (0, 1))
-        referenced.append(pair.replace(reference_chosen_B=chosen, reference_rejected_B=rejected))
-    return referenced
 
 
 @functools.lru_cache(maxsize=8)
-def _references(spec: ModelSpec) -> Callable[..., Any]:
+def _references(spec: Any) -> Callable[..., Any]:
     def logps(params: Any, pairs: PairBatch) -> tuple[jax.Array, jax.Array]:
         return pair_logps({}, params, pairs, spec=spec, microbatches=1)
 
     return over_seeds(logps)
-
-
-def pair_phase(
-    run: Run,
-    objective: AlignObjective,
-    pairs: Sequence[PairBatch],
-    plans: Sequence[np.ndarray],
-    *,
-    every: int,
-    **options: Any,
-) -> None:
-    """A round on pairs."""
-    run.train(objective, planned(pairs, plans), len(plans[0]), every=every, **options)

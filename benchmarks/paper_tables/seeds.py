@@ -1,80 +1,72 @@
-"""Worlds, corpus, splits and pre-trained models of every seed, as the demo's files hold them."""
+"""The worlds, corpora, splits and pre-trained models of all seeds, as the miniature's files hold
+them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from benchmarks.miniature import pretrain
 from benchmarks.miniature import world as w
 from benchmarks.paper_tables import settings as s
-from benchmarks.paper_tables.vectorise import over_seeds
-from proxykd_jax.data.collate import TokenRow, collate_rows
+from proxykd_jax.data.collate import RowsInMemory, TokenRow, collate_rows
 from proxykd_jax.data.corpus import row_id_of
-from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.texts.split import split_name
 from proxykd_jax.types import TokenBatch
 
-TEACHER_SPLITS = ("warmup", "align", "distill")
-
 
 class Teacher(Protocol):
-    """Answers prompts. Only ``metrics`` and the ceiling's labels ask for its distribution."""
+    """The teacher of every seed. Only ``metrics`` and ``teacher_logits`` ask for ``logps``."""
 
-    def answers(self, prompts_SNP: Sequence[np.ndarray], salt: int) -> list[np.ndarray]:
-        """int32 ``[N, T]`` of each seed, filled up with end tokens."""
+    def answers(self, *prompts_SNP: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+        """int32 ``[N, T]`` answers of each seed to each set of prompts, filled up with end
+        tokens."""
 
     def logps(
         self, prompts_SNP: Sequence[np.ndarray], answers_SNT: Sequence[np.ndarray]
     ) -> list[np.ndarray]:
-        """float32 ``[N, T, V]`` of each seed."""
+        """float32 ``[N, T, V]`` log-probs of each seed."""
 
 
 @dataclass(frozen=True)
 class AnalyticTeacher:
-    """The world itself."""
+    """The world itself is the teacher. Its answers are those of ``miniature.make``."""
 
     worlds: Sequence[w.World]
     seeds: Sequence[int]
 
-    def answers(self, prompts_SNP: Sequence[np.ndarray], salt: int) -> list[np.ndarray]:
-        return [
-            w.sample_answers(world, prompts, np.random.Generator(np.random.PCG64([seed, salt])))
-            for world, seed, prompts in zip(self.worlds, self.seeds, prompts_SNP, strict=True)
-        ]
+    def answers(self, *prompts_SNP: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+        rngs = [np.random.Generator(np.random.PCG64([seed, 4])) for seed in self.seeds]
+        return [list(map(w.sample_answers, self.worlds, asked, rngs)) for asked in prompts_SNP]
 
     def logps(
         self, prompts_SNP: Sequence[np.ndarray], answers_SNT: Sequence[np.ndarray]
     ) -> list[np.ndarray]:
         with np.errstate(divide="ignore"):
             return [
-                np.log(w.answer_probs(world, prompts, answers)).astype(np.float32)
-                for world, prompts, answers in zip(
-                    self.worlds, prompts_SNP, answers_SNT, strict=True
-                )
+                np.log(probs).astype(np.float32)
+                for probs in map(w.answer_probs, self.worlds, prompts_SNP, answers_SNT)
             ]
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Prompts with answers, of one seed.
+class Rows(RowsInMemory):
+    """Prompts with answers of one seed, with the interface of a split.
 
     Attributes:
-      rows: as the product reads them.
-      batch: all of them in one batch, with a row of padding at the end.
+      rows: the rows, in order.
     """
 
-    rows: list[TokenRow]
-    batch: TokenBatch
+    def __init__(self, rows: Sequence[TokenRow]) -> None:
+        super().__init__(rows)
+        self.rows = list(rows)
 
-    @staticmethod
-    def of(rows: list[TokenRow]) -> Rows:
-        """Collates them."""
-        batch = collate_rows([[row] for row in rows], s.ROW_LENGTH - 1, 1, len(rows) + 1)
-        return Rows(rows, batch)
+    @functools.cached_property
+    def batch(self) -> TokenBatch:
+        """All rows in one batch, with a row of padding at the end."""
+        return collate_rows([[row] for row in self.rows], s.ROW_LENGTH - 1, 1, len(self) + 1)
 
     @property
     def prompts_NP(self) -> np.ndarray:
@@ -85,26 +77,34 @@ class Rows:
         return [row.row_id for row in self.rows]
 
     @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each answer."""
-        return np.array([len(row.answer) for row in self.rows])
+    def answer_lengths(self) -> np.ndarray:
+        """int32 ``[N]``, the number of tokens of each answer."""
+        return self.lengths - self.prompt_lengths
+
+    @property
+    def answers_NT(self) -> np.ndarray:
+        """int32 ``[N, T]`` answers, filled up with end tokens."""
+        answers = np.full((len(self), w.MAX_ANSWER), w.END, np.int32)
+        for answer, row in zip(answers, self.rows, strict=True):
+            answer[: len(row.answer)] = row.answer
+        return answers
 
     @property
     def finished(self) -> np.ndarray:
-        """Which answers end with the end token."""
+        """bool ``[N]``, whether an answer has its end token."""
         return np.array([row.tokens[-1] == w.END for row in self.rows])
 
 
 @dataclass(frozen=True)
 class Seed:
-    """What one seed has.
+    """The data of one seed.
 
     Attributes:
       worlds: teacher, public text and truth.
       splits: ``warmup``, ``align``, ``distill`` and ``validation``, as the product splits them.
       test: rows whose prompts occur nowhere else.
       fresh_NP: prompts without answers.
-      teacher_logps_NTV: of the test answers, for the evaluator.
+      teacher_logps_NTV: the teacher's log-probs on the test answers, for the evaluator.
     """
 
     worlds: w.Worlds
@@ -115,7 +115,7 @@ class Seed:
 
 
 def token_rows(prompts_NP: np.ndarray, answers: Sequence[np.ndarray]) -> list[TokenRow]:
-    """Rows of prompts and answers without padding."""
+    """Makes rows of prompts and of answers without padding."""
     rows = []
     for prompt, answer in zip(prompts_NP, answers, strict=True):
         tokens = np.concatenate([prompt, answer]).astype(np.int32)
@@ -123,80 +123,35 @@ def token_rows(prompts_NP: np.ndarray, answers: Sequence[np.ndarray]) -> list[To
     return rows
 
 
+def rows_of(prompts_NP: np.ndarray, answers_NT: np.ndarray) -> Rows:
+    """Makes rows of prompts and of answers that are filled up with end tokens."""
+    lengths = w.answer_lengths(answers_NT)
+    cut = [answer[:length] for answer, length in zip(answers_NT, lengths, strict=True)]
+    return Rows(token_rows(prompts_NP, cut))
+
+
 def make_seeds(
-    setting: s.Setting, seeds: Sequence[int], teacher_of: Callable[[list[w.Worlds]], Teacher]
+    setting: s.Setting, seeds: Sequence[int], worlds: Sequence[w.Worlds], teacher: Teacher
 ) -> list[Seed]:
-    """The data of all seeds; prompts, answers and splits are those of ``miniature.make``."""
-    sizes = setting.sizes
-    worlds = [w.make_worlds(seed, setting.world_regime) for seed in seeds]
-    teacher = teacher_of(worlds)
+    """Makes the data of all seeds. Prompts, answers and splits are those of ``miniature.make``."""
     pools = [w.PromptPool(seed) for seed in seeds]
-    numbers = (sizes.num_test, sizes.num_corpus, sizes.num_fresh)
-    test, corpus, fresh = zip(*[[pool.take(n) for n in numbers] for pool in pools], strict=True)
-    # One draw for both, in the order of ``make``, so that the files are the same.
-    both = [np.concatenate(pair) for pair in zip(test, corpus, strict=True)]
-    if isinstance(teacher, AnalyticTeacher):
-        test_answers, corpus_answers = [], []
-        for world, seed, first, second in zip(worlds, seeds, test, corpus, strict=True):
-            rng = np.random.Generator(np.random.PCG64([seed, 4]))
-            test_answers.append(w.sample_answers(world.teacher, first, rng))
-            corpus_answers.append(w.sample_answers(world.teacher, second, rng))
-    else:
-        answers = teacher.answers(both, 4)
-        test_answers = [a[: sizes.num_test] for a in answers]
-        corpus_answers = [a[sizes.num_test :] for a in answers]
+    taken = [[pool.take(n) for n in setting.sizes.prompts] for pool in pools]
+    test, corpus, fresh = zip(*taken, strict=True)
+    test_answers, corpus_answers = teacher.answers(test, corpus)
     logps = teacher.logps(test, test_answers)
-    made = []
-    for i in range(len(seeds)):
-        rows = token_rows(corpus[i], _cut(corpus_answers[i]))
-        names = [
-            split_name(
+
+    def splits(rows: Rows) -> dict[str, Rows]:
+        names = ("warmup", "align", "distill", "validation")
+        found: dict[str, list[TokenRow]] = {name: [] for name in names}
+        for row in rows.rows:
+            name = split_name(
                 w.to_text(row.prompt),
                 shares=setting.config.corpus.shares,
                 validation_fraction=setting.held_out,
             )
-            for row in rows
-        ]
-        splits = {
-            name: Rows.of([row for row, its in zip(rows, names, strict=True) if its == name])
-            for name in (*TEACHER_SPLITS, "validation")
-        }
-        tested = Rows.of(token_rows(test[i], _cut(test_answers[i])))
-        made.append(Seed(worlds[i], splits, tested, fresh[i], logps[i]))
-    return made
+            found[name].append(row)
+        return {name: Rows(its) for name, its in found.items()}
 
-
-def _cut(answers_NT: np.ndarray) -> list[np.ndarray]:
-    lengths = w.answer_lengths(answers_NT)
-    return [answer[:length] for answer, length in zip(answers_NT, lengths, strict=True)]
-
-
-def pretrained(
-    setting: s.Setting,
-    data: Sequence[Seed],
-    seeds: Sequence[int],
-    model: ModelConfig,
-    *,
-    salt: int,
-    steps: int,
-    rate: float,
-    teacher_text: bool = False,
-) -> Any:
-    """A model of every seed, of public text (or of the neural teacher's own).
-
-    Args:
-      setting, data, seeds: of the study.
-      model: its architecture.
-      salt: 0 is the demo's proxy, 1 its student.
-      steps, rate: of the pre-training at full size.
-      teacher_text: learn the analytic teacher's texts instead.
-    """
-    return pretrain.pretrain_seeds(
-        model,
-        [seed.worlds.teacher if teacher_text else seed.worlds.public for seed in data],
-        seeds=[2 * seed + salt for seed in seeds],
-        num_steps=setting.pretrain_steps(steps),
-        learning_rate=rate,
-        excluded=[w.encode_prompts(seed.test.prompts_NP) for seed in data],
-        over_seeds=over_seeds,
-    )
+    corpora = [splits(rows) for rows in map(rows_of, corpus, corpus_answers)]
+    tests = map(rows_of, test, test_answers)
+    return list(map(Seed, worlds, corpora, tests, fresh, logps))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from benchmarks.paper_tables.labels import STATE_LABELS, label_of, markdown
 from benchmarks.paper_tables.methods import BLACK_BOX, BLACK_BOX_ALL, METHODS, OF_PRESET, PROXY_KD
@@ -18,22 +18,6 @@ from benchmarks.paper_tables.statistics import (
 )
 
 _NOISE = "noise"
-
-
-def sections(all_results: Sequence[Results]) -> list[str]:
-    """Lines of Markdown: verdicts, the recommended preset, students and proxies."""
-    lines = ["## Verdicts, side by side", "", _VERDICTS_NOTE, "", *_verdicts(all_results)]
-    compared = _presets(all_results)
-    if compared:
-        lines += ["", "## The recommended preset against the paper's", "", *compared]
-    for preset in dict.fromkeys(results.preset for results in all_results):
-        cells = [results for results in all_results if results.preset == preset]
-        lines += ["", f"## Students side by side, preset {preset}", "", _STUDENTS_NOTE, ""]
-        lines += _students(cells, own_alone=cells[0] is not all_results[0])
-    lines += ["", "## Proxies side by side, best checkpoint", "", *_proxies(all_results)]
-    return lines
-
-
 _VERDICTS_NOTE = (
     "One word where accuracy and KL agree, else accuracy / KL; noise: within noise. Empty: no "
     "preset changes either side, or it was not measured."
@@ -44,21 +28,34 @@ _STUDENTS_NOTE = (
 )
 
 
+def sections(all_results: Sequence[Results]) -> list[str]:
+    """Lines of Markdown: verdicts, the recommended preset, students and proxies."""
+    lines = ["## Verdicts, side by side", "", _VERDICTS_NOTE, "", *_verdicts(all_results)]
+    compared = _presets(all_results)
+    if compared:
+        lines += ["", "## The recommended preset against the paper's", "", *compared]
+    for preset in dict.fromkeys(results.preset for results in all_results):
+        cells = [results for results in all_results if results.preset == preset]
+        names = ("teacher", "student", *METHODS) if cells[0] is all_results[0] else OF_PRESET
+        lines += ["", f"## Students side by side, preset {preset}", "", _STUDENTS_NOTE, ""]
+        lines += _students(cells, names)
+    lines += ["", "## Proxies side by side, best checkpoint", "", *_proxies(all_results)]
+    return lines
+
+
 def _verdicts(all_results: Sequence[Results]) -> list[str]:
     """Every claim in every regime and preset."""
-    said: dict[str, dict[str, list[str]]] = {}
-    sources: dict[str, str] = {}
-    for results in all_results:
-        head = f"{results.regime}, {results.preset}"
-        is_first = _is_first(results, all_results)
-        for claim, _, found in verdicts(results):
-            sources[claim.text] = claim.source
-            if is_first or {claim.better, claim.worse} & set(OF_PRESET):
-                said.setdefault(claim.text, {}).setdefault(head, []).append(found)
+    said: dict[tuple[str, str], dict[str, list[str]]] = {}
     heads = [f"{results.regime}, {results.preset}" for results in all_results]
+    for head, results in zip(heads, all_results, strict=True):
+        for claim, _, found in verdicts(results):
+            by_head = said.setdefault((claim.text, claim.source), {})
+            if _is_first(results, all_results) or {claim.better, claim.worse} & set(OF_PRESET):
+                by_head.setdefault(head, []).append(found)
     rows = [
-        [text, sources[text], *(_in_short(by_head.get(head, [])) for head in heads)]
-        for text, by_head in said.items()
+        [*claim, *(_in_short(by_head.get(head, [])) for head in heads)]
+        for claim, by_head in said.items()
+        if by_head
     ]
     return markdown(["claim", "source", *heads], rows)
 
@@ -73,18 +70,18 @@ def _is_first(results: Results, all_results: Sequence[Results]) -> bool:
     return next(r for r in all_results if r.regime == results.regime) is results
 
 
-def _students(cells: Sequence[Results], *, own_alone: bool) -> list[str]:
-    names = OF_PRESET if own_alone else ("teacher", "student", *METHODS)
-    head = [f"{results.regime}: {metric}" for results in cells for metric in (ACCURACY, KL)]
+def _students(cells: Sequence[Results], names: Sequence[str]) -> list[str]:
+    columns = list(itertools.product(cells, (ACCURACY, KL)))
     rows = [
-        [
-            label_of(name),
-            *(_both(r, name, metric) for r in cells for metric in (ACCURACY, KL)),
-        ]
+        [label_of(name), *(_both(results, name, metric) for results, metric in columns)]
         for name in names
         if any(results.has(name) for results in cells)
     ]
-    return markdown(["", *head], rows)
+    return markdown(["", *_heads(columns)], rows)
+
+
+def _heads(columns: Sequence[tuple[Results, str]]) -> list[str]:
+    return [f"{results.regime}: {metric}" for results, metric in columns]
 
 
 def _both(results: Results, name: str, metric: str) -> str:
@@ -97,52 +94,33 @@ def _both(results: Results, name: str, metric: str) -> str:
 
 def _proxies(all_results: Sequence[Results]) -> list[str]:
     cells = [results for results in all_results if _is_first(results, all_results)]
-    metrics = (KL, ACCURACY, AGREEMENT)
-    head = [f"{results.regime}: {metric}" for results in cells for metric in metrics]
+    columns = list(itertools.product(cells, (KL, ACCURACY, AGREEMENT)))
+
+    def cell(name: str, results: Results, metric: str) -> str:
+        return str(results.mean(name, BEST, metric)) if results.has(name, metric) else ""
+
     rows = [
-        [
-            label,
-            *(
-                str(results.mean(f"proxy/{state}", BEST, metric))
-                if results.has(f"proxy/{state}", metric)
-                else ""
-                for results in cells
-                for metric in metrics
-            ),
-        ]
+        [label, *(cell(f"proxy/{state}", *column) for column in columns)]
         for state, label in STATE_LABELS.items()
     ]
-    return markdown(["proxy", *head], rows)
+    return markdown(["proxy", *_heads(columns)], rows)
 
 
 def _presets(all_results: Sequence[Results]) -> list[str]:
     """The students of the recommended preset against the paper's, regime by regime."""
     by_cell = {(results.regime, results.preset): results for results in all_results}
+    better, worse = (PROXY_KD, "proxy_kd_mix"), (PROXY_KD, BLACK_BOX, BLACK_BOX_ALL)
     rows = []
     for (regime, preset), paper in by_cell.items():
         recommended = by_cell.get((regime, "recommended"))
         if preset != "paper" or recommended is None:
             continue
-        for better, worse, metric in _compared():
-            if not (recommended.has(better) and paper.has(worse)):
-                continue
-            found = [
-                difference_between((recommended, better), (paper, worse), checkpoint, metric)
-                for checkpoint in CHECKPOINTS
-            ]
-            rows.append(
-                [
-                    regime,
-                    f"recommended {label_of(better)} > {label_of(worse)}",
-                    metric,
-                    *(each.with_interval() for each in found),
-                    verdict_of(found, metric),
-                ]
-            )
+        for one, other, metric in itertools.product(better, worse, (ACCURACY, KL)):
+            if recommended.has(one) and paper.has(other):
+                sides = ((recommended, one), (paper, other))
+                found = [difference_between(*sides, c, metric) for c in CHECKPOINTS]
+                claim = f"recommended {label_of(one)} > {label_of(other)}"
+                intervals = [each.with_interval() for each in found]
+                rows.append([regime, claim, metric, *intervals, verdict_of(found, metric)])
     head = ["regime", "claim", "metric", "Δ best", "Δ last", "verdict"]
     return markdown(head, rows) if rows else []
-
-
-def _compared() -> Iterable[tuple[str, str, str]]:
-    better, worse = (PROXY_KD, "proxy_kd_mix"), (PROXY_KD, BLACK_BOX, BLACK_BOX_ALL)
-    return itertools.product(better, worse, (ACCURACY, KL))

@@ -22,7 +22,7 @@ from benchmarks.paper_tables.metrics import (
 CHECKPOINTS = (BEST, LAST)
 HIGHER_IS_BETTER = {ACCURACY: True, AGREEMENT: True, KL: False, TEACHER_NLL: False}
 HOLDS, WITHIN_NOISE, REVERSED, TOO_FEW = "holds", "within noise", "reversed", "too few seeds"
-MANY_ERRORS = 3.0  # a difference of more standard errors than this counts
+MANY_ERRORS = 3.0  # A difference counts if it exceeds so many standard errors.
 FEWEST_SEEDS = 3
 
 
@@ -38,12 +38,12 @@ class Estimate:
         return f"{self.mean:.3f}" + ("" if self.error is None else f" ±{self.error:.3f}")
 
     def signed(self) -> str:
-        """With a plus where positive."""
+        """The text with a plus if the mean is positive."""
         return ("+" if self.mean >= 0 else "") + str(self)
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Where the mean lies with a confidence of 95 %, by Student's t; None for one seed."""
+        """The confidence interval of 95 % by Student's t; None for one seed."""
         if self.error is None:
             return None
         from scipy.stats import t
@@ -60,14 +60,14 @@ class Estimate:
 
 
 def estimate(values: np.ndarray) -> Estimate:
-    """Of one value a seed."""
+    """The estimate from one value per seed."""
     n = len(values)
     error = None if n < 2 else float(values.std(ddof=1) / math.sqrt(n))
     return Estimate(float(values.mean()), error, n)
 
 
 class Results:
-    """The records of one regime and preset, to be asked by method, checkpoint and metric."""
+    """The records of one regime and preset, by method, checkpoint and metric."""
 
     def __init__(self, records: Iterable[Record], regime: str, preset: str) -> None:
         self.regime, self.preset = regime, preset
@@ -82,15 +82,15 @@ class Results:
         return all((method, checkpoint, metric) in self._values for checkpoint in CHECKPOINTS)
 
     def methods(self) -> list[str]:
-        """All that were measured, in the order of the records."""
+        """All measured methods, in the order of the records."""
         return list(dict.fromkeys(method for method, _, _ in self._values))
 
     def checkpoints(self, method: str, metric: str) -> list[str]:
-        """Of which a metric of a method is known."""
+        """The checkpoints at which a metric of a method is known."""
         return [c for name, c, its in self._values if name == method and its == metric]
 
     def values(self, method: str, checkpoint: str, metric: str) -> dict[int, float]:
-        """Value by seed.
+        """The value of each seed.
 
         Raises:
           KeyError: it was not measured.
@@ -98,7 +98,7 @@ class Results:
         return self._values[(method, checkpoint, metric)]
 
     def mean(self, method: str, checkpoint: str, metric: str) -> Estimate:
-        """Over seeds."""
+        """The mean over seeds."""
         return estimate(np.array(list(self.values(method, checkpoint, metric).values())))
 
     def difference(self, first: str, second: str, checkpoint: str, metric: str) -> Estimate:
@@ -113,7 +113,7 @@ class Results:
 def difference_between(
     first: tuple[Results, str], second: tuple[Results, str], checkpoint: str, metric: str
 ) -> Estimate:
-    """A method minus another, which may be of other results, paired by seed.
+    """A method minus another, which may belong to other results, paired by seed.
 
     Raises:
       ValueError: the two were not measured on the same seeds.
@@ -129,30 +129,33 @@ class Claim:
     """``better`` is better than ``worse`` in each of the metrics.
 
     Attributes:
-      text: what is claimed.
+      text: the claim in words.
       better, worse: methods.
-      metrics: a verdict each.
-      source: where the paper says so, or that it does not.
+      source: where the paper makes the claim, or that it does not.
+      metrics: the metrics that each have a verdict.
     """
 
     text: str
     better: str
     worse: str
-    metrics: tuple[str, ...] = (ACCURACY, KL)
     source: str = "paper"
+    metrics: tuple[str, ...] = (ACCURACY, KL)
 
 
 def verdict(results: Results, claim: Claim, metric: str) -> str:
-    """``holds`` where the paired mean difference exceeds three of its standard errors in the
-    claimed direction at the best and at the last checkpoint, ``reversed`` where it does so in the
-    other direction at both, else ``within noise``; of fewer than three seeds ``too few seeds``.
+    """Says whether a claim holds.
+
+    It ``holds`` if the paired mean difference exceeds three of its standard errors in the claimed
+    direction, at the best and at the last checkpoint. It is ``reversed`` if the difference does so
+    in the other direction at both. Otherwise it is ``within noise``. Fewer than three seeds are
+    ``too few seeds``.
     """
     found = [results.difference(claim.better, claim.worse, c, metric) for c in CHECKPOINTS]
     return verdict_of(found, metric)
 
 
 def verdict_of(differences: Sequence[Estimate], metric: str) -> str:
-    """``verdict`` on differences, better minus worse, one a checkpoint rule."""
+    """``verdict`` on the differences, better minus worse, at each checkpoint."""
     sign = 1.0 if HIGHER_IS_BETTER[metric] else -1.0
     sides = []
     for found in differences:
@@ -165,107 +168,60 @@ def verdict_of(differences: Sequence[Estimate], metric: str) -> str:
     return REVERSED if all(side < 0 for side in sides) else WITHIN_NOISE
 
 
-def _claims() -> tuple[Claim, ...]:
-    white_box = {
-        "fkl_unaligned": "forward KL from the unaligned proxy",
-        "minillm": "MiniLLM",
-        "gkd": "GKD",
-    }
-    rest = {
-        "fkl_aligned": "forward KL from the aligned proxy",
-        "takd_raw": "TAKD (raw assistant)",
-        "takd_finetuned": "TAKD (fine-tuned assistant)",
-        "mentor_kd": "Mentor-KD",
-    }
-    ablations = {
-        "without_alignment_raw": "the same without alignment (raw proxy)",
-        "without_alignment_warmup": "the same without alignment (warmed-up proxy)",
-        "without_preference": "the same without the preference loss",
-        "without_weights": "the same without weights",
-    }
-    raw, sft, aligned = (f"proxy/{state}" for state in ("raw", "nll", "nll_preference"))
-    table_1, table_2 = "Table 1", "Table 2"
-    not_in_paper = "not in the paper"
-    return (
-        Claim("Proxy-KD > black-box KD on D_s", "proxy_kd", "black_box_kd", source=table_1),
-        Claim(
-            "Proxy-KD > black-box KD on all of D (equal teacher budget)",
-            "proxy_kd",
-            "black_box_kd_all",
-            source=not_in_paper,
-        ),
-        *(
-            Claim(f"black-box KD > {label}", "black_box_kd", name, source=table_1)
-            for name, label in white_box.items()
-        ),
-        Claim("black-box KD > TAKD (raw)", "black_box_kd", "takd_raw", source="section 5.1"),
-        Claim(
-            "black-box KD > TAKD (fine-tuned)",
-            "black_box_kd",
-            "takd_finetuned",
-            source="section 5.1",
-        ),
-        *(
-            Claim(f"Proxy-KD > {label}", "proxy_kd", name, source=table_1)
-            for name, label in {**white_box, **rest}.items()
-        ),
-        *(
-            Claim(f"Proxy-KD > {label}", "proxy_kd", name, source=table_2)
-            for name, label in ablations.items()
-        ),
-        Claim(
-            "black-box KD > Proxy-KD without alignment (raw)",
-            "black_box_kd",
-            "without_alignment_raw",
-            source=table_2,
-        ),
-        Claim("alignment by NLL brings the proxy nearer", sft, raw, (KL,), "Table 4"),
-        Claim("the preference loss brings it nearer still", aligned, sft, (KL,), "Table 4"),
-        Claim("alignment raises top-1 agreement", aligned, raw, (AGREEMENT,), "Fig. 5"),
-        Claim(
-            "Proxy-KD on all of D > black-box KD on all of D",
-            "proxy_kd_all",
-            "black_box_kd_all",
-            source=not_in_paper,
-        ),
-        Claim(
-            "Proxy-KD on D_s and fresh prompts > Proxy-KD",
-            "proxy_kd_fresh",
-            "proxy_kd",
-            source=not_in_paper,
-        ),
-        Claim(
-            "half of the steps on own answers > Proxy-KD",
-            "proxy_kd_mix",
-            "proxy_kd",
-            source=not_in_paper,
-        ),
-        *(
-            Claim(f"{label} > black-box KD on D_s", name, "black_box_kd", source=not_in_paper)
-            for name, label in {"soda": "SODA", "gad": "GAD"}.items()
-        ),
-        Claim(
-            "on-policy reverse KL from the aligned proxy > Proxy-KD",
-            "on_policy",
-            "proxy_kd",
-            source=not_in_paper,
-        ),
-        Claim(
-            "drawn soft labels > the most probable ones",
-            "random_labels",
-            "proxy_kd",
-            source=not_in_paper,
-        ),
-        Claim(
-            "the teacher's true logits > Proxy-KD (the ceiling)",
-            "teacher_logits",
-            "proxy_kd",
-            source=not_in_paper,
-        ),
-    )
-
-
-CLAIMS = _claims()
+_PROXY_KD, _BLACK_BOX, _ON_ALL = "proxy_kd", "black_box_kd", "black_box_kd_all"
+_RAW, _NLL, _ALIGNED = "proxy/raw", "proxy/nll", "proxy/nll_preference"
+_TABLE_1, _TABLE_2, _NOT_PAPER = "Table 1", "Table 2", "not in the paper"
+_WHITE_BOX = {
+    "fkl_unaligned": "forward KL from the unaligned proxy",
+    "minillm": "MiniLLM",
+    "gkd": "GKD",
+}
+_OTHERS = {
+    "fkl_aligned": "forward KL from the aligned proxy",
+    "takd_raw": "TAKD (raw assistant)",
+    "takd_finetuned": "TAKD (fine-tuned assistant)",
+    "mentor_kd": "Mentor-KD",
+}
+_ABLATIONS = {
+    "without_alignment_raw": "the same without alignment (raw proxy)",
+    "without_alignment_warmup": "the same without alignment (warmed-up proxy)",
+    "without_preference": "the same without the preference loss",
+    "without_weights": "the same without weights",
+}
+_SAME_BUDGET = "Proxy-KD > black-box KD on all of D (equal teacher budget)"
+_WITHOUT = "black-box KD > Proxy-KD without alignment (raw)"
+_WHOLE = "Proxy-KD on all of D > black-box KD on all of D"
+_CEILING = "the teacher's true logits > Proxy-KD (the ceiling)"
+_REVERSE = "on-policy reverse KL from the aligned proxy > Proxy-KD"
+CLAIMS = (
+    Claim("Proxy-KD > black-box KD on D_s", _PROXY_KD, _BLACK_BOX, _TABLE_1),
+    Claim(_SAME_BUDGET, _PROXY_KD, _ON_ALL, _NOT_PAPER),
+    *(Claim(f"black-box KD > {x}", _BLACK_BOX, name, _TABLE_1) for name, x in _WHITE_BOX.items()),
+    Claim("black-box KD > TAKD (raw)", _BLACK_BOX, "takd_raw", "section 5.1"),
+    Claim("black-box KD > TAKD (fine-tuned)", _BLACK_BOX, "takd_finetuned", "section 5.1"),
+    *(
+        Claim(f"Proxy-KD > {x}", _PROXY_KD, name, _TABLE_1)
+        for name, x in {**_WHITE_BOX, **_OTHERS}.items()
+    ),
+    *(Claim(f"Proxy-KD > {x}", _PROXY_KD, name, _TABLE_2) for name, x in _ABLATIONS.items()),
+    Claim(_WITHOUT, _BLACK_BOX, "without_alignment_raw", _TABLE_2),
+    Claim("alignment by NLL brings the proxy nearer", _NLL, _RAW, "Table 4", (KL,)),
+    Claim("the preference loss brings it nearer still", _ALIGNED, _NLL, "Table 4", (KL,)),
+    Claim("alignment raises top-1 agreement", _ALIGNED, _RAW, "Fig. 5", (AGREEMENT,)),
+    Claim(_WHOLE, "proxy_kd_all", _ON_ALL, _NOT_PAPER),
+    *(
+        Claim(f"{x} > Proxy-KD", name, _PROXY_KD, _NOT_PAPER)
+        for name, x in {
+            "proxy_kd_fresh": "Proxy-KD on D_s and fresh prompts",
+            "proxy_kd_mix": "half of the steps on own answers",
+        }.items()
+    ),
+    Claim("SODA > black-box KD on D_s", "soda", _BLACK_BOX, _NOT_PAPER),
+    Claim("GAD > black-box KD on D_s", "gad", _BLACK_BOX, _NOT_PAPER),
+    Claim(_REVERSE, "on_policy", _PROXY_KD, _NOT_PAPER),
+    Claim("drawn soft labels > the most probable ones", "random_labels", _PROXY_KD, _NOT_PAPER),
+    Claim(_CEILING, "teacher_logits", _PROXY_KD, _NOT_PAPER),
+)
 
 
 def verdicts(results: Results, claims: Iterable[Claim] = CLAIMS) -> list[tuple[Claim, str, str]]:

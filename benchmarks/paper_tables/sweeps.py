@@ -1,4 +1,4 @@
-"""One change at a time, on the data and pre-trained models of a study.
+"""Makes one change at a time, on the data and pre-trained models of a study.
 
 A changed student or proxy is recorded as ``sweep <change>/<method or state>`` and compared with the
 same method or state without the change.
@@ -19,13 +19,13 @@ from benchmarks.paper_tables.study import Study
 
 @dataclass(frozen=True)
 class Change:
-    """What is other than in the study.
+    """A difference from the study.
 
     Attributes:
-      overrides: of the product's config, as ``--set`` takes them.
+      overrides: keys of the product's config, as ``--set`` takes them.
       sizes: fields of ``Sizes``.
-      students: methods that are trained under it.
-      states: of the proxy, measured under it.
+      students: the methods that are trained with it.
+      states: the states of the proxy that are measured with it.
     """
 
     overrides: tuple[str, ...] = ()
@@ -39,12 +39,12 @@ def _set(*overrides: str) -> Change:
 
 
 def _proxy(*overrides: str) -> Change:
-    """Of the alignment: the proxy is measured, and what it is worth to a student."""
+    """A change of the alignment: both the proxy and its student are measured."""
     return Change(overrides, states=(px.PREFERENCE,))
 
 
 BUDGET = (m.PROXY_KD, m.BLACK_BOX_ALL)
-# By preset and name, each beside the preset as it is.
+# The changes by preset and name; each is compared with the preset as it is.
 CHANGES: dict[str, dict[str, Change]] = {
     "paper": {
         "alpha 1": _set("distill.alpha=1"),
@@ -71,7 +71,7 @@ CHANGES: dict[str, dict[str, Change]] = {
         "SimPO": _proxy("align.preference.loss=simpo", "align.preference.beta=2"),
         "ORPO": _proxy("align.preference.loss=orpo", "align.preference.beta=0.1"),
         "DPO alone": _proxy("align.nll_weight=0"),
-        # The last checkpoint is the point here: twelve rounds at a high rate, never stopped.
+        # Twelve rounds at a high rate, without a stop, show what becomes of the last checkpoint.
         "overtrained": Change(
             ("align.num_rounds=12", "align.optimizer.learning_rate=1e-3"),
             students=(),
@@ -103,12 +103,12 @@ CHANGES: dict[str, dict[str, Change]] = {
 
 
 def all_names() -> list[str]:
-    """Of all presets."""
+    """The names of the changes of all presets."""
     return list(dict.fromkeys(name for changes in CHANGES.values() for name in changes))
 
 
 def students(names: Sequence[str], presets: Sequence[str]) -> list[str]:
-    """Methods that the named changes train under these presets."""
+    """The methods that the named changes train under these presets."""
     changes = [
         CHANGES[preset][name] for preset in presets for name in CHANGES[preset] if name in names
     ]
@@ -116,7 +116,7 @@ def students(names: Sequence[str], presets: Sequence[str]) -> list[str]:
 
 
 def records(study: Study, names: Sequence[str]) -> list[Record]:
-    """The named changes of the study's preset."""
+    """Measures the named changes of the study's preset."""
     found: list[Record] = []
     for name, change in CHANGES[study.setting.preset].items():
         if name not in names:

@@ -1,11 +1,12 @@
-"""``tables.md``: what was measured, difference by difference, and what follows from it."""
+"""``tables.md``: what was measured, the differences, and the verdicts that follow."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 
+from benchmarks.paper_tables import figures, side_by_side
 from benchmarks.paper_tables import proxies as px
-from benchmarks.paper_tables import side_by_side
 from benchmarks.paper_tables.labels import STATE_LABELS, label_of, markdown
 from benchmarks.paper_tables.methods import (
     ABLATIONS,
@@ -14,13 +15,11 @@ from benchmarks.paper_tables.methods import (
     BLACK_BOX,
     CONTROLS,
     METHODS,
+    PROXY_KD,
 )
 from benchmarks.paper_tables.metrics import ACCURACY, AGREEMENT, BEST, KL, LAST, SWEEP, Record
-from benchmarks.paper_tables.statistics import (
-    CHECKPOINTS,
-    Results,
-    verdicts,
-)
+from benchmarks.paper_tables.statistics import CHECKPOINTS, Results, verdicts
+from proxykd_jax.artifacts import write_bytes, write_json
 
 READING = (
     "Mean ± standard error over seeds; Δ are paired by seed, against black-box KD on D_s. best: "
@@ -29,22 +28,41 @@ READING = (
     "to unseen prompts."
 )
 _COLUMNS = tuple((metric, checkpoint) for metric in (ACCURACY, KL) for checkpoint in CHECKPOINTS)
+_HEADS = [f"{metric}, {checkpoint}" for metric, checkpoint in _COLUMNS]
+_CHANGES = [f"Δ{head}" for head in _HEADS]
 
 
-def write_tables(
+def write_all(
+    out: Path,
     records: Sequence[Record],
-    cells: Iterable[tuple[str, str]],
+    cells: Sequence[tuple[str, str]],
     *,
     command: str,
     notes: Sequence[str],
 ) -> str:
-    """The whole file.
+    """Writes ``tables.json``, ``tables.md`` and the figures; returns the text of ``tables.md``."""
+    write_json(out / "tables.json", [record.to_json() for record in records])
+    text = write_tables(records, cells, command=command, notes=notes)
+    write_bytes(out / "tables.md", text.encode())
+    for cell in cells:
+        figures.draw(out, Results(records, *cell))
+    return text
+
+
+def write_tables(
+    records: Sequence[Record],
+    cells: Sequence[tuple[str, str]],
+    *,
+    command: str,
+    notes: Sequence[str],
+) -> str:
+    """The text of ``tables.md``.
 
     Args:
-      records: of all cells.
-      cells: (regime, preset), each a section.
-      command: that makes the numbers.
-      notes: lines of the head: sizes, seeds, time.
+      records: those of all cells.
+      cells: (regime, preset) of each section.
+      command: the command that makes the numbers.
+      notes: the lines of the head, with sizes, seeds and time.
     """
     lines = ["# The paper's tables in miniature", "", f"    {command}", "", *notes, ""]
     all_results = [Results(records, *cell) for cell in cells]
@@ -56,52 +74,53 @@ def write_tables(
 
 
 def _section(results: Results) -> list[str]:
-    lines = []
     start = [name for name in ("teacher", "student") if results.has(name)]
-    lines += ["### Table 1: students", "", *_students(results, start, BASELINES)]
-    lines += ["", "### Controls, always beside it", "", *_students(results, [], CONTROLS)]
-    proxy = ["proxy_kd"] if results.has("proxy_kd") else []
-    lines += ["", "### Table 2: ablations", ""]
-    lines += _students(results, [*proxy, BLACK_BOX], ABLATIONS)
-    if any(METHODS[name][1] == BEYOND for name in results.methods() if name in METHODS):
-        lines += ["", "### Beyond the paper", "", *_students(results, [], BEYOND)]
-    lines += ["", "### Table 4 and Fig. 5: the proxy", "", *_proxies(results, "proxy")]
+    proxy = [PROXY_KD] if results.has(PROXY_KD) else []
+    beyond = _group(results, BEYOND)
+    parts = [
+        ("Table 1: students", _rows(results, [*start, *_group(results, BASELINES)])),
+        ("Controls, always beside it", _rows(results, _group(results, CONTROLS))),
+        (
+            "Table 2: ablations",
+            _rows(results, [*proxy, BLACK_BOX, *_group(results, ABLATIONS)]),
+        ),
+        ("Beyond the paper", _rows(results, beyond) if beyond else []),
+        ("Table 4 and Fig. 5: the proxy", _proxies(results, "proxy")),
+    ]
     for prefix, title in (
         ("small/", "Fig. 3: a proxy of the student's size"),
         ("qwen/", "Table 5: Qwen"),
     ):
         names = [name for name in results.methods() if name.startswith(prefix)]
-        if names:
-            lines += ["", f"### {title}", "", *_rows(results, names, baseline=None)]
-    lines += _sweeps(results)
-    lines += _times(results)
-    lines += ["", "### Verdicts", "", *_verdicts(results)]
-    return lines
+        parts.append((title, _rows(results, names, paired=False) if names else []))
+    parts += [
+        ("Sweeps: one change each", _sweeps(results)),
+        ("Table 3: time", _times(results)),
+        ("Verdicts", _verdicts(results)),
+    ]
+    lines = [["", f"### {title}", "", *rows] for title, rows in parts if rows]
+    return [line for part in lines for line in part][1:]
 
 
-def _students(results: Results, first: Sequence[str], group: str) -> list[str]:
-    names = [name for name, (_, its) in METHODS.items() if its == group and results.has(name)]
-    return _rows(results, [*first, *names], baseline=BLACK_BOX)
+def _group(results: Results, group: str) -> list[str]:
+    return [name for name, (_, its) in METHODS.items() if its == group and results.has(name)]
 
 
-def _rows(results: Results, names: Sequence[str], baseline: str | None) -> list[str]:
-    head = ["", *(f"{metric}, {checkpoint}" for metric, checkpoint in _COLUMNS), "agreement, best"]
-    paired = baseline is not None and results.has(baseline)
-    if paired:
-        head += [f"Δ{metric}, {checkpoint}" for metric, checkpoint in _COLUMNS]
+def _rows(results: Results, names: Sequence[str], *, paired: bool = True) -> list[str]:
+    """A row for each measured method, with differences from black-box KD where it is paired."""
+    paired = paired and results.has(BLACK_BOX)
     rows = []
-    for name in names:
-        if not results.has(name):
-            continue
+    for name in filter(results.has, names):
         cells = [label_of(name)]
         cells += [str(results.mean(name, checkpoint, metric)) for metric, checkpoint in _COLUMNS]
         cells.append(str(results.mean(name, BEST, AGREEMENT)))
-        if paired and baseline is not None:
-            for metric, checkpoint in _COLUMNS:
-                found = results.difference(name, baseline, checkpoint, metric)
-                cells.append("" if name == baseline else found.signed())
+        if paired:
+            cells += [
+                "" if name == BLACK_BOX else results.difference(name, BLACK_BOX, c, m).signed()
+                for m, c in _COLUMNS
+            ]
         rows.append(cells)
-    return markdown(head, rows)
+    return markdown(["", *_HEADS, "agreement, best", *(_CHANGES if paired else [])], rows)
 
 
 def _proxies(results: Results, prefix: str) -> list[str]:
@@ -133,38 +152,25 @@ def _sweeps(results: Results) -> list[str]:
             continue
         changed = name.split("/", 1)[1]
         base = changed if changed in METHODS else f"proxy/{changed}"
-        rows.append(
-            [
-                label_of(name),
-                *(str(results.mean(name, c, metric)) for metric, c in _COLUMNS),
-                *(
-                    results.difference(name, base, c, metric).with_interval()
-                    for metric, c in _COLUMNS
-                ),
-            ]
-        )
-    if not rows:
-        return []
-    plain, paired = (f"{metric}, {checkpoint}" for metric, checkpoint in _COLUMNS), _COLUMNS
-    head = ["", *plain, *(f"Δ{metric}, {checkpoint}" for metric, checkpoint in paired)]
+        means = [str(results.mean(name, c, metric)) for metric, c in _COLUMNS]
+        changes = [results.difference(name, base, c, m).with_interval() for m, c in _COLUMNS]
+        rows.append([label_of(name), *means, *changes])
     note = "Δ are paired by seed, against the same without the change, with intervals of 95 %."
-    return ["", "### Sweeps: one change each", "", note, "", *markdown(head, rows)]
+    return [note, "", *markdown(["", *_HEADS, *_CHANGES], rows)] if rows else []
 
 
 def _times(results: Results) -> list[str]:
     rows = []
     for name in results.methods():
-        for metric in ("seconds_a_round", "seconds"):
-            if metric == "seconds_a_round" and LAST in results.checkpoints(name, metric):
-                rows.append([f"{name}, a round", f"{results.mean(name, LAST, metric).mean:.2f}"])
-            elif LAST in results.checkpoints(name, metric):
-                rows.append(
-                    [f"student, {label_of(name)}", f"{results.mean(name, LAST, metric).mean:.2f}"]
-                )
-    if not rows:
-        return []
+        of_round = f"{name}, a round"
+        for metric, label in (
+            ("seconds_a_round", of_round),
+            ("seconds", f"student, {label_of(name)}"),
+        ):
+            if LAST in results.checkpoints(name, metric):
+                rows.append([label, f"{results.mean(name, LAST, metric).mean:.2f}"])
     note = "Wall-clock seconds a seed; of a round without the first, of a student all its steps."
-    return ["", "### Table 3: time", "", note, "", *markdown(["", "seconds"], rows)]
+    return [note, "", *markdown(["", "seconds"], rows)] if rows else []
 
 
 def _verdicts(results: Results) -> list[str]:

@@ -1,1 +1,1 @@
-"""Speed and memory of the library beside PyTorch, google-tunix and bare matrix products."""
+"""Speed and memory of the library beside PyTorch, google-tunix and matrix products alone."""

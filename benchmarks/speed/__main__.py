@@ -1,9 +1,9 @@
-"""The library's speed and memory beside its peers and the floor.
+"""Measures the library's speed and memory beside its peers and the floor.
 
     python -m benchmarks.speed --out runs/speed
     python -m benchmarks.speed --quick --only sft_dense_15m,floor_15m --out runs/speed
 
-docs/speed.md tells what each case is, how the peers are installed, and what differs between them.
+docs/speed.md describes the cases, how the peers are installed, and how they differ.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from benchmarks.speed.startup import run_startup
 from benchmarks.speed.waiting import faster_waiting
 from proxykd_jax.errors import UserError
 
-# Large pages, where nothing else is said: a step on a CPU gets hundreds of MB of fresh memory, and
-# small pages are made one by one. A step of 15M takes 0.89 of the time with them, PyTorch's 0.94,
-# and Tunix's 1.28: it does without.
+# Large pages are the default: a step on a CPU gets hundreds of MB of fresh memory, and small pages
+# are made one by one. With large pages a step of 15M takes 0.89 of the time, PyTorch's 0.94 and
+# Tunix's 1.28, so Tunix does not use them.
 _TUNABLES, _HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
-# Memory is taken as it is needed, and not most of the device at the beginning.
+# The tools share the device, so each takes memory when it needs it, not most of it at the start.
 _SHARED_DEVICE = {
     OURS: {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
     TORCH: {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
@@ -57,7 +57,7 @@ def chosen(cases: list[Case], only: str | None) -> list[Case]:
 
 
 def sources_digest() -> str:
-    """Of the library's files and the benchmark's own: what the figures belong to."""
+    """The digest of the library's and the benchmark's files, to which the figures belong."""
     digest = hashlib.sha256()
     for folder in ("proxykd_jax", "benchmarks/speed"):
         for path in sorted((REPOSITORY / folder).rglob("*.py")):
@@ -66,16 +66,21 @@ def sources_digest() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 1 if a bar is missed, 2 for a user's mistake."""
+    """Runs the command line and returns the exit code: 1 for a missed bar, 2 for a mistake."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.speed",
         description="Speed and memory beside PyTorch, google-tunix and bare matrix products.",
     )
-    parser.add_argument("--out", required=True, type=Path, help="folder for speed.json, speed.md")
-    parser.add_argument("--quick", action="store_true", help="small shapes, a few minutes")
-    parser.add_argument("--only", help="names of cases, with commas between")
-    parser.add_argument("--torch", default=str(REPOSITORY / ".venv-peers/bin/python"))
-    parser.add_argument("--tunix", default=str(REPOSITORY / ".venv-peers-jax/bin/python"))
+    parser.add_argument(
+        "--out", required=True, type=Path, help="folder for speed.json and speed.md"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="measure only small shapes, in a few minutes"
+    )
+    parser.add_argument("--only", help="names of cases, separated by commas")
+    for tool, folder in ((TORCH, ".venv-peers"), (TUNIX, ".venv-peers-jax")):
+        python = REPOSITORY / folder / "bin/python"
+        parser.add_argument(f"--{tool}", default=str(python), help=f"the Python of {tool}")
     arguments = parser.parse_args(argv)
     bench = Bench(
         work=arguments.out.resolve() / "work",
@@ -87,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.out.exists() and not arguments.out.is_dir():
             raise UserError(f"--out {arguments.out} is a file; give a folder.")
-        # A name that no machine has is refused before anything starts.
+        # A name that no machine knows is refused before anything starts.
         known = {c.name: c for b in ("cpu", "gpu") for c in all_cases(b, arguments.quick)}
         chosen(list(known.values()), arguments.only)
         device = bench.make_model({"shape": "tiny"})
@@ -99,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     except WorkerFailed as failure:
         print(f"error: this library's own worker does not start: {failure}", file=sys.stderr)
         return 2
-    if backend == "gpu":  # which the tools share
+    if backend == "gpu":
         for tool, variables in _SHARED_DEVICE.items():
             bench.environments[tool] = {**bench.environments.get(tool, {}), **variables}
     machine = _machine(device, arguments.quick)
@@ -110,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
         started = time.perf_counter()
         found = run_startup(bench, case) if case.name == "startup" else run_case(bench, case)
         if sources_digest() != machine["sources"]:
-            # Workers import when their case begins: some of its figures may be of other code.
+            # Workers import when their case begins, so some figures may belong to other code.
             machine["warning"] = f"the sources changed while {case.name} ran"
             print(f"  warning: {machine['warning']}", flush=True)
             machine["sources"] = sources_digest()
@@ -139,8 +144,10 @@ def _machine(device: Mapping[str, Any], quick: bool) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The processor's name with the numbers of its generation: a cloud's names leave it out, and
-    ratios to a peer depend on it."""
+    """The processor's name with the numbers of its generation.
+
+    A cloud's names leave the generation out, and ratios to a peer depend on it.
+    """
     listed = Path("/proc/cpuinfo")
     lines = listed.read_text().split("\n\n")[0].splitlines() if listed.exists() else []
     told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}

@@ -1,4 +1,4 @@
-"""Starts workers, has them prepare and compare, and lets them run in turns."""
+"""Starts workers, lets them prepare, compares their results, and lets them run in turns."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PREPARE_SECONDS, RUN_SECONDS = 900.0, 900.0
 
 
-class WorkerFailed(Exception):  # noqa: N818 (it tells of a tool, not of a fault here)
-    """A worker said what went wrong, or said nothing in time."""
+class WorkerFailed(Exception):  # noqa: N818 (The failure is the tool's, not this program's.)
+    """A worker reported an error, or did not answer in time."""
 
 
 class Worker:
-    """A process of one tool, which answers one line for each line."""
+    """A process of one tool, which answers each line by a line."""
 
     def __init__(
         self, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
@@ -42,10 +42,10 @@ class Worker:
         self._selector.register(self._process.stdout, selectors.EVENT_READ)
 
     def ask(self, request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-        """Its answer.
+        """Sends a request and returns the answer.
 
         Raises:
-          WorkerFailed: it reports an error, ends, or takes longer than ``seconds``.
+          WorkerFailed: the worker reports an error, ends, or takes longer than ``seconds``.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
@@ -80,12 +80,12 @@ class Worker:
 
 @dataclass
 class Timed:
-    """What one entry of a case took.
+    """The measurements of one entry of a case.
 
     Attributes:
       described: the answer to ``prepare``.
-      wall, cpu: seconds of each repetition.
-      peak_bytes: most memory beyond that of a process that has imported its libraries.
+      wall, cpu: the seconds of each repetition.
+      peak_bytes: the most memory beyond that of a process that has imported its libraries.
     """
 
     described: dict[str, Any] = field(default_factory=dict)
@@ -94,14 +94,18 @@ class Timed:
     peak_bytes: int = 0
 
     def a_step(self, steps: int) -> Timed:
-        """What one of so many equal steps took."""
+        """The measurements of one of so many equal steps."""
         sums = {name: self.described.get(name, 0.0) / steps for name in ("units", "flops")}
         wall, cpu = ([seconds / steps for seconds in each] for each in (self.wall, self.cpu))
         return Timed({**self.described, **sums}, wall, cpu, self.peak_bytes)
 
 
 def prepare(workers: Mapping[str, Worker], tasks: Mapping[str, Any]) -> dict[str, Timed | str]:
-    """One after another, because compiling takes all cores; a string says what failed."""
+    """Lets the workers prepare one after another, because compiling takes all cores.
+
+    Returns:
+      What each worker described, or a string that says what failed.
+    """
     found: dict[str, Timed | str] = {}
     for label, worker in workers.items():
         try:
@@ -113,7 +117,8 @@ def prepare(workers: Mapping[str, Worker], tasks: Mapping[str, Any]) -> dict[str
 
 
 def differences(timed: Mapping[str, Timed], same: Sequence[str], tolerance: float) -> str:
-    """What results of the entries ``same`` are not those of the first of them, or nothing."""
+    """Lists the results of the entries ``same`` that differ from those of the first; empty if none
+    does."""
     labels = [label for label in same if label in timed]
     said = []
     for label in labels[1:]:
@@ -132,7 +137,7 @@ def take_turns(
     """Runs every worker once a turn, A B C A B C, and notes what each took.
 
     Returns:
-      What went wrong with those that failed; they are left out from then on.
+      The errors of the workers that failed; the later turns leave these out.
     """
     failed: dict[str, str] = {}
     for _ in range(repetitions):

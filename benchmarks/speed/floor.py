@@ -1,4 +1,4 @@
-"""The floor: the matrix products of an SFT step alone, and the machine's peak."""
+"""The floor is the matrix products of an SFT step alone; and the machine's peak."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Product = tuple[str, tuple[int, ...], tuple[int, ...], int]
 
 
 def step_products(shape: Shape, batch: int, length: int) -> list[Product]:
-    """(einsum, left shape, right shape, how often) of a full fine-tuning step.
+    """(einsum, left shape, right shape, number of times) of a full fine-tuning step.
 
-    Each linear layer has its forward product, and two backward: towards the input and towards the
-    weights. Attention has scores and values forward, and two backward for each, over blocks of
-    queries that see nothing behind their last one. The vocabulary is projected at every position.
+    Each linear layer has one forward product and two backward ones: towards the input and towards
+    the weights. Attention has scores and values forward, and two backward products for each, over
+    blocks of queries that see no later keys. The vocabulary is projected at every position.
     """
     rows = batch * length
     linear = [(size, shape.layers) for size in shape.linear().values()]
@@ -36,16 +36,16 @@ def step_products(shape: Shape, batch: int, length: int) -> list[Product]:
     for seen in range(block, length + 1, block):
         queries, keys = (heads, block, width), (heads, seen, width)
         scores = (heads, block, seen)
-        # q k^T forward, and grad_out v^T backward.
+        # These are q k^T forward, and grad_out v^T backward.
         found.append(("hqc,hkc->hqk", queries, keys, 2 * shape.layers))
-        # scores v forward; towards q, k and v backward.
+        # These are scores v forward, and the products towards q, k and v backward.
         found.append(("hqk,hkc->hqc", scores, keys, 2 * shape.layers))
         found.append(("hqk,hqc->hkc", scores, queries, 2 * shape.layers))
     return found
 
 
 def products(task: dict[str, Any]) -> Program:
-    """All products of ``step_products``, one after another, for each of the task's ``steps``."""
+    """Computes all products of ``step_products`` for each of the task's ``steps``."""
     shape = shape_of(task)
     work = []
     flops = 0.0
@@ -78,8 +78,10 @@ def products(task: dict[str, Any]) -> Program:
 
 
 def peak(task: dict[str, Any]) -> Program:
-    """The fastest square product of a few sizes, ten asked for at once: FLOPs a second in
-    ``extra``."""
+    """Measures the fastest square product of a few sizes, ten started at once.
+
+    The FLOPs a second are in ``extra``.
+    """
     dtype = task.get("dtype", "float32")
     times, best = 10, 0.0
     for size in task["sizes"]:

@@ -1,4 +1,4 @@
-"""Models and rows of a case, as files that all workers read."""
+"""The rows of a case, as files that all workers read."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from benchmarks.speed.shapes import shape_of
 
 
 def make_rows(work: Path, task: dict[str, Any], wanted: dict[str, Any]) -> Path | str:
-    """The file with the rows of a task, made if it is not there; or why there are none.
+    """Makes the file with the rows of a task, if it is not there; returns it, or why there is none.
 
     Args:
       work: folder of this run's inputs.
-      task: whose shape has the vocabulary.
+      task: its shape gives the vocabulary.
       wanted: ``kind`` is ``dense`` (``count``, ``length``, ``prompt``), ``mixed`` (``count``,
         ``prompts``, ``answers``: shortest and longest) or ``corpus`` (``corpus``, ``count``,
         ``max_length``).
@@ -43,7 +43,7 @@ def make_rows(work: Path, task: dict[str, Any], wanted: dict[str, Any]) -> Path 
 
 
 def filled(work: Path, task: dict[str, Any], rows: dict[str, Any]) -> dict[str, Any] | str:
-    """The task with its model's folder and its rows' file; or why it cannot run."""
+    """The task with the folder of its model and the file of its rows, or why it cannot run."""
     wanted = task.get("rows") or rows
     full = {**task, "folder": str(model_folder(work, task))}
     if not wanted:

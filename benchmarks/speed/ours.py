@@ -1,4 +1,4 @@
-"""The worker of this library: ``python -m benchmarks.speed.ours``; see ``protocol``."""
+"""The worker of this library: ``python -m benchmarks.speed.ours``. See ``protocol``."""
 
 from __future__ import annotations
 

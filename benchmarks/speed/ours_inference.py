@@ -1,4 +1,4 @@
-"""Scoring, a bare forward pass, and sampling by this library."""
+"""Scoring, a forward pass alone, and sampling by this library."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.speed.ours_models import device_peak, load, token_rows
 from benchmarks.speed.protocol import Program, best_of
-from benchmarks.speed.rows import TOP_K, Rows
+from benchmarks.speed.rows import TOP_K, Rows, mean_ids
 from benchmarks.speed.shapes import compared
 from proxykd_jax.generation.decode import DrawSettings
 from proxykd_jax.generation.label_batch import soft_labels_of_hidden
@@ -29,7 +29,7 @@ def _gold(params: Any, hidden_MD: jax.Array, labels_M: jax.Array, *, config: Mod
 
 
 def _scorer(task: dict[str, Any], top_k: int) -> Program:
-    """All rows through ``RowScorer``, soft labels or the gold token's log-prob alone."""
+    """Takes all rows through ``RowScorer``: soft labels, or the gold token's log-prob alone."""
     config, params, adapter = load(task)
     rows = Rows.load(task["rows"])
 
@@ -61,23 +61,22 @@ def _scorer(task: dict[str, Any], top_k: int) -> Program:
 
 
 def scoring(task: dict[str, Any]) -> Program:
-    """Soft labels of every answer token, as the stage ``score`` makes them."""
+    """Makes soft labels of every answer token, as the stage ``score`` does."""
     return _scorer(task, TOP_K)
 
 
 def gold_forward(task: dict[str, Any]) -> Program:
-    """The same positions: hidden states, logits, log-softmax of the token that is there."""
+    """Computes hidden states, logits and the gold token's log-softmax at the same positions."""
     return _scorer(task, 0)
 
 
 def sampling(task: dict[str, Any]) -> Program:
-    """An answer for each row's prompt, as many tokens as the row's answer has.
+    """Draws an answer to each prompt, as long as the row's answer.
 
     No token ends an answer, so every tool draws the same number of tokens.
     """
     rows = Rows.load(task["rows"])
-    prompts = [row.prompt for row in token_rows(rows)]
-    budgets = (rows.lengths - rows.prompt_lengths).tolist()
+    prompts = rows.prompts
     names = [str(index) for index in range(len(rows))]
     seeds = iter(range(1, 1 << 30))
 
@@ -93,13 +92,13 @@ def sampling(task: dict[str, Any]) -> Program:
             batch_size=batch_size,
         )
 
-    # Of few rows, so that no two logits lie within rounding of each other.
+    # Few rows are compared, so that no two logits lie within rounding of each other.
     few = task["greedy_rows"]
     some = [task["greedy_tokens"]] * few + [0] * (len(rows) - few)
     greedy = draw(load(compared(task)), few, some, 0.0)[:few]
     model = load(task)
     ways = {
-        f"batch_size={size}": functools.partial(draw, model, size, budgets, 1.0)
+        f"batch_size={size}": functools.partial(draw, model, size, rows.budgets, 1.0)
         for size in task["batch_sizes"]
     }
     run, settings = best_of(ways)
@@ -107,11 +106,6 @@ def sampling(task: dict[str, Any]) -> Program:
         run=run,
         results=mean_ids(np.array([found.tokens for found in greedy])),
         settings=settings,
-        units=float(sum(budgets)),
+        units=float(rows.answer_tokens),
         peak=device_peak(),
     )
-
-
-def mean_ids(tokens_BL: np.ndarray) -> dict[str, float]:
-    """Greedy answers as numbers that can be compared: the mean id at each place."""
-    return {f"greedy_{place}": float(x) for place, x in enumerate(tokens_BL.mean(axis=0))}

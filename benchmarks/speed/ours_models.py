@@ -1,4 +1,4 @@
-"""Models of a shape: made once, written as files that every tool reads."""
+"""Makes the model of a shape once, as files that every tool reads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from proxykd_jax.models.peft import load_adapter, save_adapter
 
 
 def model_config(shape: Shape) -> ModelConfig:
-    """The library's record of a shape."""
+    """The library's config of a shape."""
     return ModelConfig(
         family="llama",
         vocab_size=shape.vocab,
@@ -34,8 +34,8 @@ def model_config(shape: Shape) -> ModelConfig:
         tie_embeddings=shape.tied,
         bos_token_id=1,
         eos_token_ids=(2,),
-        # Wide enough that the layers matter beside the embedding: with less, a tied model repeats
-        # its last token, and a greedy answer would tell nothing of the cache.
+        # The range is so wide that the layers matter beside the embedding. With a smaller one a
+        # tied model repeats its last token, and a greedy answer would not test the cache.
         initializer_range=shape.dim**-0.5,
     )
 
@@ -52,7 +52,7 @@ def make(task: dict[str, Any]) -> dict[str, Any]:
     if not (folder / "adapter").exists():
         lora_config = config.replace(lora=LoraConfig(rank=LORA_RANK, alpha=LORA_ALPHA))
         adapter = init_adapter(jax.random.key(1), lora_config)
-        # Of b = 0 every gradient towards a would be zero, and the comparison blind to it.
+        # With b = 0 every gradient towards a is zero, and the comparison would not see it.
         adapter = jax.tree_util.tree_map_with_path(
             lambda path, leaf: (
                 0.01 * jax.random.normal(jax.random.key(2), leaf.shape)
@@ -77,7 +77,7 @@ def load(task: dict[str, Any]) -> tuple[ModelConfig, Any, Any]:
 
 
 def token_rows(rows: Rows, *, rejected: bool = False) -> list[TokenRow]:
-    """The library's rows, with ids that are only numbers."""
+    """The library's rows, whose ids are numbers."""
     tokens = rows.rejected if rejected else rows.tokens
     return [
         TokenRow(row, int(prompt), f"{index:064x}")
@@ -86,7 +86,7 @@ def token_rows(rows: Rows, *, rejected: bool = False) -> list[TokenRow]:
 
 
 def device_peak() -> Callable[[], int] | None:
-    """The most bytes that the accelerator held; None on a CPU, whose memory is the process's."""
+    """A function that returns the most bytes that the accelerator held; None on a CPU."""
     device = jax.local_devices()[0]
     if device.memory_stats() is None:
         return None

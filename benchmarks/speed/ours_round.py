@@ -23,17 +23,17 @@ from proxykd_jax.training.model import Model
 from proxykd_jax.training.pairs import PairRows
 from proxykd_jax.training.reference import store_references
 
-# What the method's paper reports for its preference rounds beside plain fine-tuning.
+# The method's paper reports this ratio of its preference rounds to plain fine-tuning.
 PAPERS_RATIO = 5.1
 
 
 def floor_ratio(rows: Rows) -> float:
-    """Arithmetic of a preference round over that of an SFT round, LoRA, for mean prompt and answer
-    lengths P and R, in forward passes a token.
+    """The arithmetic of a preference round over that of an SFT round, with LoRA.
 
-    SFT: forward and backward (towards inputs alone) of P + R. Preference: sampling P + R, whose
-    log-probs are the references of y-hat; references of y, P + R; training on both answers
-    behind one prompt, 2 P + 4 R.
+    P and R are the mean lengths of prompt and answer; work is counted in forward passes a token.
+    SFT takes a forward and a backward pass (towards inputs alone) over P + R. A preference round
+    samples P + R, whose log-probs are the references of y-hat; computes the references of y, P + R;
+    and trains on both answers behind one prompt, 2 P + 4 R.
     """
     prompt = float(np.mean(rows.prompt_lengths))
     answer = float(np.mean(rows.lengths - rows.prompt_lengths))
@@ -41,7 +41,7 @@ def floor_ratio(rows: Rows) -> float:
 
 
 def sft_round(task: dict[str, Any]) -> Program:
-    """Every row once, NLL alone."""
+    """Trains on every row once, by NLL alone."""
     rows = Rows.load(task["rows"])
     trainer = Trainer(task)
     examples = examples_of("sft", rows)
@@ -55,16 +55,14 @@ def sft_round(task: dict[str, Any]) -> Program:
 
 
 def preference_round(task: dict[str, Any]) -> Program:
-    """Samples of the model as it stands, references of both answers, a step on every batch; so
-    many ``rounds`` (default: one) one after another.
+    """Takes ``rounds`` (default: one): samples, references of both answers, a step on every batch.
 
-    Answers have as many tokens as the teacher's: what is drawn differs from round to round, the
-    shapes do not.
+    Answers are as long as the teacher's, so the shapes of all rounds are the same.
     """
     rows = Rows.load(task["rows"])
     trainer = Trainer(task)
     chosen = token_rows(rows)
-    budgets = (rows.lengths - rows.prompt_lengths).tolist()
+    budgets = rows.budgets
     numbers = iter(range(1, 1 << 30))
 
     def one_round() -> None:
@@ -97,7 +95,7 @@ def preference_round(task: dict[str, Any]) -> Program:
 def _with_references(
     folder: Path, chosen: list[TokenRow], drawn: list[Sample], trainer: Trainer, batch_size: int
 ) -> PairRows:
-    """The pairs of a round, with references by the model as it is, stored as ``align`` does."""
+    """The pairs of a round with references by the current model, stored as ``align`` does."""
     rows, store = RowsInMemory(chosen), SampleStore(folder)
     sampled = [
         SampledRow(place, row.row_id, answer.tokens, answer.finished, KEPT, answer.loglik)

@@ -1,4 +1,4 @@
-"""Training steps of this library, by its public step function and its own plans of batches."""
+"""Training steps of this library, by its step function and its plans of batches."""
 
 from __future__ import annotations
 
@@ -36,14 +36,13 @@ from proxykd_jax.types import Pairs
 BETA = 0.1
 ALPHA = 1.0
 LEARNING_RATE = 1e-5
-# An epoch is timed again and again; batches are made as for a run of so many steps.
-_STEPS = 1000
+_STEPS = 1000  # The timed epoch has the batches of a run of so many steps.
 
 Collate = Callable[[PlannedBatch], Any]
 
 
 def objective_of(work: str) -> Any:
-    """What a step of this work minimises; token means, so that every tool has the same sum."""
+    """The objective of a work, with token means, so that every tool computes the same sum."""
     if work == "sft":
         return NllObjective("token_mean")
     if work == "distill":
@@ -61,12 +60,12 @@ def objective_of(work: str) -> Any:
 
 @dataclass(frozen=True)
 class Examples:
-    """What plans and batches of a work are made from.
+    """The examples of a work, from which plans and batches are made.
 
     Attributes:
-      collate: a planned batch to the arrays of a step.
-      positions: places that each example takes.
-      answers: of these, the ones whose label is a token of an answer.
+      collate: turns a planned batch into the arrays of a step.
+      positions: number of positions that each example takes.
+      answers: number of these whose label is a token of an answer.
     """
 
     collate: Collate
@@ -75,11 +74,11 @@ class Examples:
 
     @property
     def max_length(self) -> int:
-        """Tokens of the longest example."""
+        """The number of tokens of the longest example."""
         return int(self.positions.max()) + 1
 
     def first(self, batch_size: int) -> PlannedBatch:
-        """The first so many rows: the batch that all tools' results are compared on."""
+        """The batch of the first rows, on which the results of all tools are compared."""
         longest = int(self.positions[:batch_size].max())
         length = next(
             bucket for bucket in default_buckets(self.max_length, _STEPS) if bucket >= longest
@@ -103,12 +102,12 @@ class Examples:
         )
 
     def epoch(self, batch_size: int, batching: Any) -> list[PlannedBatch]:
-        """Those of the first one."""
+        """The batches of its first epoch."""
         return list(self.plan(batch_size, batching)(0))
 
 
 def examples_of(work: str, rows: Rows, *, share_prompt: bool = True) -> Examples:
-    """The examples of a work; those of DPO with or without a prompt in common."""
+    """The examples of a work. Those of DPO share a prompt, or do not."""
     chosen = token_rows(rows)
     teacher = RowsInMemory(chosen)
     answers = answer_positions(teacher)
@@ -150,8 +149,8 @@ class Trainer:
     """A model in training.
 
     Attributes:
-      spec, config: of the model.
-      state: changes with every step.
+      spec, config: static halves of the model.
+      state: the state, which changes with every step.
       frozen: the base of an adapter, else None.
     """
 
@@ -169,7 +168,7 @@ class Trainer:
         self._microbatches = task.get("microbatches", 1)
 
     def step(self, work: str, batch: Any) -> Any:
-        """One step; returns its metrics, not waited for."""
+        """Starts a step and returns its metrics."""
         step = make_train_step(
             self.spec,
             objective_of(work),
@@ -181,15 +180,18 @@ class Trainer:
         return metrics
 
     def epoch(self, work: str, examples: Examples, planned: Sequence[PlannedBatch]) -> None:
-        """A step on each batch, waited for at the end."""
+        """Takes a step on each batch and waits for the last."""
         for batch in planned:
             metrics = self.step(work, examples.collate(batch))
         jax.block_until_ready((self.state, metrics))
 
 
 def training(task: dict[str, Any]) -> Program:
-    """An epoch of steps over the task's rows; ``batchings``, and for pairs whether prompts are
-    shared, are tried and the fastest is taken."""
+    """Takes an epoch of steps over the task's rows.
+
+    It tries the task's ``batchings``, and for pairs prompts that are shared or not, and takes the
+    fastest way.
+    """
     work = task["work"]
     rows = Rows.load(task["rows"])
     trainer = Trainer(task)
@@ -215,7 +217,7 @@ def training(task: dict[str, Any]) -> Program:
 
     ways = {}
     for one in task.get("batchings", ["pad"]):
-        if pairs and one != "pack":  # pairs are never packed
+        if pairs and one != "pack":  # Pairs are never packed.
             ways |= {f"batching={one}, share_prompt={both}": way(one, both) for both in shared}
         elif not pairs:
             ways[f"batching={one}"] = way(one, True)
@@ -231,20 +233,20 @@ def training(task: dict[str, Any]) -> Program:
 
 
 def _flops(config: ModelConfig, rows: Rows, *, pairs: bool, shared: bool, full: bool) -> float:
-    """Counted for rows of one length; what remat computes again is no model work. 0 for rows of
+    """The FLOPs of an epoch on rows of one length, without what remat computes again; 0 for rows of
     mixed lengths."""
     if len(set(rows.lengths.tolist())) > 1:
         return 0.0
     count, length = len(rows), int(rows.lengths.max())
     if shared:
-        length += length - int(rows.prompt_lengths.max())  # both answers behind one prompt
+        length += length - int(rows.prompt_lengths.max())  # Both answers follow one prompt.
     elif pairs:
         count *= 2
     return step_flops(config, count, length, full=full, remat="none")
 
 
 def planning(task: dict[str, Any]) -> Program:
-    """The plan of an epoch over ``count`` rows, without their tokens: what grows with a corpus."""
+    """Plans an epoch over ``count`` rows without tokens: the work that grows with a corpus."""
     lengths = np.random.default_rng(0).integers(30, 500, task["count"])
 
     def run() -> None:

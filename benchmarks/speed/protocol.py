@@ -1,10 +1,10 @@
-"""What a worker answers: JSON lines on its standard output, one for each line that it reads.
+"""A worker answers each line that it reads by a line of JSON on its standard output.
 
     {"do": "prepare", "task": {...}}  ->  {"results": {...}, "settings": [...], ...}
     {"do": "run", "times": 3}         ->  {"wall": [...], "cpu": [...], "peak_bytes": ...}
     {"do": "stop"}                    ->  nothing
 
-A mistake is ``{"error": "..."}``. Whatever a library prints goes to the standard error.
+A mistake is answered by ``{"error": "..."}``. What libraries print goes to the standard error.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Run = Callable[[], object]
-# Seconds of a run that is not repeated to choose between ways.
-_LONG = 30.0
+_LONG = 30.0  # A run that takes so many seconds is not repeated to choose between ways.
 
 
 @dataclass(frozen=True)
@@ -29,13 +28,14 @@ class Program:
     """Work that is ready to be timed.
 
     Attributes:
-      run: does it once, and returns when all of it is done.
-      results: what is compared with the other tools' before anything is timed.
-      settings: what was tried, each with its ``name`` and ``seconds`` (or ``error``).
-      units: what a run makes (answer tokens, drawn tokens, ...), for a rate.
-      flops: of a run, counted from the shapes; 0 where nobody asks.
-      peak: most bytes of the device since the last call; None for the process's own memory.
-      extra: figures for the record.
+      run: does the work once, and returns when all of it is done.
+      results: figures that are compared with those of other tools before anything is timed.
+      settings: the settings that were tried, each with ``name`` and ``seconds`` (or ``error``).
+      units: number of units that a run makes (answer tokens, drawn tokens), for a rate.
+      flops: FLOPs of a run, counted from the shapes; 0 where they are not needed.
+      peak: returns the most bytes of the device since its last call; None for the memory of the
+        process.
+      extra: further figures for the record.
     """
 
     run: Run
@@ -48,14 +48,14 @@ class Program:
 
 
 def best_of(ways: Mapping[str, Run]) -> tuple[Run, list[dict[str, Any]]]:
-    """The fastest of several ways of doing one thing, and what each took.
+    """Chooses the fastest of several ways of doing one thing; returns it, and what each took.
 
-    Each runs once to be compiled and warm, then twice, or once if it takes half a minute or half as
-    long again as the best before it; the smaller time counts. One that fails is listed with what it
-    said.
+    Each way runs once to be compiled and warm, and then twice. It runs only once if it takes half a
+    minute, or half as long again as the best before it. The smaller time counts. A way that fails
+    is listed with its error.
 
     Raises:
-      RuntimeError: all fail.
+      RuntimeError: all ways fail.
     """
     found: list[dict[str, Any]] = []
     least = math.inf
@@ -90,7 +90,7 @@ def _seconds(run: Run) -> float:
 
 
 def memory(key: str) -> int:
-    """Bytes of ``VmHWM`` (the most so far) or ``VmRSS`` (now); 0 where Linux does not tell."""
+    """The bytes of ``VmHWM`` (the most so far) or ``VmRSS`` (now); 0 where they are not known."""
     try:
         with open("/proc/self/status") as file:
             lines = [line.split() for line in file if line.startswith(key + ":")]
@@ -100,21 +100,21 @@ def memory(key: str) -> int:
 
 
 def forget_peak() -> None:
-    """``VmHWM`` begins anew."""
+    """Resets ``VmHWM``."""
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
     except OSError:
-        pass  # the peak then is that of the whole process, for every tool alike
+        pass  # The peak is then that of the whole process, for every tool alike.
 
 
 # --- the worker's loop ----------------------------------------------------------------------------
 
 
 def serve(prepare: Callable[[dict[str, Any]], Program]) -> int:
-    """Answers until told to stop, or until nobody asks any more."""
+    """Answers requests until one says stop, or until no more come."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not look like an answer
+    os.dup2(2, 1)  # What libraries print must not look like an answer.
     base = memory("VmRSS")
     program: Program | None = None
     for line in sys.stdin:

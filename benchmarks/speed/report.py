@@ -1,4 +1,4 @@
-"""Records of what was measured, ``speed.json`` and ``speed.md``."""
+"""Makes the records of the measurements, ``speed.json`` and ``speed.md``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Record = dict[str, Any]
 
 
 def skipped(comparison: Comparison, reason: str) -> Record:
-    """The record of what was not measured, and why."""
+    """The record of a comparison that was not measured, with the reason."""
     record = _empty(comparison)
     record["reason"] = reason
     return record
@@ -37,7 +37,7 @@ def _empty(comparison: Comparison) -> Record:
 
 
 def record_of(comparison: Comparison, timed: Mapping[str, Timed]) -> Record:
-    """Medians, their ratio, the quartiles of the turns' ratios, and whether the bar is met."""
+    """The record of a comparison: medians, their ratio, quartiles over turns, and the verdict."""
     ours, against = timed[comparison.ours], timed[comparison.against]
     record = _empty(comparison)
     lower = comparison.lower_is_better
@@ -85,7 +85,7 @@ def judge(record: Record) -> bool | None:
 
 
 def values(timed: Timed, measure: str) -> list[float]:
-    """What is compared, a value a turn."""
+    """The compared value of each turn."""
     if measure == "peak":
         return [float(timed.peak_bytes)]
     return timed.cpu if measure == "cpu" else timed.wall
@@ -105,7 +105,7 @@ def _quartiles(ratios: list[float]) -> list[float] | None:
 
 
 def write(folder: Path, records: Sequence[Record], machine: Mapping[str, Any]) -> None:
-    """Both files; ``speed.json`` is the list of records."""
+    """Writes ``speed.json``, the list of records, ``machine.json`` and ``speed.md``."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "speed.json").write_text(json.dumps(list(records), indent=2) + "\n")
     (folder / "machine.json").write_text(json.dumps(dict(machine), indent=2) + "\n")
@@ -113,7 +113,7 @@ def write(folder: Path, records: Sequence[Record], machine: Mapping[str, Any]) -
 
 
 def table(records: Sequence[Record], machine: Mapping[str, Any]) -> str:
-    """All records, then the settings that were tried, as Markdown."""
+    """The Markdown of all records, and of the settings that were tried."""
     told = ", ".join(f"{name} {value}" for name, value in machine.items())
     lines = ["# Speed", "", told, ""]
     lines += [

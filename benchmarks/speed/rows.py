@@ -1,10 +1,12 @@
-"""The rows that every tool gets: written once as NumPy arrays, collated by each in its own way."""
+"""The rows of all tools: NumPy arrays in a file, which each tool collates in its own way."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 
 TOP_K = 10
-_FIRST_TOKEN = 3  # below it stand the ids that tokenizers keep for themselves
+_FIRST_TOKEN = 3  # Tokenizers keep the ids below for themselves.
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,12 @@ class Rows:
     """n examples.
 
     Attributes:
-      tokens: int32[T] of each: prompt, then answer.
+      tokens: int32[T] for each example: prompt, then answer.
       prompt_lengths: int32[n], tokens P of each prompt.
-      rejected: int32[T] of each: the same prompt, then another answer.
+      rejected: int32[T] for each example: the same prompt, then another answer.
       reference_chosen, reference_rejected: float32[n], summed log-probs of both answers.
-      topk_ids, topk_logps: int32 and float32 [T - P, K] of each: soft labels of the answer.
-      weights: float32[n], of the examples.
+      topk_ids, topk_logps: int32 and float32 [T - P, K] for each example: the answer's soft labels.
+      weights: float32[n], weights of the examples.
     """
 
     tokens: list[np.ndarray]
@@ -47,21 +49,55 @@ class Rows:
 
     @property
     def rejected_lengths(self) -> np.ndarray:
-        """int32[n]."""
+        """int32[n], tokens of each rejected row."""
         return np.array([len(row) for row in self.rejected], np.int32)
 
     @property
+    def prompts(self) -> list[np.ndarray]:
+        """int32[P] for each example."""
+        return [row[:prompt] for row, prompt in zip(self.tokens, self.prompt_lengths, strict=True)]
+
+    @property
+    def budgets(self) -> list[int]:
+        """The number of tokens of each chosen answer."""
+        return (self.lengths - self.prompt_lengths).tolist()
+
+    @property
     def answer_tokens(self) -> int:
-        """Of the chosen answers."""
-        return int(np.sum(self.lengths - self.prompt_lengths))
+        """The number of tokens of all chosen answers."""
+        return sum(self.budgets)
+
+    def drawing_ways(
+        self, sizes: Sequence[int], draw: Callable[[list[int], int], object], more: str = ""
+    ) -> dict[str, Callable[[], object]]:
+        """Ways to draw an answer for every row, in batches that each go on to their longest answer.
+
+        Args:
+          sizes: sizes of a batch.
+          draw: takes the places of a batch's rows, and the number of tokens of its longest answer.
+          more: further settings in the names of the ways.
+        """
+        budgets, given = self.budgets, list(range(len(self)))
+        by_budget = sorted(given, key=lambda i: (budgets[i], int(self.prompt_lengths[i])))
+
+        def draw_all(order: list[int], size: int) -> None:
+            for start in range(0, len(order), size):
+                places = order[start : start + size]
+                draw(places, max(budgets[i] for i in places))
+
+        return {
+            f"{name}, batch_size={size}{more}": functools.partial(draw_all, order, size)
+            for name, order in (("order as given", given), ("sorted by budget", by_budget))
+            for size in sizes
+        }
 
     def tails(self, index: int) -> np.ndarray:
-        """float32[T - P]: log of the probability outside the soft labels."""
+        """float32[T - P], log of the probability outside the soft labels."""
         outside = 1.0 - np.exp(self.topk_logps[index].astype(np.float64)).sum(axis=-1)
         return np.log(outside).astype(np.float32)
 
     def save(self, path: Path) -> None:
-        """Writes one .npz."""
+        """Writes an .npz file."""
         np.savez(
             path,
             tokens=np.concatenate(self.tokens),
@@ -78,7 +114,7 @@ class Rows:
 
     @staticmethod
     def load(path: str | Path) -> Rows:
-        """What ``save`` wrote."""
+        """Reads what ``save`` wrote."""
         with np.load(path) as file:
             arrays = {name: file[name] for name in file.files}
         answers = arrays["lengths"] - arrays["prompt_lengths"]
@@ -101,14 +137,14 @@ def _split(array: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
 def with_labels(
     tokens: list[np.ndarray], prompt_lengths: list[int], rejected: list[np.ndarray], vocab: int
 ) -> Rows:
-    """Rows with soft labels and references drawn at random; a model of random weights fits them as
-    well as any."""
+    """Rows with random soft labels and references; a model of random weights fits them as well as
+    others."""
     rng = np.random.default_rng(1)
     topk_ids, topk_logps = [], []
     for row, prompt in zip(tokens, prompt_lengths, strict=True):
         answer = len(row) - prompt
         draws = rng.random((answer, vocab if vocab <= 4096 else 4096), dtype=np.float32)
-        step = vocab // draws.shape[1]  # distinct ids, spread over the whole vocabulary
+        step = vocab // draws.shape[1]  # The ids are distinct and lie in the whole vocabulary.
         topk_ids.append((np.argsort(draws, axis=-1)[:, :TOP_K] * step).astype(np.int32))
         share = rng.dirichlet(np.ones(TOP_K + 1), answer) * 0.9 + 0.1 / (TOP_K + 1)
         topk_logps.append(np.log(-np.sort(-share[:, :TOP_K], axis=-1)).astype(np.float32))
@@ -128,7 +164,7 @@ def with_labels(
 
 
 def dense_rows(count: int, length: int, prompt: int, vocab: int) -> Rows:
-    """Random rows of one length, prompts of one length."""
+    """Random rows of one length, whose prompts have one length."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(_FIRST_TOKEN, vocab, (count, length)).astype(np.int32)
     rejected = tokens.copy()
@@ -137,7 +173,7 @@ def dense_rows(count: int, length: int, prompt: int, vocab: int) -> Rows:
 
 
 def mixed_rows(count: int, prompts: tuple[int, int], answers: tuple[int, int], vocab: int) -> Rows:
-    """Random rows; lengths of prompts and answers are spread evenly over their logarithms."""
+    """Random rows, whose prompts and answers have log-uniform lengths."""
     rng = np.random.default_rng(0)
 
     def sizes(low: int, high: int) -> np.ndarray:
@@ -159,21 +195,21 @@ def mixed_rows(count: int, prompts: tuple[int, int], answers: tuple[int, int], v
 
 
 def assets_folder() -> Path:
-    """Models, tokenizers and corpora: $PROXYKD_ASSETS, or a folder beside the checkout."""
+    """The folder of models, tokenizers and corpora: $PROXYKD_ASSETS, or one beside the checkout."""
     beside = Path(__file__).resolve().parents[3] / "shared" / "assets"
     return Path(os.environ.get("PROXYKD_ASSETS", beside))
 
 
 def corpus_rows(name: str, count: int, max_length: int, vocab: int) -> Rows | str:
-    """Rows of a real corpus, or a sentence that says what is missing.
+    """Rows of a real corpus, or a sentence about what is missing.
 
     Args:
       name: ``alpaca_eval`` (GPT-4's answers, Llama-2-7B-chat's as the rejected ones, Llama-2's
         tokens) or ``tinystories`` (first sentence and the rest of the story, the next story's
         rest as the rejected one, 512 tokens).
-      count: rows at most, the first that fit.
-      max_length: tokens of a row at most.
-      vocab: entries of the model's vocabulary.
+      count: the most rows; the first that fit are taken.
+      max_length: the most tokens of a row.
+      vocab: number of entries of the model's vocabulary.
     """
     folder = assets_folder()
     try:
@@ -238,6 +274,11 @@ def _stories(folder: Path) -> tuple[list[tuple[str, str, str]], Path]:
         if rest and following[2]
     ]
     return texts, _existing(folder / "models/stories260K/tokenizer.json")
+
+
+def mean_ids(tokens_BL: np.ndarray) -> dict[str, float]:
+    """Greedy answers as numbers that can be compared: the mean id at each position."""
+    return {f"greedy_{place}": float(x) for place, x in enumerate(tokens_BL.mean(axis=0))}
 
 
 def _existing(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""One case from its files to its records."""
+"""Runs one case, from its files to its records."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ HOW_TO_INSTALL = {
 
 @dataclass
 class Bench:
-    """What all cases share.
+    """Everything that all cases share.
 
     Attributes:
       work: folder of models, rows and logs.
-      interpreters: Python of each tool.
-      environments: variables of each tool's processes.
-      peak_flops: of the device, once measured; 0 before.
+      interpreters: the Python of each tool.
+      environments: environment variables of each tool's processes.
+      peak_flops: the device's FLOPs a second, once measured; 0 before.
     """
 
     work: Path
@@ -45,7 +45,7 @@ class Bench:
     peak_flops: float = 0.0
 
     def start(self, tool: str, log: str) -> Worker:
-        """A process of a tool."""
+        """Starts a process of a tool."""
         return Worker(
             [self.interpreters[tool], "-m", MODULES[tool]],
             self.work / "logs" / f"{log}.log",
@@ -53,7 +53,7 @@ class Bench:
         )
 
     def missing(self, tool: str) -> str:
-        """Why a tool cannot be asked; nothing if it can."""
+        """The reason why a tool cannot be used; empty if it can."""
         if tool == OURS or Path(self.interpreters[tool]).exists():
             return ""
         return (
@@ -62,7 +62,7 @@ class Bench:
         )
 
     def make_model(self, task: dict[str, Any]) -> dict[str, Any]:
-        """Writes the model of a task; returns what the worker told, its ``backend`` included."""
+        """Writes the model of a task; returns the worker's figures, with its ``backend``."""
         folder = model_folder(self.work, task)
         with contextlib.closing(self.start(OURS, f"make-{folder.name}")) as worker:
             described = worker.ask(
@@ -74,7 +74,7 @@ class Bench:
 
 
 def run_case(bench: Bench, case: Case) -> list[report.Record]:
-    """Its records; what cannot be measured is a record with the reason."""
+    """Runs a case and returns its records; what cannot be measured has a record with the reason."""
     if case.skip:
         return [report.skipped(one, case.skip) for one in case.comparisons]
     reasons: dict[str, str] = {}

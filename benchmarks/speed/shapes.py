@@ -1,4 +1,4 @@
-"""Sizes of the models that are measured. Standard library alone: every worker reads this."""
+"""The sizes of the measured models. Every worker reads this file, which needs no packages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-# google-tunix's Llama rotates with this base whatever its config says.
+# The Llama of google-tunix always rotates with this base, whatever its config says.
 ROPE_THETA = 1_000_000.0
 NORM_EPS = 1e-5
 LORA_RANK, LORA_ALPHA = 16, 32.0
@@ -17,10 +17,10 @@ class Shape:
     """A Llama.
 
     Attributes:
-      vocab: entries of the vocabulary.
-      layers, dim, ffn, heads, kv_heads: of the decoder; a head has dim / heads dimensions.
-      tied: the embedding is the output projection too.
-      dtype: of the frozen weights and the computation.
+      vocab: number of entries of the vocabulary.
+      layers, dim, ffn, heads, kv_heads: sizes of the decoder; a head has dim / heads dimensions.
+      tied: whether the embedding is also the output projection.
+      dtype: type of the frozen weights and of the computation.
     """
 
     vocab: int
@@ -51,7 +51,7 @@ class Shape:
 
 
 SHAPES = {
-    # Smaller than anything that is used: for the tests of this benchmark.
+    # This one is for the tests of this benchmark.
     "tiny": Shape(97, 2, 32, 48, 4, 2),
     "260k": Shape(512, 5, 64, 172, 8, 4),  # stories260K
     "15m": Shape(32_000, 6, 288, 768, 6, 6),
@@ -62,12 +62,12 @@ SHAPES = {
 
 
 def shape_of(task: dict[str, Any]) -> Shape:
-    """The shape of a task, with the vocabulary and the type that it may ask for instead."""
+    """The shape of a task, which may ask for another vocabulary and another type."""
     shape = SHAPES[task["shape"]]
     changed = {name: task.get(name) or getattr(shape, name) for name in ("vocab", "dtype")}
     return dataclasses.replace(shape, **changed)
 
 
 def compared(task: dict[str, Any]) -> dict[str, Any]:
-    """The task whose greedy answers are compared: in bfloat16 many would turn on a rounding."""
+    """The task whose greedy answers are compared; in bfloat16 roundings would change many."""
     return {**task, "dtype": "float32"}

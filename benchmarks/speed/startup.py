@@ -1,4 +1,4 @@
-"""Seconds from the command line to the metrics of the first training step."""
+"""Measures the seconds from the command line to the metrics of the first training step."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _LONGEST = 300.0
 
 
 def run_startup(bench: Bench, case: Case) -> list[report.Record]:
-    """``align`` of the small recipe on a prepared corpus: files in the page cache, without and
-    with compiled programs of an earlier run."""
+    """Times ``align`` of the small recipe on a prepared corpus, whose files are in the page cache,
+    without and with the compiled programs of an earlier run."""
     assets = assets_folder()
     if not (assets / "models" / "stories260K").is_dir():
         reason = (
@@ -38,9 +38,9 @@ def run_startup(bench: Bench, case: Case) -> list[report.Record]:
     log.parent.mkdir(parents=True, exist_ok=True)
     try:
         _command("prepare", folder / "runs", environment, log)
-        _to_first_step(folder, environment, log)  # into the page cache
+        _to_first_step(folder, environment, log)  # This brings the files into the page cache.
         took = {"cold": _to_first_step(folder, environment, log)}
-        _to_first_step(folder, compiled, log)  # fills the cache
+        _to_first_step(folder, compiled, log)  # This fills the cache of programs.
         took["compiled"] = _to_first_step(folder, compiled, log)
     except RuntimeError as error:
         return [report.skipped(one, str(error)) for one in case.comparisons]
@@ -74,9 +74,9 @@ def _command(stage: str, runs: Path, environment: dict[str, str], log: Path) -> 
 
 
 def _to_first_step(folder: Path, environment: dict[str, str], log: Path) -> float:
-    """Seconds until metrics.jsonl has the line of a training step; the run is then stopped.
+    """The seconds until metrics.jsonl has the line of a training step; the run is then stopped.
 
-    Lines of validation, of which one comes before the first step, have no ``time/step_s``.
+    Lines of validation have no ``time/step_s``; one of them comes before the first step.
     """
     runs = folder / "timed"
     shutil.rmtree(runs, ignore_errors=True)

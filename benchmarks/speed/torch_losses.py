@@ -1,8 +1,8 @@
 """The losses of TRL's trainers, as functions of a model and a batch.
 
-Each work has two ways. ``fused`` asks the head that TRL puts on a model (``add_fused_lm_head``) for
-log-probs of the labels; ``logits`` takes whole logits, as transformers' own loss and TRL's earlier
-trainers do. Both project every position: without Triton, TRL's head does so too.
+Most works have two ways. ``fused`` asks the head that TRL puts on a model (``add_fused_lm_head``)
+for log-probs of the labels. ``logits`` takes whole logits, as transformers' own loss and TRL's
+earlier trainers do. Both project every position: without Triton, TRL's head does so too.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def _inputs(batch: Batch) -> Batch:
 
 
 def _fused_logps(model: Any, batch: Batch) -> torch.Tensor:
-    """Log-probs of the labels after the first, 0 where there is none."""
+    """The log-probs of the labels after the first; 0 where there is no label."""
     found = model(**_inputs(batch), labels=batch["labels"], use_cache=False, fused_lm_head=True)
     return found.log_probs
 
 
 def _logits_logps(model: Any, batch: Batch) -> torch.Tensor:
-    """The same by TRL's ``selective_log_softmax`` of whole logits."""
+    """The same log-probs by TRL's ``selective_log_softmax`` of whole logits."""
     from trl.trainer.utils import selective_log_softmax
 
     logits = model(**_inputs(batch), use_cache=False).logits[:, :-1].float()
@@ -39,7 +39,7 @@ def _logits_logps(model: Any, batch: Batch) -> torch.Tensor:
 
 
 def sft_fused(model: Any, batch: Batch) -> torch.Tensor:
-    """``SFTTrainer`` with its loss ``nll``."""
+    """The loss ``nll`` of ``SFTTrainer``."""
     return -_fused_logps(model, batch).sum() / (batch["labels"][:, 1:] != -100).sum()
 
 
@@ -49,7 +49,7 @@ def sft_logits(model: Any, batch: Batch) -> torch.Tensor:
 
 
 def _dpo(logps: torch.Tensor, batch: Batch, nll: bool) -> torch.Tensor:
-    """``DPOTrainer`` with stored references: its losses ``sigmoid`` and, with ``nll``, ``sft``."""
+    """The losses ``sigmoid`` and, with ``nll``, ``sft`` of ``DPOTrainer``, on stored references."""
     chosen_B, rejected_B = logps.sum(dim=1).chunk(2, dim=0)
     chosen_scores = chosen_B - batch["reference_chosen"]
     rejected_scores = rejected_B - batch["reference_rejected"]
@@ -71,13 +71,15 @@ def dpo_logits(model: Any, batch: Batch) -> torch.Tensor:
 
 
 def dpo_plain_fused(model: Any, batch: Batch) -> torch.Tensor:
-    """The preference alone."""
+    """The preference alone, from the fused head."""
     return _dpo(_fused_logps(model, batch), batch, nll=False)
 
 
 def _distill(topk: torch.Tensor, gold: torch.Tensor, batch: Batch, first: int) -> torch.Tensor:
-    """``ServerDistillationTrainer``: forward KL on stored top-k log-probs and the tail's bucket;
-    beside it the NLL of the answers, and weights of the examples, which TRL's does not have."""
+    """The forward KL of ``ServerDistillationTrainer`` on stored log-probs and the tail's bucket.
+
+    The NLL of the answers and the weights of the examples are added; TRL has neither.
+    """
     from trl.experimental.server_distillation.server_distillation_trainer import (
         _add_tail_bucket,
         _jsd_divergence,
@@ -95,14 +97,14 @@ def _distill(topk: torch.Tensor, gold: torch.Tensor, batch: Batch, first: int) -
 
 
 def _answer_logits(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
-    """Whole logits from before the first answer token of any row, and where that token is."""
+    """Whole logits from before the first answer token of any row, and that token's position."""
     first = max(int((batch["labels"] != -100).int().argmax(dim=1).min()), 1)
     logits = model(**_inputs(batch), use_cache=False).logits
     return logits[:, first - 1 : -1].float(), first
 
 
 def distill_log_softmax(model: Any, batch: Batch) -> torch.Tensor:
-    """As the trainer does it: the log-softmax of all logits, of which some are taken."""
+    """Takes the log-softmax of all logits and some of its entries, as the trainer does."""
     logits, first = _answer_logits(model, batch)
     logps = F.log_softmax(logits, dim=-1)
     gold = logps.gather(-1, batch["labels"][:, first:, None].clamp(min=0))[..., 0]
@@ -110,7 +112,7 @@ def distill_log_softmax(model: Any, batch: Batch) -> torch.Tensor:
 
 
 def distill_selective(model: Any, batch: Batch) -> torch.Tensor:
-    """By ``selective_log_softmax``, which makes no second array of the vocabulary's size."""
+    """Takes ``selective_log_softmax``, which makes no second array of the vocabulary's size."""
     from trl.trainer.utils import selective_log_softmax
 
     logits, first = _answer_logits(model, batch)

@@ -1,9 +1,9 @@
-"""The worker of PyTorch: transformers, PEFT and TRL; ``python -m benchmarks.speed.torch_peer``.
+"""The worker of PyTorch, transformers, PEFT and TRL: ``python -m benchmarks.speed.torch_peer``.
 
-Settings that are tried, each timed and listed: TRL's fused head (what its trainers put on a model)
-or whole logits with its losses, both with the kernels of PyTorch, with ``torch.compile``, and on a
-GPU with Liger's kernels for layers (TRL's ``use_liger_kernel``). Attention is SDPA, the optimizer
-fused AdamW, and all cores work.
+It times and lists these settings: TRL's fused head (which its trainers put on a model) or whole
+logits with its losses, both with the kernels of PyTorch, with ``torch.compile``, and on a GPU with
+Liger's kernels for layers (TRL's ``use_liger_kernel``). Attention is SDPA, the optimizer is fused
+AdamW, and all cores work.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import torch
 from transformers.models.llama import modeling_llama
 
 from benchmarks.speed.protocol import Program, best_of, serve
-from benchmarks.speed.rows import Rows
+from benchmarks.speed.rows import Rows, mean_ids
 from benchmarks.speed.shapes import compared, shape_of
 from benchmarks.speed.torch_losses import LOSSES
 
-# So small that all settings begin at the same loss; a step takes as long with any.
+# The rate is so small that all settings begin at the same loss; a step takes as long with any rate.
 LEARNING_RATE = 1e-8
 IGNORED = -100
 
@@ -33,13 +33,13 @@ Kernels = Literal["eager", "compiled", "liger"]
 
 
 def device() -> torch.device:
-    """The accelerator if there is one."""
+    """The accelerator, or the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @functools.cache
 def _own_kernels() -> dict[str, Any]:
-    """What Liger puts its own in place of, in transformers."""
+    """The parts of transformers that Liger replaces."""
     names = ("LlamaRMSNorm", "LlamaMLP", "apply_rotary_pos_emb")
     return {name: getattr(modeling_llama, name) for name in names}
 
@@ -56,7 +56,7 @@ def load(task: dict[str, Any]) -> Any:
 
 
 def with_adapter(model: Any, task: dict[str, Any]) -> Any:
-    """PEFT's model around a base; the base itself, all trainable, without an adapter."""
+    """PEFT's model around a base, or the whole base to be trained, where there is no adapter."""
     if not task.get("lora"):
         return model
     from peft import PeftModel
@@ -77,7 +77,7 @@ def padded(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def collate(work: str, rows: Rows, places: list[int]) -> Batch:
-    """What TRL's collators make: the rows of a batch, those that are rejected after the chosen."""
+    """Makes what TRL's collators make: the rows of a batch, the rejected ones after the chosen."""
     some = [rows.tokens[i] for i in places]
     prompts = [int(rows.prompt_lengths[i]) for i in places]
     if work.startswith("dpo"):
@@ -92,7 +92,7 @@ def collate(work: str, rows: Rows, places: list[int]) -> Batch:
         batch["reference_chosen"] = rows.reference_chosen[places]
         batch["reference_rejected"] = rows.reference_rejected[places]
     if work == "distill":
-        # Labels of position t stand where token t is, as in `labels`.
+        # The labels of position t stand where token t is, as in `labels`.
         size = (*ids_BL.shape, rows.topk_ids[0].shape[-1])
         topk_ids, topk_logps = np.zeros(size, np.int64), np.full(size, -5.0, np.float32)
         for b, (place, prompt) in enumerate(zip(places, prompts, strict=True)):
@@ -104,24 +104,24 @@ def collate(work: str, rows: Rows, places: list[int]) -> Batch:
 
 
 def batches(work: str, rows: Rows, task: dict[str, Any]) -> list[list[int]]:
-    """Rows of each batch: the shuffled order, cut into pieces, as a data loader does it."""
+    """The rows of each batch: a shuffled order, cut into pieces, as a data loader does it."""
     order = np.random.default_rng(0).permutation(len(rows)).tolist()
     size = task["batch_size"]
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 class Trainer:
-    """A model in training, with one kind of kernels and the head that is asked for."""
+    """A model in training with one kind of kernels."""
 
     def __init__(self, task: dict[str, Any], kernels: Kernels) -> None:
         self._work = task["work"]
         for name, one in _own_kernels().items():
-            setattr(modeling_llama, name, one)  # where those of another setting may stand
+            setattr(modeling_llama, name, one)  # Another setting may have replaced it.
         base = load(task)
         if kernels == "liger":
             from liger_kernel.transformers import apply_liger_kernel_to_llama
 
-            # As TRL asks for it: of the layers alone, because the head is its own.
+            # As TRL does, this replaces the layers alone, because TRL has its own head.
             apply_liger_kernel_to_llama(model=base, fused_linear_cross_entropy=False)
         if "fused" in LOSSES[self._work]:
             from trl.trainer.utils import add_fused_lm_head
@@ -135,15 +135,15 @@ class Trainer:
         self._autocast = shape_of(task).dtype != "float32"
         self._call: Any = self.model
         if kernels == "compiled" and device().type == "cuda":
-            # All layers share one program: whole, a model of 32 layers compiles for many minutes.
+            # All layers share one program: a whole model of 32 layers compiles for many minutes.
             for layer in base.model.layers:
                 layer.compile()
         elif kernels == "compiled":
-            # Rows of one length compile for this length, others for any.
+            # Rows of one length are compiled for this length, others for any length.
             self._call = torch.compile(self.model, dynamic=task.get("dynamic"))
 
     def gradients(self, batch: Batch, head: str) -> torch.Tensor:
-        """The loss, whose gradients are left in the parameters."""
+        """Returns the loss and leaves its gradients in the parameters."""
         self._optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device().type, torch.bfloat16, enabled=self._autocast):
             loss = LOSSES[self._work][head](self._call, batch)
@@ -151,19 +151,19 @@ class Trainer:
         return loss
 
     def step(self, batch: Batch, head: str) -> None:
-        """One step."""
+        """Takes a step."""
         self.gradients(batch, head)
         self._optimizer.step()
 
     def check(self, batch: Batch, head: str) -> dict[str, float]:
-        """Loss and gradient norm."""
+        """Computes the loss and the gradient norm."""
         loss = self.gradients(batch, head)
         squares = [p.grad.float().square().sum() for p in self._learnt if p.grad is not None]
         return {"loss": float(loss), "grad_norm": float(torch.stack(squares).sum().sqrt())}
 
 
 def training(task: dict[str, Any]) -> Program:
-    """An epoch of steps over the task's rows, in the fastest setting."""
+    """Takes an epoch of steps over the task's rows, in the fastest setting."""
     work = task["work"]
     rows = Rows.load(task["rows"])
     planned = batches(work, rows, task)
@@ -173,7 +173,7 @@ def training(task: dict[str, Any]) -> Program:
     results: dict[str, float] = {}
 
     def trainer(kernels: Kernels) -> Trainer:
-        """The one with these kernels; another's memory is given back before it is made."""
+        """The trainer with these kernels; the memory of another is freed before it is made."""
         if kernels not in kept:
             kept.clear()
             gc.collect()
@@ -194,7 +194,7 @@ def training(task: dict[str, Any]) -> Program:
         if device().type == "cuda":
             torch.cuda.synchronize()
 
-    # The faster one first, as it was measured: what is far behind the best is not run again.
+    # The head that was faster when measured comes first: what is far behind is not run again.
     heads = list(LOSSES[work])[:: -1 if device().type == "cpu" else 1]
     tried: list[tuple[str, Kernels]] = [(head, "eager") for head in heads]
     if task.get("compile") and device().type == "cuda":
@@ -206,7 +206,7 @@ def training(task: dict[str, Any]) -> Program:
     }
     run, settings = best_of(ways)
     if run not in [ways[_name(*way)] for way in tried if way[1] in kept]:
-        run()  # it is made anew, because another's kernels were the last
+        run()  # Its trainer is made anew, because the last one had other kernels.
     if not task.get("compile"):
         settings.append({"name": "torch.compile", "error": "not tried here"})
     return Program(
@@ -228,7 +228,7 @@ def _same(first: float, second: float, name: str) -> None:
 
 
 def peak() -> Callable[[], int]:
-    """Most bytes that the tensors took since the last call."""
+    """A function that returns the most bytes of the tensors since its last call."""
 
     def read() -> int:
         found = int(torch.cuda.max_memory_allocated())
@@ -239,12 +239,11 @@ def peak() -> Callable[[], int]:
 
 
 def sampling(task: dict[str, Any]) -> Program:
-    """Answers by ``generate``; a batch goes on to the longest of its answers."""
+    """Draws answers by ``generate``; a batch goes on to the longest of its answers."""
     rows = Rows.load(task["rows"])
-    prompts = [row[:prompt] for row, prompt in zip(rows.tokens, rows.prompt_lengths, strict=True)]
-    budgets = (rows.lengths - rows.prompt_lengths).tolist()
+    prompts = rows.prompts
 
-    def generate(model: Any, places: list[int], most: int, draw: bool) -> torch.Tensor:
+    def generate(model: Any, draw: bool, places: list[int], most: int) -> torch.Tensor:
         longest = max(len(prompts[i]) for i in places)
         ids_BL = np.zeros((len(places), longest), np.int64)
         mask_BL = np.zeros((len(places), longest), np.int64)
@@ -265,28 +264,15 @@ def sampling(task: dict[str, Any]) -> Program:
             )
         return out[:, longest:]
 
-    def draw_all(order: list[int], size: int) -> None:
-        for start in range(0, len(order), size):
-            places = order[start : start + size]
-            generate(model, places, max(budgets[i] for i in places), True)
-
-    given = list(range(len(rows)))
-    few = given[: task["greedy_rows"]]
-    answers = generate(load(compared(task)).eval(), few, task["greedy_tokens"], False)
-    greedy = answers.cpu().numpy().mean(axis=0)
-    model = load(task).eval()
-    by_budget = sorted(given, key=lambda i: (budgets[i], len(prompts[i])))
-    ways: dict[str, Callable[[], object]] = {
-        f"{name}, batch_size={size}": functools.partial(draw_all, order, size)
-        for name, order in (("order as given", given), ("sorted by budget", by_budget))
-        for size in task["batch_sizes"]
-    }
-    run, settings = best_of(ways)
+    few = list(range(task["greedy_rows"]))
+    answers = generate(load(compared(task)).eval(), False, few, task["greedy_tokens"])
+    draw = functools.partial(generate, load(task).eval(), True)
+    run, settings = best_of(rows.drawing_ways(task["batch_sizes"], draw))
     return Program(
         run=run,
-        results={f"greedy_{place}": float(value) for place, value in enumerate(greedy)},
+        results=mean_ids(answers.cpu().numpy()),
         settings=settings,
-        units=float(sum(budgets)),
+        units=float(rows.answer_tokens),
         peak=peak() if device().type == "cuda" else None,
     )
 

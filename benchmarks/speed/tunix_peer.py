@@ -1,7 +1,7 @@
-"""The worker of google-tunix 0.1.7; ``python -m benchmarks.speed.tunix_peer``.
+"""The worker of google-tunix 0.1.7: ``python -m benchmarks.speed.tunix_peer``.
 
-Its own trainers make the step (``PeftTrainer``, ``DPOTrainer``, ``DistillationTrainer``), jitted as
-their ``train`` does it; what ``train`` does around a step (metrics, checkpoints) is left out.
+Its trainers (``PeftTrainer``, ``DPOTrainer``, ``DistillationTrainer``) make the step, jitted as
+their ``train`` does it. What ``train`` does around a step (metrics, checkpoints) is left out.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from benchmarks.speed.tunix_sampling import sampling
 
 LEARNING_RATE = 1e-5
 BETA = 0.1
-# Lengths of batches of a real corpus are rounded up to a multiple of this: each compiles anew.
+# The lengths of a real corpus's batches are rounded up to a multiple of this, because each length
+# is compiled.
 _MULTIPLE = 64
 
 Step = Callable[[Any], tuple[Any, Any, Any]]
 
 
 def load(task: dict[str, Any]) -> Any:
-    """The model of a task, with its adapter if it has one."""
+    """Loads the model of a task, with its adapter if it has one."""
     shape = shape_of(task)
     config = llama.ModelConfig(
         num_layers=shape.layers,
@@ -55,7 +56,7 @@ def load(task: dict[str, Any]) -> Any:
 
 
 def _with_adapter(model: Any, folder: Path) -> Any:
-    """Qwix's LoRA on the seven linear layers, with the factors of the shared adapter."""
+    """Puts Qwix's LoRA on the seven linear layers, with the factors of the shared adapter."""
     import qwix
     from safetensors.numpy import load_file
 
@@ -85,7 +86,7 @@ def optimizer() -> optax.GradientTransformation:
 
 
 def padded(rows: list[np.ndarray], task: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """(int32 ids, bool valid), padded on the right."""
+    """Pads rows on the right: (int32 ids, bool valid)."""
     longest = max(len(row) for row in rows)
     if task.get("corpus"):
         longest = -(-longest // _MULTIPLE) * _MULTIPLE
@@ -98,13 +99,13 @@ def padded(rows: list[np.ndarray], task: dict[str, Any]) -> tuple[np.ndarray, np
 
 
 def _answers(rows: Rows, places: list[int], valid_BL: np.ndarray) -> np.ndarray:
-    """bool: tokens of the answers."""
+    """bool, which tokens belong to answers."""
     columns = np.arange(valid_BL.shape[1])
     return valid_BL & (columns[None, :] >= rows.prompt_lengths[places][:, None])
 
 
 def sft(task: dict[str, Any], rows: Rows) -> tuple[Step, Callable[[list[int]], Any]]:
-    """``PeftTrainer`` and its default loss."""
+    """The step of ``PeftTrainer`` with its default loss, and what collates its batches."""
     trainer = peft_trainer.PeftTrainer(load(task), optimizer(), _config())
     trainer = trainer.with_gen_model_input_fn(
         lambda x: {
@@ -123,9 +124,12 @@ def sft(task: dict[str, Any], rows: Rows) -> tuple[Step, Callable[[list[int]], A
 
 
 def dpo(task: dict[str, Any], rows: Rows) -> tuple[Step, Callable[[list[int]], Any]]:
-    """``DPOTrainer``. On dense rows the references are given, so that the work is equal; on a real
-    corpus it computes them in every step, because it cannot store them. For the comparison of
-    results they are always given."""
+    """The step of ``DPOTrainer``, and what collates its batches.
+
+    On dense rows the references are given, so that the work is equal. On a real corpus the trainer
+    computes them in every step, because it cannot store them. For the comparison of results they
+    are always given.
+    """
     model = load(task)
     reference = load(task) if task.get("corpus") else None
     config = dpo_trainer.DPOTrainingConfig(
@@ -133,10 +137,10 @@ def dpo(task: dict[str, Any], rows: Rows) -> tuple[Step, Callable[[list[int]], A
     )
     trainer = dpo_trainer.DPOTrainer(model, reference, optimizer(), config)
 
-    first = list(range(task["batch_size"]))
+    first, all_prompts = list(range(task["batch_size"])), rows.prompts
 
     def collate(places: list[int]) -> Any:
-        prompts = [rows.tokens[i][: rows.prompt_lengths[i]] for i in places]
+        prompts = [all_prompts[i] for i in places]
         longest, _ = padded(prompts, task)
         prompt_ids = np.zeros_like(longest)
         for b, prompt in enumerate(prompts):
@@ -166,8 +170,12 @@ def dpo(task: dict[str, Any], rows: Rows) -> tuple[Step, Callable[[list[int]], A
 
 
 def distill(task: dict[str, Any], rows: Rows) -> tuple[Step, Callable[[list[int]], Any]]:
-    """``DistillationTrainer`` with a strategy of stored top-k labels, which it has none for: its
-    own takes the teacher's whole logits, and its mean counts padding and prompts."""
+    """The step of ``DistillationTrainer`` with our strategy for stored top-k labels, and what
+    collates its batches.
+
+    Tunix has no such strategy: its own takes the teacher's whole logits, and its mean counts
+    padding and prompts.
+    """
     from tunix.distillation import distillation_trainer
 
     from benchmarks.speed.tunix_strategy import StoredLabels, forward
@@ -206,7 +214,7 @@ def _config() -> Any:
 
 
 def _step(trainer: Any) -> Step:
-    """(loss, auxiliary, gradient norm) of one batch, as ``train`` compiles it."""
+    """The step to (loss, auxiliary, gradient norm), as ``train`` compiles it."""
     step, _ = trainer.jit_train_and_eval_step(cache_nnx_graph=True)
     found: Step = step
     return found
@@ -216,7 +224,7 @@ WORKS = {"sft": sft, "dpo_plain": dpo, "distill": distill}
 
 
 def training(task: dict[str, Any]) -> Program:
-    """An epoch of steps over the task's rows, in the shuffled order."""
+    """Takes an epoch of steps over the task's rows, in a shuffled order."""
     rows = Rows.load(task["rows"])
     step, collate = WORKS[task["work"]](task, rows)
     order = np.random.default_rng(0).permutation(len(rows)).tolist()

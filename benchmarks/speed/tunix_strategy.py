@@ -21,16 +21,16 @@ def forward(model: Any, input_tokens: jax.Array, input_mask: jax.Array) -> jax.A
 
 
 class StoredLabels(base_strategy.BaseStrategy):
-    """NLL of the answers and the weighted KL on the stored ids and the bucket outside them."""
+    """The NLL of the answers and the weighted KL on the stored ids and a bucket for the rest."""
 
     def get_train_loss(self, model: Any, teacher_output: Any, inputs: dict[str, Any]) -> Any:
-        """The loss, from logits and what stands in ``teacher_output`` instead of logits."""
+        """The loss, from logits and from the labels that replace logits in ``teacher_output``."""
         logits_BLV = self._student_forward_fn(model, **inputs)[:, :-1].astype(jnp.float32)
         labels_BL, mask_BL = inputs["input_tokens"][:, 1:], inputs["input_mask"][:, 1:]
         return self.compute_loss(logits_BLV, {**teacher_output, "mask": mask_BL}, labels_BL)
 
     def compute_loss(self, student_output: Any, teacher_output: Any, labels: Any) -> Any:
-        """Means over the tokens of the answers."""
+        """The mean loss over the tokens of the answers."""
         ids_BLK, logps_BLK = teacher_output["ids"][:, 1:], teacher_output["logps"][:, 1:]
         normalizer_BL = jax.nn.logsumexp(student_output, axis=-1)
         gold_BL = jnp.take_along_axis(student_output, labels[..., None], -1)[..., 0]
@@ -47,5 +47,5 @@ class StoredLabels(base_strategy.BaseStrategy):
         return (nll + ALPHA * weighted) / jnp.sum(mask_BL)
 
     def compute_eval_loss(self, student_output: Any, labels: Any) -> Any:
-        """Not used."""
+        """Nothing calls it."""
         raise NotImplementedError

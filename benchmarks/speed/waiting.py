@@ -1,4 +1,4 @@
-"""How PyTorch's threads wait for each other on this machine."""
+"""Chooses how PyTorch's threads wait for each other on this machine."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from benchmarks.speed.coordinator import PREPARE_SECONDS, RUN_SECONDS, WorkerFai
 from benchmarks.speed.inputs import filled
 from benchmarks.speed.run_case import Bench
 
-# On a machine that does something else too, threads that spin wait for one that does not run: a
-# step of 4 ms took 400 ms. On a quiet one they are the faster way.
+# On a busy machine, spinning threads wait for one that does not run: a step of 4 ms took 400 ms. On
+# a quiet machine they are faster.
 _WAYS: dict[str, dict[str, str]] = {
     "as installed": {},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
@@ -22,7 +22,7 @@ _ROWS = {"kind": "dense", "count": 16, "length": 128, "prompt": 64}
 
 
 def faster_waiting(bench: Bench) -> str:
-    """Tries both ways on a small step and keeps the faster one for all of the bench's processes."""
+    """Tries both ways on a small step and keeps the faster one for all processes of the bench."""
     task = filled(bench.work, _TASK, _ROWS)
     if bench.missing(TORCH) or isinstance(task, str):
         return "not tried"

@@ -1,8 +1,8 @@
 """Several processes with one mesh: they start and end together, and arrays span them.
 
 jax's coordination service connects them; it runs in process 0. It notices a silent process within
-``_SILENCE_S`` seconds and aborts the others, which ``supervisor`` reports. A process that ends with an
-error first announces this under the key ``failed/<index>``, and then the others end too.
+``_SILENCE_S`` seconds and aborts the others, which ``supervisor`` reports. A process that ends with
+an error first announces this under the key ``failed/<index>``, and then the others end too.
 """
 
 from __future__ import annotations

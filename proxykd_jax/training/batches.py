@@ -186,8 +186,12 @@ def rows_together(batch_size: int, microbatches: int, mesh: Mesh) -> int:
 
 def count_steps(plan: Plan, epochs: int, most: int | None) -> int:
     """Steps of so many epochs, at most ``most``."""
-    steps = sum(len(plan(epoch)) for epoch in range(epochs))
-    return steps if most is None else min(steps, most)
+    steps = 0
+    for epoch in range(epochs):
+        steps += len(plan(epoch))
+        if most is not None and steps >= most:
+            return most
+    return steps
 
 
 def placed_batches(

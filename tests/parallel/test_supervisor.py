@@ -1,4 +1,4 @@
-"""The keeper of a worker: signals, stderr, exit codes and sentences."""
+"""The supervisor of a worker: signals, stderr, exit codes and sentences."""
 
 from __future__ import annotations
 
