@@ -21,10 +21,11 @@ from proxykd_jax.config import TrainingSection
 from proxykd_jax.data.order import PlannedBatch
 from proxykd_jax.evaluation.measures import position_measures
 from proxykd_jax.models.config import ModelConfig
+from proxykd_jax.training.batch_objectives import Objective
 from proxykd_jax.training.batches import planned_steps
 from proxykd_jax.training.phase import Phase
 from proxykd_jax.training.state import Spec, TrainState, init_state
-from proxykd_jax.training.steps import Step
+from proxykd_jax.training.steps import make_train_step
 from proxykd_jax.types import TokenBatch
 
 # (constants, what learns, the data of a step, step) -> the batch of the objective
@@ -55,8 +56,15 @@ def order_of(phase: Phase, steps: int | None = None) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=64)
-def _steps(step: Step, make_batch: MakeBatch, updates: int) -> Callable[..., Any]:
+def _steps(
+    spec: Spec,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    make_batch: MakeBatch,
+    updates: int,
+) -> Callable[..., Any]:
     """``(constants, state, data_Z) -> (state, losses_Z)`` for as many steps as there are data."""
+    step = make_train_step(spec, objective, optimizer, microbatches=1, seed=0)
 
     def run(constants: Any, state: TrainState, data_Z: Any) -> tuple[TrainState, jax.Array]:
         def one(state: TrainState, data: Any) -> tuple[TrainState, jax.Array]:
@@ -183,8 +191,8 @@ class Run:
         orders = orders or [order_of(phase) for phase in phases]
         num_steps, every = len(orders[0]), max(self.every // updates, 1)
         chunk = math.gcd(every, num_steps, snapshot_every or num_steps)
-        update = phases[0].with_(optimizer=self.optimizer, seed=0).update()
-        steps = _steps(update, make_batch, updates)
+        shared = (phases[0].spec, phases[0].objective, self.optimizer)
+        steps = _steps(*shared, make_batch, updates)
         seconds = []
         for done in range(chunk, num_steps + 1, chunk):
             part = slice(done - chunk, done)
