@@ -5,8 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ import optax
 import pytest
 import yaml
 
-from proxykd_jax import align, run
+from proxykd_jax import align
 from proxykd_jax.config import Config, PreferenceConfig, make_config
 from proxykd_jax.data.collate import TokenRow
 from proxykd_jax.data.order import PlannedBatch
@@ -40,8 +43,8 @@ from proxykd_jax.training.reference import (
 from proxykd_jax.training.state import ModelSpec, init_state
 from proxykd_jax.training.steps import make_train_step
 from proxykd_jax.types import Pairs
-from tests.conftest import REPOSITORY
-from tests.tiny_run import log_lines, recipe
+from tests.conftest import COMPILES_AS_USERS_DO, REPOSITORY
+from tests.tiny_run import changed, log_lines, recipe
 
 from .conftest import VOCAB, tiny_config
 
@@ -175,10 +178,11 @@ def save_soon_ending(source: Path, folder: Path) -> None:
     save_model(folder, config, params, source=source)
 
 
-def readme_config(files: Path, folder: Path) -> Config:
+def readme_config(files: Path, folder: Path) -> tuple[Config, Path]:
     """The README's first config, its own text, with files where it says they are."""
-    text = (REPOSITORY / "README.md").read_text()
-    data = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL).group(1))
+    readme = (REPOSITORY / "README.md").read_text()
+    text = re.search(r"```yaml\n(.*?)```", readme, re.DOTALL).group(1)
+    data = yaml.safe_load(text)
     for role, name in (("proxy", "big-chat"), ("student", "small-chat")):
         assert data[role] == {"path": f"models/{name}"}
         save_soon_ending(files / role, folder / "models" / name)
@@ -186,7 +190,9 @@ def readme_config(files: Path, folder: Path) -> Config:
     rows = [json.loads(line) for line in (files / "teacher.jsonl").read_text().splitlines()]
     assert source == {"path": "gpt4_answers.jsonl"} and set(rows[0]) >= {"prompt", "response"}
     shutil.copy(files / "teacher.jsonl", folder / source["path"])
-    return make_config(data)
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return make_config(data), path
 
 
 def first_losses(config: Config) -> list[float]:
@@ -197,23 +203,53 @@ def first_losses(config: Config) -> list[float]:
 
 
 @pytest.mark.slow
-def test_the_readmes_config_at_its_defaults(tiny_files, tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    config = readme_config(tiny_files, tmp_path)
+def test_in_programs_as_users_compile_them(tmp_path) -> None:
+    """What XLA fuses decides what it rounds, and the other tests have flags of their own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+        + ["-k", "own_log_probs or would_not_do"],
+        env=os.environ | COMPILES_AS_USERS_DO,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_readmes_config_at_its_defaults(tiny_files, tmp_path) -> None:
+    """By the command, in programs as users compile them."""
+    config, path = readme_config(tiny_files, tmp_path)
     assert (config.proxy.dtype, config.proxy.remat) == ("bfloat16", "none")
-    run.main(config)
+    done = subprocess.run(
+        [sys.executable, "-m", "proxykd_jax.run", "--config", str(path)],
+        env=os.environ | COMPILES_AS_USERS_DO | {"PYTHONPATH": str(REPOSITORY)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    config = changed(config, {"runs_dir": str(tmp_path / config.runs_dir)})
     assert first_losses(config) == pytest.approx([LN_2] * config.align.num_rounds, abs=1e-3)
     assert (config.folder / "export" / "student" / "model.safetensors").is_file()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batching", ["pad", "bucket", "pack"])
-@pytest.mark.parametrize("share_prompt", [False, True])
+@pytest.mark.parametrize(
+    "batching, share_prompt", [("pad", False), ("bucket", False), ("bucket", True), ("pack", True)]
+)
 def test_every_batching(tiny_files, tmp_path, batching, share_prompt) -> None:
     change = {
         "proxy": {"dtype": "bfloat16"},
-        "align": {"batching": batching, "preference": {"share_prompt": share_prompt}},
+        "align": {
+            "batching": batching,
+            "preference": {"share_prompt": share_prompt},
+            "warmup_max_steps": 1,
+            "num_rounds": 1,
+            "round_max_steps": 1,
+        },
     }
     config = recipe(tiny_files, tmp_path, change)
     align.main(config)
-    assert first_losses(config) == pytest.approx([LN_2] * 2, abs=1e-3)
+    assert first_losses(config) == pytest.approx([LN_2], abs=1e-3)
