@@ -205,9 +205,9 @@ def first_losses(config: Config) -> list[float]:
 @pytest.mark.slow
 def test_in_programs_as_users_compile_them(tmp_path) -> None:
     """What XLA fuses decides what it rounds, and the other tests have flags of their own."""
+    tests = [__file__, "-k", "own_log_probs or would_not_do"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-        + ["-k", "own_log_probs or would_not_do"],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", *tests],
         env=os.environ | COMPILES_AS_USERS_DO,
         cwd=REPOSITORY,
         capture_output=True,
