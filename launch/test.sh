@@ -24,7 +24,7 @@ fi
 # With loadfile one worker runs all tests of a file, so expensive fixtures (compiled steps, real models)
 # are made only once. tests/conftest.py sets the order of the files.
 "$venv_python" -m pytest -m "$marker" -n 2 --dist loadfile --no-loadscope-reorder \
-  --durations 30 "$@" ||
+  --durations 20 "$@" ||
   failed+=("pytest")
 if (($# == 0)); then # Beam has its own environment, because its packages conflict with these
   PROXYKD_VENV="$venv_folder-beam" bash launch/test_beam.sh "$marker" || failed+=("Beam's pytest")
