@@ -7,12 +7,15 @@ that names two with "or" chooses none.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from proxykd_jax.tasks.final_answer import (
+    Statement,
     bold_spans,
+    boxed_contents,
     closing_sentences,
-    marked_spans,
+    decide,
+    refuses,
     sentences,
     unwrapped,
     without_emphasis,
@@ -23,67 +26,153 @@ from proxykd_jax.texts.normalise import normalised_words
 Choices = Sequence[tuple[str, str]]
 
 _LEAD = re.compile(
-    r"[\s:;,.\-–—>\"'“”‘’`*]*(?:(?:the|letter|option|choice|answer|statement|number|alternative|"
+    r"[\s:;,.\-—>\"'`*#<]*(?:(?:the|letter|option|choice|answer|statement|number|alternative|"
     r"most\s+likely|probably|likely|definitely|clearly|therefore|thus|either|both|options|choices|"
-    r"statements|answers|选项|选|为|是)(?![\w])[\s:\"'“‘`*]*)*",
+    r"statements|answers|I\s+(?:think|believe|say)|it\s+(?:is|must\s+be|should\s+be)|it's|that|this|"
+    r"is|an?\s+combination\s+of|labell?ed|选项|选|为|是)(?![A-Za-z])[\s:\"'`*]*)*",
     re.IGNORECASE,
 )
 _LEAD_CHINESE = re.compile(r"[选项为是\s:]*")
 _JOINED = re.compile(r"\s*(?:,|、|;|/|&|\+)?\s*(?:\b(?:and|or)\b|和|及|与|或)?\s*", re.IGNORECASE)
+_OR = re.compile(r"\bor\b|或", re.IGNORECASE)
 _BRACKETED = re.compile(r"[(\[]\s*([A-Za-z0-9])\s*[)\]]")
-_BARE = re.compile(r"(?<![\w\\])([A-Z0-9])(?![\w'’])")
-_LOWER = re.compile(r"([a-z])\s*[).:]?\s*$|([a-z])\)")
-_RUN = re.compile(r"(?<!\w)[A-Z]{2,}(?!\w)")
+_BARE = re.compile(r"(?<![A-Za-z0-9_\\])([A-Z0-9])(?![A-Za-z0-9_'])")
+_LOWER = re.compile(r"([a-z])\s*[).:]?\s*$|([a-z])\)|([a-z])[.:]\s")
+_RUN = re.compile(r"(?<![A-Za-z0-9_])[A-Z]{2,}(?![A-Za-z0-9_])")
+_RIGHT = (
+    r"(?:(?:most\s+)?(?:correct|right|best|appropriate|accurate|answer|true|valid|suitable|"
+    r"plausible)|most\s+likely)\b"
+)
 _CALLED_RIGHT = re.compile(
     r"(?:(?:[(\[]([A-Za-z0-9])[)\]]|(?i:\b(?:option|choice|answer|statement)\s+)([A-Z0-9])\b)"
-    r"(?:[.:,]?\s+[^.\n]{1,80}?)?|(?<!\w)([A-Z0-9]))\s+(?:is|are)\s+"
-    r"(?:indeed\s+|therefore\s+|clearly\s+)?(?:the\s+)?(?:only\s+)?"
-    r"(?:(?:most\s+)?(?:correct|right|best|appropriate|accurate|answer|true)|most\s+likely)\b"
-    r"|(?<!\w)([A-Z])\s*(?:选项|项)?\s*(?:正确|符合题意|说法正确)"
+    r"(?:[.:,]?\s+[^.\n]{1,80}?)?|(?<!\w)([A-Z0-9]))\s+(?:is|are|seems|must\s+be)\s+"
+    r"(?:indeed\s+|therefore\s+|clearly\s+|thus\s+)?(?:the\s+)?(?:only\s+)?"
+    rf"{_RIGHT}"
+    r"|(?<![A-Za-z])([A-Z])\s*(?:选项|项)?\s*(?:是)?(?:正确|符合题意|说法正确)"
 )
-_OPTION = re.compile(r"(?i:\b(?:option|choice|answer|选项)\s*)[(\[]?([A-Z0-9])[)\]]?(?!\w)")
-_EXCLUDES = re.compile(
-    r"\b(?:eliminat\w*|incorrect|wrong|rule[sd]?\s+out|neither|nor|unlikely|exclud\w*|irrelevant|"
-    r"result(?:s|ed)?\s+(?:from|of)|errors?)\b",
+_OPTION = re.compile(
+    r"(?i:\b(?:option|choice|answer|选项)\s*)[(\[]?([A-Z0-9])[)\]]?(?![A-Za-z0-9_])"
+)
+_ORDINAL = re.compile(
+    r"\b(first|second|third|fourth|fifth|sixth)\s+(?:option|choice|answer|alternative|one)\b",
     re.IGNORECASE,
 )
-_NEGATES = re.compile(r"\b(?:not|except|cannot|none)\b|n't\b", re.IGNORECASE)
-_ONLY_LABELS = re.compile(
-    r"[A-Z]{2,}[.)]?|(?:[(\[]?[A-Z0-9][)\]]?[\s,、;/&]*(?:and\s+)?){2,}[.。]?"
+_PLACES = ("first", "second", "third", "fourth", "fifth", "sixth")
+_EXCLUDES = re.compile(
+    r"\b(?:eliminat\w*|incorrect|wrong|false|rule[sd]?\s+out|ruling\s+out|neither|nor|unlikely|"
+    r"exclud\w*|irrelevant|not|except|cannot|never|rather\s+than|instead\s+of|unlike|"
+    r"result(?:s|ed)?\s+(?:from|of)|errors?|不|错误|排除)\b|n't\b|排除|错误|不(?:选|对|正确|符合|是)",
+    re.IGNORECASE,
 )
+_NEGATES = re.compile(r"\b(?:not|except|cannot|none|never)\b|n't\b", re.IGNORECASE)
+# A finite verb ends the reach of a denial before it: "what he does not like is (A)".
+_VERB = re.compile(
+    r"\b(?:is|are|was|were|must\s+be|would\s+be)\b(?!\s*(?:not|n't))|是", re.IGNORECASE
+)
+_CLAUSE = re.compile(
+    r"[,;:，]|\s-+\s|—|\b(?:but|so|therefore|thus|hence|while|whereas|because|since|although|though|"
+    r"however|and\s+(?:not|so|therefore|thus)\b)",
+    re.IGNORECASE,
+)
+_LEAVES = re.compile(
+    r"\b(?:leav(?:es|ing)|left\s+with|remaining\s+(?:option|choice|answer)\s+is)"
+    r"(?:\s+(?:us|me|only|just|with))*\s+(?:the\s+)?",
+    re.IGNORECASE,
+)
+_PREFERS = re.compile(
+    r"\b(?:most\s+likely|more\s+likely|probably|likely|preferably|but|leaning\s+towards?|"
+    r"(?:I|we)(?:'d|'ll|\s+\w+)?\s+(?:say|choose|pick|go\s+with|prefer|lean\s+towards?))\b",
+    re.IGNORECASE,
+)
+# A sentence that considers a choice, or goes through them, does not choose it.
+_CONSIDERS = re.compile(
+    r"\W*(?:if|suppose|assume|let's|let\s+us|let\s+me|consider|looking\s+at|next|now|first(?:ly)?|"
+    r"second(?:ly)?|we\s+(?:need|have|must|should|can)\s+(?:to\s+)?(?:look|consider|check|find|determine|"
+    r"see|decide)|whether|maybe|perhaps)\b|.*\?\W*$",
+    re.IGNORECASE | re.DOTALL,
+)
+_CONCLUDES = re.compile(
+    r"\b(?:so|thus|therefore|hence|conclu\w+|must|likely|best|correct|right|answer|choose|would|should|"
+    r"only|leav\w+|means|summary|overall|finally|based\s+on)\b|所以|因此|故",
+    re.IGNORECASE,
+)
+_MOST_UNMARKED = 3
+_ONLY_LABELS = re.compile(r"[A-Z]{2,}[.)]?|(?:[(\[]?[A-Z0-9][)\]]?[\s,、;/&]*(?:and\s+)?){2,}[.]?")
 # What may follow a bare "A" or "I" that is a label and not a word.
 _AFTER_LABEL = re.compile(
     r"\s*(?:$|[^\w\s]|(?:because|since|as|is|are|and|or|for|due|with|which)\b)"
 )
+_NOT_WRONG = re.compile(r"\b(?:not|n't|isn't)\s+(?:\w+ly\s+)?(wrong)\b|\b(wrong)\b", re.IGNORECASE)
 
 
-def choice_in(output: str, choices: Choices) -> str | None:
+def choice_in(output: str, choices: Choices, *, several: bool = False) -> str | None:
     """The labels that a text gives as its final answer; None if it gives none.
 
-    Tried in this order: the choice that the last mark points at, by label or by text; the choice
-    that the whole text or its first line consists of; the one called correct, or in bold at the
-    end; the only choice named by the last sentences of the last paragraph.
+    Tried in this order: the last final statement, which decides; the choice that the whole text or
+    its first line consists of; the one in bold at the end; the one that the last sentences of the
+    last paragraph call right, or the only one that they name and do not deny; the last one that any
+    sentence calls right.
 
     Args:
       output: a text from ``cleaned``.
       choices: (label, text) of each choice.
+      several: several may be right, so that all boxes of the last line with a box count.
     """
     text = without_emphasis(output)
-    for span in marked_spans(text):
-        found = named(span.text, choices, whole=span.boxed)
-        if found is not None:
-            return found or None
+    if several and (found := _in_boxes(text, choices)):
+        return found
+    decided, found = decide(text, lambda statement: _read(statement, choices))
+    if decided:
+        return found
     if (found := _as_a_whole(text, choices)) is not None:
         return found or None
-    if (found := _called_right(text, choices)) is not None:
-        return found
     for part in bold_spans(output):
         if (found := named(part, choices)) is not None:
             return found or None
-    for sentence in closing_sentences(_without_list(text, choices)):
-        if (found := _concluded(sentence, choices)) is not None:
+    unlisted = _without_list(text, choices)
+    closing = closing_sentences(unlisted)
+    if (found := _verdicts(closing, choices)) is not None:
+        return found
+    brief = len(sentences(unlisted)) <= _MOST_UNMARKED
+    for sentence in closing:
+        if (found := _concluded(sentence, choices, brief=brief)) is not None:
             return found or None
+        if refuses(sentence):
+            return _label_of_refusal(choices)
+    for sentence in sentences(unwrapped(text))[::-1]:
+        if (found := _called_right(sentence, choices)) is not None:
+            return found
     return None
+
+
+def _in_boxes(text: str, choices: Choices) -> str | None:
+    """The labels of several boxes in the last line with a box; None if there are not several."""
+    boxes = [
+        [named(content, choices, whole=True) for _, content in boxed_contents(line)]
+        for line in text.split("\n")
+        if boxed_contents(line)
+    ]
+    if not boxes or len(boxes[-1]) < 2 or not all(boxes[-1]):
+        return None
+    found = {label for labels in boxes[-1] for label in labels or ""}
+    return "".join(label for label, _ in choices if label in found)
+
+
+def _read(statement: Statement, choices: Choices) -> str | None:
+    if statement.denied:  # "not wrong" may be the text of a choice
+        return _by_start(unwrapped(statement.first), choices)
+    if statement.form == "refusal":
+        return _label_of_refusal(choices)
+    found = named(statement.text, choices, whole=statement.whole)
+    if found is None and refuses(statement.first):
+        return _label_of_refusal(choices)
+    return found
+
+
+def _label_of_refusal(choices: Choices) -> str | None:
+    """The choice that says what a refusal says, such as "none of these"."""
+    refusing = [label for label, text in choices if refuses(text)]
+    return refusing[0] if len(refusing) == 1 else None
 
 
 def named(span: str, choices: Choices, *, whole: bool = False) -> str | None:
@@ -98,10 +187,22 @@ def named(span: str, choices: Choices, *, whole: bool = False) -> str | None:
     text = unwrapped(span)
     if whole and (several := _labels_throughout(text, choices)) is not None:
         return several
+    first = text if whole else (sentences(text) or [""])[0]
+    if (found := _by_whole(first, choices)) is not None:
+        return found
+    if leaves := _LEAVES.search(first):
+        text = first = first[leaves.end() :]
     found = _labels_at_start(text, choices, whole=whole)
+    if found == "" and (prefers := _PREFERS.search(first)):
+        return named(first[prefers.end() :], choices) or ""
     if found is not None:
         return found
-    first = text if whole else (sentences(text) or [""])[0]
+    if (ordinal := _ORDINAL.search(first)) and not whole:
+        place = _PLACES.index(ordinal[1].lower())
+        return choices[place][0] if place < len(choices) else None
+    labels = _mentioned(first, choices) if not _CONSIDERS.match(first) else []
+    if labels:
+        return labels[0] if len(labels) == 1 else ""
     return _by_text(first, choices)
 
 
@@ -111,9 +212,13 @@ def _labels_throughout(text: str, choices: Choices) -> str | None:
     places = [(m, as_label(m[1], choices)) for m in _BRACKETED.finditer(text)]
     found = [(match, label) for match, label in places if label is not None]
     if len({label for _, label in found}) < 2:
+        listed = re.fullmatch(r"[(\[{]?\s*([A-Z](?:\s*[,;、]\s*[A-Z])+)\s*[)\]}]?", text.strip())
+        said = re.findall("[A-Z]", listed[1]) if listed else []
+        if said and set(said) <= set(labels):
+            return "".join(sorted(set(said), key=labels.index))
         return None
     between = text[found[0][0].end() : found[-1][0].start()]
-    if re.search(r"\bor\b|或", between):
+    if _OR.search(between):
         return ""
     return "".join(sorted({label for _, label in found}, key=labels.index))
 
@@ -127,22 +232,38 @@ def _labels_at_start(text: str, choices: Choices, *, whole: bool) -> str | None:
     if run and set(run[0]) <= set(labels) and list(run[0]) == sorted(set(run[0])):
         return run[0]
     found: list[str] = []
-    disjoined = False
     while (match := _label_at(text, place, choices, first=not found, whole=whole)) is not None:
         label, place = match
         found.append(label)
+        place = _after_own_text(text, place, dict(choices)[label])
         joined = _JOINED.match(text, place)
         assert joined is not None
-        disjoined |= bool(re.search(r"\bor\b|或", joined[0]))
         following = _label_at(text, joined.end(), choices, first=False, whole=whole)
-        if following is None:
+        if following is None or not joined[0].strip() and joined[0]:
             break
-        if re.search(r"\bor\b|或", joined[0]) and following[0] != label:
+        if _OR.search(joined[0]) and following[0] != label:
             return ""
+        if re.match(
+            r"[.)]?\s*(?:is|are|was|were|does|can|has|would|seems?)\b", text[following[1] :]
+        ):
+            denied = re.search(
+                r"\b(?:not|wrong|incorrect|false)\b|n't\b", text[following[1] :][:60]
+            )
+            if denied or "and" not in joined[0]:
+                break
         place = joined.end()
     if not found:
         return None
     return "".join(sorted(set(found), key=labels.index))
+
+
+def _after_own_text(text: str, place: int, choice: str) -> int:
+    """The position after a label's own text: of "(C) city or (D)" that before " or"."""
+    own = re.escape(choice.strip().rstrip("."))
+    match = re.compile(rf"[.:,)\s-]*(?:the\s+|an?\s+)?[\"']?{own}[\"'.]?", re.IGNORECASE).match(
+        text, place
+    )
+    return match.end() if match and own else place
 
 
 def _label_at(
@@ -159,7 +280,7 @@ def _label_at(
             continue
         if pattern is _BARE and not _is_label(said, label, text[match.end() :], choices, first):
             continue
-        if pattern is _LOWER and not (first and (whole or match[2] or place == 0 or match[1])):
+        if pattern is _LOWER and not first:
             continue
         return label, match.end()
     return None
@@ -180,22 +301,41 @@ def _is_label(said: str, label: str, rest: str, choices: Choices, first: bool) -
     if re.match(r"[.,]\d|\s*[%=+*/^<>]|-\w", rest):
         return False
     if not first:
-        return re.match(r"\s*(?:$|[^\w\s]|and\b|or\b|because\b|since\b)", rest) is not None
+        return (
+            re.match(r"\s*(?:$|[^\w\s]|[\u3040-\u9fff]|(?:and|or|because|since|is|are)\b)", rest)
+            is not None
+        )
     if said in ("A", "I") or said.isdigit():
-        if _AFTER_LABEL.match(rest):
+        if _AFTER_LABEL.match(rest) or re.match(r"\s*[\u3040-\u9fff\uac00-\ud7af]", rest):
             return True
         own = normalised_words(dict(choices)[label])
         return bool(own) and normalised_words(rest)[: len(own)] == own
     return True
 
 
+def _by_whole(text: str, choices: Choices) -> str | None:
+    """The choice whose text is all of a span, perhaps after words such as "the" or "option"."""
+    start = _LEAD.match(text)
+    for part in (text, text[start.end() :] if start else text):
+        words = normalised_words(part)
+        exact = [label for label, choice in choices if words and normalised_words(choice) == words]
+        if len(exact) == 1:
+            return exact[0]
+    return None
+
+
+def _by_start(text: str, choices: Choices) -> str | None:
+    """The choice with the longest text that begins a span."""
+    words = normalised_words(text)
+    texts = [(len(own), label) for label, choice in choices if (own := normalised_words(choice))
+             and words[: len(own)] == own]  # fmt: skip
+    return max(texts)[1] if texts else None
+
+
 def _by_text(text: str, choices: Choices) -> str | None:
     """The only choice whose text a span contains, in words or as a value."""
     words = normalised_words(text)
     texts = {label: normalised_words(choice) for label, choice in choices}
-    exact = [label for label, choice in texts.items() if choice and choice == words]
-    if len(exact) == 1:
-        return exact[0]
     if is_mathematical(text) or any(is_mathematical(choice) for _, choice in choices):
         equal = [label for label, choice in choices if same_value(text, choice)]
         if len(equal) == 1:
@@ -219,20 +359,61 @@ def _within(part: Sequence[str], words: Sequence[str]) -> bool:
 
 
 def _denied(text: str, choice: str) -> bool:
-    negated = bool(_NEGATES.search(text)) and not _NEGATES.search(choice)
-    return negated or (bool(_EXCLUDES.search(text)) and not _EXCLUDES.search(choice))
+    """Whether a text denies a choice whose text it contains."""
+    if _EXCLUDES.search(choice):
+        return False
+    at = text.lower().find(choice.lower().strip())
+    before, after = (text[:at], text[at + len(choice) :]) if at >= 0 else (text, "")
+    clause = _CLAUSE.split(before)[-1] if at >= 0 else before
+    return _reaches(clause) or _EXCLUDES.search(_CLAUSE.split(after)[0] or "") is not None
 
 
-def _called_right(text: str, choices: Choices) -> str | None:
-    """The choice that is called correct in the last sentence that calls one so."""
-    for sentence in sentences(unwrapped(text))[::-1]:
-        if _NEGATES.search(sentence):
-            continue
-        said = [next(filter(None, match.groups())) for match in _CALLED_RIGHT.finditer(sentence)]
-        labels = {label for label in (as_label(each, choices) for each in said) if label}
-        if len(labels) == 1:
-            return labels.pop()
-    return None
+def _reaches(before: str) -> bool:
+    """Whether a denial in a text reaches its end, with no verb between: "is not a", "rules out"."""
+    *_, last = [None, *_EXCLUDES.finditer(before)]
+    return last is not None and _VERB.search(before, last.end()) is None
+
+
+def _mentioned(sentence: str, choices: Choices) -> list[str]:
+    """The labels that a sentence names and does not deny, in order and once each."""
+    found: list[str] = []
+    for clause in _clauses(sentence, choices):
+        marks = [*_BRACKETED.finditer(clause)] or [*_OPTION.finditer(clause)]
+        for match in marks:
+            label = as_label(match[1], choices)
+            if label is None or label in found:
+                continue
+            after = clause[match.end() :]
+            if _reaches(clause[: match.start()]) or _EXCLUDES.search(after):
+                continue
+            found.append(label)
+    return found
+
+
+def _clauses(sentence: str, choices: Choices) -> Iterator[str]:
+    """The clauses of a sentence; a part that is only a label and its text belongs to the next."""
+    kept, start = "", 0
+    texts = {label: normalised_words(text) for label, text in choices}
+    for match in [*_CLAUSE.finditer(sentence), None]:
+        part = sentence[start : match.start() if match else len(sentence)]
+        start = match.start() if match else len(sentence)
+        label = _BRACKETED.search(part)
+        own = texts.get(as_label(label[1], choices) or "", []) if label else None
+        rest = normalised_words(part[label.end() :]) if label else []
+        listed = label is not None and rest in ([], own) and bool(match) and match[0] in ",，"
+        kept += part
+        if not listed:
+            yield kept
+            kept = ""
+
+
+def _called_right(sentence: str, choices: Choices) -> str | None:
+    """The choice that a sentence calls correct."""
+    if _NEGATES.search(sentence):
+        return None
+    said = [next(filter(None, match.groups())) for match in _CALLED_RIGHT.finditer(sentence)]
+    labels = {label for label in (as_label(each, choices) for each in said) if label}
+    return labels.pop() if len(labels) == 1 else None
 
 
 def _as_a_whole(text: str, choices: Choices) -> str | None:
@@ -252,7 +433,10 @@ def _as_a_whole(text: str, choices: Choices) -> str | None:
             as_label(other, choices) not in (None, label) for other in _BRACKETED.findall(plain)
         )
         short = len(sentences(plain[head.end() :])) <= 1
-        if not listed and (short or not rest):
+        denied = _EXCLUDES.search(plain[head.end() :]) and not _EXCLUDES.search(
+            dict(choices)[label]
+        )
+        if not listed and not denied and (short or not rest):
             return _labels_at_start(plain, choices, whole=False)
     if re.fullmatch(r"[a-z][).]?", text.strip()):
         return as_label(text.strip()[0], choices)
@@ -275,20 +459,42 @@ def _without_list(text: str, choices: Choices) -> str:
     return "\n".join(line for line, is_choice in zip(lines, listed, strict=True) if not is_choice)
 
 
-def _concluded(sentence: str, choices: Choices) -> str | None:
-    """The only choice that a concluding sentence names, by label, words or value."""
+def _verdicts(closing: Sequence[str], choices: Choices) -> str | None:
+    """The choice "Not wrong, Wrong" of a text that says so of two scenarios in turn."""
+    texts = {label: normalised_words(text) for label, text in choices}
+    if any(set(words) - {"not", "wrong"} for words in texts.values()):
+        return None
+    said = [
+        "not wrong" if match[1] else "wrong"
+        for sentence in closing[::-1]
+        for match in _NOT_WRONG.finditer(sentence)
+    ]
+    words = normalised_words(", ".join(said))
+    return next((label for label, own in texts.items() if len(said) == 2 and own == words), None)
+
+
+def _concluded(sentence: str, choices: Choices, *, brief: bool) -> str | None:
+    """The only choice that a concluding sentence names, by label, words or value; "" for several.
+
+    Args:
+      brief: the text is so short that a sentence without a word such as "so" concludes too.
+    """
     plain = unwrapped(sentence)
     if (alone := re.fullmatch(r"[(\[]?([A-Z0-9])[)\].:]*", plain)) is not None:
         return as_label(alone[1], choices)
-    if _EXCLUDES.search(plain):
+    if _CONSIDERS.match(plain):
         return None
-    if _NEGATES.search(plain) and not any(_NEGATES.search(text) for _, text in choices):
-        return None
-    found = [match[1] for match in _BRACKETED.finditer(plain)]
-    found = found or [match[1] for match in _OPTION.finditer(plain)]
-    labels = {label for label in (as_label(each, choices) for each in found) if label}
+    if (found := _called_right(plain, choices)) is not None:
+        return found
+    if leaves := _LEAVES.search(plain):
+        plain = plain[leaves.end() :]
+        if (found := _labels_at_start(plain, choices, whole=False)) is not None:
+            return found
+    labels = _mentioned(plain, choices)
     if labels:
-        return labels.pop() if len(labels) == 1 else None
+        return labels[0] if len(labels) == 1 else ""
+    if _BRACKETED.search(plain) or not (brief or _CONCLUDES.search(plain)):
+        return None
     if any(is_mathematical(text) for _, text in choices):
         value = concluded_value(sentence)
         equal = [label for label, text in choices if value and same_value(value, text)]

@@ -18,7 +18,7 @@ from proxykd_jax.tasks.numbers import number_in
 from proxykd_jax.tasks.words import PAIRS, brackets_in, listed_words, one_of
 
 # Increase it when a text may give another answer: scores of two versions are not comparable.
-EXTRACTION_VERSION = 1
+EXTRACTION_VERSION = 2
 
 Extractor = Callable[[str, Item], str | None]
 
@@ -43,11 +43,11 @@ def is_right(item: Item, extracted: str | None) -> bool:
 
 
 def _choice(text: str, item: Item) -> str | None:
-    return choice_in(text, item.choices)
+    return choice_in(text, item.choices, several=item.several)
 
 
 def _number(text: str, item: Item) -> str | None:
-    return number_in(text)
+    return number_in(text, item.question)
 
 
 def _agieval(text: str, item: Item) -> str | None:
