@@ -27,13 +27,14 @@ Choices = Sequence[tuple[str, str]]
 
 _LEAD = re.compile(
     r"[\s:;,.\-—>\"'`*#<]*(?:(?:the|letter|option|choice|answer|statement|number|alternative|"
-    r"most\s+likely|probably|likely|definitely|clearly|therefore|thus|either|both|options|choices|"
+    r"most\s+likely|probably|likely|definitely|clearly|therefore|thus|so|hence|either|both|options|choices|"
     r"statements|answers|I\s+(?:think|believe|say)|it\s+(?:is|must\s+be|should\s+be)|it's|that|this|"
     r"is|an?\s+combination\s+of|labell?ed|选项|选|为|是)(?![A-Za-z])[\s:\"'`*]*)*",
     re.IGNORECASE,
 )
 _LEAD_CHINESE = re.compile(r"[选项为是\s:]*")
 _JOINED = re.compile(r"\s*(?:,|、|;|/|&|\+)?\s*(?:\b(?:and|or)\b|和|及|与|或)?\s*", re.IGNORECASE)
+_NAMED = re.compile(r"(?:(?:the|option|choice|answer|statement|letter)\s+)*", re.IGNORECASE)
 _OR = re.compile(r"\bor\b|或", re.IGNORECASE)
 _BRACKETED = re.compile(r"[(\[]\s*([A-Za-z0-9])\s*[)\]]")
 _BARE = re.compile(r"(?<![A-Za-z0-9_\\])([A-Z0-9])(?![A-Za-z0-9_'])")
@@ -41,7 +42,8 @@ _LOWER = re.compile(r"([a-z])\s*[).:]?\s*$|([a-z])\)|([a-z])[.:]\s")
 _RUN = re.compile(r"(?<![A-Za-z0-9_])[A-Z]{2,}(?![A-Za-z0-9_])")
 _RIGHT = (
     r"(?:(?:most\s+)?(?:correct|right|best|appropriate|accurate|answer|true|valid|suitable|"
-    r"plausible)|most\s+likely)\b"
+    r"plausible)|most\s+likely)\b(?=\s*(?:[.,;:!)\"'—]|$|(?:answer|choice|option|one|statement|"
+    r"response|explanation|description|because|since|as|and|for|here|in|to|based|so|due)\b))"
 )
 _CALLED_RIGHT = re.compile(
     r"(?:(?:[(\[]([A-Za-z0-9])[)\]]|(?i:\b(?:option|choice|answer|statement)\s+)([A-Z0-9])\b)"
@@ -74,11 +76,26 @@ _CLAUSE = re.compile(
     r"however|and\s+(?:not|so|therefore|thus)\b)",
     re.IGNORECASE,
 )
+# What denies a choice that stands before it: "(A) is not", "(B) city can be eliminated".
+_IS_WRONG = re.compile(
+    r"[\"'\s)*]*(?:\w+\s+){0,3}?(?:(?:is|are|was|were|do|does|did|can|could|would|should|must|may|has|have|"
+    r"seems?|appears?)\b\s*(?:be\s+)?(?:(?:\w+ly|also|thus|a|an|the)\s+)*|\b(?=cannot|isn't|aren't|"
+    r"doesn't|don't|can't|won't|wouldn't))(?:not\b|n't\b|cannot|\w+n't|wrong|incorrect|false|eliminated|excluded|ruled\s+out|"
+    r"unlikely|irrelevant|out\b)|\W*(?:选项|项)?\s*(?:不|错)",
+    re.IGNORECASE,
+)
 _LEAVES = re.compile(
     r"\b(?:leav(?:es|ing)|left\s+with|remaining\s+(?:option|choice|answer)\s+is)"
     r"(?:\s+(?:us|me|only|just|with))*\s+(?:the\s+)?",
     re.IGNORECASE,
 )
+# "It is B", "so B": a bare letter that stands for the answer.
+_IT_IS = re.compile(
+    r"\W*(?:(?:so|thus|therefore|hence|then),?\s+)?(?:(?:it(?:'s|\s+is|\s+must\s+be|\s+has\s+to\s+be)|"
+    r"that(?:'s|\s+is))\s+)?(?:option\s+|choice\s+)?[A-Z0-9]\s*(?:[.,;:!]|$|because|since|as\b|not\b)",
+    re.IGNORECASE,
+)
+_INSTEAD = re.compile(r"\bnot\b[^.]*?\b(?:but|rather)\s+(?:it\s+is\s+)?", re.IGNORECASE)
 _PREFERS = re.compile(
     r"\b(?:most\s+likely|more\s+likely|probably|likely|preferably|but|leaning\s+towards?|"
     r"(?:I|we)(?:'d|'ll|\s+\w+)?\s+(?:say|choose|pick|go\s+with|prefer|lean\s+towards?))\b",
@@ -140,7 +157,8 @@ def choice_in(output: str, choices: Choices, *, several: bool = False) -> str | 
         if refuses(sentence):
             return _label_of_refusal(choices)
     for sentence in sentences(unwrapped(text))[::-1]:
-        if (found := _called_right(sentence, choices)) is not None:
+        considers = _CONSIDERS.match(sentence)
+        if not considers and (found := _called_right(sentence, choices)) is not None:
             return found
     return None
 
@@ -203,7 +221,9 @@ def named(span: str, choices: Choices, *, whole: bool = False) -> str | None:
     labels = _mentioned(first, choices) if not _CONSIDERS.match(first) else []
     if labels:
         return labels[0] if len(labels) == 1 else ""
-    return _by_text(first, choices)
+    if (found := _by_text(first, choices)) is not None or not whole:
+        return found
+    return _by_words(first, choices)
 
 
 def _labels_throughout(text: str, choices: Choices) -> str | None:
@@ -238,7 +258,8 @@ def _labels_at_start(text: str, choices: Choices, *, whole: bool) -> str | None:
         place = _after_own_text(text, place, dict(choices)[label])
         joined = _JOINED.match(text, place)
         assert joined is not None
-        following = _label_at(text, joined.end(), choices, first=False, whole=whole)
+        next_place = _NAMED.match(text, joined.end()).end()  # type: ignore[union-attr]
+        following = _label_at(text, next_place, choices, first=False, whole=whole)
         if following is None or not joined[0].strip() and joined[0]:
             break
         if _OR.search(joined[0]) and following[0] != label:
@@ -251,7 +272,7 @@ def _labels_at_start(text: str, choices: Choices, *, whole: bool) -> str | None:
             )
             if denied or "and" not in joined[0]:
                 break
-        place = joined.end()
+        place = next_place
     if not found:
         return None
     return "".join(sorted(set(found), key=labels.index))
@@ -353,6 +374,18 @@ def _by_text(text: str, choices: Choices) -> str | None:
     return longest[0]
 
 
+def _by_words(text: str, choices: Choices) -> str | None:
+    """The only choice all of whose words stand in a short text in order: "state her name"."""
+    words = normalised_words(text)
+    found = []
+    for label, choice in choices:
+        rest = iter(words)
+        own = normalised_words(choice)
+        if own and len(words) <= 2 * len(own) and all(word in rest for word in own):
+            found.append(label)
+    return found[0] if len(found) == 1 and not _EXCLUDES.search(text) else None
+
+
 def _within(part: Sequence[str], words: Sequence[str]) -> bool:
     size = len(part)
     return bool(size) and any(words[i : i + size] == part for i in range(len(words) - size + 1))
@@ -365,7 +398,7 @@ def _denied(text: str, choice: str) -> bool:
     at = text.lower().find(choice.lower().strip())
     before, after = (text[:at], text[at + len(choice) :]) if at >= 0 else (text, "")
     clause = _CLAUSE.split(before)[-1] if at >= 0 else before
-    return _reaches(clause) or _EXCLUDES.search(_CLAUSE.split(after)[0] or "") is not None
+    return _reaches(clause) or _IS_WRONG.match(after) is not None
 
 
 def _reaches(before: str) -> bool:
@@ -383,8 +416,8 @@ def _mentioned(sentence: str, choices: Choices) -> list[str]:
             label = as_label(match[1], choices)
             if label is None or label in found:
                 continue
-            after = clause[match.end() :]
-            if _reaches(clause[: match.start()]) or _EXCLUDES.search(after):
+            after = clause[_after_own_text(clause, match.end(), dict(choices)[label]) :]
+            if _reaches(clause[: match.start()]) or _IS_WRONG.match(after):
                 continue
             found.append(label)
     return found
@@ -421,7 +454,7 @@ def _as_a_whole(text: str, choices: Choices) -> str | None:
     perhaps with an explanation below. A text that starts to go through the choices does not count.
     """
     first, _, rest = text.partition("\n")
-    plain = unwrapped(first)
+    plain = unwrapped(first).strip("\"'` ")
     if _ONLY_LABELS.fullmatch(plain) and not rest:
         return _labels_at_start(plain, choices, whole=True)
     head = _BRACKETED.match(plain) or re.match(r"([A-Z0-9])\s*(?:[).:,]|$)", plain)
@@ -486,8 +519,9 @@ def _concluded(sentence: str, choices: Choices, *, brief: bool) -> str | None:
         return None
     if (found := _called_right(plain, choices)) is not None:
         return found
-    if leaves := _LEAVES.search(plain):
+    if leaves := _LEAVES.search(plain) or _INSTEAD.search(plain):
         plain = plain[leaves.end() :]
+    if leaves or _IT_IS.match(plain):
         if (found := _labels_at_start(plain, choices, whole=False)) is not None:
             return found
     labels = _mentioned(plain, choices)

@@ -53,7 +53,7 @@ _VERB = (
     r"|'s\b"
     r"|\s+(?:would|will|should|must|could|may|might|can)(?P<nor>n't|\s*not)?\s+be\b"
     r"|\s+(?:can't|won't)(?P<nt>)\s+be\b"
-    r"|\s+(?:has|have|needs|appears?|seems?|turns\s+out|works\s+out)\s+to\s+be\b"
+    r"|\s+(?:has|have|needs|appears?|seems?|turns\s+out|works\s+out|would\s+have)\s+to\s+be\b"
     r"|\s+(?:equals|comes\s+(?:out\s+)?to)\b)"
     r"(?P<not>(?:\s+(?:\w+ly\s+)?(?:not|never)\b)+)?"
 )
@@ -66,6 +66,7 @@ _CHOOSE = (
     r"(?<!\w)(?:I|we)(?:\s+would|\s+will|\s+must|\s+should|\s+do|'d|'ll)?(?:\s+have\s+to)?\s+"
     r"(?:choose|select|pick|say|go\s+(?:with|for)|opt\s+for|settle\s+on|vote\s+for|answer\s+with)"
     r"\s+(?:that\s+)?"
+    r"|\blet's\s+(?:go\s+with|choose|pick|select|say)\s+"
 )
 _LABEL_NEXT = r"(?=[\"'(\[]*[A-Z]+(?![A-Za-z]))"
 _CHINESE = (
@@ -153,11 +154,13 @@ _POINTER = re.compile(
 )
 _REASONS = re.compile(r"\W*(?:let|first|next|we|to|step|since|because|given|here)\b", re.IGNORECASE)
 _INSTEAD = re.compile(
-    r"\b(?:but|rather|instead)\b[\s,:]*(?:it(?:'s|\s+is)\s+)?|而?是\s*", re.IGNORECASE
+    r"(?:\b(?:but|rather|instead)\b[\s,:]*(?:it(?:'s|\s+is)\s+)?|[,;]\s*it(?:'s|\s+is)\s+"
+    r"|而?是\s*)(?!not\b)",
+    re.IGNORECASE,
 )
 _KNOWING = (
     r"(?:determin\w*|answer\w*|say|tell|conclude|provide|give|assist|help|choose|select|pick|decide|"
-    r"comply|know|solve|find|identify)"
+    r"comply|know|solve|find|identify|calculat\w*|comput\w*|infer|deduce|estimate)"
 )
 _CANNOT = (
     r"(?:can\s?not|can't|could\s+not|couldn't|unable\s+to|not\s+able\s+to|impossible\s+to|"
@@ -178,6 +181,9 @@ _NO_ANSWER = (
     r"|\b(?:is|are|there(?:'s|\s+is))\s+no\s+(?:single\s+|definitive\s+|one\s+)?"
     r"(?:correct|right|valid|suitable|appropriate|definitive|clear)\s+(?:answer|choice|option)"
     r"|\bno\s+(?:correct|right|valid|suitable|appropriate)\s+(?:answer|choice|option)"
+    r"|\bno\s+(?:option|choice|answer)\s+(?:is|fits|matches|works|seems|can\s+be)\b"
+    r"|\b(?:correct|right)\s+(?:answer|option|choice)\s+is\s+"
+    r"(?:missing|absent|not\s+(?:here|there|listed|given))"
     r"|\b(?:not|isn't|aren't)\s+(?:listed|included|given|provided|present|available)?\s*"
     r"(?:among|one\s+of|in)\s+(?:any\s+of\s+)?(?:the|these)\s+(?:\w+\s+)?(?:options|choices|answers)"
     r"|\b(?:answer|choice|it)\s+(?:would\s+|will\s+|really\s+)?depends?\s+on\b"
@@ -199,6 +205,12 @@ _SENTENCE_END = re.compile(
     r"|(?<=\.)(?<!\bi\.e\.)(?<!\be\.g\.)(?<!\bvs\.)(?<!\bMr\.)(?<!\bDr\.)(?<!\bMrs\.)(?<!\bMs\.)"
     r"(?<!\bSt\.)(?<!\bNo\.)(?<!\bapprox\.)\s+(?=[^\sa-z])"
     r"|(?<=[.!?][\"')*$])\s+(?=[A-Z])|\n+"
+)
+_OFFER = re.compile(
+    r"(?:^|(?<=[.!?\n*])\s*)(?:would\s+you\s+like|do\s+you\s+(?:want|need|have)|is\s+there\s+anything|"
+    r"does\s+(?:that|this)\s+(?:help|make\s+sense)|(?:please\s+)?let\s+me\s+know|"
+    r"(?:I\s+)?hope\s+(?:this|that|it)\s+\w+|feel\s+free)[^.!?\n]*[.!?]*\s*$",
+    re.IGNORECASE,
 )
 _TAGS = re.compile(r"</?(?:(?:final[ _-]?)?answer|ans|final|result|output|response|solution)\s*>")
 
@@ -396,8 +408,15 @@ def sentences(text: str) -> list[str]:
 
 
 def closing_sentences(text: str) -> list[str]:
-    """The sentences of the last paragraph, last first."""
-    return sentences(last_paragraph(_TAGS.sub("\n", text)))[::-1]
+    """The sentences of the last paragraph, last first; none if the text ends in a question.
+
+    Offers of more help at the end are no part of the conclusion.
+    """
+    text = _TAGS.sub("\n", text)
+    while offer := _OFFER.search(text):
+        text = text[: offer.start()].rstrip()
+    found = sentences(last_paragraph(text))[::-1]
+    return [] if found and found[0].endswith("?") else found
 
 
 def refuses(text: str) -> bool:

@@ -16,6 +16,7 @@ from proxykd_jax.tasks.final_answer import (
     last_paragraph,
     refuses,
     sentences,
+    unwrapped,
     without_emphasis,
 )
 from proxykd_jax.tasks.number_words import in_words
@@ -92,7 +93,7 @@ def maths_in(output: str, question: str) -> str | None:
 
 
 def _of_statement(statement: Statement, blanks: int) -> str | None:
-    text = statement.first
+    text = unwrapped(statement.first)
     if statement.denied or (refuses(text) and not _RESULT.match(text)):
         return None
     found = statement.text if statement.whole else _of_line(statement.text, blanks)

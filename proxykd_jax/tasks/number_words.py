@@ -29,7 +29,7 @@ _PHRASE = re.compile(
 )
 # "the one", "one of", "the first half": words that name no amount.
 _NO_AMOUNT = re.compile(
-    r"\b(?:the|this|that|which|each|every|no|any|some|other|another|first|second|last|only|"
+    r"\b(?:the|this|that|these|those|which|each|every|no|any|some|other|another|first|second|last|only|"
     r"correct|right)\s+$",
     re.IGNORECASE,
 )
@@ -41,8 +41,8 @@ def in_words(text: str) -> list[tuple[int, int, Fraction]]:
     for match in _PHRASE.finditer(text):
         amount = _value(re.findall(r"[a-z]+", match[0].lower()))
         single = match[0].lower() in ("one", *_PARTS)
-        vague = single and (
-            _NO_AMOUNT.search(text[: match.start()]) or re.match(r"\s+of\b", text[match.end() :])
+        vague = _NO_AMOUNT.search(text[: match.start()]) or (
+            single and re.match(r"\s+of\b", text[match.end() :])
         )
         if amount is not None and not vague:
             found.append((match.start(), match.end(), amount))

@@ -56,6 +56,12 @@ _RECURRING = re.compile(
 _POWER_OF_UNIT = re.compile(r"(?<=[A-Za-z])\s*(?:\^\s*\{?\s*-?\d\s*\}?|[²³])")
 # Times and ratios are no numbers: "10:30", "3:1".
 _CLOCK = re.compile(r"(?<![\d.])\d+(?::\d+)+(?:\s*[ap]\.?m\b\.?)?", re.IGNORECASE)
+_ON_THE_HOUR = re.compile(r"(?<![\d:])(\d{1,2}):00(?=\s*[ap]\.?m\b)", re.IGNORECASE)
+# "2550 - 5x", "3/4 * n": a formula with letters is no number.
+_FORMULA = re.compile(
+    r"(?:\d\s*)?(?<![A-Za-z])[a-zA-Z]\s*(?:[-+*/×÷^]|\\div)\s*[$(]?\s*\d"
+    r"|\d\)?\s*(?:[-+*/×÷]|\\div)\s*[$(]?\s*\d*\s*[a-zA-Z](?![A-Za-z])"
+)
 _MONTHS = (
     r"Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|"
     r"Sept?(?:ember)?|Oct(?:ober)?|Nov(?:ember)?|Dec(?:ember)?"
@@ -102,7 +108,8 @@ _CLAUSE = re.compile(
 # The part after such words explains the part before.
 _EXPLAINS = re.compile(
     r"\s*(?:[,;:]|\s-+|—)?\s+(?:because|since|as\s+(?=\d)|given|which\s+(?:is|was|are|were)\b|"
-    r"of\s+which|including|consisting\s+of|namely|if|when|while|compared)\b|:\s+(?=\S*\w)",
+    r"of\s+which|including|consisting\s+of|namely|if|when|while|compared)\b|:\s+(?=\S*\w)"
+    r"|,\s+[$\d.,]+\s+(?:more|fewer|less)\s+than\b",
     re.IGNORECASE,
 )
 _UNFINISHED = re.compile(r"[-+*/×÷=(^]\s*$")
@@ -158,11 +165,11 @@ def number_in(output: str, question: str = "") -> str | None:
     for sentence in closing:
         if refuses(sentence):
             return None
-        if found := _concluded(sentence, question):
-            return found
+        if (found := _concluded(sentence, question)) is not None:
+            return found or None
     for sentence in sentences(text)[::-1]:
-        if found := _concluded(sentence, question):
-            return found
+        if (found := _concluded(sentence, question)) is not None:
+            return found or None
     return None
 
 
@@ -191,8 +198,8 @@ def _readable(text: str) -> str:
     )
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree", "°", text)
     text = _POWER_OF_UNIT.sub("", text)
-    text = re.sub(r"(?<=\d)[⁰¹²³⁴-⁹]+", lambda m: "^" + unicodedata.normalize("NFKC", m[0]), text)
-    text = _CLOCK.sub(" ", text)
+    text = re.sub(r"(?<=\d)[⁻⁰¹²³⁴-⁹]+", lambda m: "^" + unicodedata.normalize("NFKC", m[0]), text)
+    text = _CLOCK.sub(" time ", _ON_THE_HOUR.sub(r"\1", text))
     return re.sub(r"\$(?=\D)(?![-.]\d|\s?\d)", " ", text)
 
 
@@ -233,7 +240,7 @@ def _of_text(text: str, question: str) -> str | None:
     if (restated := _RESTATED.search(text)) and _numbers(text[restated.end() :]):
         text = text[restated.end() :]
     found = _numbers(text, question)
-    if found and _is_range(text):
+    if found and (_is_range(text) or _FORMULA.search(text.rpartition("=")[2])):
         return ""
     leading = found[0] if found else None
     if leading and _STANDS_ALONE.fullmatch(text[: leading.start]):
@@ -316,6 +323,9 @@ def _computed(text: str) -> str | None:
 
 
 def _concluded(sentence: str, question: str) -> str | None:
+    """The number of a concluding sentence; "" for a formula, None if it has no number."""
+    if _FORMULA.search(sentence.rpartition("=")[2]):
+        return ""
     for clause in _CLAUSE.split(sentence)[::-1]:
         main = re.sub(r"\([^()]*\)", lambda m: " " * len(m[0]), clause)
         if not _numbers(main):
@@ -323,10 +333,14 @@ def _concluded(sentence: str, question: str) -> str | None:
         _, equals, after = main.rpartition("=")
         if equals and (found := _numbers(after, question)):
             left = [each for each in found if not _DENIED.search(after[: each.start])]
-            return _text(left[0].value) if left else None
+            if left and (left[0] is not found[0] or not _OPERATOR.match(after, left[0].end)):
+                return _text(left[0].value)
+            return _computed(after) or ""
         for explained in _EXPLAINS.finditer(main):
-            if _chosen(main[: explained.start()], question) is not None:
-                main = main[: explained.start()]
+            before = main[: explained.start()]
+            figures = re.search(r"\d", before) or not re.search(r"\d", main)
+            if figures and _chosen(before, question) is not None:
+                main = before
                 break
         # "the 3rd day" says which one; "18th" can be an answer only in a statement.
         chosen = _chosen(main, question)
