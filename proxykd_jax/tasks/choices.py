@@ -35,13 +35,13 @@ _LEAD = re.compile(
 _LEAD_CHINESE = re.compile(r"[选项为是\s:]*")
 _JOINED = re.compile(r"\s*(?:,|、|;|/|&|\+)?\s*(?:\b(?:and|or)\b|和|及|与|或)?\s*", re.IGNORECASE)
 _NAMED = re.compile(r"(?:(?:the|option|choice|answer|statement|letter)\s+)*", re.IGNORECASE)
-_OR = re.compile(r"\bor\b|或", re.IGNORECASE)
-_BRACKETED = re.compile(r"[(\[]\s*([A-Za-z0-9])\s*[)\]]")
+_OR = re.compile(r"\bor\b|或|/", re.IGNORECASE)
+_BRACKETED = re.compile(r"[(\[]\s*([A-Za-z0-9])\s*(?:[)\]]|$)")
 _BARE = re.compile(r"(?<![A-Za-z0-9_\\])([A-Z0-9])(?![A-Za-z0-9_'])")
 _LOWER = re.compile(r"([a-z])\s*[).:]?\s*$|([a-z])\)|([a-z])[.:]\s")
 _RUN = re.compile(r"(?<![A-Za-z0-9_])[A-Z]{2,}(?![A-Za-z0-9_])")
 _RIGHT = (
-    r"(?:(?:most\s+)?(?:correct|right|best|appropriate|accurate|answer|true|valid|suitable|"
+    r"(?:(?:most\s+)?(?:correct|right|best|better|appropriate|accurate|answer|true|valid|suitable|"
     r"plausible)|most\s+likely)\b(?=\s*(?:[.,;:!)\"'—]|$|(?:answer|choice|option|one|statement|"
     r"response|explanation|description|because|since|as|and|for|here|in|to|based|so|due)\b))"
 )
@@ -50,6 +50,8 @@ _CALLED_RIGHT = re.compile(
     r"(?:[.:,]?\s+[^.\n]{1,80}?)?|(?<!\w)([A-Z0-9]))\s+(?:is|are|seems|must\s+be)\s+"
     r"(?:indeed\s+|therefore\s+|clearly\s+|thus\s+)?(?:the\s+)?(?:only\s+)?"
     rf"{_RIGHT}"
+    r"|\b(?:makes?|making)\s+[(\[]?([A-Z])[)\]]?\s+the\s+(?:\w+\s+)?(?:answer|choice|option)\b"
+    r"|(?:^|\b(?:option|choice|so|but|and)\s+|,\s+)[(\[]?([A-Z])[)\]]?\s+(?:fits|works|matches|makes\s+(?:the\s+)?most\s+sense)\b"
     r"|(?<![A-Za-z])([A-Z])\s*(?:选项|项)?\s*(?:是)?(?:正确|符合题意|说法正确)"
 )
 _OPTION = re.compile(
@@ -72,11 +74,12 @@ _VERB = re.compile(
     r"\b(?:is|are|was|were|must\s+be|would\s+be)\b(?!\s*(?:not|n't))|是", re.IGNORECASE
 )
 _CLAUSE = re.compile(
-    r"[,;:，]|\s-+\s|—|\b(?:but|so|therefore|thus|hence|while|whereas|because|since|although|though|"
+    r"[,;:]|\s-+\s|—|\b(?:but|so|therefore|thus|hence|while|whereas|because|since|although|though|"
     r"however|and\s+(?:not|so|therefore|thus)\b)",
     re.IGNORECASE,
 )
 # What denies a choice that stands before it: "(A) is not", "(B) city can be eliminated".
+_DOUBTS = re.compile(r"(?:\bnot|n't)\s+(?:think|believe|say)\b|\bdoubt\b", re.IGNORECASE)
 _IS_WRONG = re.compile(
     r"[\"'\s)*]*(?:\w+\s+){0,3}?(?:(?:is|are|was|were|do|does|did|can|could|would|should|must|may|has|have|"
     r"seems?|appears?)\b\s*(?:be\s+)?(?:(?:\w+ly|also|thus|a|an|the)\s+)*|\b(?=cannot|isn't|aren't|"
@@ -95,6 +98,10 @@ _IT_IS = re.compile(
     r"that(?:'s|\s+is))\s+)?(?:option\s+|choice\s+)?[A-Z0-9]\s*(?:[.,;:!]|$|because|since|as\b|not\b)",
     re.IGNORECASE,
 )
+_ENDS_IN_LABEL = re.compile(
+    r"\b(?i:so|thus|therefore|hence|leaves|leaving|choose|pick|select|go\s+with|only|is|be|towards?),?\s+"
+    r"(?i:it(?:'s|\s+is|\s+must\s+be)\s+|option\s+|choice\s+|with\s+)*([B-Z0-9]|A(?=\W*$))\W*$"
+)
 _INSTEAD = re.compile(r"\bnot\b[^.]*?\b(?:but|rather)\s+(?:it\s+is\s+)?", re.IGNORECASE)
 _PREFERS = re.compile(
     r"\b(?:most\s+likely|more\s+likely|probably|likely|preferably|but|leaning\s+towards?|"
@@ -104,21 +111,21 @@ _PREFERS = re.compile(
 # A sentence that considers a choice, or goes through them, does not choose it.
 _CONSIDERS = re.compile(
     r"\W*(?:if|suppose|assume|let's|let\s+us|let\s+me|consider|looking\s+at|next|now|first(?:ly)?|"
-    r"second(?:ly)?|we\s+(?:need|have|must|should|can)\s+(?:to\s+)?(?:look|consider|check|find|determine|"
+    r"second(?:ly)?|then|we\s+(?:need|have|must|should|can)\s+(?:to\s+)?(?:look|consider|check|find|determine|"
     r"see|decide)|whether|maybe|perhaps)\b|.*\?\W*$",
     re.IGNORECASE | re.DOTALL,
 )
 _CONCLUDES = re.compile(
     r"\b(?:so|thus|therefore|hence|conclu\w+|must|likely|best|correct|right|answer|choose|would|should|"
-    r"only|leav\w+|means|summary|overall|finally|based\s+on)\b|所以|因此|故",
+    r"only|leav\w+|means|summary|overall|finally|based\s+on)\b|^\W*(?:it|this|that)(?:'s|\s+is)\b|所以|因此|故",
     re.IGNORECASE,
 )
-_MOST_UNMARKED = 3
 _ONLY_LABELS = re.compile(r"[A-Z]{2,}[.)]?|(?:[(\[]?[A-Z0-9][)\]]?[\s,、;/&]*(?:and\s+)?){2,}[.]?")
 # What may follow a bare "A" or "I" that is a label and not a word.
 _AFTER_LABEL = re.compile(
     r"\s*(?:$|[^\w\s]|(?:because|since|as|is|are|and|or|for|due|with|which)\b)"
 )
+_ORNAMENTS = "\"'`*_ →⇒∴=>✅✓✔☑-"
 _NOT_WRONG = re.compile(r"\b(?:not|n't|isn't)\s+(?:\w+ly\s+)?(wrong)\b|\b(wrong)\b", re.IGNORECASE)
 
 
@@ -150,7 +157,7 @@ def choice_in(output: str, choices: Choices, *, several: bool = False) -> str | 
     closing = closing_sentences(unlisted)
     if (found := _verdicts(closing, choices)) is not None:
         return found
-    brief = len(sentences(unlisted)) <= _MOST_UNMARKED
+    brief = len(sentences(unlisted)) == 1
     for sentence in closing:
         if (found := _concluded(sentence, choices, brief=brief)) is not None:
             return found or None
@@ -211,8 +218,8 @@ def named(span: str, choices: Choices, *, whole: bool = False) -> str | None:
     if leaves := _LEAVES.search(first):
         text = first = first[leaves.end() :]
     found = _labels_at_start(text, choices, whole=whole)
-    if found == "" and (prefers := _PREFERS.search(first)):
-        return named(first[prefers.end() :], choices) or ""
+    if found == "":
+        return _preferred(first, choices)
     if found is not None:
         return found
     if (ordinal := _ORDINAL.search(first)) and not whole:
@@ -221,9 +228,18 @@ def named(span: str, choices: Choices, *, whole: bool = False) -> str | None:
     labels = _mentioned(first, choices) if not _CONSIDERS.match(first) else []
     if labels:
         return labels[0] if len(labels) == 1 else ""
+    if (ends := _ENDS_IN_LABEL.search(first)) and not _EXCLUDES.search(first):
+        return as_label(ends[1], choices)
     if (found := _by_text(first, choices)) is not None or not whole:
         return found
     return _by_words(first, choices)
+
+
+def _preferred(text: str, choices: Choices) -> str:
+    """The label after the last words of preference, "B or C, most likely C"; "" if none."""
+    *_, last = [None, *_PREFERS.finditer(text)]
+    found = _labels_at_start(text[last.end() :], choices, whole=False) if last else None
+    return found or ""
 
 
 def _labels_throughout(text: str, choices: Choices) -> str | None:
@@ -260,7 +276,7 @@ def _labels_at_start(text: str, choices: Choices, *, whole: bool) -> str | None:
         assert joined is not None
         next_place = _NAMED.match(text, joined.end()).end()  # type: ignore[union-attr]
         following = _label_at(text, next_place, choices, first=False, whole=whole)
-        if following is None or not joined[0].strip() and joined[0]:
+        if following is None or (not joined[0].strip() and joined[0]):
             break
         if _OR.search(joined[0]) and following[0] != label:
             return ""
@@ -270,6 +286,8 @@ def _labels_at_start(text: str, choices: Choices, *, whole: bool) -> str | None:
             denied = re.search(
                 r"\b(?:not|wrong|incorrect|false)\b|n't\b", text[following[1] :][:60]
             )
+            if denied and "and" in joined[0]:  # "A, B and D are wrong"
+                return None
             if denied or "and" not in joined[0]:
                 break
         place = next_place
@@ -403,6 +421,8 @@ def _denied(text: str, choice: str) -> bool:
 
 def _reaches(before: str) -> bool:
     """Whether a denial in a text reaches its end, with no verb between: "is not a", "rules out"."""
+    if _DOUBTS.search(before):
+        return True
     *_, last = [None, *_EXCLUDES.finditer(before)]
     return last is not None and _VERB.search(before, last.end()) is None
 
@@ -433,7 +453,7 @@ def _clauses(sentence: str, choices: Choices) -> Iterator[str]:
         label = _BRACKETED.search(part)
         own = texts.get(as_label(label[1], choices) or "", []) if label else None
         rest = normalised_words(part[label.end() :]) if label else []
-        listed = label is not None and rest in ([], own) and bool(match) and match[0] in ",，"
+        listed = label is not None and rest in ([], own) and match is not None and match[0] == ","
         kept += part
         if not listed:
             yield kept
@@ -454,7 +474,7 @@ def _as_a_whole(text: str, choices: Choices) -> str | None:
     perhaps with an explanation below. A text that starts to go through the choices does not count.
     """
     first, _, rest = text.partition("\n")
-    plain = unwrapped(first).strip("\"'` ")
+    plain = unwrapped(first).strip(_ORNAMENTS)
     if _ONLY_LABELS.fullmatch(plain) and not rest:
         return _labels_at_start(plain, choices, whole=True)
     head = _BRACKETED.match(plain) or re.match(r"([A-Z0-9])\s*(?:[).:,]|$)", plain)
@@ -510,10 +530,11 @@ def _concluded(sentence: str, choices: Choices, *, brief: bool) -> str | None:
     """The only choice that a concluding sentence names, by label, words or value; "" for several.
 
     Args:
-      brief: the text is so short that a sentence without a word such as "so" concludes too.
+      brief: the sentence is the whole text, so that it concludes without a word such as "so".
     """
     plain = unwrapped(sentence)
-    if (alone := re.fullmatch(r"[(\[]?([A-Z0-9])[)\].:]*", plain)) is not None:
+    alone = re.fullmatch(r"[(\[]?([A-Z0-9])[)\].:!]*", plain.strip(_ORNAMENTS))
+    if alone is not None:
         return as_label(alone[1], choices)
     if _CONSIDERS.match(plain):
         return None
@@ -522,11 +543,16 @@ def _concluded(sentence: str, choices: Choices, *, brief: bool) -> str | None:
     if leaves := _LEAVES.search(plain) or _INSTEAD.search(plain):
         plain = plain[leaves.end() :]
     if leaves or _IT_IS.match(plain):
-        if (found := _labels_at_start(plain, choices, whole=False)) is not None:
+        found = _labels_at_start(plain, choices, whole=False)
+        if found is not None:
             return found
     labels = _mentioned(plain, choices)
     if labels:
         return labels[0] if len(labels) == 1 else ""
+    if (ends := _ENDS_IN_LABEL.search(plain)) and not _reaches(
+        _CLAUSE.split(plain[: ends.start(1)])[-1]
+    ):
+        return as_label(ends[1], choices)
     if _BRACKETED.search(plain) or not (brief or _CONCLUDES.search(plain)):
         return None
     if any(is_mathematical(text) for _, text in choices):

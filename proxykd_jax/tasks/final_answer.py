@@ -45,7 +45,7 @@ _SUBJECT = (
     r"|my\s+(?:final\s+)?(?:choice|pick|guess|selection|response))"
 )
 _ABOUT = (
-    r"(?:\s+(?:to|for|in|of|here|choice|option|then|therefore|(?:I|we|you)\s+\w+)\b[^.:=\n]{0,80}?"
+    r"(?:\s+(?:to|for|in|of|here|that|which|choice|option|then|therefore|(?:I|we|you)\s+\w+)\b[^.:=\n]{0,80}?"
     r"|\s*,[^,.:=\n]{1,40},)?"
 )
 _VERB = (
@@ -92,20 +92,25 @@ _STATED = re.compile(
 )
 _HEADED = re.compile(
     rf"(?:{_SUBJECT}|(?<!\w)ans\.?)\s*(?::|=|-+>?|→|—)\s*|-->\s*"
-    r"|^[^\w\n]*(?:choice|option|conclusion|verdict|final|decision|selection)\s*:\s*"
+    r"|^Q\s*:[^\n]*\n+A\s*:\s*|^[^\w\n]*(?:choice|option|conclusion|verdict|final|decision|selection)\s*:\s*"
     r"|^[^\w\n]*(?:\d+[.)]\s*)?(?:the\s+)?(?:final\s+|correct\s+|my\s+)*answer\W*$",
     re.IGNORECASE | re.MULTILINE,
 )
 _HASHED = re.compile(r"^[ \t]*\#{4}(?!\#)[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
 _FIELD = re.compile(
-    r"<(?P<tag>(?:final[ _-]?)?answer|ans|final)>(?P<tagged>.*?)(?:</(?P=tag)\s*>|\n\s*\n|\Z)"
+    r"<(?P<tag>(?:final[ _-]?)?answer|ans|final|choice|option|result|solution)>"
+    r"(?P<tagged>.*?)(?:</(?P=tag)\s*>|\n\s*\n|\Z)"
     r"|\[(?P<mark>(?:final[ _-]?)?answer)\](?P<bracketed>[^\[]*?)\[/(?P=mark)\]"
-    r"|[\"'](?:(?:final|correct|my|the)?[ _-]?answer|answer[ _-]?(?:choice|label)|choice|"
+    r"|[\"'](?:(?:final|correct|my|the)?[ _-]?answer|"
+    r"answer[ _-]?(?:choice|label|letter|key|option|text)|choice|"
     r"predict(?:ed|ion)[ _-]?\w*|(?:selected|correct)?[ _-]?option)[\"']\s*:\s*"
     r"(?P<value>\"(?:[^\"\\]|\\.)*\"|'[^'\n]*'|\[[^\]]*\]|[^\s,}\]]+)",
     re.IGNORECASE | re.DOTALL,
 )
-_BOXED = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)|\[\[(?=[^\[\]\n]{1,80}\]\])")
+_BOXED = re.compile(
+    r"(?:\\f|(?:\\|\x08|(?<![A-Za-z\\]))(?:b?oxed|fbox))\s*(?=\{)|\[\[(?=[^\[\]\n]{1,80}\]\])"
+)
+_BOXED_BARE = re.compile(r"\\boxed\s*([A-Za-z0-9.]+)(?![A-Za-z{])")
 # A text that repeats itself up to its budget has thousands of marks; only the last ones count.
 _MOST_MARKS = 32
 # Characters after a mark that are searched.
@@ -200,6 +205,15 @@ _REFUSES_AT_ALL = re.compile(
     re.IGNORECASE,
 )
 _REFUSES = re.compile(_NO_ANSWER, re.IGNORECASE)
+_TAKES_BACK = re.compile(
+    r"\b(?:(?:wait|no|hmm|oh),?\s+that(?:'s|\s+is)\s+(?:wrong|incorrect|not\s+right)|oops|scratch\s+that|"
+    r"on\s+second\s+thoughts?|I\s+made\s+(?:a\s+mistake|an\s+error)|correction\s*:)",
+    re.IGNORECASE,
+)
+# The end of a text that stops in the middle of a sentence or an expression.
+_STOPS = re.compile(
+    r"(?:[-+*/×÷=(^]|\b(?:of|the|is|are|an?|to|and|for|by|with|that|we|[Ss]o|then|from|as))\s*$"
+)
 _SENTENCE_END = re.compile(
     r"(?<=[!?])\s+"
     r"|(?<=\.)(?<!\bi\.e\.)(?<!\be\.g\.)(?<!\bvs\.)(?<!\bMr\.)(?<!\bDr\.)(?<!\bMrs\.)(?<!\bMs\.)"
@@ -247,7 +261,7 @@ class Statement(NamedTuple):
             return True
         if refuses(self.first):
             return True
-        if self.denied or _POINTER.match(self.first):
+        if self.denied or not re.search(r"\w", self.first) or _POINTER.match(self.first):
             return False
         return len(self.first.split()) <= _MOST_WORDS[self.form]
 
@@ -271,9 +285,7 @@ def cleaned(output: str) -> str:
 
 def _without_thoughts(text: str) -> str:
     begun = _THOUGHT_BEGINS.search(text)
-    ended = None
-    for ended in _THOUGHT_ENDS.finditer(text):
-        pass
+    *_, ended = [None, *_THOUGHT_ENDS.finditer(text)]
     if ended is not None:
         before = text[: begun.start()] if begun and begun.start() < ended.start() else ""
         text = before + "\n" + text[ended.end() :]
@@ -300,10 +312,13 @@ def decide(text: str, read: Callable[[Statement], str | None]) -> tuple[bool, st
 def statements(text: str) -> list[Statement]:
     """The final statements of a text, last first.
 
-    A refusal is one only after another statement that is not whole: a box stands, whatever doubts
-    follow it. ``closing_sentences`` of texts without statements may refuse as well.
+    What the text takes back ("no, that's wrong") is none. A refusal is one only after a statement
+    in words: a box, a field and hashes stand, whatever doubts follow them.
     """
     found = [*_boxes(text), *_fields(text), *_hashed(text), *_said(text)]
+    *_, taken_back = [None, *_TAKES_BACK.finditer(text)]
+    if taken_back is not None:
+        found = [each for each in found if each.start > taken_back.start()]
     found.sort(key=lambda statement: -statement.start)
     found = found[:_MOST_MARKS]
     if found and found[0].form in _MOST_WORDS:
@@ -317,7 +332,7 @@ def statements(text: str) -> list[Statement]:
 
 def boxed_contents(text: str) -> list[tuple[int, str]]:
     r"""(start, content) of each ``\boxed{content}``, braces matched; unclosed ones run on."""
-    found = []
+    found = [(match.start(), match[1]) for match in _BOXED_BARE.finditer(text)]
     for match in list(_BOXED.finditer(text))[-_MOST_MARKS:]:
         if text[match.start()] == "[":
             place = text.index("]]", match.end())
@@ -325,13 +340,15 @@ def boxed_contents(text: str) -> list[tuple[int, str]]:
             continue
         depth = 0
         for place in range(match.end(), len(text)):
+            if text[place - 1] == "\\" and place > match.end():
+                continue
             depth += {"{": 1, "}": -1}.get(text[place], 0)
             if depth == 0:
                 break
         else:
             place = len(text)
         found.append((match.start(), text[match.end() + 1 : place]))
-    return found
+    return sorted(found)
 
 
 def _boxes(text: str) -> Iterator[Statement]:
@@ -408,7 +425,7 @@ def sentences(text: str) -> list[str]:
 
 
 def closing_sentences(text: str) -> list[str]:
-    """The sentences of the last paragraph, last first; none if the text ends in a question.
+    """The sentences of the last paragraph, last first; none after a question or if it stops short.
 
     Offers of more help at the end are no part of the conclusion.
     """
@@ -416,7 +433,7 @@ def closing_sentences(text: str) -> list[str]:
     while offer := _OFFER.search(text):
         text = text[: offer.start()].rstrip()
     found = sentences(last_paragraph(text))[::-1]
-    return [] if found and found[0].endswith("?") else found
+    return [] if found and (found[0].endswith("?") or _STOPS.search(text)) else found
 
 
 def refuses(text: str) -> bool:

@@ -28,7 +28,6 @@ _POINTS = (0.8371, 1.4143 + 0.17j), (0.6113, 2.2171 - 0.29j)
 _TOLERANCE = 1e-9
 # A bold span with more words is an explanation.
 _FEW_WORDS = 3
-_UNFINISHED = re.compile(r"[-+*/=(^]\s*$")
 _MATHS = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _BLANK = re.compile(r"\(\s*(?:\$)?\s*\\(?:quad|qquad)\s*(?:\$)?\s*\)|_{3,}|\\underline\{")
 _UNIT = (
@@ -46,7 +45,9 @@ _SCALED = re.compile(r"(?<=\d)\s*(?:\\text\s*\{)?\s*(thousand|million|billion|tr
 _SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _APPROXIMATE = re.compile(r"^\s*(?:\\approx|≈|~|about\s|approximately\s)\s*")
 # Words that are results, although they would refuse an answer to another question.
-_RESULT = re.compile(r"\W*(?:\\text\s*\{)?\s*(?:none|no\s+(?:real\s+)?solutions?)\b", re.IGNORECASE)
+_RESULT = re.compile(
+    r"\W*(?:\\text\s*\{)?\s*(?:none|neither|nothing|no\s+(?:real\s+)?solutions?)\b", re.IGNORECASE
+)
 _SPACING = re.compile(
     r"\\(?:[,;:! ]|quad|qquad|displaystyle|left|right|big[lr]?|Big[lr]?)(?![a-z])"
 )
@@ -81,10 +82,7 @@ def maths_in(output: str, question: str) -> str | None:
     for part in bold_spans(output):
         if is_mathematical(part) or len(part.split()) <= _FEW_WORDS:
             return _of_line(part, blanks) or part
-    closing = closing_sentences(text)
-    if not closing or _UNFINISHED.search(closing[0]):
-        return None
-    for sentence in closing:
+    for sentence in closing_sentences(text):
         if refuses(sentence):
             return None
         if found := concluded_value(sentence, blanks):

@@ -6,10 +6,10 @@ import re
 from fractions import Fraction
 
 _UP_TO_NINETEEN = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-    "fifteen sixteen seventeen eighteen nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven",
+    "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+)  # fmt: skip
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 SMALL = {word: place for place, word in enumerate(_UP_TO_NINETEEN)}
 SMALL |= {word: 10 * place for place, word in enumerate(_TENS, 2)}
 SCALES = {
@@ -70,7 +70,7 @@ def _value(words: list[str]) -> Fraction | None:
             fits = (
                 current == 0
                 or (current % 100 == 0 and value < 100)
-                or (current % 10 == 0 and 20 <= current % 100 and 0 < value < 10)
+                or (current % 10 == 0 and current % 100 >= 20 and 0 < value < 10)
             )
             if known and not fits:
                 break
@@ -80,9 +80,9 @@ def _value(words: list[str]) -> Fraction | None:
             if known and not current and not total:
                 return Fraction(0)
             if factor <= 100:
-                current = (current or 1) * factor
+                current = (current or Fraction(1)) * factor
             else:
-                total, current = total + (current or 1) * factor, Fraction(0)
+                total, current = total + (current or Fraction(1)) * factor, Fraction(0)
         else:
             rest = words[place + 1 :]
             if rest[:1] == ["a"] and rest[1:2] and rest[1] in SCALES and not known:

@@ -38,12 +38,12 @@ _NUMBER = re.compile(
     (?:\s+(?P<upper>\d+)\s*/\s*(?P<lower>\d+)(?![\d/])|\s*/\s*(?P<below>\d+)(?![\d/]))?
     (?P<ordinal>(?i:st|nd|rd|th)\b|)(?!\d)
     (?:\s+and\s+(?P<and>an?\s+(?:half|quarter|third)|(?:two\s+thirds|three\s+quarters)))?
-    (?:(?P<letter>k|K|M|B|bn|mn)(?![A-Za-z0-9])
+    (?:(?P<letter>k|K|M|B|bn|mn|m|b)(?![A-Za-z0-9])
       |\s*-?\s*(?P<scale>(?i:hundred|thousand|million|billion|trillion|dozens?))\b)?
     """,
     re.VERBOSE,
 )
-_LETTERS = {"k": 10**3, "K": 10**3, "M": 10**6, "mn": 10**6, "B": 10**9, "bn": 10**9}
+_LETTERS = {"K": 10**3, "M": 10**6, "mn": 10**6, "B": 10**9, "bn": 10**9}
 # Calculator annotations: keep the result after them, or the one inside if none follows.
 _CALCULATION = re.compile(r"<<([^<>]*)>>(\s*[$€£]?[\d,.]*\d)?")
 _FRACTION = re.compile(
@@ -55,7 +55,10 @@ _RECURRING = re.compile(
 # "18 cm^2", "5 m³": the power belongs to the unit.
 _POWER_OF_UNIT = re.compile(r"(?<=[A-Za-z])\s*(?:\^\s*\{?\s*-?\d\s*\}?|[²³])")
 # Times and ratios are no numbers: "10:30", "3:1".
-_CLOCK = re.compile(r"(?<![\d.])\d+(?::\d+)+(?:\s*[ap]\.?m\b\.?)?", re.IGNORECASE)
+_CLOCK = re.compile(
+    r"\b\d{4}-\d\d?-\d\d?\b|\b\d\d?/\d\d?/\d{2,4}\b|(?<![\d.])\d+(?::\d+)+(?:\s*[ap]\.?m\b\.?)?",
+    re.IGNORECASE,
+)
 _ON_THE_HOUR = re.compile(r"(?<![\d:])(\d{1,2}):00(?=\s*[ap]\.?m\b)", re.IGNORECASE)
 # "2550 - 5x", "3/4 * n": a formula with letters is no number.
 _FORMULA = re.compile(
@@ -70,7 +73,8 @@ _MONTHS = (
 _ADJUNCT = re.compile(
     rf"(?:\b(?:{_MONTHS})|\b(?:day|week|month|year|step|page|question|case|hour|level|number|grade)"
     r"|\b(?:in|after|for|within|over|at|every|per|during|from|by|until|than|among|between|with|"
-    r"out\s+of|of\s+the|of\s+(?:his|her|their|its|these|those)|all|each|each\s+of|when|if)\s+(?:(?:the|his|"
+    r"out\s+of|of\s+the|of\s+(?:his|her|their|its|these|those)|all|each|each\s+of|when|if|"
+    r"(?:after|before|by|when|of)\s+\w+ing)\s+(?:(?:the|an?|original|his|"
     r"her|their|its|these|those|only|just|about|approximately|next|first|last|other|all|another|day|"
     r"a\s+total\s+of)\s+)*[$€£]?)\s*$",
     re.IGNORECASE,
@@ -88,13 +92,14 @@ _STANDS_ALONE = re.compile(
     re.IGNORECASE,
 )
 _OPERATOR = re.compile(
-    r"\s*(?:[-+*/×÷^=]|x\s*[$\d(]|times\b|plus\b|minus\b|divided\b|%?\s*of\s+\d)"
+    r"\s*(?:[-+*/×÷^=]|x\s*[$\d(]|times\b|plus\b|minus\b|divided\b|%?\s*of\s+\d)|\(\d"
 )
 _RANGE = re.compile(
     r"\b(?:between|from)\s+[^\d]{0,5}[\d.,]+\w*\s*(?:and|to|-)\s*[^\d]{0,3}\d"
     r"|\d[\w%]*\s*(?:\b(?:or|to)\b|或|至|到)\s*[$€£]?\d",
     re.IGNORECASE,
 )
+_LIST = re.compile(r"\W*\d[\d.,]*(?:\s*(?:,|,?\s*\band\b|;)\s+[$€£]?\d[\d.,]*)+\W*")
 _HYPHENED = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?)\s*-\s*(\d+(?:\.\d+)?)(?![\d.]*\s*[=+*/×])")
 _RESTATED = re.compile(
     r"\b(?:i\.e\.|that\s+is|in\s+other\s+words|(?:or\s+)?equivalently)[\s,:]*", re.I
@@ -109,10 +114,9 @@ _CLAUSE = re.compile(
 _EXPLAINS = re.compile(
     r"\s*(?:[,;:]|\s-+|—)?\s+(?:because|since|as\s+(?=\d)|given|which\s+(?:is|was|are|were)\b|"
     r"of\s+which|including|consisting\s+of|namely|if|when|while|compared)\b|:\s+(?=\S*\w)"
-    r"|,\s+[$\d.,]+\s+(?:more|fewer|less)\s+than\b",
+    r"|,\s+(?:twice|half|double|\w+\s+times)\b|,\s+[$\d.,]+\s+(?:more|fewer|less)\s+than\b",
     re.IGNORECASE,
 )
-_UNFINISHED = re.compile(r"[-+*/×÷=(^]\s*$")
 _UNITS: dict[str, tuple[str, Fraction]] = {
     "second": ("time", Fraction(1)), "minute": ("time", Fraction(60)),
     "hour": ("time", Fraction(3600)), "day": ("time", Fraction(86400)),
@@ -155,19 +159,21 @@ def number_in(output: str, question: str = "") -> str | None:
     )
     if decided:
         return found
+    if alone := re.match(r"(\S+)\s*\n\s*\n", text):  # a number above its explanation
+        found = canonical(alone[1].strip("*"))
+        if found is not None:
+            return found
     bold = {found for part in bold_spans(text) if (found := _of_text(part, question))}
     if len(bold) == 1:
         return bold.pop()
     text = without_emphasis(text)
     closing = closing_sentences(text)
-    if not closing or _UNFINISHED.search(closing[0]):
-        return None
     for sentence in closing:
         if refuses(sentence):
             return None
         if (found := _concluded(sentence, question)) is not None:
             return found or None
-    for sentence in sentences(text)[::-1]:
+    for sentence in sentences(text)[::-1] if closing else []:
         if (found := _concluded(sentence, question)) is not None:
             return found or None
     return None
@@ -198,7 +204,11 @@ def _readable(text: str) -> str:
     )
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree", "°", text)
     text = _POWER_OF_UNIT.sub("", text)
-    text = re.sub(r"(?<=\d)[⁻⁰¹²³⁴-⁹]+", lambda m: "^" + unicodedata.normalize("NFKC", m[0]), text)
+    text = re.sub(
+        r"(?<=\d)[⁻⁰¹²³⁴-⁹]+",
+        lambda m: "^" + unicodedata.normalize("NFKC", m[0]).replace("\u2212", "-"),
+        text,
+    )
     text = _CLOCK.sub(" time ", _ON_THE_HOUR.sub(r"\1", text))
     return re.sub(r"\$(?=\D)(?![-.]\d|\s?\d)", " ", text)
 
@@ -248,7 +258,11 @@ def _of_text(text: str, question: str) -> str | None:
             return compound
         if not _OPERATOR.match(text, leading.end):
             return _text(leading.value)
-    parts = [part for part in re.split(r"=|≈|\\approx|\bequals\b", text) if part.strip()]
+    parts = [
+        part
+        for part in re.split(r"=|≈|\\approx|\b(?:equals|is|makes|gives)\b", text)
+        if part.strip()
+    ]
     for part in parts[::-1]:
         inside = _numbers(part, question)
         if (
@@ -269,6 +283,8 @@ def _of_text(text: str, question: str) -> str | None:
 def _is_range(text: str) -> bool:
     """Whether a text gives two numbers without deciding: "18 or 20", "between 3 and 4", "3-5"."""
     if _RANGE.search(text):
+        return True
+    if _LIST.fullmatch(text):
         return True
     hyphened = _HYPHENED.search(text)
     return (
@@ -356,7 +372,8 @@ def _chosen(text: str, question: str, *, adjuncts: bool = False) -> Number | Non
     kept, last_adjunct = [], -1
     for each in _numbers(text, question):
         before = text[: each.start]
-        if each.ordinal or _DENIED.search(before):
+        aged = re.match(r"-?\s*years?-\s*old", text[each.end :])
+        if each.ordinal or aged or _DENIED.search(before):
             continue
         if not adjuncts and (
             _ADJUNCT.search(before)
@@ -407,7 +424,9 @@ def _value(match: re.Match[str], question: str) -> Fraction:
     scale = (match["scale"] or "").lower().removesuffix("s")
     if scale and not (scale == "dozen" and _asks_for_dozens(question)):
         found *= SCALES[scale]
-    found *= _LETTERS.get(match["letter"] or "", 1)
+    letter = match["letter"] or ""
+    if letter not in ("m", "b") or re.search("[$€£¥₹]", match[0]):  # "18m" is a length
+        found *= _LETTERS.get(letter.upper() if letter != "bn" and letter != "mn" else letter, 1)
     before = match.string[: match.start()].rstrip()
     binary = bool(before) and (before[-1].isdigit() or before[-1] in ")}%")
     return -found if match["minus"] or (match["sign"] and not binary) else found

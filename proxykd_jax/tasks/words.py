@@ -9,9 +9,10 @@ from proxykd_jax.tasks.final_answer import (
     Statement,
     bold_spans,
     closing_sentences,
-    last_paragraph,
     decide,
+    last_paragraph,
     refuses,
+    unwrapped,
     without_emphasis,
 )
 
@@ -27,6 +28,9 @@ _SYNONYMS = {
 }
 _DENIES = r"(?:\b(?:not|cannot|never)|n't)\s+(?:be\s+)?(?:an?\s+|the\s+)?(?:\w+ly\s+)?"
 _EDGES = "\"'“”‘’`*.,:;!?()[]{}$<>\\"
+_INTRODUCED = re.compile(
+    r"^[^:]*\b(?:brackets?|parenthes[ei]s|sequence|closing|missing|rest)\b[^:]*:\s*", re.IGNORECASE
+)
 _BRACKETS = re.compile(r"[()\[\]{}<>](?:[\s,\"'`]*[()\[\]{}<>])*")
 _LISTED = re.compile(r"^\s*(?:\d+[.):]|[-*•])\s*(.+?)\s*$")
 
@@ -53,10 +57,12 @@ def one_of(output: str, pair: tuple[str, str]) -> str | None:
     if head and head[1].lower() in pair:
         return head[1].lower()
     for sentence in closing_sentences(text):
-        if said := _said(sentence, pair):
-            return said[-1]
-        if "=" in sentence or refuses(sentence):  # "=": the text stops inside an expression
+        said = _said(sentence, pair)
+        # "=": the text stops inside an expression.
+        if refuses(sentence) or (not said and "=" in sentence):
             return None
+        if said:
+            return said[-1]
     return None
 
 
@@ -95,7 +101,9 @@ def brackets_in(output: str, question: str) -> str | None:
     text = without_emphasis(output)
     decided, found = decide(text, lambda each: _brackets(each.text, question, whole=each.whole))
     lines = [line for line in text.strip().split("\n") if line.strip()]
-    return found if decided or not lines else _brackets(lines[-1], question, whole=True)
+    if decided or not lines:
+        return found
+    return _brackets(_INTRODUCED.sub("", lines[-1]), question, whole=True)
 
 
 def _brackets(text: str, question: str, *, whole: bool) -> str | None:
@@ -126,7 +134,7 @@ def listed_words(output: str, question: str) -> str | None:
 
     def read(statement: Statement) -> str | None:
         after = [] if statement.whole else _following_list(text[statement.start :])
-        return _in_order([statement.text], asked) or _in_order(after, asked)
+        return _in_order([unwrapped(statement.text)], asked) or _in_order(after, asked)
 
     decided, found = decide(text, read)
     if decided:
