@@ -28,7 +28,7 @@ Choices = Sequence[tuple[str, str]]
 _LEAD = re.compile(
     r"[\s:;,.\-—>\"'`*#<]*(?:(?:the|letter|option|choice|answer|statement|number|alternative|"
     r"most\s+likely|probably|likely|definitely|clearly|therefore|thus|so|hence|either|both|options|choices|"
-    r"statements|answers|I\s+(?:think|believe|say)|it\s+(?:is|must\s+be|should\s+be)|it's|that|this|"
+    r"statements|answers|I\s+(?:think|believe|say|guess)|maybe|perhaps|I'd\s+say|it\s+(?:is|must\s+be|should\s+be)|it's|that|this|"
     r"is|an?\s+combination\s+of|labell?ed|选项|选|为|是)(?![A-Za-z])[\s:\"'`*]*)*",
     re.IGNORECASE,
 )
@@ -37,7 +37,7 @@ _JOINED = re.compile(r"\s*(?:,|、|;|/|&|\+)?\s*(?:\b(?:and|or)\b|和|及|与|�
 _NAMED = re.compile(r"(?:(?:the|option|choice|answer|statement|letter)\s+)*", re.IGNORECASE)
 _OR = re.compile(r"\bor\b|或|/", re.IGNORECASE)
 _BRACKETED = re.compile(r"[(\[]\s*([A-Za-z0-9])\s*(?:[)\]]|$)")
-_BARE = re.compile(r"(?<![A-Za-z0-9_\\])([A-Z0-9])(?![A-Za-z0-9_'])")
+_BARE = re.compile(r"(?<![A-Za-z0-9_\\])([A-Z0-9])(?![A-Za-z0-9_]|'[a-z])")
 _LOWER = re.compile(r"([a-z])\s*[).:]?\s*$|([a-z])\)|([a-z])[.:]\s")
 _RUN = re.compile(r"(?<![A-Za-z0-9_])[A-Z]{2,}(?![A-Za-z0-9_])")
 _RIGHT = (
@@ -48,7 +48,7 @@ _RIGHT = (
 _CALLED_RIGHT = re.compile(
     r"(?:(?:[(\[]([A-Za-z0-9])[)\]]|(?i:\b(?:option|choice|answer|statement)\s+)([A-Z0-9])\b)"
     r"(?:[.:,]?\s+[^.\n]{1,80}?)?|(?<!\w)([A-Z0-9]))\s+(?:is|are|seems|must\s+be)\s+"
-    r"(?:indeed\s+|therefore\s+|clearly\s+|thus\s+)?(?:the\s+)?(?:only\s+)?"
+    r"(?:indeed\s+|therefore\s+|clearly\s+|thus\s+)?(?:(?:the|my)\s+)?(?:only\s+|final\s+)?"
     rf"{_RIGHT}"
     r"|\b(?:makes?|making)\s+[(\[]?([A-Z])[)\]]?\s+the\s+(?:\w+\s+)?(?:answer|choice|option)\b"
     r"|(?:^|\b(?:option|choice|so|but|and)\s+|,\s+)[(\[]?([A-Z])[)\]]?\s+(?:fits|works|matches|makes\s+(?:the\s+)?most\s+sense)\b"
@@ -92,14 +92,10 @@ _LEAVES = re.compile(
     r"(?:\s+(?:us|me|only|just|with))*\s+(?:the\s+)?",
     re.IGNORECASE,
 )
-# "It is B", "so B": a bare letter that stands for the answer.
-_IT_IS = re.compile(
-    r"\W*(?:(?:so|thus|therefore|hence|then),?\s+)?(?:(?:it(?:'s|\s+is|\s+must\s+be|\s+has\s+to\s+be)|"
-    r"that(?:'s|\s+is))\s+)?(?:option\s+|choice\s+)?[A-Z0-9]\s*(?:[.,;:!]|$|because|since|as\b|not\b)",
-    re.IGNORECASE,
-)
+# What follows a bare label at the start of a sentence that is an answer: "B, I think".
+_ENDS_ANSWER = re.compile(r"\s*(?:[.,;:!)]|$|(?:because|since|as|not|but|though|it\s+is)\b)")
 _ENDS_IN_LABEL = re.compile(
-    r"\b(?i:so|thus|therefore|hence|leaves|leaving|choose|pick|select|go\s+with|only|is|be|towards?),?\s+"
+    r"\b(?i:so|thus|therefore|hence|leaves|leaving|choose|pick|select|go\s+with|only|is|be|but|towards?),?\s+"
     r"(?i:it(?:'s|\s+is|\s+must\s+be)\s+|option\s+|choice\s+|with\s+)*([B-Z0-9]|A(?=\W*$))\W*$"
 )
 _INSTEAD = re.compile(r"\bnot\b[^.]*?\b(?:but|rather)\s+(?:it\s+is\s+)?", re.IGNORECASE)
@@ -126,6 +122,11 @@ _AFTER_LABEL = re.compile(
     r"\s*(?:$|[^\w\s]|(?:because|since|as|is|are|and|or|for|due|with|which)\b)"
 )
 _ORNAMENTS = "\"'`*_ →⇒∴=>✅✓✔☑-"
+_JUDGED = re.compile(
+    r"(?<![A-Za-z0-9])([A-Z0-9])[\s).:\]—-]{0,4}(?:(?P<yes>yes|true|correct|right|✓|✔|✅|☑|对|正确)"
+    r"|no|false|incorrect|wrong|✗|✘|❌|×|错误?|不正确)(?![A-Za-z])",
+    re.IGNORECASE,
+)
 _NOT_WRONG = re.compile(r"\b(?:not|n't|isn't)\s+(?:\w+ly\s+)?(wrong)\b|\b(wrong)\b", re.IGNORECASE)
 
 
@@ -155,7 +156,7 @@ def choice_in(output: str, choices: Choices, *, several: bool = False) -> str | 
             return found or None
     unlisted = _without_list(text, choices)
     closing = closing_sentences(unlisted)
-    if (found := _verdicts(closing, choices)) is not None:
+    if (found := _verdicts(closing, choices) or _judged(text, choices)) is not None:
         return found
     brief = len(sentences(unlisted)) == 1
     for sentence in closing:
@@ -382,14 +383,13 @@ def _by_text(text: str, choices: Choices) -> str | None:
         if not re.search(r"[A-Za-z]{3}", text):
             return None
     said = {label: choice for label, choice in texts.items() if _within(choice, words)}
-    longest = [
+    kept = [
         label
         for label, choice in said.items()
         if not any(other != label and _within(choice, said[other]) for other in said)
+        and not _denied(text, dict(choices)[label])
     ]
-    if len(longest) != 1 or _denied(text, dict(choices)[longest[0]]):
-        return None
-    return longest[0]
+    return kept[0] if len(kept) == 1 else None
 
 
 def _by_words(text: str, choices: Choices) -> str | None:
@@ -425,6 +425,17 @@ def _reaches(before: str) -> bool:
         return True
     *_, last = [None, *_EXCLUDES.finditer(before)]
     return last is not None and _VERB.search(before, last.end()) is None
+
+
+def _is_answer(sentence: str, choices: Choices) -> bool:
+    """Whether a sentence begins with a bare label that answers: "So it is B", "B, I think"."""
+    start = _LEAD.match(sentence)
+    label = _BARE.match(sentence, start.end() if start else 0)
+    return (
+        label is not None
+        and as_label(label[1], choices) is not None
+        and _ENDS_ANSWER.match(sentence, label.end()) is not None
+    )
 
 
 def _mentioned(sentence: str, choices: Choices) -> list[str]:
@@ -491,8 +502,12 @@ def _as_a_whole(text: str, choices: Choices) -> str | None:
         )
         if not listed and not denied and (short or not rest):
             return _labels_at_start(plain, choices, whole=False)
-    if re.fullmatch(r"[a-z][).]?", text.strip()):
-        return as_label(text.strip()[0], choices)
+    lower = re.match(r"([a-z])(?:[).]?$|[).:]\s+(?P<own>.*))", plain)
+    label = as_label(lower[1], choices) if lower else None
+    if lower is not None and label is not None:
+        own = normalised_words(dict(choices)[label])
+        if not lower["own"] or normalised_words(lower["own"])[: len(own)] == own:
+            return label
     words = normalised_words(first if not rest.strip() else text)
     exact = [label for label, choice in choices if normalised_words(choice) == words]
     return exact[0] if len(exact) == 1 else None
@@ -526,6 +541,17 @@ def _verdicts(closing: Sequence[str], choices: Choices) -> str | None:
     return next((label for label, own in texts.items() if len(said) == 2 and own == words), None)
 
 
+def _judged(text: str, choices: Choices) -> str | None:
+    """The only choice with a positive verdict where each choice has one: "A no, B yes, C no"."""
+    found: dict[str, bool] = {}
+    for match in _JUDGED.finditer(text):
+        label = as_label(match[1], choices)
+        if label is not None:
+            found[label] = match["yes"] is not None
+    right = [label for label, is_right in found.items() if is_right]
+    return right[0] if len(found) == len(choices) and len(right) == 1 else None
+
+
 def _concluded(sentence: str, choices: Choices, *, brief: bool) -> str | None:
     """The only choice that a concluding sentence names, by label, words or value; "" for several.
 
@@ -542,10 +568,10 @@ def _concluded(sentence: str, choices: Choices, *, brief: bool) -> str | None:
         return found
     if leaves := _LEAVES.search(plain) or _INSTEAD.search(plain):
         plain = plain[leaves.end() :]
-    if leaves or _IT_IS.match(plain):
+    if leaves or _is_answer(plain, choices):
         found = _labels_at_start(plain, choices, whole=False)
         if found is not None:
-            return found
+            return found or _preferred(plain, choices)
     labels = _mentioned(plain, choices)
     if labels:
         return labels[0] if len(labels) == 1 else ""

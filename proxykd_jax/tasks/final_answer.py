@@ -66,6 +66,7 @@ _CHOOSE = (
     r"(?<!\w)(?:I|we)(?:\s+would|\s+will|\s+must|\s+should|\s+do|'d|'ll)?(?:\s+have\s+to)?\s+"
     r"(?:choose|select|pick|say|go\s+(?:with|for)|opt\s+for|settle\s+on|vote\s+for|answer\s+with)"
     r"\s+(?:that\s+)?"
+    r"|(?<!\w)I(?:'m|\s+am)\s+(?:going\s+(?:with|for)|choosing|picking|selecting)\s+"
     r"|\blet's\s+(?:go\s+with|choose|pick|select|say)\s+"
 )
 _LABEL_NEXT = r"(?=[\"'(\[]*[A-Z]+(?![A-Za-z]))"
@@ -217,7 +218,7 @@ _STOPS = re.compile(
 _SENTENCE_END = re.compile(
     r"(?<=[!?])\s+"
     r"|(?<=\.)(?<!\bi\.e\.)(?<!\be\.g\.)(?<!\bvs\.)(?<!\bMr\.)(?<!\bDr\.)(?<!\bMrs\.)(?<!\bMs\.)"
-    r"(?<!\bSt\.)(?<!\bNo\.)(?<!\bapprox\.)\s+(?=[^\sa-z])"
+    r"(?<!\bSt\.)(?<!\bNo\.)(?<!\bapprox\.)\s+(?=[^\sa-z]|[a-z]\s)"
     r"|(?<=[.!?][\"')*$])\s+(?=[A-Z])|\n+"
 )
 _OFFER = re.compile(

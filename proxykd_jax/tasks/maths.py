@@ -121,6 +121,7 @@ def same_value(one: str, other: str) -> bool:
     first, second = (_ASSIGNED.sub("", part) for part in (first, second))
     if _tight(first) == _tight(second):
         return True
+    first, second = (_as_interval(part) for part in (first, second))
     groups = [_group(part) for part in (first, second)]
     if groups[0] is not None or groups[1] is not None:
         return _same_groups(groups[0], groups[1], first, second)
@@ -128,6 +129,24 @@ def same_value(one: str, other: str) -> bool:
     if not any(re.search(r"[\d\\]", part) for part in (first, second)) and words[0] == words[1]:
         return True
     return _equal_formulas(first, second)
+
+
+def _as_interval(text: str) -> str:
+    r"""An inequality as an interval: "1 \\le x < 2" is "[1, 2)"."""
+    sides = re.split(r"(\\le(?![a-z])|\\ge(?![a-z])|<|>|\\lt(?![a-z])|\\gt(?![a-z]))", text)
+    signs = [{"\\le": "<=", "\\ge": ">=", "\\lt": "<", "\\gt": ">"}.get(s, s) for s in sides[1::2]]
+    parts = [side.strip() for side in sides[::2]]
+    if len(parts) == 3 and parts[1].isalpha() and signs[0][0] == signs[1][0]:
+        if signs[0][0] == ">":
+            parts, signs = parts[::-1], [sign.replace(">", "<") for sign in signs[::-1]]
+        low, high = "[" if "=" in signs[0] else "(", "]" if "=" in signs[1] else ")"
+        return f"{low}{parts[0]},{parts[2]}{high}"
+    if len(parts) == 2 and re.fullmatch("[a-z]", parts[0]):
+        closed = "=" in signs[0]
+        if signs[0][0] == "<":
+            return f"(-\\infty,{parts[1]}{']' if closed else ')'}"
+        return f"{'[' if closed else '('}{parts[1]},\\infty)"
+    return text
 
 
 def _both_signs(text: str) -> str:

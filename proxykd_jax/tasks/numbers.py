@@ -30,6 +30,7 @@ _NUMBER = re.compile(
       | \d{1,2}(?:,\d{2})+,\d{3}(?!\d)        # 12,34,567
       | \d{1,3}(?:[ ']\d{3})+(?![\d/])        # 1 234
       | \d{1,3}(?:\.\d{3}){2,}(?!\d)          # 1.234.567
+      | \d{1,3}(?:\.\d{3})+(?=,\d\d?(?!\d))   # 1.234,50
       | \d+|(?=\.\d)
     )
     (?P<part>\.\d+|(?<![,(\[]\d)(?<![,(\[]\d\d),\d{1,2}(?![\d,])|)
@@ -38,7 +39,7 @@ _NUMBER = re.compile(
     (?:\s+(?P<upper>\d+)\s*/\s*(?P<lower>\d+)(?![\d/])|\s*/\s*(?P<below>\d+)(?![\d/]))?
     (?P<ordinal>(?i:st|nd|rd|th)\b|)(?!\d)
     (?:\s+and\s+(?P<and>an?\s+(?:half|quarter|third)|(?:two\s+thirds|three\s+quarters)))?
-    (?:(?P<letter>k|K|M|B|bn|mn|m|b)(?![A-Za-z0-9])
+    (?:(?P<letter>k|bn|mn|m|b|\s?[KMB])(?![A-Za-z0-9])
       |\s*-?\s*(?P<scale>(?i:hundred|thousand|million|billion|trillion|dozens?))\b)?
     """,
     re.VERBOSE,
@@ -86,13 +87,16 @@ _DENIED = re.compile(
     r"(?:\s+(?:be|equal|just|only|exactly|a|the|get|have|simply|=))*\s*[$€£]?\s*$",
     re.IGNORECASE,
 )
+_NUMBERED_TITLE = re.compile(
+    r"^\W*(?:(?:step|part|case|stage|phase)\s*\d+\b[\s:.)-]*|\d+[.)]\s+(?=[A-Za-z]))", re.IGNORECASE
+)
 _STANDS_ALONE = re.compile(
     r"[^\w(]*(?:(?:about|approximately|around|roughly|nearly|almost|exactly|only|just|a\s+total\s+of|"
     r"at\s+least|at\s+most|equal\s+to|the\s+number)\s+[^\w(]*)*",
     re.IGNORECASE,
 )
 _OPERATOR = re.compile(
-    r"\s*(?:[-+*/×÷^=]|x\s*[$\d(]|times\b|plus\b|minus\b|divided\b|%?\s*of\s+\d)|\(\d"
+    r"\s*(?:[-+*/×÷^=≈]|\\approx|x\s*[$\d(]|times\b|plus\b|minus\b|divided\b|%?\s*of\s+\d)|\(\d"
 )
 _RANGE = re.compile(
     r"\b(?:between|from)\s+[^\d]{0,5}[\d.,]+\w*\s*(?:and|to|-)\s*[^\d]{0,3}\d"
@@ -102,7 +106,10 @@ _RANGE = re.compile(
 _LIST = re.compile(r"\W*\d[\d.,]*(?:\s*(?:,|,?\s*\band\b|;)\s+[$€£]?\d[\d.,]*)+\W*")
 _HYPHENED = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?)\s*-\s*(\d+(?:\.\d+)?)(?![\d.]*\s*[=+*/×])")
 _RESTATED = re.compile(
-    r"\b(?:i\.e\.|that\s+is|in\s+other\s+words|(?:or\s+)?equivalently)[\s,:]*", re.I
+    r"\b(?:i\.e\.|that\s+is|in\s+other\s+words|(?:or\s+)?equivalently|"
+    r"round(?:s|ed|ing)?(?:\s+(?:up|down|off))?\s+to\s+(?:the\s+nearest\s+[\w\s]+?,?\s*(?:which\s+)?"
+    r"(?:is|gives|=)|(?=[$€£]?\d|about)))[\s,:]*",
+    re.IGNORECASE,
 )
 # Longer ones are not answers, and Python refuses to parse much longer ones.
 _ENDLESS = re.compile(r"\d{200,}")
@@ -254,9 +261,10 @@ def _of_text(text: str, question: str) -> str | None:
         return ""
     leading = found[0] if found else None
     if leading and _STANDS_ALONE.fullmatch(text[: leading.start]):
-        if (compound := _compound(text[leading.start :], question)) is not None:
+        compound = _compound(text[leading.start :], question)
+        if compound is not None and "=" not in text:
             return compound
-        if not _OPERATOR.match(text, leading.end):
+        if compound is None and not _OPERATOR.match(text, leading.end):
             return _text(leading.value)
     parts = [
         part
@@ -330,7 +338,9 @@ def _computed(text: str) -> str | None:
     plain = re.sub(r"(?<=\d)\s*x\s*(?=[\d(])", "*", plain)
     plain = re.sub(r"(?<=[\d)])\s*[A-Za-z°% ]*[.!]?\s*$", "", plain).strip()
     plain = re.sub(r"^(?:[A-Za-z]+\s+)*(?=[\d(-])", "", plain)
-    if not re.fullmatch(r"[-\d.+*/^(){}\s]+", plain) or not re.search(r"\d", plain):
+    if not re.fullmatch(r"(?:\\(?:sqrt|frac)|[-\d.+*/^(){}\s])+", plain) or not re.search(
+        r"\d", plain
+    ):
         return None
     found = value(plain, {})
     if found is None or found.imag or abs(found) > 1e15:
@@ -340,6 +350,9 @@ def _computed(text: str) -> str | None:
 
 def _concluded(sentence: str, question: str) -> str | None:
     """The number of a concluding sentence; "" for a formula, None if it has no number."""
+    sentence = _NUMBERED_TITLE.sub("", sentence)
+    if (restated := _RESTATED.search(sentence)) and _numbers(sentence[restated.end() :]):
+        sentence = sentence[restated.end() :]
     if _FORMULA.search(sentence.rpartition("=")[2]):
         return ""
     for clause in _CLAUSE.split(sentence)[::-1]:
@@ -424,7 +437,7 @@ def _value(match: re.Match[str], question: str) -> Fraction:
     scale = (match["scale"] or "").lower().removesuffix("s")
     if scale and not (scale == "dozen" and _asks_for_dozens(question)):
         found *= SCALES[scale]
-    letter = match["letter"] or ""
+    letter = (match["letter"] or "").strip()
     if letter not in ("m", "b") or re.search("[$€£¥₹]", match[0]):  # "18m" is a length
         found *= _LETTERS.get(letter.upper() if letter != "bn" and letter != "mn" else letter, 1)
     before = match.string[: match.start()].rstrip()
