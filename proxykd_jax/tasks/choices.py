@@ -16,6 +16,7 @@ from proxykd_jax.tasks.final_answer import (
     closing_sentences,
     decide,
     refuses,
+    refuses_firmly,
     sentences,
     unwrapped,
     without_emphasis,
@@ -98,7 +99,9 @@ _ENDS_IN_LABEL = re.compile(
     r"\b(?i:so|thus|therefore|hence|leaves|leaving|choose|pick|select|go\s+with|only|is|be|but|towards?),?\s+"
     r"(?i:it(?:'s|\s+is|\s+must\s+be)\s+|option\s+|choice\s+|with\s+)*([B-Z0-9]|A(?=\W*$))\W*$"
 )
-_INSTEAD = re.compile(r"\bnot\b[^.]*?\b(?:but|rather)\s+(?:it\s+is\s+)?", re.IGNORECASE)
+_INSTEAD = re.compile(
+    r"\bnot\b[^.]*?\b(?:but|rather)\s+(?:it\s+is\s+)?|不是[^,]*,\s*而?是", re.IGNORECASE
+)
 _PREFERS = re.compile(
     r"\b(?:most\s+likely|more\s+likely|probably|likely|preferably|but|leaning\s+towards?|"
     r"(?:I|we)(?:'d|'ll|\s+\w+)?\s+(?:say|choose|pick|go\s+with|prefer|lean\s+towards?))\b",
@@ -121,12 +124,13 @@ _ONLY_LABELS = re.compile(r"[A-Z]{2,}[.)]?|(?:[(\[]?[A-Z0-9][)\]]?[\s,、;/&]*(?
 _AFTER_LABEL = re.compile(
     r"\s*(?:$|[^\w\s]|(?:because|since|as|is|are|and|or|for|due|with|which)\b)"
 )
-_ORNAMENTS = "\"'`*_ →⇒∴=>✅✓✔☑-"
+_ORNAMENTS = "\"'`*_<> →⇒∴=>✅✓✔☑-"
 _JUDGED = re.compile(
     r"(?<![A-Za-z0-9])([A-Z0-9])[\s).:\]—-]{0,4}(?:(?P<yes>yes|true|correct|right|✓|✔|✅|☑|对|正确)"
     r"|no|false|incorrect|wrong|✗|✘|❌|×|错误?|不正确)(?![A-Za-z])",
     re.IGNORECASE,
 )
+_ALL = re.compile(r"\ball\s+of\s+(?:the\s+)?(?:above|these|them|options|choices)\b", re.IGNORECASE)
 _NOT_WRONG = re.compile(r"\b(?:not|n't|isn't)\s+(?:\w+ly\s+)?(wrong)\b|\b(wrong)\b", re.IGNORECASE)
 
 
@@ -149,14 +153,14 @@ def choice_in(output: str, choices: Choices, *, several: bool = False) -> str | 
     decided, found = decide(text, lambda statement: _read(statement, choices))
     if decided:
         return found
-    if (found := _as_a_whole(text, choices)) is not None:
+    if (found := _judged(text, choices) or _as_a_whole(text, choices)) is not None:
         return found or None
     for part in bold_spans(output):
         if (found := named(part, choices)) is not None:
             return found or None
     unlisted = _without_list(text, choices)
     closing = closing_sentences(unlisted)
-    if (found := _verdicts(closing, choices) or _judged(text, choices)) is not None:
+    if (found := _verdicts(closing, choices)) is not None:
         return found
     brief = len(sentences(unlisted)) == 1
     for sentence in closing:
@@ -224,8 +228,7 @@ def named(span: str, choices: Choices, *, whole: bool = False) -> str | None:
     if found is not None:
         return found
     if (ordinal := _ORDINAL.search(first)) and not whole:
-        place = _PLACES.index(ordinal[1].lower())
-        return choices[place][0] if place < len(choices) else None
+        return _at_place(ordinal[1], choices)
     labels = _mentioned(first, choices) if not _CONSIDERS.match(first) else []
     if labels:
         return labels[0] if len(labels) == 1 else ""
@@ -234,6 +237,11 @@ def named(span: str, choices: Choices, *, whole: bool = False) -> str | None:
     if (found := _by_text(first, choices)) is not None or not whole:
         return found
     return _by_words(first, choices)
+
+
+def _at_place(ordinal: str, choices: Choices) -> str | None:
+    place = _PLACES.index(ordinal.lower())
+    return choices[place][0] if place < len(choices) else None
 
 
 def _preferred(text: str, choices: Choices) -> str:
@@ -376,6 +384,9 @@ def _by_text(text: str, choices: Choices) -> str | None:
     """The only choice whose text a span contains, in words or as a value."""
     words = normalised_words(text)
     texts = {label: normalised_words(choice) for label, choice in choices}
+    every = [label for label, choice in choices if _ALL.match(choice)]
+    if len(every) == 1 and _ALL.search(text):
+        return every[0]
     if is_mathematical(text) or any(is_mathematical(choice) for _, choice in choices):
         equal = [label for label, choice in choices if same_value(text, choice)]
         if len(equal) == 1:
@@ -500,6 +511,7 @@ def _as_a_whole(text: str, choices: Choices) -> str | None:
         denied = _EXCLUDES.search(plain[head.end() :]) and not _EXCLUDES.search(
             dict(choices)[label]
         )
+        denied = denied or refuses_firmly(plain)
         if not listed and not denied and (short or not rest):
             return _labels_at_start(plain, choices, whole=False)
     lower = re.match(r"([a-z])(?:[).]?$|[).:]\s+(?P<own>.*))", plain)
@@ -564,6 +576,12 @@ def _concluded(sentence: str, choices: Choices, *, brief: bool) -> str | None:
         return as_label(alone[1], choices)
     if _CONSIDERS.match(plain):
         return None
+    if (exact := _by_whole(plain, choices)) is not None:
+        return exact
+    if refuses_firmly(plain):
+        return _label_of_refusal(choices) or ""
+    if brief and (ordinal := _ORDINAL.search(plain)):
+        return _at_place(ordinal[1], choices)
     if (found := _called_right(plain, choices)) is not None:
         return found
     if leaves := _LEAVES.search(plain) or _INSTEAD.search(plain):

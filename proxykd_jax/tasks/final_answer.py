@@ -155,7 +155,8 @@ _POINTER = re.compile(
     r"based|determined|supported|consistent|shown|explained|discussed|derived|calculated|computed|"
     r"reached|above|below|as|because|since|if|when|that|which|what|on|by|to|from|using|let|here|"
     r"first|next|we|I\s+\w{2,}|step|sum|product|(?:the\s+)?(?:one|ones|same|option|choice|answer|statement|"
-    r"sum|product|difference|number|total|value|result|following|above)\b)(?:\b|$)",
+    r"sum|product|difference|number|total|value|result|following|above)\b)(?:\b|$)"
+    r"|\W*(?:不?正确|错误|对|不对|如下)",
     re.IGNORECASE,
 )
 _REASONS = re.compile(r"\W*(?:let|first|next|we|to|step|since|because|given|here)\b", re.IGNORECASE)
@@ -425,6 +426,11 @@ def sentences(text: str) -> list[str]:
     return [part.strip() for part in _SENTENCE_END.split(text) if part and part.strip()]
 
 
+def refuses_firmly(text: str) -> bool:
+    """Whether a text says of the answer or the options that there is none or none is right."""
+    return _REFUSES.search(text) is not None
+
+
 def closing_sentences(text: str) -> list[str]:
     """The sentences of the last paragraph, last first; none after a question or if it stops short.
 
@@ -439,7 +445,13 @@ def closing_sentences(text: str) -> list[str]:
 
 def refuses(text: str) -> bool:
     """Whether a text says that there is no answer, or gives none."""
-    return _REFUSES_AT_ALL.search(text) is not None
+    return refused(text) is not None
+
+
+def refused(text: str) -> int | None:
+    """The position at which a text says that there is no answer; None if it does not."""
+    found = _REFUSES_AT_ALL.search(text)
+    return None if found is None else found.start()
 
 
 def without_emphasis(text: str) -> str:

@@ -118,7 +118,9 @@ def same_value(one: str, other: str) -> bool:
         return _same_parts(first.split(";"), second.split(";"), ordered=True)
     if _equation(first) and _equation(second):
         return _same_equation(first, second)
-    first, second = (_ASSIGNED.sub("", part) for part in (first, second))
+    first, second = (
+        _ASSIGNED.sub("", part) if len(_top_level(part)) == 1 else part for part in (first, second)
+    )
     if _tight(first) == _tight(second):
         return True
     first, second = (_as_interval(part) for part in (first, second))
@@ -169,7 +171,13 @@ def plain(text: str) -> str:
     text = re.sub(r"(?<=\d)[eE]([-+]?\d+)(?![\w.])", r"*10^{\1}", text)
     text = _MIXED.sub(r"(\1+\2/\3)", text)
     text = re.sub(r"\\textcircled\s*\{?(\d)\}?", lambda m: chr(0x245F + int(m[1])), text)
-    text = text.replace("\\\\", "⏎").replace("{,}", ",").replace(",\\!", ",").replace("\\!", "")
+    text = (
+        text.replace("~", " ")
+        .replace("\\\\", "⏎")
+        .replace("{,}", ",")
+        .replace(",\\!", ",")
+        .replace("\\!", "")
+    )
     for sign, latex in {"−": "-", "√": "\\sqrt ", "π": "\\pi ", "∞": "\\infty ", "°": ""}.items():
         text = text.replace(sign, latex)
     text = text.replace("×", "*").replace("·", "*").replace("≤", "\\le ").replace("≥", "\\ge ")
@@ -199,6 +207,9 @@ def _of_line(text: str, blanks: int) -> str | None:
         return None
     formulas = [next(g for g in m.groups() if g) for m in _MATHS.finditer(first)]
     if formulas:
+        between = _MATHS.sub("$", first).strip().rstrip(".")
+        if blanks <= 1 and re.fullmatch(r"\$(?:\s*(?:,|or|and|,\s*and|,\s*or)\s*\$)+", between):
+            return ", ".join(_right_side(formula) for formula in formulas)
         return ";".join(formulas[-blanks:]) if blanks > 1 else _right_side(formulas[0])
     return _right_side(first.strip().rstrip(".。").strip("*` "))
 
@@ -269,7 +280,9 @@ def _group(text: str) -> tuple[str, list[str]] | None:
         return "m", re.split(r"⏎|&", matrix[1])
     parts = _top_level(text)
     if len(parts) > 1:
-        return "", parts
+        letters = [part.partition("=")[0].strip() for part in parts if "=" in part]
+        point = len(set(letters)) == len(parts) and all(re.fullmatch("[a-z]", x) for x in letters)
+        return "()" if point else "", parts
     if len(text) > 1 and text[0] in "([⟨" and text[-1] in ")]⟩":
         inside = _top_level(text[1:-1])
         if len(inside) > 1 or text[0] == "⟨":

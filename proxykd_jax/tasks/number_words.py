@@ -65,6 +65,10 @@ def _value(words: list[str]) -> Fraction | None:
         if word in ("a", "an", "and"):
             pending = True
             continue
+        after = words[place + 1 : place + 2]
+        if word in SMALL and known and pending and after and after[0] in _PARTS:
+            # "two and three quarters"
+            return sign * (total + current + Fraction(SMALL[word], _PARTS[after[0]]))
         if word in SMALL:
             value = SMALL[word]
             fits = (

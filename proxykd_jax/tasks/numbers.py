@@ -13,6 +13,7 @@ from proxykd_jax.tasks.final_answer import (
     bold_spans,
     closing_sentences,
     decide,
+    refused,
     refuses,
     sentences,
     without_emphasis,
@@ -98,6 +99,7 @@ _STANDS_ALONE = re.compile(
 _OPERATOR = re.compile(
     r"\s*(?:[-+*/×÷^=≈]|\\approx|x\s*[$\d(]|times\b|plus\b|minus\b|divided\b|%?\s*of\s+\d)|\(\d"
 )
+_UNIT_EQUALS = re.compile(r"(?:\s*[A-Za-z³°%/]+){1,3}\s*[=≈]")
 _RANGE = re.compile(
     r"\b(?:between|from)\s+[^\d]{0,5}[\d.,]+\w*\s*(?:and|to|-)\s*[^\d]{0,3}\d"
     r"|\d[\w%]*\s*(?:\b(?:or|to)\b|或|至|到)\s*[$€£]?\d",
@@ -198,8 +200,8 @@ def canonical(text: str) -> str | None:
 def _readable(text: str) -> str:
     text = _ENDLESS.sub(" ", text)
     text = _CALCULATION.sub(lambda m: m[2] or m[1].rpartition("=")[2], text)
-    text = text.replace("{,}", ",").replace("\\!", "").replace(",\\", ",")
-    text = re.sub(r"(?<=\d)(?:\\[,;: ]|~)(?=\d{3})", "", text)
+    text = text.replace("{,}", ",").replace("\\!", "")
+    text = re.sub(r"(?<=\d)(?:,?\\[,;: ]|~)(?=\d{3})", "", text)
     text = re.sub(r"\\[,;:]|~", " ", text)
     text = text.replace("\\$", "$").replace("\\%", "%")
     text = with_fractions(text)
@@ -240,13 +242,11 @@ def _as_fraction(match: re.Match[str]) -> str:
 
 def _of_statement(statement: Statement, question: str) -> str | None:
     text = statement.first
-    if (
-        statement.denied
-        or statement.form == "refusal"
-        or (refuses(text) and not re.search(r"\d", text))
-    ):
+    if statement.denied or statement.form == "refusal":
         return None
-    return _of_text(text, question)
+    refusal = refused(text)
+    before = text if refusal is None else text[:refusal]
+    return _of_text(text, question) if refusal is None or re.search(r"\d", before) else None
 
 
 def _of_text(text: str, question: str) -> str | None:
@@ -254,17 +254,18 @@ def _of_text(text: str, question: str) -> str | None:
 
     The number at its start; otherwise the end of its chain of equations.
     """
-    if (restated := _RESTATED.search(text)) and _numbers(text[restated.end() :]):
+    restated = _RESTATED.search(_without_asides(text))
+    if restated and _numbers(text[restated.end() :]):
         text = text[restated.end() :]
     found = _numbers(text, question)
-    if found and (_is_range(text) or _FORMULA.search(text.rpartition("=")[2])):
+    if found and (_is_range(text) or _is_formula(text)):
         return ""
     leading = found[0] if found else None
     if leading and _STANDS_ALONE.fullmatch(text[: leading.start]):
         compound = _compound(text[leading.start :], question)
         if compound is not None and "=" not in text:
             return compound
-        if compound is None and not _OPERATOR.match(text, leading.end):
+        if compound is None and not _goes_on(text[leading.end :]):
             return _text(leading.value)
     parts = [
         part
@@ -273,6 +274,8 @@ def _of_text(text: str, question: str) -> str | None:
     ]
     for part in parts[::-1]:
         inside = _numbers(part, question)
+        if "\\sqrt" in part and (computed := _computed(part)) is not None:
+            return computed
         if (
             len(inside) == 1
             and not _OPERATOR.match(part, inside[0].end)
@@ -286,6 +289,17 @@ def _of_text(text: str, question: str) -> str | None:
         if inside := _numbers(part, question):
             return _text(inside[0].value)
     return None
+
+
+def _is_formula(text: str) -> bool:
+    """Whether the end of a chain of equations has letters: "2550 - 5x"."""
+    end = re.sub(r"(?<=\d)[eE][-+]?\d+", "", text.rpartition("=")[2])
+    return _FORMULA.search(end) is not None
+
+
+def _goes_on(text: str) -> bool:
+    """Whether a text goes on a calculation: "+ 3", "x 4", "km = 2000 m"."""
+    return _OPERATOR.match(text) is not None or _UNIT_EQUALS.match(text) is not None
 
 
 def _is_range(text: str) -> bool:
@@ -353,10 +367,12 @@ def _concluded(sentence: str, question: str) -> str | None:
     sentence = _NUMBERED_TITLE.sub("", sentence)
     if (restated := _RESTATED.search(sentence)) and _numbers(sentence[restated.end() :]):
         sentence = sentence[restated.end() :]
-    if _FORMULA.search(sentence.rpartition("=")[2]):
+    if _is_formula(sentence):
+        return ""
+    if _RANGE.search(sentence) and len(_numbers(sentence)) == 2:
         return ""
     for clause in _CLAUSE.split(sentence)[::-1]:
-        main = re.sub(r"\([^()]*\)", lambda m: " " * len(m[0]), clause)
+        main = _without_asides(clause)
         if not _numbers(main):
             main = clause
         _, equals, after = main.rpartition("=")
@@ -378,6 +394,11 @@ def _concluded(sentence: str, question: str) -> str | None:
         if chosen is not None:
             return _text(chosen.value)
     return None
+
+
+def _without_asides(text: str) -> str:
+    """A text of the same length with spaces in place of what stands in brackets."""
+    return re.sub(r"\([^()]*\)", lambda m: " " * len(m[0]), text)
 
 
 def _chosen(text: str, question: str, *, adjuncts: bool = False) -> Number | None:

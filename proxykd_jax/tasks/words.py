@@ -162,8 +162,10 @@ def _in_order(lines: Sequence[str], asked: Sequence[str]) -> str | None:
     words: list[str] = []
     for line in lines:
         item = _LISTED.match(line)
-        words += [_bare(word) for word in re.split(r"[\s,;<>→]+", item[1] if item else line)]
-    words = [word for word in words if word]
+        words += [_bare(word) for word in re.split(r"[\s,;<>→|]+", item[1] if item else line)]
+    words = [
+        word for word in words if word in asked or (word and word != "and" and not word.isdigit())
+    ]
     places = [place for place, word in enumerate(words) if word in asked]
     if not places or (len(places) == 1 and len(asked) > 1):
         return None
