@@ -35,7 +35,10 @@ _LEAD = re.compile(
 )
 _LEAD_CHINESE = re.compile(r"[选项为是\s:]*")
 _JOINED = re.compile(r"\s*(?:,|、|;|/|&|\+)?\s*(?:\b(?:and|or)\b|和|及|与|或)?\s*", re.IGNORECASE)
-_NAMED = re.compile(r"(?:(?:the|option|choice|answer|statement|letter)\s+)*", re.IGNORECASE)
+_NAMED = re.compile(
+    r"(?:(?:the|option|choice|answer|statement|letter|maybe|perhaps|possibly|even)\s+)*",
+    re.IGNORECASE,
+)
 _OR = re.compile(r"\bor\b|或|/", re.IGNORECASE)
 _BRACKETED = re.compile(r"[(\[]\s*([A-Za-z0-9])\s*(?:[)\]]|$)")
 _BARE = re.compile(r"(?<![A-Za-z0-9_\\])([A-Z0-9])(?![A-Za-z0-9_]|'[a-z])")
@@ -98,6 +101,7 @@ _ENDS_ANSWER = re.compile(r"\s*(?:[.,;:!)]|$|(?:because|since|as|not|but|though|
 _ENDS_IN_LABEL = re.compile(
     r"\b(?i:so|thus|therefore|hence|leaves|leaving|choose|pick|select|go\s+with|only|is|be|but|towards?),?\s+"
     r"(?i:it(?:'s|\s+is|\s+must\s+be)\s+|option\s+|choice\s+|with\s+)*([B-Z0-9]|A(?=\W*$))\W*$"
+    r"|\b(?i:is\s+it|answer|option|choice|conclusion)\s*:\s+([A-Z0-9])\W*$"
 )
 _INSTEAD = re.compile(
     r"\bnot\b[^.]*?\b(?:but|rather)\s+(?:it\s+is\s+)?|不是[^,]*,\s*而?是", re.IGNORECASE
@@ -233,7 +237,7 @@ def named(span: str, choices: Choices, *, whole: bool = False) -> str | None:
     if labels:
         return labels[0] if len(labels) == 1 else ""
     if (ends := _ENDS_IN_LABEL.search(first)) and not _EXCLUDES.search(first):
-        return as_label(ends[1], choices)
+        return as_label(ends[1] or ends[2], choices)
     if (found := _by_text(first, choices)) is not None or not whole:
         return found
     return _by_words(first, choices)
@@ -398,7 +402,7 @@ def _by_text(text: str, choices: Choices) -> str | None:
         label
         for label, choice in said.items()
         if not any(other != label and _within(choice, said[other]) for other in said)
-        and not _denied(text, dict(choices)[label])
+        and not _denied(text, dict(choices)[label], choices)
     ]
     return kept[0] if len(kept) == 1 else None
 
@@ -420,14 +424,27 @@ def _within(part: Sequence[str], words: Sequence[str]) -> bool:
     return bool(size) and any(words[i : i + size] == part for i in range(len(words) - size + 1))
 
 
-def _denied(text: str, choice: str) -> bool:
-    """Whether a text denies a choice whose text it contains."""
+def _denied(text: str, choice: str, choices: Choices) -> bool:
+    """Whether a text denies a choice whose text it contains, alone or in a list of choices."""
     if _EXCLUDES.search(choice):
         return False
     at = text.lower().find(choice.lower().strip())
-    before, after = (text[:at], text[at + len(choice) :]) if at >= 0 else (text, "")
-    clause = _CLAUSE.split(before)[-1] if at >= 0 else before
-    return _reaches(clause) or _IS_WRONG.match(after) is not None
+    if at < 0:
+        return _reaches(text)
+    before, after = text[:at], text[at + len(choice) :]
+    while listed := _after_list(before, choices):
+        before = listed
+    return _reaches(_CLAUSE.split(before)[-1]) or _IS_WRONG.match(after) is not None
+
+
+def _after_list(text: str, choices: Choices) -> str | None:
+    """A text without the choice and comma or "or" at its end; None if it does not end so."""
+    joined = re.search(r"\s*(?:,|\bor\b|\band\b|\bnor\b)\s*(?:(?:or|and|nor|an?|the)\s+)*$", text)
+    if joined is None:
+        return None
+    before = text[: joined.start()]
+    own = [t for _, t in choices if t and before.lower().endswith(t.lower().strip())]
+    return before[: -len(own[0].strip())] if own else None
 
 
 def _reaches(before: str) -> bool:
@@ -435,6 +452,8 @@ def _reaches(before: str) -> bool:
     if _DOUBTS.search(before):
         return True
     *_, last = [None, *_EXCLUDES.finditer(before)]
+    if last is not None and last[0].lower() in ("neither", "nor"):  # "neither are marble and slate"
+        return True
     return last is not None and _VERB.search(before, last.end()) is None
 
 
@@ -484,9 +503,16 @@ def _clauses(sentence: str, choices: Choices) -> Iterator[str]:
 
 def _called_right(sentence: str, choices: Choices) -> str | None:
     """The choice that a sentence calls correct."""
-    if _NEGATES.search(sentence):
-        return None
-    said = [next(filter(None, match.groups())) for match in _CALLED_RIGHT.finditer(sentence)]
+    negates = _NEGATES.search(sentence)
+    parts = (
+        re.split(r"[;,]|\bbut\b|\bwhile\b|\bas\b|\bsince\b", sentence) if negates else [sentence]
+    )
+    said = [
+        next(filter(None, match.groups()))
+        for part in parts
+        if not _NEGATES.search(part)
+        for match in _CALLED_RIGHT.finditer(part)
+    ]
     labels = {label for label in (as_label(each, choices) for each in said) if label}
     return labels.pop() if len(labels) == 1 else None
 
@@ -594,9 +620,9 @@ def _concluded(sentence: str, choices: Choices, *, brief: bool) -> str | None:
     if labels:
         return labels[0] if len(labels) == 1 else ""
     if (ends := _ENDS_IN_LABEL.search(plain)) and not _reaches(
-        _CLAUSE.split(plain[: ends.start(1)])[-1]
+        _CLAUSE.split(plain[: ends.start()])[-1]
     ):
-        return as_label(ends[1], choices)
+        return as_label(ends[1] or ends[2], choices)
     if _BRACKETED.search(plain) or not (brief or _CONCLUDES.search(plain)):
         return None
     if any(is_mathematical(text) for _, text in choices):

@@ -42,6 +42,15 @@ def is_right(item: Item, extracted: str | None) -> bool:
     return extracted == item.gold
 
 
+def can_be_right(item: Item) -> bool:
+    """Whether some answer to an item is right: whether its gold is, in a form that is asked for."""
+    gold = item.gold
+    if item.kind == "choice":
+        return bool(gold) and set(gold) <= {label for label, _ in item.choices}
+    texts = (f"The answer is {gold}.", f"\\boxed{{{gold}}}", f"#### {gold}", gold)
+    return any(is_right(item, extract(item, text)) for text in texts)
+
+
 def _choice(text: str, item: Item) -> str | None:
     return choice_in(text, item.choices, several=item.several)
 

@@ -181,7 +181,7 @@ _NO_ANSWER = (
     rf"|\b{_CANNOT}\s+(?:\w+\s+){{0,2}}?{_KNOWING}\s+(?:(?:the|a|an|one|any|this|that|your|which)\s+)?"
     r"(?:\w+\s+){0,2}?(?:answer|question|choice|option|request|is\s+(?:right|correct))\b"
     r"|\bI(?:'m|\s+am)?\s+(?:can\s?not|can't|unable\s+to|not\s+able\s+to)\s+"
-    r"(?:help|assist|comply|choose|answer|decide|say|tell)\b"
+    r"(?:help|assist|comply|choose|answer|decide)\b"
     r"|\bnone\s+of\s+(?:the\s+)?(?:given\s+|above\s+|provided\s+|listed\s+|available\s+|answer\s+|"
     r"five\s+|four\s+|three\s+|two\s+)*(?:options?|choices?|answers?|statements?|above|these|those|them)\b"
     r"(?!\s+(?:except|but|besides|other\s+than))"
@@ -324,8 +324,9 @@ def statements(text: str) -> list[Statement]:
     found.sort(key=lambda statement: -statement.start)
     found = found[:_MOST_MARKS]
     if found and found[0].form in _MOST_WORDS:
-        begin = found[0].start
-        *_, last = [None, *_REFUSES.finditer(text, begin)]
+        first = found[0].first
+        begin = max(found[0].start, text.find(first, found[0].start)) + len(first)
+        *_, last = [None, *_REFUSES.finditer(text, min(begin, len(text)))]
         if last is not None:
             rest = _rest_of_line(text, last.start())
             found.insert(0, Statement(rest, last.start(), "refusal"))
@@ -409,11 +410,16 @@ _MARKS = (_BOXED, _STATED, _HEADED, _HASHED, _FIELD)
 
 def bold_spans(text: str) -> list[str]:
     """The bold spans of the last paragraph, last first, without titles ("Step 2", "Total:")."""
-    return [
-        match[1].strip()
-        for match in _BOLD.finditer(last_paragraph(text))
-        if not (match[2] or match[1].rstrip().endswith(":") or _TITLE.match(match[1]))
-    ][::-1]
+    paragraph = last_paragraph(text)
+    found = []
+    for match in _BOLD.finditer(paragraph):
+        line = paragraph[paragraph.rfind("\n", 0, match.start()) + 1 :]
+        alone = re.match(r"\W*" + re.escape(match[0]) + r"\W*?\n", line) is not None
+        title = alone and re.search(r"[A-Za-z]{2}", match[1]) is not None
+        titled = match[2] or match[1].rstrip().endswith(":") or _TITLE.match(match[1])
+        if not title and not titled:
+            found.append(match[1].strip())
+    return found[::-1]
 
 
 def last_paragraph(text: str) -> str:

@@ -209,7 +209,9 @@ def _of_line(text: str, blanks: int) -> str | None:
     if formulas:
         between = _MATHS.sub("$", first).strip().rstrip(".")
         if blanks <= 1 and re.fullmatch(r"\$(?:\s*(?:,|or|and|,\s*and|,\s*or)\s*\$)+", between):
-            return ", ".join(_right_side(formula) for formula in formulas)
+            ends = [_right_side(formula) for formula in formulas]
+            again = all(same_value(ends[0], end) for end in ends)
+            return ends[0] if again else ", ".join(ends)
         return ";".join(formulas[-blanks:]) if blanks > 1 else _right_side(formulas[0])
     return _right_side(first.strip().rstrip(".。").strip("*` "))
 

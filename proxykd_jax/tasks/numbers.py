@@ -39,7 +39,7 @@ _NUMBER = re.compile(
     (?:[eE](?P<exponent>[-+]?\d+)(?!\w)|\s*[×x*]\s*10\s*(?:\^|\*\*)\s*\{?(?P<power>[-+]?\d+)\}?)?
     (?:\s+(?P<upper>\d+)\s*/\s*(?P<lower>\d+)(?![\d/])|\s*/\s*(?P<below>\d+)(?![\d/]))?
     (?P<ordinal>(?i:st|nd|rd|th)\b|)(?!\d)
-    (?:\s+and\s+(?P<and>an?\s+(?:half|quarter|third)|(?:two\s+thirds|three\s+quarters)))?
+    (?:\s+and\s+(?P<and>an?\s+(?:half|quarter|third)|(?:two\s+thirds|three\s+quarters)|\d/\d+))?
     (?:(?P<letter>k|bn|mn|m|b|\s?[KMB])(?![A-Za-z0-9])
       |\s*-?\s*(?P<scale>(?i:hundred|thousand|million|billion|trillion|dozens?))\b)?
     """,
@@ -77,8 +77,8 @@ _ADJUNCT = re.compile(
     r"|\b(?:in|after|for|within|over|at|every|per|during|from|by|until|than|among|between|with|"
     r"out\s+of|of\s+the|of\s+(?:his|her|their|its|these|those)|all|each|each\s+of|when|if|"
     r"(?:after|before|by|when|of)\s+\w+ing)\s+(?:(?:the|an?|original|his|"
-    r"her|their|its|these|those|only|just|about|approximately|next|first|last|other|all|another|day|"
-    r"a\s+total\s+of)\s+)*[$€£]?)\s*$",
+    r"her|their|its|these|those|only|just|about|approximately|next|first|last|other|all|another|day)"
+    r"\s+)*[$€£]?)\s*$",
     re.IGNORECASE,
 )
 # "for 5 apples and 6 pears": what is joined to an adjunct is one as well.
@@ -99,6 +99,7 @@ _STANDS_ALONE = re.compile(
 _OPERATOR = re.compile(
     r"\s*(?:[-+*/×÷^=≈]|\\approx|x\s*[$\d(]|times\b|plus\b|minus\b|divided\b|%?\s*of\s+\d)|\(\d"
 )
+_CALCULATES = re.compile(r"\d\s*(?:[×^*+]|x\s*\d)")
 _UNIT_EQUALS = re.compile(r"(?:\s*[A-Za-z³°%/]+){1,3}\s*[=≈]")
 _RANGE = re.compile(
     r"\b(?:between|from)\s+[^\d]{0,5}[\d.,]+\w*\s*(?:and|to|-)\s*[^\d]{0,3}\d"
@@ -351,7 +352,7 @@ def _computed(text: str) -> str | None:
     plain = re.sub(r"[$€£¥,]", "", text).replace("×", "*").replace("÷", "/")
     plain = re.sub(r"(?<=\d)\s*x\s*(?=[\d(])", "*", plain)
     plain = re.sub(r"(?<=[\d)])\s*[A-Za-z°% ]*[.!]?\s*$", "", plain).strip()
-    plain = re.sub(r"^(?:[A-Za-z]+\s+)*(?=[\d(-])", "", plain)
+    plain = re.sub(r"^(?:[A-Za-z]+\s+)*(?=[\d(-])", "", plain).rstrip(".!")
     if not re.fullmatch(r"(?:\\(?:sqrt|frac)|[-\d.+*/^(){}\s])+", plain) or not re.search(
         r"\d", plain
     ):
@@ -387,6 +388,8 @@ def _concluded(sentence: str, question: str) -> str | None:
             if figures and _chosen(before, question) is not None:
                 main = before
                 break
+        if _CALCULATES.search(main) and (computed := _computed(main)) is not None:
+            return computed
         # "the 3rd day" says which one; "18th" can be an answer only in a statement.
         chosen = _chosen(main, question)
         if chosen is None:
@@ -454,7 +457,8 @@ def _value(match: re.Match[str], question: str) -> Fraction:
     if match["lower"] and int(match["lower"]):
         found += Fraction(int(match["upper"]), int(match["lower"]))
     if match["and"]:
-        found += part_after(match["and"]) or 0
+        part = match["and"]
+        found += Fraction(part) if part[0].isdigit() and part[-1] != "0" else part_after(part) or 0
     scale = (match["scale"] or "").lower().removesuffix("s")
     if scale and not (scale == "dozen" and _asks_for_dozens(question)):
         found *= SCALES[scale]

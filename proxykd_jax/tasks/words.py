@@ -26,7 +26,10 @@ _SYNONYMS = {
     "valid": r"valid",
     "invalid": r"invalid|does\s+not\s+follow|doesn't\s+follow",
 }
-_DENIES = r"(?:\b(?:not|cannot|never)|n't)\s+(?:be\s+)?(?:an?\s+|the\s+)?(?:\w+ly\s+)?"
+_DENIES = (
+    r"(?:\b(?:not|cannot|never)|n't)\s+(?:be\s+)?(?:an?\s+|the\s+)?"
+    r"(?:(?:\w+ly|at\s+all|very|even|that)\s+)*"
+)
 _EDGES = "\"'“”‘’`*.,:;!?()[]{}$<>\\"
 _INTRODUCED = re.compile(
     r"^[^:]*\b(?:brackets?|parenthes[ei]s|sequence|closing|missing|rest)\b[^:]*:\s*", re.IGNORECASE

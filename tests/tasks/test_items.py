@@ -76,7 +76,7 @@ FORMS: dict[str, tuple[str, dict[str, Any], str, str]] = {
 @pytest.mark.parametrize("form", FORMS)
 def test_a_form_and_its_gold(tmp_path: Path, form: str):
     task, record, kind, gold = FORMS[form]
-    (item,) = read_items(task, write(tmp_path, "some_test.jsonl", record))
+    (item,) = read_items(task, write(tmp_path, "some_test.jsonl", record)).items
     assert (item.task, item.kind, item.gold) == (task, kind, gold)
     assert item.id == str(record.get("id", "some_test-1"))
     assert item.subtask == (
@@ -88,7 +88,7 @@ def test_a_form_and_its_gold(tmp_path: Path, form: str):
 
 def test_a_passage_stands_before_the_question(tmp_path: Path):
     _, record, _, _ = FORMS["agieval_list"]
-    (item,) = read_items("agieval", write(tmp_path, "law.jsonl", record))
+    (item,) = read_items("agieval", write(tmp_path, "law.jsonl", record)).items
     assert item.question == f"P.\n\n{STEM}" and len(item.choices) == 3
 
 
@@ -103,7 +103,7 @@ def test_mmlu_with_and_without_a_header(tmp_path: Path):
             csv.writer(file).writerows(
                 header + [[*row, answer] for row, answer in zip(rows, answers, strict=True)]
             )
-        items = read_items("mmlu", str(tmp_path / name))
+        items = read_items("mmlu", str(tmp_path / name)).items
         assert [item.gold for item in items] == ["C", "A"]
         assert items[0].question == "1, 2?" and items[0].choices[2] == ("C", "2")
         assert items[0].subtask == name.removesuffix("_test.csv").removesuffix(".csv")
@@ -113,17 +113,17 @@ def test_all_of_a_bbh_file_and_a_limit_of_each_sub_task(tmp_path: Path):
     for name, targets in (("navigate", ["Yes", "No", "Yes"]), ("counting", ["3", "4", "5"])):
         examples = [{"input": f"{name} {n}", "target": t} for n, t in enumerate(targets)]
         (tmp_path / f"{name}.json").write_text(json.dumps({"canary": "c", "examples": examples}))
-    items = read_items("bbh", str(tmp_path))
+    items = read_items("bbh", str(tmp_path)).items
     assert Counter(item.subtask for item in items) == {"navigate": 3, "counting": 3}
     assert len({item.id for item in items}) == 6
-    few = read_items("bbh", str(tmp_path), limit=2)
+    few = read_items("bbh", str(tmp_path), limit=2).items
     assert Counter(item.subtask for item in few) == {"navigate": 2, "counting": 2}
     assert few == [item for item in items if item in few]
 
 
 def test_ids_are_unique(tmp_path: Path):
     record = {**FORMS["arc"][1], "id": "same"}
-    items = read_items("arc", write(tmp_path, "a.jsonl", record, record))
+    items = read_items("arc", write(tmp_path, "a.jsonl", record, record)).items
     assert [item.id for item in items] == ["same", "same~2"]
 
 
@@ -153,7 +153,7 @@ def test_what_is_refused(tmp_path: Path):
     ],
 )  # fmt: skip
 def test_the_official_files(task: str, path: str, count: int, kinds: dict[str, int], subtasks: int):
-    items = read_items(task, str(ASSETS / "eval" / path))
+    items = read_items(task, str(ASSETS / "eval" / path)).items
     assert len(items) == count == len({item.id for item in items})
     assert Counter(item.kind for item in items) == kinds
     assert len({item.subtask for item in items}) == subtasks
@@ -165,6 +165,8 @@ def test_the_official_files(task: str, path: str, count: int, kinds: dict[str, i
 
 @real_files
 def test_both_layouts_of_a_subject_give_the_same_items():
-    official = read_items("mmlu", str(ASSETS / "eval/mmlu/test/abstract_algebra_test.csv"))
-    dumped = read_items("mmlu", str(ASSETS / "eval/mmlu_header_variant/abstract_algebra_test.csv"))
+    official = read_items("mmlu", str(ASSETS / "eval/mmlu/test/abstract_algebra_test.csv")).items
+    dumped = read_items(
+        "mmlu", str(ASSETS / "eval/mmlu_header_variant/abstract_algebra_test.csv")
+    ).items
     assert [item[3:] for item in official] == [item[3:] for item in dumped]
