@@ -97,7 +97,7 @@ _LEAVES = re.compile(
     re.IGNORECASE,
 )
 # What follows a bare label at the start of a sentence that is an answer: "B, I think".
-_ENDS_ANSWER = re.compile(r"\s*(?:[.,;:!)]|$|(?:because|since|as|not|but|though|it\s+is)\b)")
+_ENDS_ANSWER = re.compile(r"\s*(?:[.,;!)]|$|(?:because|since|as|not|but|though|it\s+is)\b)")
 _ENDS_IN_LABEL = re.compile(
     r"\b(?i:so|thus|therefore|hence|leaves|leaving|choose|pick|select|go\s+with|only|is|be|but|towards?),?\s+"
     r"(?i:it(?:'s|\s+is|\s+must\s+be)\s+|option\s+|choice\s+|with\s+)*([B-Z0-9]|A(?=\W*$))\W*$"

@@ -211,7 +211,7 @@ def _items_of(
     if len(problems) > _MOST_PROBLEMS * seen:
         raise UserError(
             f"evaluate.benchmarks: {len(problems)} of {seen} questions of {part} have no gold "
-            f"answer or are damaged ({problems[-1]}). Name the part of {task} whose answers are public."
+            f"answer or are damaged ({problems[-1]}). Name the part of {task} with public answers."
         )
     unusable += problems
 

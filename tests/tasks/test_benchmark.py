@@ -61,6 +61,7 @@ def test_collected_outputs(tmp_path: Path, benchmarks: dict[str, str]):
     assert (bad["csqa"]["finished"], bad["gsm8k"]["finished"]) == (1.0, 0.0)
     gap = summary["differences"]["good - bad"]["tasks"]["csqa"]
     assert gap["difference"] == pytest.approx(2 / 3) and gap["n"] == 3
+    assert summary["files"]["csqa"] == {"items": 3, "unusable": [], "unreachable": {}}
     folder = config.folder / "eval" / "benchmarks"
     assert summary == json.loads((folder / "summary.json").read_text())
     samples = [json.loads(line) for line in (folder / "bad/csqa.jsonl").read_text().splitlines()]

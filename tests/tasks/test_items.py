@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from proxykd_jax.errors import UserError
+from proxykd_jax.tasks.coverage import coverage, described_coverage
 from proxykd_jax.tasks.extraction import extract, is_right
-from proxykd_jax.tasks.items import read_items
+from proxykd_jax.tasks.items import Questions, read_items
+from proxykd_jax.tasks.prompts import prompt_of
 
 ASSETS = Path(os.environ.get("PROXYKD_ASSETS", "../shared/assets"))
 real_files = pytest.mark.skipif(
@@ -127,6 +129,35 @@ def test_ids_are_unique(tmp_path: Path):
     assert [item.id for item in items] == ["same", "same~2"]
 
 
+def test_a_gold_without_a_letter_changes_no_prompt_and_is_named(tmp_path: Path):
+    options = "Which?\nOptions:\n(A) salt\n(B) pepper\n(C) oil"
+    plain = [{"input": f"{n} {options}", "target": "(B)"} for n in range(3)]
+    odd = {"input": options, "target": "salt, pepper"}
+    path = write(tmp_path, "spices.json", *plain, odd)
+    questions = read_items("bbh", path)
+    assert not any(item.several for item in questions.items)
+    alone = read_items("bbh", write(tmp_path, "alone.json", *plain)).items
+    assert [prompt_of(item) for item in questions.items[:3]] == [prompt_of(i) for i in alone]
+    found = coverage(questions)
+    assert found == {"items": 4, "unusable": [], "unreachable": {"spices-4": "salt, pepper"}}
+    (line,) = described_coverage("bbh", found)
+    assert "1 of 4 items" in line and "spices-4 (gold salt, pepper)" in line
+
+
+def test_rows_that_cannot_be_used_are_counted_and_named(tmp_path: Path):
+    rows: list[dict[str, Any]] = [{"question": f"q{n}", "answer": f"#### {n}"} for n in range(20)]
+    rows[3] = {"question": "q3", "answer": "no gold here ####"}
+    rows[7] = {"question": "", "answer": "#### 7"}
+    questions = read_items("gsm8k", write(tmp_path, "some.jsonl", *rows))
+    assert len(questions.items) == 18
+    places = [line.split("some.jsonl")[1] for line in questions.unusable]
+    assert places == [":4: no gold answer", ":8: empty prompt"]
+    (line,) = described_coverage("gsm8k", coverage(questions))
+    assert "2 of 20 rows" in line and ":4: no gold answer" in line and ":8: empty" in line
+    many = coverage(questions) | {"unusable": [f"f:{n}: empty" for n in range(30)]}
+    assert "f:9: empty; and 20 more" in described_coverage("gsm8k", many)[0]
+
+
 def test_what_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="does not exist"):
         read_items("arc", str(tmp_path / "missing.jsonl"))
@@ -157,6 +188,7 @@ def test_the_official_files(task: str, path: str, count: int, kinds: dict[str, i
     assert len(items) == count == len({item.id for item in items})
     assert Counter(item.kind for item in items) == kinds
     assert len({item.subtask for item in items}) == subtasks
+    assert not coverage(Questions(items, []))["unreachable"]
     for item in items:
         if item.kind == "choice":
             labels = [label for label, _ in item.choices]
