@@ -54,6 +54,7 @@ _CALLED_RIGHT = re.compile(
     r"(?:[.:,]?\s+[^.\n]{1,80}?)?|(?<!\w)([A-Z0-9]))\s+(?:is|are|seems|must\s+be)\s+"
     r"(?:indeed\s+|therefore\s+|clearly\s+|thus\s+)?(?:(?:the|my)\s+)?(?:only\s+|final\s+)?"
     rf"{_RIGHT}"
+    r"|\b[Oo]nly\s+(?:option\s+)?[(\[]?([A-Z])[)\]]?\s+(?:is|remains|fits|works|matches|can)\b"
     r"|\b(?:makes?|making)\s+[(\[]?([A-Z])[)\]]?\s+the\s+(?:\w+\s+)?(?:answer|choice|option)\b"
     r"|(?:^|\b(?:option|choice|so|but|and)\s+|,\s+)[(\[]?([A-Z])[)\]]?\s+(?:fits|works|matches|makes\s+(?:the\s+)?most\s+sense)\b"
     r"|(?<![A-Za-z])([A-Z])\s*(?:选项|项)?\s*(?:是)?(?:正确|符合题意|说法正确)"
@@ -115,7 +116,8 @@ _PREFERS = re.compile(
 _CONSIDERS = re.compile(
     r"\W*(?:if|suppose|assume|let's|let\s+us|let\s+me|consider|looking\s+at|next|now|first(?:ly)?|"
     r"second(?:ly)?|then|we\s+(?:need|have|must|should|can)\s+(?:to\s+)?(?:look|consider|check|find|determine|"
-    r"see|decide)|whether|maybe|perhaps)\b|.*\?\W*$",
+    r"see|decide)|(?:we|I)(?:'ll|\s+(?:will|can|now|must|should))*\s+(?:check|consider|look|examine|"
+    r"analy[sz]e|evaluate|begin|start)|whether|maybe|perhaps)\b|.*\?\W*$",
     re.IGNORECASE | re.DOTALL,
 )
 _CONCLUDES = re.compile(

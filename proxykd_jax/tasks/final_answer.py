@@ -41,7 +41,7 @@ _SUBJECT = (
     r"(?<!\w)(?:answers?(?:\s+(?:choice|option))?"
     rf"|{_BEST}\s+(?:answer\s+)?(?:choices?|options?|ones?|statements?|responses?|results?|closing"
     r"|order|sequence|list)"
-    r"|(?:final|correct|right)\s+(?:value|total|number|amount|solution|verdict|conclusion)"
+    r"|(?:final|correct|right)\s+(?:value|total|number|amount|solution|verdict|conclusion|letter)"
     r"|my\s+(?:final\s+)?(?:choice|pick|guess|selection|response))"
 )
 _ABOUT = (
@@ -66,6 +66,7 @@ _CHOOSE = (
     r"(?<!\w)(?:I|we)(?:\s+would|\s+will|\s+must|\s+should|\s+do|'d|'ll)?(?:\s+have\s+to)?\s+"
     r"(?:choose|select|pick|say|go\s+(?:with|for)|opt\s+for|settle\s+on|vote\s+for|answer\s+with)"
     r"\s+(?:that\s+)?"
+    r"|(?<!\w)I(?:'ve|\s+have)\s+(?:chosen|selected|picked)\s+"
     r"|(?<!\w)I(?:'m|\s+am)\s+(?:going\s+(?:with|for)|choosing|picking|selecting)\s+"
     r"|\blet's\s+(?:go\s+with|choose|pick|select|say)\s+"
 )
@@ -93,7 +94,7 @@ _STATED = re.compile(
 )
 _HEADED = re.compile(
     rf"(?:{_SUBJECT}|(?<!\w)ans\.?)\s*(?::|=|-+>?|→|—)\s*|-->\s*"
-    r"|^Q\s*:[^\n]*\n+A\s*:\s*|^[^\w\n]*(?:choice|option|conclusion|verdict|final|decision|selection)\s*:\s*"
+    r"|^Q\s*:[^\n]*\n+A\s*:\s*|^[^\w\n]*(?:choice|option|conclusion|verdict|final|decision|selection|correct|pick)\s*:\s*"
     r"|^[^\w\n]*(?:\d+[.)]\s*)?(?:the\s+)?(?:final\s+|correct\s+|my\s+)*answer\W*$",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -151,7 +152,7 @@ _UNMEANT = re.compile(
 )
 # The start of a text that speaks about an answer without giving one: "correct", "the one that ..".
 _POINTER = re.compile(
-    r"\W*(?:(?:in)?correct|right|wrong|true|false|clear|obvious|simple|easy|found|given|obtained|"
+    r"\W*(?:(?:in)?correct|final|right|wrong|true|false|clear|obvious|simple|easy|found|given|obtained|"
     r"based|determined|supported|consistent|shown|explained|discussed|derived|calculated|computed|"
     r"reached|above|below|as|because|since|if|when|that|which|what|on|by|to|from|using|let|here|"
     r"first|next|we|I\s+\w{2,}|step|sum|product|(?:the\s+)?(?:one|ones|same|option|choice|answer|statement|"
@@ -200,8 +201,11 @@ _NO_ANSWER = (
 _REFUSES_AT_ALL = re.compile(
     rf"{_NO_ANSWER}|\b{_CANNOT}\s+(?:be\s+)?(?:\w+\s+){{0,2}}?{_KNOWING}"
     r"|\b(?:not\s+enough|insufficient|no)\s+(?:\w+\s+)?(?:information|context|data)\b"
+    r"|\b(?:missing|lacks?)\s+(?:\w+\s+)?(?:information|data|details?)\b"
+    r"|\b(?:information|data|values?|details?)\s+(?:is|are)\s+(?:missing|not\s+\w+)"
     r"|\bI\s+(?:do\s+not|don't)\s+know\b|\bdepends\s+on\b"
-    r"|^\W*(?:none|neither|nothing|no\s+answer|no\s+solution|not\s+(?:possible|given|listed|here|known|"
+    r"|^\W*(?:none|neither|nothing|no\s+answer|no\s+solution|not\s+(?:possible|stated|provided|"
+    r"mentioned|specified|clear|certain|given|listed|here|known|"
     r"available|determinable|applicable)|impossible|unknown|unclear|undetermined|indeterminate|"
     r"unanswerable|ambiguous|n/a|null|nan)\b(?!\s*(?:of\s+the\s+other))",
     re.IGNORECASE,
@@ -461,8 +465,9 @@ def refused(text: str) -> int | None:
 
 
 def without_emphasis(text: str) -> str:
-    """A text without Markdown's bold markers."""
-    return text.replace("**", "").replace("__", "")
+    """A text without Markdown's markers of bold and italic words."""
+    text = text.replace("**", "").replace("__", "")
+    return re.sub(r"(?<![A-Za-z0-9_])_([^_\n]+)_(?![A-Za-z0-9_])", r"\1", text)
 
 
 def unwrapped(text: str) -> str:

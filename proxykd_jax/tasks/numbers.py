@@ -66,6 +66,7 @@ _ON_THE_HOUR = re.compile(r"(?<![\d:])(\d{1,2}):00(?=\s*[ap]\.?m\b)", re.IGNOREC
 _FORMULA = re.compile(
     r"(?:\d\s*)?(?<![A-Za-z])[a-zA-Z]\s*(?:[-+*/×÷^]|\\div)\s*[$(]?\s*\d"
     r"|\d\)?\s*(?:[-+*/×÷]|\\div)\s*[$(]?\s*\d*\s*[a-zA-Z](?![A-Za-z])"
+    r"|\d[xyzn]\W*$"
 )
 _MONTHS = (
     r"Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|"
@@ -124,6 +125,9 @@ _CLAUSE = re.compile(
 _EXPLAINS = re.compile(
     r"\s*(?:[,;:]|\s-+|—)?\s+(?:because|since|as\s+(?=\d)|given|which\s+(?:is|was|are|were)\b|"
     r"of\s+which|including|consisting\s+of|namely|if|when|while|compared)\b|:\s+(?=\S*\w)"
+    r"|,\s+[$\d.,]+\s+(?:per|each|for\s+each)\b|\s+to\s+"
+    r"(?!get\b|make\b|give\b|reach\b|obtain\b|have\b|find\b|yield\b|about\b|be\b)[a-z]{3,}\b|,?\s+whos?e?\b"
+    r"|\s*(?:\bis|,)\s+the\s+(?:sum|product|difference|total|average)\s+of\b"
     r"|,\s+(?:twice|half|double|\w+\s+times)\b|,\s+[$\d.,]+\s+(?:more|fewer|less)\s+than\b",
     re.IGNORECASE,
 )

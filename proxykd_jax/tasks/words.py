@@ -62,7 +62,7 @@ def one_of(output: str, pair: tuple[str, str]) -> str | None:
     for sentence in closing_sentences(text):
         said = _said(sentence, pair)
         # "=": the text stops inside an expression.
-        if refuses(sentence) or (not said and "=" in sentence):
+        if refuses(sentence) or _both(sentence, pair) or (not said and "=" in sentence):
             return None
         if said:
             return said[-1]
@@ -71,10 +71,17 @@ def one_of(output: str, pair: tuple[str, str]) -> str | None:
 
 def _in_statement(statement: Statement, pair: tuple[str, str]) -> str | None:
     text = statement.first
-    if re.search(rf"\b{pair[0]}\s+(?:or|and)\s+{pair[1]}\b", text, re.IGNORECASE):
+    if _both(text, pair):
         return ""
     said = _said(text, pair)
     return said[0] if said else None
+
+
+def _both(text: str, pair: tuple[str, str]) -> bool:
+    if pair == PAIRS[0]:  # "True or False" is an expression
+        return False
+    joined = rf"\b{pair[0]}(?:\s+(?:or|and)\s+|\s*/\s*){pair[1]}\b"
+    return re.search(joined, text, re.IGNORECASE) is not None
 
 
 def _said(text: str, pair: tuple[str, str]) -> list[str]:
