@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
+from proxykd_jax.tasks import choice_patterns as patterns
 from proxykd_jax.tasks.final_answer import (
     Statement,
     bold_spans,
@@ -25,119 +26,6 @@ from proxykd_jax.tasks.maths import concluded_value, is_mathematical, same_value
 from proxykd_jax.texts.normalise import normalised_words
 
 Choices = Sequence[tuple[str, str]]
-
-_LEAD = re.compile(
-    r"[\s:;,.\-—>\"'`*#<]*(?:(?:the|letter|option|choice|answer|statement|number|alternative|"
-    r"most\s+likely|probably|likely|definitely|clearly|therefore|thus|so|hence|either|both|options|choices|"
-    r"statements|answers|I\s+(?:think|believe|say|guess)|maybe|perhaps|I'd\s+say|it\s+(?:is|must\s+be|should\s+be)|it's|that|this|"
-    r"is|an?\s+combination\s+of|labell?ed|选项|选|为|是)(?![A-Za-z])[\s:\"'`*]*)*",
-    re.IGNORECASE,
-)
-_LEAD_CHINESE = re.compile(r"[选项为是\s:]*")
-_JOINED = re.compile(r"\s*(?:,|、|;|/|&|\+)?\s*(?:\b(?:and|or)\b|和|及|与|或)?\s*", re.IGNORECASE)
-_NAMED = re.compile(
-    r"(?:(?:the|option|choice|answer|statement|letter|maybe|perhaps|possibly|even)\s+)*",
-    re.IGNORECASE,
-)
-_OR = re.compile(r"\bor\b|或|/", re.IGNORECASE)
-_BRACKETED = re.compile(r"[(\[]\s*([A-Za-z0-9])\s*(?:[)\]]|$)")
-_BARE = re.compile(r"(?<![A-Za-z0-9_\\])([A-Z0-9])(?![A-Za-z0-9_]|'[a-z])")
-_LOWER = re.compile(r"([a-z])\s*[).:]?\s*$|([a-z])\)|([a-z])[.:]\s")
-_RUN = re.compile(r"(?<![A-Za-z0-9_])[A-Z]{2,}(?![A-Za-z0-9_])")
-_RIGHT = (
-    r"(?:(?:most\s+)?(?:correct|right|best|better|appropriate|accurate|answer|true|valid|suitable|"
-    r"plausible)|most\s+likely)\b(?=\s*(?:[.,;:!)\"'—]|$|(?:answer|choice|option|one|statement|"
-    r"response|explanation|description|because|since|as|and|for|here|in|to|based|so|due)\b))"
-)
-_CALLED_RIGHT = re.compile(
-    r"(?:(?:[(\[]([A-Za-z0-9])[)\]]|(?i:\b(?:option|choice|answer|statement)\s+)([A-Z0-9])\b)"
-    r"(?:[.:,]?\s+[^.\n]{1,80}?)?|(?<!\w)([A-Z0-9]))\s+(?:is|are|seems|must\s+be)\s+"
-    r"(?:indeed\s+|therefore\s+|clearly\s+|thus\s+)?(?:(?:the|my)\s+)?(?:only\s+|final\s+)?"
-    rf"{_RIGHT}"
-    r"|\b[Oo]nly\s+(?:option\s+)?[(\[]?([A-Z])[)\]]?\s+(?:is|remains|fits|works|matches|can)\b"
-    r"|\b(?:makes?|making)\s+[(\[]?([A-Z])[)\]]?\s+the\s+(?:\w+\s+)?(?:answer|choice|option)\b"
-    r"|(?:^|\b(?:option|choice|so|but|and)\s+|,\s+)[(\[]?([A-Z])[)\]]?\s+(?:fits|works|matches|makes\s+(?:the\s+)?most\s+sense)\b"
-    r"|(?<![A-Za-z])([A-Z])\s*(?:选项|项)?\s*(?:是)?(?:正确|符合题意|说法正确)"
-)
-_OPTION = re.compile(
-    r"(?i:\b(?:option|choice|answer|选项)\s*)[(\[]?([A-Z0-9])[)\]]?(?![A-Za-z0-9_])"
-)
-_ORDINAL = re.compile(
-    r"\b(first|second|third|fourth|fifth|sixth)\s+(?:option|choice|answer|alternative|one)\b",
-    re.IGNORECASE,
-)
-_PLACES = ("first", "second", "third", "fourth", "fifth", "sixth")
-_EXCLUDES = re.compile(
-    r"\b(?:eliminat\w*|incorrect|wrong|false|rule[sd]?\s+out|ruling\s+out|neither|nor|unlikely|"
-    r"exclud\w*|irrelevant|not|except|cannot|never|rather\s+than|instead\s+of|unlike|"
-    r"result(?:s|ed)?\s+(?:from|of)|errors?|不|错误|排除)\b|n't\b|排除|错误|不(?:选|对|正确|符合|是)",
-    re.IGNORECASE,
-)
-_NEGATES = re.compile(r"\b(?:not|except|cannot|none|never)\b|n't\b", re.IGNORECASE)
-# A finite verb ends the reach of a denial before it: "what he does not like is (A)".
-_VERB = re.compile(
-    r"\b(?:is|are|was|were|must\s+be|would\s+be)\b(?!\s*(?:not|n't))|是", re.IGNORECASE
-)
-_CLAUSE = re.compile(
-    r"[,;:]|\s-+\s|—|\b(?:but|so|therefore|thus|hence|while|whereas|because|since|although|though|"
-    r"however|and\s+(?:not|so|therefore|thus)\b)",
-    re.IGNORECASE,
-)
-# What denies a choice that stands before it: "(A) is not", "(B) city can be eliminated".
-_DOUBTS = re.compile(r"(?:\bnot|n't)\s+(?:think|believe|say)\b|\bdoubt\b", re.IGNORECASE)
-_IS_WRONG = re.compile(
-    r"[\"'\s)*]*(?:\w+\s+){0,3}?(?:(?:is|are|was|were|do|does|did|can|could|would|should|must|may|has|have|"
-    r"seems?|appears?)\b\s*(?:be\s+)?(?:(?:\w+ly|also|thus|a|an|the)\s+)*|\b(?=cannot|isn't|aren't|"
-    r"doesn't|don't|can't|won't|wouldn't))(?:not\b|n't\b|cannot|\w+n't|wrong|incorrect|false|eliminated|excluded|ruled\s+out|"
-    r"unlikely|irrelevant|out\b)|\W*(?:选项|项)?\s*(?:不|错)",
-    re.IGNORECASE,
-)
-_LEAVES = re.compile(
-    r"\b(?:leav(?:es|ing)|left\s+with|remaining\s+(?:option|choice|answer)\s+is)"
-    r"(?:\s+(?:us|me|only|just|with))*\s+(?:the\s+)?",
-    re.IGNORECASE,
-)
-# What follows a bare label at the start of a sentence that is an answer: "B, I think".
-_ENDS_ANSWER = re.compile(r"\s*(?:[.,;!)]|$|(?:because|since|as|not|but|though|it\s+is)\b)")
-_ENDS_IN_LABEL = re.compile(
-    r"\b(?i:so|thus|therefore|hence|leaves|leaving|choose|pick|select|go\s+with|only|is|be|but|towards?),?\s+"
-    r"(?i:it(?:'s|\s+is|\s+must\s+be)\s+|option\s+|choice\s+|with\s+)*([B-Z0-9]|A(?=\W*$))\W*$"
-    r"|\b(?i:is\s+it|answer|option|choice|conclusion)\s*:\s+([A-Z0-9])\W*$"
-)
-_INSTEAD = re.compile(
-    r"\bnot\b[^.]*?\b(?:but|rather)\s+(?:it\s+is\s+)?|不是[^,]*,\s*而?是", re.IGNORECASE
-)
-_PREFERS = re.compile(
-    r"\b(?:most\s+likely|more\s+likely|probably|likely|preferably|but|leaning\s+towards?|"
-    r"(?:I|we)(?:'d|'ll|\s+\w+)?\s+(?:say|choose|pick|go\s+with|prefer|lean\s+towards?))\b",
-    re.IGNORECASE,
-)
-# A sentence that considers a choice, or goes through them, does not choose it.
-_CONSIDERS = re.compile(
-    r"\W*(?:if|suppose|assume|let's|let\s+us|let\s+me|consider|looking\s+at|next|now|first(?:ly)?|"
-    r"second(?:ly)?|then|we\s+(?:need|have|must|should|can)\s+(?:to\s+)?(?:look|consider|check|find|determine|"
-    r"see|decide)|(?:we|I)(?:'ll|\s+(?:will|can|now|must|should))*\s+(?:check|consider|look|examine|"
-    r"analy[sz]e|evaluate|begin|start)|whether|maybe|perhaps)\b|.*\?\W*$",
-    re.IGNORECASE | re.DOTALL,
-)
-_CONCLUDES = re.compile(
-    r"\b(?:so|thus|therefore|hence|conclu\w+|must|likely|best|correct|right|answer|choose|would|should|"
-    r"only|leav\w+|means|summary|overall|finally|based\s+on)\b|^\W*(?:it|this|that)(?:'s|\s+is)\b|所以|因此|故",
-    re.IGNORECASE,
-)
-_ONLY_LABELS = re.compile(r"[A-Z]{2,}[.)]?|(?:[(\[]?[A-Z0-9][)\]]?[\s,、;/&]*(?:and\s+)?){2,}[.]?")
-# What may follow a bare "A" or "I" that is a label and not a word.
-_AFTER_LABEL = re.compile(
-    r"\s*(?:$|[^\w\s]|(?:because|since|as|is|are|and|or|for|due|with|which)\b)"
-)
-_ORNAMENTS = "\"'`*_<> →⇒∴=>✅✓✔☑-"
-_JUDGED = re.compile(
-    r"(?<![A-Za-z0-9])([A-Z0-9])[\s).:\]—-]{0,4}(?:(?P<yes>yes|true|correct|right|✓|✔|✅|☑|对|正确)"
-    r"|no|false|incorrect|wrong|✗|✘|❌|×|错误?|不正确)(?![A-Za-z])",
-    re.IGNORECASE,
-)
-_ALL = re.compile(r"\ball\s+of\s+(?:the\s+)?(?:above|these|them|options|choices)\b", re.IGNORECASE)
-_NOT_WRONG = re.compile(r"\b(?:not|n't|isn't)\s+(?:\w+ly\s+)?(wrong)\b|\b(wrong)\b", re.IGNORECASE)
 
 
 def choice_in(output: str, choices: Choices, *, several: bool = False) -> str | None:
@@ -175,7 +63,7 @@ def choice_in(output: str, choices: Choices, *, several: bool = False) -> str | 
         if refuses(sentence):
             return _label_of_refusal(choices)
     for sentence in sentences(unwrapped(text))[::-1]:
-        considers = _CONSIDERS.match(sentence)
+        considers = patterns.CONSIDERS.match(sentence)
         if not considers and (found := _called_right(sentence, choices)) is not None:
             return found
     return None
@@ -226,19 +114,19 @@ def named(span: str, choices: Choices, *, whole: bool = False) -> str | None:
     first = text if whole else (sentences(text) or [""])[0]
     if (found := _by_whole(first, choices)) is not None:
         return found
-    if leaves := _LEAVES.search(first):
+    if leaves := patterns.LEAVES.search(first):
         text = first = first[leaves.end() :]
     found = _labels_at_start(text, choices, whole=whole)
     if found == "":
         return _preferred(first, choices)
     if found is not None:
         return found
-    if (ordinal := _ORDINAL.search(first)) and not whole:
+    if (ordinal := patterns.ORDINAL.search(first)) and not whole:
         return _at_place(ordinal[1], choices)
-    labels = _mentioned(first, choices) if not _CONSIDERS.match(first) else []
+    labels = _mentioned(first, choices) if not patterns.CONSIDERS.match(first) else []
     if labels:
         return labels[0] if len(labels) == 1 else ""
-    if (ends := _ENDS_IN_LABEL.search(first)) and not _EXCLUDES.search(first):
+    if (ends := patterns.ENDS_IN_LABEL.search(first)) and not patterns.EXCLUDES.search(first):
         return as_label(ends[1] or ends[2], choices)
     if (found := _by_text(first, choices)) is not None or not whole:
         return found
@@ -246,13 +134,13 @@ def named(span: str, choices: Choices, *, whole: bool = False) -> str | None:
 
 
 def _at_place(ordinal: str, choices: Choices) -> str | None:
-    place = _PLACES.index(ordinal.lower())
+    place = patterns.PLACES.index(ordinal.lower())
     return choices[place][0] if place < len(choices) else None
 
 
 def _preferred(text: str, choices: Choices) -> str:
     """The label after the last words of preference, "B or C, most likely C"; "" if none."""
-    *_, last = [None, *_PREFERS.finditer(text)]
+    *_, last = [None, *patterns.PREFERS.finditer(text)]
     found = _labels_at_start(text[last.end() :], choices, whole=False) if last else None
     return found or ""
 
@@ -260,7 +148,7 @@ def _preferred(text: str, choices: Choices) -> str:
 def _labels_throughout(text: str, choices: Choices) -> str | None:
     """The labels of "(A) city, (C) street"; "" if joined by "or", None for fewer than two."""
     labels = [label for label, _ in choices]
-    places = [(m, as_label(m[1], choices)) for m in _BRACKETED.finditer(text)]
+    places = [(m, as_label(m[1], choices)) for m in patterns.BRACKETED.finditer(text)]
     found = [(match, label) for match, label in places if label is not None]
     if len({label for _, label in found}) < 2:
         listed = re.fullmatch(r"[(\[{]?\s*([A-Z](?:\s*[,;、]\s*[A-Z])+)\s*[)\]}]?", text.strip())
@@ -269,17 +157,17 @@ def _labels_throughout(text: str, choices: Choices) -> str | None:
             return "".join(sorted(set(said), key=labels.index))
         return None
     between = text[found[0][0].end() : found[-1][0].start()]
-    if _OR.search(between):
+    if patterns.OR.search(between):
         return ""
     return "".join(sorted({label for _, label in found}, key=labels.index))
 
 
 def _labels_at_start(text: str, choices: Choices, *, whole: bool) -> str | None:
-    start = _LEAD.match(text)
+    start = patterns.LEAD.match(text)
     place = start.end() if start else 0
-    place = _LEAD_CHINESE.match(text, place).end()  # type: ignore[union-attr]
+    place = patterns.LEAD_CHINESE.match(text, place).end()  # type: ignore[union-attr]
     labels = [label for label, _ in choices]
-    run = _RUN.match(text, place)
+    run = patterns.RUN.match(text, place)
     if run and set(run[0]) <= set(labels) and list(run[0]) == sorted(set(run[0])):
         return run[0]
     found: list[str] = []
@@ -287,13 +175,13 @@ def _labels_at_start(text: str, choices: Choices, *, whole: bool) -> str | None:
         label, place = match
         found.append(label)
         place = _after_own_text(text, place, dict(choices)[label])
-        joined = _JOINED.match(text, place)
+        joined = patterns.JOINED.match(text, place)
         assert joined is not None
-        next_place = _NAMED.match(text, joined.end()).end()  # type: ignore[union-attr]
+        next_place = patterns.NAMED.match(text, joined.end()).end()  # type: ignore[union-attr]
         following = _label_at(text, next_place, choices, first=False, whole=whole)
         if following is None or (not joined[0].strip() and joined[0]):
             break
-        if _OR.search(joined[0]) and following[0] != label:
+        if patterns.OR.search(joined[0]) and following[0] != label:
             return ""
         if re.match(
             r"[.)]?\s*(?:is|are|was|were|does|can|has|would|seems?)\b", text[following[1] :]
@@ -324,7 +212,7 @@ def _label_at(
     text: str, place: int, choices: Choices, *, first: bool, whole: bool
 ) -> tuple[str, int] | None:
     """A label at a position, and the position of its end."""
-    for pattern in (_BRACKETED, _BARE, _LOWER):
+    for pattern in (patterns.BRACKETED, patterns.BARE, patterns.LOWER):
         match = pattern.match(text, place)
         if match is None:
             continue
@@ -332,9 +220,11 @@ def _label_at(
         label = as_label(said, choices)
         if label is None:
             continue
-        if pattern is _BARE and not _is_label(said, label, text[match.end() :], choices, first):
+        if pattern is patterns.BARE and not _is_label(
+            said, label, text[match.end() :], choices, first
+        ):
             continue
-        if pattern is _LOWER and not first:
+        if pattern is patterns.LOWER and not first:
             continue
         return label, match.end()
     return None
@@ -360,7 +250,7 @@ def _is_label(said: str, label: str, rest: str, choices: Choices, first: bool) -
             is not None
         )
     if said in ("A", "I") or said.isdigit():
-        if _AFTER_LABEL.match(rest) or re.match(r"\s*[\u3040-\u9fff\uac00-\ud7af]", rest):
+        if patterns.AFTER_LABEL.match(rest) or re.match(r"\s*[\u3040-\u9fff\uac00-\ud7af]", rest):
             return True
         own = normalised_words(dict(choices)[label])
         return bool(own) and normalised_words(rest)[: len(own)] == own
@@ -369,7 +259,7 @@ def _is_label(said: str, label: str, rest: str, choices: Choices, first: bool) -
 
 def _by_whole(text: str, choices: Choices) -> str | None:
     """The choice whose text is all of a span, perhaps after words such as "the" or "option"."""
-    start = _LEAD.match(text)
+    start = patterns.LEAD.match(text)
     for part in (text, text[start.end() :] if start else text):
         words = normalised_words(part)
         exact = [label for label, choice in choices if words and normalised_words(choice) == words]
@@ -390,8 +280,8 @@ def _by_text(text: str, choices: Choices) -> str | None:
     """The only choice whose text a span contains, in words or as a value."""
     words = normalised_words(text)
     texts = {label: normalised_words(choice) for label, choice in choices}
-    every = [label for label, choice in choices if _ALL.match(choice)]
-    if len(every) == 1 and _ALL.search(text):
+    every = [label for label, choice in choices if patterns.ALL.match(choice)]
+    if len(every) == 1 and patterns.ALL.search(text):
         return every[0]
     if is_mathematical(text) or any(is_mathematical(choice) for _, choice in choices):
         equal = [label for label, choice in choices if same_value(text, choice)]
@@ -418,7 +308,7 @@ def _by_words(text: str, choices: Choices) -> str | None:
         own = normalised_words(choice)
         if own and len(words) <= 2 * len(own) and all(word in rest for word in own):
             found.append(label)
-    return found[0] if len(found) == 1 and not _EXCLUDES.search(text) else None
+    return found[0] if len(found) == 1 and not patterns.EXCLUDES.search(text) else None
 
 
 def _within(part: Sequence[str], words: Sequence[str]) -> bool:
@@ -428,7 +318,7 @@ def _within(part: Sequence[str], words: Sequence[str]) -> bool:
 
 def _denied(text: str, choice: str, choices: Choices) -> bool:
     """Whether a text denies a choice whose text it contains, alone or in a list of choices."""
-    if _EXCLUDES.search(choice):
+    if patterns.EXCLUDES.search(choice):
         return False
     at = text.lower().find(choice.lower().strip())
     if at < 0:
@@ -436,7 +326,7 @@ def _denied(text: str, choice: str, choices: Choices) -> bool:
     before, after = text[:at], text[at + len(choice) :]
     while listed := _after_list(before, choices):
         before = listed
-    return _reaches(_CLAUSE.split(before)[-1]) or _IS_WRONG.match(after) is not None
+    return _reaches(patterns.CLAUSE.split(before)[-1]) or patterns.IS_WRONG.match(after) is not None
 
 
 def _after_list(text: str, choices: Choices) -> str | None:
@@ -451,22 +341,22 @@ def _after_list(text: str, choices: Choices) -> str | None:
 
 def _reaches(before: str) -> bool:
     """Whether a denial in a text reaches its end, with no verb between: "is not a", "rules out"."""
-    if _DOUBTS.search(before):
+    if patterns.DOUBTS.search(before):
         return True
-    *_, last = [None, *_EXCLUDES.finditer(before)]
+    *_, last = [None, *patterns.EXCLUDES.finditer(before)]
     if last is not None and last[0].lower() in ("neither", "nor"):  # "neither are marble and slate"
         return True
-    return last is not None and _VERB.search(before, last.end()) is None
+    return last is not None and patterns.VERB.search(before, last.end()) is None
 
 
 def _is_answer(sentence: str, choices: Choices) -> bool:
     """Whether a sentence begins with a bare label that answers: "So it is B", "B, I think"."""
-    start = _LEAD.match(sentence)
-    label = _BARE.match(sentence, start.end() if start else 0)
+    start = patterns.LEAD.match(sentence)
+    label = patterns.BARE.match(sentence, start.end() if start else 0)
     return (
         label is not None
         and as_label(label[1], choices) is not None
-        and _ENDS_ANSWER.match(sentence, label.end()) is not None
+        and patterns.ENDS_ANSWER.match(sentence, label.end()) is not None
     )
 
 
@@ -474,13 +364,13 @@ def _mentioned(sentence: str, choices: Choices) -> list[str]:
     """The labels that a sentence names and does not deny, in order and once each."""
     found: list[str] = []
     for clause in _clauses(sentence, choices):
-        marks = [*_BRACKETED.finditer(clause)] or [*_OPTION.finditer(clause)]
+        marks = [*patterns.BRACKETED.finditer(clause)] or [*patterns.OPTION.finditer(clause)]
         for match in marks:
             label = as_label(match[1], choices)
             if label is None or label in found:
                 continue
             after = clause[_after_own_text(clause, match.end(), dict(choices)[label]) :]
-            if _reaches(clause[: match.start()]) or _IS_WRONG.match(after):
+            if _reaches(clause[: match.start()]) or patterns.IS_WRONG.match(after):
                 continue
             found.append(label)
     return found
@@ -490,10 +380,10 @@ def _clauses(sentence: str, choices: Choices) -> Iterator[str]:
     """The clauses of a sentence; a part that is only a label and its text belongs to the next."""
     kept, start = "", 0
     texts = {label: normalised_words(text) for label, text in choices}
-    for match in [*_CLAUSE.finditer(sentence), None]:
+    for match in [*patterns.CLAUSE.finditer(sentence), None]:
         part = sentence[start : match.start() if match else len(sentence)]
         start = match.start() if match else len(sentence)
-        label = _BRACKETED.search(part)
+        label = patterns.BRACKETED.search(part)
         own = texts.get(as_label(label[1], choices) or "", []) if label else None
         rest = normalised_words(part[label.end() :]) if label else []
         listed = label is not None and rest in ([], own) and match is not None and match[0] == ","
@@ -505,15 +395,15 @@ def _clauses(sentence: str, choices: Choices) -> Iterator[str]:
 
 def _called_right(sentence: str, choices: Choices) -> str | None:
     """The choice that a sentence calls correct."""
-    negates = _NEGATES.search(sentence)
+    negates = patterns.NEGATES.search(sentence)
     parts = (
         re.split(r"[;,]|\bbut\b|\bwhile\b|\bas\b|\bsince\b", sentence) if negates else [sentence]
     )
     said = [
         next(filter(None, match.groups()))
         for part in parts
-        if not _NEGATES.search(part)
-        for match in _CALLED_RIGHT.finditer(part)
+        if not patterns.NEGATES.search(part)
+        for match in patterns.CALLED_RIGHT.finditer(part)
     ]
     labels = {label for label in (as_label(each, choices) for each in said) if label}
     return labels.pop() if len(labels) == 1 else None
@@ -524,19 +414,20 @@ def _as_a_whole(text: str, choices: Choices) -> str | None:
     perhaps with an explanation below. A text that starts to go through the choices does not count.
     """
     first, _, rest = text.partition("\n")
-    plain = unwrapped(first).strip(_ORNAMENTS)
-    if _ONLY_LABELS.fullmatch(plain) and not rest:
+    plain = unwrapped(first).strip(patterns.ORNAMENTS)
+    if patterns.ONLY_LABELS.fullmatch(plain) and not rest:
         return _labels_at_start(plain, choices, whole=True)
-    head = _BRACKETED.match(plain) or re.match(r"([A-Z0-9])\s*(?:[).:,]|$)", plain)
+    head = patterns.BRACKETED.match(plain) or re.match(r"([A-Z0-9])\s*(?:[).:,]|$)", plain)
     label = as_label(head[1], choices) if head else None
     if head is not None and label is not None:
         others = re.match(r"\s*[(\[]?([A-Za-z0-9])[)\].:]", rest.lstrip())
         listed = others is not None and as_label(others[1], choices) not in (None, label)
         listed |= any(
-            as_label(other, choices) not in (None, label) for other in _BRACKETED.findall(plain)
+            as_label(other, choices) not in (None, label)
+            for other in patterns.BRACKETED.findall(plain)
         )
         short = len(sentences(plain[head.end() :])) <= 1
-        denied = _EXCLUDES.search(plain[head.end() :]) and not _EXCLUDES.search(
+        denied = patterns.EXCLUDES.search(plain[head.end() :]) and not patterns.EXCLUDES.search(
             dict(choices)[label]
         )
         denied = denied or refuses_firmly(plain)
@@ -575,7 +466,7 @@ def _verdicts(closing: Sequence[str], choices: Choices) -> str | None:
     said = [
         "not wrong" if match[1] else "wrong"
         for sentence in closing[::-1]
-        for match in _NOT_WRONG.finditer(sentence)
+        for match in patterns.NOT_WRONG.finditer(sentence)
     ]
     words = normalised_words(", ".join(said))
     return next((label for label, own in texts.items() if len(said) == 2 and own == words), None)
@@ -584,7 +475,7 @@ def _verdicts(closing: Sequence[str], choices: Choices) -> str | None:
 def _judged(text: str, choices: Choices) -> str | None:
     """The only choice with a positive verdict where each choice has one: "A no, B yes, C no"."""
     found: dict[str, bool] = {}
-    for match in _JUDGED.finditer(text):
+    for match in patterns.JUDGED.finditer(text):
         label = as_label(match[1], choices)
         if label is not None:
             found[label] = match["yes"] is not None
@@ -599,20 +490,20 @@ def _concluded(sentence: str, choices: Choices, *, brief: bool) -> str | None:
       brief: the sentence is the whole text, so that it concludes without a word such as "so".
     """
     plain = unwrapped(sentence)
-    alone = re.fullmatch(r"[(\[]?([A-Z0-9])[)\].:!]*", plain.strip(_ORNAMENTS))
+    alone = re.fullmatch(r"[(\[]?([A-Z0-9])[)\].:!]*", plain.strip(patterns.ORNAMENTS))
     if alone is not None:
         return as_label(alone[1], choices)
-    if _CONSIDERS.match(plain):
+    if patterns.CONSIDERS.match(plain):
         return None
     if (exact := _by_whole(plain, choices)) is not None:
         return exact
     if refuses_firmly(plain):
         return _label_of_refusal(choices) or ""
-    if brief and (ordinal := _ORDINAL.search(plain)):
+    if brief and (ordinal := patterns.ORDINAL.search(plain)):
         return _at_place(ordinal[1], choices)
     if (found := _called_right(plain, choices)) is not None:
         return found
-    if leaves := _LEAVES.search(plain) or _INSTEAD.search(plain):
+    if leaves := patterns.LEAVES.search(plain) or patterns.INSTEAD.search(plain):
         plain = plain[leaves.end() :]
     if leaves or _is_answer(plain, choices):
         found = _labels_at_start(plain, choices, whole=False)
@@ -621,11 +512,11 @@ def _concluded(sentence: str, choices: Choices, *, brief: bool) -> str | None:
     labels = _mentioned(plain, choices)
     if labels:
         return labels[0] if len(labels) == 1 else ""
-    if (ends := _ENDS_IN_LABEL.search(plain)) and not _reaches(
-        _CLAUSE.split(plain[: ends.start()])[-1]
+    if (ends := patterns.ENDS_IN_LABEL.search(plain)) and not _reaches(
+        patterns.CLAUSE.split(plain[: ends.start()])[-1]
     ):
         return as_label(ends[1] or ends[2], choices)
-    if _BRACKETED.search(plain) or not (brief or _CONCLUDES.search(plain)):
+    if patterns.BRACKETED.search(plain) or not (brief or patterns.CONCLUDES.search(plain)):
         return None
     if any(is_mathematical(text) for _, text in choices):
         value = concluded_value(sentence)

@@ -7,6 +7,7 @@ import unicodedata
 from fractions import Fraction
 from typing import NamedTuple
 
+from proxykd_jax.tasks import number_patterns as patterns
 from proxykd_jax.tasks.expression import value
 from proxykd_jax.tasks.final_answer import (
     Statement,
@@ -19,132 +20,6 @@ from proxykd_jax.tasks.final_answer import (
     without_emphasis,
 )
 from proxykd_jax.tasks.number_words import SCALES, in_words, part_after
-
-_NUMBER = re.compile(
-    r"""
-    (?<![A-Za-z0-9_.])
-    (?P<sign>-\s?(?=[$€£¥₹]?\s?[\d.])|)
-    (?:(?:US)?[$€£¥₹]\s?)?
-    (?P<minus>-|)
-    (?P<whole>
-        \d{1,3}(?:,\d{3})+(?!\d)              # 1,234
-      | \d{1,2}(?:,\d{2})+,\d{3}(?!\d)        # 12,34,567
-      | \d{1,3}(?:[ ']\d{3})+(?![\d/])        # 1 234
-      | \d{1,3}(?:\.\d{3}){2,}(?!\d)          # 1.234.567
-      | \d{1,3}(?:\.\d{3})+(?=,\d\d?(?!\d))   # 1.234,50
-      | \d+|(?=\.\d)
-    )
-    (?P<part>\.\d+|(?<![,(\[]\d)(?<![,(\[]\d\d),\d{1,2}(?![\d,])|)
-    (?P<dots>\.\.\.|…|)
-    (?:[eE](?P<exponent>[-+]?\d+)(?!\w)|\s*[×x*]\s*10\s*(?:\^|\*\*)\s*\{?(?P<power>[-+]?\d+)\}?)?
-    (?:\s+(?P<upper>\d+)\s*/\s*(?P<lower>\d+)(?![\d/])|\s*/\s*(?P<below>\d+)(?![\d/]))?
-    (?P<ordinal>(?i:st|nd|rd|th)\b|)(?!\d)
-    (?:\s+and\s+(?P<and>an?\s+(?:half|quarter|third)|(?:two\s+thirds|three\s+quarters)|\d/\d+))?
-    (?:(?P<letter>k|bn|mn|m|b|\s?[KMB])(?![A-Za-z0-9])
-      |\s*-?\s*(?P<scale>(?i:hundred|thousand|million|billion|trillion|dozens?))\b)?
-    """,
-    re.VERBOSE,
-)
-_LETTERS = {"K": 10**3, "M": 10**6, "mn": 10**6, "B": 10**9, "bn": 10**9}
-# Calculator annotations: keep the result after them, or the one inside if none follows.
-_CALCULATION = re.compile(r"<<([^<>]*)>>(\s*[$€£]?[\d,.]*\d)?")
-_FRACTION = re.compile(
-    r"\\[dtc]?frac\s*(?:\{\s*(-?[\d.,]+)\s*\}|(\d))\s*(?:\{\s*([\d.,]+)\s*\}|(\d))"
-)
-_RECURRING = re.compile(
-    r"(?<!\d)(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*\{?(\d+)\}?|\((\d+)\)|((?:\d\u0305)+))"
-)
-# "18 cm^2", "5 m³": the power belongs to the unit.
-_POWER_OF_UNIT = re.compile(r"(?<=[A-Za-z])\s*(?:\^\s*\{?\s*-?\d\s*\}?|[²³])")
-# Times and ratios are no numbers: "10:30", "3:1".
-_CLOCK = re.compile(
-    r"\b\d{4}-\d\d?-\d\d?\b|\b\d\d?/\d\d?/\d{2,4}\b|(?<![\d.])\d+(?::\d+)+(?:\s*[ap]\.?m\b\.?)?",
-    re.IGNORECASE,
-)
-_ON_THE_HOUR = re.compile(r"(?<![\d:])(\d{1,2}):00(?=\s*[ap]\.?m\b)", re.IGNORECASE)
-# "2550 - 5x", "3/4 * n": a formula with letters is no number.
-_FORMULA = re.compile(
-    r"(?:\d\s*)?(?<![A-Za-z])[a-zA-Z]\s*(?:[-+*/×÷^]|\\div)\s*[$(]?\s*\d"
-    r"|\d\)?\s*(?:[-+*/×÷]|\\div)\s*[$(]?\s*\d*\s*[a-zA-Z](?![A-Za-z])"
-    r"|\d[xyzn]\W*$"
-)
-_MONTHS = (
-    r"Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|"
-    r"Sept?(?:ember)?|Oct(?:ober)?|Nov(?:ember)?|Dec(?:ember)?"
-)
-# "in 5 days", "for the 3 of them": a number that says when, for whom or out of how many.
-_ADJUNCT = re.compile(
-    rf"(?:\b(?:{_MONTHS})|\b(?:day|week|month|year|step|page|question|case|hour|level|number|grade)"
-    r"|\b(?:in|after|for|within|over|at|every|per|during|from|by|until|than|among|between|with|"
-    r"out\s+of|of\s+the|of\s+(?:his|her|their|its|these|those)|all|each|each\s+of|when|if|"
-    r"(?:after|before|by|when|of)\s+\w+ing)\s+(?:(?:the|an?|original|his|"
-    r"her|their|its|these|those|only|just|about|approximately|next|first|last|other|all|another|day)"
-    r"\s+)*[$€£]?)\s*$",
-    re.IGNORECASE,
-)
-# "for 5 apples and 6 pears": what is joined to an adjunct is one as well.
-_JOINED = re.compile(r"\s*[A-Za-z-]+(?:\s+[A-Za-z-]+)?\s*(?:,|,?\s*\band)\s*$")
-_DENIED = re.compile(
-    r"(?:\bnot|n't|\bcannot|\bnever|\brather\s+than|\binstead\s+of|\bneither|\bnor)"
-    r"(?:\s+(?:be|equal|just|only|exactly|a|the|get|have|simply|=))*\s*[$€£]?\s*$",
-    re.IGNORECASE,
-)
-_NUMBERED_TITLE = re.compile(
-    r"^\W*(?:(?:step|part|case|stage|phase)\s*\d+\b[\s:.)-]*|\d+[.)]\s+(?=[A-Za-z]))", re.IGNORECASE
-)
-_STANDS_ALONE = re.compile(
-    r"[^\w(]*(?:(?:about|approximately|around|roughly|nearly|almost|exactly|only|just|a\s+total\s+of|"
-    r"at\s+least|at\s+most|equal\s+to|the\s+number)\s+[^\w(]*)*",
-    re.IGNORECASE,
-)
-_OPERATOR = re.compile(
-    r"\s*(?:[-+*/×÷^=≈]|\\approx|x\s*[$\d(]|times\b|plus\b|minus\b|divided\b|%?\s*of\s+\d)|\(\d"
-)
-_CALCULATES = re.compile(r"\d\s*(?:[×^*+]|x\s*\d)")
-_UNIT_EQUALS = re.compile(r"(?:\s*[A-Za-z³°%/]+){1,3}\s*[=≈]")
-_RANGE = re.compile(
-    r"\b(?:between|from)\s+[^\d]{0,5}[\d.,]+\w*\s*(?:and|to|-)\s*[^\d]{0,3}\d"
-    r"|\d[\w%]*\s*(?:\b(?:or|to)\b|或|至|到)\s*[$€£]?\d",
-    re.IGNORECASE,
-)
-_LIST = re.compile(r"\W*\d[\d.,]*(?:\s*(?:,|,?\s*\band\b|;)\s+[$€£]?\d[\d.,]*)+\W*")
-_HYPHENED = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?)\s*-\s*(\d+(?:\.\d+)?)(?![\d.]*\s*[=+*/×])")
-_RESTATED = re.compile(
-    r"\b(?:i\.e\.|that\s+is|in\s+other\s+words|(?:or\s+)?equivalently|"
-    r"round(?:s|ed|ing)?(?:\s+(?:up|down|off))?\s+to\s+(?:the\s+nearest\s+[\w\s]+?,?\s*(?:which\s+)?"
-    r"(?:is|gives|=)|(?=[$€£]?\d|about)))[\s,:]*",
-    re.IGNORECASE,
-)
-# Longer ones are not answers, and Python refuses to parse much longer ones.
-_ENDLESS = re.compile(r"\d{200,}")
-# The part after such a word concludes from the part before.
-_CLAUSE = re.compile(
-    r"[,;]\s+(?:and\s+)?(?:so|thus|therefore|hence|which\s+means|meaning|leaving)\b", re.IGNORECASE
-)
-# The part after such words explains the part before.
-_EXPLAINS = re.compile(
-    r"\s*(?:[,;:]|\s-+|—)?\s+(?:because|since|as\s+(?=\d)|given|which\s+(?:is|was|are|were)\b|"
-    r"of\s+which|including|consisting\s+of|namely|if|when|while|compared)\b|:\s+(?=\S*\w)"
-    r"|,\s+[$\d.,]+\s+(?:per|each|for\s+each)\b|\s+to\s+"
-    r"(?!get\b|make\b|give\b|reach\b|obtain\b|have\b|find\b|yield\b|about\b|be\b)[a-z]{3,}\b|,?\s+whos?e?\b"
-    r"|\s*(?:\bis|,)\s+the\s+(?:sum|product|difference|total|average)\s+of\b"
-    r"|,\s+(?:twice|half|double|\w+\s+times)\b|,\s+[$\d.,]+\s+(?:more|fewer|less)\s+than\b",
-    re.IGNORECASE,
-)
-_UNITS: dict[str, tuple[str, Fraction]] = {
-    "second": ("time", Fraction(1)), "minute": ("time", Fraction(60)),
-    "hour": ("time", Fraction(3600)), "day": ("time", Fraction(86400)),
-    "week": ("time", Fraction(604800)), "cent": ("money", Fraction(1)),
-    "dollar": ("money", Fraction(100)), "inch": ("length", Fraction(1)),
-    "foot": ("length", Fraction(12)), "yard": ("length", Fraction(36)),
-    "ounce": ("weight", Fraction(1)), "pound": ("weight", Fraction(16)),
-    "gram": ("mass", Fraction(1)), "kilogram": ("mass", Fraction(1000)),
-    "centimeter": ("metric", Fraction(1)), "meter": ("metric", Fraction(100)),
-    "kilometer": ("metric", Fraction(100000)), "month": ("age", Fraction(1)),
-    "year": ("age", Fraction(12)),
-}  # fmt: skip
-_PLURAL = {"feet": "foot", "inches": "inch", "metre": "meter", "kilometre": "kilometer",
-           "centimetre": "centimeter"}  # fmt: skip
 
 
 class Number(NamedTuple):
@@ -203,34 +78,34 @@ def canonical(text: str) -> str | None:
 
 
 def _readable(text: str) -> str:
-    text = _ENDLESS.sub(" ", text)
-    text = _CALCULATION.sub(lambda m: m[2] or m[1].rpartition("=")[2], text)
+    text = patterns.ENDLESS.sub(" ", text)
+    text = patterns.CALCULATION.sub(lambda m: m[2] or m[1].rpartition("=")[2], text)
     text = text.replace("{,}", ",").replace("\\!", "")
     text = re.sub(r"(?<=\d)(?:,?\\[,;: ]|~)(?=\d{3})", "", text)
     text = re.sub(r"\\[,;:]|~", " ", text)
     text = text.replace("\\$", "$").replace("\\%", "%")
     text = with_fractions(text)
-    text = _FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", text)
+    text = patterns.FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", text)
     text = re.sub(r"\\(?:times|cdot)(?![a-z])|·", "×", text).replace("\\div", "÷")
     # Other LaTeX becomes a separator, so that "\text{ab}5" and "$-3$" can be read.
     text = re.sub(
         r"\\(?:text|mathrm|mathbf|textbf|textit|mathit|mbox|rm)\s*\{([^{}]*)\}", r" \1", text
     )
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree", "°", text)
-    text = _POWER_OF_UNIT.sub("", text)
+    text = patterns.POWER_OF_UNIT.sub("", text)
     text = re.sub(
         r"(?<=\d)[⁻⁰¹²³⁴-⁹]+",
         lambda m: "^" + unicodedata.normalize("NFKC", m[0]).replace("\u2212", "-"),
         text,
     )
-    text = _CLOCK.sub(" time ", _ON_THE_HOUR.sub(r"\1", text))
+    text = patterns.CLOCK.sub(" time ", patterns.ON_THE_HOUR.sub(r"\1", text))
     return re.sub(r"\$(?=\D)(?![-.]\d|\s?\d)", " ", text)
 
 
 def with_fractions(text: str) -> str:
     r"""A text with ½ as "1/2" and recurring decimals as fractions: "0.\overline{3}" is "1/3"."""
     text = re.sub(r"[\u00bc-\u00be\u2150-\u215e]", _spelled, text)
-    return _RECURRING.sub(_as_fraction, text)
+    return patterns.RECURRING.sub(_as_fraction, text)
 
 
 def _spelled(match: re.Match[str]) -> str:
@@ -259,14 +134,14 @@ def _of_text(text: str, question: str) -> str | None:
 
     The number at its start; otherwise the end of its chain of equations.
     """
-    restated = _RESTATED.search(_without_asides(text))
+    restated = patterns.RESTATED.search(_without_asides(text))
     if restated and _numbers(text[restated.end() :]):
         text = text[restated.end() :]
     found = _numbers(text, question)
     if found and (_is_range(text) or _is_formula(text)):
         return ""
     leading = found[0] if found else None
-    if leading and _STANDS_ALONE.fullmatch(text[: leading.start]):
+    if leading and patterns.STANDS_ALONE.fullmatch(text[: leading.start]):
         compound = _compound(text[leading.start :], question)
         if compound is not None and "=" not in text:
             return compound
@@ -283,7 +158,7 @@ def _of_text(text: str, question: str) -> str | None:
             return computed
         if (
             len(inside) == 1
-            and not _OPERATOR.match(part, inside[0].end)
+            and not patterns.OPERATOR.match(part, inside[0].end)
             and not re.search(r"[-+*/×÷^]\s*$", part[: inside[0].start])
         ):
             return _text(inside[0].value)
@@ -299,21 +174,21 @@ def _of_text(text: str, question: str) -> str | None:
 def _is_formula(text: str) -> bool:
     """Whether the end of a chain of equations has letters: "2550 - 5x"."""
     end = re.sub(r"(?<=\d)[eE][-+]?\d+", "", text.rpartition("=")[2])
-    return _FORMULA.search(end) is not None
+    return patterns.FORMULA.search(end) is not None
 
 
 def _goes_on(text: str) -> bool:
     """Whether a text goes on a calculation: "+ 3", "x 4", "km = 2000 m"."""
-    return _OPERATOR.match(text) is not None or _UNIT_EQUALS.match(text) is not None
+    return patterns.OPERATOR.match(text) is not None or patterns.UNIT_EQUALS.match(text) is not None
 
 
 def _is_range(text: str) -> bool:
     """Whether a text gives two numbers without deciding: "18 or 20", "between 3 and 4", "3-5"."""
-    if _RANGE.search(text):
+    if patterns.RANGE.search(text):
         return True
-    if _LIST.fullmatch(text):
+    if patterns.LIST.fullmatch(text):
         return True
-    hyphened = _HYPHENED.search(text)
+    hyphened = patterns.HYPHENED.search(text)
     return (
         hyphened is not None and "=" not in text and Fraction(hyphened[1]) < Fraction(hyphened[2])
     )
@@ -331,7 +206,7 @@ def _compound(text: str, question: str) -> str | None:
     if match is None:
         return None
     names = [_unit(match[2]), _unit(match[4])]
-    known = [_UNITS.get(name) for name in names]
+    known = [patterns.UNITS.get(name) for name in names]
     if known[0] is None or known[1] is None or known[0][0] != known[1][0] or names[0] == names[1]:
         return None
     total = sum(
@@ -342,13 +217,13 @@ def _compound(text: str, question: str) -> str | None:
     asked = [_unit(word) for word in re.findall(r"[A-Za-z]+", question.lower())]
     wanted = [name for name in asked if name in names]
     name = wanted[-1] if wanted else "dollar" if "dollar" in names else None
-    return "" if name is None else _text(total / _UNITS[name][1])
+    return "" if name is None else _text(total / patterns.UNITS[name][1])
 
 
 def _unit(word: str) -> str:
     word = word.lower()
-    word = _PLURAL.get(word, word.removesuffix("s"))
-    return _PLURAL.get(word, word)
+    word = patterns.PLURAL.get(word, word.removesuffix("s"))
+    return patterns.PLURAL.get(word, word)
 
 
 def _computed(text: str) -> str | None:
@@ -369,30 +244,32 @@ def _computed(text: str) -> str | None:
 
 def _concluded(sentence: str, question: str) -> str | None:
     """The number of a concluding sentence; "" for a formula, None if it has no number."""
-    sentence = _NUMBERED_TITLE.sub("", sentence)
-    if (restated := _RESTATED.search(sentence)) and _numbers(sentence[restated.end() :]):
+    sentence = patterns.NUMBERED_TITLE.sub("", sentence)
+    if (restated := patterns.RESTATED.search(sentence)) and _numbers(sentence[restated.end() :]):
         sentence = sentence[restated.end() :]
     if _is_formula(sentence):
         return ""
-    if _RANGE.search(sentence) and len(_numbers(sentence)) == 2:
+    if patterns.RANGE.search(sentence) and len(_numbers(sentence)) == 2:
         return ""
-    for clause in _CLAUSE.split(sentence)[::-1]:
+    for clause in patterns.CLAUSE.split(sentence)[::-1]:
         main = _without_asides(clause)
         if not _numbers(main):
             main = clause
         _, equals, after = main.rpartition("=")
         if equals and (found := _numbers(after, question)):
-            left = [each for each in found if not _DENIED.search(after[: each.start])]
-            if left and (left[0] is not found[0] or not _OPERATOR.match(after, left[0].end)):
+            left = [each for each in found if not patterns.DENIED.search(after[: each.start])]
+            if left and (
+                left[0] is not found[0] or not patterns.OPERATOR.match(after, left[0].end)
+            ):
                 return _text(left[0].value)
             return _computed(after) or ""
-        for explained in _EXPLAINS.finditer(main):
+        for explained in patterns.EXPLAINS.finditer(main):
             before = main[: explained.start()]
             figures = re.search(r"\d", before) or not re.search(r"\d", main)
             if figures and _chosen(before, question) is not None:
                 main = before
                 break
-        if _CALCULATES.search(main) and (computed := _computed(main)) is not None:
+        if patterns.CALCULATES.search(main) and (computed := _computed(main)) is not None:
             return computed
         # "the 3rd day" says which one; "18th" can be an answer only in a statement.
         chosen = _chosen(main, question)
@@ -414,11 +291,11 @@ def _chosen(text: str, question: str, *, adjuncts: bool = False) -> Number | Non
     for each in _numbers(text, question):
         before = text[: each.start]
         aged = re.match(r"-?\s*years?-\s*old", text[each.end :])
-        if each.ordinal or aged or _DENIED.search(before):
+        if each.ordinal or aged or patterns.DENIED.search(before):
             continue
         if not adjuncts and (
-            _ADJUNCT.search(before)
-            or (last_adjunct >= 0 and _JOINED.fullmatch(text[last_adjunct : each.start]))
+            patterns.ADJUNCT.search(before)
+            or (last_adjunct >= 0 and patterns.JOINED.fullmatch(text[last_adjunct : each.start]))
         ):
             last_adjunct = each.end
             continue
@@ -430,7 +307,7 @@ def _numbers(text: str, question: str = "") -> list[Number]:
     """The numbers of a text in order, in figures; those in words only if there are no others."""
     found = [
         Number(_value(match, question), match.start(), match.end(), bool(match["ordinal"]))
-        for match in _NUMBER.finditer(text)
+        for match in patterns.NUMBER.finditer(text)
     ]
     if not found:
         found = [Number(each, start, end) for start, end, each in in_words(text)]
@@ -468,7 +345,9 @@ def _value(match: re.Match[str], question: str) -> Fraction:
         found *= SCALES[scale]
     letter = (match["letter"] or "").strip()
     if letter not in ("m", "b") or re.search("[$€£¥₹]", match[0]):  # "18m" is a length
-        found *= _LETTERS.get(letter.upper() if letter != "bn" and letter != "mn" else letter, 1)
+        found *= patterns.LETTERS.get(
+            letter.upper() if letter != "bn" and letter != "mn" else letter, 1
+        )
     before = match.string[: match.start()].rstrip()
     binary = bool(before) and (before[-1].isdigit() or before[-1] in ")}%")
     return -found if match["minus"] or (match["sign"] and not binary) else found
