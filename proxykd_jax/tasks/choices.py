@@ -22,10 +22,15 @@ from proxykd_jax.tasks.final_answer import (
     unwrapped,
     without_emphasis,
 )
+from proxykd_jax.tasks.labels import (
+    Choices,
+    after_own_text,
+    as_label,
+    labels_at_start,
+    labels_throughout,
+)
 from proxykd_jax.tasks.maths import concluded_value, is_mathematical, same_value
 from proxykd_jax.texts.normalise import normalised_words
-
-Choices = Sequence[tuple[str, str]]
 
 
 def choice_in(output: str, choices: Choices, *, several: bool = False) -> str | None:
@@ -109,14 +114,14 @@ def named(span: str, choices: Choices, *, whole: bool = False) -> str | None:
       "" if it names several without deciding; None if it names none.
     """
     text = unwrapped(span)
-    if whole and (several := _labels_throughout(text, choices)) is not None:
+    if whole and (several := labels_throughout(text, choices)) is not None:
         return several
     first = text if whole else (sentences(text) or [""])[0]
     if (found := _by_whole(first, choices)) is not None:
         return found
     if leaves := patterns.LEAVES.search(first):
         text = first = first[leaves.end() :]
-    found = _labels_at_start(text, choices, whole=whole)
+    found = labels_at_start(text, choices)
     if found == "":
         return _preferred(first, choices)
     if found is not None:
@@ -141,120 +146,8 @@ def _at_place(ordinal: str, choices: Choices) -> str | None:
 def _preferred(text: str, choices: Choices) -> str:
     """The label after the last words of preference, "B or C, most likely C"; "" if none."""
     *_, last = [None, *patterns.PREFERS.finditer(text)]
-    found = _labels_at_start(text[last.end() :], choices, whole=False) if last else None
+    found = labels_at_start(text[last.end() :], choices) if last else None
     return found or ""
-
-
-def _labels_throughout(text: str, choices: Choices) -> str | None:
-    """The labels of "(A) city, (C) street"; "" if joined by "or", None for fewer than two."""
-    labels = [label for label, _ in choices]
-    places = [(m, as_label(m[1], choices)) for m in patterns.BRACKETED.finditer(text)]
-    found = [(match, label) for match, label in places if label is not None]
-    if len({label for _, label in found}) < 2:
-        listed = re.fullmatch(r"[(\[{]?\s*([A-Z](?:\s*[,;、]\s*[A-Z])+)\s*[)\]}]?", text.strip())
-        said = re.findall("[A-Z]", listed[1]) if listed else []
-        if said and set(said) <= set(labels):
-            return "".join(sorted(set(said), key=labels.index))
-        return None
-    between = text[found[0][0].end() : found[-1][0].start()]
-    if patterns.OR.search(between):
-        return ""
-    return "".join(sorted({label for _, label in found}, key=labels.index))
-
-
-def _labels_at_start(text: str, choices: Choices, *, whole: bool) -> str | None:
-    start = patterns.LEAD.match(text)
-    place = start.end() if start else 0
-    place = patterns.LEAD_CHINESE.match(text, place).end()  # type: ignore[union-attr]
-    labels = [label for label, _ in choices]
-    run = patterns.RUN.match(text, place)
-    if run and set(run[0]) <= set(labels) and list(run[0]) == sorted(set(run[0])):
-        return run[0]
-    found: list[str] = []
-    while (match := _label_at(text, place, choices, first=not found, whole=whole)) is not None:
-        label, place = match
-        found.append(label)
-        place = _after_own_text(text, place, dict(choices)[label])
-        joined = patterns.JOINED.match(text, place)
-        assert joined is not None
-        next_place = patterns.NAMED.match(text, joined.end()).end()  # type: ignore[union-attr]
-        following = _label_at(text, next_place, choices, first=False, whole=whole)
-        if following is None or (not joined[0].strip() and joined[0]):
-            break
-        if patterns.OR.search(joined[0]) and following[0] != label:
-            return ""
-        if re.match(
-            r"[.)]?\s*(?:is|are|was|were|does|can|has|would|seems?)\b", text[following[1] :]
-        ):
-            denied = re.search(
-                r"\b(?:not|wrong|incorrect|false)\b|n't\b", text[following[1] :][:60]
-            )
-            if denied and "and" in joined[0]:  # "A, B and D are wrong"
-                return None
-            if denied or "and" not in joined[0]:
-                break
-        place = next_place
-    if not found:
-        return None
-    return "".join(sorted(set(found), key=labels.index))
-
-
-def _after_own_text(text: str, place: int, choice: str) -> int:
-    """The position after a label's own text: of "(C) city or (D)" that before " or"."""
-    own = re.escape(choice.strip().rstrip("."))
-    match = re.compile(rf"[.:,)\s-]*(?:the\s+|an?\s+)?[\"']?{own}[\"'.]?", re.IGNORECASE).match(
-        text, place
-    )
-    return match.end() if match and own else place
-
-
-def _label_at(
-    text: str, place: int, choices: Choices, *, first: bool, whole: bool
-) -> tuple[str, int] | None:
-    """A label at a position, and the position of its end."""
-    for pattern in (patterns.BRACKETED, patterns.BARE, patterns.LOWER):
-        match = pattern.match(text, place)
-        if match is None:
-            continue
-        said = next(group for group in match.groups() if group)
-        label = as_label(said, choices)
-        if label is None:
-            continue
-        if pattern is patterns.BARE and not _is_label(
-            said, label, text[match.end() :], choices, first
-        ):
-            continue
-        if pattern is patterns.LOWER and not first:
-            continue
-        return label, match.end()
-    return None
-
-
-def as_label(said: str, choices: Choices) -> str | None:
-    """The label that is meant; letters also stand for choices that have numbers as labels."""
-    labels = [label for label, _ in choices]
-    said = said.upper()
-    if said in labels:
-        return said
-    place = ord(said) - ord("A")
-    return labels[place] if all(x.isdigit() for x in labels) and 0 <= place < len(labels) else None
-
-
-def _is_label(said: str, label: str, rest: str, choices: Choices, first: bool) -> bool:
-    """Whether a bare letter or digit is a label, and not the article, a number or "I"."""
-    if re.match(r"[.,]\d|\s*[%=+*/^<>]|-\w", rest):
-        return False
-    if not first:
-        return (
-            re.match(r"\s*(?:$|[^\w\s]|[\u3040-\u9fff]|(?:and|or|because|since|is|are)\b)", rest)
-            is not None
-        )
-    if said in ("A", "I") or said.isdigit():
-        if patterns.AFTER_LABEL.match(rest) or re.match(r"\s*[\u3040-\u9fff\uac00-\ud7af]", rest):
-            return True
-        own = normalised_words(dict(choices)[label])
-        return bool(own) and normalised_words(rest)[: len(own)] == own
-    return True
 
 
 def _by_whole(text: str, choices: Choices) -> str | None:
@@ -369,7 +262,7 @@ def _mentioned(sentence: str, choices: Choices) -> list[str]:
             label = as_label(match[1], choices)
             if label is None or label in found:
                 continue
-            after = clause[_after_own_text(clause, match.end(), dict(choices)[label]) :]
+            after = clause[after_own_text(clause, match.end(), dict(choices)[label]) :]
             if _reaches(clause[: match.start()]) or patterns.IS_WRONG.match(after):
                 continue
             found.append(label)
@@ -416,7 +309,7 @@ def _as_a_whole(text: str, choices: Choices) -> str | None:
     first, _, rest = text.partition("\n")
     plain = unwrapped(first).strip(patterns.ORNAMENTS)
     if patterns.ONLY_LABELS.fullmatch(plain) and not rest:
-        return _labels_at_start(plain, choices, whole=True)
+        return labels_at_start(plain, choices)
     head = patterns.BRACKETED.match(plain) or re.match(r"([A-Z0-9])\s*(?:[).:,]|$)", plain)
     label = as_label(head[1], choices) if head else None
     if head is not None and label is not None:
@@ -432,7 +325,7 @@ def _as_a_whole(text: str, choices: Choices) -> str | None:
         )
         denied = denied or refuses_firmly(plain)
         if not listed and not denied and (short or not rest):
-            return _labels_at_start(plain, choices, whole=False)
+            return labels_at_start(plain, choices)
     lower = re.match(r"([a-z])(?:[).]?$|[).:]\s+(?P<own>.*))", plain)
     label = as_label(lower[1], choices) if lower else None
     if lower is not None and label is not None:
@@ -506,7 +399,7 @@ def _concluded(sentence: str, choices: Choices, *, brief: bool) -> str | None:
     if leaves := patterns.LEAVES.search(plain) or patterns.INSTEAD.search(plain):
         plain = plain[leaves.end() :]
     if leaves or _is_answer(plain, choices):
-        found = _labels_at_start(plain, choices, whole=False)
+        found = labels_at_start(plain, choices)
         if found is not None:
             return found or _preferred(plain, choices)
     labels = _mentioned(plain, choices)
