@@ -92,8 +92,8 @@ PREFERS = re.compile(
 )
 # A sentence that considers a choice, or goes through them, does not choose it.
 CONSIDERS = re.compile(
-    r"\W*(?:if|suppose|assume|let's|let\s+us|let\s+me|consider|looking\s+at|next|now|first(?:ly)?|"
-    r"second(?:ly)?|then|we\s+(?:need|have|must|should|can)\s+(?:to\s+)?(?:look|consider|check|find|determine|"
+    r"\W*(?:if|suppose|assume|let's|let\s+us|let\s+me|consider|looking\s+at|"
+    r"(?:next|now|first(?:ly)?|second(?:ly)?|then)\b(?!.*\b(?:so|thus|therefore|hence)\b)|we\s+(?:need|have|must|should|can)\s+(?:to\s+)?(?:look|consider|check|find|determine|"
     r"see|decide)|(?:we|I)(?:'ll|\s+(?:will|can|now|must|should))*\s+(?:check|consider|look|examine|"
     r"analy[sz]e|evaluate|begin|start)|whether|maybe|perhaps)\b|.*\?\W*$",
     re.IGNORECASE | re.DOTALL,

@@ -68,6 +68,8 @@ def choice_in(output: str, choices: Choices, *, several: bool = False) -> str | 
         if refuses(sentence):
             return _label_of_refusal(choices)
     for sentence in sentences(unwrapped(text))[::-1]:
+        if refuses_firmly(sentence):
+            return _label_of_refusal(choices)
         considers = patterns.CONSIDERS.match(sentence)
         if not considers and (found := _called_right(sentence, choices)) is not None:
             return found

@@ -32,7 +32,7 @@ NUMBER = re.compile(
 )
 LETTERS = {"K": 10**3, "M": 10**6, "mn": 10**6, "B": 10**9, "bn": 10**9}
 # Calculator annotations: keep the result after them, or the one inside if none follows.
-CALCULATION = re.compile(r"<<([^<>]*)>>(\s*[$€£]?[\d,.]*\d)?")
+CALCULATION = re.compile(r"<<([^<>]*)>>(\s*-?[$€£]?-?[\d,.]*\d)?")
 FRACTION = re.compile(
     r"\\[dtc]?frac\s*(?:\{\s*(-?[\d.,]+)\s*\}|(\d))\s*(?:\{\s*([\d.,]+)\s*\}|(\d))"
 )
