@@ -183,10 +183,10 @@ def report(folder: Path) -> str:
                 )
     counts = ["| cause | file | score | samples |", "|---|---|---|---|"]
     counts += [f"| {c} | {n} | {s} | {k} |" for (c, n, s), k in sorted(causes.items())]
-    lines += [*table, "", "## Differences by cause", "", *counts]
+    lines += [*table, "", "### Differences by cause", "", *counts]
     lines += [
         "",
-        "## Every difference",
+        "### Every difference",
         "",
         "The samples whose score or answer differs from the record.",
         "",
@@ -201,12 +201,14 @@ def short_name(path: Path) -> str:
     return path.name.partition("_")[0]
 
 
-_HEAD = """# Extraction of answers
+_TITLE = "## Comparison with recorded scores"
+_HEAD = (
+    _TITLE
+    + """
 
-`proxykd_jax/tasks/extraction.py` (version {version}) extracts the final answer from a model's
-text; [evaluation.md](evaluation.md) describes how. This page compares it with what the authors of
-public generations recorded. The extraction does not know the file, the model or the gold answer.
-This command writes the page:
+Version {version} of the extraction, compared with what the authors of public generations recorded.
+The extraction does not know the file, the model or the gold answer. This command writes the rest of
+the page:
 
     python -m benchmarks.recorded_scores --assets ASSETS --write docs/extraction.md
 
@@ -214,6 +216,7 @@ The module's docstring describes the files. The recorded score of the BBH files 
 one: exact match of the text after "the answer is".
 
 """
+)
 
 
 def main() -> None:
@@ -222,13 +225,16 @@ def main() -> None:
     parser.add_argument(
         "--assets", type=Path, required=True, help="folder that holds eval/model_outputs"
     )
-    parser.add_argument("--write", type=Path, help="the page to write (default: print it)")
+    parser.add_argument(
+        "--write", type=Path, help="the page whose end to write (default: print it)"
+    )
     arguments = parser.parse_args()
     page = report(arguments.assets / "eval" / "model_outputs")
     if arguments.write is None:
         print(page)
     else:
-        arguments.write.write_text(page, encoding="utf-8")
+        rules = arguments.write.read_text(encoding="utf-8").partition(_TITLE)[0]
+        arguments.write.write_text(rules + page, encoding="utf-8")
 
 
 if __name__ == "__main__":

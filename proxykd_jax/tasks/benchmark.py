@@ -33,6 +33,7 @@ from proxykd_jax.tasks.answering import (
     looking_up,
     renderer_of,
 )
+from proxykd_jax.tasks.coverage import coverage, described_coverage
 from proxykd_jax.tasks.extraction import EXTRACTION_VERSION, extract, is_right
 from proxykd_jax.tasks.harness import check, described_checks, require_harness
 from proxykd_jax.tasks.harness_model import Respondent
@@ -98,7 +99,7 @@ def run_benchmarks(
         )
     if settings.harness:
         require_harness()
-    asks = _asks(settings, tasks)
+    asks, files = _asks(settings, tasks)
     named = _named(config, models or settings.models)
     folder = config.folder / "eval" / "benchmarks"
     scored: dict[str, dict[str, list[Line]]] = {}
@@ -108,6 +109,7 @@ def run_benchmarks(
     summary = {
         "prompt_version": PROMPT_VERSION,
         "extraction_version": EXTRACTION_VERSION,
+        "files": files,
         **summarise(scored),
     }
     if settings.harness:
@@ -118,21 +120,31 @@ def run_benchmarks(
     return summary
 
 
-def _asks(settings: BenchmarksConfig, tasks: Sequence[str]) -> list[Ask]:
-    asks = []
+def _asks(
+    settings: BenchmarksConfig, tasks: Sequence[str]
+) -> tuple[list[Ask], dict[str, dict[str, Any]]]:
+    """What is asked, and by task what the files hold (``coverage``)."""
+    asks, covered = [], {}
     for task, path in files_of(settings, tasks, "evaluate").items():
-        items = read_items(task, path, settings.limit)
+        questions = read_items(task, path, settings.limit)
+        items = questions.items
+        covered[task] = coverage(questions)
+        for line in described_coverage(task, covered[task]):
+            say(line)
         if settings.mode != COMPARE:
             asks.append(Ask(task, GENERATE, items))
         single = [item for item in items if item.choices and not item.several]
         if settings.mode != GENERATE and single:
+            if len(single) < len(items):
+                left = len(items) - len(single)
+                say(f"evaluate: {task}: {left} items without one right choice are not compared")
             asks.append(Ask(task, COMPARE, single))
     if not asks:
         raise UserError(
             "evaluate.benchmarks: mode: loglikelihood compares choices, and the named benchmarks "
             "have none; give mode: generate."
         )
-    return asks
+    return asks, covered
 
 
 def _named(config: Config, models: Sequence[str]) -> dict[str, Who]:

@@ -7,83 +7,103 @@ that names two with "or" chooses none.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from proxykd_jax.tasks import choice_patterns as patterns
 from proxykd_jax.tasks.final_answer import (
+    Statement,
     bold_spans,
+    boxed_contents,
     closing_sentences,
-    marked_spans,
+    decide,
+    refuses,
+    refuses_firmly,
     sentences,
     unwrapped,
     without_emphasis,
 )
+from proxykd_jax.tasks.labels import (
+    Choices,
+    after_own_text,
+    as_label,
+    labels_at_start,
+    labels_throughout,
+)
 from proxykd_jax.tasks.maths import concluded_value, is_mathematical, same_value
 from proxykd_jax.texts.normalise import normalised_words
 
-Choices = Sequence[tuple[str, str]]
 
-_LEAD = re.compile(
-    r"[\s:;,.\-–—>\"'“”‘’`*]*(?:(?:the|letter|option|choice|answer|statement|number|alternative|"
-    r"most\s+likely|probably|likely|definitely|clearly|therefore|thus|either|both|options|choices|"
-    r"statements|answers|选项|选|为|是)(?![\w])[\s:\"'“‘`*]*)*",
-    re.IGNORECASE,
-)
-_LEAD_CHINESE = re.compile(r"[选项为是\s:]*")
-_JOINED = re.compile(r"\s*(?:,|、|;|/|&|\+)?\s*(?:\b(?:and|or)\b|和|及|与|或)?\s*", re.IGNORECASE)
-_BRACKETED = re.compile(r"[(\[]\s*([A-Za-z0-9])\s*[)\]]")
-_BARE = re.compile(r"(?<![\w\\])([A-Z0-9])(?![\w'’])")
-_LOWER = re.compile(r"([a-z])\s*[).:]?\s*$|([a-z])\)")
-_RUN = re.compile(r"(?<!\w)[A-Z]{2,}(?!\w)")
-_CALLED_RIGHT = re.compile(
-    r"(?:(?:[(\[]([A-Za-z0-9])[)\]]|(?i:\b(?:option|choice|answer|statement)\s+)([A-Z0-9])\b)"
-    r"(?:[.:,]?\s+[^.\n]{1,80}?)?|(?<!\w)([A-Z0-9]))\s+(?:is|are)\s+"
-    r"(?:indeed\s+|therefore\s+|clearly\s+)?(?:the\s+)?(?:only\s+)?"
-    r"(?:(?:most\s+)?(?:correct|right|best|appropriate|accurate|answer|true)|most\s+likely)\b"
-    r"|(?<!\w)([A-Z])\s*(?:选项|项)?\s*(?:正确|符合题意|说法正确)"
-)
-_OPTION = re.compile(r"(?i:\b(?:option|choice|answer|选项)\s*)[(\[]?([A-Z0-9])[)\]]?(?!\w)")
-_EXCLUDES = re.compile(
-    r"\b(?:eliminat\w*|incorrect|wrong|rule[sd]?\s+out|neither|nor|unlikely|exclud\w*|irrelevant|"
-    r"result(?:s|ed)?\s+(?:from|of)|errors?)\b",
-    re.IGNORECASE,
-)
-_NEGATES = re.compile(r"\b(?:not|except|cannot|none)\b|n't\b", re.IGNORECASE)
-_ONLY_LABELS = re.compile(
-    r"[A-Z]{2,}[.)]?|(?:[(\[]?[A-Z0-9][)\]]?[\s,、;/&]*(?:and\s+)?){2,}[.。]?"
-)
-# What may follow a bare "A" or "I" that is a label and not a word.
-_AFTER_LABEL = re.compile(
-    r"\s*(?:$|[^\w\s]|(?:because|since|as|is|are|and|or|for|due|with|which)\b)"
-)
-
-
-def choice_in(output: str, choices: Choices) -> str | None:
+def choice_in(output: str, choices: Choices, *, several: bool = False) -> str | None:
     """The labels that a text gives as its final answer; None if it gives none.
 
-    Tried in this order: the choice that the last mark points at, by label or by text; the choice
-    that the whole text or its first line consists of; the one called correct, or in bold at the
-    end; the only choice named by the last sentences of the last paragraph.
+    Tried in this order: the last final statement, which decides; the choice that the whole text or
+    its first line consists of; the one in bold at the end; the one that the last sentences of the
+    last paragraph call right, or the only one that they name and do not deny; the last one that any
+    sentence calls right.
 
     Args:
       output: a text from ``cleaned``.
       choices: (label, text) of each choice.
+      several: several may be right, so that all boxes of the last line with a box count.
     """
     text = without_emphasis(output)
-    for span in marked_spans(text):
-        found = named(span.text, choices, whole=span.boxed)
-        if found is not None:
-            return found or None
-    if (found := _as_a_whole(text, choices)) is not None:
-        return found or None
-    if (found := _called_right(text, choices)) is not None:
+    if several and (found := _in_boxes(text, choices)):
         return found
+    decided, found = decide(text, lambda statement: _read(statement, choices))
+    if decided:
+        return found
+    if (found := _judged(text, choices) or _as_a_whole(text, choices)) is not None:
+        return found or None
     for part in bold_spans(output):
         if (found := named(part, choices)) is not None:
             return found or None
-    for sentence in closing_sentences(_without_list(text, choices)):
-        if (found := _concluded(sentence, choices)) is not None:
+    unlisted = _without_list(text, choices)
+    closing = closing_sentences(unlisted)
+    if (found := _verdicts(closing, choices)) is not None:
+        return found
+    brief = len(sentences(unlisted)) == 1
+    for sentence in closing:
+        if (found := _concluded(sentence, choices, brief=brief)) is not None:
             return found or None
+        if refuses(sentence):
+            return _label_of_refusal(choices)
+    for sentence in sentences(unwrapped(text))[::-1]:
+        if refuses_firmly(sentence):
+            return _label_of_refusal(choices)
+        considers = patterns.CONSIDERS.match(sentence)
+        if not considers and (found := _called_right(sentence, choices)) is not None:
+            return found
     return None
+
+
+def _in_boxes(text: str, choices: Choices) -> str | None:
+    """The labels of several boxes in the last line with a box; None if there are not several."""
+    boxes = [
+        [named(content, choices, whole=True) for _, content in boxed_contents(line)]
+        for line in text.split("\n")
+        if boxed_contents(line)
+    ]
+    if not boxes or len(boxes[-1]) < 2 or not all(boxes[-1]):
+        return None
+    found = {label for labels in boxes[-1] for label in labels or ""}
+    return "".join(label for label, _ in choices if label in found)
+
+
+def _read(statement: Statement, choices: Choices) -> str | None:
+    if statement.denied:  # "not wrong" may be the text of a choice
+        return _by_start(unwrapped(statement.first), choices)
+    if statement.form == "refusal":
+        return _label_of_refusal(choices)
+    found = named(statement.text, choices, whole=statement.whole)
+    if found is None and refuses(statement.first):
+        return _label_of_refusal(choices)
+    return found
+
+
+def _label_of_refusal(choices: Choices) -> str | None:
+    """The choice that says what a refusal says, such as "none of these"."""
+    refusing = [label for label, text in choices if refuses(text)]
+    return refusing[0] if len(refusing) == 1 else None
 
 
 def named(span: str, choices: Choices, *, whole: bool = False) -> str | None:
@@ -96,106 +116,68 @@ def named(span: str, choices: Choices, *, whole: bool = False) -> str | None:
       "" if it names several without deciding; None if it names none.
     """
     text = unwrapped(span)
-    if whole and (several := _labels_throughout(text, choices)) is not None:
+    if whole and (several := labels_throughout(text, choices)) is not None:
         return several
-    found = _labels_at_start(text, choices, whole=whole)
+    first = text if whole else (sentences(text) or [""])[0]
+    if (found := _by_whole(first, choices)) is not None:
+        return found
+    if leaves := patterns.LEAVES.search(first):
+        text = first = first[leaves.end() :]
+    found = labels_at_start(text, choices)
+    if found == "":
+        return _preferred(first, choices)
     if found is not None:
         return found
-    first = text if whole else (sentences(text) or [""])[0]
-    return _by_text(first, choices)
+    if (ordinal := patterns.ORDINAL.search(first)) and not whole:
+        return _at_place(ordinal[1], choices)
+    labels = _mentioned(first, choices) if not patterns.CONSIDERS.match(first) else []
+    if labels:
+        return labels[0] if len(labels) == 1 else ""
+    if (ends := patterns.ENDS_IN_LABEL.search(first)) and not patterns.EXCLUDES.search(first):
+        return as_label(ends[1] or ends[2], choices)
+    if (found := _by_text(first, choices)) is not None or not whole:
+        return found
+    return _by_words(first, choices)
 
 
-def _labels_throughout(text: str, choices: Choices) -> str | None:
-    """The labels of "(A) city, (C) street"; "" if joined by "or", None for fewer than two."""
-    labels = [label for label, _ in choices]
-    places = [(m, as_label(m[1], choices)) for m in _BRACKETED.finditer(text)]
-    found = [(match, label) for match, label in places if label is not None]
-    if len({label for _, label in found}) < 2:
-        return None
-    between = text[found[0][0].end() : found[-1][0].start()]
-    if re.search(r"\bor\b|或", between):
-        return ""
-    return "".join(sorted({label for _, label in found}, key=labels.index))
+def _at_place(ordinal: str, choices: Choices) -> str | None:
+    place = patterns.PLACES.index(ordinal.lower())
+    return choices[place][0] if place < len(choices) else None
 
 
-def _labels_at_start(text: str, choices: Choices, *, whole: bool) -> str | None:
-    start = _LEAD.match(text)
-    place = start.end() if start else 0
-    place = _LEAD_CHINESE.match(text, place).end()  # type: ignore[union-attr]
-    labels = [label for label, _ in choices]
-    run = _RUN.match(text, place)
-    if run and set(run[0]) <= set(labels) and list(run[0]) == sorted(set(run[0])):
-        return run[0]
-    found: list[str] = []
-    disjoined = False
-    while (match := _label_at(text, place, choices, first=not found, whole=whole)) is not None:
-        label, place = match
-        found.append(label)
-        joined = _JOINED.match(text, place)
-        assert joined is not None
-        disjoined |= bool(re.search(r"\bor\b|或", joined[0]))
-        following = _label_at(text, joined.end(), choices, first=False, whole=whole)
-        if following is None:
-            break
-        if re.search(r"\bor\b|或", joined[0]) and following[0] != label:
-            return ""
-        place = joined.end()
-    if not found:
-        return None
-    return "".join(sorted(set(found), key=labels.index))
+def _preferred(text: str, choices: Choices) -> str:
+    """The label after the last words of preference, "B or C, most likely C"; "" if none."""
+    *_, last = [None, *patterns.PREFERS.finditer(text)]
+    found = labels_at_start(text[last.end() :], choices) if last else None
+    return found or ""
 
 
-def _label_at(
-    text: str, place: int, choices: Choices, *, first: bool, whole: bool
-) -> tuple[str, int] | None:
-    """A label at a position, and the position of its end."""
-    for pattern in (_BRACKETED, _BARE, _LOWER):
-        match = pattern.match(text, place)
-        if match is None:
-            continue
-        said = next(group for group in match.groups() if group)
-        label = as_label(said, choices)
-        if label is None:
-            continue
-        if pattern is _BARE and not _is_label(said, label, text[match.end() :], choices, first):
-            continue
-        if pattern is _LOWER and not (first and (whole or match[2] or place == 0 or match[1])):
-            continue
-        return label, match.end()
+def _by_whole(text: str, choices: Choices) -> str | None:
+    """The choice whose text is all of a span, perhaps after words such as "the" or "option"."""
+    start = patterns.LEAD.match(text)
+    for part in (text, text[start.end() :] if start else text):
+        words = normalised_words(part)
+        exact = [label for label, choice in choices if words and normalised_words(choice) == words]
+        if len(exact) == 1:
+            return exact[0]
     return None
 
 
-def as_label(said: str, choices: Choices) -> str | None:
-    """The label that is meant; letters also stand for choices that have numbers as labels."""
-    labels = [label for label, _ in choices]
-    said = said.upper()
-    if said in labels:
-        return said
-    place = ord(said) - ord("A")
-    return labels[place] if all(x.isdigit() for x in labels) and 0 <= place < len(labels) else None
-
-
-def _is_label(said: str, label: str, rest: str, choices: Choices, first: bool) -> bool:
-    """Whether a bare letter or digit is a label, and not the article, a number or "I"."""
-    if re.match(r"[.,]\d|\s*[%=+*/^<>]|-\w", rest):
-        return False
-    if not first:
-        return re.match(r"\s*(?:$|[^\w\s]|and\b|or\b|because\b|since\b)", rest) is not None
-    if said in ("A", "I") or said.isdigit():
-        if _AFTER_LABEL.match(rest):
-            return True
-        own = normalised_words(dict(choices)[label])
-        return bool(own) and normalised_words(rest)[: len(own)] == own
-    return True
+def _by_start(text: str, choices: Choices) -> str | None:
+    """The choice with the longest text that begins a span."""
+    words = normalised_words(text)
+    texts = [(len(own), label) for label, choice in choices if (own := normalised_words(choice))
+             and words[: len(own)] == own]  # fmt: skip
+    return max(texts)[1] if texts else None
 
 
 def _by_text(text: str, choices: Choices) -> str | None:
     """The only choice whose text a span contains, in words or as a value."""
     words = normalised_words(text)
     texts = {label: normalised_words(choice) for label, choice in choices}
-    exact = [label for label, choice in texts.items() if choice and choice == words]
-    if len(exact) == 1:
-        return exact[0]
+    every = [label for label, choice in choices if patterns.ALL.match(choice)]
+    if len(every) == 1 and patterns.ALL.search(text):
+        return every[0]
     if is_mathematical(text) or any(is_mathematical(choice) for _, choice in choices):
         equal = [label for label, choice in choices if same_value(text, choice)]
         if len(equal) == 1:
@@ -203,14 +185,25 @@ def _by_text(text: str, choices: Choices) -> str | None:
         if not re.search(r"[A-Za-z]{3}", text):
             return None
     said = {label: choice for label, choice in texts.items() if _within(choice, words)}
-    longest = [
+    kept = [
         label
         for label, choice in said.items()
         if not any(other != label and _within(choice, said[other]) for other in said)
+        and not _denied(text, dict(choices)[label], choices)
     ]
-    if len(longest) != 1 or _denied(text, dict(choices)[longest[0]]):
-        return None
-    return longest[0]
+    return kept[0] if len(kept) == 1 else None
+
+
+def _by_words(text: str, choices: Choices) -> str | None:
+    """The only choice all of whose words stand in a short text in order: "state her name"."""
+    words = normalised_words(text)
+    found = []
+    for label, choice in choices:
+        rest = iter(words)
+        own = normalised_words(choice)
+        if own and len(words) <= 2 * len(own) and all(word in rest for word in own):
+            found.append(label)
+    return found[0] if len(found) == 1 and not patterns.EXCLUDES.search(text) else None
 
 
 def _within(part: Sequence[str], words: Sequence[str]) -> bool:
@@ -218,21 +211,97 @@ def _within(part: Sequence[str], words: Sequence[str]) -> bool:
     return bool(size) and any(words[i : i + size] == part for i in range(len(words) - size + 1))
 
 
-def _denied(text: str, choice: str) -> bool:
-    negated = bool(_NEGATES.search(text)) and not _NEGATES.search(choice)
-    return negated or (bool(_EXCLUDES.search(text)) and not _EXCLUDES.search(choice))
+def _denied(text: str, choice: str, choices: Choices) -> bool:
+    """Whether a text denies a choice whose text it contains, alone or in a list of choices."""
+    if patterns.EXCLUDES.search(choice):
+        return False
+    at = text.lower().find(choice.lower().strip())
+    if at < 0:
+        return _reaches(text)
+    before, after = text[:at], text[at + len(choice) :]
+    while listed := _after_list(before, choices):
+        before = listed
+    return _reaches(patterns.CLAUSE.split(before)[-1]) or patterns.IS_WRONG.match(after) is not None
 
 
-def _called_right(text: str, choices: Choices) -> str | None:
-    """The choice that is called correct in the last sentence that calls one so."""
-    for sentence in sentences(unwrapped(text))[::-1]:
-        if _NEGATES.search(sentence):
-            continue
-        said = [next(filter(None, match.groups())) for match in _CALLED_RIGHT.finditer(sentence)]
-        labels = {label for label in (as_label(each, choices) for each in said) if label}
-        if len(labels) == 1:
-            return labels.pop()
-    return None
+def _after_list(text: str, choices: Choices) -> str | None:
+    """A text without the choice and comma or "or" at its end; None if it does not end so."""
+    joined = re.search(r"\s*(?:,|\bor\b|\band\b|\bnor\b)\s*(?:(?:or|and|nor|an?|the)\s+)*$", text)
+    if joined is None:
+        return None
+    before = text[: joined.start()]
+    own = [t for _, t in choices if t and before.lower().endswith(t.lower().strip())]
+    return before[: -len(own[0].strip())] if own else None
+
+
+def _reaches(before: str) -> bool:
+    """Whether a denial in a text reaches its end, with no verb between: "is not a", "rules out"."""
+    if patterns.DOUBTS.search(before):
+        return True
+    *_, last = [None, *patterns.EXCLUDES.finditer(before)]
+    if last is not None and last[0].lower() in ("neither", "nor"):  # "neither are marble and slate"
+        return True
+    return last is not None and patterns.VERB.search(before, last.end()) is None
+
+
+def _is_answer(sentence: str, choices: Choices) -> bool:
+    """Whether a sentence begins with a bare label that answers: "So it is B", "B, I think"."""
+    start = patterns.LEAD.match(sentence)
+    label = patterns.BARE.match(sentence, start.end() if start else 0)
+    return (
+        label is not None
+        and as_label(label[1], choices) is not None
+        and patterns.ENDS_ANSWER.match(sentence, label.end()) is not None
+    )
+
+
+def _mentioned(sentence: str, choices: Choices) -> list[str]:
+    """The labels that a sentence names and does not deny, in order and once each."""
+    found: list[str] = []
+    for clause in _clauses(sentence, choices):
+        marks = [*patterns.BRACKETED.finditer(clause)] or [*patterns.OPTION.finditer(clause)]
+        for match in marks:
+            label = as_label(match[1], choices)
+            if label is None or label in found:
+                continue
+            after = clause[after_own_text(clause, match.end(), dict(choices)[label]) :]
+            if _reaches(clause[: match.start()]) or patterns.IS_WRONG.match(after):
+                continue
+            found.append(label)
+    return found
+
+
+def _clauses(sentence: str, choices: Choices) -> Iterator[str]:
+    """The clauses of a sentence; a part that is only a label and its text belongs to the next."""
+    kept, start = "", 0
+    texts = {label: normalised_words(text) for label, text in choices}
+    for match in [*patterns.CLAUSE.finditer(sentence), None]:
+        part = sentence[start : match.start() if match else len(sentence)]
+        start = match.start() if match else len(sentence)
+        label = patterns.BRACKETED.search(part)
+        own = texts.get(as_label(label[1], choices) or "", []) if label else None
+        rest = normalised_words(part[label.end() :]) if label else []
+        listed = label is not None and rest in ([], own) and match is not None and match[0] == ","
+        kept += part
+        if not listed:
+            yield kept
+            kept = ""
+
+
+def _called_right(sentence: str, choices: Choices) -> str | None:
+    """The choice that a sentence calls correct."""
+    negates = patterns.NEGATES.search(sentence)
+    parts = (
+        re.split(r"[;,]|\bbut\b|\bwhile\b|\bas\b|\bsince\b", sentence) if negates else [sentence]
+    )
+    said = [
+        next(filter(None, match.groups()))
+        for part in parts
+        if not patterns.NEGATES.search(part)
+        for match in patterns.CALLED_RIGHT.finditer(part)
+    ]
+    labels = {label for label in (as_label(each, choices) for each in said) if label}
+    return labels.pop() if len(labels) == 1 else None
 
 
 def _as_a_whole(text: str, choices: Choices) -> str | None:
@@ -240,22 +309,31 @@ def _as_a_whole(text: str, choices: Choices) -> str | None:
     perhaps with an explanation below. A text that starts to go through the choices does not count.
     """
     first, _, rest = text.partition("\n")
-    plain = unwrapped(first)
-    if _ONLY_LABELS.fullmatch(plain) and not rest:
-        return _labels_at_start(plain, choices, whole=True)
-    head = _BRACKETED.match(plain) or re.match(r"([A-Z0-9])\s*(?:[).:,]|$)", plain)
+    plain = unwrapped(first).strip(patterns.ORNAMENTS)
+    if patterns.ONLY_LABELS.fullmatch(plain) and not rest:
+        return labels_at_start(plain, choices)
+    head = patterns.BRACKETED.match(plain) or re.match(r"([A-Z0-9])\s*(?:[).:,]|$)", plain)
     label = as_label(head[1], choices) if head else None
     if head is not None and label is not None:
         others = re.match(r"\s*[(\[]?([A-Za-z0-9])[)\].:]", rest.lstrip())
         listed = others is not None and as_label(others[1], choices) not in (None, label)
         listed |= any(
-            as_label(other, choices) not in (None, label) for other in _BRACKETED.findall(plain)
+            as_label(other, choices) not in (None, label)
+            for other in patterns.BRACKETED.findall(plain)
         )
         short = len(sentences(plain[head.end() :])) <= 1
-        if not listed and (short or not rest):
-            return _labels_at_start(plain, choices, whole=False)
-    if re.fullmatch(r"[a-z][).]?", text.strip()):
-        return as_label(text.strip()[0], choices)
+        denied = patterns.EXCLUDES.search(plain[head.end() :]) and not patterns.EXCLUDES.search(
+            dict(choices)[label]
+        )
+        denied = denied or refuses_firmly(plain)
+        if not listed and not denied and (short or not rest):
+            return labels_at_start(plain, choices)
+    lower = re.match(r"([a-z])(?:[).]?$|[).:]\s+(?P<own>.*))", plain)
+    label = as_label(lower[1], choices) if lower else None
+    if lower is not None and label is not None:
+        own = normalised_words(dict(choices)[label])
+        if not lower["own"] or normalised_words(lower["own"])[: len(own)] == own:
+            return label
     words = normalised_words(first if not rest.strip() else text)
     exact = [label for label, choice in choices if normalised_words(choice) == words]
     return exact[0] if len(exact) == 1 else None
@@ -275,20 +353,66 @@ def _without_list(text: str, choices: Choices) -> str:
     return "\n".join(line for line, is_choice in zip(lines, listed, strict=True) if not is_choice)
 
 
-def _concluded(sentence: str, choices: Choices) -> str | None:
-    """The only choice that a concluding sentence names, by label, words or value."""
+def _verdicts(closing: Sequence[str], choices: Choices) -> str | None:
+    """The choice "Not wrong, Wrong" of a text that says so of two scenarios in turn."""
+    texts = {label: normalised_words(text) for label, text in choices}
+    if any(set(words) - {"not", "wrong"} for words in texts.values()):
+        return None
+    said = [
+        "not wrong" if match[1] else "wrong"
+        for sentence in closing[::-1]
+        for match in patterns.NOT_WRONG.finditer(sentence)
+    ]
+    words = normalised_words(", ".join(said))
+    return next((label for label, own in texts.items() if len(said) == 2 and own == words), None)
+
+
+def _judged(text: str, choices: Choices) -> str | None:
+    """The only choice with a positive verdict where each choice has one: "A no, B yes, C no"."""
+    found: dict[str, bool] = {}
+    for match in patterns.JUDGED.finditer(text):
+        label = as_label(match[1], choices)
+        if label is not None:
+            found[label] = match["yes"] is not None
+    right = [label for label, is_right in found.items() if is_right]
+    return right[0] if len(found) == len(choices) and len(right) == 1 else None
+
+
+def _concluded(sentence: str, choices: Choices, *, brief: bool) -> str | None:
+    """The only choice that a concluding sentence names, by label, words or value; "" for several.
+
+    Args:
+      brief: the sentence is the whole text, so that it concludes without a word such as "so".
+    """
     plain = unwrapped(sentence)
-    if (alone := re.fullmatch(r"[(\[]?([A-Z0-9])[)\].:]*", plain)) is not None:
+    alone = re.fullmatch(r"[(\[]?([A-Z0-9])[)\].:!]*", plain.strip(patterns.ORNAMENTS))
+    if alone is not None:
         return as_label(alone[1], choices)
-    if _EXCLUDES.search(plain):
+    if patterns.CONSIDERS.match(plain):
         return None
-    if _NEGATES.search(plain) and not any(_NEGATES.search(text) for _, text in choices):
-        return None
-    found = [match[1] for match in _BRACKETED.finditer(plain)]
-    found = found or [match[1] for match in _OPTION.finditer(plain)]
-    labels = {label for label in (as_label(each, choices) for each in found) if label}
+    if (exact := _by_whole(plain, choices)) is not None:
+        return exact
+    if refuses_firmly(plain):
+        return _label_of_refusal(choices) or ""
+    if brief and (ordinal := patterns.ORDINAL.search(plain)):
+        return _at_place(ordinal[1], choices)
+    if (found := _called_right(plain, choices)) is not None:
+        return found
+    if leaves := patterns.LEAVES.search(plain) or patterns.INSTEAD.search(plain):
+        plain = plain[leaves.end() :]
+    if leaves or _is_answer(plain, choices):
+        found = labels_at_start(plain, choices)
+        if found is not None:
+            return found or _preferred(plain, choices)
+    labels = _mentioned(plain, choices)
     if labels:
-        return labels.pop() if len(labels) == 1 else None
+        return labels[0] if len(labels) == 1 else ""
+    if (ends := patterns.ENDS_IN_LABEL.search(plain)) and not _reaches(
+        patterns.CLAUSE.split(plain[: ends.start()])[-1]
+    ):
+        return as_label(ends[1] or ends[2], choices)
+    if patterns.BRACKETED.search(plain) or not (brief or patterns.CONCLUDES.search(plain)):
+        return None
     if any(is_mathematical(text) for _, text in choices):
         value = concluded_value(sentence)
         equal = [label for label, text in choices if value and same_value(value, text)]

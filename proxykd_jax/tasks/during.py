@@ -7,8 +7,9 @@ from jax.sharding import Mesh
 from proxykd_jax.config import Config
 from proxykd_jax.data.order import permutation
 from proxykd_jax.parallel.sharding import check_rows
-from proxykd_jax.peers import stop_if_wanted
+from proxykd_jax.peers import say, stop_if_wanted
 from proxykd_jax.tasks.answering import ChatModel, generating, renderer_of
+from proxykd_jax.tasks.coverage import coverage, described_coverage
 from proxykd_jax.tasks.extraction import extract, is_right
 from proxykd_jax.tasks.items import Item, files_of, read_items
 from proxykd_jax.training.loop import Periodic
@@ -34,10 +35,12 @@ def accuracy_while_training(config: Config, mesh: Mesh) -> Periodic | None:
     during = benchmarks.during
     check_rows(benchmarks.batch_size, mesh, "evaluate.benchmarks.batch_size")
     files = files_of(benchmarks, during.tasks or (), "evaluate.benchmarks.during.tasks")
-    asked = {
-        task: drawn(read_items(task, path), during.items, config.seed)
-        for task, path in files.items()
-    }
+    asked = {}
+    for task, path in files.items():
+        questions = read_items(task, path)
+        for line in described_coverage(task, coverage(questions)):
+            say(line)
+        asked[task] = drawn(questions.items, during.items, config.seed)
     renderer = renderer_of(config)
 
     def figures(model: Model) -> dict[str, float]:

@@ -18,7 +18,7 @@ from proxykd_jax.tasks.numbers import number_in
 from proxykd_jax.tasks.words import PAIRS, brackets_in, listed_words, one_of
 
 # Increase it when a text may give another answer: scores of two versions are not comparable.
-EXTRACTION_VERSION = 1
+EXTRACTION_VERSION = 2
 
 Extractor = Callable[[str, Item], str | None]
 
@@ -42,12 +42,21 @@ def is_right(item: Item, extracted: str | None) -> bool:
     return extracted == item.gold
 
 
+def can_be_right(item: Item) -> bool:
+    """Whether some answer to an item is right: whether its gold is, in a form that is asked for."""
+    gold = item.gold
+    if item.kind == "choice":
+        return bool(gold) and set(gold) <= {label for label, _ in item.choices}
+    texts = (f"The answer is {gold}.", f"\\boxed{{{gold}}}", f"#### {gold}", gold)
+    return any(is_right(item, extract(item, text)) for text in texts)
+
+
 def _choice(text: str, item: Item) -> str | None:
-    return choice_in(text, item.choices)
+    return choice_in(text, item.choices, several=item.several)
 
 
 def _number(text: str, item: Item) -> str | None:
-    return number_in(text)
+    return number_in(text, item.question)
 
 
 def _agieval(text: str, item: Item) -> str | None:

@@ -1,148 +1,224 @@
-r"""Finds where a model's text states its final answer.
+r"""Finds the final statements of a model's text: the places where it says what its answer is.
 
-Models mark a final answer in a few ways: ``\boxed{..}``, ``#### ..``, "the answer is ..",
-"Answer: ..", "the best choice would be ..", and Chinese forms. ``marked_spans`` returns the text
-after such marks, last mark first. ``closing_sentences`` returns the conclusion of a text without
-marks. The modules for the kinds of answers interpret a span (a number, a label, words).
+The forms of a final statement, and where each may stand:
+
+- box: ``\boxed{B}``, ``\fbox{B}``, ``[[B]]``; anywhere.
+- field: ``<answer>B</answer>``, ``{"answer": "B"}``; anywhere.
+- hashes: ``#### 18``; a line of its own, and with words after the number only the last line.
+- stated: "the answer is B", "I would choose B", 故选B, "La respuesta es B"; anywhere.
+- headed: "Answer: B", "Réponse : B", or a heading "Final answer" above the answer; short ones only.
+- refusal: "the answer cannot be determined", "none of the options is right"; after the others.
+
+The last final statement decides, even if it names no possible answer. ``decide`` applies that rule
+for every kind of answer. ``closing_sentences`` returns the conclusion of a text without statements.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-_ASCII: dict[int, int | str | None] = {
-    **str.maketrans("（）［］：；，．。！？－−–＝＋％＄　\xa0", "()[]:;,..!?---=+%$  "),
-    **{0xFF21 + place: chr(65 + place) for place in range(26)},
-    **{0xFF10 + place: chr(48 + place) for place in range(10)},
-    **dict.fromkeys((0x200B, 0xFEFF), None),
-}
-
-_BEST = (
-    r"(?:correct|right|best|final|appropriate|likely|logical|suitable|accurate|probable|plausible|"
-    r"reasonable|obvious|only|possible|valid|sensible|fitting|natural)"
-)
-_SUBJECT = (
-    r"(?<!\w)(?:answers?(?:\s+(?:choice|option))?"
-    rf"|{_BEST}\s+(?:answer\s+)?(?:choices?|options?|ones?|statements?|responses?|results?|closing"
-    r"|order|sequence|list))"
-)
-_ABOUT = r"(?:\s+(?:to|for|in|of|here|choice|option)\b[^.:=\n]{0,80}?)?"
-_VERB = r"\s*(?:\b(?:is|are)\b|\b(?:would|will|should|must|could|may|might)\s+be\b)(?!\s+not\b)"
-_SOFTLY = (
-    r"(?:[\s:,]*\b(?:therefore|thus|then|hence|so|likely|probably|clearly|actually|indeed|simply|"
-    r"just|definitely|most\s+likely|that|as\s+follows)\b)*[\s:,]*"
-)
-_CHOOSE = (
-    r"(?<!\w)(?:I|we)(?:\s+would|\s+will|'d|'ll)?\s+"
-    r"(?:choose|select|pick|say|go\s+with|opt\s+for)\s+"
-)
-_CHINESE = (
-    r"(?:正确)?(?:答案|选项)\s*(?:应该|应|就)?\s*(?:是|为|选|】|\])\s*[:]?\s*|答案\s*:\s*"
-    r"|(?:故|因此|所以|应该|应|本题|应当)\s*选择?\s*[:]?\s*"
-)
-_HASHES = (
-    r"^[ \t]*\#{4}[ \t]*(?!\#|\d+[.)]\s+\S)"
-    r"(?=[^A-Za-z\s]|[A-Za-z](?:\W|$)|(?i:yes|no|true|false)\b)"
-)
-_STATED = re.compile(rf"{_SUBJECT}{_ABOUT}{_VERB}{_SOFTLY}|{_CHOOSE}|{_CHINESE}", re.IGNORECASE)
-_HEADED = re.compile(
-    rf"(?:{_SUBJECT}|(?<!\w)ans\.?)\s*(?::|=|-+>?|→|–|—)\s*|-->\s*"
-    r"|^\W*(?:choice|option|conclusion)\s*:\s*",
-    re.IGNORECASE,
-)
-_HASHED = re.compile(_HASHES, re.MULTILINE)
-_BOXED = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
-# A text that repeats itself up to its budget has thousands of marks; only the last ones count.
-_MOST_MARKS = 32
-# Characters after a mark that are searched.
-_LONGEST_REST = 4000
-_BOLD = re.compile(r"\*\*(.+?)\*\*", re.DOTALL)
-_WRAPPED = re.compile(
-    r"\\(?:text(?:bf|it|rm|tt|sf)?|math(?:bf|rm|it|sf)|boldsymbol|bf)\s*\{([^{}]*)\}"
-)
-_NEXT_QUESTION = re.compile(
-    r"\n\s*(?:#+\s*)?(?:Q|Question|Problem|User|Human|Instruction|问题?)\s*\d*\s*:", re.IGNORECASE
-)
-_REFUSES = re.compile(
-    r"\b(?:can\s?not|can't|could not|couldn't|unable to|impossible to|not possible to|"
-    r"difficult to|hard to)\s+(?:\w+\s+){0,2}?"
-    r"(?:determin\w*|answer\w*|say|tell|conclude|provide|assist|help|choose|select|comply)"
-    r"|\b(?:not enough|insufficient|no) information\b"
-    r"|\bI (?:do not|don't) know\b|\bnone of the (?:given |above |provided )?(?:options|choices)\b"
-    r"|\bdepends on\b|无法(?:确定|回答|判断)",
-    re.IGNORECASE,
-)
-_SENTENCE_END = re.compile(
-    r"(?<=[!?])\s+|(?<=\.)\s+(?=[^\sa-z])|(?<=[.!?][\"')*$])\s+(?=[A-Z])|\n+"
-)
-_MARKS = (_BOXED, _STATED, _HEADED, _HASHED)
+from proxykd_jax.tasks import statement_patterns as patterns
 
 
-class Span(NamedTuple):
-    """The text that a mark points at.
+class Statement(NamedTuple):
+    """A place where a text says what its answer is.
 
     Attributes:
-      text: the text up to the end of the line.
-      start: position of the mark.
-      boxed: the text is the whole content of a box.
+      text: what it says, up to the end of the line.
+      start: position in the text.
+      form: "box", "field", "hashes", "stated", "headed" or "refusal".
+      denied: it says what the answer is not; the text begins with "not".
     """
 
     text: str
     start: int
-    boxed: bool
+    form: str
+    denied: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether the text is nothing but an answer."""
+        return self.form in ("box", "field")
+
+    @property
+    def first(self) -> str:
+        """The part that may hold the answer: all of a box or field, otherwise one sentence."""
+        return self.text if self.whole else (sentences(self.text) or [""])[0]
+
+    @property
+    def decides(self) -> bool:
+        """Whether it is final even if it gives no possible answer."""
+        if self.form in ("box", "field", "hashes", "refusal"):
+            return True
+        if refuses(self.first):
+            return True
+        if self.denied or not re.search(r"\w", self.first) or patterns.POINTER.match(self.first):
+            return False
+        return len(self.first.split()) <= patterns.MOST_WORDS[self.form]
 
 
 def cleaned(output: str) -> str:
     """A model's text, prepared for the search.
 
-    Full-width signs become ASCII. Hidden thoughts are removed, and so are the questions that a base
-    model goes on to ask itself after marking an answer.
+    Full-width signs become ASCII. Hidden thoughts are removed; what follows the beginning of
+    thoughts that do not end is no answer either. So are the questions that a base model goes on to
+    ask itself after an answer.
     """
-    text = output.translate(_ASCII)
-    text = text.rpartition("</think>")[2].strip()
+    text = _without_thoughts(output.translate(patterns.ASCII)).strip()
+    if ended := patterns.END_OF_TURN.search(text, 1):
+        text = text[: ended.start()].strip()
     ends = [match.end() for each in _MARKS for match in [each.search(text)] if match]
-    following = _NEXT_QUESTION.search(text, min(ends)) if ends else None
-    return text[: following.start()].strip() if following else text
+    following = (
+        patterns.NEXT_QUESTION.search(text, min(ends))
+        if ends
+        else patterns.NEXT_QUESTION.search(text)
+    )
+    if following and (ends or len(text[: following.start()].split()) <= 8):
+        return text[: following.start()].strip()
+    return text
 
 
-def marked_spans(text: str) -> list[Span]:
-    """The spans after the marks of a final answer, last mark first.
+def _without_thoughts(text: str) -> str:
+    begun = patterns.THOUGHT_BEGINS.search(text)
+    *_, ended = [None, *patterns.THOUGHT_ENDS.finditer(text)]
+    if ended is not None:
+        before = text[: begun.start()] if begun and begun.start() < ended.start() else ""
+        text = before + "\n" + text[ended.end() :]
+        begun = patterns.THOUGHT_BEGINS.search(text)
+    return text[: begun.start()] if begun else text
 
-    Statements before a closing refusal do not count, except for boxes.
+
+def decide(text: str, read: Callable[[Statement], str | None]) -> tuple[bool, str | None]:
+    """(whether a final statement decides, the answer that it gives).
 
     Args:
-      text: a text from ``cleaned``.
+      text: a text without emphasis.
+      read: the answer in a statement; "" if it names several without deciding, None if none.
     """
-    spans = [Span(content, start, True) for start, content in boxed_contents(text)]
-    for start, end, headed in _positions(text)[-_MOST_MARKS:]:
-        rest = _rest_of_line(text, end)
-        if rest and not (headed and _is_prose(rest)):
-            spans.append(Span(rest, start, False))
-    spans.sort(key=lambda span: -span.start)
-    if spans and refuses(text[spans[0].start :]) and not spans[0].boxed:
-        return [span for span in spans if span.boxed]
-    return spans
+    for statement in statements(text):
+        found = read(statement)
+        if found is not None:
+            return True, found or None
+        if statement.decides:
+            return True, None
+    return False, None
+
+
+def statements(text: str) -> list[Statement]:
+    """The final statements of a text, last first.
+
+    What the text takes back ("no, that's wrong") is none. A refusal is one only after a statement
+    in words: a box, a field and hashes stand, whatever doubts follow them.
+    """
+    found = [*_boxes(text), *_fields(text), *_hashed(text), *_said(text)]
+    *_, taken_back = [None, *patterns.TAKES_BACK.finditer(text)]
+    if taken_back is not None:
+        found = [each for each in found if each.start > taken_back.start()]
+    found.sort(key=lambda statement: -statement.start)
+    found = found[: patterns.MOST_MARKS]
+    if found and found[0].form in patterns.MOST_WORDS:
+        first = found[0].first
+        begin = max(found[0].start, text.find(first, found[0].start)) + len(first)
+        *_, last = [None, *patterns.REFUSES.finditer(text, min(begin, len(text)))]
+        if last is not None:
+            rest = _rest_of_line(text, last.start())
+            found.insert(0, Statement(rest, last.start(), "refusal"))
+    return found
 
 
 def boxed_contents(text: str) -> list[tuple[int, str]]:
-    r"""(start, content) of each ``\boxed{content}`` with braces matched; unclosed ones run on."""
-    found = []
-    for match in list(_BOXED.finditer(text))[-_MOST_MARKS:]:
+    r"""(start, content) of each ``\boxed{content}``, braces matched; unclosed ones run on."""
+    found = [(match.start(), match[1]) for match in patterns.BOXED_BARE.finditer(text)]
+    for match in list(patterns.BOXED.finditer(text))[-patterns.MOST_MARKS :]:
+        if text[match.start()] == "[":
+            place = text.index("]]", match.end())
+            found.append((match.start(), text[match.end() : place]))
+            continue
         depth = 0
         for place in range(match.end(), len(text)):
+            if text[place - 1] == "\\" and place > match.end():
+                continue
             depth += {"{": 1, "}": -1}.get(text[place], 0)
             if depth == 0:
                 break
         else:
             place = len(text)
         found.append((match.start(), text[match.end() + 1 : place]))
-    return found
+    return sorted(found)
+
+
+def _boxes(text: str) -> Iterator[Statement]:
+    for start, content in boxed_contents(text):
+        if content.strip():
+            yield Statement(content, start, "box")
+
+
+def _fields(text: str) -> Iterator[Statement]:
+    for match in patterns.FIELD.finditer(text):
+        content = next(
+            match[name] for name in ("tagged", "bracketed", "value") if match[name] is not None
+        )
+        if match["value"] is not None:
+            content = content.strip("\"'").replace("\\\\", "\\").replace('\\"', '"')
+            content = re.sub(r"^\[|\]$|[\"']", "", content) if content[:1] == "[" else content
+        if not _is_prose(content.strip()):
+            yield Statement(content.strip(), match.start(), "field")
+
+
+def _hashed(text: str) -> Iterator[Statement]:
+    matches = list(patterns.HASHED.finditer(text))
+    for match in matches[-patterns.MOST_MARKS :]:
+        said = match[1]
+        if re.match(r"\d+[.):]\s+\S|\d+\s+-\s", said) or not re.match(
+            r"[^A-Za-z\s]|[A-Za-z](?:\W|$)|(?i:yes|no|true|false|valid|invalid)\b", said
+        ):
+            continue
+        rest = text[match.end() :].strip()
+        # "#### 2024 sales" above a text is a heading.
+        if re.search(r"[A-Za-z]{2}", said[2:]) and rest and not rest.startswith("####"):
+            continue
+        yield Statement(said, match.start(), "hashes")
+
+
+def _said(text: str) -> Iterator[Statement]:
+    """Statements in words, without those that are only assumed, asked or about something else."""
+    for match in list(patterns.STATED.finditer(text))[-patterns.MOST_MARKS :]:
+        rest = _rest_of_line(text, match.end())
+        before = text[max(0, match.start() - 100) : match.start()]
+        if (
+            not rest
+            or patterns.UNMEANT.search(before)
+            or (sentences(rest) or [""])[0].endswith("?")
+        ):
+            continue
+        denied = any(match[name] is not None for name in ("no", "nor", "nt", "not", "bu"))
+        if denied and (instead := patterns.INSTEAD.search((sentences(rest) or [""])[0])):
+            yield Statement(rest[instead.end() :].strip(), match.start(), "stated")
+        else:
+            yield Statement(f"not {rest}" if denied else rest, match.start(), "stated", denied)
+    for match in list(patterns.HEADED.finditer(text))[-patterns.MOST_MARKS :]:
+        rest = _rest_of_line(text, match.end())
+        if rest and not _is_prose(rest):
+            yield Statement(rest, match.start(), "headed")
+
+
+_MARKS = (patterns.BOXED, patterns.STATED, patterns.HEADED, patterns.HASHED, patterns.FIELD)
 
 
 def bold_spans(text: str) -> list[str]:
-    """The bold spans of the last paragraph, last first."""
-    return [match[1].strip() for match in _BOLD.finditer(last_paragraph(text))][::-1]
+    """The bold spans of the last paragraph, last first, without titles ("Step 2", "Total:")."""
+    paragraph = last_paragraph(text)
+    found = []
+    for match in patterns.BOLD.finditer(paragraph):
+        line = paragraph[paragraph.rfind("\n", 0, match.start()) + 1 :]
+        alone = re.match(r"\W*" + re.escape(match[0]) + r"\W*?\n", line) is not None
+        title = alone and re.search(r"[A-Za-z]{2}", match[1]) is not None
+        titled = match[2] or match[1].rstrip().endswith(":") or patterns.TITLE.match(match[1])
+        if not title and not titled:
+            found.append(match[1].strip())
+    return found[::-1]
 
 
 def last_paragraph(text: str) -> str:
@@ -152,47 +228,58 @@ def last_paragraph(text: str) -> str:
 
 def sentences(text: str) -> list[str]:
     """The sentences of a text; the end of a line ends a sentence."""
-    return [part.strip() for part in _SENTENCE_END.split(text) if part and part.strip()]
+    return [part.strip() for part in patterns.SENTENCE_END.split(text) if part and part.strip()]
+
+
+def refuses_firmly(text: str) -> bool:
+    """Whether a text says of the answer or the options that there is none or none is right."""
+    return patterns.REFUSES.search(text) is not None
 
 
 def closing_sentences(text: str) -> list[str]:
-    """The sentences of the last paragraph, last first; none if the text ends in a refusal."""
+    """The sentences of the last paragraph, last first; none after a question or if it stops short.
+
+    Offers of more help at the end are no part of the conclusion.
+    """
+    text = patterns.TAGS.sub("\n", text)
+    while offer := patterns.OFFER.search(text):
+        text = text[: offer.start()].rstrip()
     found = sentences(last_paragraph(text))[::-1]
-    return [] if found and refuses(found[0]) else found
+    return [] if found and (found[0].endswith("?") or patterns.STOPS.search(text)) else found
 
 
 def refuses(text: str) -> bool:
-    """Whether a text says that there is no answer."""
-    return _REFUSES.search(text) is not None
+    """Whether a text says that there is no answer, or gives none."""
+    return refused(text) is not None
+
+
+def refused(text: str) -> int | None:
+    """The position at which a text says that there is no answer; None if it does not."""
+    found = patterns.REFUSES_AT_ALL.search(text)
+    return None if found is None else found.start()
 
 
 def without_emphasis(text: str) -> str:
-    """A text without Markdown's bold markers."""
-    return text.replace("**", "").replace("__", "")
+    """A text without Markdown's markers of bold and italic words."""
+    text = text.replace("**", "").replace("__", "")
+    return re.sub(r"(?<![A-Za-z0-9_])_([^_\n]+)_(?![A-Za-z0-9_])", r"\1", text)
 
 
 def unwrapped(text: str) -> str:
     r"""A text without LaTeX's fonts and mathematics: "\text{(C) city}" becomes "(C) city"."""
     before = None
     while before != text:
-        before, text = text, _WRAPPED.sub(r"\1", text)
+        before, text = text, patterns.WRAPPED.sub(r"\1", text)
     text = re.sub(r"\\[(\[\])]|\\[ ,;!]|\\quad", " ", text)
     text = text.replace("$", " ").strip()
     braced = re.fullmatch(r"\{+([^{}]*)\}+", text)
     return braced[1].strip() if braced else text
 
 
-def _positions(text: str) -> list[tuple[int, int, bool]]:
-    """(start, end, whether it is a heading) of each mark other than boxes."""
-    found = [(m.start(), m.end(), False) for m in _STATED.finditer(text)]
-    found += [(m.start(), m.end(), True) for m in _HEADED.finditer(text)]
-    found += [(m.start(), m.end(), False) for m in _HASHED.finditer(text)]
-    return sorted(found)
-
-
 def _rest_of_line(text: str, start: int) -> str:
     """The rest of the line, or the next non-empty line if the rest is empty."""
-    for line in text[start : start + _LONGEST_REST].split("\n"):
+    for line in text[start : start + patterns.LONGEST_REST].split("\n"):
+        line = re.split(r"</[A-Za-z_]+>", line)[0]
         if re.search(r"[\w()\[\]{}<>]", line.replace("\\[", "").replace("\\(", "")):
             return line.strip()
     return ""
@@ -201,4 +288,6 @@ def _rest_of_line(text: str, start: int) -> str:
 def _is_prose(rest: str) -> bool:
     """Whether the text after "Answer:" is an explanation of several sentences, not an answer."""
     parts = sentences(rest)
-    return len(parts) > 1 and len(parts[0].split()) > 6
+    return len(parts) > 1 and (
+        len(parts[0].split()) > 6 or patterns.REASONS.match(parts[0]) is not None
+    )

@@ -58,8 +58,20 @@ class Item(NamedTuple):
     several: bool = False
 
 
-def read_items(task: str, path: str, limit: int | None = None) -> list[Item]:
-    """The items of a benchmark's files, in the files' order.
+class Questions(NamedTuple):
+    """What a benchmark's files hold.
+
+    Attributes:
+      items: the questions, in the files' order.
+      unusable: the rows that are no item, each as "place: reason".
+    """
+
+    items: list[Item]
+    unusable: list[str]
+
+
+def read_items(task: str, path: str, limit: int | None = None) -> Questions:
+    """The items of a benchmark's files, and the rows that cannot be used.
 
     Args:
       task: one of ``TASKS``.
@@ -71,11 +83,12 @@ def read_items(task: str, path: str, limit: int | None = None) -> list[Item]:
       UserError: there are no files, or one is damaged, of another benchmark or without golds.
     """
     items: list[Item] = []
+    unusable: list[str] = []
     for part, records in _parts(path):
-        found = list(_items_of(task, part, records, limit))
-        several = {item.subtask for item in found if item.kind == "choice" and len(item.gold) > 1}
+        found = list(_items_of(task, part, records, limit, unusable))
+        several = {item.subtask for item in found if _has_several(item)}
         items += [item._replace(several=item.subtask in several) for item in found]
-    return _numbered(items)
+    return Questions(_numbered(items), unusable)
 
 
 def files_of(settings: BenchmarksConfig, tasks: Sequence[str], where: str) -> dict[str, str]:
@@ -116,6 +129,14 @@ def hub_place(text: str) -> tuple[str, str | None, str] | None:
             "hub:openai/gsm8k#main/test."
         )
     return found[1], found[2], found[3]
+
+
+def _has_several(item: Item) -> bool:
+    """Whether several choices are right; a gold that names no choice, as in some BBH rows, is one.
+
+    Such a gold ("Monsters, Inc" where the choices are "Monsters" and "Inc") cannot be reached.
+    """
+    return len(item.gold) > 1 and set(item.gold) <= {label for label, _ in item.choices}
 
 
 def _parts(path: str) -> Iterator[tuple[str, Iterator[tuple[Mapping[str, Any], str]]]]:
@@ -159,10 +180,11 @@ def _items_of(
     part: str,
     records: Iterator[tuple[Mapping[str, Any], str]],
     limit: int | None,
+    unusable: list[str],
 ) -> Iterator[Item]:
+    """The items of one file; places and reasons of other rows are added to ``unusable``."""
     counts: dict[str, int] = {}
-    seen = without = 0
-    problem = ""
+    seen, problems = 0, []
     for record, origin in records:
         if not seen and benchmark_format(record) != task:
             raise UserError(
@@ -174,22 +196,24 @@ def _items_of(
             subtask = _subtask(task, part, example)
             if limit is not None and counts.get(subtask, 0) >= limit:
                 continue
+            problem = "no gold answer"
             try:
                 own = example.get("id")
                 identity = str(own) if isinstance(own, str | int) else item_id(place)
                 item = item_of(task, example, subtask, identity)
             except RowProblem as found:
-                item, problem = None, f" ({place}: {found})"
+                item, problem = None, str(found)
             if item is None:
-                without += 1
+                problems.append(f"{place}: {problem}")
                 continue
             counts[subtask] = counts.get(subtask, 0) + 1
             yield item
-    if without > _MOST_PROBLEMS * seen:
+    if len(problems) > _MOST_PROBLEMS * seen:
         raise UserError(
-            f"evaluate.benchmarks: {without} of {seen} questions of {part} have no gold answer or "
-            f"are damaged{problem}. Name the part of {task} whose answers are public."
+            f"evaluate.benchmarks: {len(problems)} of {seen} questions of {part} have no gold "
+            f"answer or are damaged ({problems[-1]}). Name the part of {task} with public answers."
         )
+    unusable += problems
 
 
 def _subtask(task: str, part: str, record: Mapping[str, Any]) -> str:

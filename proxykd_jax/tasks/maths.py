@@ -8,25 +8,45 @@ from collections.abc import Sequence
 
 from proxykd_jax.tasks.expression import letters_in, value
 from proxykd_jax.tasks.final_answer import (
+    Statement,
     bold_spans,
     boxed_contents,
     closing_sentences,
+    decide,
     last_paragraph,
-    marked_spans,
+    refuses,
     sentences,
+    unwrapped,
     without_emphasis,
 )
+from proxykd_jax.tasks.number_words import in_words
+from proxykd_jax.tasks.numbers import with_fractions
 from proxykd_jax.texts.normalise import normalised_words
 
 # Two values for each letter, far from singular points of answers' formulas.
 _POINTS = (0.8371, 1.4143 + 0.17j), (0.6113, 2.2171 - 0.29j)
 _TOLERANCE = 1e-9
+# A bold span with more words is an explanation.
+_FEW_WORDS = 3
 _MATHS = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _BLANK = re.compile(r"\(\s*(?:\$)?\s*\\(?:quad|qquad)\s*(?:\$)?\s*\)|_{3,}|\\underline\{")
-_UNITS = (
-    r"(?:square\s+|cubic\s+)?(?:cm|mm|km|m|kg|g|s|hours?|minutes?|seconds?|days?|weeks?|years?|"
-    r"dollars?|cents?|degrees?|units?|meters?|metres?|feet|foot|inch(?:es)?|miles?|mph|percent|"
-    r"points?|ways?|people|students?|liters?)"
+_UNIT = (
+    r"(?:(?:square|cubic|sq\.?|cu\.?)\s+)?(?:cm|mm|km|kg|mg|ml|mL|ft|yd|lbs?|oz|mph|kph|hours?|hrs?|"
+    r"minutes?|mins?|seconds?|secs?|days?|weeks?|months?|years?|dollars?|cents?|degrees?|radians?|"
+    r"units?|met(?:er|re)s?|(?:centi|kilo|milli)met(?:er|re)s?|(?:kilo|milli)?grams?|feet|foot|"
+    r"inch(?:es)?|yards?|miles?|pounds?|ounces?|gallons?|lit(?:er|re)s?|percent|points?|ways?|people|"
+    r"students?|(?<=\s)[msghLNJWV]|(?<=/)[smhL])"
+)
+_POWER = r"(?:\s*\^\s*\{?\s*-?\d\s*\}?|[²³])?"
+_UNITS = re.compile(rf"(?<=[\d}})\s])(?:{_UNIT}{_POWER})(?:\s*(?:/|per\s)\s*{_UNIT}{_POWER})?\s*$")
+_SPACED = re.compile(r"(?<![\d.])\d{1,3}(?:(?:\\[,;: ]|~|[ '])\d{3})+(?![\d/])")
+_MIXED = re.compile(r"(?<![\d.^/])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d/])")
+_SCALED = re.compile(r"(?<=\d)\s*(?:\\text\s*\{)?\s*(thousand|million|billion|trillion)\b\s*\}?")
+_SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_APPROXIMATE = re.compile(r"^\s*(?:\\approx|≈|~|about\s|approximately\s)\s*")
+# Words that are results, although they would refuse an answer to another question.
+_RESULT = re.compile(
+    r"\W*(?:\\text\s*\{)?\s*(?:none|neither|nothing|no\s+(?:real\s+)?solutions?)\b", re.IGNORECASE
 )
 _SPACING = re.compile(
     r"\\(?:[,;:! ]|quad|qquad|displaystyle|left|right|big[lr]?|Big[lr]?)(?![a-z])"
@@ -43,8 +63,8 @@ _ASSIGNED = re.compile(
 def maths_in(output: str, question: str) -> str | None:
     r"""The result that a text gives; None if it gives none.
 
-    The last box, or the span after the last mark, or the last formula of the last sentences. A
-    question with several blanks asks for as many results, which are joined with ";".
+    The last final statement, or the last formula of the last sentences. A question with several
+    blanks asks for as many results, which are joined with ";".
 
     Args:
       output: a text from ``cleaned``.
@@ -56,32 +76,54 @@ def maths_in(output: str, question: str) -> str | None:
         if len(boxes) == blanks:
             return ";".join(box.strip() for box in boxes)
     text = without_emphasis(output)
-    for span in marked_spans(text):
-        found = span.text if span.boxed else _of_line(span.text, blanks)
-        if found and found.strip():
-            return found.strip()
+    decided, found = decide(text, lambda statement: _of_statement(statement, blanks))
+    if decided:
+        return found
     for part in bold_spans(output):
-        return _of_line(part, blanks) or part
+        if is_mathematical(part) or len(part.split()) <= _FEW_WORDS:
+            return _of_line(part, blanks) or part
     for sentence in closing_sentences(text):
+        if refuses(sentence):
+            return None
         if found := concluded_value(sentence, blanks):
             return found
     return None
 
 
+def _of_statement(statement: Statement, blanks: int) -> str | None:
+    text = unwrapped(statement.first)
+    if statement.denied or (refuses(text) and not _RESULT.match(text)):
+        return None
+    found = statement.text if statement.whole else _of_line(statement.text, blanks)
+    return found.strip() or None if found else None
+
+
 def same_value(one: str, other: str) -> bool:
-    """Whether two results are equal: as text without typography, as values, or part by part."""
+    """Whether two results are equal: as text without typography, as values, or part by part.
+
+    A percentage equals its number and its hundredth: 25% is 25 and 0.25.
+    """
+    if ("%" in one) != ("%" in other) and _equal_formulas(
+        *(f"({plain(part)}){'/100' if '%' in part else ''}" for part in (one, other))
+    ):
+        return True
     first, second = plain(one), plain(other)
     if not first or not second:
         return False
     if _tight(first) == _tight(second):
         return True
+    if ("\\pm" in first) != ("\\pm" in second):
+        first, second = (_both_signs(part) for part in (first, second))
     if ";" in first or ";" in second:
         return _same_parts(first.split(";"), second.split(";"), ordered=True)
     if _equation(first) and _equation(second):
         return _same_equation(first, second)
-    first, second = (_ASSIGNED.sub("", part) for part in (first, second))
+    first, second = (
+        _ASSIGNED.sub("", part) if len(_top_level(part)) == 1 else part for part in (first, second)
+    )
     if _tight(first) == _tight(second):
         return True
+    first, second = (_as_interval(part) for part in (first, second))
     groups = [_group(part) for part in (first, second)]
     if groups[0] is not None or groups[1] is not None:
         return _same_groups(groups[0], groups[1], first, second)
@@ -89,6 +131,31 @@ def same_value(one: str, other: str) -> bool:
     if not any(re.search(r"[\d\\]", part) for part in (first, second)) and words[0] == words[1]:
         return True
     return _equal_formulas(first, second)
+
+
+def _as_interval(text: str) -> str:
+    r"""An inequality as an interval: "1 \\le x < 2" is "[1, 2)"."""
+    sides = re.split(r"(\\le(?![a-z])|\\ge(?![a-z])|<|>|\\lt(?![a-z])|\\gt(?![a-z]))", text)
+    signs = [{"\\le": "<=", "\\ge": ">=", "\\lt": "<", "\\gt": ">"}.get(s, s) for s in sides[1::2]]
+    parts = [side.strip() for side in sides[::2]]
+    if len(parts) == 3 and parts[1].isalpha() and signs[0][0] == signs[1][0]:
+        if signs[0][0] == ">":
+            parts, signs = parts[::-1], [sign.replace(">", "<") for sign in signs[::-1]]
+        low, high = "[" if "=" in signs[0] else "(", "]" if "=" in signs[1] else ")"
+        return f"{low}{parts[0]},{parts[2]}{high}"
+    if len(parts) == 2 and re.fullmatch("[a-z]", parts[0]):
+        closed = "=" in signs[0]
+        if signs[0][0] == "<":
+            return f"(-\\infty,{parts[1]}{']' if closed else ')'}"
+        return f"{'[' if closed else '('}{parts[1]},\\infty)"
+    return text
+
+
+def _both_signs(text: str) -> str:
+    """The two values of a result with one plus-minus, as a list."""
+    if "\\pm" not in text:
+        return text
+    return ", ".join(text.replace("\\pm", sign) for sign in "+-")
 
 
 def is_mathematical(text: str) -> bool:
@@ -99,8 +166,18 @@ def is_mathematical(text: str) -> bool:
 
 def plain(text: str) -> str:
     r"""A result without typography, units and surrounding dollar signs."""
+    text = with_fractions(_SPACED.sub(lambda m: re.sub(r"\D", "", m[0]), text))
+    text = _SCALED.sub(lambda m: f"*10^{_SCALES[m[1]]}", _APPROXIMATE.sub("", text))
+    text = re.sub(r"(?<=\d)[eE]([-+]?\d+)(?![\w.])", r"*10^{\1}", text)
+    text = _MIXED.sub(r"(\1+\2/\3)", text)
     text = re.sub(r"\\textcircled\s*\{?(\d)\}?", lambda m: chr(0x245F + int(m[1])), text)
-    text = text.replace("\\\\", "⏎").replace("{,}", ",").replace(",\\!", ",").replace("\\!", "")
+    text = (
+        text.replace("~", " ")
+        .replace("\\\\", "⏎")
+        .replace("{,}", ",")
+        .replace(",\\!", ",")
+        .replace("\\!", "")
+    )
     for sign, latex in {"−": "-", "√": "\\sqrt ", "π": "\\pi ", "∞": "\\infty ", "°": ""}.items():
         text = text.replace(sign, latex)
     text = text.replace("×", "*").replace("·", "*").replace("≤", "\\le ").replace("≥", "\\ge ")
@@ -113,8 +190,10 @@ def plain(text: str) -> str:
         text = _TEXT.sub(lambda m: m[1] if m[1].strip() in ("and", "or") else " ", text)
     text = _TEXT.sub(r"\1", text)
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
-    text = re.sub(rf"(?<=[\d}}\s]){_UNITS}\s*(?:\^\s*\{{?\d\}}?)?\s*$", "", text.strip())
-    return text.strip().rstrip(".。,;").strip()
+    text = _UNITS.sub("", text.strip()).strip().rstrip(".,;").strip()
+    words = in_words(text) if not re.search(r"[\d\\]", text) else []
+    whole = len(words) == 1 and words[0][:2] == (0, len(text))
+    return str(words[0][2]) if whole else text
 
 
 def _tight(text: str) -> str:
@@ -128,6 +207,11 @@ def _of_line(text: str, blanks: int) -> str | None:
         return None
     formulas = [next(g for g in m.groups() if g) for m in _MATHS.finditer(first)]
     if formulas:
+        between = _MATHS.sub("$", first).strip().rstrip(".")
+        if blanks <= 1 and re.fullmatch(r"\$(?:\s*(?:,|or|and|,\s*and|,\s*or)\s*\$)+", between):
+            ends = [_right_side(formula) for formula in formulas]
+            again = all(same_value(ends[0], end) for end in ends)
+            return ends[0] if again else ", ".join(ends)
         return ";".join(formulas[-blanks:]) if blanks > 1 else _right_side(formulas[0])
     return _right_side(first.strip().rstrip(".。").strip("*` "))
 
@@ -198,7 +282,9 @@ def _group(text: str) -> tuple[str, list[str]] | None:
         return "m", re.split(r"⏎|&", matrix[1])
     parts = _top_level(text)
     if len(parts) > 1:
-        return "", parts
+        letters = [part.partition("=")[0].strip() for part in parts if "=" in part]
+        point = len(set(letters)) == len(parts) and all(re.fullmatch("[a-z]", x) for x in letters)
+        return "()" if point else "", parts
     if len(text) > 1 and text[0] in "([⟨" and text[-1] in ")]⟩":
         inside = _top_level(text[1:-1])
         if len(inside) > 1 or text[0] == "⟨":

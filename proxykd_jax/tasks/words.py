@@ -6,11 +6,13 @@ import re
 from collections.abc import Sequence
 
 from proxykd_jax.tasks.final_answer import (
+    Statement,
     bold_spans,
     closing_sentences,
+    decide,
     last_paragraph,
-    marked_spans,
-    sentences,
+    refuses,
+    unwrapped,
     without_emphasis,
 )
 
@@ -22,9 +24,16 @@ _SYNONYMS = {
     "true": r"true",
     "false": r"false",
     "valid": r"valid",
-    "invalid": r"invalid",
+    "invalid": r"invalid|does\s+not\s+follow|doesn't\s+follow",
 }
+_DENIES = (
+    r"(?:\b(?:not|cannot|never)|n't)\s+(?:be\s+)?(?:an?\s+|the\s+)?"
+    r"(?:(?:\w+ly|at\s+all|very|even|that)\s+)*"
+)
 _EDGES = "\"'“”‘’`*.,:;!?()[]{}$<>\\"
+_INTRODUCED = re.compile(
+    r"^[^:]*\b(?:brackets?|parenthes[ei]s|sequence|closing|missing|rest)\b[^:]*:\s*", re.IGNORECASE
+)
 _BRACKETS = re.compile(r"[()\[\]{}<>](?:[\s,\"'`]*[()\[\]{}<>])*")
 _LISTED = re.compile(r"^\s*(?:\d+[.):]|[-*•])\s*(.+?)\s*$")
 
@@ -37,26 +46,42 @@ def pair_of(word: str) -> tuple[str, str] | None:
 def one_of(output: str, pair: tuple[str, str]) -> str | None:
     """Which of two words a text gives as its final answer; "not valid" means "invalid".
 
-    The word after the last mark. Otherwise the first word of the text, if it is one of the two.
-    Otherwise the last one in the last sentences of the last paragraph.
+    The word of the last final statement. Otherwise the first word of the text, if it is one of the
+    two. Otherwise the last one in the last sentences of the last paragraph.
     """
     text = without_emphasis(output)
-    for span in marked_spans(text):
-        first = span.text if span.boxed else (sentences(span.text) or [""])[0]
-        if found := _said(first, pair):
-            return found[0]
+    decided, found = decide(text, lambda statement: _in_statement(statement, pair))
+    if decided:
+        return found
     for part in bold_spans(output):
-        if found := _said(part, pair):
-            return found[0]
+        if said := _said(part, pair):
+            return said[0]
     head = re.match(r"\W*(\w+)\b(?=\W*(?:$|[.,;:!\n]))", text)
     if head and head[1].lower() in pair:
         return head[1].lower()
     for sentence in closing_sentences(text):
-        if found := _said(sentence, pair):
-            return found[-1]
-        if "=" in sentence:  # the text stops in the middle of an expression
+        said = _said(sentence, pair)
+        # "=": the text stops inside an expression.
+        if refuses(sentence) or _both(sentence, pair) or (not said and "=" in sentence):
             return None
+        if said:
+            return said[-1]
     return None
+
+
+def _in_statement(statement: Statement, pair: tuple[str, str]) -> str | None:
+    text = statement.first
+    if _both(text, pair):
+        return ""
+    said = _said(text, pair)
+    return said[0] if said else None
+
+
+def _both(text: str, pair: tuple[str, str]) -> bool:
+    if pair == PAIRS[0]:  # "True or False" is an expression
+        return False
+    joined = rf"\b{pair[0]}(?:\s+(?:or|and)\s+|\s*/\s*){pair[1]}\b"
+    return re.search(joined, text, re.IGNORECASE) is not None
 
 
 def _said(text: str, pair: tuple[str, str]) -> list[str]:
@@ -66,7 +91,7 @@ def _said(text: str, pair: tuple[str, str]) -> list[str]:
     "= not False and" does not.
     """
     ways = "|".join(f"(?P<{word}>{_SYNONYMS[word]})" for word in pair)
-    pattern = rf"(?P<denied>\b(?:not|n't)\s+(?:\w+ly\s+)?)?\b(?:{ways})\b"
+    pattern = rf"(?P<denied>{_DENIES})?\b(?:{ways})\b"
     _, equals, text = text.replace("\\text", " ").rpartition("=")
     found: list[str] = []
     for match in re.finditer(pattern, text, re.IGNORECASE):
@@ -84,18 +109,19 @@ def brackets_in(output: str, question: str) -> str | None:
     An answer that repeats the question's brackets is cut to the closing ones.
     """
     text = without_emphasis(output)
-    spans = [(span.text, span.boxed) for span in marked_spans(text)]
+    decided, found = decide(text, lambda each: _brackets(each.text, question, whole=each.whole))
     lines = [line for line in text.strip().split("\n") if line.strip()]
-    if lines:
-        spans.append((lines[-1], True))
-    for span, whole in spans:
-        plain = span.replace("\\{", "{").replace("\\}", "}").replace("\\", " ").replace("$", " ")
-        runs = [_joined(match[0]) for match in _BRACKETS.finditer(plain)]
-        rest = _BRACKETS.sub("", plain).strip(_EDGES + " ")
-        if not runs or (whole and rest):
-            continue
-        return _closing(runs[0], question)
-    return None
+    if decided or not lines:
+        return found
+    return _brackets(_INTRODUCED.sub("", lines[-1]), question, whole=True)
+
+
+def _brackets(text: str, question: str, *, whole: bool) -> str | None:
+    """The first brackets of a text; of a whole one only if it holds nothing else."""
+    plain = text.replace("\\{", "{").replace("\\}", "}").replace("\\", " ").replace("$", " ")
+    runs = [_joined(match[0]) for match in _BRACKETS.finditer(plain)]
+    rest = _BRACKETS.sub("", plain).strip(_EDGES + " ")
+    return None if not runs or (whole and rest) else _closing(runs[0], question)
 
 
 def _joined(run: str) -> str:
@@ -115,16 +141,19 @@ def listed_words(output: str, question: str) -> str | None:
     """
     asked = [_bare(word) for word in question.rpartition(":")[2].split()]
     text = without_emphasis(output)
-    for span in marked_spans(text):
-        after = _following_list(text[span.start :]) if not span.boxed else []
-        for candidate in ([span.text], after):
-            if found := _in_order(candidate, asked):
-                return found
+
+    def read(statement: Statement) -> str | None:
+        after = [] if statement.whole else _following_list(text[statement.start :])
+        return _in_order([unwrapped(statement.text)], asked) or _in_order(after, asked)
+
+    decided, found = decide(text, read)
+    if decided:
+        return found
     tail = [line for line in last_paragraph(text).split("\n") if line.strip()]
     numbered = [line for line in tail if _LISTED.match(line)]
     for candidate in (tail[-1:], numbered, tail):
         found = _in_order(candidate, asked)
-        if found and len(found.split()) * 2 >= len(asked):
+        if found and sorted(found.split()) == sorted(asked):
             return found
     return None
 
@@ -143,8 +172,10 @@ def _in_order(lines: Sequence[str], asked: Sequence[str]) -> str | None:
     words: list[str] = []
     for line in lines:
         item = _LISTED.match(line)
-        words += [_bare(word) for word in re.split(r"[\s,;<>→]+", item[1] if item else line)]
-    words = [word for word in words if word]
+        words += [_bare(word) for word in re.split(r"[\s,;<>→|]+", item[1] if item else line)]
+    words = [
+        word for word in words if word in asked or (word and word != "and" and not word.isdigit())
+    ]
     places = [place for place, word in enumerate(words) if word in asked]
     if not places or (len(places) == 1 and len(asked) > 1):
         return None

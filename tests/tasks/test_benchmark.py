@@ -27,7 +27,7 @@ def right_outputs(benchmarks: dict[str, str]) -> list[dict[str, Any]]:
     return [
         {"task": task, "id": item.id, "output": f"Let us see. The answer is ({item.gold})."}
         for task, path in benchmarks.items()
-        for item in read_items(task, path)
+        for item in read_items(task, path).items
     ]
 
 
@@ -37,7 +37,7 @@ def test_collected_outputs(tmp_path: Path, benchmarks: dict[str, str]):
     prompts = [
         prompt_hash(prompt_of(item))
         for task, path in benchmarks.items()
-        for item in read_items(task, path)
+        for item in read_items(task, path).items
     ]
     other = [
         {"prompt_hash": hashed, "output": row["output"], "finished": False}
@@ -61,6 +61,7 @@ def test_collected_outputs(tmp_path: Path, benchmarks: dict[str, str]):
     assert (bad["csqa"]["finished"], bad["gsm8k"]["finished"]) == (1.0, 0.0)
     gap = summary["differences"]["good - bad"]["tasks"]["csqa"]
     assert gap["difference"] == pytest.approx(2 / 3) and gap["n"] == 3
+    assert summary["files"]["csqa"] == {"items": 3, "unusable": [], "unreachable": {}}
     folder = config.folder / "eval" / "benchmarks"
     assert summary == json.loads((folder / "summary.json").read_text())
     samples = [json.loads(line) for line in (folder / "bad/csqa.jsonl").read_text().splitlines()]
@@ -306,7 +307,7 @@ def test_a_model_generates_and_compares(
         padded[0, : len(tokens)] = tokens
         return np.asarray(compiled(padded)[0])
 
-    (item, *_) = read_items("csqa", benchmarks["csqa"])
+    (item, *_) = read_items("csqa", benchmarks["csqa"]).items
     tokens, _ = renderer.encode(TextRow((Message("user", prompt_of(item)),), None, "here"))
     drawn: list[int] = []
     while len(drawn) < 3 and 0 not in drawn:

@@ -73,7 +73,7 @@ def test_a_student_answers_every_so_many_steps_and_learns_the_same(
     others = [without_times(line) for line in lines_of(watched) if "benchmark/gsm8k" not in line]
     assert others == [without_times(line) for line in lines_of(plain)]
     # The last measurement equals that of evaluate for the trained student on the same questions.
-    asked = {item.id for item in drawn(read_items("gsm8k", files["gsm8k"]), 4, watched.seed)}
+    asked = {item.id for item in drawn(read_items("gsm8k", files["gsm8k"]).items, 4, watched.seed)}
     run_benchmarks(watched, ["student:last"], ["gsm8k"])
     path = watched.folder / "eval" / "benchmarks" / "student_last" / "gsm8k.jsonl"
     samples = [json.loads(line) for line in path.read_text().splitlines()]
@@ -84,7 +84,7 @@ def test_a_student_answers_every_so_many_steps_and_learns_the_same(
 
 
 def test_a_smaller_draw_is_part_of_a_larger_one(benchmarks: dict[str, str]) -> None:
-    items = read_items("gsm8k", benchmarks["gsm8k"])
+    items = read_items("gsm8k", benchmarks["gsm8k"]).items
     draws = [drawn(items, count, 3) for count in (1, 3, 99)]
     assert [len(draw) for draw in draws] == [1, 3, 5]
     assert draws[-1] == items

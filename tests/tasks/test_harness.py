@@ -387,7 +387,7 @@ def test_golds_of_the_real_files_score_as_here(assets: Path, byte_model: Path):
     renderer = Renderer(load_tokenizer(byte_model), "plain")
     names = {"arc": "arc_challenge", "mmlu": "mmlu/dev"}
     for task in TASKS:
-        items = read_items(task, str(assets / "eval" / names.get(task, task)), limit=5)
+        items = read_items(task, str(assets / "eval" / names.get(task, task)), limit=5).items
         outputs = [in_form(item, item.gold) for item in items]
         assert scores(items, outputs, renderer) == [1] * len(items), task
 
@@ -493,7 +493,9 @@ def test_outputs_and_servers_are_not_asked(
     tmp_path: Path, benchmarks: dict[str, str], capsys: pytest.CaptureFixture[str]
 ):
     config = config_of(tmp_path, {"gsm8k": benchmarks["gsm8k"], "harness": True})
-    rows = [{"id": item.id, "output": "1"} for item in read_items("gsm8k", benchmarks["gsm8k"])]
+    rows = [
+        {"id": item.id, "output": "1"} for item in read_items("gsm8k", benchmarks["gsm8k"]).items
+    ]
     message = {"message": {"role": "assistant", "content": "1"}, "finish_reason": "stop"}
     with FakeServer(
         lambda body: Reply(), other=lambda path, body: Reply(200, {"choices": [message]})

@@ -38,7 +38,7 @@ def test_a_dataset_gives_the_items_of_its_files(tmp_path: Path, task: str) -> No
     row, gold, choices = ROWS[task]
     stored = datasets.DatasetDict({"test": datasets.Dataset.from_list([row, row])})
     stored.save_to_disk(str(tmp_path / "stored"))
-    items = read_items(task, f"hub:{tmp_path / 'stored'}#test")
+    items = read_items(task, f"hub:{tmp_path / 'stored'}#test").items
     assert [item.gold for item in items] == [gold, gold]
     assert len(items[0].choices) == choices and len({item.id for item in items}) == 2
     assert items[0].subtask == ("weather" if task == "mmlu" else "")
@@ -57,13 +57,13 @@ def test_all_subsets_are_sub_tasks(tmp_path: Path) -> None:
         lines += [f"- config_name: {name}", "  data_files:"]
         lines += ["  - split: test", f"    path: {name}/test.parquet"]
     (tmp_path / "README.md").write_text("\n".join([*lines, "---", ""]))
-    items = read_items("bbh", f"hub:{tmp_path}#*/test", limit=2)
+    items = read_items("bbh", f"hub:{tmp_path}#*/test", limit=2).items
     assert [(item.subtask, item.gold) for item in items] == [
         *[("counting", "3")] * 2,
         *[("navigate", "yes")] * 2,
     ]
     assert len({item.id for item in items}) == 4
-    only = read_items("bbh", f"hub:{tmp_path}#navigate/test")
+    only = read_items("bbh", f"hub:{tmp_path}#navigate/test").items
     assert [item.question for item in only] == [f"navigate {n}?" for n in range(3)]
 
 

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from proxykd_jax.errors import UserError
+from proxykd_jax.tasks.coverage import coverage, described_coverage
 from proxykd_jax.tasks.extraction import extract, is_right
-from proxykd_jax.tasks.items import read_items
+from proxykd_jax.tasks.items import Questions, read_items
+from proxykd_jax.tasks.prompts import prompt_of
 
 ASSETS = Path(os.environ.get("PROXYKD_ASSETS", "../shared/assets"))
 real_files = pytest.mark.skipif(
@@ -76,7 +78,7 @@ FORMS: dict[str, tuple[str, dict[str, Any], str, str]] = {
 @pytest.mark.parametrize("form", FORMS)
 def test_a_form_and_its_gold(tmp_path: Path, form: str):
     task, record, kind, gold = FORMS[form]
-    (item,) = read_items(task, write(tmp_path, "some_test.jsonl", record))
+    (item,) = read_items(task, write(tmp_path, "some_test.jsonl", record)).items
     assert (item.task, item.kind, item.gold) == (task, kind, gold)
     assert item.id == str(record.get("id", "some_test-1"))
     assert item.subtask == (
@@ -88,7 +90,7 @@ def test_a_form_and_its_gold(tmp_path: Path, form: str):
 
 def test_a_passage_stands_before_the_question(tmp_path: Path):
     _, record, _, _ = FORMS["agieval_list"]
-    (item,) = read_items("agieval", write(tmp_path, "law.jsonl", record))
+    (item,) = read_items("agieval", write(tmp_path, "law.jsonl", record)).items
     assert item.question == f"P.\n\n{STEM}" and len(item.choices) == 3
 
 
@@ -103,7 +105,7 @@ def test_mmlu_with_and_without_a_header(tmp_path: Path):
             csv.writer(file).writerows(
                 header + [[*row, answer] for row, answer in zip(rows, answers, strict=True)]
             )
-        items = read_items("mmlu", str(tmp_path / name))
+        items = read_items("mmlu", str(tmp_path / name)).items
         assert [item.gold for item in items] == ["C", "A"]
         assert items[0].question == "1, 2?" and items[0].choices[2] == ("C", "2")
         assert items[0].subtask == name.removesuffix("_test.csv").removesuffix(".csv")
@@ -113,18 +115,47 @@ def test_all_of_a_bbh_file_and_a_limit_of_each_sub_task(tmp_path: Path):
     for name, targets in (("navigate", ["Yes", "No", "Yes"]), ("counting", ["3", "4", "5"])):
         examples = [{"input": f"{name} {n}", "target": t} for n, t in enumerate(targets)]
         (tmp_path / f"{name}.json").write_text(json.dumps({"canary": "c", "examples": examples}))
-    items = read_items("bbh", str(tmp_path))
+    items = read_items("bbh", str(tmp_path)).items
     assert Counter(item.subtask for item in items) == {"navigate": 3, "counting": 3}
     assert len({item.id for item in items}) == 6
-    few = read_items("bbh", str(tmp_path), limit=2)
+    few = read_items("bbh", str(tmp_path), limit=2).items
     assert Counter(item.subtask for item in few) == {"navigate": 2, "counting": 2}
     assert few == [item for item in items if item in few]
 
 
 def test_ids_are_unique(tmp_path: Path):
     record = {**FORMS["arc"][1], "id": "same"}
-    items = read_items("arc", write(tmp_path, "a.jsonl", record, record))
+    items = read_items("arc", write(tmp_path, "a.jsonl", record, record)).items
     assert [item.id for item in items] == ["same", "same~2"]
+
+
+def test_a_gold_without_a_letter_changes_no_prompt_and_is_named(tmp_path: Path):
+    options = "Which?\nOptions:\n(A) salt\n(B) pepper\n(C) oil"
+    plain = [{"input": f"{n} {options}", "target": "(B)"} for n in range(3)]
+    odd = {"input": options, "target": "salt, pepper"}
+    path = write(tmp_path, "spices.json", *plain, odd)
+    questions = read_items("bbh", path)
+    assert not any(item.several for item in questions.items)
+    alone = read_items("bbh", write(tmp_path, "alone.json", *plain)).items
+    assert [prompt_of(item) for item in questions.items[:3]] == [prompt_of(i) for i in alone]
+    found = coverage(questions)
+    assert found == {"items": 4, "unusable": [], "unreachable": {"spices-4": "salt, pepper"}}
+    (line,) = described_coverage("bbh", found)
+    assert "1 of 4 items" in line and "spices-4 (gold salt, pepper)" in line
+
+
+def test_rows_that_cannot_be_used_are_counted_and_named(tmp_path: Path):
+    rows: list[dict[str, Any]] = [{"question": f"q{n}", "answer": f"#### {n}"} for n in range(20)]
+    rows[3] = {"question": "q3", "answer": "no gold here ####"}
+    rows[7] = {"question": "", "answer": "#### 7"}
+    questions = read_items("gsm8k", write(tmp_path, "some.jsonl", *rows))
+    assert len(questions.items) == 18
+    places = [line.split("some.jsonl")[1] for line in questions.unusable]
+    assert places == [":4: no gold answer", ":8: empty prompt"]
+    (line,) = described_coverage("gsm8k", coverage(questions))
+    assert "2 of 20 rows" in line and ":4: no gold answer" in line and ":8: empty" in line
+    many = coverage(questions) | {"unusable": [f"f:{n}: empty" for n in range(30)]}
+    assert "f:9: empty; and 20 more" in described_coverage("gsm8k", many)[0]
 
 
 def test_what_is_refused(tmp_path: Path):
@@ -153,10 +184,11 @@ def test_what_is_refused(tmp_path: Path):
     ],
 )  # fmt: skip
 def test_the_official_files(task: str, path: str, count: int, kinds: dict[str, int], subtasks: int):
-    items = read_items(task, str(ASSETS / "eval" / path))
+    items = read_items(task, str(ASSETS / "eval" / path)).items
     assert len(items) == count == len({item.id for item in items})
     assert Counter(item.kind for item in items) == kinds
     assert len({item.subtask for item in items}) == subtasks
+    assert not coverage(Questions(items, []))["unreachable"]
     for item in items:
         if item.kind == "choice":
             labels = [label for label, _ in item.choices]
@@ -165,6 +197,8 @@ def test_the_official_files(task: str, path: str, count: int, kinds: dict[str, i
 
 @real_files
 def test_both_layouts_of_a_subject_give_the_same_items():
-    official = read_items("mmlu", str(ASSETS / "eval/mmlu/test/abstract_algebra_test.csv"))
-    dumped = read_items("mmlu", str(ASSETS / "eval/mmlu_header_variant/abstract_algebra_test.csv"))
+    official = read_items("mmlu", str(ASSETS / "eval/mmlu/test/abstract_algebra_test.csv")).items
+    dumped = read_items(
+        "mmlu", str(ASSETS / "eval/mmlu_header_variant/abstract_algebra_test.csv")
+    ).items
     assert [item[3:] for item in official] == [item[3:] for item in dumped]

@@ -1,0 +1,118 @@
+"""Patterns of labels, and of the words that choose, deny or consider a choice."""
+
+from __future__ import annotations
+
+import re
+
+LEAD = re.compile(
+    r"[\s:;,.\-—>\"'`*#<]*(?:(?:the|letter|option|choice|answer|statement|number|alternative|"
+    r"most\s+likely|probably|likely|definitely|clearly|therefore|thus|so|hence|either|both|options|choices|"
+    r"statements|answers|I\s+(?:think|believe|say|guess)|maybe|perhaps|I'd\s+say|it\s+(?:is|must\s+be|should\s+be)|it's|that|this|"
+    r"is|an?\s+combination\s+of|labell?ed|选项|选|为|是)(?![A-Za-z])[\s:\"'`*]*)*",
+    re.IGNORECASE,
+)
+LEAD_CHINESE = re.compile(r"[选项为是\s:]*")
+JOINED = re.compile(r"\s*(?:,|、|;|/|&|\+)?\s*(?:\b(?:and|or)\b|和|及|与|或)?\s*", re.IGNORECASE)
+NAMED = re.compile(
+    r"(?:(?:the|option|choice|answer|statement|letter|maybe|perhaps|possibly|even)\s+)*",
+    re.IGNORECASE,
+)
+OR = re.compile(r"\bor\b|或|/", re.IGNORECASE)
+BRACKETED = re.compile(r"[(\[]\s*([A-Za-z0-9])\s*(?:[)\]]|$)")
+BARE = re.compile(r"(?<![A-Za-z0-9_\\])([A-Z0-9])(?![A-Za-z0-9_]|'[a-z])")
+LOWER = re.compile(r"([a-z])\s*[).:]?\s*$|([a-z])\)|([a-z])[.:]\s")
+RUN = re.compile(r"(?<![A-Za-z0-9_])[A-Z]{2,}(?![A-Za-z0-9_])")
+RIGHT = (
+    r"(?:(?:most\s+)?(?:correct|right|best|better|appropriate|accurate|answer|true|valid|suitable|"
+    r"plausible)|most\s+likely)\b(?=\s*(?:[.,;:!)\"'—]|$|(?:answer|choice|option|one|statement|"
+    r"response|explanation|description|because|since|as|and|for|here|in|to|based|so|due)\b))"
+)
+CALLED_RIGHT = re.compile(
+    r"(?:(?:[(\[]([A-Za-z0-9])[)\]]|(?i:\b(?:option|choice|answer|statement)\s+)([A-Z0-9])\b)"
+    r"(?:[.:,]?\s+[^.\n]{1,80}?)?|(?<!\w)([A-Z0-9]))\s+(?:is|are|seems|must\s+be)\s+"
+    r"(?:indeed\s+|therefore\s+|clearly\s+|thus\s+)?(?:(?:the|my)\s+)?(?:only\s+|final\s+)?"
+    rf"{RIGHT}"
+    r"|\b[Oo]nly\s+(?:option\s+)?[(\[]?([A-Z])[)\]]?\s+(?:is|remains|fits|works|matches|can)\b"
+    r"|\b(?:makes?|making)\s+[(\[]?([A-Z])[)\]]?\s+the\s+(?:\w+\s+)?(?:answer|choice|option)\b"
+    r"|(?:^|\b(?:option|choice|so|but|and)\s+|,\s+)[(\[]?([A-Z])[)\]]?\s+(?:fits|works|matches|makes\s+(?:the\s+)?most\s+sense)\b"
+    r"|(?<![A-Za-z])([A-Z])\s*(?:选项|项)?\s*(?:是)?(?:正确|符合题意|说法正确)"
+)
+OPTION = re.compile(
+    r"(?i:\b(?:option|choice|answer|选项)\s*)[(\[]?([A-Z0-9])[)\]]?(?![A-Za-z0-9_])"
+)
+ORDINAL = re.compile(
+    r"\b(first|second|third|fourth|fifth|sixth)\s+(?:option|choice|answer|alternative|one)\b",
+    re.IGNORECASE,
+)
+PLACES = ("first", "second", "third", "fourth", "fifth", "sixth")
+EXCLUDES = re.compile(
+    r"\b(?:eliminat\w*|incorrect|wrong|false|rule[sd]?\s+out|ruling\s+out|neither|nor|unlikely|"
+    r"exclud\w*|irrelevant|not|except|cannot|never|rather\s+than|instead\s+of|unlike|"
+    r"result(?:s|ed)?\s+(?:from|of)|errors?|不|错误|排除)\b|n't\b|排除|错误|不(?:选|对|正确|符合|是)",
+    re.IGNORECASE,
+)
+NEGATES = re.compile(r"\b(?:not|except|cannot|none|never)\b|n't\b", re.IGNORECASE)
+# A finite verb ends the reach of a denial before it: "what he does not like is (A)".
+VERB = re.compile(
+    r"\b(?:is|are|was|were|must\s+be|would\s+be)\b(?!\s*(?:not|n't))|是", re.IGNORECASE
+)
+CLAUSE = re.compile(
+    r"[,;:]|\s-+\s|—|\b(?:but|so|therefore|thus|hence|while|whereas|because|since|although|though|"
+    r"however|and\s+(?:not|so|therefore|thus)\b)",
+    re.IGNORECASE,
+)
+# What denies a choice that stands before it: "(A) is not", "(B) city can be eliminated".
+DOUBTS = re.compile(r"(?:\bnot|n't)\s+(?:think|believe|say)\b|\bdoubt\b", re.IGNORECASE)
+IS_WRONG = re.compile(
+    r"[\"'\s)*]*(?:\w+\s+){0,3}?(?:(?:is|are|was|were|do|does|did|can|could|would|should|must|may|has|have|"
+    r"seems?|appears?)\b\s*(?:be\s+)?(?:(?:\w+ly|also|thus|a|an|the)\s+)*|\b(?=cannot|isn't|aren't|"
+    r"doesn't|don't|can't|won't|wouldn't))(?:not\b|n't\b|cannot|\w+n't|wrong|incorrect|false|eliminated|excluded|ruled\s+out|"
+    r"unlikely|irrelevant|out\b)|\W*(?:选项|项)?\s*(?:不|错)",
+    re.IGNORECASE,
+)
+LEAVES = re.compile(
+    r"\b(?:leav(?:es|ing)|left\s+with|remaining\s+(?:option|choice|answer)\s+is)"
+    r"(?:\s+(?:us|me|only|just|with))*\s+(?:the\s+)?",
+    re.IGNORECASE,
+)
+# What follows a bare label at the start of a sentence that is an answer: "B, I think".
+ENDS_ANSWER = re.compile(r"\s*(?:[.,;!)]|$|(?:because|since|as|not|but|though|it\s+is)\b)")
+ENDS_IN_LABEL = re.compile(
+    r"\b(?i:so|thus|therefore|hence|leaves|leaving|choose|pick|select|go\s+with|only|is|be|but|towards?),?\s+"
+    r"(?i:it(?:'s|\s+is|\s+must\s+be)\s+|option\s+|choice\s+|with\s+)*([B-Z0-9]|A(?=\W*$))\W*$"
+    r"|\b(?i:is\s+it|answer|option|choice|conclusion)\s*:\s+([A-Z0-9])\W*$"
+)
+INSTEAD = re.compile(
+    r"\bnot\b[^.]*?\b(?:but|rather)\s+(?:it\s+is\s+)?|不是[^,]*,\s*而?是", re.IGNORECASE
+)
+PREFERS = re.compile(
+    r"\b(?:most\s+likely|more\s+likely|probably|likely|preferably|but|leaning\s+towards?|"
+    r"(?:I|we)(?:'d|'ll|\s+\w+)?\s+(?:say|choose|pick|go\s+with|prefer|lean\s+towards?))\b",
+    re.IGNORECASE,
+)
+# A sentence that considers a choice, or goes through them, does not choose it.
+CONSIDERS = re.compile(
+    r"\W*(?:if|suppose|assume|let's|let\s+us|let\s+me|consider|looking\s+at|"
+    r"(?:next|now|first(?:ly)?|second(?:ly)?|then)\b(?!.*\b(?:so|thus|therefore|hence)\b)|we\s+(?:need|have|must|should|can)\s+(?:to\s+)?(?:look|consider|check|find|determine|"
+    r"see|decide)|(?:we|I)(?:'ll|\s+(?:will|can|now|must|should))*\s+(?:check|consider|look|examine|"
+    r"analy[sz]e|evaluate|begin|start)|whether|maybe|perhaps)\b|.*\?\W*$",
+    re.IGNORECASE | re.DOTALL,
+)
+CONCLUDES = re.compile(
+    r"\b(?:so|thus|therefore|hence|conclu\w+|must|likely|best|correct|right|answer|choose|would|should|"
+    r"only|leav\w+|means|summary|overall|finally|based\s+on)\b|^\W*(?:it|this|that)(?:'s|\s+is)\b|所以|因此|故",
+    re.IGNORECASE,
+)
+ONLY_LABELS = re.compile(r"[A-Z]{2,}[.)]?|(?:[(\[]?[A-Z0-9][)\]]?[\s,、;/&]*(?:and\s+)?){2,}[.]?")
+# What may follow a bare "A" or "I" that is a label and not a word.
+AFTER_LABEL = re.compile(
+    r"\s*(?:$|[^\w\s]|(?:because|since|as|is|are|and|or|for|due|with|which)\b)"
+)
+ORNAMENTS = "\"'`*_<> →⇒∴=>✅✓✔☑-"
+JUDGED = re.compile(
+    r"(?<![A-Za-z0-9])([A-Z0-9])[\s).:\]—-]{0,4}(?:(?P<yes>yes|true|correct|right|✓|✔|✅|☑|对|正确)"
+    r"|no|false|incorrect|wrong|✗|✘|❌|×|错误?|不正确)(?![A-Za-z])",
+    re.IGNORECASE,
+)
+ALL = re.compile(r"\ball\s+of\s+(?:the\s+)?(?:above|these|them|options|choices)\b", re.IGNORECASE)
+NOT_WRONG = re.compile(r"\b(?:not|n't|isn't)\s+(?:\w+ly\s+)?(wrong)\b|\b(wrong)\b", re.IGNORECASE)
