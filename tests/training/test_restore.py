@@ -91,7 +91,7 @@ def test_an_unfinished_stage_is_a_sentence(finished_run, tmp_path, role):
     with pytest.raises(UserError) as refused:
         LOADERS[role](config, make_mesh(config.mesh), "last")
     assert str(refused.value) == (
-        f"{config.folder / role} is not complete; run its stage again, which goes on with it."
+        f"{config.folder / role} is not complete; run its stage again, which continues it."
     )
 
 
