@@ -216,7 +216,11 @@ def test_a_corpus_without_golds_is_a_sentence(tiny_files, tmp_path):
 @pytest.mark.parametrize(
     "method, change, said",
     [
-        (MENTOR, {"align": {"alignment": "none"}}, "align.alignment: with this method.name"),
+        (
+            MENTOR,
+            {"align": {"alignment": "none"}},
+            "align.alignment: method.name mentor_kd requires",
+        ),
         (MENTOR, {"score": {"temperature": 1.0}}, "mentor_kd, it is 2.0"),
         ({**MENTOR, "num_rationales": 0}, {}, "method.num_rationales: should be greater than 0"),
         ({**MENTOR, "filter": "gold"}, {}, "method.filter: must be 'answer_match'"),

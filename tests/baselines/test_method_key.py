@@ -92,7 +92,7 @@ def test_what_defines_a_method_cannot_be_contradicted(name: str):
             other = value + 1
         elif value is None:
             other = "{url: 'http://x:1', api: vllm}"
-        said = f"{key}: with this method.name, {name}, it is "
+        said = f"{key}: method.name {name} requires "
         with pytest.raises(UserError, match=re.escape(said)):
             config_of(section, f"{key}={other}")
 

@@ -242,7 +242,7 @@ def test_mistakes_are_sentences(tiny_files, tmp_path, method, sections, said):
 
 @pytest.mark.parametrize("name", ["black_box_kd", "takd", "gkd", "random_labels"])
 def test_a_method_without_fresh_prompts_refuses_them(tiny_files, tmp_path, name):
-    said = f"corpus.fresh_prompts: method {name} would leave these prompts aside; take them out"
+    said = f"corpus.fresh_prompts: method {name} does not use these prompts; remove them"
     with pytest.raises(UserError, match=said):
         recipe(tiny_files, tmp_path, {"method": name})
     none = {"corpus": {"fresh_prompts": []}}

@@ -225,7 +225,11 @@ def test_the_gathered_form_is_the_loss_of_all_logits():
         ({"draws": 0}, {}, "method.draws: should be greater than 0"),
         ({"proposal_power": -1}, {}, "method.proposal_power: should be greater than 0"),
         ({}, {"distill": {"alpha": 0}}, "random_labels with distill.alpha 0"),
-        ({}, {"score": {"temperature": 2}}, "score.temperature: with this method.name"),
+        (
+            {},
+            {"score": {"temperature": 2}},
+            "score.temperature: method.name random_labels requires",
+        ),
     ],
 )
 def test_mistakes_are_sentences(tiny_files, tmp_path, method, change, said):

@@ -165,7 +165,7 @@ def test_lost_references_are_not_computed_from_a_student_that_moved(
         distill.main(config)
     shutil.rmtree(config.folder / "student" / "reference")
     monkeypatch.undo()
-    with pytest.raises(UserError, match="the student has moved on"):
+    with pytest.raises(UserError, match="the student was trained further"):
         distill.main(config)
 
 
@@ -174,11 +174,11 @@ def test_lost_references_are_not_computed_from_a_student_that_moved(
     [
         ("soda", {}, "method.beta: required: strength of the preference"),
         ({"name": "soda", "beta": 0}, {}, "method.beta: should be greater than 0"),
-        (SODA, {"distill": {"alpha": 1.0}}, "distill.alpha: with this method.name, soda"),
+        (SODA, {"distill": {"alpha": 1.0}}, "distill.alpha: method.name soda requires"),
         (
             SODA,
             {"align": {"sampling": {"server": {"url": "http://x:1", "api": "vllm"}}}},
-            "align.sampling.server: with this method.name, soda, it is null",
+            "align.sampling.server: method.name soda requires null",
         ),
     ],
 )
