@@ -1,4 +1,4 @@
-"""TAKD: an assistant that never samples, and its distribution at temperature T."""
+"""TAKD: an assistant that is trained without sampling, and its distribution at temperature T."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_assistant_never_samples_and_prefers_nothing(tiny_files, tmp_path, m
     assert not [line for line in log_lines(config, "align") if "preference" in line]
 
 
-@pytest.mark.slow  # the loop that resumes is Proxy-KD's, which the quick tests stop
+@pytest.mark.slow  # the quick tests stop Proxy-KD, which resumes in the same loop
 def test_a_stopped_run_equals_an_unbroken_one(tiny_files, tmp_path, monkeypatch):
     method = {"name": "takd", "temperature": 2.0}
     config = method_recipe(tiny_files, tmp_path / "whole", method)
