@@ -92,9 +92,8 @@ def beside_scorer(run: StageRun) -> dict[str, Any]:
 
 
 def scorer_text(run: StageRun) -> dict[str, Rows]:
-    """Returns the scorer's answers to the prompts of D_s, drawn once at temperature 1 and stored.
-
-    A sketch has the prompts alone.
+    """Returns the scorer's answers to the prompts of D_s, drawn once at temperature 1 and stored;
+    a sketch has the prompts alone.
 
     Raises:
       UserError: the scorer answered no prompt.

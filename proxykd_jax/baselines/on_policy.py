@@ -73,8 +73,6 @@ def phases(run: StageRun) -> list[Phase]:
 
 
 def _answers(run: StageRun, method: OnPolicy) -> GiveAnswers:
-    """Returns a function that lets the current student answer."""
-
     def answers(student: Model, places: Places, step: int) -> list[Answer | None]:
         answering = Answering.of(run, method, 1.0, method.samples_per_prompt)
         return answering.answer(student.weights, places, step)

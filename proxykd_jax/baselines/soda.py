@@ -176,11 +176,8 @@ class _Soda:
         return [warmup, preference]
 
     def _first_programs(self, phase: Phase) -> list[Program]:
-        """Returns the programs of q_0's answers and of the warm-up."""
         run = self._run
         return [sampling_program(run, run.model, phase), *text_programs(run, "distill", phase)]
-
-    # --- pieces -----------------------------------------------------------------------------------
 
     def _prepare(self, phase: Phase, trainer: Trainer) -> Phase:
         """Computes log q_w of y and y-hat once, before the first step that changes q_w."""

@@ -129,7 +129,7 @@ class Takd(MethodSection):
 
 
 class MentorKd(MethodSection):
-    """Mentor-KD: a mentor, fine-tuned on the teacher's rationales, writes and scores others."""
+    """Mentor-KD: fine-tuned on the teacher's rationales, a mentor writes and scores more."""
 
     name: Literal["mentor_kd"] = "mentor_kd"
     proxy_answers: ClassVar[bool] = True
@@ -159,7 +159,7 @@ class MentorKd(MethodSection):
 
 
 class Soda(MethodSection):
-    """SODA: DPO that prefers the teacher's texts to answers of the untrained student."""
+    """SODA: DPO that prefers the teacher's texts to the student's answers from before training."""
 
     name: Literal["soda"] = "soda"
     needs: ClassVar[Needs] = "nothing"
@@ -174,7 +174,7 @@ class Soda(MethodSection):
     warmup_max_steps: PositiveInt | None = Field(None, description="most steps of this warm-up")
     nll_weight: NonNegativeFloat = Field(
         0.0,
-        description="weight of an additional NLL during DPO (authors' value unknown)",
+        description="weight of an NLL of the teacher's texts added to DPO (authors' value unknown)",
     )
 
     def defines(self) -> dict[str, Any]:
@@ -189,7 +189,7 @@ class RandomLabels(MethodSection):
     draws: PositiveInt = Field(50, description="ids drawn per position, with replacement")
     proposal_power: PositiveFloat = Field(
         1.0,
-        description="tau: ids are drawn from p^tau, and unless tau is 1 weighted by p over it",
+        description="tau: ids are drawn from p^tau and, unless tau is 1, weighted by p / proposal",
     )
 
     def defines(self) -> dict[str, Any]:

@@ -123,9 +123,7 @@ class MiniLlm(ScoredSection):
     teacher_mixing: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.2, description="a: tokens are drawn from a p + (1 - a) q (p: scorer, q: student)"
     )
-    clip: PositiveFloat | None = Field(
-        0.2, description="eps of the clipped ratio; null: no clipping"
-    )
+    clip: PositiveFloat | None = Field(0.2, description="eps of the clipped ratio; null: no clip")
     rollouts: PositiveInt = Field(
         256, description="answers drawn per step; each update uses distill.batch_size of them"
     )

@@ -363,7 +363,7 @@ class PreferenceConfig(Section):
     beta: PositiveFloat = Field(description="strength of the preference loss")
     margin: NonNegativeFloat = Field(0.0, description="SimPO: target margin (its gamma)")
     length_normalize: bool = Field(
-        False, description="DPO and IPO: means over tokens instead of sums (as the others always)"
+        False, description="DPO and IPO: use token means instead of sums, as SimPO and ORPO do"
     )
     share_prompt: Literal["auto", True, False] = Field(
         "auto",
@@ -391,7 +391,7 @@ class TrainingSection(Section):
         "bucket",
         description="pad each batch, group by length, or pack rows together (pairs are grouped)",
     )
-    reduction: Reduction = Field("example_mean", description="how token losses are reduced")
+    reduction: Reduction = Field("example_mean", description="how token losses become one number")
     optimizer: OptimizerConfig = Field(description="the optimizer")
     stop: StopConfig = Field(description="stopping on validation NLL")
     checkpoint_every: PositiveInt = Field(100, description="steps between checkpoints in a phase")
@@ -417,7 +417,7 @@ class AlignConfig(TrainingSection):
 
     alignment: Literal["none", "warmup", "nll", "nll_preference"] = Field(
         "nll_preference",
-        description="none, the warm-up alone, or also rounds of NLL or of NLL and preference",
+        description="not at all, by the warm-up alone, or also by rounds of NLL (and preference)",
     )
     num_rounds: PositiveInt = Field(description="rounds; each has its own slice of D_p (paper: 16)")
     epochs_per_round: PositiveInt = Field(description="passes over the slice of a round")

@@ -203,8 +203,6 @@ class _Round:
             programs=functools.partial(round_programs, self._run),
         )
 
-    # --- before the steps -------------------------------------------------------------------------
-
     def _prepare(self, phase: Phase, trainer: Trainer) -> Phase:
         """Draws y-hat for the slice and computes the reference log-probs of y and y-hat."""
         samples, times = self._sample(trainer)
@@ -223,7 +221,6 @@ class _Round:
         )
 
     def _sample(self, trainer: Trainer) -> tuple[SampleStore, dict[str, float]]:
-        """Returns the round's answers and how long they took."""
         run, sampling = self._run, self._align.sampling
         store = SampleStore(run.config.folder / "samples" / _name(self._index))
         settings = {"round": self._index, **sampling.decisive}
@@ -299,8 +296,6 @@ class _Round:
             answers=pairs.answers,
             max_length=pairs.longest(self._run.corpus.max_length),
         )
-
-    # --- at the first step and after the last -----------------------------------------------------
 
     def _check_first_loss(
         self, metrics: dict[str, float], pairs: PairRows, samples: SampleStore

@@ -296,7 +296,6 @@ def distill_collate(
 
 
 def _read_rows(rows: Rows, planned: PlannedBatch) -> list[list[TokenRow]]:
-    """Reads the examples of each row of a planned batch at once."""
     found = iter(rows.read([place for row in planned.rows for place in row]))
     return [[next(found) for _ in row] for row in planned.rows]
 

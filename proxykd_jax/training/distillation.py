@@ -154,11 +154,8 @@ def _weights(
     labels: SoftLabelStore,
     nll_splits: Collection[str],
 ) -> dict[str, Weights]:
-    """Returns the weights of eq. 9, computed on each split separately.
-
-    The proxy was trained on D_p, so its likelihoods there are not comparable with the others. A
-    fresh prompt's answer is the proxy's own, so its weight is 1.
-    """
+    """Returns the weights of eq. 9, on each split separately: the proxy was trained on D_p, so its
+    likelihoods there are not comparable with the others. A fresh prompt's answer has weight 1."""
     weight = config.distill.weights
     return {
         name: weights_of(

@@ -96,8 +96,7 @@ def save_merged(
     Args:
       path: folder to write.
       model_config, params, adapter: the model.
-      config: config of the run; ``export.max_shard_gb`` limits the size of a file.
-      corpus: the corpus whose tokenizer is copied.
+      config, corpus: ``export.max_shard_gb`` limits a file's size; the tokenizer is copied.
       dtype, overwrite: as in ``hf_weights.save_model``.
 
     Raises:

@@ -119,9 +119,7 @@ def open_metrics(run: Path, config: LoggingConfig, settings: Mapping[str, Any]) 
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Reads a log: its events, and the number of lines that are not events.
-
-    A killed process can leave a half-written line.
+    """Reads a log: its events, and how many lines are not events, as a killed process leaves one.
 
     Raises:
       UserError: the file cannot be read.

@@ -210,8 +210,6 @@ class Scoring:
         counts = {name: found.get("rows", 0) for name, found in figures.items()}
         complete_stage(self.folder, counts=counts, figures=figures)
 
-    # --- pieces -----------------------------------------------------------------------------------
-
     @property
     def made_from(self) -> dict[str, Any]:
         """What identifies the proxy and the corpus."""
