@@ -153,7 +153,7 @@ def _ends_alignment(run: StageRun, before: str) -> Callable[[Progress], bool]:
 
 
 def _watched(run: StageRun) -> Callable[[TrainState], dict[str, float]]:
-    """Measures the proxy on D_s, which it never learns from, if there are no validation rows."""
+    """Returns what measures the proxy on D_s, unseen in training, if no validation rows exist."""
     held_out = run.corpus.split("distill")
     if len(run.corpus.split("validation")) or not len(held_out):
         return lambda state: {}

@@ -178,7 +178,7 @@ def make_plan(
 def rows_together(batch_size: int, microbatches: int, mesh: Mesh) -> int:
     """Returns how many rows share one list of their answers' positions: the rows of one device.
 
-    Returns 1, a list for each row, if micro-batches deal the rows anew or if the mesh does not
+    Returns 1, a list for each row, if micro-batches regroup the rows or if the mesh does not
     divide the batch.
     """
     ways = row_ways(mesh.shape)

@@ -79,7 +79,7 @@ class MetricsLog:
                 del self._trackers[name]
 
     def lines(self, stage: str) -> int:
-        """Syncs the log to disk for a checkpoint to rely on; returns the lines of ``stage``."""
+        """Syncs the log to disk for a checkpoint; returns the number of lines of ``stage``."""
         return on_first(lambda: self._lines(stage))
 
     def _lines(self, stage: str) -> int:
@@ -119,7 +119,7 @@ def open_metrics(run: Path, config: LoggingConfig, settings: Mapping[str, Any]) 
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Reads a log: its events, and how many lines are not events, as a killed process leaves one.
+    """Returns the events of a log, and the number of lines that killed processes left half written.
 
     Raises:
       UserError: the file cannot be read.
