@@ -64,5 +64,5 @@ def test_a_stopped_run_equals_an_unbroken_one(tiny_files, tmp_path, monkeypatch)
 
 
 def test_a_weight_of_the_kl_contradicts_it(tiny_files: Path, tmp_path: Path):
-    with pytest.raises(UserError, match=r"distill\.alpha: with this method\.name, black_box_kd"):
+    with pytest.raises(UserError, match=r"distill\.alpha: method\.name black_box_kd requires"):
         method_recipe(tiny_files, tmp_path, "black_box_kd", {"distill": {"alpha": 10}})

@@ -221,7 +221,7 @@ def test_a_corpus_without_golds_is_a_sentence(tiny_files, tmp_path):
             {"align": {"alignment": "none"}},
             "align.alignment: method.name mentor_kd requires",
         ),
-        (MENTOR, {"score": {"temperature": 1.0}}, "mentor_kd, it is 2.0"),
+        (MENTOR, {"score": {"temperature": 1.0}}, "mentor_kd requires 2.0"),
         ({**MENTOR, "num_rationales": 0}, {}, "method.num_rationales: should be greater than 0"),
         ({**MENTOR, "filter": "gold"}, {}, "method.filter: must be 'answer_match'"),
     ],
