@@ -161,7 +161,7 @@ def _programs(run: StageRun, method: Gad, name: str, own_rows: int, phase: Phase
     if phase.steps == 0:
         return []
     student, many, state = run.model, method.samples_per_prompt, state_of(phase)
-    length = default_buckets(run.config.corpus.max_length + 1)[-1]  # last tokens are inputs
+    length = default_buckets(run.config.corpus.max_length + 1)[-1]  # the last token is an input
     reference = phase.frozen["reference"]
 
     # A device also holds the KL's reference and the discriminator; its optimizer is in the state.

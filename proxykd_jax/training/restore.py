@@ -17,8 +17,8 @@ Which = Literal["best", "last"]
 
 
 def finished_step(folder: Path, which: Which) -> int | None:
-    """Returns the step of the ``best`` or ``last`` state of a finished stage, or None if nothing
-    was trained."""
+    """Returns the step of the ``best`` or ``last`` state of a stage; None if nothing was trained;
+    raises UserError if the stage is not complete."""
     manifest = read_json(folder / MANIFEST)
     if manifest.get("status") != "complete":
         raise UserError(f"{folder} is not complete; run its stage again, which continues it.")
