@@ -1,8 +1,8 @@
-"""The methods that a student can be trained by, one file each (the paper's Table 1).
+"""The methods that can train a student (the paper's Table 1), one file each.
 
-``distill.main`` asks ``method_of(config)`` what to run; ``score.main`` asks it what to score. A
-file is a method: two functions, ``to_score`` and ``phases``. Its keys are in ``config/methods.py``
-and its losses in ``losses/``; the trainer, checkpoints and stores are shared.
+``distill.main`` runs the method that ``method_of(config)`` returns; ``score.main`` asks it what to
+score. Each file defines two functions, ``to_score`` and ``phases``. A method's keys are in
+``config/methods.py``, its losses in ``losses/``; the trainer, checkpoints and stores are shared.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from proxykd_jax.training.stage_run import StageRun
 
 
 class StudentMethod(Protocol):
-    """What the files of this folder have."""
+    """The functions that each file of this folder defines."""
 
     def to_score(self, scoring: Scoring) -> dict[str, Rows]:
-        """The rows that ``score`` stores soft labels of, by the name of their split; makes those
-        that the scorer has to write first. Called only where the method needs soft labels."""
+        """Returns the rows that ``score`` stores soft labels of, by split; draws the scorer's own
+        answers first if they are among them. Called only if the method needs soft labels."""
 
     def phases(self, run: StageRun) -> list[Phase]:
-        """What the student's training consists of, in order; makes what it learns from first."""
+        """Returns the phases of the student's training in order, and makes what they learn from."""
 
 
 def method_of(config: Config) -> StudentMethod:
-    """The method that ``config.method`` names."""
+    """Returns the method that ``config.method`` names."""
     from proxykd_jax.baselines import (
         black_box_kd,
         forward_kl,

@@ -1,7 +1,7 @@
-"""A student in training beside a frozen scorer, whose whole distribution its losses read.
+"""Training of a student with a frozen scorer, whose whole distribution the losses read.
 
-Both compute on the same rows; their vocabularies are cut to the tokenizer's, which is what answers
-are drawn from. The scorer is an argument of a step, never its state.
+Both models compute on the same rows. Their vocabularies are cut to the tokenizer's ids, from which
+answers are drawn. The scorer is an argument of a step, never part of its state.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from proxykd_jax.types import TokenBatch
 
 @dataclass(frozen=True)
 class ScoredSpec:
-    """The static half of a student with its scorer.
+    """The static half of a student and its scorer.
 
     Attributes:
-      student, scorer: of each.
-      vocab_size: ids of the tokenizer; distributions are over these.
+      student, scorer: the static half of each.
+      vocab_size: number of the tokenizer's ids; distributions are over these.
     """
 
     student: ModelSpec
@@ -48,36 +48,36 @@ class ScoredSpec:
         return self.student.config
 
     def bind(self, frozen: Tree, trainable: Tree) -> dict[str, Weights]:
-        """``student`` and ``scorer``, from ``frozen_of``'s tree."""
+        """Returns ``student`` and ``scorer`` from the tree of ``frozen_of``."""
         return {
             "student": self.student.bind(frozen["student"], trainable),
             "scorer": frozen["scorer"],
         }
 
     def learner(self, trainable: Tree) -> Tree:
-        """All that learns is the student's."""
+        """Returns all of ``trainable``: only the student learns."""
         return trainable
 
     def beside(self, frozen: Tree, state: TrainState) -> dict[str, Tree]:
-        """The scorer."""
+        """Returns the scorer, which a device also holds."""
         return {"scorer": frozen["scorer"]}
 
 
 def load_scorer(run: StageRun) -> tuple[Model, ScoredSpec]:
-    """The proxy as ``align`` left it, aligned or not, on the student's mesh."""
+    """Loads the proxy as ``align`` left it, aligned or not, on the student's mesh."""
     scorer = load_aligned_proxy(run.config, run.mesh)
     return scorer, ScoredSpec(run.model.spec, scorer.spec, run.corpus.vocab_size)
 
 
 def frozen_of(student: Model, scorer: Model) -> Tree:
-    """What a step of a ``ScoredSpec`` takes as frozen."""
+    """Returns the frozen argument of a step of a ``ScoredSpec``."""
     return {"student": student.frozen, "scorer": scorer.weights}
 
 
 def beside_scorer(run: StageRun) -> dict[str, Any]:
-    """The fields of a phase whose steps read the scorer too.
+    """Returns the fields of a phase whose steps also read the scorer.
 
-    A run loads it when the phase begins, so that a warm-up does not hold it.
+    The scorer is loaded when this phase begins, so that a warm-up does not hold it.
     """
     if run.scorer is not None:
         spec = ScoredSpec(run.model.spec, run.scorer.spec, run.corpus.vocab_size)
@@ -92,11 +92,11 @@ def beside_scorer(run: StageRun) -> dict[str, Any]:
 
 
 def scorer_text(run: StageRun) -> dict[str, Rows]:
-    """The scorer's answers to the prompts of D_s, drawn once at temperature 1 and stored; of a
-    sketch the prompts alone.
+    """Returns the scorer's answers to the prompts of D_s, drawn once at temperature 1 and stored;
+    a sketch has the prompts alone.
 
     Raises:
-      UserError: there are none.
+      UserError: the scorer answered no prompt.
     """
     if run.scorer is not None:
         return {SCORER_TEXT: run.corpus.split("distill")}
@@ -111,18 +111,18 @@ def both_logits(
     *arrays_BL: Any,
     dropout_key: jax.Array | None = None,
 ) -> Any:
-    """``function(student_logits_BCV, scorer_logits_BCV, *arrays_BC)`` at all positions.
+    """Computes ``function(student_logits_BCV, scorer_logits_BCV, *arrays_BC)`` at all positions.
 
-    Positions are taken some at a time, so that the logits of all never live together. The scorer
-    has no gradient.
+    Positions are processed in chunks, so the logits of all positions never exist together. The
+    scorer has no gradient.
 
     Args:
       models: from ``spec.bind``.
-      rows: one example a row.
-      spec: static half.
-      function: gives a tree of arrays ``[B, C]``, position by position.
-      arrays_BL: cut as the positions are.
-      dropout_key: switches the student's LoRA dropout on.
+      rows: rows of one example each.
+      spec: the static half of both models.
+      function: returns a tree of arrays ``[B, C]``, computed position by position.
+      arrays_BL: arrays that are cut into the same chunks.
+      dropout_key: turns the student's LoRA dropout on.
     """
     (params, adapter), (scorer_params, scorer_adapter) = models["student"], models["scorer"]
     own_BLD = batch_hidden_states(
@@ -154,9 +154,10 @@ def both_logits(
 def sampling_time_logps(
     trainable: Tree, frozen: Tree, rows: TokenBatch, *, spec: ScoredSpec
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probs of the rows' labels under student and scorer, float32 ``[B, L]`` each.
+    """Returns the log-probs of the rows' labels under student and scorer, float32 ``[B, L]`` each.
 
-    By the training step's forward pass, without dropout; outside ``mask_BL`` meaningless.
+    They are computed by the training step's forward pass, without dropout. Values outside
+    ``mask_BL`` are meaningless.
     """
 
     def logps(student: jax.Array, scorer: jax.Array, labels: jax.Array) -> tuple[jax.Array, ...]:

@@ -1,5 +1,5 @@
-"""Black-box KD (the paper's eq. 1 and the first rows of its Table 1): the NLL of the teacher's
-answers, and nothing else. No proxy is loaded, aligned or asked.
+"""Black-box KD (the paper's eq. 1 and the first rows of its Table 1): only the NLL of the
+teacher's answers. No proxy is loaded, aligned or scored.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from proxykd_jax.training.stage_run import StageRun
 
 
 def to_score(scoring: Scoring) -> dict[str, Rows]:
-    """Nothing is scored."""
+    """Returns nothing: this method needs no soft labels."""
     return {}
 
 
 def phases(run: StageRun) -> list[Phase]:
-    """NLL on D_s or all of D."""
+    """Returns the NLL phase on D_s, or on all of D."""
     return [text_phase(run, teacher_rows(run.config, run.corpus))]

@@ -1,15 +1,15 @@
-"""GAD (arXiv 2511.10643): the student's reward is a discriminator between its answers and the
-teacher's, which learns with it. Texts of the teacher are all that is needed; no proxy.
+"""GAD (arXiv 2511.10643): the student's reward comes from a discriminator between its answers and
+the teacher's, which is trained at the same time. Only the teacher's texts are needed; no proxy.
 
-1. Warm-up: the student's NLL on the teacher's answers, and the discriminator's loss on these beside
-   answers of the student as it is, together.
-2. Each step the student gives N answers a prompt. The discriminator, before its update, scores
-   them; their advantages within the group of a prompt train the student, with a KL to the
-   warmed-up student, and the discriminator is trained on the pairs (teacher's, student's). It
-   never freezes.
+1. The warm-up trains the student by NLL on the teacher's answers. It also trains the discriminator
+   to tell these from answers of the current student.
+2. At each step the student gives N answers per prompt, and the discriminator scores them before
+   its update. Their advantages within the prompt's group train the student, with a KL to the
+   warmed-up student. The pairs (teacher's answer, student's answer) train the discriminator, which
+   is never frozen.
 
-Student and discriminator have no parameter in common, and the advantages are the old
-discriminator's, so both updates are one step on the sum of their losses.
+Student and discriminator share no parameter, and the advantages come from the discriminator before
+its update. Both updates are therefore one step on the sum of their losses.
 """
 
 from __future__ import annotations
@@ -87,12 +87,12 @@ from proxykd_jax.types import TokenBatch
 
 
 def to_score(scoring: Scoring) -> dict[str, Rows]:
-    """Nothing is scored."""
+    """Returns nothing: this method needs no soft labels."""
     return {}
 
 
 def phases(run: StageRun) -> list[Phase]:
-    """Warm-up of both, then the game."""
+    """Returns the warm-up of both models, then the adversarial training."""
     config, method = run.config, run.config.method
     assert isinstance(method, Gad)
     distill, rows = config.distill, Joined(teacher_rows(config, run.corpus))
@@ -110,7 +110,7 @@ def phases(run: StageRun) -> list[Phase]:
         planned: tuple[Plan, int],
         **fields: Any,
     ) -> Phase:
-        """A phase over these rows; the two draw answers by keys of their own."""
+        """Returns a phase over these rows; each phase draws its answers by other random keys."""
         plan, steps = planned
         own_rate = method.discriminator_learning_rate or distill.optimizer.learning_rate
         return run.phase(
@@ -144,12 +144,12 @@ def phases(run: StageRun) -> list[Phase]:
             distill.optimizer,
             (plan, steps),
             make_batch=_make_batch(run, method, rows, plan, first_draw=1 << 30),
-            # The game's KL is to the student that the warm-up left behind.
+            # The KL of this phase is to the student at the end of the warm-up.
             prepare=lambda phase, trainer: phase.with_(
                 frozen=_frozen(run, trainer.trained_by("warmup")["student"])
             ),
             before=lambda state: planned_figures(rows, steps),
-            # A sketch's game has the untrained student in that place.
+            # In a sketch the untrained student takes the place of the warmed-up one.
             frozen=_frozen(run, None if run.scorer is None else run.model.trainable),
             programs=functools.partial(_programs, run, method, "distill", many),
         ),
@@ -157,14 +157,14 @@ def phases(run: StageRun) -> list[Phase]:
 
 
 def _programs(run: StageRun, method: Gad, name: str, own_rows: int, phase: Phase) -> list[Program]:
-    """The student's answers, and a step whose student learns from so many rows a prompt."""
+    """Returns the student's answers, and a step that trains it on ``own_rows`` rows per prompt."""
     if phase.steps == 0:
         return []
     student, many, state = run.model, method.samples_per_prompt, state_of(phase)
-    length = default_buckets(run.config.corpus.max_length + 1)[-1]  # last tokens are inputs
+    length = default_buckets(run.config.corpus.max_length + 1)[-1]  # the last token is an input
     reference = phase.frozen["reference"]
 
-    # The reference of the game's KL, and the discriminator; its optimizer is the state's.
+    # A device also holds the KL's reference and the discriminator; its optimizer is in the state.
     held = (student.trainable, state.trainable["discriminator"])
 
     def batch(rows: int) -> GameBatch:
@@ -215,8 +215,8 @@ class GadSpec:
     """The static half of student, reference and discriminator, which share an architecture.
 
     Attributes:
-      student: of all three.
-      vocab_size: ids of the tokenizer, which answers are drawn from.
+      student: the static half of all three models.
+      vocab_size: number of the tokenizer's ids, from which answers are drawn.
     """
 
     student: ModelSpec
@@ -228,7 +228,7 @@ class GadSpec:
         return self.student.config
 
     def bind(self, frozen: Tree, trainable: Tree) -> dict[str, Any]:
-        """``base``; ``Weights`` of ``student`` and ``reference``; ``discriminator``."""
+        """Returns ``base``, ``Weights`` of ``student`` and ``reference``, and ``discriminator``."""
         base, reference = frozen["base"], frozen["reference"]
         return {
             "base": base,
@@ -238,11 +238,11 @@ class GadSpec:
         }
 
     def learner(self, trainable: Tree) -> Tree:
-        """The student's part."""
+        """Returns the student's part."""
         return trainable["student"]
 
     def beside(self, frozen: Tree, state: TrainState) -> dict[str, Tree]:
-        """The discriminator, and the student that the game's KL is to."""
+        """Returns the discriminator, and the warmed-up student that the KL refers to."""
         own = state.opt_state.inner_states["discriminator"]
         return {
             "discriminator and its optimizer": (state.trainable["discriminator"], own),
@@ -255,16 +255,16 @@ class GadSpec:
 
 @flax.struct.dataclass
 class GameBatch:
-    """P prompts with the teacher's answer and G of the student's.
+    """P prompts, each with one answer of the teacher and G answers of the student.
 
-    The last token of each answer is among the inputs, where the discriminator reads it; there is
-    no label there.
+    The inputs include the last token of each answer, where the discriminator reads its score. That
+    position has no label.
 
     Attributes:
       teacher: P rows.
-      teacher_last_P: int32, the position of the answer's last token.
+      teacher_last_P: int32, position of the answer's last token.
       samples: leaves [P, G, ...].
-      sample_last_PG: int32.
+      sample_last_PG: int32, position of the answer's last token.
     """
 
     teacher: AnswerBatch
@@ -276,11 +276,11 @@ class GameBatch:
 def _make_batch(
     run: StageRun, method: Gad, rows: Rows, plan: Plan, *, first_draw: int
 ) -> MakeBatch:
-    """The teacher's rows, and the answers of the student as it is when a batch is asked for.
+    """Returns a function that pairs the teacher's rows with answers of the current student.
 
     Args:
-      run, method, rows, plan: of the phase.
-      first_draw: the number of its first step's answers; each phase draws others.
+      run, method, rows, plan: see ``phases``.
+      first_draw: draw number of the first step's answers; it differs between the phases.
     """
     planned = planned_steps(plan)
 
@@ -298,8 +298,8 @@ def _make_batch(
 def game_batch(
     teacher: list[Answer | None], samples: list[Answer | None], max_length: int
 ) -> GameBatch:
-    """P answers of the teacher and P x G of the student, in NumPy; rows of each as long as it
-    needs."""
+    """Returns P answers of the teacher and P x G of the student as NumPy arrays; the rows of each
+    are as long as needed."""
     num, group = len(teacher), len(samples) // len(teacher)
     first, first_last_P = _with_last_tokens(teacher, max_length)
     rest, rest_last_B = _with_last_tokens(samples, max_length)
@@ -310,7 +310,7 @@ def game_batch(
 def _with_last_tokens(
     answers: list[Answer | None], max_length: int
 ) -> tuple[AnswerBatch, np.ndarray]:
-    """A batch whose inputs hold each row's last token too, and where."""
+    """Returns a batch whose inputs include each row's last token, and its position."""
     batch = answer_batch(answers, max_length, extra=1)
     last_B = np.zeros(len(answers), np.int32)
     for b, answer in enumerate(answers):
@@ -325,10 +325,10 @@ def _with_last_tokens(
 
 @dataclass(frozen=True)
 class GadWarmupObjective:
-    """The student's NLL of the teacher's answers, and the discriminator's loss.
+    """The student's NLL of the teacher's answers, plus the discriminator's loss.
 
     Attributes:
-      reduction: of the NLL.
+      reduction: reduction of the NLL.
     """
 
     reduction: str
@@ -361,16 +361,16 @@ class GadWarmupObjective:
 
 @dataclass(frozen=True)
 class GadObjective:
-    """The student's policy gradient and KL, and the discriminator's loss.
+    """The student's policy gradient and KL, plus the discriminator's loss.
 
-    A batch is trained on once, so the ratio to the student that drew it is 1: the clipping of its
-    authors (0.2) has nothing to clip.
+    A batch is trained on once, so the probability ratio to the student that drew it is 1. The
+    authors' clipping (0.2) would have no effect and is left out.
 
     Attributes:
-      kl_weight: of the KL to the warmed-up student.
-      ddof: of the standard deviation within a group.
-      temperature: of the student that is trained, and of the reference: the one that answers.
-      reduction: of the student's losses.
+      kl_weight: weight of the KL to the warmed-up student.
+      ddof: ddof of the standard deviation within a group.
+      temperature: temperature of the student, in sampling and in training, and of the reference.
+      reduction: reduction of the student's losses.
     """
 
     kl_weight: float
@@ -418,7 +418,7 @@ class GadObjective:
 def _judge(
     models: dict[str, Any], batch: GameBatch, spec: GadSpec
 ) -> tuple[Term, jax.Array, Metrics]:
-    """The discriminator's loss over all pairs, its scores of the samples, and figures."""
+    """Returns the discriminator's loss over all pairs, its scores of the samples, and figures."""
 
     def score(rows: TokenBatch, last_B: jax.Array) -> jax.Array:
         return scores(models["base"], models["discriminator"], rows, last_B, spec.student)
@@ -437,20 +437,20 @@ def _judge(
 
 
 def _pairs(batch: GameBatch) -> jax.Array:
-    """bool ``[P, G]``: pairs of which both answers have a token."""
+    """Returns bool ``[P, G]``: True for pairs whose answers both have a token."""
     teacher_P = batch.teacher.rows.mask_BL.any(axis=-1)
     return batch.samples.rows.mask_BL.any(axis=-1) & teacher_P[:, None]
 
 
 def _flat(samples: AnswerBatch) -> AnswerBatch:
-    """[P, G, ...] to [P x G, ...]."""
+    """Reshapes [P, G, ...] to [P x G, ...]."""
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), samples)
 
 
 def _label_logps(
     weights: Weights, rows: TokenBatch, spec: GadSpec, *, temperature: float
 ) -> jax.Array:
-    """float32 log-probs ``[B, L]`` of the labels under the softmax at a temperature."""
+    """Returns float32 log-probs ``[B, L]`` of the labels under the softmax at a temperature."""
     params, adapter = weights
     config = spec.config
     hidden_BLD = batch_hidden_states(params, adapter, rows, config=config, remat=spec.student.remat)

@@ -1,5 +1,5 @@
-"""GAD's discriminator (arXiv 2511.10643): the initial student with a scalar head in place of its
-vocabulary, read at the last token of an answer. It learns beside the student, in one state.
+"""GAD's discriminator (arXiv 2511.10643): the initial student with a scalar head instead of its
+vocabulary, read at the last token of an answer. One training state holds it and the student.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from proxykd_jax.types import TokenBatch
 
 
 def init_discriminator(student: Model, mesh: Mesh) -> Tree:
-    """``discriminator_of`` a student, on its mesh."""
+    """Returns ``discriminator_of`` a student, on its mesh."""
 
     def make(trainable: Tree) -> Tree:
         return discriminator_of(trainable, student.config.model_dim)
@@ -31,16 +31,15 @@ def init_discriminator(student: Model, mesh: Mesh) -> Tree:
 
 
 def abstract_discriminator(student: Model, mesh: Mesh) -> Tree:
-    """The shapes of ``init_discriminator``."""
+    """Returns the shapes of ``init_discriminator``."""
     return jax.eval_shape(
         lambda tree: discriminator_of(tree, student.config.model_dim), student.trainable
     )
 
 
 def discriminator_of(trainable: Tree, model_dim: int) -> Tree:
-    """What learns of the discriminator: ``body``, a copy of the student's, and ``score_head``.
-
-    The head begins at zero, so that all scores are equal and the first loss is ln 2.
+    """Returns the discriminator's trainable part: ``body``, a copy of the student's, and
+    ``score_head``, which starts at 0 so that all scores are equal and the first loss is ln 2.
     """
     body = {name: tree for name, tree in trainable.items() if name != "lm_head"}
     kernel_D = jnp.zeros(model_dim, jnp.float32)
@@ -50,14 +49,14 @@ def discriminator_of(trainable: Tree, model_dim: int) -> Tree:
 def scores(
     frozen: Tree, discriminator: Tree, rows: TokenBatch, last_B: jax.Array, spec: ModelSpec
 ) -> jax.Array:
-    """float32 ``scores_B``: the head on the hidden state at a position of each row.
+    """Returns float32 ``scores_B``: the head applied to one hidden state of each row.
 
     Args:
-      frozen: weights that do not learn, the student's.
-      discriminator: what learns of it.
-      rows: one example a row, its last token among the inputs.
-      last_B: int32, where that token is read.
-      spec: the student's.
+      frozen: the student's frozen weights.
+      discriminator: the discriminator's trainable part.
+      rows: rows of one example each; the inputs include its last token.
+      last_B: int32, position of that token.
+      spec: the student's static half.
     """
     params, adapter = spec.bind(frozen, discriminator["body"])
     hidden_BLD = batch_hidden_states(params, adapter, rows, config=spec.config, remat=spec.remat)
@@ -69,10 +68,10 @@ def scores(
 def adversarial_optimizer(
     student: OptimizerConfig, steps: int, *, discriminator_learning_rate: float | None
 ) -> optax.GradientTransformation:
-    """One optimizer for each of the two, so that gradients are clipped apart.
+    """Returns one optimizer per model, so that gradients are clipped separately.
 
     Args:
-      student: of the student, and but for the learning rate of the discriminator.
+      student: settings for the student, and for the discriminator except for the learning rate.
       steps: as in ``make_optimizer``.
       discriminator_learning_rate: None for the student's.
     """

@@ -1,9 +1,9 @@
-"""GKD (arXiv 2306.13649): a divergence from the scorer on answers, the student's own or given ones.
+"""GKD (arXiv 2306.13649): a divergence from the scorer on the student's own or on given answers.
 
-A step's batch is answered by the student with probability lambda (``student_share``), else it holds
-the fixed answers, the teacher's or the scorer's. On either the student minimises the generalised
-JSD to the scorer, mean over an answer's tokens, then over answers. The answers are constants: no
-gradient goes through sampling, which separates GKD from policy gradients.
+With probability lambda (``student_share``) the student answers the prompts of a step's batch;
+otherwise the batch holds given answers, the teacher's or the scorer's. On both the student
+minimises the generalised JSD to the scorer, averaged over an answer's tokens, then over answers.
+Unlike in policy-gradient methods, no gradient goes through sampling: the answers are constants.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ from proxykd_jax.training.state import Weights
 
 
 def to_score(scoring: Scoring) -> dict[str, Rows]:
-    """Nothing is scored beforehand: the scorer is there while the student trains."""
+    """Returns nothing: the scorer is loaded while the student trains."""
     return {}
 
 
 def phases(run: StageRun) -> list[Phase]:
-    """Warm-up, then GKD."""
+    """Returns the warm-up, then GKD."""
     config, method = run.config, run.config.method
     assert isinstance(method, Gkd)
-    # Without fixed answers only the prompts of these rows are looked at.
+    # If the student gives all answers, only the prompts of these rows are used.
     fixed = method.fixed if method.student_share < 1 else "teacher"
     text = {"teacher": teacher_rows(config, run.corpus)}
     if method.reads_scorer_text:
@@ -75,7 +75,7 @@ def phases(run: StageRun) -> list[Phase]:
 
 
 def _answers(run: StageRun, method: Gkd) -> GiveAnswers:
-    """The answers of the student as it is when a batch is asked for, or given ones."""
+    """Returns a function that lets the current student answer, or returns the given answers."""
 
     def answers(student: Model, places: Places, step: int) -> list[Answer | None]:
         if not student_answers(run.config.seed, step, method.student_share):
@@ -96,13 +96,13 @@ def _programs(run: StageRun, method: Gkd, phase: Phase) -> list[Program]:
 
 @dataclass(frozen=True)
 class GkdObjective:
-    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; p is the scorer.
+    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q and scorer p.
 
     Attributes:
-      beta: on the scorer; 0 and 1 are the forward and the reverse KL.
-      scorer_temperature: of p; the student's is 1.
+      beta: the scorer's weight; 0 is the forward KL and 1 the reverse KL.
+      scorer_temperature: temperature of p; the student's is 1.
       reduction: as in ``batch_terms``; the paper's is ``example_mean``.
-      weight: factor of the loss, not of the metric.
+      weight: factor of the loss, but not of the metric.
     """
 
     beta: float

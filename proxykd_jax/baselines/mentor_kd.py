@@ -1,14 +1,15 @@
 """Mentor-KD (arXiv 2410.09037): a mentor adds rationales of its own, and its distribution.
 
-1. The mentor is the proxy after the NLL of the teacher's texts (``align`` without preferences).
+1. The mentor is the proxy after training by NLL on the teacher's texts (``align`` without
+   preferences).
 2. It answers every prompt ``num_rationales`` times, at temperature 0.7.
-3. ``filter: answer_match`` keeps, of the teacher's rows and of the mentor's, those whose final
-   answer is the gold one (``texts/golds.py``). Rows without a gold go too, and are counted.
-4. The mentor scores all that is left; each text has the mentor's distribution on that text.
-5. The student minimises (1 - lam) NLL + lam KL(mentor || student) at temperature T over both.
+3. ``filter: answer_match`` keeps the teacher's and the mentor's texts whose final answer is the
+   gold one (``texts/golds.py``). It also drops rows without a gold. All are counted.
+4. The mentor scores the texts that are kept.
+5. The student minimises (1 - lam) NLL + lam KL(mentor || student) at temperature T on these texts.
 
-Texts are kept as they were written: the authors put the gold answer after "-->" at the end. The
-authors train the mentor on correct texts alone; here it learns from all of D_w and D_p.
+Texts are kept as written, while the authors append the gold answer after "-->". The authors train
+the mentor on correct texts alone, while here it learns from all of D_w and D_p.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _AT_ONCE = 512
 
 
 def to_score(scoring: Scoring) -> dict[str, Rows]:
-    """The teacher's texts and the mentor's, less those with a wrong answer."""
+    """Returns the teacher's and the mentor's texts, except those with a wrong answer."""
     config, corpus, method = scoring.config, scoring.corpus, _method(scoring.config)
     golds = _golds(config, corpus)
     for split in teacher_rows(config, corpus):
@@ -60,9 +61,9 @@ def to_score(scoring: Scoring) -> dict[str, Rows]:
 
 
 def phases(run: StageRun) -> list[Phase]:
-    """NLL and KL on what was scored, every example alike."""
+    """Returns the phase of NLL and KL on the scored texts; all examples have equal weights."""
     config, corpus, method = run.config, run.corpus, _method(run.config)
-    if run.scorer is not None:  # a sketch: how many texts are correct is not known
+    if run.scorer is not None:  # a sketch does not know which texts are correct
         texts = _texts(config, corpus, drawn=False)
         return [label_phase(run, texts, nll_splits=tuple(texts), rescale=method.rescale)]
     kept, counts = _kept(corpus, _texts(config, corpus), _golds(config, corpus))
@@ -81,7 +82,7 @@ def _name(split: str, draw: int) -> str:
 
 
 def _golds(config: Config, corpus: TokenCorpus) -> Golds | None:
-    """None where nothing is filtered."""
+    """Returns the gold answers, or None if nothing is filtered."""
     if _method(config).filter == "none":
         return None
     golds = read_golds(config, load_tokenizer(corpus.tokenizer_path))
@@ -95,7 +96,7 @@ def _golds(config: Config, corpus: TokenCorpus) -> Golds | None:
 
 
 def _prompts_to_ask(prompts: TokenSplit, golds: Golds | None) -> list[int]:
-    """A row of each prompt whose answers can be checked; of a repeated prompt the first."""
+    """Returns one row for each prompt whose answers can be checked: its first row."""
     first: dict[bytes, int] = {}
     for start in range(0, len(prompts), _AT_ONCE):
         rows = range(start, min(start + _AT_ONCE, len(prompts)))
@@ -107,7 +108,7 @@ def _prompts_to_ask(prompts: TokenSplit, golds: Golds | None) -> list[int]:
 
 
 def _texts(config: Config, corpus: TokenCorpus, *, drawn: bool = True) -> dict[str, Rows]:
-    """All of the teacher's texts and the mentor's; before these are drawn, their prompts."""
+    """Returns all texts of teacher and mentor; before the mentor's are drawn, their prompts."""
     texts = dict(teacher_rows(config, corpus))
     for split in list(texts):
         for draw in range(_method(config).num_rationales):
@@ -120,10 +121,10 @@ def _texts(config: Config, corpus: TokenCorpus, *, drawn: bool = True) -> dict[s
 def _kept(
     corpus: TokenCorpus, texts: Mapping[str, Rows], golds: Golds | None
 ) -> tuple[dict[str, Rows], dict[str, int]]:
-    """The texts to learn from by split, and how many there were: ``<split>/<verdict>``.
+    """Returns the texts to learn from, by split, and the counts ``<split>/<verdict>``.
 
     Raises:
-      UserError: none is left.
+      UserError: no text is left.
     """
     tokenizer = load_tokenizer(corpus.tokenizer_path)
     kept: dict[str, Rows] = {}
@@ -140,7 +141,7 @@ def _kept(
     if not kept:
         raise UserError(
             "method.filter is answer_match, and no text of teacher or mentor has the gold answer "
-            f"({dict(counts)}), so there is nothing to learn from. Look at the golds of the "
+            f"({dict(counts)}), so there is nothing to learn from. Check the golds of the "
             "sources, or set method.filter: none."
         )
     return kept, dict(counts)
@@ -149,7 +150,7 @@ def _kept(
 def _verdicts(
     rows: Rows, golds: Golds, tokenizer: Tokenizer, end_token_ids: Sequence[int]
 ) -> list[str]:
-    """A truncated text has no final answer, so it is wrong."""
+    """Returns a verdict for each row; a truncated text has no final answer, so it is wrong."""
     found = []
     for start in range(0, len(rows), _AT_ONCE):
         for row in rows.read(range(start, min(start + _AT_ONCE, len(rows)))):

@@ -1,14 +1,14 @@
 """MiniLLM (arXiv 2306.08543): the reverse KL of whole answers, by policy gradient.
 
-A step draws ``rollouts`` answers, from a mixture of scorer and student, and notes what both thought
-of their tokens. Then it makes ``inner_epochs`` passes over them, an update for each
-``distill.batch_size``, and throws them away. The gradient of KL(q || p) over answers is taken
-apart: a token's own reward exactly, as KL(q_t || p_t) over the vocabulary, and what comes after it
-by a clipped policy gradient. Where paper and authors' code differ a key says which; the defaults
-are the paper's.
+A step draws ``rollouts`` answers from a mixture of scorer and student and stores both models'
+log-probs of the tokens. It then makes ``inner_epochs`` passes over the answers, with one update for
+each ``distill.batch_size`` of them, and discards them. The gradient of KL(q || p) over answers is
+split: a token's own reward is computed exactly, as KL(q_t || p_t) over the vocabulary, and later
+rewards enter by a clipped policy gradient. A key states each difference between the paper and the
+authors' code; the defaults are the paper's.
 
-A step is a whole rollout, so no checkpoint falls inside one: a run that was cut off draws its last
-rollout again, from the student that it began with, and goes on to the same bytes.
+A step is a whole rollout, so no checkpoint falls inside one. An interrupted run draws its last
+rollout again from the same student and continues with the same bytes.
 """
 
 from __future__ import annotations
@@ -95,12 +95,12 @@ AnchorBatch = Callable[[int], TokenBatch | None]
 
 
 def to_score(scoring: Scoring) -> dict[str, Rows]:
-    """Nothing is scored beforehand: the scorer is there while the student trains."""
+    """Returns nothing: the scorer is loaded while the student trains."""
     return {}
 
 
 def phases(run: StageRun) -> list[Phase]:
-    """Warm-up, then rollouts with their updates."""
+    """Returns the warm-up, then the rollouts and their updates."""
     config, method = run.config, run.config.method
     assert isinstance(method, MiniLlm)
     teacher = teacher_rows(config, run.corpus)
@@ -136,7 +136,7 @@ def phases(run: StageRun) -> list[Phase]:
 
 
 def _programs(run: StageRun, method: MiniLlm, phase: Phase) -> list[Program]:
-    """Answers, both models' log-probs of them, and an update."""
+    """Returns the programs for answers, for both models' log-probs of them, and for an update."""
     length, anchored, scorer = longest(run), method.anchor != "none", scorer_of(run)
     mixing = None
     if method.teacher_mixing > 0:
@@ -161,7 +161,7 @@ def _programs(run: StageRun, method: MiniLlm, phase: Phase) -> list[Program]:
 
 
 def _logps_program(run: StageRun, phase: Phase) -> Program:
-    """Both models' log-probs of the answers of an update, as they were drawn."""
+    """Returns the program for both models' log-probs of an update's answers at sampling time."""
     length, student = longest(run), run.model
     weights = (student.trainable, phase.frozen)
 
@@ -193,11 +193,11 @@ def _logps_program(run: StageRun, phase: Phase) -> Program:
 
 @dataclass(frozen=True)
 class Rollout:
-    """The answers of a step, in NumPy.
+    """The answers of a step, as NumPy arrays.
 
     Attributes:
-      step: of the phase.
-      answers: one a row.
+      step: step of the phase.
+      answers: one answer per row.
     """
 
     step: int
@@ -205,7 +205,7 @@ class Rollout:
 
 
 def _make_rollout(run: StageRun, method: MiniLlm, prompts: Rows, phase: Phase) -> MakeBatch:
-    """Answers of the mixture of the scorer and the student as it is when a rollout is asked for."""
+    """Returns a function that draws answers from the mixture of scorer and current student."""
     planned, mixing, spec = planned_steps(phase.plan), None, phase.spec
     assert isinstance(spec, ScoredSpec)
     if method.teacher_mixing > 0:
@@ -222,7 +222,7 @@ def _make_rollout(run: StageRun, method: MiniLlm, prompts: Rows, phase: Phase) -
 
 
 def _updates(run: StageRun, method: MiniLlm, anchor: AnchorBatch, phase: Phase) -> Step:
-    """``step(state, frozen, rollout)``: all updates on a rollout; metrics are their means."""
+    """Returns ``step(state, frozen, rollout)``: all updates on a rollout, with mean metrics."""
     size, update, spec = run.config.distill.batch_size, phase.update(), phase.spec
     assert isinstance(spec, ScoredSpec)
 
@@ -264,13 +264,13 @@ def _updates(run: StageRun, method: MiniLlm, anchor: AnchorBatch, phase: Phase) 
 def inner_batches(
     there_R: np.ndarray, size: int, *, epochs: int, seed: int
 ) -> Iterator[np.ndarray]:
-    """The rows of each update, ``size`` places: each answer once in every epoch, shuffled anew.
+    """Yields the rows of each update, ``size`` places; each epoch shuffles the answers anew.
 
     Args:
-      there_R: bool, the answers that have a token; others are in no update.
-      size: rows an update; -1 stands at the places that the answers do not fill.
-      epochs: passes.
-      seed: of their orders.
+      there_R: bool, True for answers that have a token; the others are in no update.
+      size: rows of an update; places without an answer hold -1.
+      epochs: number of passes over the answers.
+      seed: seed of the order.
     """
     rows = np.flatnonzero(there_R)
     for epoch in range(epochs):
@@ -281,7 +281,7 @@ def inner_batches(
 
 
 def take_answers(answers: AnswerBatch, places: Any) -> AnswerBatch:
-    """Some of the answers; at a place of -1 a row without one."""
+    """Returns the answers at ``places``; a place of -1 becomes a row without an answer."""
     taken = jax.tree.map(lambda x: x[places], answers)
     rows, there_B = taken.rows, places >= 0
     rows = rows.replace(
@@ -292,7 +292,7 @@ def take_answers(answers: AnswerBatch, places: Any) -> AnswerBatch:
 
 
 def _anchor(run: StageRun, text: dict[str, Rows]) -> AnchorBatch:
-    """The batch of the scorer's text that goes with an update."""
+    """Returns a function from an update to its batch of the scorer's text."""
     rows = Joined(text)
     distill = run.config.distill
     plan = run.plan(
@@ -315,14 +315,14 @@ def _anchor(run: StageRun, text: dict[str, Rows]) -> AnchorBatch:
 
 @flax.struct.dataclass
 class RolloutBatch:
-    """The answers of an update, with what was fixed when they were drawn.
+    """The answers of an update, with values that were computed when they were drawn.
 
     Attributes:
-      answers: one a row.
+      answers: one answer per row.
       old_logps_BL: float32, the student's log-probs of the tokens at sampling time.
       advantages_BL: float32.
       importance_weights_BL: float32, w_t = q / (a p + (1 - a) q) of the tokens.
-      anchor: rows of the scorer's text, where there is an anchor.
+      anchor: rows of the scorer's text; None without an anchor.
     """
 
     answers: AnswerBatch
@@ -339,10 +339,10 @@ def rollout_batch(
     anchor: TokenBatch | None,
     method: MiniLlm,
 ) -> RolloutBatch:
-    """Rewards, returns and weights of an update's answers, traceable.
+    """Computes the rewards, returns and weights of an update's answers; it can be traced.
 
-    Over the whole update, however many micro-batches it is computed in: the authors' code whitens
-    advantages over each micro-batch of all devices.
+    Advantages are whitened over the whole update, whatever the number of micro-batches. The
+    authors' code whitens them over each micro-batch of all devices.
     """
     mask_BL = answers.rows.mask_BL
     reward_BL = log_ratio_rewards(
@@ -369,15 +369,15 @@ def rollout_batch(
 
 @dataclass(frozen=True)
 class MiniLlmObjective:
-    """w_t KL(q_t || p_t) + max(-A rho, -A clip(rho)), token means, and the anchor.
+    """w_t KL(q_t || p_t) + max(-A rho, -A clip(rho)), averaged over tokens, plus the anchor.
 
-    There is no dropout, which would make the student another policy than the one that drew.
+    There is no dropout, because it would change the policy from the one that drew the answers.
 
     Attributes:
-      clip: eps, or None.
-      weight_single_step: whether w_t is on the exact term too.
-      anchor_weight: of the loss on the scorer's text; 0 without an anchor.
-      anchor_kl_share: share of it that is KL(p || q) instead of NLL.
+      clip: eps of the clipped ratio, or None.
+      weight_single_step: whether w_t also multiplies the exact term.
+      anchor_weight: weight of the loss on the scorer's text; 0 without an anchor.
+      anchor_kl_share: share of that loss that is KL(p || q) instead of NLL.
     """
 
     clip: float | None

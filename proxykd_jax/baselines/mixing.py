@@ -1,9 +1,9 @@
-"""Proxy-KD whose student also learns on its own answers (beyond the paper).
+"""Proxy-KD with additional learning on the student's own answers (beyond the paper).
 
-At a step, with probability ``method.student_share``, the student as it is answers the prompts of
-the step's rows, and alpha x KL(proxy || student) over the whole vocabulary is minimised on these
-answers, weight 1, without an NLL. The other steps are eq. 11 on the stored soft labels. The answers
-are constants: no gradient goes through sampling.
+With probability ``method.student_share``, the current student answers the prompts of a step's
+rows. The step then minimises alpha x KL(proxy || student) over the whole vocabulary on these
+answers, with weight 1 and without an NLL. The other steps minimise eq. 11 on the stored soft
+labels. The answers are constants: no gradient goes through sampling.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ from proxykd_jax.training.stage_run import StageRun
 from proxykd_jax.training.state import TrainState, Tree, Weights
 from proxykd_jax.types import DistillBatch
 
-# What a step of either kind takes.
+# The batches of the two kinds of steps.
 Batch = DistillBatch | AnswerBatch
 
 
 def with_own_answers(run: StageRun, method: ProxyKd, stored: Phase, rows: Rows) -> Phase:
-    """Steps of both kinds, by one optimizer; the proxy is loaded beside the student.
+    """Returns a phase with steps of both kinds and one optimizer; it also loads the proxy.
 
     Args:
-      run, method: of the stage.
-      stored: the phase whose steps all learn from what is on disk.
-      rows: its rows.
+      run, method: the stage's run and method.
+      stored: the phase whose steps all learn from stored soft labels.
+      rows: the rows of this phase.
     """
     distill = run.config.distill
     own = GkdObjective(0.0, 1.0, distill.reduction, distill.alpha)
@@ -62,7 +62,7 @@ def with_own_answers(run: StageRun, method: ProxyKd, stored: Phase, rows: Rows) 
     return stored.with_(
         objective=MixedObjective(stored.objective, own),
         make_batch=_make_batch(run, method, stored, rows),
-        # Own answers have one term.
+        # The objective on own answers has a single term.
         diagnoses=lambda batch: not isinstance(batch, AnswerBatch),
         programs=functools.partial(_programs, run, method, stored, own),
         **beside_scorer(run),
@@ -72,7 +72,7 @@ def with_own_answers(run: StageRun, method: ProxyKd, stored: Phase, rows: Rows) 
 def _programs(
     run: StageRun, method: ProxyKd, stored: Phase, own: GkdObjective, phase: Phase
 ) -> list[Program]:
-    """Steps on stored labels, which do not look at the scorer; answers, and steps on them."""
+    """Returns answers and steps on them, and steps on stored labels, which ignore the scorer."""
     scorer, share = scorer_of(run), method.student_share
     found = [
         scored_answer_program(run, method, phase, times=share),
@@ -88,10 +88,9 @@ def _programs(
 
 
 def _make_batch(run: StageRun, method: ProxyKd, stored: Phase, rows: Rows) -> MakeBatch:
-    """A step's rows with their labels, or the answers of the student as it is to their prompts.
+    """Returns a function that reads a step's rows and labels, or draws the student's answers.
 
-    Where rows are packed, a step's own answers are to the prompts of a plan of their own, one a
-    place of the batch.
+    If rows are packed, a separate plan gives the prompts to answer, one for each place of a batch.
     """
     config, collate = run.config, stored.collate
     packed = config.distill.batching == "pack"
@@ -112,7 +111,7 @@ def _make_batch(run: StageRun, method: ProxyKd, stored: Phase, rows: Rows) -> Ma
 
 @dataclass(frozen=True)
 class MixedObjective:
-    """The objective of a batch's kind; ``student_share`` in the metrics is 1 for own answers.
+    """The objective for either kind of batch; the metric ``student_share`` is 1 for own answers.
 
     Attributes:
       stored: eq. 11.

@@ -1,11 +1,11 @@
 """On-policy distillation (Thinking Machines 2025): the reverse KL to the aligned proxy on answers
-that the student gives as it trains.
+that the student gives during training.
 
 ``form: full`` takes KL(q || p) over the vocabulary at each position, which is GKD with lambda 1 and
-beta 1; ``form: sampled`` takes the log-ratio of the token that was drawn as its advantage, as the
-authors do where only log-probs of tokens are at hand. Both have the same expected gradient; the
-first has less variance. Prompts alone are used, fresh ones too: after the warm-up no text of the
-teacher is looked at, and there is no NLL.
+beta 1. ``form: sampled`` uses the log-ratio of the drawn token as its advantage; the authors do so
+because an API returns only the log-probs of tokens. Both have the same expected gradient; ``full``
+has less variance. The method uses prompts alone, including fresh ones: after the warm-up no text of
+the teacher is read and there is no NLL.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ from proxykd_jax.training.state import Weights
 
 
 def to_score(scoring: Scoring) -> dict[str, Rows]:
-    """Nothing is scored beforehand: the scorer is there while the student trains."""
+    """Returns nothing: the scorer is loaded while the student trains."""
     return {}
 
 
 def phases(run: StageRun) -> list[Phase]:
-    """Warm-up, then the student's own answers."""
+    """Returns the warm-up, then the training on the student's own answers."""
     config, method = run.config, run.config.method
     assert isinstance(method, OnPolicy)
     teacher, fresh = teacher_rows(config, run.corpus), run.corpus.split(FRESH)
@@ -73,8 +73,6 @@ def phases(run: StageRun) -> list[Phase]:
 
 
 def _answers(run: StageRun, method: OnPolicy) -> GiveAnswers:
-    """The answers of the student as it is when a batch is asked for."""
-
     def answers(student: Model, places: Places, step: int) -> list[Answer | None]:
         answering = Answering.of(run, method, 1.0, method.samples_per_prompt)
         return answering.answer(student.weights, places, step)
@@ -92,11 +90,11 @@ def _programs(run: StageRun, method: OnPolicy, phase: Phase) -> list[Program]:
 
 @dataclass(frozen=True)
 class OnPolicyObjective:
-    """coef KL(q || p) on answers drawn from q, the student that is trained.
+    """coef KL(q || p) on answers drawn from q, the student in training.
 
-    A batch is trained on once, so the student that drew it is the one that the step begins with:
-    its log-probs of sampling time are those of this forward pass, and there is no dropout, which
-    would make it another policy.
+    A batch is trained on once, so the student that drew it is the one at the start of the step:
+    this forward pass also gives the log-probs at sampling time. There is no dropout, because it
+    would change the policy.
 
     Attributes:
       form: ``full`` or ``sampled``.

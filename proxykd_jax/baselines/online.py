@@ -1,7 +1,7 @@
-"""The phases that methods have in common whose student answers while it trains.
+"""Phases that are shared by the methods whose student answers during training.
 
-Phase 0 is the look at the untrained student, phase 1 its warm-up by NLL, phase 2 the method. Each
-ends with a checkpoint, and the second and the third begin with an optimizer of their own.
+Phase 0 is the evaluation of the untrained student, phase 1 its warm-up by NLL, phase 2 the method.
+Each ends with a checkpoint. Phases 1 and 2 start with separate optimizer states.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from proxykd_jax.training.phase import Phase
 from proxykd_jax.training.stage_run import StageRun
 from proxykd_jax.training.state import TrainState, Tree
 
-# (student, rows of a step, step) -> an answer for each row, or several side by side.
+# (student, rows of a step, step) -> one answer per row, or several per row in a sequence.
 GiveAnswers = Callable[[Model, Places, int], list[Answer | None]]
 
 
 def prompt_plan(run: StageRun, method: AnsweringSection, prompts: Rows) -> tuple[Plan, int]:
-    """The prompts of each step, and the number of steps."""
+    """Returns the prompts of each step, and the number of steps."""
     distill = run.config.distill
     options: dict[str, Any] = {"epochs": distill.epochs, "most": distill.max_steps}
     plan = run.plan(
@@ -50,17 +50,18 @@ def prompt_plan(run: StageRun, method: AnsweringSection, prompts: Rows) -> tuple
 
 
 def warmup_rate(config: OptimizerConfig, method: OnlineSection) -> OptimizerConfig:
-    """``distill.optimizer`` with the learning rate of the warm-up."""
+    """Returns ``distill.optimizer`` with the learning rate of the warm-up."""
     rate = method.warmup_learning_rate
     return config if rate is None else config.model_copy(update={"learning_rate": rate})
 
 
 def warmup_phase(run: StageRun, method: OnlineSection, text: Mapping[str, Rows]) -> Phase:
-    """The student's NLL on texts, with a learning rate and an optimizer of its own.
+    """Returns the student's warm-up by NLL, with a learning rate and optimizer of its own.
 
     Args:
-      run, method: whose keys say how long.
-      text: rows by split; not looked at where there is no warm-up.
+      run: the run of the stage.
+      method: the method, whose keys give the length of the warm-up.
+      text: rows by split; ignored if there is no warm-up.
     """
     rate = warmup_rate(run.config.distill.optimizer, method)
     phase = run.nll_phase(
@@ -84,14 +85,14 @@ def answering_phase(
     answer: GiveAnswers,
     **fields: Any,
 ) -> Phase:
-    """The steps whose batches hold the student's answers, with the scorer beside the student.
+    """Returns the phase that trains on the student's answers, with the scorer loaded.
 
     Args:
-      run, method: of the stage.
-      prompts: that are answered.
-      objective: that reads both models.
-      answer: gives a step's prompts their answers.
-      **fields: others of ``Phase``.
+      run, method: the stage's run and method.
+      prompts: rows whose prompts are answered.
+      objective: an objective that reads both models.
+      answer: returns the answers to a step's prompts.
+      **fields: further fields of ``Phase``.
     """
     plan, steps = prompt_plan(run, method, prompts)
     planned = planned_steps(plan)

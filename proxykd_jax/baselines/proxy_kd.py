@@ -1,8 +1,8 @@
 """Proxy-KD (paper, eq. 11): NLL of the teacher's answers + alpha x weighted KL from the proxy.
 
-With ``distill.alpha: 0`` it is black-box KD. Beyond the paper: fresh prompts, where the config
-names some, are answered and scored by the aligned proxy; and with ``method.student_share`` some
-steps learn on the student's own answers (``mixing``).
+With ``distill.alpha: 0`` it is black-box KD. Two options go beyond the paper. The aligned proxy can
+answer and score fresh prompts, and with ``method.student_share`` some steps learn on the student's
+own answers (``mixing``).
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from proxykd_jax.training.stage_run import StageRun
 
 
 def to_score(scoring: Scoring) -> dict[str, Rows]:
-    """All of the teacher's answers that the student sees, and the proxy's to fresh prompts."""
+    """Returns the teacher's answers that the student sees, and the proxy's to fresh prompts."""
     return {**scoring.teacher_rows(), **scoring.answer_fresh_prompts()}
 
 
 def phases(run: StageRun) -> list[Phase]:
-    """Eq. 11 on D_s or all of D."""
+    """Returns the phase of eq. 11 on D_s, or on all of D."""
     config, corpus, method = run.config, run.corpus, run.config.method
     assert isinstance(method, ProxyKd)
     rows = teacher_rows(config, corpus)

@@ -1,14 +1,14 @@
 """RS-KD (arXiv 2503.16870): Proxy-KD with soft labels drawn at random.
 
 At each position of the teacher's answers N ids are drawn with replacement from the aligned proxy's
-distribution p (or from p^tau), and kept with their counts. The target t = counts / N (x p over the
-proposal, not renormalised) has mean p, so that the forward KL's expected gradient is that of the
-whole vocabulary, which no top-k has. All else, eq. 9's weights too, is Proxy-KD's; ``distill.tail``
-has nothing to say.
+distribution p (or from p^tau), and stored with their counts. The target t = counts / N (x p over
+the proposal, not renormalised) has mean p. The forward KL's expected gradient therefore equals that
+of the whole vocabulary, unlike with top-k labels. Everything else is as in Proxy-KD, including the
+weights of eq. 9; ``distill.tail`` has no effect.
 
-A draw is keyed by (seed, digest of the row, place in the answer): the same after a restart and in
-whatever batch. The KL is logged by its cross-entropy, whose mean over draws is unbiased; that of
-the plug-in KL is not.
+A draw depends on (seed, digest of the row, position in the answer), so restarts and other batches
+draw the same. The cross-entropy is logged instead of the KL, because its mean over draws is
+unbiased and that of the plug-in KL is not.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ STORE = "drawn_labels"
 
 
 def to_score(scoring: Scoring) -> dict[str, Rows]:
-    """The teacher's answers that the student sees; their labels are drawn here."""
+    """Draws the labels, and returns the teacher's answers that the student sees."""
     config, rows = scoring.config, scoring.teacher_rows()
     method = _method(config)
     settings = {
@@ -68,7 +68,7 @@ def to_score(scoring: Scoring) -> dict[str, Rows]:
 
 
 def phases(run: StageRun) -> list[Phase]:
-    """Eq. 11 with the drawn targets in the place of the most probable ids."""
+    """Returns the phase of eq. 11 with drawn targets instead of the most probable ids."""
     config, rows = run.config, teacher_rows(run.config, run.corpus)
     num_draws, splits = _method(config).draws, teacher_splits(config)
     if run.scorer is not None:  # a sketch
@@ -101,7 +101,7 @@ def _store(config: Config, corpus: TokenCorpus, split: str) -> DrawnLabels:
 def _targets(
     store: DrawnLabels, num_draws: int, indices: list[int], row_ids: list[str]
 ) -> list[SoftLabels]:
-    """Drawn targets in the form of soft labels; nothing is known of a tail or of gold tokens."""
+    """Returns drawn targets in the form of soft labels, without tails and gold tokens."""
     found = []
     for row in store.read(indices, row_ids):
         nothing = np.full(len(row.ids), -np.inf, np.float32)
@@ -132,7 +132,7 @@ def _draw(
     vocab_size: int,
     slots: int,
 ) -> _Draws:
-    """Draws of M positions; ids that the tokenizer does not have are never drawn."""
+    """Draws the labels of M positions, only from ids that the tokenizer has."""
     logits_MV = unembed(params, positions.hidden_MD, config=config).astype(jnp.float32)
     ids_V = jnp.arange(logits_MV.shape[-1])
     logits_MV = jnp.where((ids_V < vocab_size)[None], logits_MV, -jnp.inf)
@@ -144,12 +144,12 @@ def _draw(
         positions_BL=positions.offsets_M[:, None],
         proposal_power=proposal_power,
     )
-    # The slots hold the most frequent ids first, and there are no more distinct ids than slots.
+    # Slots hold the most frequent ids first, and there are never more distinct ids than slots.
     return _Draws(*(array[:, 0, :slots] for array in found))
 
 
 def _draw_split(scoring: Scoring, rows: Rows, store: DrawnLabels) -> None:
-    """Makes the parts of a split that are not there yet."""
+    """Draws the parts of a split that are missing."""
     config, method = scoring.config, _method(scoring.config)
     scorer = scoring.scorer(
         functools.partial(
@@ -172,7 +172,7 @@ def _draw_split(scoring: Scoring, rows: Rows, store: DrawnLabels) -> None:
 def _assembled(
     token_rows: Sequence[TokenRow], pieces: Sequence[Piece], slots: int
 ) -> list[DrawnRow]:
-    """Waits for the draws and sorts them into rows."""
+    """Waits for the draws and assembles them into rows."""
     out = [
         DrawnRow(
             row.row_id,

@@ -1,9 +1,9 @@
-"""Answers that the student gives while it trains, as batches.
+"""Answers that the student gives during training, as batches.
 
-What is drawn at a step is a function of (seed, step, row, answer's number) and of the student at
-that step. A resumed run, another order of rows and another number of processes draw the same.
-Prompts are padded on the left while answers are drawn, rows on the right when they are trained on.
-An answer that was cut short has no end token.
+An answer is a function of (seed, step, row, answer's number) and of the student at that step. It
+does not change in a resumed run, with another order of rows, or with another number of processes.
+Prompts are padded on the left for sampling, and rows on the right for training. A truncated answer
+has no end token.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from proxykd_jax.training.batch_objectives import Metrics
 from proxykd_jax.training.stage_run import StageRun
 from proxykd_jax.types import TokenBatch
 
-# A step's rows, in the places of its batch; None where the data did not fill it.
+# The rows of a step by their place in its batch; None at places that the data do not fill.
 Places = Sequence[TokenRow | None]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A prompt with an answer to it.
+    """A prompt with an answer.
 
     Attributes:
-      row: its tokens; ``row_id`` is that of the row that the prompt is from.
-      finished: it has an end token.
-      sampled: the student gave it.
+      row: tokens of both; ``row_id`` is that of the row with the prompt.
+      finished: whether the answer has an end token.
+      sampled: whether the student gave the answer.
     """
 
     row: TokenRow
@@ -52,7 +52,7 @@ class Answer:
 
 @flax.struct.dataclass
 class AnswerBatch:
-    """Answers to be trained on, one a row.
+    """Answers to train on, one per row.
 
     Attributes:
       rows: the tokens.
@@ -70,13 +70,13 @@ class Answering:
 
     Attributes:
       model_config: the student's architecture.
-      method: the budget of an answer, and how many are decoded together.
-      corpus: says which tokens end an answer, how many ids there are and how long a row may be.
-      mesh: over which rows are split.
-      seed: of the run.
-      temperature: of sampling.
-      per_prompt: answers to a prompt.
-      mixing: another model that tokens are drawn from too.
+      method: section that limits an answer's length and the answers decoded together.
+      corpus: the corpus; gives the end tokens, the number of ids and the longest row.
+      mesh: mesh that the rows are split over.
+      seed: seed of the run.
+      temperature: temperature of sampling.
+      per_prompt: answers per prompt.
+      mixing: another model that tokens are also drawn from.
 
     Raises:
       UserError: a batch cannot be split over the mesh.
@@ -99,7 +99,7 @@ class Answering:
         per_prompt: int = 1,
         mixing: Mixing | None = None,
     ) -> Answering:
-        """How the student of a run answers."""
+        """Returns how the student of a run answers."""
         return Answering(
             run.model.config,
             method,
@@ -121,12 +121,12 @@ class Answering:
         step: int,
         other: tuple[Any, Any] | None = None,
     ) -> list[Answer | None]:
-        """``per_prompt`` answers for each place, side by side.
+        """Returns ``per_prompt`` answers for each place, in a sequence.
 
         Args:
           weights: (params, adapter) of the student.
-          places: whose prompts are answered; what else the rows hold is not looked at.
-          step: of the phase; the same step draws the same.
+          places: rows whose prompts are answered; their own answers are ignored.
+          step: step of the phase; the same step draws the same answers.
           other: (params, adapter) of the model that is mixed in.
         """
         asked = [row for row in places if row is not None for _ in range(self.per_prompt)]
@@ -161,22 +161,22 @@ class Answering:
 
 
 def student_answers(seed: int, step: int, share: float) -> bool:
-    """Whether the student answers the batch of a step: u < share, u drawn for (seed, step).
+    """Returns whether the student answers the batch of a step: u < share, with u of (seed, step).
 
-    0 means never and 1 always.
+    With share 0 it never does, with share 1 always.
     """
     (bits,) = raw_bits(1, seed=purpose_seed(seed, "distill/who_answers"), index=step)
     return int(bits) >> 11 < share * 2.0**53
 
 
 def read_places(rows: Rows, planned: PlannedBatch) -> list[TokenRow | None]:
-    """The rows of a planned batch, one a place."""
+    """Reads the rows of a planned batch, one for each place."""
     found = iter(rows.read([row[0] for row in planned.rows if row]))
     return [next(found) if row else None for row in planned.rows]
 
 
 def given_answers(places: Places, end_token_ids: Sequence[int]) -> list[Answer | None]:
-    """Rows with the answers that they have."""
+    """Returns rows with their own answers."""
 
     def answer(row: TokenRow) -> Answer:
         ends = len(row.answer) > 0 and int(row.answer[-1]) in end_token_ids
@@ -186,12 +186,14 @@ def given_answers(places: Places, end_token_ids: Sequence[int]) -> list[Answer |
 
 
 def answer_batch(answers: Sequence[Answer | None], max_length: int, extra: int = 0) -> AnswerBatch:
-    """One answer a row, in NumPy; rows without one, and answers without a token, count nowhere.
+    """Collates one answer per row, as NumPy arrays.
+
+    Rows without an answer and answers without a token count nowhere.
 
     Args:
-      answers: B of them.
+      answers: B answers.
       max_length: tokens of the longest row that the corpus may hold.
-      extra: positions that every row has beyond those of its tokens.
+      extra: positions that each row has in addition to those of its tokens.
     """
     rows = [None if answer is None else answer.row for answer in answers]
     most = max((len(row.tokens) - 1 + extra for row in rows if row is not None), default=1)
@@ -205,7 +207,7 @@ def answer_batch(answers: Sequence[Answer | None], max_length: int, extra: int =
 
 
 def answer_figures(batch: AnswerBatch) -> Metrics:
-    """Tokens of the mean answer; shares of answers that ended, and that the student gave."""
+    """Returns the mean tokens of an answer, and the shares that ended and that the student gave."""
     tokens_B = count_tokens(batch.rows.mask_BL)
     there_B = tokens_B > 0
     return {

@@ -1,7 +1,7 @@
-"""The programs of a student that answers while it trains, from shapes alone.
+"""The programs of a student that answers during training, from array shapes alone.
 
-``answer`` draws its answers on the student's mesh. The size of the tokenizer is not known to a
-sketch: vocabularies are taken whole.
+The program ``answer`` draws the answers on the student's mesh. A sketch does not know the size of
+the tokenizer, so it assumes the models' whole vocabularies.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from proxykd_jax.training.stage_run import StageRun
 
 
 def answer_shapes(rows: int, length: int) -> AnswerBatch:
-    """Shapes of a batch of answers."""
+    """Returns the shapes of a batch of answers."""
     flags = jax.ShapeDtypeStruct((rows,), jnp.bool_)
     return AnswerBatch(abstract_rows(rows, length), flags, flags)
 
@@ -52,14 +52,14 @@ def answer_program(
     beside: Callable[[dict[str, int]], int],
     mixing: Mixing | None = None,
 ) -> Program:
-    """The student's answers, as ``rollouts.Answering`` draws them.
+    """Returns the program that draws the student's answers as ``rollouts.Answering`` does.
 
     Args:
-      run, method: a sketch of a stage.
-      phase: whose state is held meanwhile.
+      run, method: a sketch of a stage, and its method.
+      phase: the phase whose state is held meanwhile.
       temperature, mixing: as in ``Answering``.
-      times: answers for each sample of the corpus.
-      beside: mesh's axes -> bytes that a device holds beside the student and its optimizer. A
+      times: answers for each row of the corpus.
+      beside: mesh's axes -> bytes that a device holds besides the student and its optimizer. A
         model that is mixed in is an argument and does not count.
     """
     model = run.model
@@ -67,7 +67,7 @@ def answer_program(
     def resident(axes: dict[str, int]) -> int:
         found = bytes_per_device(state_of(phase).opt_state, axes) + beside(axes)
         if model.spec.trainable == "full" and model.spec.dtype != "float32":
-            found += bytes_per_device(model.trainable, axes)  # what answers is a cast copy
+            found += bytes_per_device(model.trainable, axes)  # a cast copy of the weights answers
         return found
 
     return answering_program(
@@ -92,7 +92,7 @@ def scored_answer_program(
     times: float = 1.0,
     mixing: Mixing | None = None,
 ) -> Program:
-    """``answer_program`` with the scorer beside the student."""
+    """Returns ``answer_program`` with the scorer loaded too."""
     scorer = scorer_of(run)
     return answer_program(
         run,
@@ -114,7 +114,7 @@ def scored_step_program(
     answers: int = 1,
     times: float = 1.0,
 ) -> Program:
-    """A step on answers that the scorer sees too, ``answers`` to each of its rows."""
+    """Returns a step on ``answers`` answers to each of its rows, which the scorer reads too."""
     state, length = state_of(phase), longest(run)
 
     def cost(axes: dict[str, int], rows: int, lengths: Lengths) -> Cost:
@@ -133,17 +133,17 @@ def scored_step_program(
 
 
 def scorer_cost(run: StageRun, axes: dict[str, int], rows: int, lengths: Lengths) -> Cost:
-    """The scorer's pass over rows."""
+    """Returns the cost of the scorer's forward pass over rows."""
     scorer = scorer_of(run)
     flops = forward_flops(scorer.spec.config, rows, lengths.row)
     return Cost(flops, weights_read(scorer, axes))
 
 
 def scorer_of(run: StageRun) -> Model:
-    """The proxy's shapes.
+    """Returns the proxy's shapes.
 
     Raises:
-      ValueError: the run is no sketch.
+      ValueError: the run is not a sketch.
     """
     if run.scorer is None:
         raise ValueError("Programs are made from a sketch of a run, which has the scorer's shapes.")

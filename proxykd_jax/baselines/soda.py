@@ -1,8 +1,8 @@
-"""SODA (arXiv 2604.03873): DPO of the teacher's answers over the student's own from before.
+"""SODA (arXiv 2604.03873): DPO with the teacher's answers preferred to the base student's.
 
-1. y-hat: the base student q_0 answers every prompt once, before any training; drawn once, frozen.
-2. Warm-up: NLL of the teacher's answers takes the student to q_w.
-3. DPO on (y, y-hat) from q_w, with q_w as the reference; its log-probs are stored at the start.
+1. The base student q_0 answers every prompt once (y-hat), before any training.
+2. Warm-up: training by NLL on the teacher's answers turns q_0 into q_w.
+3. DPO on (y, y-hat) starts from q_w, with q_w as the reference; its log-probs are stored first.
 
 The sampler is q_0 but the reference is q_w, so the optimum q_w (teacher / q_0)^(1 / beta) lies
 *beyond* the teacher: stop early, and do not expect the KL to the teacher to fall to 0. What is
@@ -43,21 +43,21 @@ from proxykd_jax.training.state import TrainState
 
 
 def to_score(scoring: Scoring) -> dict[str, Rows]:
-    """Nothing is scored."""
+    """Returns nothing: this method needs no soft labels."""
     return {}
 
 
 def phases(run: StageRun) -> list[Phase]:
-    """The warm-up, then the preference; y-hat is drawn before both."""
+    """Draws y-hat, and returns the warm-up and the preference phase."""
     rows = Joined(teacher_rows(run.config, run.corpus))
     samples = None if run.scorer is not None else sample_base_student(run, rows)
     return _Soda(run, rows, samples).phases()
 
 
 def sample_base_student(run: StageRun, rows: Joined) -> SampleStore:
-    """y-hat of every row from the student as loaded, in ``samples/base_student``.
+    """Draws y-hat of every row from the student as loaded, in ``samples/base_student``.
 
-    What decides them is the student, the corpus, and how it is sampled: no key of the training.
+    The answers depend on the student, the corpus and the sampling keys, but not on training keys.
     """
     config, method = run.config, _method(run)
     sampling = config.align.sampling
@@ -101,9 +101,9 @@ class _Soda:
     """The phases of one run.
 
     Args:
-      run: of the stage.
+      run: the run of the stage.
       rows: the teacher's answers.
-      samples: y-hat of each; None for a sketch.
+      samples: y-hat of each row; None for a sketch.
     """
 
     def __init__(self, run: StageRun, rows: Joined, samples: SampleStore | None) -> None:
@@ -121,7 +121,7 @@ class _Soda:
         return self._store
 
     def _plan(self) -> Plan:
-        """The batches of DPO; of a sketch as many, of other lengths."""
+        """Returns the batches of DPO; a sketch has as many batches, of other lengths."""
         if self._store is None:
             positions = self._rows.lengths - 1
             return self._run.plan(positions, "soda/dpo", packs=False, **self._options)
@@ -136,7 +136,7 @@ class _Soda:
         )
 
     def phases(self) -> list[Phase]:
-        """NLL from q_0 to q_w, then DPO from q_w, by one optimizer."""
+        """Returns NLL from q_0 to q_w, then DPO from q_w, with one optimizer."""
         method, plan = self._method, self._plan()
         steps = count_steps(plan, **self._options)
         warmup = self._run.nll_phase(
@@ -176,20 +176,17 @@ class _Soda:
         return [warmup, preference]
 
     def _first_programs(self, phase: Phase) -> list[Program]:
-        """Of q_0's answers, and of the warm-up."""
         run = self._run
         return [sampling_program(run, run.model, phase), *text_programs(run, "distill", phase)]
 
-    # --- pieces -----------------------------------------------------------------------------------
-
     def _prepare(self, phase: Phase, trainer: Trainer) -> Phase:
-        """log q_w of y and y-hat: once, before the first step that moves the student from q_w."""
+        """Computes log q_w of y and y-hat once, before the first step that changes q_w."""
         if trainer.progress.phase_step == 0:
             self._store_references(phase, trainer)
         if self._samples.num_references < len(self._rows):
             raise UserError(
-                f"{self._run.folder / 'reference'} lacks log-probs of the warmed-up student, and "
-                f"the student has moved on. Remove {self._run.folder} to train it again."
+                f"{self._run.folder / 'reference'} lacks log-probs of the warmed-up student, but "
+                f"the student was trained further. Remove {self._run.folder} to train it again."
             )
         return phase.with_(collate=self._pairs().collate)
 
@@ -210,7 +207,7 @@ class _Soda:
         )
 
     def _pairs(self) -> PairRows:
-        """With the references that there are by now."""
+        """Returns the pairs with the reference log-probs that are stored so far."""
         return PairRows(self._rows, self._samples, self._preference, self._run.model.config)
 
     def _check_first_loss(self, metrics: dict[str, float]) -> None:

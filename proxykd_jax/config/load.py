@@ -36,7 +36,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def make_config(data: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """``load_config`` from a dictionary, for notebooks and other programs. Paths may be ``Path``s.
+    """Does what ``load_config`` does with a dictionary. Its paths may be ``Path`` objects.
 
     Raises:
       UserError: see ``load_config``; also for values that YAML cannot represent.
@@ -49,7 +49,7 @@ def make_config(data: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """The resolved config as YAML; ``load_config`` reads it back as an equal config."""
+    """Returns the resolved config as YAML; ``load_config`` reads it back as an equal config."""
     return yaml.safe_dump(
         config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100
     )
@@ -86,7 +86,7 @@ def _build(data: Any, problems: list[str], overrides: Sequence[str], origin: str
 
 
 def _checked_method(data: dict[str, Any]) -> Method | None:
-    """The method if its section is valid; the full check reports any errors."""
+    """Returns the method if its section is valid; the full check reports any errors."""
     try:
         return TypeAdapter[Method](Method).validate_json(
             json.dumps(data.get("method", {"name": "proxy_kd"})), strict=True
@@ -160,7 +160,7 @@ _Loader.add_implicit_resolver(
 
 
 def _read_yaml(path: str | Path, what: str) -> tuple[Any, list[str]]:
-    """``_parse_yaml`` of a file; messages call it ``what``."""
+    """Reads and parses a file; messages call it ``what``."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -170,7 +170,7 @@ def _read_yaml(path: str | Path, what: str) -> tuple[Any, list[str]]:
 
 
 def _parse_yaml(text: str, origin: str) -> tuple[Any, list[str]]:
-    """The data (None if empty) and the problems with repeated keys."""
+    """Returns the data (None if empty) and the problems with repeated keys."""
     try:
         loader = _Loader(text)
         try:
@@ -216,7 +216,7 @@ def _apply_override(data: dict[str, Any], override: str) -> list[str]:
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """``over`` on top of ``base``; sections are merged, other values replaced."""
+    """Puts ``over`` on top of ``base``: merges sections and replaces other values."""
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
@@ -231,7 +231,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def _explain(
     errors: list[ErrorDetails], *, unresolved_preset: bool, root: type[BaseModel] = Config
 ) -> list[str]:
-    """One sentence per problem of a file with the schema ``root``."""
+    """Returns one sentence per problem of a file with the schema ``root``."""
     problems = []
     for error in errors:
         location = [str(part) for part in error["loc"]]
@@ -249,7 +249,7 @@ def _explain(
 
 
 def _is_tag(location: list[str], place: int) -> bool:
-    """Whether a part of a location is a tag of a union's class and not a key."""
+    """Returns whether a part of a location is the tag of a union's class and not a key."""
     return place == 1 and location[0] == "method" and location[1] in _method_classes()
 
 
@@ -299,7 +299,7 @@ def _reason(error: ErrorDetails, location: list[str], root: type[BaseModel]) -> 
 
 
 def _suggest(location: list[str], root: type[BaseModel]) -> str:
-    """What an unknown key may have meant: a similar name, or the same name in another section."""
+    """Suggests a similar name, or the same name in another section, for an unknown key."""
     *parents, name = location
     section = _section(parents, root)
     names = list(section.model_fields) if section else []
@@ -323,7 +323,7 @@ def _all_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _section(location: list[str], root: type[BaseModel]) -> type[BaseModel] | None:
-    """The section class at a location, through optional values and lists."""
+    """Returns the section class at a location, through optional values and lists."""
     section: type[BaseModel] = root
     for place, part in enumerate(location):
         if part.isdigit():
@@ -340,7 +340,7 @@ def _section(location: list[str], root: type[BaseModel]) -> type[BaseModel] | No
 
 
 def _method_classes() -> dict[str, type[BaseModel]]:
-    """The class of each method by its name."""
+    """Returns the class of each method by its name."""
     return {found.model_fields["name"].default: found for found in _section_classes(Method)}
 
 

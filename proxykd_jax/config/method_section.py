@@ -11,7 +11,7 @@ from proxykd_jax.config.section import PositiveInt, Section
 if TYPE_CHECKING:
     from proxykd_jax.config.schema import Config
 
-# What a method needs beside the teacher's texts: nothing, the proxy's soft labels on disk, or the
+# What a method needs besides the teacher's texts: nothing, the proxy's soft labels on disk, or the
 # proxy itself during the student's training.
 Needs = Literal["nothing", "labels", "proxy"]
 Scorer = Literal["unaligned", "aligned"]
@@ -19,7 +19,7 @@ SCORER = "the white-box model whose distribution is learnt: the raw proxy, or th
 
 
 class MethodSection(Section):
-    """A method's own keys. Each method's class adds its name and keys."""
+    """A method's own keys. Each method's class adds its name and its keys."""
 
     needs: ClassVar[Needs] = "labels"
     # Whether the student trains on answers that the proxy gave beforehand.
@@ -33,36 +33,36 @@ class MethodSection(Section):
         return False
 
     def defines(self) -> dict[str, Any]:
-        """Values of the run's other keys that define this method, nested as in the file."""
+        """Returns the values of other keys that define this method, nested as in the file."""
         return {}
 
     def suggests(self) -> dict[str, Any]:
-        """Values that replace the preset's, and that a file may change."""
+        """Returns values that replace the preset's; a file may change them."""
         return {}
 
     def needed(self, alpha: float) -> Needs:
-        """What is taken beside the teacher's texts, with this ``distill.alpha``."""
+        """Returns what is needed besides the teacher's texts, with this ``distill.alpha``."""
         return self.needs
 
     @property
     def changes_training(self) -> bool:
-        """Whether its own keys change what the student learns from what is stored."""
+        """Whether the method's own keys change what the student learns from stored data."""
         return True
 
     def check(self, config: Config) -> None:
-        """Refuses values of the run's other keys that this method cannot have.
+        """Checks that the run's other keys fit this method.
 
         Raises:
-          ValueError: what does not go together, and what to choose.
+          ValueError: a value does not fit; the message says what to choose instead.
         """
 
     def warnings(self) -> list[str]:
-        """Warnings about values that are allowed but rarely intended."""
+        """Returns warnings about values that are allowed but rarely intended."""
         return []
 
 
 class AnsweringSection(MethodSection):
-    """Common part of the methods whose student can answer while it trains."""
+    """Keys of the methods whose student can answer during its training."""
 
     max_new_tokens: PositiveInt | None = Field(
         None, description="length budget of a student's answer (default: what max_length leaves)"
@@ -70,10 +70,10 @@ class AnsweringSection(MethodSection):
     sample_batch_size: PositiveInt = Field(32, description="answers decoded together")
 
     def rows_a_step(self, batch_size: int) -> int:
-        """Prompts per step."""
+        """Returns the number of prompts per step."""
         return batch_size
 
 
 def scored_by(scorer: Scorer) -> dict[str, Any]:
-    """What the choice of a scorer implies for ``align``."""
+    """Returns the keys of ``align`` that the choice of a scorer implies."""
     return {"align": {"alignment": "none"}} if scorer == "unaligned" else {}

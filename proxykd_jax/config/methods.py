@@ -1,9 +1,9 @@
 """The methods that can train a student: Proxy-KD, and those that the paper compares it with.
 
-A method's section holds its own keys. ``defines()`` gives the values of a run's ordinary keys that
-the method implies; a file that contradicts them is refused. ``suggests()`` gives values that
-replace the preset's. docs/methods.md gives definitions, sources of the defaults and readings of the
-papers.
+A method's section holds its own keys. ``defines()`` returns the values of other keys that the
+method requires; a file that contradicts them is refused. ``suggests()`` returns values that replace
+the preset's. docs/methods.md gives definitions, the sources of the defaults, and how the papers
+were interpreted.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ProxyKd(AnsweringSection):
 
     @property
     def changes_training(self) -> bool:
-        # Plain Proxy-KD reads no key of its own, so the runs made before there were any stay valid.
+        # Plain Proxy-KD uses none of these keys, so runs made before the keys existed stay valid.
         return self.student_share > 0
 
     def check(self, config: Config) -> None:
@@ -112,9 +112,9 @@ class Takd(MethodSection):
         "finetuned",
         description="the proxy after NLL on the teacher's texts of D_w and D_p, or the raw proxy",
     )
-    lam: Share = Field(0.5, description="weight of the KL; the NLL has 1 - lam (authors: searched)")
+    lam: Share = Field(0.5, description="weight of the KL; the NLL has 1 - lam (authors: tuned)")
     temperature: PositiveFloat = Field(
-        1.0, description="T of both softmaxes; the KL is scaled by T^2 (authors: searched)"
+        1.0, description="T of both softmaxes; the KL is scaled by T^2 (authors: tuned)"
     )
 
     def defines(self) -> dict[str, Any]:
@@ -129,14 +129,14 @@ class Takd(MethodSection):
 
 
 class MentorKd(MethodSection):
-    """Mentor-KD: a mentor, fine-tuned on the teacher's rationales, writes and scores more."""
+    """Mentor-KD: fine-tuned on the teacher's rationales, a mentor writes and scores more."""
 
     name: Literal["mentor_kd"] = "mentor_kd"
     proxy_answers: ClassVar[bool] = True
     lam: Share = Field(0.3, description="weight of the KL; the NLL has 1 - lam")
     temperature: PositiveFloat = Field(2.0, description="T of both softmaxes")
     rescale: bool = Field(
-        False, description="scale the KL by T^2, which the authors' code leaves out"
+        False, description="scale the KL by T^2, which the authors' code does not do"
     )
     num_rationales: PositiveInt = Field(3, description="answers of the mentor per prompt")
     sample_temperature: PositiveFloat = Field(
@@ -159,7 +159,7 @@ class MentorKd(MethodSection):
 
 
 class Soda(MethodSection):
-    """SODA: DPO of the teacher's texts over answers that the student gave before any training."""
+    """SODA: DPO that prefers the teacher's texts to the student's answers from before training."""
 
     name: Literal["soda"] = "soda"
     needs: ClassVar[Needs] = "nothing"
@@ -169,16 +169,16 @@ class Soda(MethodSection):
         description="temperature at which the untrained student answers (authors' value unknown)",
     )
     warmup_epochs: PositiveInt = Field(
-        1, description="passes of NLL on the teacher's texts, before DPO (authors' value unknown)"
+        1, description="passes of NLL on the teacher's texts before DPO (authors' value unknown)"
     )
-    warmup_max_steps: PositiveInt | None = Field(None, description="most steps of that NLL")
+    warmup_max_steps: PositiveInt | None = Field(None, description="most steps of this warm-up")
     nll_weight: NonNegativeFloat = Field(
         0.0,
-        description="weight of an NLL of the teacher's texts beside DPO (authors' value unknown)",
+        description="weight of an NLL of the teacher's texts added to DPO (authors' value unknown)",
     )
 
     def defines(self) -> dict[str, Any]:
-        # The student answers here, and a server would serve the proxy.
+        # Here the student answers, but a sampling server would serve the proxy.
         return {"distill": {"alpha": 0.0}, "align": {"sampling": {"server": None}}}
 
 
@@ -189,7 +189,7 @@ class RandomLabels(MethodSection):
     draws: PositiveInt = Field(50, description="ids drawn per position, with replacement")
     proposal_power: PositiveFloat = Field(
         1.0,
-        description="tau: ids are drawn from p^tau, and weighted by p over it unless tau is 1",
+        description="tau: ids are drawn from p^tau and, unless tau is 1, weighted by p / proposal",
     )
 
     def defines(self) -> dict[str, Any]:
@@ -222,7 +222,7 @@ Method = Annotated[
 
 
 def named_method(data: dict[str, Any]) -> dict[str, Any]:
-    """``method: takd`` is short for ``method: {name: takd}``."""
+    """Expands ``method: takd`` to ``method: {name: takd}``."""
     name = data.get("method")
     return {**data, "method": {"name": name}} if isinstance(name, str) else data
 
@@ -230,7 +230,7 @@ def named_method(data: dict[str, Any]) -> dict[str, Any]:
 def contradictions(
     defined: dict[str, Any], data: dict[str, Any], method: str, place: str = ""
 ) -> list[str]:
-    """Keys of the file whose values differ from those that define the method."""
+    """Returns a problem for each key of the file that contradicts the method's definition."""
     problems = []
     for key, value in defined.items():
         if key not in data:
@@ -241,13 +241,13 @@ def contradictions(
                 problems += contradictions(value, given, method, f"{here}.")
         elif given != value:
             problems.append(
-                f"{here}: with this method.name, {method}, it is {json.dumps(value)} "
+                f"{here}: method.name {method} requires {json.dumps(value)} "
                 f"(got {json.dumps(given)}); leave it out, or change the method's own keys"
             )
     return problems
 
 
 def _mixed(lam: float) -> dict[str, Any]:
-    """(1 - lam) NLL + lam KL, with equal weights for all examples."""
-    # Rounded, so that 1 - 0.7 is written as 0.3.
+    """Returns (1 - lam) NLL + lam KL, with equal weights for all examples."""
+    # Rounding writes 1 - 0.7 as 0.3.
     return {"alpha": lam, "nll_weight": round(1 - lam, 12), "weights": {"enabled": False}}

@@ -1,4 +1,4 @@
-"""The methods whose student answers during its training; see ``methods.py``."""
+"""The methods whose student answers during its training; see ``methods.py`` for the others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class OnlineSection(AnsweringSection):
-    """Common part of the methods that train on the student's own, current answers.
+    """Keys of the methods that train on the current student's own answers.
 
     They start with a warm-up by NLL. Its optimizer has the settings of ``distill.optimizer`` and a
     separate state. ``distill.max_steps`` counts the steps after the warm-up.
@@ -30,10 +30,10 @@ class OnlineSection(AnsweringSection):
         1, description="passes of NLL before the method's own steps; 0: none"
     )
     warmup_max_steps: NonNegativeInt | None = Field(
-        None, description="most steps of that NLL; 0: none"
+        None, description="most steps of this warm-up; 0: none"
     )
     warmup_learning_rate: PositiveFloat | None = Field(
-        None, description="learning rate of that NLL (default: distill.optimizer's)"
+        None, description="learning rate of this warm-up (default: distill.optimizer's)"
     )
 
     @property
@@ -43,7 +43,7 @@ class OnlineSection(AnsweringSection):
 
 
 class ScoredSection(OnlineSection):
-    """Common part of the methods whose scorer sees the student's answers during training."""
+    """Keys of the methods whose scorer reads the student's answers during training."""
 
     needs: ClassVar[Needs] = "proxy"
     warmup_text: Literal["teacher", "scorer"] = Field(
@@ -87,9 +87,9 @@ class Gkd(ScoredSection):
     def warnings(self) -> list[str]:
         if 0 < self.beta < 0.05 or 0.95 < self.beta < 1:
             return [
-                f"method.beta is {self.beta}: so near an end the JSD is that end's KL times "
-                f"{min(self.beta, 1 - self.beta):.2g}, and steps shrink with it. 0 and 1 mean the "
-                "KLs themselves."
+                f"method.beta is {self.beta}: this close to 0 or 1 the JSD is the KL of that end "
+                f"times {min(self.beta, 1 - self.beta):.2g}, which makes the steps smaller. 0 and "
+                "1 select the KLs themselves."
             ]
         return []
 
@@ -101,10 +101,10 @@ class OnPolicy(ScoredSection):
     uses_fresh_prompts: ClassVar[bool] = True
     scorer: Scorer = Field("aligned", description=SCORER)
     form: Literal["full", "sampled"] = Field(
-        "full", description="KL over the vocabulary, or only at the drawn token (authors')"
+        "full", description="KL over the vocabulary, or only at the drawn token (the authors' form)"
     )
     coef: PositiveFloat = Field(
-        1.0, description="weight of the KL (authors': of the per-token reward)"
+        1.0, description="weight of the KL (in the authors' code, of the reward per token)"
     )
     samples_per_prompt: PositiveInt = Field(4, description="answers per prompt")
     fresh_prompts: bool = Field(
@@ -116,14 +116,14 @@ class OnPolicy(ScoredSection):
 
 
 class MiniLlm(ScoredSection):
-    """MiniLLM: reverse KL of whole answers by policy gradient, with the scorer at hand."""
+    """MiniLLM: reverse KL of whole answers by policy gradient, with the scorer loaded."""
 
     name: Literal["minillm"] = "minillm"
     scorer: Scorer = Field("unaligned", description=SCORER)
     teacher_mixing: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.2, description="a: tokens are drawn from a p + (1 - a) q"
+        0.2, description="a: tokens are drawn from a p + (1 - a) q (p: scorer, q: student)"
     )
-    clip: PositiveFloat | None = Field(0.2, description="eps of the clipped ratio; null: none")
+    clip: PositiveFloat | None = Field(0.2, description="eps of the clipped ratio; null: no clip")
     rollouts: PositiveInt = Field(
         256, description="answers drawn per step; each update uses distill.batch_size of them"
     )
@@ -134,7 +134,7 @@ class MiniLlm(ScoredSection):
     discount: Share = Field(1.0, description="discount of later rewards (authors' code: 0.95)")
     length_normalize: bool = Field(True, description="divide a return by its number of terms")
     weight_single_step: bool = Field(
-        True, description="importance weights also on the exact term (authors' code: no)"
+        True, description="also weight the exact term by importance weights (authors' code: no)"
     )
     reward_scale: PositiveFloat = Field(1.0, description="factor on rewards (authors' code: 2)")
     reward_clip: PositiveFloat | None = Field(
@@ -146,10 +146,11 @@ class MiniLlm(ScoredSection):
     anchor: Literal["none", "nll_on_scorer_text"] = Field(
         "none", description="an additional NLL; it replaces the paper's NLL on plain text"
     )
-    anchor_weight: PositiveFloat = Field(1.0, description="weight of that NLL")
+    anchor_weight: PositiveFloat = Field(1.0, description="weight of the anchor's loss")
     anchor_kl_share: Share = Field(
         0.0,
-        description="share of it that is replaced by the KL from the scorer (authors' code: 0.5)",
+        description="share of the anchor's loss that is the KL from the scorer instead of the NLL "
+        "(authors' code: 0.5)",
     )
 
     @property
@@ -173,7 +174,7 @@ class MiniLlm(ScoredSection):
             )
 
     def updates_a_step(self, batch_size: int) -> int:
-        """Number of updates on a step's answers."""
+        """Returns the number of updates on a step's answers."""
         return self.inner_epochs * (self.rollouts // batch_size)
 
 

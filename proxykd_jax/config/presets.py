@@ -1,4 +1,4 @@
-"""The two presets: values for each choice that the paper leaves open or that measured better.
+"""The two presets: values of the keys that the paper leaves open or that measured better.
 
 ``paper`` is the most literal reading of the paper; ``recommended`` is what measured best.
 docs/method.md lists each deviation of ``recommended`` with its measurement.

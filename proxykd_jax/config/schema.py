@@ -201,7 +201,7 @@ class LoraSettings(Section):
 
 
 class InitConfig(Section):
-    """A model cut out of a larger one."""
+    """A model made of the first layers of a larger one."""
 
     path: PathText = Field(description="folder of the larger model")
     first_layers: PositiveInt = Field(description="number of first layers to keep")
@@ -234,9 +234,9 @@ class ModelSection(Section):
     )
     remat: Literal["none", "dots", "outputs", "full"] = Field(
         "none",
-        description="saves memory at the cost of time; what the backward pass finds besides a "
-        "layer's input: none = its matrix products, dots = outputs of its linear layers, "
-        "outputs = outputs of attention and MLP, full = nothing",
+        description="what is stored for the backward pass besides each layer's input; less saves "
+        "memory and costs time: none = results of all matrix products, dots = outputs of linear "
+        "layers, outputs = outputs of attention and MLP, full = nothing",
     )
 
     @model_validator(mode="after")
@@ -277,7 +277,7 @@ class StopConfig(Section):
     every: PositiveInt = Field(50, description="steps between validations")
     patience: PositiveInt = Field(3, description="validations without improvement before stopping")
     min_delta: NonNegativeFloat = Field(
-        0.0, description="smallest fall that counts as an improvement, nats per token"
+        0.0, description="smallest decrease that counts as an improvement, nats per token"
     )
 
 
@@ -336,7 +336,7 @@ class SamplingConfig(Section):
     """How y-hat is drawn from the proxy."""
 
     temperature: NonNegativeFloat = Field(1.0, description="0 is greedy")
-    top_p: Probability = Field(1.0, description="nucleus sampling; 1 samples everything")
+    top_p: Probability = Field(1.0, description="nucleus sampling; 1 keeps all tokens")
     max_new_tokens: PositiveInt | None = Field(
         None, description="length budget of an answer (default: what max_length leaves)"
     )
@@ -363,7 +363,7 @@ class PreferenceConfig(Section):
     beta: PositiveFloat = Field(description="strength of the preference loss")
     margin: NonNegativeFloat = Field(0.0, description="SimPO: target margin (its gamma)")
     length_normalize: bool = Field(
-        False, description="DPO and IPO on token means instead of sums (as the others always are)"
+        False, description="DPO and IPO: use token means instead of sums, as SimPO and ORPO do"
     )
     share_prompt: Literal["auto", True, False] = Field(
         "auto",
@@ -416,15 +416,16 @@ class AlignConfig(TrainingSection):
     """Alignment of the proxy with the teacher (paper, 3.3)."""
 
     alignment: Literal["none", "warmup", "nll", "nll_preference"] = Field(
-        "nll_preference", description="how far the proxy is aligned"
+        "nll_preference",
+        description="not at all, by the warm-up alone, or also by rounds of NLL (and preference)",
     )
-    num_rounds: PositiveInt = Field(description="rounds, each on its own slice of D_p (paper: 16)")
+    num_rounds: PositiveInt = Field(description="rounds; each has its own slice of D_p (paper: 16)")
     epochs_per_round: PositiveInt = Field(description="passes over the slice of a round")
     warmup_epochs: PositiveInt = Field(description="passes over D_w before the rounds")
     warmup_max_steps: PositiveInt | None = Field(None, description="most warm-up steps")
     round_max_steps: PositiveInt | None = Field(None, description="most steps per round")
     stop_rounds: bool = Field(
-        description="end the rounds after one without a new best validation NLL"
+        description="stop after the first round without a new best validation NLL"
     )
     nll_weight: NonNegativeFloat = Field(1.0, description="weight of the NLL (paper, eq. 6)")
     preference_weight: NonNegativeFloat = Field(
@@ -475,7 +476,7 @@ class DistillConfig(TrainingSection):
     data: Literal["distill", "all"] = Field(
         description="teacher rows the student sees: D_s, or all of D_w, D_p and D_s"
     )
-    epochs: PositiveInt = Field(description="passes over the data, if nothing stops it earlier")
+    epochs: PositiveInt = Field(description="passes over the data, if nothing stops earlier")
     max_steps: PositiveInt | None = Field(None, description="most steps")
 
 
@@ -536,7 +537,7 @@ class BenchmarksConfig(Section):
     items_per_part: PositiveInt = Field(
         64, description="items written together; a restarted run loses at most one part"
     )
-    endpoint: EndpointConfig = Field(EndpointConfig(), description="how a server is asked")
+    endpoint: EndpointConfig = Field(EndpointConfig(), description="requests to a server")
     during: DuringConfig | None = Field(
         None, description="benchmarks that the student answers during distill"
     )
@@ -546,12 +547,12 @@ class BenchmarksConfig(Section):
         if not self.paths:
             raise ValueError("name the files of at least one benchmark")
         if not self.models:
-            raise ValueError("models names at least one")
+            raise ValueError("models must name at least one model")
         return self
 
     @property
     def paths(self) -> dict[str, str]:
-        """Where the files of each configured benchmark are."""
+        """The configured benchmarks and where their files are."""
         named = {
             "agieval": self.agieval,
             "arc": self.arc,
@@ -588,7 +589,8 @@ class ExportConfig(Section):
         "soft labels and of the student for export"
     )
     proxy: Literal["adapter", "merged", "none"] = Field(
-        "adapter", description="what to export of the proxy (with trainable: full, the model)"
+        "adapter",
+        description="what to export of the proxy; with trainable: full, adapter means the model",
     )
     max_shard_gb: PositiveFloat = Field(5.0, description="largest safetensors file")
 
@@ -624,12 +626,12 @@ class MeshConfig(AxesConfig):
     )
 
     def of(self, work: Work) -> AxesConfig:
-        """The arrangement for a kind of work."""
+        """Returns the arrangement for a kind of work."""
         return getattr(self, work, None) or self
 
 
 class LoggingConfig(Section):
-    """Where metrics go beside metrics.jsonl; a failing tracker never stops a run."""
+    """Where metrics go in addition to metrics.jsonl; a failing tracker never stops a run."""
 
     tensorboard: bool = Field(False, description="write TensorBoard events (extra: tensorboard)")
     wandb_project: str | None = Field(
@@ -647,7 +649,7 @@ class Config(Section):
         description="name of the run"
     )
     runs_dir: PathText = Field("runs", description="the run's folder is runs_dir/name")
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="seed of everything drawn")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="seed of all random draws")
     method: Method = Field(
         ProxyKd(),
         description="how the student is trained; a name alone stands for the method with its "
@@ -674,7 +676,7 @@ class Config(Section):
 
     @property
     def needs(self) -> Needs:
-        """What the student needs beside the teacher's texts, and what must be made first."""
+        """What the student needs besides the teacher's texts; it must be made before training."""
         return self.method.needed(self.distill.alpha)
 
     @model_validator(mode="after")
@@ -692,8 +694,8 @@ class Config(Section):
     def _fresh_prompts_are_used(self) -> Config:
         if self.corpus.fresh_prompts and not self.method.uses_fresh_prompts:
             raise ValueError(
-                f"corpus.fresh_prompts: method {self.method.name} would leave these prompts aside; "
-                "take them out, or choose proxy_kd or on_policy, which learn from them"
+                f"corpus.fresh_prompts: method {self.method.name} does not use these prompts; "
+                "remove them, or choose proxy_kd or on_policy, which learn from them"
             )
         return self
 
@@ -712,9 +714,11 @@ class Config(Section):
         server = self.align.sampling.server
         if server is not None and server.serves == "adapter":
             if self.proxy.trainable == "full":
-                raise ValueError("proxy.trainable: full has no adapter to serve: serves: merged")
+                raise ValueError(
+                    "proxy.trainable: full has no adapter to serve; set serves: merged"
+                )
             if self.proxy.init is not None:
                 raise ValueError(
-                    "a server has no base for an adapter of proxy.init: serves: merged"
+                    "a server has no base model for an adapter of proxy.init; set serves: merged"
                 )
         return self

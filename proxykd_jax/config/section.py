@@ -17,7 +17,7 @@ Probability = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
 
 def expand_path(text: str) -> str:
-    """Replaces ``$NAME`` and ``${NAME}`` by environment variables, then a leading ``~`` by a home.
+    """Expands ``$NAME`` and ``${NAME}`` to environment variables, then a leading ``~`` to a home.
 
     Raises:
       ValueError: a variable is not set.
@@ -32,23 +32,23 @@ def expand_path(text: str) -> str:
 
 
 def expand_named_path(text: str) -> str:
-    """``expand_path`` of ``PATH`` or of the path in ``NAME=PATH``."""
+    """Applies ``expand_path`` to ``PATH``, or to the path in ``NAME=PATH``."""
     named = re.match(r"[\w.-]+=", text)
     start = named.end() if named else 0
     return text[:start] + expand_path(text[start:])
 
 
-# A path, or text that may be one: a model or a data set is a folder here or a name on the hub.
+# A path, or text that may be one: a model or a data set is a local folder or a name on the hub.
 PathText = Annotated[str, AfterValidator(expand_path)]
 NamedPathText = Annotated[str, AfterValidator(expand_named_path)]
 
 
 def is_path(annotation: Any) -> bool:
-    """Whether a type is ``PathText`` or ``NamedPathText``."""
+    """Returns whether a type is ``PathText`` or ``NamedPathText``."""
     return annotation in (PathText, NamedPathText)
 
 
 class Section(BaseModel):
-    """A section of the config: frozen, and an unknown key is an error."""
+    """A section of the config. It is frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)

@@ -40,7 +40,7 @@ class TableRow(Section):
         None, description="Table 3: the phase that is timed"
     )
     after: Name | None = Field(
-        None, description="an earlier row whose stages it shares; as a separate job it waits for it"
+        None, description="an earlier row whose stages this row uses; a separate job waits for it"
     )
 
 
@@ -83,7 +83,7 @@ class TableFile(Section):
         return Path(self.runs) / self.name
 
     def chosen(self, names: Sequence[str]) -> list[TableRow]:
-        """Rows by name, in the table's order; all rows if no name is given.
+        """Returns rows by name, in the table's order; all rows if no name is given.
 
         Raises:
           UserError: there is no such row.
@@ -95,7 +95,7 @@ class TableFile(Section):
         return [row for row in self.rows if row.name in names or not names]
 
     def run_of(self, row: TableRow, overrides: Sequence[str] = ()) -> Config:
-        """The config of a row's run; ``overrides`` come last.
+        """Returns the config of a row's run; ``overrides`` come last.
 
         Raises:
           UserError: see ``load_config``; the message gives the row's name.

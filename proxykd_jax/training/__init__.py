@@ -1,1 +1,1 @@
-"""Steps, loop, optimizer, checkpoints and metrics: what the training stages share."""
+"""What the training stages share: steps, the loop, the optimizer, checkpoints and metrics."""

@@ -1,7 +1,7 @@
-"""Batches and programs from shapes alone.
+"""Batches and compiled programs, made from array shapes alone.
 
-Nothing is loaded: weights, states and batches are abstract arrays with the shardings that the
-table gives them.
+Nothing is loaded. Weights, states and batches are abstract arrays; their shardings come from the
+sharding table.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of the mean prompt and the mean answer; time is counted at these, memory at the
-    longest row."""
+    """Mean tokens of a prompt and of an answer: the basis of estimated times, but not of memory,
+    which is estimated from the longest row."""
 
     prompt: int
     answer: int
@@ -59,12 +59,12 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run of a program takes.
+    """What one run of a program costs.
 
     Attributes:
-      flops: of all devices together.
-      bytes_moved: between a device and its memory: weights once a pass, what is read of the cache,
-        the state of the optimizer.
+      flops: floating-point operations of all devices together.
+      bytes_moved: bytes that a device exchanges with its memory: the weights once a pass, the parts
+        of the cache that are read, and the optimizer's state.
     """
 
     flops: float
@@ -73,20 +73,20 @@ class Cost:
 
 @dataclass(frozen=True)
 class Program:
-    """A stage, or the part of one that has programs of its own.
+    """The programs of a stage, or of one part of a stage.
 
     Attributes:
-      name: of the stage or its part, see ``docs/scale.md``.
+      name: name of the stage or part; ``docs/scale.md`` lists them.
       work: which of the config's meshes it runs on.
-      num_params: of its model.
-      rows: that it computes at once, as the config says.
-      lower: (mesh, rows) -> the lowered programs; the largest needs the memory.
+      num_params: number of parameters of its model.
+      rows: rows that it computes at once, as the config says.
+      lower: (mesh, rows) -> the lowered programs; the largest one determines the memory.
       held: mesh's axes -> bytes of weights and state among a device's arguments.
-      resident: mesh -> bytes that a device holds beside the program's arguments.
-      cost: (mesh's axes, rows, lengths) -> cost of so many rows.
-      runs: (rows, lengths) -> how often each of the lowered programs runs for so many rows.
-      times: its rows for each sample of the corpus.
-      whole: no key of the config makes its rows fewer.
+      resident: mesh -> bytes that a device holds in addition to the program's arguments.
+      cost: (mesh's axes, rows, lengths) -> cost of this many rows.
+      runs: (rows, lengths) -> how often each lowered program runs for this many rows.
+      times: rows that it computes for each row of the corpus.
+      whole: True if no key of the config reduces its rows.
     """
 
     name: str
@@ -103,7 +103,7 @@ class Program:
 
 
 def state_of(phase: Phase) -> TrainState:
-    """Shapes of the state that a phase of a sketch trains."""
+    """Returns the abstract state that a phase of a sketch trains."""
     found: TrainState = jax.eval_shape(
         lambda tree: init_state(tree, phase.optimizer), phase.trainable
     )
@@ -111,12 +111,12 @@ def state_of(phase: Phase) -> TrainState:
 
 
 def weight_bytes(model: Model, axes: dict[str, int]) -> int:
-    """What a device holds of a model's weights in a forward pass."""
+    """Returns the bytes of a model's weights on one device in a forward pass."""
     return bytes_per_device(model.weight_shapes, axes)
 
 
 def abstract_rows(rows: int, length: int, num_segments: int = 1) -> TokenBatch:
-    """Shapes of a batch."""
+    """Returns the shapes of a batch of ``rows`` rows of ``length`` positions."""
     ids, mask = (jax.ShapeDtypeStruct((rows, length), kind) for kind in (jnp.int32, jnp.bool_))
     examples = jax.ShapeDtypeStruct((rows, num_segments), jnp.bool_)
     return TokenBatch(ids, ids, mask, ids, ids, examples)
@@ -136,18 +136,19 @@ def step_program(
     times: float = 1.0,
     resident: Callable[[Mesh], int] = lambda mesh: 0,
 ) -> Program:
-    """A training step.
+    """Returns the program of a training step.
 
     Args:
-      run, phase: a sketch, and the phase that takes the step.
-      name, cost, times, resident: see ``Program``; by default the cost of the run's own model.
+      run: a sketch (see ``training.sketch``).
+      phase: the phase that takes the step.
+      name, cost, times, resident: see ``Program``; by default the cost is that of the run's model.
       batch_of: rows -> shapes of the step's batch.
-      rows_of: the rows of an example and the tokens of each, for the default cost.
+      rows_of: lengths -> (rows of an example, tokens of each row), for the default cost.
     """
     section, state, frozen = run.section, state_of(phase), phase.frozen
 
     def lower(mesh: Mesh, rows: int) -> list[Any]:
-        # With several micro-batches a step also holds the sum of their gradients.
+        # With several micro-batches a step also holds the summed gradients.
         parts = 1 if rows >= section.batch_size else 2
         step: Any = make_train_step(
             phase.spec, phase.objective, phase.optimizer, microbatches=parts, seed=phase.seed
@@ -173,7 +174,7 @@ def step_program(
 
 
 def step_cost(model: Model, axes: dict[str, int], rows: int, length: int, *, state: Any) -> Cost:
-    """Of a training step on so many rows of so many tokens, whose state has these shapes."""
+    """Returns the cost of a training step on ``rows`` rows of ``length`` tokens."""
     spec = model.spec
     full = spec.trainable == "full"
     flops = step_flops(spec.config, rows, length, full=full, remat=spec.remat)
@@ -194,17 +195,17 @@ def answering_program(
     other: Model | None = None,
     times: float = 1.0,
 ) -> Program:
-    """Prefill of a batch of prompts and the loop that decodes it.
+    """Returns the programs that answer a batch of prompts: prefill and the decoding loop.
 
     Args:
       name, work, rows, resident, times: see ``Program``.
-      model: that answers.
-      budget: the lengths of rows and answers; a prompt is taken to be half of the longest row.
-      settings: of the draw.
-      other: the model that ``settings.mixing`` mixes in, if it does.
+      model: the model that answers.
+      budget: limits of rows and answers; a prompt is assumed to fill half of the longest row.
+      settings: how tokens are drawn.
+      other: the model that ``settings.mixing`` mixes in, if any.
     """
     spec = model.spec
-    # The most that a batch's cache can hold: a row of the greatest length, its prompt half of it.
+    # A batch's cache is largest for rows of the greatest length.
     longest = budget.max_length // 2
     prompt = prompt_bucket(longest)
     slots = slot_bucket(prompt + budget.after(longest))
@@ -258,16 +259,16 @@ def answering_program(
 
 
 def place(tree: Any, mesh: Mesh) -> Any:
-    """Shapes with the shardings that the table gives them.
+    """Returns the shapes of a tree with the shardings of the table.
 
     Raises:
-      UserError: an axis of the mesh does not divide an array.
+      UserError: the size of a mesh axis does not divide an array.
     """
     return jax.tree.map(_shaped, tree, tree_shardings(tree, mesh))
 
 
 def place_rows(batch: Any, mesh: Mesh) -> Any:
-    """Shapes of a batch, as ``put_rows`` would place it."""
+    """Returns the shapes of a batch, sharded as ``put_rows`` would shard it."""
     sharding = NamedSharding(mesh, ROWS)
     return jax.tree.map(lambda x: _shaped(x, sharding), batch)
 
@@ -277,9 +278,10 @@ def _shaped(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
 
 
 def weights_read(model: Model, axes: dict[str, int]) -> float:
-    """Bytes of weights that a device moves in a pass: fsdp gathers them, tensor does not.
+    """Returns the bytes of weights that a device moves in one pass.
 
-    Quantised ones are read, written out in the type of the computation, and read again.
+    Weights split over ``fsdp`` are gathered, weights split over ``tensor`` are not. Quantised
+    weights are read, written in the type of the computation, and read again.
     """
     params, _ = model.weight_shapes
     tensor = {"tensor": axes.get("tensor", 1)}

@@ -1,4 +1,4 @@
-"""Alignment of the proxy (paper, 3.3): the warm-up and the rounds as phases."""
+"""Alignment of the proxy (paper, section 3.3): the phases of the warm-up and the rounds."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ from proxykd_jax.training.stage_run import StageRun
 from proxykd_jax.training.state import TrainState
 from proxykd_jax.training.steps import make_evaluation
 
-# Pairs of a round's slice that its rewards are measured on afterwards.
+# How many pairs of a round's slice its rewards are measured on after the round.
 _REWARD_PAIRS = 256
 
 
 def align_proxy(run: StageRun) -> None:
-    """Warm-up and rounds, or what is left of them; marks the stage complete.
+    """Trains the phases that are left and marks the stage complete.
 
     Raises:
-      UserError: there are no rows to learn from, or a file does not fit.
+      UserError: there are no rows to learn from, or a file does not fit the config.
     """
     if run.config.align.uses_pairs:
         check_sampling(run)
@@ -66,10 +66,10 @@ def align_proxy(run: StageRun) -> None:
 
 
 def check_sampling(run: StageRun) -> None:
-    """Looks at the mesh on which the proxy answers, before anything is trained.
+    """Checks the mesh on which the proxy answers before anything is trained.
 
     Raises:
-      UserError: it does not fit the model or the batch.
+      UserError: the mesh does not fit the model or the batch.
     """
     mesh = make_mesh(run.config.mesh.of("sample"))
     check_rows(run.config.align.sampling.batch_size, mesh, "align.sampling.batch_size")
@@ -77,7 +77,7 @@ def check_sampling(run: StageRun) -> None:
 
 
 def alignment_phases(run: StageRun) -> list[Phase]:
-    """The warm-up on D_w, then a phase for each round; none with ``alignment: none``.
+    """Returns the warm-up on D_w and one phase for each round; none with ``alignment: none``.
 
     Raises:
       UserError: there are no rows to learn from.
@@ -87,7 +87,7 @@ def alignment_phases(run: StageRun) -> list[Phase]:
         return []
     check_any_rows(corpus, ("warmup", "align"))
     warmup, slices = corpus.split("warmup"), round_slices(run)
-    # Steps if nothing stops earlier; a learning rate that falls is planned over them.
+    # A decaying learning rate is planned over the steps that are taken if nothing stops earlier.
     counts = [len(warmup) * align.warmup_epochs]
     counts += [len(part) * align.epochs_per_round for part in slices]
     optimizer = make_optimizer(
@@ -121,7 +121,7 @@ def alignment_phases(run: StageRun) -> list[Phase]:
 
 
 def round_slices(run: StageRun) -> list[np.ndarray]:
-    """D_p cut into disjoint slices, one a round; fewer rounds than rows."""
+    """Cuts D_p into disjoint slices, one for each round; there are never more slices than rows."""
     align = run.config.align
     if align.alignment not in ("nll", "nll_preference"):
         return []
@@ -136,11 +136,11 @@ def _name(index: int) -> str:
 
 
 def _ends_alignment(run: StageRun, before: str) -> Callable[[Progress], bool]:
-    """Whether a round brought no new best, where that ends the alignment.
+    """Returns a test: did the round bring no new best, and does the config then end the alignment?
 
     Args:
-      run: of the stage.
-      before: the phase before the round.
+      run: the run of the stage.
+      before: name of the phase before the round.
     """
 
     def ends(progress: Progress) -> bool:
@@ -153,7 +153,7 @@ def _ends_alignment(run: StageRun, before: str) -> Callable[[Progress], bool]:
 
 
 def _watched(run: StageRun) -> Callable[[TrainState], dict[str, float]]:
-    """Without validation rows the proxy is watched on D_s, which it never learns from."""
+    """Returns what measures the proxy on D_s, unseen in training, if no validation rows exist."""
     held_out = run.corpus.split("distill")
     if len(run.corpus.split("validation")) or not len(held_out):
         return lambda state: {}
@@ -166,13 +166,13 @@ def _watched(run: StageRun) -> Callable[[TrainState], dict[str, float]]:
 
 
 class _Round:
-    """A round of NLL and preference (eq. 6): what its phase does before and after its steps.
+    """A round of NLL and preference (eq. 6), and what it does before and after its steps.
 
     Args:
-      run: of the stage.
-      index: from 1.
-      rows: its slice of D_p.
-      optimizer: of the stage.
+      run: the run of the stage.
+      index: number of the round, from 1.
+      rows: the round's slice of D_p.
+      optimizer: the stage's optimizer.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class _Round:
         self._objective = AlignObjective.of(self._align)
 
     def phase(self) -> Phase:
-        """The round before its answers are drawn: its steps are known, its batches' shapes not."""
+        """Returns the round as known before sampling: with its steps, without its batches."""
         align, rows = self._align, self._rows
         options: dict[str, Any] = {"epochs": align.epochs_per_round, "most": align.round_max_steps}
         plan = self._run.plan(rows.lengths - 1, self._order, packs=False, **options)
@@ -203,10 +203,8 @@ class _Round:
             programs=functools.partial(round_programs, self._run),
         )
 
-    # --- before its steps -------------------------------------------------------------------------
-
     def _prepare(self, phase: Phase, trainer: Trainer) -> Phase:
-        """Draws y-hat for the slice, with the reference log-probs of y and y-hat."""
+        """Draws y-hat for the slice and computes the reference log-probs of y and y-hat."""
         samples, times = self._sample(trainer)
         pairs = self._pairs(samples)
         counts = {f"samples/{name}": value for name, value in samples.counts().items()}
@@ -223,11 +221,10 @@ class _Round:
         )
 
     def _sample(self, trainer: Trainer) -> tuple[SampleStore, dict[str, float]]:
-        """The round's answers, and how long they took."""
         run, sampling = self._run, self._align.sampling
         store = SampleStore(run.config.folder / "samples" / _name(self._index))
         settings = {"round": self._index, **sampling.decisive}
-        # The proxy that answers is a function of these, whatever became of its folder since.
+        # These decide the answering proxy, even if its folder has changed since.
         alignment = read_json(run.folder / MANIFEST)
         inputs = {"alignment": digest_value({k: alignment[k] for k in ("settings", "inputs")})}
         if store.begin(settings, inputs):
@@ -237,7 +234,7 @@ class _Round:
         self._draw_answers(store, model, trainer)
         if self._align.preference.loss in REFERENCE_LOSSES:
             self._compute_references(store, model, trainer)
-        # Of the answers that this process has drawn: none, where a killed one had drawn all.
+        # Both figures count this process alone: 0 rows if a killed process had drawn all answers.
         seconds = time.perf_counter() - started
         store.complete()
         return store, {"time/sampling_s": seconds, "time/sampled_rows": len(store) - there}
@@ -300,12 +297,10 @@ class _Round:
             max_length=pairs.longest(self._run.corpus.max_length),
         )
 
-    # --- at its first step, and after its last ----------------------------------------------------
-
     def _check_first_loss(
         self, metrics: dict[str, float], pairs: PairRows, samples: SampleStore
     ) -> None:
-        """Policy and reference are the same model before a round's first step."""
+        """Checks that the first loss is ln 2: policy and reference are still the same model."""
         preference = self._align.preference
         if preference.loss == "dpo":
             check_first_dpo_loss(
@@ -319,7 +314,7 @@ class _Round:
     def _rewards(
         self, trainer: Trainer, frozen: Any, pairs: PairRows, state: TrainState
     ) -> dict[str, float]:
-        """Margins and accuracy of the round's rewards after it, on some pairs of its slice."""
+        """Measures reward margins and accuracy after the round, on some pairs of its slice."""
         run = self._run
         evaluate = make_evaluation(run.model.spec, self._objective)
         plan = make_plan(
@@ -340,7 +335,7 @@ class _Round:
         if self._align.preference.loss == "dpo" and abs(figures["preference"] - LN_2) < 1e-5:
             trainer.console.say(
                 f"WARNING: after {_name(self._index)} the DPO loss is still ln 2: the proxy did "
-                "not move away from its reference. Look at the learning rate and at the reference."
+                "not move away from its reference. Check the learning rate and the reference."
             )
         names = ("reward_margin", "reward_accuracy", "reward_chosen", "reward_rejected")
         return {f"after/{name}": figures[name] for name in (*names, "preference")}

@@ -1,7 +1,7 @@
 """Eq. 6 and eq. 11 on batches: from a model and rows of tokens to a loss with its metrics.
 
-An objective knows its counts before the forward pass (they depend on masks alone), so that the
-loss of a micro-batch is its share of the whole batch's loss and gradients simply add up.
+An objective computes its counts before the forward pass, because they depend on masks alone. The
+loss of a micro-batch is then its share of the whole batch's loss, so gradients simply add up.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Objective(Hashable, Protocol):
     """What a step minimises."""
 
     def counts(self, batch: Any) -> Counts:
-        """What the sums of the whole batch are divided by."""
+        """Returns the denominators of the whole batch's sums."""
 
     def share(
         self,
@@ -55,13 +55,13 @@ class Objective(Hashable, Protocol):
         spec: Any,
         dropout_key: jax.Array | None,
     ) -> tuple[jax.Array, Metrics]:
-        """This micro-batch's share of the loss, and sums with counts to be added up.
+        """Returns this micro-batch's share of the loss, and metrics as (sum, count) to be added up.
 
-        ``models`` is what ``spec.bind`` gives: the weights of one model, or of several by name.
+        ``models`` is what ``spec.bind`` returns: the weights of one model, or of several by name.
         """
 
     def terms(self) -> dict[str, Objective]:
-        """Each term of the loss alone with its weight, for gradient norms."""
+        """Returns each weighted term of the loss alone, for gradient norms."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class NllObjective:
 
 @dataclass(frozen=True)
 class AlignObjective:
-    """Eq. 6: NLL of the teacher's answers and the preference for them over the proxy's own."""
+    """Eq. 6: NLL of the teacher's answers, and preference for them over the proxy's own."""
 
     preference: PreferenceConfig
     reduction: str
@@ -157,10 +157,10 @@ class AlignObjective:
 
 @dataclass(frozen=True)
 class DistillObjective:
-    """Eq. 11: NLL of the teacher's answers and alpha times the weighted KL from the proxy.
+    """Eq. 11: NLL of the teacher's answers plus alpha times the weighted KL from the proxy.
 
-    With ``drawn`` the batch's log-probs are the logs of drawn targets, and the KL is taken by its
-    cross-entropy: one gradient, and a value that is unbiased.
+    With ``drawn`` the batch's log-probs are logs of randomly drawn targets. The KL is then replaced
+    by the cross-entropy, which has the same gradient and an unbiased value.
     """
 
     alpha: float
@@ -175,9 +175,12 @@ class DistillObjective:
     def of(
         config: DistillConfig, temperature: float, *, rescale: bool = True, drawn: bool = False
     ) -> DistillObjective:
-        """``temperature``: the soft labels'. Away from 1 the KL is scaled by its square, so that
-        its gradient keeps its size (Hinton et al., 2015), unless ``rescale`` is False; the paper
-        has none."""
+        """Returns the objective of a config.
+
+        ``temperature`` is that of the soft labels. If it is not 1, the KL is multiplied by its
+        square so that its gradient keeps its size (Hinton et al., 2015). ``rescale=False`` turns
+        this off. The paper has no such factor.
+        """
         return DistillObjective(
             config.alpha,
             config.nll_weight,
@@ -258,11 +261,11 @@ def _term(value_BS: jax.Array, rows: TokenBatch, mask_BL: Any, reduction: str) -
 
 
 def nll_term(logps_BL: jax.Array, rows: TokenBatch, mask_BL: Any, reduction: str) -> Term:
-    """(sum, count) of the NLL of the rows' examples, of what ``label_logps`` returns.
+    """Returns (sum, count) of the NLL of the rows' examples.
 
     Args:
-      logps_BL: of the labels, nats.
-      rows: their segments are the examples.
+      logps_BL: log-probs of the labels from ``label_logps``, nats.
+      rows: the batch; its segments are the examples.
       mask_BL: response tokens that count.
       reduction: as in ``example_terms``.
     """
@@ -271,7 +274,7 @@ def nll_term(logps_BL: jax.Array, rows: TokenBatch, mask_BL: Any, reduction: str
 
 
 def _teacher_mask(batch: DistillBatch) -> Any:
-    """mask_BL without the answers that the proxy gave itself."""
+    """Returns mask_BL without the answers that the proxy gave."""
     places = jnp.arange(1, batch.nll_mask_BS.shape[1] + 1)
     here_BLS = batch.rows.segment_ids_BL[:, :, None] == places[None, None, :]
     teacher_BL = jnp.any(here_BLS & batch.nll_mask_BS[:, None, :], axis=-1)

@@ -1,4 +1,4 @@
-"""Batches of a phase: which rows, in which order, put together how, placed where."""
+"""The batches of a phase: which rows, in which order, how they are collated, and where they go."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from proxykd_jax.parallel.sharding import put_rows, row_ways
 from proxykd_jax.types import DistillBatch, TokenBatch
 
 Plan = Callable[[int], EpochPlan]
-# (row numbers, ids of the rows) -> soft labels of these rows of a split.
+# (row numbers, row ids) -> soft labels of these rows of a split.
 ReadLabels = Callable[[list[int], list[str]], Sequence[SoftLabels]]
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Some rows of a split, in an order of their own."""
+    """Some rows of a split, in the given order."""
 
     split: Rows
     rows: np.ndarray
@@ -53,7 +53,7 @@ class Selection:
         return len(self.rows)
 
     def read(self, indices: Sequence[int]) -> list[TokenRow]:
-        """Rows at places of the selection."""
+        """Reads rows by their place in the selection."""
         return self.split.read([int(row) for row in self.rows[np.asarray(indices, np.int64)]])
 
 
@@ -87,16 +87,16 @@ class Joined:
         return np.concatenate([np.zeros(0, np.int32), *lengths])
 
     def split(self, name: str) -> Rows:
-        """The rows of one split."""
+        """Returns the rows of one split."""
         return self._splits[name]
 
     def place(self, index: int) -> tuple[str, int]:
-        """(split, index within it) of a row."""
+        """Returns (split, index within the split) of a row."""
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._names[part], index - int(self._starts[part])
 
     def read(self, indices: Sequence[int]) -> list[TokenRow]:
-        """Rows in the order asked for, read split by split."""
+        """Reads rows, split by split, and returns them in the order of ``indices``."""
         return gather(
             [self.place(index) for index in indices],
             lambda name, wanted: self._splits[name].read(wanted),
@@ -106,7 +106,7 @@ class Joined:
 def gather(
     places: Sequence[tuple[str, int]], read: Callable[[str, list[int]], Sequence[Any]]
 ) -> list[Any]:
-    """Reads from several splits, each in one go; the result is in the order of ``places``."""
+    """Reads from several splits, each at once; returns the results in the order of ``places``."""
     found: list[Any] = [None] * len(places)
     for name in dict.fromkeys(name for name, _ in places):
         wanted = [i for i, (owner, _) in enumerate(places) if owner == name]
@@ -116,7 +116,7 @@ def gather(
 
 
 def check_any_rows(corpus: TokenCorpus, splits: Collection[str]) -> None:
-    """Refuses a corpus of which nothing is left to learn from.
+    """Checks that there is something to learn from.
 
     Raises:
       UserError: none of the splits has a row.
@@ -141,16 +141,16 @@ def make_plan(
     epochs: int = 1,
     most: int | None = None,
 ) -> Plan:
-    """The batches of each epoch: a pure function of the epoch.
+    """Returns a function from the epoch to its batches.
 
     Args:
-      positions: places that each example takes (its tokens less one).
+      positions: integer[n], positions that each example takes (its tokens less one).
       seed: from ``purpose_seed``.
       batch_size, batching: as in the config.
       max_length: tokens of the longest row that the corpus may hold.
-      answers: positions of each example at which the vocabulary is projected (default: all).
+      answers: integer[n], positions of each example at which logits are computed (default: all).
       together: see ``rows_together``.
-      epochs, most: as in ``count_steps``: with many steps, batches come in more shapes.
+      epochs, most: as in ``count_steps``; with many steps, batches have more shapes.
     """
     steps = -(-len(positions) // batch_size) * epochs
     if most is not None:
@@ -176,16 +176,17 @@ def make_plan(
 
 
 def rows_together(batch_size: int, microbatches: int, mesh: Mesh) -> int:
-    """How many rows of a batch have one list of their answers' places: those of a device.
+    """Returns how many rows share one list of their answers' positions: the rows of one device.
 
-    Each row has its own where micro-batches deal the rows anew, or the mesh cannot.
+    Returns 1, a list for each row, if micro-batches regroup the rows or if the mesh does not
+    divide the batch.
     """
     ways = row_ways(mesh.shape)
     return batch_size // ways if microbatches == 1 and batch_size % ways == 0 else 1
 
 
 def count_steps(plan: Plan, epochs: int, most: int | None) -> int:
-    """Steps of so many epochs, at most ``most``."""
+    """Returns the steps of ``epochs`` epochs, at most ``most``."""
     steps = 0
     for epoch in range(epochs):
         steps += len(plan(epoch))
@@ -197,7 +198,7 @@ def count_steps(plan: Plan, epochs: int, most: int | None) -> int:
 def placed_batches(
     plan: Plan, collate: Callable[[PlannedBatch], Any], *, start: int, stop: int, mesh: Mesh
 ) -> Iterator[Any]:
-    """Collated batches of the steps from ``start`` to ``stop``, on the devices."""
+    """Yields the collated batches of the steps ``start`` to ``stop - 1``, on the devices."""
     part = own_part(mesh)
     stream = BatchStream(
         plan,
@@ -212,15 +213,15 @@ def placed_batches(
 
 
 def planned_steps(plan: Plan) -> Callable[[int], PlannedBatch]:
-    """The planned batch of each step, whole on every process.
+    """Returns a function from a step to its planned batch, which is whole on every process.
 
-    For batches that are made from the state that they will train.
+    It serves batches that are made from the state that they train.
     """
     return BatchStream(plan, lambda planned: planned).planned
 
 
 def token_collate(rows: Rows) -> Callable[[PlannedBatch], TokenBatch]:
-    """Batches of NLL alone."""
+    """Returns a function from a planned batch to its tokens, for the NLL alone."""
 
     def collate(planned: PlannedBatch) -> TokenBatch:
         return _collate(_read_rows(rows, planned), planned)
@@ -229,7 +230,7 @@ def token_collate(rows: Rows) -> Callable[[PlannedBatch], TokenBatch]:
 
 
 def answer_positions(rows: Rows) -> np.ndarray:
-    """Positions inside the mask of each example: its answer's tokens."""
+    """Returns the number of positions inside the mask of each example: its answer's tokens."""
     return rows.lengths - np.maximum(rows.prompt_lengths, 1)
 
 
@@ -241,16 +242,16 @@ def distill_collate(
     *,
     top_k: int,
 ) -> Callable[[PlannedBatch], DistillBatch]:
-    """Batches of eq. 11.
+    """Returns a function from a planned batch to the arrays of eq. 11.
 
     Args:
-      rows: of all splits that the student sees.
-      labels: what reads their soft labels, by split.
-      weights: float32 sample weights of each split.
-      teacher_splits: splits whose answers are the teacher's; the others have no NLL.
-      top_k: ids a position in all of the labels.
+      rows: rows of all splits that the student sees.
+      labels: functions that read the soft labels, by split.
+      weights: float32[n] sample weights, by split.
+      teacher_splits: splits with the teacher's answers; the others have no NLL.
+      top_k: ids at each position of all labels.
     """
-    # Where nothing is stored stands some distribution, so that masked values stay finite.
+    # Positions without labels get a uniform distribution, so that masked values stay finite.
     nothing = -np.log(np.float32(top_k + 1))
 
     def read(name: str, wanted: list[int]) -> list[tuple[TokenRow, SoftLabels, float]]:
@@ -295,7 +296,6 @@ def distill_collate(
 
 
 def _read_rows(rows: Rows, planned: PlannedBatch) -> list[list[TokenRow]]:
-    """The examples of each row of a planned batch, read in one go."""
     found = iter(rows.read([place for row in planned.rows for place in row]))
     return [[next(found) for _ in row] for row in planned.rows]
 

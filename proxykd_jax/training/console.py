@@ -1,4 +1,4 @@
-"""What a person sees of a running stage: a bar on a terminal, plain lines elsewhere (stderr)."""
+"""Progress of a stage on stderr: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SHOWN = ("loss", "nll", "preference", "weighted_kl", "weighted_cross_entropy", 
 
 
 class Console:
-    """Shows the steps of one phase after another, on the first of several processes."""
+    """Shows the steps of each phase; of several processes, only the first prints."""
 
     def __init__(self, stage: str) -> None:
         self._stage = stage
@@ -23,7 +23,7 @@ class Console:
         self._last_line = 0.0
 
     def say(self, text: str) -> None:
-        """A line of its own."""
+        """Prints a line."""
         if not is_first():
             return
         if self._bar is not None:
@@ -32,7 +32,7 @@ class Console:
             print(f"{self._stage}: {text}", file=sys.stderr, flush=True)
 
     def step(self, phase: str, done: int, total: int, values: Mapping[str, float]) -> None:
-        """Step ``done`` of ``total`` of a phase was taken."""
+        """Shows that step ``done`` of the ``total`` steps of a phase was taken."""
         if not is_first():
             return
         shown = {name: f"{values[name]:.4g}" for name in _SHOWN if name in values}
@@ -41,7 +41,7 @@ class Console:
 
             if self._bar is None or phase != self._phase:
                 self.close()
-                # Speed is of the steps from here on, not of those before a checkpoint.
+                # ``initial`` excludes the steps before a checkpoint from the shown speed.
                 name = f"{self._stage} {phase}"
                 self._bar = tqdm(total=total, desc=name, unit="step", initial=done)
             self._bar.n = done
@@ -52,7 +52,7 @@ class Console:
         self._phase = phase
 
     def close(self) -> None:
-        """Ends the bar."""
+        """Closes the bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -1,7 +1,7 @@
-"""Distillation of the student (paper, 3.4): NLL of texts, and a scorer's stored distribution.
+"""Distillation of the student (paper, section 3.4): NLL of texts and KL to stored soft labels.
 
-A phase here is the whole training of a student on rows that are on disk. Proxy-KD and the methods
-that differ from it in their rows, weights or labels alone share it (``proxykd_jax.baselines``).
+One phase is a student's whole training on rows that are on disk. Proxy-KD uses it, and so do the
+methods that differ only in rows, weights or labels (``proxykd_jax.baselines``).
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ FRESH = "fresh"
 
 
 def teacher_splits(config: Config) -> tuple[str, ...]:
-    """Splits of the teacher's answers that the student learns from."""
+    """Returns the splits whose teacher's answers the student learns from."""
     return ("distill",) if config.distill.data == "distill" else ("warmup", "align", "distill")
 
 
 def teacher_rows(config: Config, corpus: TokenCorpus) -> dict[str, Rows]:
-    """The teacher's answers that the student learns from.
+    """Returns the teacher's answers that the student learns from, by split.
 
     Raises:
       UserError: there are none.
@@ -53,7 +53,7 @@ def teacher_rows(config: Config, corpus: TokenCorpus) -> dict[str, Rows]:
 
 
 def fresh_rows(run: StageRun) -> dict[str, Rows]:
-    """Fresh prompts with the proxy's answers, after ``score``; empty where there are none."""
+    """Returns fresh prompts with the proxy's answers from ``score``; empty if there are none."""
     if not len(run.corpus.split(FRESH)):
         return {}
     answered = answered_rows(run, FRESH, run.corpus.split(FRESH))
@@ -61,7 +61,7 @@ def fresh_rows(run: StageRun) -> dict[str, Rows]:
 
 
 def answered_rows(run: StageRun, name: str, prompts: TokenSplit) -> Rows:
-    """The proxy's answers to prompts, by the name of their store; of a sketch the prompts."""
+    """Returns the proxy's answers from the store ``name``; a sketch has the prompts alone."""
     if run.scorer is not None:
         return prompts
     return AnsweredSplit(prompts, SampleStore(run.config.folder / "samples" / name))
@@ -69,11 +69,11 @@ def answered_rows(run: StageRun, name: str, prompts: TokenSplit) -> Rows:
 
 @dataclass(frozen=True)
 class DrawnTargets:
-    """Targets drawn at random: their log is where a soft label has log-probs.
+    """Targets drawn at random. Their logs take the place of a soft label's log-probs.
 
     Attributes:
-      read: what reads them, by split.
-      slots: ids a position.
+      read: functions that read them, by split.
+      slots: ids at each position.
     """
 
     read: Mapping[str, ReadLabels]
@@ -81,7 +81,7 @@ class DrawnTargets:
 
 
 def text_phase(run: StageRun, splits: Mapping[str, Rows]) -> Phase:
-    """The student's training by the NLL of texts alone."""
+    """Returns the student's training by the NLL of texts alone."""
     distill, rows = run.config.distill, Joined(splits)
     phase = run.nll_phase(
         "train",
@@ -104,14 +104,14 @@ def label_phase(
     rescale: bool = True,
     drawn: DrawnTargets | None = None,
 ) -> Phase:
-    """The student's training by NLL + alpha x weighted KL (eq. 11).
+    """Returns the student's training by NLL + alpha x weighted KL (eq. 11).
 
     Args:
-      run: with the soft labels of these rows.
-      splits: rows by name, scored under these names.
-      nll_splits: whose answers are learnt as texts too; the others have the KL alone, of weight 1.
-      rescale: the KL at temperature T is scaled by T^2.
-      drawn: targets that take the place of the stored distribution.
+      run: a run with the soft labels of these rows.
+      splits: rows by the names under which they were scored.
+      nll_splits: splits whose answers also have the NLL; the others have the KL alone, of weight 1.
+      rescale: whether the KL at temperature T is multiplied by T^2.
+      drawn: targets that replace the stored distribution.
     """
     config, rows = run.config, Joined(splits)
     ids = config.score.top_k if drawn is None else drawn.slots
@@ -144,7 +144,7 @@ def label_phase(
 
 
 def planned_figures(rows: Rows, steps: int) -> dict[str, int]:
-    """What every method says of its student's training before the first step."""
+    """Returns what every method logs about its student's training before the first step."""
     return {"rows": len(rows), "planned_steps": steps}
 
 
@@ -154,8 +154,8 @@ def _weights(
     labels: SoftLabelStore,
     nll_splits: Collection[str],
 ) -> dict[str, Weights]:
-    """Eq. 9 on each split by itself: the proxy was trained on D_p, so its likelihoods there are
-    of another kind. A fresh prompt's answer is the proxy's own: its weight is 1."""
+    """Returns the weights of eq. 9, on each split separately: the proxy was trained on D_p, so its
+    likelihoods there are not comparable with the others. A fresh prompt's answer has weight 1."""
     weight = config.distill.weights
     return {
         name: weights_of(

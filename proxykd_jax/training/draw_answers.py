@@ -1,4 +1,4 @@
-"""What draws the answers of rounds, of fresh prompts and of benchmarks: one state of a model."""
+"""Drawing the answers of rounds, fresh prompts and benchmarks from one state of a model."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from proxykd_jax.training.state import Weights
 
 @dataclass(frozen=True)
 class Answerer:
-    """One state of a model that answers prompts, by the sampler here or by the server.
+    """One state of a model that answers prompts, by the built-in sampler or by a server.
 
     Attributes:
-      config: of the run; ``align.sampling`` says who draws, how many at once and how much.
-      corpus: whose tokens are drawn.
+      config: config of the run; ``align.sampling`` gives the server, the batch size and the limits.
+      corpus: the corpus; its vocabulary and end tokens are used.
       model: the architecture.
       weights: (params, adapter).
-      mesh: where the sampler here runs. What is moved there is free again afterwards.
+      mesh: mesh of the built-in sampler. Weights moved there are freed after the draw.
     """
 
     config: Config
@@ -56,7 +56,7 @@ class Answerer:
         against_teacher: bool,
         report: Callable[[int, int], None],
     ) -> None:
-        """Makes the answers that a store lacks.
+        """Draws the answers that a store lacks.
 
         Args:
           store, split, rows, against_teacher, report: as in ``sample_round``.
@@ -113,13 +113,13 @@ def make_draw(
     round_index: int,
     batch_size: int,
 ) -> SampleFunction:
-    """``draw(prompts, row_ids, budgets) -> samples`` from one state of a model.
+    """Returns ``draw(prompts, row_ids, budgets) -> samples`` of one state of a model.
 
     Args:
       config: the architecture.
       weights: (params, adapter).
       settings, seed, round_index, batch_size: as in ``sample``.
-      mesh: to which the model is moved, and over which the rows are split.
+      mesh: mesh that the model is moved to and the rows are split over.
     """
     moved = (move(weights[0], mesh), move(weights[1], mesh))
 

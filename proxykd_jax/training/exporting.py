@@ -1,4 +1,4 @@
-"""Models that a run leaves behind, as folders that transformers and peft load."""
+"""Export of a run's models as folders that transformers and peft load."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def export_student(config: Config, corpus: TokenCorpus, mesh: Mesh, measure: Mea
 
 
 def export_proxy(config: Config, corpus: TokenCorpus, mesh: Mesh, measure: Measure) -> Path | None:
-    """Writes what ``export.proxy`` asks for; the whole model where all of it was trained."""
+    """Writes what ``export.proxy`` asks for; a fully trained proxy is written as a whole model."""
     if config.export.proxy == "none":
         return None
     merged = config.export.proxy == "merged" or config.proxy.trainable == "full"
@@ -91,15 +91,16 @@ def save_merged(
     dtype: str,
     overwrite: bool = False,
 ) -> None:
-    """Writes a whole model with the corpus's tokenizer, an adapter merged into it in float32.
+    """Writes a whole model with the corpus's tokenizer; an adapter is merged into it in float32.
 
     Args:
+      path: folder to write.
       model_config, params, adapter: the model.
-      config: ``export.max_shard_gb`` bounds its files.
-      corpus, dtype, overwrite: its tokenizer; as in ``hf_weights.save_model``.
+      config, corpus: ``export.max_shard_gb`` limits a file's size; the tokenizer is copied.
+      dtype, overwrite: as in ``hf_weights.save_model``.
 
     Raises:
-      UserError: as ``hf_weights.save_model``.
+      UserError: as in ``hf_weights.save_model``.
     """
     if adapter is not None:
         params = merge(params, adapter, model_config, dtype="float32")
@@ -117,7 +118,7 @@ def save_merged(
 def _compare(
     config: Config, corpus: TokenCorpus, mesh: Mesh, measure: Measure, role: str, model: Model
 ) -> dict[str, float]:
-    """Validation NLL before the export and of the exported files, read back."""
+    """Measures the validation NLL of the trained model and of the exported files, read back."""
     rows = corpus.split("validation")
     if not len(rows):
         return {}

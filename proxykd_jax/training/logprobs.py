@@ -1,4 +1,4 @@
-"""Log-probs of a batch's labels, the vocabulary projected a few positions at a time."""
+"""Log-probs of a batch's labels; logits are computed a few positions at a time."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from proxykd_jax.parallel.sharding import is_for, positions_within
 from proxykd_jax.training.state import ModelSpec, Tree
 from proxykd_jax.types import Pairs, SharedPairBatch, TokenBatch
 
-# float32 logits of this many elements (256 MiB) a device are kept whole; above, positions are
-# chunked, which costs a second projection in the backward pass. A CPU, whose memory is the host's,
-# keeps twice as many: 0.75 to 0.85 of the time of 4,096 positions and 32,000 entries (15M).
+# Up to this many float32 logits a device (256 MiB) are computed at once. Above, positions are
+# chunked, which costs a second projection in the backward pass. A CPU uses the host's memory and
+# computes twice as many: 0.75 to 0.85 of the time at 4,096 positions and 32,000 entries (15M).
 _WHOLE_LOGITS = 1 << 26
 _ON_A_CPU = 2
-# Where the vocabulary's weights are frozen, slices cost nothing, and a CPU's are half as large:
-# 0.84 of a step's time with 512 MiB, 0.96 with 32 MiB (6,400 positions, 15M).
+# With a frozen vocabulary matrix, chunks cost nothing. A CPU then computes half as many at once:
+# 0.84 of a step's time compared with 512 MiB, 0.96 compared with 32 MiB (6,400 positions, 15M).
 _SLICE_ON_A_CPU = 1 << 25
 
 
 def positions_at_once(hidden_BLD: jax.Array, vocab_size: int, models: int = 1) -> int:
-    """Positions a row, at least 1, whose logits (of so many models) are computed together."""
+    """Returns how many positions of a row (at least 1) have their logits computed together."""
     most = _WHOLE_LOGITS * (_ON_A_CPU if is_for("cpu", hidden_BLD) else 1)
     return positions_within(most // models, hidden_BLD, vocab_size)
 
@@ -40,19 +40,19 @@ def label_logps(
     temperature: float = 1.0,
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """Log-probs under the full softmax, in nats.
+    """Returns log-probs under the full softmax, in nats.
 
     Args:
       params, adapter: the model.
       batch: B rows of L positions.
-      spec: its static half.
-      topk_ids_BLK: ids whose log-probs are wanted too.
-      temperature: of the log-probs at these ids (the labels' are at 1).
-      dropout_key: switches LoRA dropout on; never where log-probs are references.
+      spec: the static half of the model.
+      topk_ids_BLK: further ids whose log-probs are returned.
+      temperature: temperature of the log-probs at these ids; the labels' is 1.
+      dropout_key: turns LoRA dropout on; reference log-probs never use it.
 
     Returns:
-      ``logps_BL`` of the labels, and with ids ``topk_logps_BLK`` and the log of the mass outside
-      them ``tail_logps_BL`` (else None, None). float32; outside ``mask_BL`` meaningless.
+      ``logps_BL`` of the labels. With ids also ``topk_logps_BLK`` and ``tail_logps_BL``, the log of
+      the mass outside them (else None, None). float32; meaningless outside ``mask_BL``.
     """
     hidden_BLD = batch_hidden_states(
         params, adapter, batch, config=spec.config, remat=spec.remat, dropout_key=dropout_key
@@ -71,12 +71,12 @@ def label_logps(
 def _project(
     params: Tree, spec: ModelSpec, temperature: float, hidden_GAD: jax.Array, *arrays: Any
 ) -> tuple[jax.Array, ...]:
-    """Log-probs at the hidden states' places, as ``label_logps`` returns them."""
+    """Returns log-probs at the positions of the hidden states, as ``label_logps`` does."""
 
     def of_labels(params: Tree, hidden: jax.Array, labels: jax.Array) -> jax.Array:
         return token_logps(unembed(params, hidden, config=spec.config), labels)
 
-    if len(arrays) == 1 and spec.trainable == "lora":  # the vocabulary's weights do not learn
+    if len(arrays) == 1 and spec.trainable == "lora":  # the vocabulary matrix is frozen
         most = _SLICE_ON_A_CPU if is_for("cpu", hidden_GAD) else _WHOLE_LOGITS
         chunk = positions_within(most, hidden_GAD, spec.config.vocab_size)
         return (map_positions_once(of_labels, params, hidden_GAD, *arrays, chunk=chunk),)
@@ -96,7 +96,7 @@ def _project(
 
 
 def _take(x_BL: Any, places_GA: Any) -> jax.Array:
-    """``[B, L, ...]`` to ``[G, A, ...]``; a place behind the last takes the last."""
+    """Gathers ``[B, L, ...]`` to ``[G, A, ...]``; an index past the end takes the last position."""
 
     def take(x: jax.Array, places_A: jax.Array) -> jax.Array:
         return jnp.take(x, places_A, axis=0, mode="clip")
@@ -107,7 +107,7 @@ def _take(x_BL: Any, places_GA: Any) -> jax.Array:
 
 
 def _put(x_GA: jax.Array, places_GA: Any, rows: tuple[int, int]) -> jax.Array:
-    """``[G, A, ...]`` to ``[B, L, ...]``, zeros elsewhere; a place behind the last is dropped."""
+    """Scatters ``[G, A, ...]`` to ``[B, L, ...]`` of zeros; an index past the end is dropped."""
     size = rows[0] // len(places_GA) * rows[1]
 
     def put(x_A: jax.Array, places_A: jax.Array) -> jax.Array:
@@ -125,7 +125,7 @@ def pair_label_logps(
     *,
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """``label_logps`` of ``batch.chosen`` and of ``batch.rejected``, by one forward pass."""
+    """Returns ``label_logps`` of ``batch.chosen`` and ``batch.rejected``, by one forward pass."""
     if isinstance(batch, SharedPairBatch):
         logps_BL, _, _ = label_logps(params, adapter, batch.rows, spec, dropout_key=dropout_key)
         return logps_BL, logps_BL
@@ -136,7 +136,7 @@ def pair_label_logps(
 
 
 def pair_sums(logps_BL: tuple[jax.Array, jax.Array], batch: Pairs) -> tuple[jax.Array, jax.Array]:
-    """``seq_loglik_B`` of y and of y-hat: log pi(y|x), of what ``pair_label_logps`` returns."""
+    """Returns ``seq_loglik_B``, log pi(y|x), of y and of y-hat from ``pair_label_logps``."""
     chosen_BL, rejected_BL = logps_BL
     return (
         reduce_tokens(chosen_BL, batch.chosen.mask_BL, reduction="sum"),

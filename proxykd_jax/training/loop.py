@@ -1,7 +1,7 @@
-"""The trainer: runs the phases of a stage; steps, logging, validation, stopping, checkpoints.
+"""The trainer runs the phases of a stage: steps, logging, validation, stopping, checkpoints.
 
-The loop is a pure consequence of (state, progress, data order): started again from a checkpoint it
-does what it would have done.
+The loop depends only on (state, progress, data order). Restarted from a checkpoint, it takes the
+same steps as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ Measure = Callable[[Model, Rows, int], dict[str, float]]
 
 @dataclass(frozen=True)
 class Periodic(Generic[T]):
-    """Figures that are logged every so many steps and after the last; they decide nothing.
+    """Figures that are logged every ``every`` steps and after the last; they decide nothing.
 
     Attributes:
-      every: steps of the stage.
-      figures: of a model or a state, by the names that the log has them under.
+      every: number of steps of the stage between two measurements.
+      figures: (model or state) -> figures by the names that they have in the log.
     """
 
     every: int
@@ -66,14 +66,14 @@ class Trainer:
 
     Attributes:
       stage: ``align`` or ``distill``.
-      state: changes with each step.
+      state: the training state; each step changes it.
       progress: where the stage stands.
-      checkpoints, log: where it is written.
-      every: how often.
+      checkpoints, log: where the state, the progress and the metrics are written.
+      every: the stage's section of the config, which says how often.
       validate: ``(state) -> {"nll": ..., ...}`` on the validation rows; None without such rows.
       console: what a person sees.
-      mesh: over which a batch's rows are split.
-      periodic: further figures; None for none.
+      mesh: the mesh that a batch's rows are split over.
+      periodic: further figures, or None.
     """
 
     stage: str
@@ -101,15 +101,15 @@ class Trainer:
         validate: Callable[[TrainState], dict[str, float]] | None,
         periodic: Periodic[TrainState] | None = None,
     ) -> Trainer:
-        """A stage's trainer, at its newest checkpoint in ``folder`` or at its beginning.
+        """Returns a stage's trainer at its newest checkpoint in ``folder``, or at its beginning.
 
-        Lines that the log holds of later steps are dropped: they will be written again.
+        Log lines of later steps are dropped, because the trainer writes them again.
 
         Args:
           stage, mesh, log, every, validate, periodic: see ``Trainer``.
-          folder: of the checkpoints.
+          folder: folder of the checkpoints.
           trainable: what learns, before the first step.
-          optimizer: of the first phase. Those of later phases have states of the same structure.
+          optimizer: optimizer of the first phase. Later phases have states of the same structure.
         """
         checkpoints = Checkpoints(folder)
         console = Console(stage)
@@ -124,7 +124,7 @@ class Trainer:
         trainer = cls(
             stage, state, progress, checkpoints, log, every, validate, console, mesh, periodic
         )
-        # A kill may have come between the last checkpoint and the removal of those it replaced.
+        # A kill may have come after the last checkpoint and before the removal of older ones.
         trainer._prune()
         return trainer
 
@@ -135,12 +135,12 @@ class Trainer:
         untrained: str,
         before: Callable[[TrainState], Mapping[str, float]],
     ) -> None:
-        """Takes the phases that are still to be taken, the look at the untrained model before them.
+        """Runs the phases that are left; evaluates the untrained model first.
 
         Args:
-          phases: of the stage; the first one's number is 1.
-          untrained: the name of phase 0, the look before any step.
-          before: figures of it, beside those that the phases have.
+          phases: the phases of the stage; the first one has number 1.
+          untrained: name of phase 0, the evaluation before any step.
+          before: further figures of phase 0; each phase may add its own.
         """
         if self.progress.phase == 0:
             self.check_validation(untrained)
@@ -156,7 +156,7 @@ class Trainer:
                 return
 
     def trained_by(self, name: str) -> Tree:
-        """What had been learnt when a phase ended whose checkpoint was kept."""
+        """Returns what had been learnt at the end of a phase whose checkpoint was kept."""
         step = next(found["step"] for found in self.progress.results if found["phase"] == name)
         target = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state
@@ -164,7 +164,7 @@ class Trainer:
         return self.checkpoints.restore(step, target).state.trainable
 
     def finish(self, folder: Path, counts: Mapping[str, int]) -> None:
-        """Marks the stage complete: which checkpoints count, what each phase reported."""
+        """Marks the stage complete; records the checkpoints and what each phase reported."""
         self.checkpoints.close()
         self.console.close()
         progress = self.progress
@@ -181,7 +181,7 @@ class Trainer:
         )
 
     def save(self) -> None:
-        """A checkpoint of this moment, and removal of those that are no longer needed."""
+        """Saves a checkpoint and removes those that are no longer needed."""
         progress = self.progress
         progress.metric_lines = self.log.lines(self.stage)
         self.checkpoints.save(self.state, progress)
@@ -192,7 +192,7 @@ class Trainer:
         self.checkpoints.prune({*self.progress.kept, *([] if best is None else [best])})
 
     def check_validation(self, phase: str) -> bool:
-        """Validates and notes the best; returns whether this is a new best of the stage."""
+        """Validates and records the best; returns whether this is a new best of the stage."""
         if self.validate is None:
             return False
         progress, stop = self.progress, self.every.stop
@@ -218,7 +218,7 @@ class Trainer:
         return new_best
 
     def look(self, phase: str) -> None:
-        """Logs the periodic figures of this moment."""
+        """Logs the periodic figures of the current state."""
         if self.periodic is None:
             return
         started = time.perf_counter()
@@ -230,9 +230,9 @@ class Trainer:
         self.console.say(f"{phase} step {step}: {shown}")
 
     def _finish_phase(self, phase: str, figures: Mapping[str, Any], *, keep: bool) -> None:
-        """Ends a phase: its last line in the log, and the checkpoint that the next one starts from.
+        """Ends a phase: writes its last log line and the checkpoint that the next one starts from.
 
-        A time is of this process's work, so it stands in the log alone: a resumed run has others.
+        Times go to the log alone, because they measure this process: a resumed run has others.
         """
         progress = self.progress
         if figures:
@@ -249,15 +249,15 @@ class Trainer:
         return stop.enabled and self.progress.stale >= stop.patience
 
     def _run_phase(self, phase: Phase, following: Phase | None) -> None:
-        """Takes the steps of a phase that are still to be taken, and ends it.
+        """Takes the steps of a phase that are left, and ends the phase.
 
         Raises:
           UserError: the loss or a gradient is not finite; nothing of that step was saved.
-          Stopped: the run was asked to stop; the step just taken was saved.
+          Stopped: the run was asked to stop; the last step was saved.
         """
         if phase.prepare is not None:
             phase = phase.prepare(phase, self)
-        # A phase that validation has stopped may have been restored at that very checkpoint.
+        # If validation stopped the phase, the restored checkpoint may be the one at that stop.
         if phase.steps > 0 and not self._stopped():
             with saves_on_stop():
                 self._take_steps(phase)
@@ -266,7 +266,7 @@ class Trainer:
         self._finish_phase(phase.name, phase.after(self.state), keep=phase.keep)
 
     def _batches(self, phase: Phase) -> Iterator[Any]:
-        """The batches of the steps that are still to be taken."""
+        """Yields the batches of the steps that are left."""
         start = self.progress.phase_step
         if phase.make_batch is None:
             assert phase.collate is not None
@@ -286,7 +286,7 @@ class Trainer:
         started = time.perf_counter()
         for batch in self._batches(phase):
             shapes = tuple(np.shape(leaf) for leaf in jax.tree.leaves(batch))
-            if shapes not in seen:  # a program is compiled for them
+            if shapes not in seen:  # a new program will be compiled for these shapes
                 seen.add(shapes)
                 make_room()
             diagnosis = None
@@ -299,7 +299,7 @@ class Trainer:
             progress.step += 1
             if diagnosis is not None:
                 metrics = {**metrics, **diagnosis}
-            # The metrics of the step before are fetched while the device works on this one.
+            # Fetch the previous step's metrics while the device works on this step.
             self._report(name, num_steps, waiting)
             now = time.perf_counter()
             waiting = (progress.step, progress.phase_step, metrics, now - started)
@@ -307,7 +307,7 @@ class Trainer:
             if progress.phase_step == 1 and phase.check_first is not None:
                 phase.check_first({name: float(value) for name, value in metrics.items()})
             if phase.make_batch is not None:
-                # A state that is not finite must make no batch.
+                # Check the metrics now: a state that is not finite must not make a batch.
                 self._report(name, num_steps, waiting)
                 waiting = None
             at_end = progress.phase_step == num_steps
@@ -334,8 +334,8 @@ class Trainer:
                 return
             started = time.perf_counter()
         self._report(name, num_steps, waiting)
-        # Not saved here: the checkpoint of _finish_phase is this step's, and a second look at the
-        # same state would leave a second line.
+        # _finish_phase saves this step's checkpoint. Evaluating the same state twice would also
+        # write a second log line.
         self.check_validation(name)
         self.look(name)
 
@@ -363,7 +363,8 @@ class Trainer:
 def _first_state(
     trainable: Tree, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """Step 0 on the mesh. A copy, because steps donate the state and the model keeps its own."""
+    """Returns step 0 on the mesh; copies, because a step donates its state and the model keeps its
+    own weights."""
 
     def make(trainable: Tree) -> TrainState:
         return init_state(jax.tree.map(jnp.copy, trainable), optimizer)
@@ -373,7 +374,7 @@ def _first_state(
 
 
 def _blocked(tree: Any) -> float:
-    """Waits for arrays; returns the seconds it took, which are no part of a step."""
+    """Waits for arrays; returns the seconds, which are not part of a step."""
     started = time.perf_counter()
     jax.block_until_ready(tree)
     return time.perf_counter() - started

@@ -1,8 +1,8 @@
 """metrics.jsonl, the console and trackers.
 
-One line an event: ``{"stage", "phase", "step", name: value, ...}``. Fields named ``time/...`` are
-measurements of this run; every other field of a resumed run equals that of an unbroken one,
-because a resumed stage first drops the lines after its checkpoint.
+Each line is one event: ``{"stage", "phase", "step", name: value, ...}``. Fields named ``time/...``
+measure the process that wrote them. All other fields of a resumed run equal those of an
+uninterrupted run, because a resumed stage first drops the lines after its checkpoint.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from proxykd_jax.peers import is_first, on_first
 
 
 class Tracker(Protocol):
-    """A place where figures also go."""
+    """A service that also receives the figures."""
 
     def write(self, stage: str, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -30,9 +30,9 @@ class Tracker(Protocol):
 
 
 class MetricsLog:
-    """Appends to ``metrics.jsonl`` and passes on to trackers, whose failures stop nothing.
+    """Appends to ``metrics.jsonl`` and passes figures to trackers, whose failures stop nothing.
 
-    Of several processes the first does; the others wait for what they must know (``lines``).
+    Of several processes only the first writes; ``lines`` tells the others what it wrote.
     """
 
     def __init__(self, path: Path, trackers: Mapping[str, Tracker] | None = None) -> None:
@@ -40,7 +40,7 @@ class MetricsLog:
         self._trackers = dict(trackers or {})
 
     def resume(self, stage: str, lines: int) -> None:
-        """Keeps the first ``lines`` lines of ``stage`` and all of the other stages."""
+        """Keeps the first ``lines`` lines of ``stage``, and all lines of other stages."""
         if not (is_first() and self.path.exists()):
             return
         kept, seen = [], 0
@@ -48,7 +48,7 @@ class MetricsLog:
             try:
                 owner = json.loads(line)["stage"]
             except (ValueError, KeyError):
-                continue  # a line that a killed process left half written
+                continue  # a killed process left this line half written
             if owner == stage:
                 seen += 1
                 if seen > lines:
@@ -59,7 +59,7 @@ class MetricsLog:
     def write(
         self, stage: str, step: int, values: Mapping[str, Any], *, phase: str | None = None
     ) -> None:
-        """Adds a line. Numbers that JSON cannot hold become null."""
+        """Adds a line. Numbers that JSON cannot hold, NaN and infinity, become null."""
         if not is_first():
             return
         line: dict[str, Any] = {"stage": stage}
@@ -75,11 +75,11 @@ class MetricsLog:
             try:
                 self._trackers[name].write(stage, step, numbers)
             except Exception as error:
-                print(f"{name} failed ({error}); going on without it", file=sys.stderr)
+                print(f"{name} failed ({error}); continuing without it", file=sys.stderr)
                 del self._trackers[name]
 
     def lines(self, stage: str) -> int:
-        """How many lines ``stage`` has; synced to disk, so that a checkpoint may count on them."""
+        """Syncs the log to disk for a checkpoint; returns the number of lines of ``stage``."""
         return on_first(lambda: self._lines(stage))
 
     def _lines(self, stage: str) -> int:
@@ -99,7 +99,7 @@ class MetricsLog:
 
 
 def open_metrics(run: Path, config: LoggingConfig, settings: Mapping[str, Any]) -> MetricsLog:
-    """The log of a run with the trackers that the config asks for."""
+    """Opens the log of a run with the trackers that the config asks for."""
     trackers: dict[str, Tracker] = {}
     makers: dict[str, tuple[Any, Callable[[], Tracker]]] = {
         "TensorBoard": (config.tensorboard, lambda: _TensorBoard(run / "tensorboard")),
@@ -114,12 +114,12 @@ def open_metrics(run: Path, config: LoggingConfig, settings: Mapping[str, Any]) 
         try:
             trackers[name] = make()
         except Exception as error:
-            print(f"{name} could not start ({error}); going on without it", file=sys.stderr)
+            print(f"{name} could not start ({error}); continuing without it", file=sys.stderr)
     return MetricsLog(run / "metrics.jsonl", trackers)
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The events of a log, and how many lines hold none: a killed process leaves one half written.
+    """Returns the events of a log, and the number of lines that killed processes left half written.
 
     Raises:
       UserError: the file cannot be read.
@@ -164,7 +164,7 @@ class _WandB:
         self._run = wandb.init(project=project, name=name, config=dict(settings), resume="allow")
 
     def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        # Stages count their own steps, and wandb wants one growing count: the step is a value.
+        # wandb needs one growing count, but stages count their own steps: log the step as a value.
         named = {f"{stage}/{name}": value for name, value in values.items()}
         self._run.log({**named, f"{stage}/step": step})
 
@@ -173,7 +173,7 @@ class _WandB:
 
 
 def _number(value: Any) -> Any:
-    """A JSON value: numpy and jax scalars as Python numbers, NaN and infinity as null."""
+    """Returns a JSON value: numpy and jax scalars as Python numbers, NaN and infinity as null."""
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

@@ -1,4 +1,4 @@
-"""Models of a run: loaded, placed on the mesh, ready to be trained or used."""
+"""The models of a run: loaded, placed on the mesh, and ready for training or inference."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Model:
     """A model of a run.
 
     Attributes:
-      spec: its static half.
-      frozen: weights that do not learn (``{}`` with ``trainable: full``).
+      spec: the static half of the model.
+      frozen: weights that do not learn; ``{}`` with ``trainable: full``.
       trainable: what learns: the adapter, or all weights in float32.
-      folder: where its weights came from.
+      folder: the folder that its weights were read from.
     """
 
     spec: ModelSpec
@@ -48,7 +48,7 @@ class Model:
         return self.spec.config
 
     def at(self, trainable: Tree) -> Model:
-        """The same model with what it has learnt since."""
+        """Returns the same model with newer trained weights."""
         return dataclasses.replace(self, trainable=trainable)
 
     @property
@@ -58,7 +58,7 @@ class Model:
 
     @property
     def weight_shapes(self) -> Weights:
-        """Shapes of ``weights``; of a model of shapes too."""
+        """The shapes of ``weights``, also for a model that consists of shapes."""
         found: Weights = jax.eval_shape(self.spec.bind, self.frozen, self.trainable)
         return found
 
@@ -74,23 +74,23 @@ class Model:
 
 
 def model_origin(section: ModelSection) -> str:
-    """Folder or hub name that a section's weights come from."""
+    """Returns the folder or hub name that a section's weights come from."""
     return section.init.path if section.init else str(section.path)
 
 
 def lora_config(section: ModelSection) -> LoraConfig:
-    """The fresh adapter that a section asks for."""
+    """Returns the configuration of the new adapter that a section asks for."""
     lora = section.lora
     return LoraConfig(lora.rank, lora.alpha, lora.targets, lora.dropout)
 
 
 def quantization(section: ModelSection) -> Method | None:
-    """How the frozen linear layers of a section's model are kept; None for as they are."""
+    """Returns how a section's frozen linear layers are quantised; None if they are not."""
     return None if section.quantize == "none" else section.quantize
 
 
 def model_identity(section: ModelSection) -> str:
-    """Fingerprint of the files that a section names."""
+    """Returns a fingerprint of the files that a section names."""
     return on_first(lambda: _model_identity(section))
 
 
@@ -109,9 +109,9 @@ def load_for_training(section: ModelSection, *, role: str, seed: int, mesh: Mesh
 
     Args:
       section: ``config.proxy`` or ``config.student``.
-      role: names the key of the fresh adapter's random numbers.
-      seed: of the run.
-      mesh: where the arrays go.
+      role: ``proxy`` or ``student``; selects the random key of a new adapter.
+      seed: seed of the run.
+      mesh: mesh that the arrays are placed on.
 
     Raises:
       UserError: files are missing, damaged or do not fit.
@@ -119,7 +119,7 @@ def load_for_training(section: ModelSection, *, role: str, seed: int, mesh: Mesh
     folder = local_folder(model_origin(section))
     full = section.trainable == "full"
     config = read_config(folder)
-    # An axis of the mesh that does not divide an array is a sentence before anything is read.
+    # Report a mesh axis that does not divide an array before reading any weights.
     tree_shardings(abstract_params(config, quantize=quantization(section)), mesh)
     config, params = load_model(
         folder,
@@ -152,14 +152,14 @@ def load_for_training(section: ModelSection, *, role: str, seed: int, mesh: Mesh
 
 
 def check_tokenizers(config: Config, corpus: TokenCorpus) -> None:
-    """Refuses a proxy or a student that the corpus's token ids are not made for.
+    """Checks that the proxy and the student use the token ids of the corpus.
 
-    Looked at before anything is trained: soft labels are token ids, and a mismatch would show only
-    in a student that learns nonsense. A model folder without a tokenizer is taken at its word.
+    Soft labels are token ids, so a mismatch would only show in a student that learns nonsense. This
+    check therefore precedes any training. A model folder without a tokenizer is not checked.
 
     Raises:
-      UserError: the maps from tokens to ids differ (the first differences are named), or there are
-        ids without an embedding.
+      UserError: the maps from tokens to ids differ (the message names the first differences), or
+        some ids have no embedding.
     """
     from proxykd_jax.texts.tokenizer import (
         check_embedding_rows,
@@ -168,7 +168,7 @@ def check_tokenizers(config: Config, corpus: TokenCorpus) -> None:
     )
 
     ours = load_tokenizer(corpus.tokenizer_path)
-    # Where no proxy is used the key may name one of another family.
+    # A method without a proxy ignores this key, so it may name a model with another vocabulary.
     used = config.needs != "nothing"
     sections = (config.proxy, config.student) if used else (config.student,)
     for origin in dict.fromkeys(model_origin(section) for section in sections):

@@ -1,4 +1,4 @@
-"""Adam as the config asks for it (paper, 4.2: Adam, constant 1e-5, no decay, no clipping)."""
+"""Adam as configured (the paper, section 4.2: constant 1e-5, no decay, no clipping)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from proxykd_jax.config import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Learning rate by step: linear warm-up, then constant, cosine or linear to zero."""
+    """Returns the learning rate by step: linear warm-up, then constant, cosine or linear to 0."""
     peak = config.learning_rate
     rest = max(total_steps - config.warmup_steps, 1)
     after: optax.Schedule
@@ -20,7 +20,7 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
         after = optax.linear_schedule(peak, 0.0, rest)
     if config.warmup_steps == 0:
         return after
-    # Step 0 already moves: a rate of zero would waste it.
+    # The rate of step 0 is not zero, which would waste the step.
     warmup = optax.linear_schedule(
         peak / config.warmup_steps, peak, max(config.warmup_steps - 1, 1)
     )
@@ -28,7 +28,7 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """Clipping, Adam, decoupled decay and the schedule, in this order."""
+    """Chains clipping, Adam, decoupled weight decay and the schedule, in this order."""
     parts = []
     if config.clip_norm is not None:
         parts.append(optax.clip_by_global_norm(config.clip_norm))

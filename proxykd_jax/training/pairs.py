@@ -1,4 +1,4 @@
-"""Pairs of eq. 6 as batches: the teacher's answers beside the proxy's own."""
+"""Batches of the pairs of eq. 6: the teacher's answers and the proxy's own answers."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def shares_prompt(
     chosen: np.ndarray,
     rejected: np.ndarray,
 ) -> bool:
-    """Whether both answers of a pair stand in one row.
+    """Returns whether both answers of a pair share one row behind their common prompt.
 
-    Not under dynamic rope scaling, which is a function of the length of a row.
+    They never do with dynamic rope scaling, which depends on the length of a row.
 
     Args:
-      preference, model: of the run; ``auto`` is decided by the work of a step.
+      preference, model: of the run; ``auto`` chooses the layout that makes a step cheaper.
       prompts, chosen, rejected: integer[n], tokens of each pair's parts.
     """
     if not may_share_prompt(preference, model):
@@ -38,7 +38,7 @@ def shares_prompt(
 
 
 def may_share_prompt(preference: PreferenceConfig, model: ModelConfig) -> bool:
-    """Whether both may, whatever their lengths."""
+    """Returns whether both answers may share a row, whatever their lengths."""
     return preference.share_prompt is not False and model.rope.kind != "dynamic"
 
 
@@ -47,15 +47,15 @@ class PairRows:
 
     Args:
       rows: prompts with y.
-      samples: y-hat. The reference log-probs are those that it has by now.
-      preference, model: of the run; see ``shares_prompt``.
+      samples: y-hat. Reference log-probs are read once, at construction.
+      preference, model: see ``shares_prompt``.
 
     Attributes:
-      share_prompt: both answers stand in one row behind their prompt, which is computed once;
-        else each has a row with the prompt, as long as the longer of both needs.
-      positions: integer[n], places that each pair takes.
-      mean_tokens: of both answers of a pair.
-      answers: integer[n], places of these, inside the mask, whose label is a token of an answer.
+      share_prompt: True if both answers stand in one row behind their prompt, which is computed
+        once. Otherwise each answer has a row with the prompt, as long as the longer one needs.
+      positions: integer[n], positions that each pair takes.
+      mean_tokens: mean number of tokens of a pair's two answers together.
+      answers: integer[n], positions inside the mask, whose label is an answer's token.
     """
 
     def __init__(
@@ -74,11 +74,11 @@ class PairRows:
         self.positions = rows.lengths - 1 - chosen + self.answers
 
     def longest(self, max_length: int) -> int:
-        """Tokens that the longest row may stand for, in a corpus of rows of so many."""
+        """Returns the most tokens of a row, in a corpus whose rows have up to ``max_length``."""
         return 2 * max_length if self.share_prompt else max_length
 
     def collate(self, planned: PlannedBatch) -> Pairs:
-        """The arrays of a planned batch."""
+        """Returns the arrays of a planned batch."""
         places = [row[0] for row in planned.rows if row]
         found = zip(self._rows.read(places), self._samples.read(places), strict=True)
         return collate_pairs(
@@ -90,7 +90,7 @@ class PairRows:
 
 
 def pair_answers(chosen: np.ndarray, rejected: np.ndarray, *, share_prompt: bool) -> np.ndarray:
-    """integer[n], positions inside the mask of a pair's row, from those of its two answers."""
+    """Returns integer[n], masked positions of a pair's row, from those of its two answers."""
     return chosen + rejected if share_prompt else np.maximum(chosen, rejected)
 
 
@@ -101,13 +101,13 @@ def collate_pairs(
     *,
     share_prompt: bool,
 ) -> Pairs:
-    """Pairs as the arrays of a batch.
+    """Collates pairs into the arrays of a batch.
 
     Args:
-      pairs: of each row that is no padding the prompt with y and the same prompt with y-hat, which
-        is None where none is usable.
+      pairs: for each row that is not padding, the prompt with y and the same prompt with y-hat, or
+        None if y-hat is not usable.
       planned: the batch.
-      references: float32[n] log-probs of y and of y-hat, by place.
+      references: two float32[n], log-probs of y and of y-hat by place.
       share_prompt: see ``PairRows``.
     """
     given = iter(pairs)

@@ -1,8 +1,8 @@
-"""A phase: what is trained between two checkpoints, as one value.
+"""A phase describes, as one value, what is trained between two checkpoints.
 
-A warm-up, a round of alignment, a student's training: a stage is a list of them. The trainer runs a
-phase (``training.loop``), ``--dry-run`` counts it, ``plan`` compiles it, and a checkpoint numbers
-it by its place in the list.
+A stage is a list of phases, such as a warm-up, a round of alignment or a student's training. The
+trainer runs a phase (``training.loop``), ``--dry-run`` counts it, ``plan`` compiles it, and a
+checkpoint refers to it by its number in the list.
 """
 
 from __future__ import annotations
@@ -40,31 +40,31 @@ class Phase:
     """A part of a stage's training, from one checkpoint to the next.
 
     Attributes:
-      name: in the log and in the manifest.
+      name: name in the log and in the manifest.
       spec: the static half of the models that a step reads.
       objective: what a step minimises.
-      optimizer: a phase with the very optimizer of the phase before goes on with its state; with
-        another one it begins anew.
-      rows: that are learnt from, or whose prompts are answered.
-      plan: the batches of their epochs.
-      steps: that are taken where nothing stops earlier; 0 for a phase that is left out.
-      microbatches: parts that a batch is computed in.
-      seed: of the run.
+      optimizer: if it is the same object as in the phase before, its state is kept; otherwise its
+        state starts anew.
+      rows: rows that are learnt from, or whose prompts are answered.
+      plan: the batches of each epoch.
+      steps: steps taken if nothing stops earlier; 0 skips the phase's steps.
+      microbatches: number of parts that a batch is computed in.
+      seed: seed of the run.
       frozen: weights that do not learn, as ``spec.bind`` takes them.
       trainable: what learns, before the first step of the stage's first phase.
-      collate: a planned batch to the arrays of a step, for batches that are on disk.
+      collate: (planned batch) -> arrays of a step, for batches that are on disk.
       make_batch: ``(state, frozen, step) -> batch`` on the devices, for batches that are made from
         the state that they train. One of ``collate`` and ``make_batch`` is None.
-      prepare: fills in what must be read or computed before the phase's next step. It is called
-        once a process, with the trainer at the phase's first step or where it goes on.
-      before: figures that stand before the stage's first step, of the untrained state.
-      after: figures of the state that the phase ends with; ``time/...`` stands in the log alone.
-      keep: whether the checkpoint at its end stays for good.
-      ends_stage: whether no other phase follows, now that this one is over.
-      check_first: sees the metrics of the phase's first step, and raises if they are wrong.
-      diagnoses: whether the gradient norms of the loss's terms are taken on a batch.
-      make_step: makes a step of several updates, in place of one update.
-      programs: the programs that the phase starts, for ``plan``; of a sketch alone.
+      prepare: reads or computes what the next step needs. It is called once per process, with the
+        trainer at the phase's first step or at the step where it resumes.
+      before: figures of the untrained state, logged before the stage's first step.
+      after: figures of the phase's final state; names ``time/...`` go to the log alone.
+      keep: whether the checkpoint at the end of the phase is never removed.
+      ends_stage: whether the stage ends after this phase.
+      check_first: checks the metrics of the phase's first step; raises if they are wrong.
+      diagnoses: whether a batch is used to measure the gradient norms of the loss's terms.
+      make_step: makes a step of several updates instead of one.
+      programs: the programs that the phase starts, for ``plan``; set in a sketch alone.
     """
 
     name: str
@@ -91,12 +91,12 @@ class Phase:
     programs: Callable[[Phase], list[Program]] = lambda phase: []
 
     def with_(self, **fields: Any) -> Phase:
-        """The same phase with other fields."""
+        """Returns the same phase with other fields."""
         return dataclasses.replace(self, **fields)
 
     @property
     def tokens(self) -> int:
-        """Tokens that all its steps read from its rows: prompts and stored answers.
+        """Tokens that all steps read from the phase's rows: prompts and stored answers.
 
         Answers that a model draws during the phase are not counted.
         """
@@ -110,11 +110,11 @@ class Phase:
         return total
 
     def step(self) -> Step:
-        """``step(state, frozen, batch) -> (state, metrics)``, compiled where it is called."""
+        """Returns ``step(state, frozen, batch) -> (state, metrics)``, compiled when called."""
         return self.update() if self.make_step is None else self.make_step(self)
 
     def update(self) -> Step:
-        """One update by the objective's gradient, as ``step`` is called."""
+        """Returns a step that makes one update with the objective's gradient."""
         return make_train_step(
             self.spec,
             self.objective,
@@ -124,7 +124,7 @@ class Phase:
         )
 
     def diagnosis(self) -> Callable[[TrainState, Tree, Any], Metrics] | None:
-        """The gradient norms of the loss's terms; None where it has one term."""
+        """Returns what measures the gradient norms of the loss's terms; None for a single term."""
         if not self.objective.terms():
             return None
         return make_diagnosis(self.spec, self.objective, microbatches=self.microbatches)

@@ -1,7 +1,7 @@
-"""The programs of a stage's phases from shapes alone, as its steps would start them.
+"""The programs of a stage's phases from array shapes alone, as its steps would start them.
 
-Nothing is loaded: weights, states and batches are abstract arrays with the shardings that the
-table gives them. What a method starts beside an ordinary step is in the method's own file.
+Nothing is loaded (see ``training.abstract``). Programs that only one method starts are defined in
+the method's own file.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ if TYPE_CHECKING:
 
 
 def text_programs(run: StageRun, name: str, phase: Phase) -> list[Program]:
-    """A step on texts."""
+    """Returns the step on texts."""
     return [step_program(run, phase, name, rows_of(run))]
 
 
 def label_programs(run: StageRun, ids: int, phase: Phase, **options: Any) -> list[Program]:
-    """A step on texts with soft labels of so many ids a position."""
+    """Returns the step on texts with soft labels of ``ids`` ids per position."""
     return [step_program(run, phase, "distill", labels_of(run, ids), **options)]
 
 
 def round_programs(run: StageRun, phase: Phase) -> list[Program]:
-    """Answers of the proxy, references of the pairs, and the step on pairs."""
+    """Returns a round's programs: the proxy's answers, reference log-probs, the step on pairs."""
     found = [sampling_program(run, run.model, phase)]
     if run.config.align.preference.loss in REFERENCE_LOSSES:
         found.append(_reference(run, phase))
@@ -68,7 +68,7 @@ def round_programs(run: StageRun, phase: Phase) -> list[Program]:
 
 
 def pair_program(run: StageRun, phase: Phase, name: str) -> Program:
-    """A step on pairs."""
+    """Returns the step on pairs."""
     objective = phase.objective
     assert isinstance(objective, AlignObjective)
     pair, length = (objective.preference, phase.spec.config), longest(run)
@@ -82,7 +82,7 @@ def pair_program(run: StageRun, phase: Phase, name: str) -> Program:
 
 
 def longest(run: StageRun) -> int:
-    """Positions of the longest rows."""
+    """Returns the positions of the longest rows."""
     return default_buckets(run.config.corpus.max_length)[-1]
 
 
@@ -90,16 +90,16 @@ def longest(run: StageRun) -> int:
 
 
 def rows_of(run: StageRun) -> Callable[[int], TokenBatch]:
-    """Shapes of so many rows of the stage."""
+    """Returns a function from a number of rows to the shapes of such a batch of the stage."""
     length = longest(run)
-    # Packed rows are planned with as many places as rows of half the length would need.
+    # Assumes packed rows of as many examples as half the length would allow.
     packed = run.section.batching == "pack"
     segments = packed_segments(np.array([length // 2]), length) if packed else 1
     return lambda rows: abstract_rows(rows, length, segments)
 
 
 def _pairs(rows: int, length: int, share_prompt: bool) -> Pairs:
-    """The longest; in one row where a round's lengths may choose that, which needs more memory."""
+    """Returns the largest pairs: both answers in one row, if a round may choose that layout."""
     logps = jax.ShapeDtypeStruct((rows,), jnp.float32)
     rest = (logps, logps, jax.ShapeDtypeStruct((rows,), jnp.bool_))
     if not share_prompt:
@@ -112,14 +112,14 @@ def _pairs(rows: int, length: int, share_prompt: bool) -> Pairs:
 def _rows_of_pair(
     lengths: Lengths, preference: PreferenceConfig, model: ModelConfig
 ) -> tuple[int, int]:
-    """The rows of a pair, and the tokens of each."""
+    """Returns (rows of a pair, tokens of each row)."""
     prompt, answer = np.array([lengths.prompt]), np.array([lengths.answer])
     shared = shares_prompt(preference, model, prompt, answer, answer)
     return (1, lengths.row + lengths.answer) if shared else (2, lengths.row)
 
 
 def labels_of(run: StageRun, top_k: int) -> Callable[[int], DistillBatch]:
-    """Shapes of so many rows with soft labels."""
+    """Returns a function from a number of rows to the shapes of a batch with soft labels."""
     length, batch_of = longest(run), rows_of(run)
 
     def batch(rows: int) -> DistillBatch:
@@ -142,18 +142,18 @@ def labels_of(run: StageRun, top_k: int) -> Callable[[int], DistillBatch]:
 
 
 def sampling_program(run: StageRun, model: Model, phase: Phase | None) -> Program:
-    """Answers of the proxy, or of the student that SODA draws from.
+    """Returns the program that draws answers of the proxy, or of the student for SODA.
 
     Args:
       run: a sketch.
-      model: that answers.
-      phase: whose optimizer is held meanwhile; None where nothing is trained by then.
+      model: the model that answers.
+      phase: the phase whose optimizer state is held meanwhile; None before any training.
     """
     config = run.config
     sampling = config.align.sampling
 
     def resident(mesh: Mesh) -> int:
-        """The optimizer's state; and the weights as training has them, if that is elsewhere."""
+        """The optimizer's state, and the trained weights if sampling has another sharding."""
         axes = dict(mesh.shape)
         trained = config.mesh.of(run.stage).model_dump(include={"fsdp", "tensor"})
         held = 0 if phase is None else bytes_per_device(state_of(phase).opt_state, trained)
@@ -197,7 +197,7 @@ def _reference(run: StageRun, phase: Phase) -> Program:
 
 
 def scoring_program(run: StageRun) -> Program:
-    """Soft labels of the aligned proxy."""
+    """Returns the program that computes the aligned proxy's soft labels."""
     model, length = run.model, longest(run)
     spec, score = model.spec, run.config.score
 

@@ -1,4 +1,4 @@
-"""The proxy of a round on a server: written to disk, loaded, and taken down again."""
+"""Serves the proxy of a round: writes its weights, has a server load them, and unloads them."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ def serving(
     corpus: TokenCorpus,
     round_index: int,
 ) -> Iterator[SampleFunction]:
-    """A ``draw(prompts, row_ids, budgets)`` by the configured server, within the block.
+    """Gives a ``draw(prompts, row_ids, budgets)`` by the configured server, within the block.
 
-    The weights go to ``<run>/served`` and to the server with the first prompts; when the block
-    ends they are unloaded and removed, as is what a killed run left there.
+    The first draw writes the weights to ``<run>/served`` and has the server load them. The end of
+    the block unloads and removes them, and what a killed run left there.
 
     Args:
-      config: of the run, with ``align.sampling.server``.
+      config: config of the run, with ``align.sampling.server``.
       model, weights: one state of the proxy: its architecture, and (params, adapter).
       settings, round_index: as in ``sampler.sample``.
-      corpus: for its tokenizer.
+      corpus: the corpus; its tokenizer is used.
 
     Raises:
       UserError: the server cannot be used; see ``ServerClient``.
     """
     server = config.align.sampling.server
-    assert server is not None  # the caller's business
+    assert server is not None  # the caller checks this
     client = ServerClient(server, model_origin(config.proxy))
     place = config.folder / "served"
-    # A server may keep what it loaded under a name, so no two states have the same one.
+    # Each state gets a name of its own, because a server may cache what it loaded under a name.
     name = on_first(lambda: f"{config.name}-round-{round_index:02d}-{secrets.token_hex(4)}")
     folder = place / name
     made: list[SampleFunction] = []
@@ -67,7 +67,7 @@ def serving(
 
         on_first(prepare)
         if server.serves == "adapter":
-            assert weights[1] is not None  # the config: an adapter is served of trainable: lora
+            assert weights[1] is not None  # the config allows this only with trainable: lora
             save_adapter(folder, weights[1], model, client.base)
         else:
             save_merged(folder, model, *weights, config, corpus, dtype=config.proxy.dtype)
@@ -82,7 +82,7 @@ def serving(
         )
 
     def draw(prompts: list[np.ndarray], row_ids: list[str], budgets: list[int]) -> list[Sample]:
-        """One process asks, and tells the others."""
+        """Asks the server on one process, which passes the answers on to the others."""
         if not made:
             made.append(load())
         return [
@@ -103,7 +103,7 @@ def serving(
 
 
 def _clear(place: Path, client: ServerClient) -> None:
-    """Unloads and removes what is in the folder of served weights."""
+    """Unloads and removes everything in the folder of served weights."""
     for folder in sorted(place.glob("*")):
         client.unload(folder.name)
     shutil.rmtree(place, ignore_errors=True)

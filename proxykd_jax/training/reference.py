@@ -1,13 +1,12 @@
-"""log pi_ref of a round's pairs: computed once, at the round's start, and stored.
+"""log pi_ref of a round's pairs, computed once at the start of the round and stored.
 
-In bfloat16 the log-prob of a sequence depends on how it is computed. A batch of another shape, or a
-program that keeps nothing for a backward pass, rounds elsewhere and moves the sum by several nats.
-So the reference sees the very batches of the round's first epoch, and computes them by the forward
-pass that the training step differentiates (``_forward_of_step``).
+In bfloat16 the log-prob of a sequence depends on how it is computed. Another batch shape, or a
+program that keeps nothing for a backward pass, rounds differently and moves the sum by several
+nats. The reference is therefore computed on the same batches as the round's first epoch, by the
+forward pass that the training step differentiates (``_forward_of_step``).
 
-In float32 it hardly matters, and the sampler has the log-probs of y-hat already. Where those of the
-first batch agree with the training forward, the others are taken as they are, and y alone is
-computed.
+In float32 this hardly matters, and the sampler already has the log-probs of y-hat. If those of the
+first batch agree with the training forward pass, the rest are used too, and only y is computed.
 """
 
 from __future__ import annotations
@@ -38,8 +37,7 @@ from proxykd_jax.training.steps import split_rows
 from proxykd_jax.types import Pairs, TokenBatch
 
 LN_2 = math.log(2)
-# Nats a sequence by which log-probs summed while sampling may differ from the training forward's
-# and still be the reference's.
+# Log-probs from sampling may differ from the training forward pass by this many nats per sequence.
 _AGREEMENT = 1e-3
 
 
@@ -56,25 +54,25 @@ def store_references(
     mesh: Mesh,
     report: Callable[[int, int], None],
 ) -> None:
-    """Makes the parts of a store's reference log-probs that are not there yet.
+    """Computes the parts of a store's reference log-probs that are missing.
 
-    The first part is the first batch, which decides whether the sampler's log-probs serve.
+    The first part is the first batch; it decides whether the sampler's log-probs can be used.
 
     Args:
-      store: all of whose answers are there.
+      store: a store with all of its answers.
       plan: the round's batches.
-      collate: as in training; the references in its batches are not looked at.
-      model: the proxy that the round begins with.
+      collate: as in training; the references in its batches are ignored.
+      model: the proxy at the start of the round.
       rows: prompts with y, in the store's order.
-      plan_chosen: batches of some of these rows, without y-hat and one in a row; None where another
-        model answered, whose log-probs cannot serve.
+      plan_chosen: rows -> batches of these rows without y-hat, one in a row; None if another model
+        answered, because its log-probs cannot be used.
       microbatches: as in training.
-      batches_per_part: a killed run loses at most so many batches.
-      mesh: over which the rows are split.
-      report: called with (parts there, all parts) after each.
+      batches_per_part: batches in a part; a killed run loses at most one part.
+      mesh: mesh that the rows are split over.
+      report: called with (finished parts, all parts) after each part.
 
     Raises:
-      UserError: a log-prob is no finite number, or the parts that are there leave out some pairs.
+      UserError: a log-prob is not finite, or the stored parts leave out some pairs.
     """
     weights = (model.frozen, model.trainable)
     options: dict[str, Any] = {"spec": model.spec, "microbatches": microbatches}
@@ -118,14 +116,14 @@ def store_references(
 
 
 def sampled_logps_serve(sampled: np.ndarray, computed: np.ndarray) -> bool:
-    """Whether log-probs summed while sampling are those of the training forward.
+    """Returns whether log-probs summed while sampling equal those of the training forward pass.
 
     Args:
-      sampled: float32[n], of some answers; NaN where a server drew them.
-      computed: float32[n], of the same.
+      sampled: float32[n], log-probs of some answers; NaN if a server drew them.
+      computed: float32[n], log-probs of the same answers by the training forward pass.
 
     Returns:
-      All agree within 1e-3 nats, and there are some.
+      True if n > 0 and all agree within 1e-3 nats.
     """
     gaps = np.abs(sampled - computed)
     return bool(len(gaps)) and bool((gaps <= _AGREEMENT).all())
@@ -138,7 +136,7 @@ def _computed(
     batches: range,
     mesh: Mesh,
 ) -> tuple[np.ndarray, ...]:
-    """Places of the examples in these batches, and their log-probs."""
+    """Returns the places of the examples in these batches, and their log-probs."""
     start, stop = batches.start, batches.stop
     placed = placed_batches(lambda epoch: planned, collate, start=start, stop=stop, mesh=mesh)
     found = fetch([logps_of(batch) for batch in placed])
@@ -150,19 +148,19 @@ def _computed(
 def check_first_dpo_loss(
     loss: float, spec: ModelSpec, *, beta: float, tokens: float, folder: Path
 ) -> None:
-    """Before the first step policy and reference are one model, so the loss is ln 2.
+    """Checks that the loss is ln 2: before the first step policy and reference are one model.
 
-    Under dropout they are not; 0 says that no pair of the batch was usable.
+    It is not checked under dropout, nor if it is 0 because no pair of the batch was usable.
 
     Args:
-      loss: of eq. 4, the first step's, nats.
-      spec: of the model.
-      beta: of eq. 4.
-      tokens: of both answers of the mean pair.
-      folder: of the round's answers, for the message.
+      loss: loss of eq. 4 at the first step, nats.
+      spec: the static half of the model.
+      beta: beta of eq. 4.
+      tokens: mean number of tokens of a pair's two answers together.
+      folder: folder of the round's answers, for the message.
 
     Raises:
-      UserError: it is another number (see ``first_loss_tolerance``).
+      UserError: the loss is not ln 2 (see ``first_loss_tolerance``).
     """
     dropout = spec.config.lora is not None and spec.config.lora.dropout > 0
     if dropout or loss == 0.0:
@@ -171,25 +169,25 @@ def check_first_dpo_loss(
     if not abs(loss - LN_2) <= tolerance:
         raise UserError(
             f"The first DPO loss is {loss:.6f}, but before the first step the model is its own "
-            f"reference, so that it must be ln 2 = {LN_2:.6f} (within {tolerance:.4f} for "
-            f"{spec.dtype} and {tokens:.0f} tokens a pair). The reference log-probs in "
-            f"{folder} are those of another model, or this device rounds otherwise than "
-            f"in the training step. Nothing was saved. Remove {folder} to make them anew; "
-            "if the message returns, set the model's dtype: float32."
+            f"reference, so it must be ln 2 = {LN_2:.6f} (within {tolerance:.4f} for "
+            f"{spec.dtype} and {tokens:.0f} tokens a pair). Either the reference log-probs in "
+            f"{folder} are those of another model, or this device computed them with another "
+            f"rounding than the training step. Nothing was saved. Remove {folder} to compute them "
+            "again; if the message returns, set the model's dtype: float32."
         )
 
 
 def first_loss_tolerance(dtype: str, *, beta: float, tokens: float) -> float:
-    """How far the first DPO loss may be from ln 2, nats.
+    """Returns how far the first DPO loss may be from ln 2, in nats.
 
-    The loss moves by beta / 2 times the error of the pair's log-ratio. An error of one rounding
-    step of ``dtype`` a token adds up as the square root of the tokens. On top comes the bound
-    that float32 has always kept.
+    The loss moves by beta / 2 times the error of the pair's log-ratio. Errors of one rounding step
+    of ``dtype`` per token add up as the square root of the number of tokens. The constant is
+    the bound for float32.
 
     Args:
       dtype: precision of the computation.
-      beta: of eq. 4.
-      tokens: of both answers of the mean pair.
+      beta: beta of eq. 4.
+      tokens: mean number of tokens of a pair's two answers together.
     """
     return 1e-3 + beta / 2 * float(jnp.finfo(dtype).eps) * math.sqrt(tokens)
 
@@ -198,9 +196,9 @@ def first_loss_tolerance(dtype: str, *, beta: float, tokens: float) -> float:
 def pair_logps(
     frozen: Tree, trainable: Tree, batch: Pairs, *, spec: ModelSpec, microbatches: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Summed log-probs of y and of y-hat, float32[B] each, by the training step's forward pass.
+    """Sums the log-probs of y and of y-hat, float32[B] each, by the training step's forward pass.
 
-    Without dropout, and 0 for a row without an answer.
+    There is no dropout. A row without an answer has 0.
     """
 
     def sums(trainable: Tree, part: Pairs) -> tuple[jax.Array, jax.Array]:
@@ -213,7 +211,7 @@ def pair_logps(
 def answer_logps(
     frozen: Tree, trainable: Tree, batch: TokenBatch, *, spec: ModelSpec, microbatches: int
 ) -> tuple[jax.Array]:
-    """Summed log-probs of rows with one answer each, float32[B], as ``pair_logps`` has them."""
+    """Sums the log-probs of rows with one answer each, float32[B], as ``pair_logps`` does."""
 
     def sums(trainable: Tree, part: TokenBatch) -> tuple[jax.Array]:
         logps_BL, _, _ = label_logps(*spec.bind(frozen, trainable), part, spec)
@@ -230,13 +228,13 @@ def _forward_of_step(
     spec: ModelSpec,
     microbatches: int,
 ) -> Any:
-    """``sums(trainable, rows)`` of all rows, rounded as the training step rounds them.
+    """Computes ``sums(trainable, rows)`` of all rows, rounded as the training step rounds them.
 
-    A compiler keeps more digits between operations that it fuses, and it fuses others where the
+    A compiler keeps more digits between operations that it fuses, and it fuses differently if
     results are kept for a backward pass. Below float32 the forward pass therefore keeps what the
-    backward pass would read. A branch that is never taken reads it, so that no compiler can leave
-    it out; the log-probs then equal those of the step bit by bit on a CPU (tests/training).
-    In float32 the plain forward pass is within 1e-3 nats a sequence and takes half of the time.
+    backward pass would read. A branch that is never taken reads it, so no compiler can remove it.
+    The log-probs then equal those of the step bit by bit on a CPU (tests/training). In float32 the
+    plain forward pass is within 1e-3 nats a sequence and takes half of the time.
     """
 
     def of_part(part: Any) -> Any:
@@ -245,7 +243,7 @@ def _forward_of_step(
         found, backward = jax.vjp(lambda trainable: sums(trainable, part), trainable)
         given = {id(leaf) for leaf in jax.tree.leaves((frozen, trainable, part))}
         kept = [leaf for leaf in jax.tree.leaves(backward) if id(leaf) not in given]
-        never = jnp.any(jax.tree.leaves(part)[0] < 0)  # token ids; the compiler does not know
+        never = jnp.any(jax.tree.leaves(part)[0] < 0)  # no token id is, but no compiler knows
         return jax.lax.cond(never, _read, lambda _, found: found, kept, found)
 
     if microbatches == 1:
@@ -255,6 +253,6 @@ def _forward_of_step(
 
 
 def _read(kept: list[jax.Array], found: Any) -> Any:
-    """``found`` as a function of all that was kept."""
+    """Returns ``found`` as a function of everything that was kept."""
     total = sum((jnp.sum(x.astype(jnp.float32)) for x in kept), jnp.zeros(()))
     return jax.tree.map(lambda x: x + total, found)

@@ -1,4 +1,4 @@
-"""Finished proxies and students: which checkpoint counts, and the model that it holds."""
+"""Loads finished proxies and students: selects a checkpoint and restores its model."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ Which = Literal["best", "last"]
 
 
 def finished_step(folder: Path, which: Which) -> int | None:
-    """The step that ``best`` or ``last`` means in a finished stage; None where nothing learnt."""
+    """Returns the step of the ``best`` or ``last`` state of a stage; None if nothing was trained;
+    raises UserError if the stage is not complete."""
     manifest = read_json(folder / MANIFEST)
     if manifest.get("status") != "complete":
-        raise UserError(f"{folder} is not complete; run its stage again, which goes on with it.")
+        raise UserError(f"{folder} is not complete; run its stage again, which continues it.")
     best, last = manifest["best_step"], manifest["last_step"]
     return best if which == "best" and best is not None else last
 
@@ -34,16 +35,16 @@ def load_finished(
     mesh: Mesh,
     which: Which | int,
 ) -> Model:
-    """The model of a finished stage.
+    """Returns the model of a finished stage.
 
     Args:
-      section: where its frozen weights come from.
-      folder: the stage's folder.
+      section: section of the config that names its frozen weights.
+      folder: folder of the stage.
       role, seed, mesh: as in ``load_for_training``.
       which: ``best``, ``last``, or the step of a checkpoint that was kept.
 
     Raises:
-      UserError: not finished, no such checkpoint, or damaged files.
+      UserError: the stage is not finished, or the checkpoint is missing or damaged.
     """
     model = load_for_training(section, role=role, seed=seed, mesh=mesh)
     step = which if isinstance(which, int) else finished_step(folder, which)
@@ -60,7 +61,7 @@ def load_finished(
 
 
 def load_aligned_proxy(config: Config, mesh: Mesh, which: Which | int | None = None) -> Model:
-    """The proxy that ``align`` left behind; ``which`` defaults to ``export.state``."""
+    """Returns the proxy that ``align`` trained; ``which`` defaults to ``export.state``."""
     return load_finished(
         config.proxy,
         config.folder / "proxy",
@@ -72,14 +73,14 @@ def load_aligned_proxy(config: Config, mesh: Mesh, which: Which | int | None = N
 
 
 def aligned_proxy_identity(config: Config) -> dict[str, Any]:
-    """What the state that ``load_aligned_proxy`` takes is known by."""
+    """Returns what identifies the state that ``load_aligned_proxy`` restores."""
     folder = config.folder / "proxy"
     step = finished_step(folder, config.export.state)
     return {"stage": stage_identity(folder), "step": step}
 
 
 def load_student(config: Config, mesh: Mesh, which: Which | int | None = None) -> Model:
-    """The student that ``distill`` left behind."""
+    """Returns the student that ``distill`` trained; ``which`` defaults to ``export.state``."""
     return load_finished(
         config.student,
         config.folder / "student",

@@ -1,4 +1,4 @@
-"""Scoring with the aligned proxy: the pieces that ``score.main`` puts in order."""
+"""Scoring with the aligned proxy: the parts that ``score.main`` runs in order."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from proxykd_jax.training.metrics import MetricsLog
 from proxykd_jax.training.model import Model
 from proxykd_jax.training.restore import aligned_proxy_identity, load_aligned_proxy
 
-# Name of the store of the scorer's answers to the prompts of D_s.
+# Store of the scorer's answers to the prompts of D_s.
 SCORER_TEXT = "scorer"
 # The paper's Fig. 4 counts positions whose top-k probability exceeds this.
 _LARGE_MASS = 0.95
 
 
 class Scoring:
-    """One run of the stage.
+    """One run of the stage ``score``.
 
     Args:
-      config: of the run.
-      corpus: from ``prepare``.
+      config: config of the run.
+      corpus: corpus from ``prepare``.
 
     Attributes:
-      folder: of the store of soft labels.
+      folder: folder of the store of soft labels.
       config, corpus: as given.
       console: what a person sees.
 
     Raises:
-      UserError: batches that the mesh cannot split, or more log-probs than tokens.
+      UserError: the mesh cannot split a batch, or ``top_k`` exceeds the vocabulary.
     """
 
     def __init__(self, config: Config, corpus: TokenCorpus) -> None:
@@ -63,17 +63,17 @@ class Scoring:
         self._proxy = aligned_proxy_identity(config)
 
     def teacher_rows(self) -> dict[str, Rows]:
-        """The teacher's answers that the student will see."""
+        """Returns the teacher's answers that the student will see, by split."""
         return teacher_rows(self.config, self.corpus)
 
     def answer_fresh_prompts(self) -> dict[str, Rows]:
-        """Lets the proxy answer the prompts that have no teacher's answer, at temperature 1."""
+        """Lets the proxy answer prompts that the teacher has not answered, at temperature 1."""
         prompts = self.corpus.split(FRESH)
         answered = self.answer(FRESH, prompts, draw=0) if len(prompts) else ()
         return {FRESH: answered} if answered else {}
 
     def answer_distill_prompts(self) -> dict[str, Rows]:
-        """Lets the scorer answer the prompts of D_s once, at temperature 1.
+        """Lets the scorer answer each prompt of D_s once, at temperature 1.
 
         Raises:
           UserError: it answered none.
@@ -95,18 +95,18 @@ class Scoring:
         temperature: float = 1.0,
         rows: Sequence[int] | None = None,
     ) -> AnsweredSplit:
-        """Lets the proxy answer each prompt once, or goes on with it, in ``samples/<name>``.
+        """Lets the proxy answer each prompt once, in ``samples/<name>``; continues a partial store.
 
-        Empty answers (and those of a server that our tokens do not spell) are dropped and counted;
-        truncated ones are kept, without an end token.
+        Empty answers are dropped and counted, and so are a server's answers that our tokens do not
+        spell. Truncated ones are kept, without an end token.
 
         Args:
-          name: of the store, and of the split that is scored.
-          prompts: a split; answers that it has are not looked at.
-          draw: another one gives the same prompt another answer. Rounds of alignment count from 1
-            on other rows.
-          temperature: of sampling.
-          rows: of the split whose prompts are asked (default: all).
+          name: name of the store, and of the split that is scored.
+          prompts: a split; its own answers are ignored.
+          draw: number of the draw; another number gives the same prompt another answer. Rounds of
+            alignment count from 1, on other rows.
+          temperature: temperature of sampling.
+          rows: rows of the split whose prompts are answered (default: all).
         """
         sampling = self.config.align.sampling
         store = SampleStore(self.config.folder / "samples" / name)
@@ -138,7 +138,7 @@ class Scoring:
         return AnsweredSplit(prompts, store)
 
     def begin(self, splits: dict[str, Rows]) -> bool:
-        """Opens or makes the store; whether it is complete.
+        """Opens or creates the store; returns whether it is complete.
 
         Raises:
           UserError: it was made with other settings or by another proxy.
@@ -163,7 +163,7 @@ class Scoring:
         return open_stage(self.folder, "score", settings, inputs)
 
     def score(self, name: str, rows: Rows) -> None:
-        """Makes the parts of a split that are not there yet."""
+        """Computes the parts of a split that are missing."""
         score = self.config.score
         label = functools.partial(
             top_k_labels,
@@ -188,14 +188,14 @@ class Scoring:
         )
 
     def finish(self, splits: dict[str, Rows], log: MetricsLog) -> None:
-        """Takes the figures, logs them and marks the store complete."""
+        """Computes the figures, logs them and marks the store complete."""
         store = SoftLabelStore.unfinished(self.folder)
         figures = {name: split_figures(store, name) for name in splits}
         for name, answers in self._answered.items():
             counts = {f"samples/{k}": v for k, v in answers.counts().items()}
             figures.setdefault(name, {}).update(counts)
         line = {f"{name}/{k}": v for name, found in figures.items() for k, v in found.items()}
-        # Logged before the manifest says complete, and once: a run killed between logs it again.
+        # Log before marking the store complete. resume() drops the line of a run killed in between.
         log.resume("score", 0)
         log.write(stage="score", step=0, values=line)
         for name in figures.keys() & {"distill"}:
@@ -210,15 +210,13 @@ class Scoring:
         counts = {name: found.get("rows", 0) for name, found in figures.items()}
         complete_stage(self.folder, counts=counts, figures=figures)
 
-    # --- pieces -----------------------------------------------------------------------------------
-
     @property
     def made_from(self) -> dict[str, Any]:
-        """What is known the proxy and the corpus by."""
+        """What identifies the proxy and the corpus."""
         return {"corpus": self.corpus.identity, "proxy": self._proxy}
 
     def scorer(self, label: Callable[[Any, Positions], Any]) -> RowScorer:
-        """Rows through the proxy, and ``label(params, positions)`` of what comes out."""
+        """Returns what runs rows through the proxy and applies ``label(params, positions)``."""
         return RowScorer(
             *self._weights,
             self.model.config,
@@ -230,12 +228,12 @@ class Scoring:
 
     @functools.cached_property
     def model(self) -> Model:
-        """Loaded only where something is left to be computed."""
+        """The aligned proxy, loaded only when something must be computed."""
         return load_aligned_proxy(self.config, self._mesh)
 
     @functools.cached_property
     def _weights(self) -> tuple[Any, Any]:
-        """(params, adapter), bound once: with trainable: full, binding casts all weights."""
+        """(params, adapter), bound once, because binding casts all weights with trainable: full."""
         return self.model.params, self.model.adapter
 
     def _report(self, what: str, done: int, total: int) -> None:
@@ -243,7 +241,7 @@ class Scoring:
 
 
 def split_figures(store: SoftLabelStore, name: str) -> dict[str, float]:
-    """What is reported of a split, nats; for both kinds of log-likelihood that eq. 9 may use."""
+    """Returns what is reported about a split, in nats, for both log-likelihoods of eq. 9."""
     lengths, finished = store.lengths(name), store.finished(name)
     large = sum(
         int((store.top_k_mass(name, part) > _LARGE_MASS).sum())

@@ -1,7 +1,7 @@
-"""A run from shapes and lengths alone, for ``plan`` and ``--dry-run``.
+"""A sketch is a run made from shapes and lengths alone, for ``plan`` and ``--dry-run``.
 
-Nothing is loaded and nothing is drawn. Weights are ``jax.ShapeDtypeStruct``, rows have lengths and
-no tokens. What makes a real run's phases makes a sketch's phases too.
+Nothing is loaded and nothing is drawn. Weights are ``jax.ShapeDtypeStruct``; rows have lengths but
+no tokens. The same code makes the phases of a real run and of a sketch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class RowsOfLengths:
 
     @staticmethod
     def longest(count: int, max_length: int) -> RowsOfLengths:
-        """So many rows of the greatest length, half of each its prompt."""
+        """Returns ``count`` rows of the greatest length; half of each is its prompt."""
         lengths = np.full(count, max_length, np.int32)
         return RowsOfLengths(lengths, lengths // 2)
 
@@ -49,17 +49,13 @@ class RowsOfLengths:
         return len(self.lengths)
 
     def read(self, indices: Sequence[int]) -> list[TokenRow]:
-        """Never.
-
-        Raises:
-          TypeError: always.
-        """
+        """Raises TypeError: a sketch has no tokens."""
         raise TypeError("A sketch has no tokens.")
 
 
 @dataclass(frozen=True)
 class SketchedCorpus:
-    """A corpus that need not exist; the attributes are those of ``TokenCorpus``."""
+    """A corpus that need not exist on disk; its attributes are those of ``TokenCorpus``."""
 
     splits: Mapping[str, Rows]
     max_length: int
@@ -68,26 +64,26 @@ class SketchedCorpus:
     end_token_ids: tuple[int, ...] = (0,)
 
     def split(self, name: str) -> Rows:
-        """A part of it; empty where it is not named."""
+        """Returns a split; it is empty if ``splits`` does not name it."""
         return self.splits.get(name, RowsOfLengths.longest(0, self.max_length))
 
     @staticmethod
     def of(config: Config, counts: Mapping[str, int], vocab_size: int) -> SketchedCorpus:
-        """So many rows a split, each of the greatest length."""
+        """Returns a corpus of ``counts`` rows per split, each of the greatest length."""
         length = config.corpus.max_length
         splits = {name: RowsOfLengths.longest(count, length) for name, count in counts.items()}
         return SketchedCorpus(splits, length, vocab_size, config.folder / "corpus")
 
 
-# What the rows of a sketch are counted of.
+# The corpora whose rows a sketch can count.
 Corpus = TokenCorpus | SketchedCorpus
 
 
 def abstract_model(config: ModelConfig, section: ModelSection) -> Model:
-    """The proxy or the student as ``load_for_training`` would load it.
+    """Returns the shapes of the proxy or the student as ``load_for_training`` would load it.
 
     Args:
-      config: its architecture, with ``lora`` set where an adapter is trained.
+      config: the architecture, with ``lora`` set if an adapter is trained.
       section: ``config.proxy`` or ``config.student``.
     """
     full = section.trainable == "full"
@@ -105,13 +101,13 @@ def sketch_run(
     student: ModelConfig,
     corpus: Corpus | None = None,
 ) -> StageRun:
-    """A stage's run whose phases can be counted and compiled, and not taken.
+    """Returns a stage's run whose phases can be counted and compiled, but not trained.
 
     Args:
-      stage: which of the two.
-      config: of the run.
-      proxy, student: architectures, with ``lora`` set where an adapter is trained.
-      corpus: whose rows are counted (default: one row a split).
+      stage: ``align`` or ``distill``.
+      config: config of the run.
+      proxy, student: architectures, with ``lora`` set if an adapter is trained.
+      corpus: corpus whose rows are counted (default: one row per split).
     """
     if corpus is None:
         one = dict.fromkeys(("warmup", "align", "distill", "fresh"), 1)

@@ -1,4 +1,4 @@
-"""A training stage as others see it: the keys that decide it, and what it left behind."""
+"""A training stage as seen by others: the keys that determine it, and its results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from proxykd_jax.artifacts import MANIFEST, read_json
 from proxykd_jax.config import Config
 from proxykd_jax.config.schema import NOT_DECISIVE
 
-# Keys that change what is seen of a stage or how fast it is, not what it learns.
+# Keys that change the speed or the logs of a stage, but not what it learns.
 _UNIMPORTANT: dict[str, Any] = {
     **dict.fromkeys(("checkpoint_every", "diagnose_every", "log_every"), True),
     **NOT_DECISIVE,
@@ -22,9 +22,9 @@ class TrainedStage:
     """A finished training stage.
 
     Attributes:
-      folder: its checkpoints.
-      best_step, last_step: the state of lowest validation NLL (None without validation) and the
-        final one.
+      folder: folder of the stage, with its checkpoints.
+      best_step: step of the lowest validation NLL; None without validation.
+      last_step: the last step.
       results: what each phase reported: raw, warmup, round_01, ...; or untrained, train.
     """
 
@@ -35,7 +35,7 @@ class TrainedStage:
 
     @staticmethod
     def read(folder: Path) -> TrainedStage:
-        """From its manifest."""
+        """Reads the manifest of a stage."""
         manifest = read_json(folder / MANIFEST)
         return TrainedStage(
             folder, manifest["best_step"], manifest["last_step"], manifest["results"]
@@ -45,7 +45,7 @@ class TrainedStage:
 def training_settings(
     config: Config, stage: Literal["align", "distill"], role: Literal["proxy", "student"]
 ) -> dict[str, Any]:
-    """The keys that decide what a stage makes of its model."""
+    """Returns the keys that determine what a stage makes of its model."""
     section, model = getattr(config, stage), getattr(config, role)
     method = config.method
     other = stage == "distill" and method.changes_training

@@ -1,4 +1,4 @@
-"""What a stage's phases are made from: its config, corpus, model and mesh."""
+"""The inputs of a stage's phases: its config, corpus, model and mesh."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ from proxykd_jax.training.state import Spec, TrainState
 
 @dataclass(frozen=True)
 class StageRun:
-    """One run of ``align`` or of ``distill``, of whatever method.
+    """One run of ``align`` or ``distill``, with any method.
 
     Attributes:
-      stage: which of the two.
-      config: of the run.
-      corpus: from ``prepare``.
+      stage: ``align`` or ``distill``.
+      config: config of the run.
+      corpus: corpus from ``prepare``.
       model: the proxy or the student as loaded, before any training.
-      mesh: of devices.
+      mesh: mesh of devices.
       log: metrics.jsonl.
       measure: ``(model, rows, most) -> {"nll", "agreement"}`` on held-out rows.
-      labels: from ``score``, where the method needs soft labels (``config.needs``); else None.
-      periodic: what else is looked at while the model is trained.
-      scorer: the proxy's shapes, where this is a sketch of a run (``training.sketch``): nothing is
-        loaded, drawn or trained, and its phases are counted or compiled alone.
+      labels: soft labels from ``score`` if the method needs them (``config.needs``), else None.
+      periodic: further figures measured during training.
+      scorer: the proxy's shapes if this run is a sketch (``training.sketch``). Nothing is then
+        loaded, drawn or trained; its phases are only counted or compiled.
     """
 
     stage: Literal["align", "distill"]
@@ -67,7 +67,7 @@ class StageRun:
 
     @property
     def folder(self) -> Path:
-        """Of the stage."""
+        """The stage's folder."""
         return self.config.folder / ("proxy" if self.stage == "align" else "student")
 
     @property
@@ -77,14 +77,14 @@ class StageRun:
 
     @property
     def stored_labels(self) -> SoftLabelStore:
-        """The soft labels of a method that needs them."""
+        """The soft labels; raises UserError if there are none."""
         if self.labels is None:
             raise UserError(f"method {self.config.method.name} needs soft labels; run score.")
         return self.labels
 
     def unpacked(self) -> Batching:
-        """The stage's ``batching`` for rows that cannot be packed: in place of ``pack`` it groups
-        by length."""
+        """Returns the stage's ``batching`` for rows that cannot be packed: ``bucket`` replaces
+        ``pack``."""
         return "bucket" if self.section.batching == "pack" else self.section.batching
 
     def plan(
@@ -99,14 +99,14 @@ class StageRun:
         answers: np.ndarray | None = None,
         max_length: int | None = None,
     ) -> Plan:
-        """The batches of a phase.
+        """Returns the batches of a phase.
 
         Args:
-          positions: of each row.
-          phase: names the seed of the order.
+          positions: integer[n], positions of each row.
+          phase: name that the seed of the order is derived from.
           epochs, most: as in ``count_steps``.
-          batch_size: rows a batch (default: the stage's).
-          packs: whether rows can be packed together.
+          batch_size: rows per batch (default: the stage's).
+          packs: whether rows may be packed together.
           answers: see ``make_plan``.
           max_length: tokens of the longest row (default: the corpus's).
         """
@@ -136,12 +136,12 @@ class StageRun:
         spec: Spec | None = None,
         **fields: Any,
     ) -> Phase:
-        """A phase of this stage.
+        """Returns a phase of this stage.
 
         Args:
           name, objective, optimizer, rows, plan, steps: see ``Phase``.
-          spec: of what learns and what it reads (default: the model's).
-          **fields: others of ``Phase``.
+          spec: what learns and what it reads (default: the model's).
+          **fields: further fields of ``Phase``.
         """
         return Phase(
             name=name,
@@ -169,17 +169,17 @@ class StageRun:
         weight: float = 1.0,
         **fields: Any,
     ) -> Phase:
-        """The NLL of texts that are on disk (eqs. 1, 3 and 7).
+        """Returns a phase that trains on the NLL of texts on disk (eqs. 1, 3 and 7).
 
         Args:
-          name: of the phase.
-          rows: with an answer each; without any the phase has no steps.
-          optimizer: of so many steps.
-          order: names the seed of their order.
-          epochs, most: passes, and the most steps.
-          program: the name of its step's program.
-          weight: of the NLL.
-          **fields: others of ``Phase``.
+          name: name of the phase.
+          rows: rows with an answer each; with no rows the phase has no steps.
+          optimizer: (number of steps) -> optimizer.
+          order: name that the seed of the order is derived from.
+          epochs, most: number of passes, and the most steps.
+          program: name of the step's program.
+          weight: weight of the NLL.
+          **fields: further fields of ``Phase``.
         """
         options: dict[str, Any] = {"epochs": epochs, "most": most}
         answers = answer_positions(rows) if len(rows) else None
@@ -199,7 +199,7 @@ class StageRun:
         )
 
     def watch(self, rows: Rows, state: TrainState, spec: Spec) -> dict[str, float]:
-        """The figures of ``measure`` of what has been learnt, on held-out rows."""
+        """Measures the trained model on held-out rows with ``measure``."""
         model = self.model.at(spec.learner(state.trainable))
         return self.measure(model, rows, self.config.corpus.validation_max_rows)
 
@@ -212,14 +212,14 @@ class StageRun:
         optimizer: optax.GradientTransformation | None = None,
         before: Callable[[TrainState], Mapping[str, float]] = lambda state: {},
     ) -> None:
-        """Takes the phases, or goes on where they were cut off, and marks the stage complete.
+        """Runs the phases, or continues an interrupted run, and marks the stage complete.
 
         Args:
-          phases: in order.
-          untrained: the name of the look before the first step.
-          counts: for the manifest.
-          optimizer: of the state; needed where there is no phase.
-          before: figures of that look, beside those that the phases have.
+          phases: the phases in order.
+          untrained: name of the evaluation before the first step.
+          counts: counts for the manifest.
+          optimizer: optimizer of the state; needed only if there are no phases.
+          before: further figures of the evaluation before the first step.
         """
         first = phases[0] if phases else None
         spec = first.spec if first else self.model.spec

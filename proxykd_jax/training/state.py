@@ -1,4 +1,4 @@
-"""What learns, and how it meets what does not."""
+"""The training state, and how trained and frozen weights form a model."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.parallel.sharding import tree_shardings
 
 Tree = Any
-# (params, adapter) of one model, as a forward pass takes them.
+# (params, adapter) of one model, the arguments of a forward pass.
 Weights = tuple[Tree, Tree | None]
 
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes. Frozen weights are arguments of a step, not state.
+    """Everything that a step changes. Frozen weights are arguments of a step, not state.
 
     Attributes:
       step: int32, steps taken in this stage.
-      trainable: the adapter, or all parameters in float32; where several models learn, a dictionary
-        of them by role.
-      opt_state: the optimizer's.
+      trainable: the adapter, or all parameters in float32; a dictionary of these by role if several
+        models learn.
+      opt_state: the optimizer's state.
     """
 
     step: jax.Array
@@ -46,7 +46,7 @@ class ModelSpec:
       trainable: ``lora`` (an adapter over frozen weights) or ``full``.
       dtype: precision of the computation; with ``full`` the trained weights stay float32 and are
         cast at each step.
-      remat: name of what is recomputed in the backward pass.
+      remat: which activations are recomputed in the backward pass.
     """
 
     config: ModelConfig
@@ -55,17 +55,17 @@ class ModelSpec:
     remat: str
 
     def bind(self, frozen: Tree, trainable: Tree) -> Weights:
-        """The model that this frozen and this trainable part make."""
+        """Returns the model that a frozen and a trainable part form."""
         if self.trainable == "lora":
             return frozen, trainable
         return jax.tree.map(lambda x: x.astype(self.dtype), trainable), None
 
     def learner(self, trainable: Tree) -> Tree:
-        """All of it: nothing else learns."""
+        """Returns all of ``trainable``, because nothing else learns."""
         return trainable
 
     def beside(self, frozen: Tree, state: TrainState) -> dict[str, Tree]:
-        """Nothing."""
+        """Returns nothing: a device holds no further model."""
         return {}
 
 
@@ -78,20 +78,20 @@ class Spec(Hashable, Protocol):
         ...
 
     def bind(self, frozen: Tree, trainable: Tree) -> Any:
-        """The models that an objective reads: ``Weights`` of one, or a dictionary of several."""
+        """Returns the models that an objective reads: ``Weights``, or a dictionary of several."""
         ...
 
     def learner(self, trainable: Tree) -> Tree:
-        """Of all that learns, the part that is the stage's model."""
+        """Returns the part of all that learns that is the stage's model."""
         ...
 
     def beside(self, frozen: Tree, state: TrainState) -> dict[str, Tree]:
-        """What a device holds beside the stage's model and its optimizer, by name."""
+        """Returns what a device holds besides the stage's model and its optimizer, by name."""
         ...
 
 
 def init_state(trainable: Tree, optimizer: optax.GradientTransformation) -> TrainState:
-    """Step 0."""
+    """Returns the state at step 0."""
     return TrainState(
         step=jnp.zeros((), jnp.int32), trainable=trainable, opt_state=optimizer.init(trainable)
     )
@@ -100,7 +100,7 @@ def init_state(trainable: Tree, optimizer: optax.GradientTransformation) -> Trai
 def with_fresh_optimizer(
     state: TrainState, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """The same model before its first step by an optimizer."""
+    """Returns the same model with the initial state of another optimizer."""
     shapes = jax.eval_shape(optimizer.init, state.trainable)
     make = jax.jit(optimizer.init, out_shardings=tree_shardings(shapes, mesh))
     return dataclasses.replace(state, opt_state=make(state.trainable))
@@ -109,7 +109,7 @@ def with_fresh_optimizer(
 def abstract_state(
     trainable: Any, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """Shapes and shardings of a training state, to restore into."""
+    """Returns the shapes and shardings of a training state, as a target to restore into."""
     shapes = jax.eval_shape(lambda tree: init_state(tree, optimizer), trainable)
     return jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),

@@ -15,7 +15,7 @@ from proxykd_jax.random_keys import step_key
 from proxykd_jax.training.batch_objectives import Objective
 from proxykd_jax.training.state import Spec, TrainState, Tree
 
-# A round takes the steps of the round before: what is compiled is a function of the arguments.
+# All rounds share one compiled step, because a compiled step depends only on the arguments.
 _compiled_once = functools.lru_cache(maxsize=16)
 
 Metrics = dict[str, jax.Array]
@@ -31,14 +31,14 @@ def make_train_step(
     microbatches: int,
     seed: int,
 ) -> Step:
-    """A jitted ``step(state, frozen, batch) -> (state, metrics)``; the state is donated.
+    """Returns a jitted ``step(state, frozen, batch) -> (state, metrics)`` that donates the state.
 
     Args:
       spec: the static half of the model, or of the models that the objective reads.
       objective: what is minimised.
       optimizer: from ``make_optimizer``.
-      microbatches: the batch's rows are cut into so many parts, computed one after another.
-      seed: of LoRA dropout; the key is a function of it and of the step.
+      microbatches: number of parts that the batch's rows are cut into and computed one by one.
+      seed: seed of LoRA dropout; the key is a function of it and of the step.
 
     Returns:
       The step. Its metrics are float32 scalars: ``loss``, ``grad_norm``, ``update_norm`` and the
@@ -69,9 +69,10 @@ def make_train_step(
 def make_diagnosis(
     spec: Spec, objective: Objective, *, microbatches: int
 ) -> Callable[[TrainState, Tree, Any], Metrics]:
-    """``diagnose(state, frozen, batch)``: the gradient norm of each weighted term, and ratios.
+    """Returns ``diagnose(state, frozen, batch)``: each weighted term's gradient norm, and ratios.
 
-    One more backward pass a term: called every ``diagnose_every`` steps, outside the timed step.
+    It costs one backward pass per term, so the trainer calls it every ``diagnose_every`` steps and
+    outside the timed step.
     """
     terms = objective.terms()
 
@@ -94,7 +95,7 @@ def make_diagnosis(
 def make_evaluation(
     spec: Spec, objective: Objective
 ) -> Callable[[TrainState, Tree, Any], dict[str, Any]]:
-    """``evaluate(state, frozen, batch)``: the objective's metrics as ``Term``s, nothing changed."""
+    """Returns ``evaluate(state, frozen, batch)``: the objective's metrics, as one ``Term`` each."""
 
     def evaluate(state: TrainState, frozen: Tree, batch: Any) -> dict[str, Any]:
         models = spec.bind(frozen, state.trainable)
@@ -104,11 +105,10 @@ def make_evaluation(
 
 
 def split_rows(batch: Any, microbatches: int) -> Any:
-    """[B, ...] to [A, B / A, ...]: row r goes to part r mod A, so that rows that live on one device
-    stay there.
+    """Cuts [B, ...] into [A, B / A, ...]: row r goes to part r mod A and stays on its device.
 
     Raises:
-      ValueError: rows that share their answers' places, which would be parted from them.
+      ValueError: rows share their answers' positions, which cannot be cut with them.
     """
     counts = {x.shape[0] for x in jax.tree.leaves(batch)}
     if len(counts) > 1:

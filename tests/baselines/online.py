@@ -1,4 +1,4 @@
-"""A tiny student beside a tiny scorer, batches of answers, and float64 references for them."""
+"""A tiny student with a tiny scorer, batches of answers, and float64 references for them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.tiny_run import copy_run, files_of, log_lines, unfinish
 from tests.training.conftest import VOCAB, tiny_config
 
 END = 2
-# Cheap, and yet with everything in it: a warm-up of 2 steps, then 4 with a checkpoint after 3.
+# A cheap run with all parts: a warm-up of 2 steps, then 4 steps with a checkpoint after 3.
 SHORT: dict[str, Any] = {
     "distill": {"batch_size": 8, "max_steps": 4, "checkpoint_every": 3, "stop": {"every": 2}}
 }
@@ -35,7 +35,7 @@ ONLINE = {"warmup_max_steps": 2, "sample_batch_size": 32, "max_new_tokens": 4}
 
 
 def pair(vocab_size: int = VOCAB) -> tuple[ScoredSpec, Any, Any]:
-    """(spec, frozen, trainable) of a student all of whose weights learn, and another scorer."""
+    """Returns (spec, frozen, trainable) of a fully trained student and another scorer."""
     config = tiny_config()
     spec = ModelSpec(config, "full", "float32", "none")
     scorer = init_params(jax.random.key(8), config)
@@ -44,7 +44,7 @@ def pair(vocab_size: int = VOCAB) -> tuple[ScoredSpec, Any, Any]:
 
 
 def answers(count: int, seed: int = 0, longest: int = 12) -> list[Answer | None]:
-    """Prompts with answers of mixed lengths, a place without a row, and an empty answer."""
+    """Returns prompts with answers of mixed lengths, a place without a row, and an empty answer."""
     rng = np.random.default_rng(seed)
     found: list[Answer | None] = []
     for index in range(count):
@@ -64,12 +64,12 @@ def answers(count: int, seed: int = 0, longest: int = 12) -> list[Answer | None]
 
 
 def batch_of(count: int = 7, seed: int = 0, max_length: int = 12) -> AnswerBatch:
-    """A batch of them."""
+    """Returns a batch of such answers."""
     return answer_batch(answers(count, seed), max_length)
 
 
 def logps_of(params: Any, rows: Any, temperature: float = 1.0, most: int = VOCAB) -> np.ndarray:
-    """float64 ``[B, L, V]`` by the plain forward pass."""
+    """Returns float64 ``[B, L, V]`` log-probs by the plain forward pass."""
     logits = forward(params, None, jnp.asarray(rows.tokens_BL), config=tiny_config())
     logits = np.asarray(logits, np.float64)[..., :most] / temperature
     top = logits.max(-1, keepdims=True)
@@ -77,12 +77,12 @@ def logps_of(params: Any, rows: Any, temperature: float = 1.0, most: int = VOCAB
 
 
 def example_mean(values_BL: np.ndarray, mask_BL: np.ndarray) -> float:
-    """Token means, over the examples that have a token."""
+    """Returns the mean over examples (that have a token) of their token means."""
     return float(np.mean([v[m].mean() for v, m in zip(values_BL, mask_BL, strict=True) if m.any()]))
 
 
 def loss_of(objective: Any, spec: Any, frozen: Any, batch: Any) -> Callable[[Any], jax.Array]:
-    """The whole batch's loss as a function of what learns."""
+    """Returns the whole batch's loss as a function of what learns."""
     counts = objective.counts(batch)
 
     def loss(trainable: Any) -> jax.Array:
@@ -92,7 +92,8 @@ def loss_of(objective: Any, spec: Any, frozen: Any, batch: Any) -> Callable[[Any
 
 
 def assert_gradient_is_of_value(loss: Callable[[Any], jax.Array], trainable: Any) -> None:
-    """Along a direction, the gradient is the slope of the value: no term of sampling is in it."""
+    """Checks that the gradient along a direction is the slope of the value, so sampling adds no
+    term."""
     leaves, tree = jax.tree.flatten(trainable)
     keys = jax.random.split(jax.random.key(5), len(leaves))
     direction = jax.tree.unflatten(
@@ -113,13 +114,13 @@ def assert_gradient_is_of_value(loss: Callable[[Any], jax.Array], trainable: Any
 
 
 def corpus_of(vocab_size: int, max_length: int, end: Sequence[int]) -> Any:
-    """What ``Answering`` looks at of a corpus."""
+    """Returns an object with what ``Answering`` reads of a corpus."""
     return SimpleNamespace(vocab_size=vocab_size, max_length=max_length, end_token_ids=tuple(end))
 
 
 def check_resumed(config: Config, runs: Path, step: int) -> None:
-    """A finished run, taken back to a checkpoint in a copy, goes on to the same weights; and it
-    took what ``--dry-run`` counts."""
+    """Checks that a copy of a finished run, resumed from a checkpoint, ends with the same weights,
+    and that the run took what ``--dry-run`` counts."""
     with pytest.MonkeyPatch.context() as patch:
         seen = watch_phases(patch)
         distill.main(config)
@@ -141,5 +142,5 @@ def check_resumed(config: Config, runs: Path, step: int) -> None:
 
 
 def steps_of(config: Config, phase: str) -> list[dict[str, Any]]:
-    """The metrics of a phase's steps."""
+    """Returns the metrics of a phase's steps."""
     return [x for x in log_lines(config, "distill") if x["phase"] == phase and "loss" in x]

@@ -1,4 +1,4 @@
-"""Tiny runs of the methods beside Proxy-KD, and what their tests compare."""
+"""Tiny runs of the methods other than Proxy-KD, and comparisons for their tests."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from proxykd_jax.types import SharedPairBatch
 from tests.tiny_run import changed, files_of, log_lines, recipe, whole_logps
 
 NO_FRESH: dict[str, Any] = {"corpus": {"fresh_prompts": []}}
-# All rows in one batch, one step: the first loss is that of the untrained student on all of them.
+# One step takes all rows in one batch: its loss is that of the untrained student on all rows.
 ONE_STEP: dict[str, Any] = {"distill": {"batch_size": 160, "max_steps": 1}}
 
 
 def method_recipe(files: Path, runs: Path, method: Any, *changes: Mapping[str, Any]) -> Config:
-    """The tiny recipe with another method, without fresh prompts and with less alignment."""
+    """Returns the tiny recipe with another method, no fresh prompts and less alignment."""
     short = {"align": {"warmup_max_steps": 3, "round_max_steps": 3}}
     return recipe(files, runs, NO_FRESH, short, {"method": method}, *changes)
 
 
 def first_step(config: Config) -> dict[str, Any]:
-    """The metrics of the student's first step; runs what is not there yet."""
+    """Returns the metrics of the student's first step; runs the missing stages."""
     distill.main(config)
     return next(line for line in log_lines(config, "distill") if "loss" in line)
 
@@ -47,8 +47,8 @@ def first_step(config: Config) -> dict[str, Any]:
 def check_stopped_run_equals_unbroken(
     config: Config, runs: Path, patch: pytest.MonkeyPatch, at: int
 ) -> None:
-    """A run that is stopped after ``at`` steps of training and started again, models and samples
-    and log, is one that was never stopped; and it takes what ``--dry-run`` counted."""
+    """Checks that a run that stops after ``at`` training steps and starts again equals an
+    uninterrupted run in models, samples and log, and that it takes what ``--dry-run`` counts."""
     with patch.context() as patched:
         seen = watch_phases(patched)
         distill.main(config)
@@ -73,11 +73,11 @@ def check_stopped_run_equals_unbroken(
 
 @dataclass
 class Seen:
-    """What a phase was seen to take.
+    """What was observed of a phase.
 
     Attributes:
       state, frozen: bytes of each at its first step.
-      tokens: of the corpus in its batches; None where a batch is made from the state.
+      tokens: tokens of the corpus in its batches; None if batches are made from the state.
     """
 
     state: int
@@ -86,7 +86,7 @@ class Seen:
 
 
 def watch_phases(patch: pytest.MonkeyPatch) -> dict[tuple[str, str], Seen]:
-    """Notes each (stage, phase) that takes steps from now."""
+    """Records each (stage, phase) that takes steps from now on."""
     found: dict[tuple[str, str], Seen] = {}
     take_steps, batches = loop.Trainer._take_steps, loop.Trainer._batches
 
@@ -109,9 +109,9 @@ def watch_phases(patch: pytest.MonkeyPatch) -> dict[tuple[str, str], Seen]:
 
 
 def _corpus_tokens(batch: Any) -> int:
-    """Tokens of the rows that a batch took from the corpus: y where it holds pairs."""
+    """Returns the tokens that a batch took from the corpus; of pairs only those of y."""
     rows = getattr(batch, "chosen", getattr(batch, "rows", batch))
-    if isinstance(batch, SharedPairBatch):  # y-hat has no token of the corpus
+    if isinstance(batch, SharedPairBatch):  # y-hat has no tokens from the corpus
         rows = rows.replace(segment_ids_BL=np.where(rows.segment_ids_BL == 1, 1, 0))
         return int((rows.segment_ids_BL > 0).sum() + rows.example_mask_BS[:, 0].sum())
     # An example of n tokens takes n - 1 positions.
@@ -123,11 +123,11 @@ def _bytes(tree: Any) -> int:
 
 
 def check_counted(config: Config, seen: Mapping[tuple[str, str], Seen]) -> None:
-    """The phases that ``--dry-run`` counts are those that a finished run took.
+    """Checks that a finished run took the phases that ``--dry-run`` counts.
 
     Args:
-      config: of the run.
-      seen: from ``watch_phases``; without the phases that had been there already.
+      config: config of the run.
+      seen: from ``watch_phases``, without phases that were already complete.
     """
     proxy, student = (architecture(getattr(config, role), role) for role in ("proxy", "student"))
     corpus = open_corpus(config.folder / "corpus")
@@ -158,32 +158,32 @@ def _timeless(config: Config) -> list[dict[str, Any]]:
 
 
 def arrays_of(folder: Path) -> dict[str, Any]:
-    """What lies below a folder, without manifests: they name what a stage was made from."""
+    """Returns the files below a folder except manifests, which name what a stage was made from."""
     if not folder.exists():
         return {}
     return {path: data for path, data in files_of(folder).items() if not path.endswith(MANIFEST)}
 
 
 def untrained_student(config: Config) -> Any:
-    """The student at step 0 of a finished run."""
+    """Returns the student at step 0 of a finished run."""
     return load_student(config, make_mesh(config.mesh), 0)
 
 
 def answer_logps(model: Any, rows: Sequence[TokenRow]) -> list[np.ndarray]:
-    """The whole softmax at each answer token of each row, in float64: ``[R, V]`` a row."""
+    """Returns the whole softmax at each answer token in float64, ``[R, V]`` for each row."""
     logps = whole_logps(model, [row.tokens for row in rows])
     return [logps[i, row.prompt_length - 1 : len(row.tokens) - 1] for i, row in enumerate(rows)]
 
 
 def tempered(logps_RV: np.ndarray, temperature: float) -> np.ndarray:
-    """log-softmax at another temperature."""
+    """Returns the log-softmax at another temperature."""
     scaled = logps_RV / temperature
     top = scaled.max(-1, keepdims=True)
     return scaled - top - np.log(np.exp(scaled - top).sum(-1, keepdims=True))
 
 
 def mean_nll(logps: Sequence[np.ndarray], rows: Sequence[TokenRow]) -> float:
-    """Mean over examples of token means."""
+    """Returns the mean over examples of token means."""
     return float(
         np.mean(
             [-q[np.arange(len(q)), row.answer].mean() for q, row in zip(logps, rows, strict=True)]
@@ -192,7 +192,7 @@ def mean_nll(logps: Sequence[np.ndarray], rows: Sequence[TokenRow]) -> float:
 
 
 def mean_kl(p: Sequence[np.ndarray], q: Sequence[np.ndarray], temperature: float = 1.0) -> float:
-    """KL(p || q) over the vocabulary at a temperature, mean over examples of token means."""
+    """Computes KL(p || q) over the vocabulary: the mean over examples of token means."""
     kls = []
     for p_RV, q_RV in zip(p, q, strict=True):
         p_RV, q_RV = tempered(p_RV, temperature), tempered(q_RV, temperature)

@@ -1,4 +1,4 @@
-"""Black-box KD is the NLL of the teacher's texts; a proxy has no say in it."""
+"""Black-box KD is the NLL of the teacher's texts; it does not depend on a proxy."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_its_loss_is_the_nll_of_the_teachers_answers(tiny_files: Path, tmp_path:
 
 
 def test_a_proxy_of_noise_changes_no_byte_of_the_student(tiny_files: Path, tmp_path: Path):
-    """The weights of the proxy are random bytes: whoever read them would fail or differ."""
+    """The proxy's weights are random bytes: reading them would fail or change the student."""
     first = method_recipe(tiny_files, tmp_path / "first", "black_box_kd")
     noise = shutil.copytree(tiny_files / "proxy", tmp_path / "noise")
     weights = noise / "model.safetensors"
@@ -57,12 +57,12 @@ def test_a_proxy_of_noise_changes_no_byte_of_the_student(tiny_files: Path, tmp_p
     assert exported[0] == exported[1]
 
 
-@pytest.mark.slow  # the loop that resumes is Proxy-KD's, which the quick tests stop
+@pytest.mark.slow  # the quick tests stop Proxy-KD, which resumes in the same loop
 def test_a_stopped_run_equals_an_unbroken_one(tiny_files, tmp_path, monkeypatch):
     config = method_recipe(tiny_files, tmp_path / "whole", "black_box_kd")
     check_stopped_run_equals_unbroken(config, tmp_path / "stopped", monkeypatch, 4)
 
 
 def test_a_weight_of_the_kl_contradicts_it(tiny_files: Path, tmp_path: Path):
-    with pytest.raises(UserError, match=r"distill\.alpha: with this method\.name, black_box_kd"):
+    with pytest.raises(UserError, match=r"distill\.alpha: method\.name black_box_kd requires"):
         method_recipe(tiny_files, tmp_path, "black_box_kd", {"distill": {"alpha": 10}})

@@ -33,7 +33,7 @@ from tests.baselines.runs import (
 )
 from tests.tiny_run import PROXY, files_of
 
-# All ids are stored, so that the KL is that of the whole vocabulary.
+# All ids are stored, so the KL covers the whole vocabulary.
 WHOLE: dict[str, Any] = {"score": {"top_k": 46}}
 
 
@@ -59,7 +59,7 @@ def test_its_loss_is_nll_and_kl_on_the_scorers_own_answers(
     assert line["nll"] == pytest.approx(mean_nll(q, rows), rel=1e-4)
     assert line["kl"] == pytest.approx(mean_kl(p, q), rel=1e-3)
     assert line["loss"] == pytest.approx(0.7 * line["kl"] + 0.2 * line["nll"], rel=1e-5)
-    # No weights of eq. 9.
+    # The weights of eq. 9 are not used.
     assert line["weighted_kl"] == line["kl"]
     assert ("round_01" in {path.name for path in (config.folder / "samples").iterdir()}) == (
         scorer == "aligned"
@@ -67,8 +67,8 @@ def test_its_loss_is_nll_and_kl_on_the_scorers_own_answers(
 
 
 def test_it_hears_the_scorer(tiny_files: Path, tmp_path: Path):
-    """What black-box KD does not: another scorer, another student; other texts of the teacher, the
-    same one."""
+    """Unlike in black-box KD, another scorer changes the student, and other texts of the teacher do
+    not."""
     other = shutil.copytree(tiny_files / "proxy", tmp_path / "other")
     save_model(other, PROXY, init_params(jax.random.key(9), PROXY), source=other, overwrite=True)
     config = method_recipe(tiny_files, tmp_path / "a", "forward_kl", ONE_STEP)
@@ -84,13 +84,13 @@ def test_the_teachers_answers_are_not_looked_at(tiny_files: Path, tmp_path: Path
     corpus = open_corpus(config.folder / "corpus")
     teachers = {row.row_id for row in corpus.split("distill")}
     learnt = set(answered(config).row_ids)
-    # The tiny proxy of random weights never writes what the teacher wrote.
+    # The tiny random proxy never writes what the teacher wrote.
     assert not teachers & learnt
     labels = files_of(config.folder / "soft_labels")
     assert {path.split("/")[0] for path in labels} == {"manifest.json", "scorer"}
 
 
-@pytest.mark.slow  # the loop that resumes is Proxy-KD's, which the quick tests stop
+@pytest.mark.slow  # the quick tests stop Proxy-KD, which resumes in the same loop
 def test_a_stopped_run_equals_an_unbroken_one(tiny_files, tmp_path, monkeypatch):
     config = method_recipe(tiny_files, tmp_path / "whole", "forward_kl")
     check_stopped_run_equals_unbroken(config, tmp_path / "stopped", monkeypatch, 4)
@@ -110,8 +110,16 @@ def test_answers_that_are_there_are_not_drawn_again(tiny_files: Path, tmp_path: 
 @pytest.mark.parametrize(
     "method, change, said",
     [
-        ("forward_kl", {"align": {"alignment": "nll"}}, "align.alignment: with this method.name"),
-        ("forward_kl", {"distill": {"data": "all"}}, "distill.data: with this method.name"),
+        (
+            "forward_kl",
+            {"align": {"alignment": "nll"}},
+            "align.alignment: method.name forward_kl requires",
+        ),
+        (
+            "forward_kl",
+            {"distill": {"data": "all"}},
+            "distill.data: method.name forward_kl requires",
+        ),
         (
             {"name": "forward_kl", "scorer": "aligned"},
             {"align": {"alignment": "none"}},

@@ -1,4 +1,4 @@
-"""GAD: the discriminator, the game's loss on a batch, and a whole tiny run."""
+"""GAD: the discriminator, the adversarial loss on a batch, and a whole tiny run."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ GROUP = 3
 
 
 def a_game(lora: bool = False):
-    """(spec, frozen, trainable); the head of the discriminator is not zero."""
+    """Returns (spec, frozen, trainable); the discriminator's head is not zero."""
     config = tiny_config(LoraConfig(rank=2, alpha=4.0) if lora else None)
     params = init_params(jax.random.key(3), config)
     learns = init_adapter(jax.random.key(1), config) if lora else params
@@ -62,7 +62,7 @@ def a_game(lora: bool = False):
 
 
 def a_batch(prompts: int = 4, seed: int = 0):
-    """One place has no row; one sample has no token."""
+    """Returns a batch in which one place has no row and one sample has no token."""
     teacher = answers(prompts + 1, seed)
     del teacher[2]
     teacher = [teacher[0], *teacher[2:], None]
@@ -77,7 +77,7 @@ def a_batch(prompts: int = 4, seed: int = 0):
 
 
 def test_the_discriminator_reads_the_last_token_of_an_answer():
-    """By a forward pass over each row alone, its end token included."""
+    """The reference is a forward pass over each row alone, including its end token."""
     spec, frozen, trainable = a_game()
     _, samples, batch = a_batch()
     rows = gad._flat(batch.samples).rows
@@ -98,7 +98,7 @@ def test_the_discriminator_reads_the_last_token_of_an_answer():
 
 @pytest.mark.parametrize("ddof", [0, 1])
 def test_the_games_loss_is_the_papers(ddof):
-    """Float64: token mean of -A + 0.5 KL at a temperature, and the mean over pairs."""
+    """In float64: token mean of -A + 0.5 KL at a temperature, and the mean over pairs."""
     spec, frozen, trainable = a_game()
     teacher, samples, batch = a_batch()
     d = trainable["discriminator"]
@@ -132,7 +132,7 @@ def test_the_games_loss_is_the_papers(ddof):
 
 
 def test_student_and_discriminator_learn_apart_and_the_discriminator_never_rests():
-    """Each has the gradient of its own loss; every leaf of both moves at every step."""
+    """Each has the gradient of its own loss; every leaf of both changes at every step."""
     spec, frozen, trainable = a_game()
     batch = a_batch()[2]
     objective = GadObjective(0.5, 1, 0.8, "token_mean")
@@ -223,7 +223,7 @@ def test_a_run_keeps_student_and_discriminator_and_resumes_bitwise(tiny_files, t
     warmup, train = steps_of(config, "warmup"), steps_of(config, "train")
     assert len(warmup) == 2 and len(train) == 4
     np.testing.assert_allclose(warmup[0]["discriminator"], np.log(2), rtol=1e-6)
-    # The reference is the warmed-up student: no distance at first, and then some.
+    # The reference is the warmed-up student: the KL is zero at first, and then grows.
     assert train[0]["kl"] == pytest.approx(0, abs=1e-6) and train[-1]["kl"] > 1e-4
     assert not (config.folder / "proxy").exists()
     mesh = make_mesh(config.mesh)

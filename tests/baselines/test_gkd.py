@@ -1,4 +1,4 @@
-"""GKD: its loss on a batch, whose answers a step takes, and a whole tiny run."""
+"""GKD: its loss on a batch, who answers a step's batch, and a whole tiny run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.baselines.runs import changed, method_recipe
 
 
 def expected(spec, frozen, trainable, batch, *, beta, temperature) -> float:
-    """The paper's definition in float64, beta on the scorer."""
+    """Computes the paper's definition in float64, with beta on the scorer."""
     p = np.exp(logps_of(frozen["scorer"][0], batch.rows, temperature, spec.vocab_size))
     q = np.exp(logps_of(trainable, batch.rows, 1.0, spec.vocab_size))
     kl = lambda a, b: (a * np.log(a / b)).sum(-1)  # noqa: E731
@@ -66,7 +66,7 @@ def test_who_answers_a_batch():
     found = [student_answers(3, step, 0.3) for step in range(2000)]
     assert abs(np.mean(found) - 0.3) < 0.04
     assert found != [student_answers(4, step, 0.3) for step in range(2000)]
-    # A step that the student answers at some lambda it answers at every greater one.
+    # A step that the student answers at one lambda, it also answers at any greater lambda.
     more = [student_answers(3, step, 0.6) for step in range(2000)]
     assert all(b for a, b in zip(found, more, strict=True) if a)
 

@@ -1,4 +1,4 @@
-"""Mentor-KD: more texts of a mentor with its distribution on them, none with a wrong answer."""
+"""Mentor-KD: a mentor adds texts and its distribution on them; wrong answers are dropped."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ MENTORS = tuple(f"{split}_rationales_{draw:02d}" for split in TEACHERS for draw 
 
 
 def truth(prompt: str) -> int:
-    """The correct final value, by the world's own table."""
+    """Returns the correct final value, from the world's own table."""
     value, *functions, _ = prompt.split()
     result, table_FA = int(value), w.make_worlds(0, "fmt").truth_FA
     for name in functions:
@@ -53,7 +53,7 @@ def truth(prompt: str) -> int:
 
 @pytest.fixture(scope="module")
 def files(tiny_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny files, with the correct value of each prompt beside its answer."""
+    """Returns the tiny files with the correct value of each prompt added to its answer."""
     folder = tmp_path_factory.mktemp("files")
     for name in ("proxy", "student", "test.jsonl", "fresh.jsonl"):
         (folder / name).symlink_to(tiny_files / name)
@@ -61,7 +61,7 @@ def files(tiny_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for line in (tiny_files / "teacher.jsonl").read_text().splitlines():
         row = json.loads(line)
         lines.append(json.dumps({**row, "gold": truth(row["prompt"])}) + "\n")
-    # One row says nothing of its gold.
+    # One row has no gold.
     lines[0] = json.dumps({k: v for k, v in json.loads(lines[0]).items() if k != "gold"}) + "\n"
     (folder / "teacher.jsonl").write_text("".join(lines))
     return folder
@@ -79,7 +79,7 @@ def text_of(tokens: np.ndarray) -> list[str]:
 
 
 def is_right(row: TokenRow) -> bool:
-    """By the tokens: the last value before the end token is the correct one."""
+    """Checks the tokens: the last value before the end token is the correct one."""
     answer = text_of(row.answer)
     values = [symbol for symbol in answer if symbol.isdigit()]
     right = answer[-1] == "</s>" and bool(values)
@@ -87,7 +87,7 @@ def is_right(row: TokenRow) -> bool:
 
 
 def all_texts(config: Config) -> dict[str, list[TokenRow]]:
-    """Teacher's and mentor's, right and wrong."""
+    """Returns the teacher's and the mentor's texts, right and wrong."""
     corpus = open_corpus(config.folder / "corpus")
     texts = {name: list(corpus.split(name)) for name in TEACHERS}
     for name in MENTORS:
@@ -98,7 +98,7 @@ def all_texts(config: Config) -> dict[str, list[TokenRow]]:
 
 
 def learnt(config: Config) -> dict[str, list[TokenRow]]:
-    """The texts that have soft labels, found by the row ids in the store."""
+    """Returns the texts that have soft labels, found by the row ids in the store."""
     store, found = open_soft_labels(config.folder / "soft_labels"), {}
     for name, rows in all_texts(config).items():
         count = store.num_rows(name) if name in store.settings["splits"] else 0
@@ -113,12 +113,12 @@ def union(texts: dict[str, list[TokenRow]]) -> list[TokenRow]:
 
 
 def test_no_wrong_answer_reaches_the_student(finished: Config):
-    """From whichever source; and every right one does."""
+    """This holds for both sources; and every right answer does reach it."""
     everything, kept = all_texts(finished), learnt(finished)
     for names in (TEACHERS, MENTORS):
         texts = [row for name in names for row in everything[name]]
         right = [row for row in texts if is_right(row)]
-        assert 3 < len(right) < len(texts)  # both happen
+        assert 3 < len(right) < len(texts)  # some are right and some are wrong
         known = {row.row_id for row in right}
         reached = [row.row_id for name in names for row in kept[name]]
         assert set(reached) <= known
@@ -200,7 +200,7 @@ def test_without_a_filter_every_text_is_learnt(files, tmp_path):
     assert store.num_rows("distill_rationales_01") == int((drawn.drops == 0).sum())
 
 
-@pytest.mark.slow  # the loop that resumes is Proxy-KD's, which the quick tests stop
+@pytest.mark.slow  # the quick tests stop Proxy-KD, which resumes in the same loop
 def test_a_stopped_run_equals_an_unbroken_one(files, tmp_path, monkeypatch):
     config = method_recipe(files, tmp_path / "whole", {**MENTOR, "num_rationales": 1})
     check_stopped_run_equals_unbroken(config, tmp_path / "stopped", monkeypatch, 4)
@@ -216,8 +216,12 @@ def test_a_corpus_without_golds_is_a_sentence(tiny_files, tmp_path):
 @pytest.mark.parametrize(
     "method, change, said",
     [
-        (MENTOR, {"align": {"alignment": "none"}}, "align.alignment: with this method.name"),
-        (MENTOR, {"score": {"temperature": 1.0}}, "mentor_kd, it is 2.0"),
+        (
+            MENTOR,
+            {"align": {"alignment": "none"}},
+            "align.alignment: method.name mentor_kd requires",
+        ),
+        (MENTOR, {"score": {"temperature": 1.0}}, "mentor_kd requires 2.0"),
         ({**MENTOR, "num_rationales": 0}, {}, "method.num_rationales: should be greater than 0"),
         ({**MENTOR, "filter": "gold"}, {}, "method.filter: must be 'answer_match'"),
     ],

@@ -1,4 +1,4 @@
-"""The key ``method``: its short form, what it means for the other keys, and what contradicts it."""
+"""The key ``method``: its short form, its effect on other keys, and contradictions."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ def test_a_method_lies_between_preset_and_file():
     assert (config.distill.alpha, config.distill.nll_weight) == (0.7, 0.3)
     assert config.score.temperature == 4 and not config.distill.weights.enabled
     assert (config.align.alignment, config.align.num_rounds) == ("nll", 1)
-    # What only stands in for the preset's value, the file may change; so may it repeat the rest.
+    # A file may change what the method only suggests, and may repeat what it requires.
     changed = config_of("takd", align={"num_rounds": 3, "alignment": "nll"})
     assert changed.align.num_rounds == 3
-    # Keys that the method says nothing of are the preset's.
+    # Keys that the method does not mention keep the preset's values.
     assert config.distill.tail == PRESETS["paper"]["distill"]["tail"]
 
 
@@ -92,7 +92,7 @@ def test_what_defines_a_method_cannot_be_contradicted(name: str):
             other = value + 1
         elif value is None:
             other = "{url: 'http://x:1', api: vllm}"
-        said = f"{key}: with this method.name, {name}, it is "
+        said = f"{key}: method.name {name} requires "
         with pytest.raises(UserError, match=re.escape(said)):
             config_of(section, f"{key}={other}")
 
@@ -127,7 +127,7 @@ def test_every_method_has_a_recipe(name: str, monkeypatch: pytest.MonkeyPatch):
     recipe = "stories260k" if name == "proxy_kd" else name
     path = CONFIGS / f"{recipe}.yaml"
     assert load_config(path).method.name == name
-    # The command that its head gives for the paper's size is a valid config too.
+    # The command in the recipe's head, for the paper's size, is a valid config too.
     given = re.findall(r"--set (\S+)", path.read_text())
     if given:
         large = load_config(CONFIGS / "llama2_70b_to_7b.yaml", given)

@@ -1,4 +1,4 @@
-"""MiniLLM: its gradient on two-step answers, the pieces of a rollout, and a whole tiny run."""
+"""MiniLLM: its gradient on two-token answers, the parts of a rollout, and a whole tiny run."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ from tests.baselines.online import (
 )
 from tests.baselines.runs import method_recipe
 
-# Two steps over two tokens: logits of the first, and of the second after each first.
+# Two steps over two tokens: logits of the first token, and of the second after each first token.
 STUDENT = (np.array([0.3, -0.2]), np.array([[0.5, 0.0], [-0.4, 0.1]]))
 SCORER = (np.array([0.1, 0.4]), np.array([[0.0, 0.2], [0.3, -0.3]]))
 
 
 class Tables:
-    """Models that are tables of logits, in place of the forward pass of both."""
+    """Models that are tables of logits; they replace both forward passes."""
 
     config = None
 
@@ -66,7 +66,7 @@ class Tables:
 
 
 def _tables_loss(monkeypatch, method, *, scorer_share=0.0, one_step=False):
-    """(loss of the exact expectation over all answers, the student's table)."""
+    """Returns (loss of the exact expectation over all answers, the student's table)."""
     monkeypatch.setattr(minillm, "both_logits", Tables.both_logits)
     pairs = list(itertools.product(range(2), range(2)))
     rows = [Answer(TokenRow(np.array([0, *p], np.int32), 1, str(p)), False, True) for p in pairs]
@@ -103,7 +103,7 @@ def _tables_loss(monkeypatch, method, *, scorer_share=0.0, one_step=False):
     ("include_current", "expected"), [(False, 0.167244431), (True, 0.355247400)]
 )
 def test_the_expected_gradient_is_that_of_the_answers_kl(monkeypatch, include_current, expected):
-    """(i) .355 is what comes out where a token's own reward is counted twice."""
+    """(i) The value .355 is the result if a token's own reward is counted twice."""
     method = MiniLlm(
         teacher_mixing=0.0, length_normalize=False, clip=None, include_current=include_current
     )
@@ -118,7 +118,7 @@ def test_the_pieces_of_the_tables_gradient(monkeypatch):
 
 
 def test_weights_make_the_mixtures_expectation_the_students(monkeypatch):
-    """(ii) For one step."""
+    """(ii) This is checked for one step."""
     options = {"length_normalize": False, "clip": None, "include_current": True}
     grads = {}
     for share in (0.0, 0.2):
@@ -126,14 +126,14 @@ def test_weights_make_the_mixtures_expectation_the_students(monkeypatch):
         loss, student = _tables_loss(monkeypatch, method, scorer_share=share, one_step=True)
         grads[share] = jax.grad(loss)(student)[0]
     np.testing.assert_allclose(grads[0.2], grads[0.0], rtol=1e-4)
-    # It can fail: drawn from the mixture and weighted as if from the student.
+    # The test can fail: here answers of the mixture are weighted as if from the student.
     method = MiniLlm(teacher_mixing=0.0, **options)
     loss, student = _tables_loss(monkeypatch, method, scorer_share=0.2, one_step=True)
     assert abs(jax.grad(loss)(student)[0] / grads[0.0] - 1).max() > 5e-3
 
 
 def test_a_constant_reward_gives_one_return_everywhere():
-    """(iii) Whatever the position and the answer's length, but at the last token."""
+    """(iii) It is the same for every length and at every position but the last token's."""
     drawn = batch_of()
     old_BL = np.random.default_rng(0).normal(-2, 1, drawn.rows.mask_BL.shape).astype(np.float32)
     for normalize in (True, False):
@@ -149,7 +149,7 @@ def test_a_constant_reward_gives_one_return_everywhere():
 
 @pytest.mark.parametrize("whiten", ["none", "responses", "padding_too"])
 def test_more_padding_changes_nothing(whiten):
-    """(iv) But where the authors' code whitens over it."""
+    """(iv) The exception is the authors' whitening, which includes padding."""
     spec, frozen, trainable = pair()
     method = MiniLlm(whiten=whiten, anchor="nll_on_scorer_text", anchor_kl_share=0.5)
     found = []
@@ -169,7 +169,7 @@ def test_more_padding_changes_nothing(whiten):
 
 
 def test_the_first_loss_is_the_papers_with_its_anchor():
-    """Float64: w KL(q||p) - A w, as rho is w before the first update, and w < 1 + eps here."""
+    """In float64: w KL(q||p) - A w, because rho is w before the first update and w < 1 + eps."""
     spec, frozen, trainable = pair()
     drawn = batch_of()
     method = MiniLlm(
@@ -233,7 +233,7 @@ def test_a_run_makes_its_updates_and_resumes_bitwise(tiny_files, tmp_path):
 
 
 def adam_count(config) -> int:
-    """Updates that the optimizer of the last checkpoint has seen."""
+    """Returns the number of updates in the optimizer of the last checkpoint."""
     mesh = make_mesh(config.mesh)
     student = load_student(config, mesh)
     target = abstract_state(student.trainable, make_optimizer(config.distill.optimizer, 1), mesh)

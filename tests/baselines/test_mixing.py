@@ -1,4 +1,4 @@
-"""Proxy-KD with steps on the student's own answers: which steps, their loss, whole tiny runs."""
+"""Proxy-KD with steps on the student's own answers: their choice, their loss, whole tiny runs."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ SHORT: dict[str, Any] = {
     "align": {"alignment": "none"},
     "distill": {"batch_size": 8, "max_steps": 2, "diagnose_every": 2, "stop": {"every": 4}},
 }
-STEPS, STOP = 7, 3  # of the run that is stopped
-ALPHA = 10  # of the preset of the tiny run
+STEPS, STOP = 7, 3  # of the interrupted run
+ALPHA = 10  # from the tiny run's preset
 
 
 @pytest.fixture(scope="module")
 def scored(tiny_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A run, fresh prompts too, that has yet to distil."""
+    """Returns a run with fresh prompts, complete up to ``score``."""
     config = recipe(tiny_files, tmp_path_factory.mktemp("scored"), SHORT)
     assert config.corpus.fresh_prompts and config.distill.alpha == ALPHA
     score.main(config)
@@ -61,14 +61,14 @@ def scored(tiny_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Config
 
 @pytest.fixture(scope="module")
 def plain(scored: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """The run without the key."""
+    """Returns the run without the key."""
     config = copy_run(scored, tmp_path_factory.mktemp("plain"))
     distill.main(config)
     return config
 
 
 def mixed(scored: Config, runs: Path, share: float, **changes: Any) -> Config:
-    """A copy of the run with a share of own answers."""
+    """Copies the run with a share of own answers."""
     method = {"name": "proxy_kd", "student_share": share, "max_new_tokens": 4}
     return changed(copy_run(scored, runs), {"method": method, **changes})
 
@@ -88,7 +88,7 @@ def never(*_: Any, **__: Any) -> Any:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[Answer]]]:
-    """The answers of each step that the student answered."""
+    """Records the answers of each step that the student answered."""
     found: list[list[Answer]] = []
     answer = Answering.answer
 
@@ -116,8 +116,8 @@ def test_share_0_is_the_run_without_the_key(scored, plain, tmp_path, monkeypatch
 
 
 def test_share_1_takes_no_step_on_stored_labels(scored, tmp_path, monkeypatch, asked):
-    """Also the first step's loss, in float64 from the models and the answers that were drawn. Rows
-    are packed: a step has as many answers as its batch has places."""
+    """Also checks the first step's loss in float64, from the models and the drawn answers. Rows are
+    packed: a step has as many answers as its batch has places."""
     changes = {"max_steps": 2, "batching": "pack", "microbatch_size": 4}
     config = mixed(scored, tmp_path, 1.0, distill=changes)
     monkeypatch.setattr(SoftLabelStore, "read", never)
@@ -146,7 +146,7 @@ def test_a_share_in_between_takes_both_and_resumes_bitwise(scored, tmp_path, mon
     assert [line["student_share"] for line in steps] == [float(x) for x in own]
     assert [{"own_kl"} <= line.keys() for line in steps] == own
     assert [{"nll", "kl", "weighted_kl"} <= line.keys() for line in steps] == [not x for x in own]
-    # Every second step is diagnosed, where it has the two terms.
+    # Every second step is diagnosed if it has two terms.
     diagnosed = ["grad_norm/kl" in line for line in steps]
     assert diagnosed == [step % 2 == 0 and not own[step] for step in range(STEPS)]
     prompts = open_corpus(config.folder / "corpus").split("fresh")
@@ -156,9 +156,9 @@ def test_a_share_in_between_takes_both_and_resumes_bitwise(scored, tmp_path, mon
 
 
 def test_stored_steps_are_those_of_eq_11(scored, plain, tmp_path):
-    """Those before the first own answer are the plain run's; noise in the labels changes them."""
+    """Steps before the first own answers equal the plain run's; noise in labels changes them."""
     seed = next(s for s in range(100) if [student_answers(s, i, 0.5) for i in (0, 1)] == [0, 1])
-    # Another seed has another corpus; only the order of the steps is to be chosen here.
+    # Another seed would make another corpus, so only the choice of steps gets one.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mixing, "student_answers", lambda _, i, s: student_answers(seed, i, s))
         config = mixed(scored, tmp_path / "mixed", 0.5)
@@ -185,7 +185,8 @@ def test_stored_steps_are_those_of_eq_11(scored, plain, tmp_path):
 
 
 def test_the_gradient_on_own_answers_is_alpha_times_the_forward_kls():
-    """Of answers held constant, by the plain forward pass; a place is empty, and so an answer."""
+    """The reference holds answers constant and uses the plain forward pass; one place is empty, and
+    so is one answer."""
     config = tiny_config()
     model = ModelSpec(config, "full", "float32", "none")
     spec = ScoredSpec(model, model, VOCAB)
@@ -242,7 +243,7 @@ def test_mistakes_are_sentences(tiny_files, tmp_path, method, sections, said):
 
 @pytest.mark.parametrize("name", ["black_box_kd", "takd", "gkd", "random_labels"])
 def test_a_method_without_fresh_prompts_refuses_them(tiny_files, tmp_path, name):
-    said = f"corpus.fresh_prompts: method {name} would leave these prompts aside; take them out"
+    said = f"corpus.fresh_prompts: method {name} does not use these prompts; remove them"
     with pytest.raises(UserError, match=said):
         recipe(tiny_files, tmp_path, {"method": name})
     none = {"corpus": {"fresh_prompts": []}}

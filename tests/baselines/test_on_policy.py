@@ -31,7 +31,7 @@ from tests.training.conftest import VOCAB
 
 
 def test_the_sampled_forms_expected_gradient_is_the_full_forms():
-    """Every token once as a one-token answer to a prompt, weighted with its probability."""
+    """Each token is once a one-token answer, weighted with its probability."""
     spec, frozen, trainable = pair()
     prompt = np.array([5, 9, 4], np.int32)
     every = [
@@ -86,7 +86,7 @@ def test_the_sampled_value_is_the_mean_log_ratio_times_coef():
 def test_a_run_uses_prompts_alone_fresh_ones_too_and_resumes_bitwise(
     tiny_files, tmp_path, monkeypatch
 ):
-    """Without a warm-up there is no NLL, and no row's answer is put into a batch."""
+    """Without a warm-up there is no NLL, and batches hold no row's own answer."""
 
     def never(*_, **__):
         raise AssertionError("must not be called")

@@ -1,4 +1,4 @@
-"""RS-KD: draws that are kept, come again the same, and have the whole vocabulary's gradient."""
+"""RS-KD: draws are stored and reproducible, and have the gradient of the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.baselines.runs import (
     untrained_student,
 )
 
-# As little alignment as there can be: what is tested comes after it.
+# The shortest alignment is enough, because the tests concern what comes after it.
 SHORT = {"align": {"alignment": "warmup", "warmup_max_steps": 2}}
 SPLITS = ("warmup", "align", "distill")
 VOCAB = 46
@@ -52,7 +52,7 @@ def finished(tiny_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Conf
 
 
 def other_draws(config: Config, runs: Path, method: dict[str, Any]) -> Config:
-    """A copy of the run that has its proxy and soft labels, and has yet to draw."""
+    """Copies the run with its proxy and soft labels, but without drawn labels."""
     shutil.copytree(config.folder, runs / config.name)
     copy = changed(config, {"runs_dir": str(runs), "method": method})
     for name in ("drawn_labels", "student", "export"):
@@ -61,7 +61,7 @@ def other_draws(config: Config, runs: Path, method: dict[str, Any]) -> Config:
 
 
 def targets_of(config: Config) -> list[np.ndarray]:
-    """t of each row, ``[R, V]`` in float64."""
+    """Returns t of each row, ``[R, V]`` in float64."""
     method, corpus = config.method, open_corpus(config.folder / "corpus")
     found = []
     for name in SPLITS:
@@ -94,8 +94,8 @@ def scorer_probs(config: Config) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("power", [1.0, 0.7])
 def test_the_stored_targets_are_unbiased(finished: Config, tmp_path: Path, power: float):
-    """Over all positions together: sum of t - p, against its standard deviation; with a proposal
-    of another power only where the weights are right."""
+    """Compares the sum of t - p over all positions with its standard deviation. With another power
+    of the proposal it vanishes only if the weights are right."""
     config = other_draws(finished, tmp_path, {"draws": 40, "proposal_power": power})
     score.main(config)
     p_PV, t_PV = (np.concatenate(x) for x in (scorer_probs(config), targets_of(config)))
@@ -103,11 +103,11 @@ def test_the_stored_targets_are_unbiased(finished: Config, tmp_path: Path, power
     variance_PV = (p_PV**2 / proposal_PV - p_PV**2) / 40
     z_V = (t_PV - p_PV).sum(0) / np.sqrt(variance_PV.sum(0))
     assert np.abs(z_V).max() < 4.5
-    # chi-square of all entries: as far from p as N draws are, and no farther
+    # chi-square of all entries: they differ from p by as much as N draws do
     assert ((t_PV - p_PV) ** 2).sum() / variance_PV.sum() == pytest.approx(1, abs=0.1)
     if power != 1:
         naive_V = (t_PV / t_PV.sum(-1, keepdims=True) - proposal_PV).sum(0)
-        assert np.abs(naive_V).max() > 0.1  # the weights are not nothing
+        assert np.abs(naive_V).max() > 0.1  # the weights make a difference
 
 
 def test_its_loss_is_the_cross_entropy_with_the_stored_targets(finished: Config):
@@ -136,7 +136,7 @@ def test_the_tail_key_changes_nothing(finished: Config, tmp_path: Path):
 
 
 def test_a_killed_drawing_goes_on_to_the_same_bytes(finished: Config, tmp_path, monkeypatch):
-    """Parts lost and parts there; also in other batches."""
+    """Some parts are lost and some are there; batches may differ too."""
     from proxykd_jax.baselines import random_labels
 
     config = other_draws(finished, tmp_path, {})
@@ -157,14 +157,14 @@ def test_a_killed_drawing_goes_on_to_the_same_bytes(finished: Config, tmp_path, 
     assert 0 < len(some) < len(whole)
 
 
-@pytest.mark.slow  # the loop that resumes is Proxy-KD's, which the quick tests stop
+@pytest.mark.slow  # the quick tests stop Proxy-KD, which resumes in the same loop
 def test_a_stopped_run_equals_an_unbroken_one(tiny_files, tmp_path, monkeypatch):
     config = drawing(tiny_files, tmp_path / "whole", {"draws": 8})
     check_stopped_run_equals_unbroken(config, tmp_path / "stopped", monkeypatch, 4)
 
 
 def test_the_mean_gradient_is_the_whole_vocabularys_and_the_top_ks_is_not():
-    """Error falls like 1 / sqrt(draws); the top-k one stays."""
+    """The error falls like 1 / sqrt(draws); that of the top k remains."""
     rng = np.random.default_rng(0)
     p_logits, q_logits = (jnp.asarray(rng.normal(0, 1, (1, 6, 30)), jnp.float32) for _ in range(2))
     p = jax.nn.log_softmax(p_logits)
@@ -225,7 +225,11 @@ def test_the_gathered_form_is_the_loss_of_all_logits():
         ({"draws": 0}, {}, "method.draws: should be greater than 0"),
         ({"proposal_power": -1}, {}, "method.proposal_power: should be greater than 0"),
         ({}, {"distill": {"alpha": 0}}, "random_labels with distill.alpha 0"),
-        ({}, {"score": {"temperature": 2}}, "score.temperature: with this method.name"),
+        (
+            {},
+            {"score": {"temperature": 2}},
+            "score.temperature: method.name random_labels requires",
+        ),
     ],
 )
 def test_mistakes_are_sentences(tiny_files, tmp_path, method, change, said):

@@ -1,4 +1,4 @@
-"""Answers of a student in training: what they depend on, and what batches are made of them."""
+"""Answers of a student during training: what they depend on, and the batches made of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``plan`` compiles for each method: the programs that its stages start, and no others."""
+"""``plan`` compiles exactly the programs that the stages of each method start."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_programs_of_a_method(assets: Path, monkeypatch, name: str, expected
             assert program.lower(mesh, program.rows)
 
 
-# --- a student that answers while it trains -------------------------------------------------------
+# --- a student that answers during training -------------------------------------------------------
 
 ONE_DEVICE = {"data": 1, "fsdp": 1, "tensor": 1}
 
@@ -63,7 +63,7 @@ def size_of(tree: Any) -> int:
 
 @pytest.fixture
 def stories(assets: Path, monkeypatch) -> tuple[ModelConfig, ModelConfig]:
-    """(proxy with an adapter, student)."""
+    """Returns (proxy with an adapter, student)."""
     monkeypatch.setenv("PROXYKD_ASSETS", str(assets))
     student = read_config(assets / "models" / "stories260K")
     return student.replace(lora=LoraConfig(rank=4)), student
@@ -76,7 +76,7 @@ def beside_the_student(config: Config, models: tuple[ModelConfig, ModelConfig]) 
 
 
 def with_scorer(config: Config, models: tuple[ModelConfig, ModelConfig]) -> tuple[dict, int]:
-    """Programs by name, and the bytes of the scorer, counted anew."""
+    """Returns programs by name, and the independently counted bytes of the scorer."""
     proxy, _ = models
     weights = abstract_params(proxy, config.proxy.dtype), abstract_adapter(proxy)
     assert beside_the_student(config, models) == {"scorer": size_of(weights)}
@@ -92,7 +92,7 @@ def test_the_scorer_is_an_argument_of_a_step_and_stays_while_the_student_answers
     weights = abstract_params(stories[1])
     assert answer.resident(mesh) == pytest.approx(scorer + 2 * size_of(weights), abs=64)  # Adam
     memory = step.lower(mesh, 1)[0].compile().memory_analysis()
-    # Rows beside; and nothing of the scorer is dropped as unused.
+    # The rest is rows. No part of the scorer is dropped as unused.
     assert 0 <= memory.argument_size_in_bytes - step.held(ONE_DEVICE) < 100_000 < scorer
 
 

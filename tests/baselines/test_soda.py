@@ -1,4 +1,4 @@
-"""SODA: answers of the untrained student, DPO from the warmed-up one, which is the reference."""
+"""SODA: answers of the untrained student; DPO starts from the warmed-up one, the reference."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def store_of(config: Config) -> SampleStore:
 
 
 def pairs_of(config: Config) -> tuple[list[TokenRow], list[TokenRow], np.ndarray]:
-    """Rows of the teacher's answers, of the kept y-hat, and which have one."""
+    """Returns the teacher's rows, the kept y-hat, and which rows have one."""
     corpus, store = open_corpus(config.folder / "corpus"), store_of(config)
     chosen = [row for name in SPLITS for row in corpus.split(name)]
     drawn = store.read(range(len(store)))
@@ -71,8 +71,8 @@ def step_after(config: Config, phase: str) -> int:
 
 
 def test_the_other_answers_are_the_untrained_students(finished: Config):
-    """The log-likelihoods noted while sampling are those of the student of step 0, and not those
-    of the warmed-up one."""
+    """The log-likelihoods recorded while sampling are those of the student at step 0, not those of
+    the warmed-up one."""
     mesh = make_mesh(finished.mesh)
     _, rejected, kept = pairs_of(finished)
     rejected = [row for row, usable in zip(rejected, kept, strict=True) if usable]
@@ -84,7 +84,7 @@ def test_the_other_answers_are_the_untrained_students(finished: Config):
 
 
 def test_the_other_answers_do_not_depend_on_the_warm_up(finished: Config, tmp_path: Path):
-    """Nor on beta, nor on the optimizer; the reference does."""
+    """They do not depend on beta or the optimizer either; the reference does."""
     change = {
         "method": {**SODA, "warmup_max_steps": 1, "beta": 2.0},
         "distill": {"optimizer": {"learning_rate": 3e-3}},
@@ -110,7 +110,7 @@ def test_a_new_warm_up_draws_nothing_anew(finished: Config, tmp_path: Path):
 
 
 def test_the_reference_is_the_warmed_up_student_and_stays(finished: Config):
-    """After all of DPO the stored log-probs are still those of the checkpoint before it."""
+    """After DPO the stored log-probs still equal those of the checkpoint before it."""
     chosen, rejected, kept = pairs_of(finished)
     step = step_after(finished, "warmup")
     assert step < step_after(finished, "dpo")
@@ -133,7 +133,7 @@ def test_the_first_loss_is_ln_2_and_then_it_falls(finished: Config):
 
 
 def test_another_reference_is_noticed_at_the_first_step(finished: Config, tmp_path, monkeypatch):
-    """As if the base student were the reference."""
+    """Here the base student is the reference."""
     from proxykd_jax.baselines import soda
 
     real = soda.store_references
@@ -165,7 +165,7 @@ def test_lost_references_are_not_computed_from_a_student_that_moved(
         distill.main(config)
     shutil.rmtree(config.folder / "student" / "reference")
     monkeypatch.undo()
-    with pytest.raises(UserError, match="the student has moved on"):
+    with pytest.raises(UserError, match="the student was trained further"):
         distill.main(config)
 
 
@@ -174,11 +174,11 @@ def test_lost_references_are_not_computed_from_a_student_that_moved(
     [
         ("soda", {}, "method.beta: required: strength of the preference"),
         ({"name": "soda", "beta": 0}, {}, "method.beta: should be greater than 0"),
-        (SODA, {"distill": {"alpha": 1.0}}, "distill.alpha: with this method.name, soda"),
+        (SODA, {"distill": {"alpha": 1.0}}, "distill.alpha: method.name soda requires"),
         (
             SODA,
             {"align": {"sampling": {"server": {"url": "http://x:1", "api": "vllm"}}}},
-            "align.sampling.server: with this method.name, soda, it is null",
+            "align.sampling.server: method.name soda requires null",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""TAKD: an assistant that never samples, and its distribution at temperature T."""
+"""TAKD: an assistant that is trained without sampling, and its distribution at temperature T."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_assistant_never_samples_and_prefers_nothing(tiny_files, tmp_path, m
     assert not [line for line in log_lines(config, "align") if "preference" in line]
 
 
-@pytest.mark.slow  # the loop that resumes is Proxy-KD's, which the quick tests stop
+@pytest.mark.slow  # the quick tests stop Proxy-KD, which resumes in the same loop
 def test_a_stopped_run_equals_an_unbroken_one(tiny_files, tmp_path, monkeypatch):
     method = {"name": "takd", "temperature": 2.0}
     config = method_recipe(tiny_files, tmp_path / "whole", method)
@@ -70,9 +70,13 @@ def test_a_stopped_run_equals_an_unbroken_one(tiny_files, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     "method, change, said",
     [
-        ("takd", {"align": {"alignment": "nll_preference"}}, "align.alignment: with this"),
-        ({"name": "takd", "lam": 0.4}, {"distill": {"alpha": 0.5}}, "takd, it is 0.4"),
-        ("takd", {"score": {"temperature": 3}}, "score.temperature: with this"),
+        (
+            "takd",
+            {"align": {"alignment": "nll_preference"}},
+            "align.alignment: method.name takd requires",
+        ),
+        ({"name": "takd", "lam": 0.4}, {"distill": {"alpha": 0.5}}, "takd requires 0.4"),
+        ("takd", {"score": {"temperature": 3}}, "score.temperature: method.name takd requires"),
         ({"name": "takd", "lam": 1.5}, {}, "method.lam: should be less than or equal to 1"),
         ({"name": "takd", "assistant": "big"}, {}, "method.assistant: must be 'finetuned'"),
     ],

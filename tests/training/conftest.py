@@ -41,7 +41,7 @@ def tiny_config(lora: LoraConfig | None = None) -> ModelConfig:
 
 @pytest.fixture(scope="session")
 def lora_model() -> tuple[ModelSpec, dict, dict]:
-    """(spec, frozen, trainable) with an adapter that is not zero."""
+    """Returns (spec, frozen, trainable) with an adapter that is not zero."""
     config = tiny_config(LoraConfig(rank=3, alpha=6.0))
     params = init_params(jax.random.key(0), config)
     adapter = init_adapter(jax.random.key(1), config)
@@ -58,7 +58,7 @@ def full_model() -> tuple[ModelSpec, dict, dict]:
 
 
 def random_rows(rng: np.random.Generator, rows: int, length: int = 12) -> TokenBatch:
-    """Rows of unequal length, one example a row, the last row empty."""
+    """Returns rows of unequal length with one example each; the last row is empty."""
     tokens_BL = np.zeros((rows, length), np.int32)
     labels_BL, segments_BL = np.zeros_like(tokens_BL), np.zeros_like(tokens_BL)
     mask_BL = np.zeros((rows, length), bool)

@@ -1,14 +1,14 @@
-"""Runs that are killed: a process that dies at a chosen call, and one that is killed from outside.
+"""Runs that are killed: a process kills itself at a chosen call, or is killed from outside.
 
-``KILL_AT`` in a process's environment names calls, ``;`` between them, each as ``kind|pattern``.
-They are waited for in this order, and at the last one the process sends itself SIGKILL:
+The environment variable ``KILL_AT`` lists calls as ``kind|pattern``, separated by ``;``. The
+process waits for them in this order and sends itself SIGKILL at the last one:
 
-    rename    before a file or folder gets a name that matches; a file is cut in half first, as if
-              the kill had come while it was written
+    rename    before a file or folder gets a matching name; a file is cut in half first, as if the
+              kill had come while it was written
     renamed   after it got the name
     unlink    before a file of that name is removed
 
-``RENAME_TAKES_S`` is a slow disk: each rename waits so many seconds first.
+``RENAME_TAKES_S`` simulates a slow disk: each rename first waits for this many seconds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-# Orbax takes some 50 ms for the smallest checkpoint.
+# Orbax needs about 50 ms for the smallest checkpoint.
 LOOK_EVERY_S = 0.005
 
 HOOK = """
@@ -66,14 +66,14 @@ if waiting or slow:
 
 
 class Runner:
-    """Starts one command again and again, and kills it.
+    """Starts one command repeatedly, and kills it.
 
     Args:
       command: the command, the same each time.
-      folder: of the hook, the output and, where they have no place yet, Python's compiled modules;
-        may be shared.
+      folder: folder of the hook, the output and, if they have no place yet, Python's compiled
+        modules; runners may share it.
       cwd: where the command runs.
-      environment: beside this process's.
+      environment: variables in addition to this process's.
     """
 
     def __init__(
@@ -93,22 +93,22 @@ class Runner:
         self._environment.pop("PYTHONDONTWRITEBYTECODE", None)
 
     def finish(self) -> None:
-        """Runs it to its end."""
+        """Runs the command to its end."""
         code = self._start().wait()
         assert code == 0, f"exit code {code}\n{self._last_output()}"
 
     def dies_at(self, calls: str) -> None:
-        """Runs it until it kills itself at ``calls``."""
+        """Runs the command until it kills itself at ``calls``."""
         code = self._start(KILL_AT=calls).wait()
         assert code == -signal.SIGKILL, f"{calls}: exit code {code}\n{self._last_output()}"
 
     def killed_when(
         self, seen: Callable[[], bool], delay_s: float = 0.0, **environment: str
     ) -> bool:
-        """Runs it and kills it ``delay_s`` seconds after something is seen.
+        """Runs the command and kills it ``delay_s`` seconds after ``seen`` returns True.
 
         Returns:
-          Whether the kill came before that at a call, if ``environment`` has a ``KILL_AT``.
+          False if ``environment`` has a ``KILL_AT`` and the process killed itself there first.
         """
         process = self._start(**environment)
         while process.poll() is None and not seen():

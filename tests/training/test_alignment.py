@@ -1,4 +1,4 @@
-"""align.main on a tiny run: what a round's reference is, what is sampled, what is kept."""
+"""align.main on a tiny run: the reference of a round, its samples, and the kept checkpoints."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def proxy_at(config: Config, which: Any) -> Model:
 
 
 def steps_of(config: Config) -> dict[str, int]:
-    """The step at which each phase ended."""
+    """Returns the step at which each phase ended."""
     results = read_json(config.folder / "proxy" / MANIFEST)["results"]
     return {result["phase"]: result["step"] for result in results}
 
 
 def logliks(model: Model, pairs: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """log pi(answer | prompt) of each pair, from whole softmaxes."""
+    """Returns log pi(answer | prompt) of each pair, from whole softmaxes."""
     rows = [np.concatenate(pair) for pair in pairs]
     sums = []
     for (prompt, _), tokens, logps_LV in zip(pairs, rows, whole_logps(model, rows), strict=True):
@@ -63,7 +63,7 @@ def logliks(model: Model, pairs: list[tuple[np.ndarray, np.ndarray]]) -> np.ndar
 
 @dataclasses.dataclass
 class Round:
-    """A round's pairs: y and y-hat with their stored references; dropped y-hat left out."""
+    """A round's pairs, y and y-hat, with their stored references, without dropped y-hat."""
 
     chosen: list[tuple[np.ndarray, np.ndarray]]
     rejected: list[tuple[np.ndarray, np.ndarray]]
@@ -93,7 +93,7 @@ def corpus(finished_run: Config) -> TokenCorpus:
 
 @pytest.fixture
 def before_round_two(finished_run: Config, tmp_path: Path) -> Config:
-    """A copy of the run, cut off after the answers of the second round were drawn."""
+    """Copies the run and cuts it off after the answers of the second round were drawn."""
     config = copy_run(finished_run, tmp_path)
     unfinish(config, "proxy", steps_of(config)["round_01"])
     return config
@@ -101,7 +101,7 @@ def before_round_two(finished_run: Config, tmp_path: Path) -> Config:
 
 @pytest.mark.parametrize("number, start", [(1, "warmup"), (2, "round_01")])
 def test_the_reference_is_the_proxy_at_the_rounds_start(finished_run, corpus, number, start):
-    """Not the base model (the adapter switched off), and not the model that the round makes."""
+    """It is neither the base model (with the adapter off) nor the model after the round."""
     steps = steps_of(finished_run)
     pairs = read_round(finished_run, corpus, number)
     assert len(pairs.chosen) > 20
@@ -120,8 +120,8 @@ def test_the_reference_is_the_proxy_at_the_rounds_start(finished_run, corpus, nu
 
 @pytest.mark.parametrize("phase", ["round_01", "round_02"])
 def test_a_round_begins_at_ln_2_and_leaves_it(finished_run, phase):
-    """Policy and reference are one model at first, and only then: the adapter is the one that the
-    round before left, and the reference does not follow it."""
+    """Policy and reference are the same model only at the start of a round: the round starts from
+    the adapter of the round before, and the reference does not follow it."""
     steps = [line for line in log_lines(finished_run, "align") if "preference" in line]
     steps = [line for line in steps if line["phase"] == phase]
     assert len(steps) >= 4
@@ -131,7 +131,7 @@ def test_a_round_begins_at_ln_2_and_leaves_it(finished_run, phase):
 
 
 def test_adam_goes_on_from_round_to_round(finished_run):
-    """One optimizer for the whole stage: its count is the number of steps taken."""
+    """One optimizer serves the whole stage, so its count is the number of steps taken."""
     import orbax.checkpoint as ocp
 
     last = steps_of(finished_run)["round_02"]
@@ -194,7 +194,7 @@ def test_the_log_says_what_a_round_did(finished_run, corpus):
         assert after["time/sampled_rows"] == len(store) and after["time/sampling_s"] > 0
         for reason in ("empty", "equals_chosen"):
             assert after[f"samples/dropped_{reason}"] <= after["samples/rows"]
-        # The rewards are those of the round's last state over its stored references (eq. 4).
+        # The rewards are those of the round's last state relative to its stored references (eq. 4).
         pairs, model = read_round(finished_run, corpus, number), proxy_at(finished_run, step)
         beta = finished_run.align.preference.beta
         sums = np.array([logliks(model, pairs.chosen), logliks(model, pairs.rejected)])
@@ -204,12 +204,12 @@ def test_the_log_says_what_a_round_did(finished_run, corpus):
         assert after["after/reward_margin"] > 0.1
 
 
-# --- how far it goes ------------------------------------------------------------------------------
+# --- the kinds of alignment -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def aligned(tiny_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
-    """``(alignment, loss) -> config`` of a run that was aligned so; each is made once."""
+    """Returns ``(alignment, loss) -> config`` of a run aligned in this way; each is made once."""
     runs = tmp_path_factory.mktemp("kinds")
 
     @functools.cache
@@ -242,7 +242,7 @@ def test_kinds_of_alignment_without_a_preference(aligned, kind, phases):
 
 
 def test_preference_none_is_nll_alone(aligned):
-    """The same steps as ``alignment: nll``, without sampling."""
+    """It takes the same steps as ``alignment: nll``, without sampling."""
     configs = aligned("nll"), aligned("nll_preference", "none")
     assert not (configs[1].folder / "samples").exists()
     contents = [read_json(config.folder / "proxy" / MANIFEST)["content"] for config in configs]
@@ -257,7 +257,7 @@ def test_all_kinds_begin_alike(finished_run, aligned):
 
 
 def test_rounds_end_when_one_brings_no_new_best(tiny_files, tmp_path, monkeypatch):
-    """Validation at the ends of raw, warm-up and the rounds: best after the first."""
+    """Scripted validation of raw, warm-up and rounds is best after the first round."""
     nlls = [5.0, 4.0, 3.0, 3.5, 3.2, 3.4]
     align_section = {
         "alignment": "nll",
@@ -277,7 +277,7 @@ def test_rounds_end_when_one_brings_no_new_best(tiny_files, tmp_path, monkeypatc
         names = ["raw", "warmup", "round_01", "round_02", "round_03", "round_04"]
         assert [found["phase"] for found in result.results] == names[:phases]
         assert result.best_step == steps_of(config)["round_01"] < result.last_step
-        # Both are kept, and are not the same.
+        # Both checkpoints are kept, and they differ.
         best, last = (proxy_at(config, which).trainable for which in ("best", "last"))
         assert not np.array_equal(jax.tree.leaves(best)[0], jax.tree.leaves(last)[0])
 
@@ -293,11 +293,11 @@ def test_without_validation_rows_the_proxy_is_watched_on_the_students(tiny_files
     assert "validation/nll" not in (config.folder / "metrics.jsonl").read_text()
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- errors and warnings --------------------------------------------------------------------------
 
 
 def still_unfinished(config: Config, finished_run: Config) -> bool:
-    """Whether a run cut off after the first round is where it was: nothing was saved since."""
+    """Whether a run that was cut off after the first round has saved nothing since."""
     kept = [int(path.name) for path in (config.folder / "proxy" / "checkpoints").iterdir()]
     running = read_json(config.folder / "proxy" / MANIFEST)["status"] == "running"
     return running and max(kept) == steps_of(finished_run)["round_01"]
@@ -315,7 +315,7 @@ def test_stored_references_of_another_model_are_refused(before_round_two, finish
 
 
 def test_the_base_model_as_reference_is_refused(before_round_two, finished_run, monkeypatch):
-    """The adapter switched off, as some code elsewhere has it."""
+    """Some other implementations switch the adapter off to get the reference."""
     shutil.rmtree(before_round_two.folder / "samples" / "round_02")
     forward = reference.pair_logps
     monkeypatch.setattr(
@@ -331,7 +331,7 @@ def test_the_base_model_as_reference_is_refused(before_round_two, finished_run, 
 
 
 def test_an_alarm_where_the_loss_stays_at_ln_2(before_round_two, monkeypatch, capsys):
-    """As where the reference follows the policy: some code elsewhere trains so for ever."""
+    """This happens if the reference follows the policy, as in some other implementations."""
 
     def learns_nothing(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Any]:
         metrics = {"loss": 1.0, "grad_norm": 1.0, "preference": LN_2}

@@ -1,4 +1,4 @@
-"""Checkpoints: exact, complete or absent, and honest about damage."""
+"""Checkpoints are exact, complete or absent, and damage is reported."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_step_without_digests_does_not_count(tmp_path) -> None:
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(_state(1), Progress(step=1))
     checkpoints.save(_state(2), Progress(step=2))
-    (tmp_path / "digests" / "2.json").unlink()  # killed between commit and digests
+    (tmp_path / "digests" / "2.json").unlink()  # as if killed between commit and digests
     again = Checkpoints(tmp_path)
     assert again.steps() == [1]
     again.save(_state(3), Progress(step=2))
@@ -65,7 +65,7 @@ def test_what_a_killed_removal_left_is_removed_on_opening(tmp_path) -> None:
     checkpoints = Checkpoints(tmp_path)
     for step in (1, 2, 3):
         checkpoints.save(_state(step), Progress(step=step))
-    (tmp_path / "digests" / "1.json").unlink()  # first of all, then file by file
+    (tmp_path / "digests" / "1.json").unlink()  # this goes first, then the files one by one
     (tmp_path / "checkpoints" / "1" / "state" / "_METADATA").unlink()
     (tmp_path / "digests" / ".4.json.tmp").write_text("{")
     again = Checkpoints(tmp_path)
@@ -87,7 +87,7 @@ def test_other_model_is_a_sentence(tmp_path) -> None:
 
 @pytest.mark.parametrize("several", [False, True])
 def test_a_model_is_restored_without_its_optimizer(several, tmp_path) -> None:
-    """Alone, or by its role where several models learn."""
+    """It is restored alone, or by its role if several models learn."""
     student = _state(0.3).trainable
     trainable = {"student": student, "judge": {"c": jnp.ones(2)}} if several else student
     checkpoints = Checkpoints(tmp_path)
@@ -111,7 +111,7 @@ def test_log_drops_what_came_after_a_checkpoint(tmp_path) -> None:
         log.write("align", step, {"loss": np.float32(0.5), "bad": float("nan")})
         log.write("score", step, {"n": 1})
     with open(log.path, "a") as file:
-        file.write('{"stage": "ali')  # killed while writing
+        file.write('{"stage": "ali')  # as if killed while writing
     log.resume("align", 2)
     assert log.lines("align") == 2 and log.lines("score") == 3
     assert '"bad": null' in log.path.read_text()

@@ -1,4 +1,4 @@
-"""distill.main on a tiny run: its loss, whose soft labels it takes, when it stops."""
+"""distill.main on a tiny run: its loss, the soft labels it accepts, and when it stops."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ALL = ("warmup", "align", "distill", "fresh")
 
 
 def student_by(finished_run: Config, runs: Path, **section: Any) -> Config:
-    """A copy of the run that has yet to distil, by other keys of ``distill``."""
+    """Copies the run without its student, with other keys of ``distill``."""
     return without_student(finished_run, runs, {"distill": section})
 
 
@@ -48,11 +48,11 @@ def student_by(finished_run: Config, runs: Path, **section: Any) -> Config:
 
 
 class Reference:
-    """Eq. 11's parts of every row the student sees, from whole softmaxes in float64.
+    """The parts of eq. 11 for every row that the student sees, from whole softmaxes in float64.
 
     Attributes (n rows):
       nll, kl: means over an answer's tokens.
-      loglik, length: the proxy's summed log-likelihood; tokens.
+      loglik, length: the proxy's summed log-likelihood, and the number of tokens.
       split: name of each row's split.
     """
 
@@ -84,7 +84,7 @@ class Reference:
                 self.split.append(name)
 
     def weights(self, *, enabled: bool, loglik: str, normalize: bool) -> np.ndarray:
-        """Eq. 9 over each split, and 1 for fresh prompts."""
+        """Returns the weights of eq. 9 on each split, and 1 for fresh prompts."""
         weights = np.ones(len(self.kl))
         for name in set(self.split) - {"fresh"}:
             inside = np.array(self.split) == name
@@ -107,7 +107,7 @@ class Reference:
     ids=["as_printed", "recommended", "off"],
 )
 def test_the_first_loss_is_eq_11_with_the_weights_of_eq_9(finished_run, tmp_path, weights):
-    """One batch of all rows: D and the fresh prompts, which have no NLL and weight 1."""
+    """One batch holds all rows: D and the fresh prompts, which have no NLL and weight 1."""
     one_batch = {"batch_size": 160, "max_steps": 1, "alpha": 7.0, "weights": weights}
     config = student_by(finished_run, tmp_path, **one_batch)
     distill.main(config)
@@ -122,13 +122,13 @@ def test_the_first_loss_is_eq_11_with_the_weights_of_eq_9(finished_run, tmp_path
     assert line["sample_weight"] == pytest.approx(w.mean(), rel=1e-4)
     assert line["weighted_kl"] == pytest.approx((w * kl).mean(), rel=1e-4)
     assert line["loss"] == pytest.approx(nll + 7.0 * (w * kl).mean(), rel=1e-4)
-    # What distinguishes the cases is larger than the tolerance.
+    # The differences between the cases exceed the tolerance.
     assert (abs((w * kl).mean() / kl.mean() - 1) > 0.002) == weights["enabled"]
     assert abs(np.array(found.nll).mean() / nll - 1) > 0.002
 
 
 def test_alpha_0_is_plain_fine_tuning(tiny_files, tmp_path):
-    """No proxy is touched, and the student is that of a loop written without this program's."""
+    """No proxy is loaded, and an independent training loop gives the same student."""
     section = {"alpha": 0.0, "data": "distill", "epochs": 3, "max_steps": None, "batch_size": 64}
     config = recipe(tiny_files, tmp_path, {"distill": {**section, "stop": {"enabled": False}}})
     result = distill.main(config)
@@ -139,7 +139,7 @@ def test_alpha_0_is_plain_fine_tuning(tiny_files, tmp_path):
         "export",
     }
     rows = open_corpus(config.folder / "corpus").split("distill")
-    assert 40 < len(rows) <= 64  # each step sees all of them: their order does not matter
+    assert 40 < len(rows) <= 64  # each step sees all rows, so their order does not matter
     tokens_BL = np.zeros((len(rows), 17), np.int32)
     mask_BL = np.zeros((len(rows), 16), np.float32)
     for b, row in enumerate(rows.read(range(len(rows)))):
@@ -174,7 +174,7 @@ def test_alpha_0_is_plain_fine_tuning(tiny_files, tmp_path):
     )
 
 
-# --- whose soft labels ----------------------------------------------------------------------------
+# --- the soft labels ------------------------------------------------------------------------------
 
 
 def rewritten(config: Config, part: str, key: str, value: Any) -> None:
@@ -204,7 +204,7 @@ def test_soft_labels_of_something_else_are_refused(finished_run, tmp_path, part,
 
 
 def test_the_labels_of_a_run_with_another_proxy_are_refused(finished_run, tiny_files, tmp_path):
-    """A folder copied from a run whose proxy was not aligned."""
+    """The folder is copied from a run whose proxy was not aligned."""
     other = recipe(tiny_files, tmp_path, {"align": {"alignment": "none"}}, name="other")
     score.main(other)
     config = student_by(finished_run, tmp_path)
@@ -215,7 +215,7 @@ def test_the_labels_of_a_run_with_another_proxy_are_refused(finished_run, tiny_f
 
 
 def test_a_student_is_refused_when_its_labels_were_made_anew(finished_run, tmp_path):
-    """Half a student of one proxy, half of another: the store's identity is part of the stage."""
+    """The stage records the store's identity, so a student never learns from two proxies."""
     config = copy_run(finished_run, tmp_path)
     shutil.rmtree(config.folder / "soft_labels")
     config = changed(config, {"score": {"top_k": 5}})
@@ -229,7 +229,7 @@ def test_a_student_is_refused_when_its_labels_were_made_anew(finished_run, tmp_p
 @pytest.mark.parametrize(
     "nlls, best, last",
     [
-        # untrained, then after steps 2, 4, 6, ...: two validations without a new best end it
+        # untrained, then after steps 2, 4, 6, ...: training ends after two without a new best
         ([5.0, 4.0, 3.0, 3.1, 3.2], 4, 8),
         ([5.0, 4.0, 3.0, 3.1, 2.9, 3.0, 3.0], 8, 12),
         ([5.0, 6.0, 6.5, 7.0], 0, 6),
@@ -244,10 +244,10 @@ def test_it_stops_where_validation_no_longer_improves(
     config = student_by(finished_run, tmp_path, epochs=9, max_steps=14, stop=stop)
     result = distill.main(config)
     assert (result.best_step, result.last_step) == (best, last)
-    assert len(left) == 0  # the two that compare the exported student
+    assert len(left) == 0  # the last two values are for the comparison of the exported student
     steps = [line["step"] for line in log_lines(config, "distill") if "loss" in line]
     assert steps == list(range(1, last + 1))
-    # Best and last are both kept, and are what export.state chooses between.
+    # Best and last are both kept; export.state chooses between them.
     mesh = make_mesh(config.mesh)
     states = [
         jax.tree.leaves(load_student(config, mesh, which).trainable) for which in (best, last)
@@ -263,7 +263,8 @@ def test_it_stops_where_validation_no_longer_improves(
 
 
 def test_without_stopping_it_takes_all_steps(finished_run, tmp_path, monkeypatch):
-    scripted_validation(monkeypatch, [5.0, 6.0, 6.0, 6.0])  # untrained, the end, two of the export
+    # Validations of the untrained student, at the end, and two of the export.
+    scripted_validation(monkeypatch, [5.0, 6.0, 6.0, 6.0])
     stop = {"enabled": False, "every": 2, "patience": 2}
     config = student_by(finished_run, tmp_path, epochs=9, max_steps=14, stop=stop)
     result = distill.main(config)
@@ -293,7 +294,7 @@ def test_what_is_no_number_stops_it_at_the_last_good_checkpoint(
     assert f"distill, train, step 5: {name} is nan. Last good checkpoint: step 4." in message
     assert "learning rate" in message
     assert sorted(os.listdir(config.folder / "student" / "checkpoints"))[-1] == "4"
-    # Nothing of the bad step was kept: without it, the student is the unbroken run's.
+    # Nothing of the bad step was kept: without it, the student equals the uninterrupted run's.
     distill.main(config)
     ours, theirs = (read_json(c.folder / "student" / MANIFEST) for c in (config, finished_run))
     assert ours["content"] == theirs["content"]

@@ -1,7 +1,7 @@
-"""The equations that docs/method.md names are the ones that training computes.
+"""Training computes the equations that docs/method.md names.
 
-Each documented function in turn is replaced by one that fails, wherever the package holds it. Every
-part of a run that needs the equation must then fail too. Tracing is enough: nothing is trained.
+Each documented function in turn is replaced everywhere in the package by one that fails. Every part
+of a run that needs the equation must then fail too. Tracing is enough, so nothing is trained.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .conftest import random_distill, random_pairs, random_rows
 METHOD = Path(__file__).resolve().parents[2] / "docs" / "method.md"
 # Parts of a run by the documented function that they need.
 NEEDED_BY = {
-    "token_logps": ("nll", "align"),  # distill looks labels and top-k up at once
+    "token_logps": ("nll", "align"),  # distill computes labels and top-k in one function
     "nll": ("nll", "align", "distill"),
     "dpo_loss": ("align",),
     "preference_loss": ("align",),
@@ -41,11 +41,11 @@ NEEDED_BY = {
 
 
 class ReplacedError(Exception):
-    """What a replaced function raises."""
+    """The error that a replaced function raises."""
 
 
 def _documented() -> list[str]:
-    """Functions of ``losses`` in the table of equations."""
+    """Returns the functions of ``losses`` in the table of equations."""
     section = METHOD.read_text(encoding="utf-8").split("## From equations to functions")[1]
     rows = [line for line in section.split("\n## ")[0].splitlines() if line.startswith("|")]
     return sorted(set(re.findall(r"`losses\.(\w+)`", "\n".join(rows))))
@@ -62,7 +62,7 @@ def _share(model, objective, batch) -> None:
 
 @pytest.fixture
 def parts(lora_model):
-    """The parts of a run that compute equations."""
+    """Returns the parts of a run that compute equations."""
     rng = np.random.default_rng(0)
     dpo = PreferenceConfig(loss="dpo", beta=0.1)
     steps = {
@@ -81,7 +81,7 @@ def parts(lora_model):
 
 
 def _replace(monkeypatch, name: str) -> None:
-    """Puts a function that fails in the place of ``losses.<name>`` in every module that has it."""
+    """Replaces ``losses.<name>`` by a function that fails in every module that has it."""
     original = getattr(losses, name)
 
     def replaced(*_args, **_kwargs):

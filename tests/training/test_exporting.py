@@ -1,4 +1,4 @@
-"""Exported models in PyTorch: transformers and peft find in the files what was trained."""
+"""Exported models in PyTorch: transformers and peft load the models that were trained."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def some_tokens(vocab_size: int) -> np.ndarray:
 
 
 def assert_same_model(folder: Path, model: Model, in_torch: Any = None) -> None:
-    """Logits within 1e-4 of ours, which themselves reach far."""
+    """Checks that logits are within 1e-4 of ours, and that ours have a wide range."""
     tokens_BL = some_tokens(model.config.vocab_size)
     ours = our_logits(model, tokens_BL)
     theirs = torch_logits(in_torch or load_in_torch(folder), tokens_BL)
@@ -82,7 +82,7 @@ def test_the_exported_student_gives_our_logits(finished_run, student):
 
 
 def assert_same_words(folder: Path, model: Model, end: int) -> None:
-    """Greedy answers to prompts of random tokens are ours, token by token."""
+    """Checks that greedy answers to random prompts equal ours, token by token."""
     prompts_BP = some_tokens(end)[:, :5]
     ours = sample(
         model.weights,
@@ -146,7 +146,7 @@ def test_each_precision_with_its_validation_nll_beside(finished_run, tmp_path, c
     if dtype == "float32":
         assert nll["exported"] == pytest.approx(nll["trained"], abs=1e-5)
     else:
-        # The files as they are, computed in bfloat16 as their config says: measured 0.002 apart.
+        # The files are computed in bfloat16 as their config says: the measured difference is 0.002.
         assert 0 < abs(nll["exported"] - nll["trained"]) < 0.03
 
 
@@ -165,7 +165,7 @@ def test_the_adapter_of_the_proxy_loads_with_peft(finished_run, tiny_files):
     folder = finished_run.folder / "export" / "proxy_adapter"
     model = load_aligned_proxy(finished_run, make_mesh(finished_run.mesh))
     tokens_BL = some_tokens(model.config.vocab_size)
-    # The adapter is no small thing here.
+    # The adapter makes a large difference here.
     assert np.abs(torch_logits(base, tokens_BL) - our_logits(model, tokens_BL)).max() > 0.5
     assert_same_model(folder, model, PeftModel.from_pretrained(base, folder).eval())
     assert not (finished_run.folder / "export" / "proxy").exists()
@@ -177,7 +177,7 @@ def test_a_merged_proxy_is_a_model_of_its_own(finished_run, tmp_path, state, cap
     config = changed(config, {"export": {"state": state}})
     manifest = config.folder / "proxy" / "manifest.json"
     best = read_json(manifest)["best_step"]
-    # A run that got worse after its warm-up.
+    # As if the run had become worse after its warm-up.
     manifest.write_text(manifest.read_text().replace(f'"best_step": {best}', '"best_step": 2'))
     align.main(config)
     step = {"best": 2, "last": read_json(manifest)["last_step"]}[state]
@@ -190,7 +190,7 @@ def test_a_merged_proxy_is_a_model_of_its_own(finished_run, tmp_path, state, cap
 
 
 def test_a_proxy_over_four_bits_is_aligned_and_merged_as_it_was_trained(tiny_files, tmp_path):
-    """All its stages, and the model it leaves: dequantised weights with the adapter in them."""
+    """Runs all stages; the merged model has dequantised weights with the adapter merged in."""
     config = recipe(
         tiny_files,
         tmp_path,
@@ -237,6 +237,6 @@ def test_a_student_with_an_adapter_comes_merged_and_as_an_adapter(tiny_files, tm
 def test_an_export_is_made_once(finished_run, tmp_path, monkeypatch):
     config = copy_run(finished_run, tmp_path)
     monkeypatch.setattr("proxykd_jax.training.exporting.save_model", None)
-    distill.main(config)  # nothing is written
+    distill.main(config)  # this writes nothing
     with pytest.raises(TypeError):
         distill.main(changed(config, {"export": {"dtype": "bfloat16"}}))

@@ -1,4 +1,4 @@
-"""The references of a round are the log-probs of the training step's own forward pass."""
+"""A round's references are the log-probs of the training step's own forward pass."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from .conftest import VOCAB, tiny_config
 
 ROWS = 8
 REMATS = ("none", "dots", "outputs", "full")
-# dtype, remat, micro-batches, both answers in one row, weights that do not learn
+# dtype, remat, micro-batches, both answers in one row, kind of frozen weights
 QUICK = [
     ("bfloat16", "none", 1, False, "plain"),
     ("bfloat16", "none", 2, True, "plain"),
@@ -58,7 +58,7 @@ QUICK = [
     ("float32", "none", 1, True, "plain"),
 ]
 BASES = ("plain", "int8", "nf4", "nothing")
-# Every remat with one row and with two a pair, and in each precision; the rest takes turns.
+# Every remat occurs with one row and with two rows a pair, in each precision; the rest alternates.
 OTHERS = [
     ("bfloat16", remat, 1 + place % 2, place % 4 >= 2, BASES[place % 4])
     for place, remat in enumerate((*REMATS, *REMATS[2:], *REMATS[:2]))
@@ -66,7 +66,7 @@ OTHERS = [
 
 
 def made_model(base: str, dtype: str, remat: str) -> tuple[ModelSpec, dict, dict]:
-    """(spec, frozen, trainable) of a model whose log-probs show each rounding."""
+    """Returns (spec, frozen, trainable) of a model whose log-probs show each rounding."""
     lora = None if base == "nothing" else LoraConfig(rank=4, alpha=8.0)
     config = tiny_config(lora).replace(
         model_dim=64, ffn_dim=128, head_dim=16, initializer_range=0.2, max_positions=256
@@ -111,7 +111,7 @@ def first_metrics(
     base: str,
     logps_of: Callable[..., Any] = pair_logps,
 ) -> dict[str, float]:
-    """Of a first step whose references the same model has just computed."""
+    """Returns the metrics of a first step whose references the same model has just computed."""
     spec, frozen, trainable = made_model(base, dtype, remat)
     zeros = np.zeros(ROWS, np.float32)
     asked = made_pairs(share_prompt, (zeros, zeros))
@@ -126,7 +126,7 @@ def first_metrics(
 
 def check(*case) -> None:
     metrics = first_metrics(*case)
-    # beta is 1, so that these are nats a sequence.
+    # With beta 1 the rewards are nats per sequence.
     bound = 1e-3 if case[0] == "float32" else 0.0
     assert abs(metrics["reward_chosen"]) <= bound and abs(metrics["reward_rejected"]) <= bound
     assert metrics["preference"] == pytest.approx(LN_2, abs=1e-3)
@@ -144,7 +144,7 @@ def test_for_every_precision_remat_and_base(case) -> None:
 
 
 def test_the_plain_forward_pass_would_not_do() -> None:
-    """Else these cases would show nothing: it is off by tenths of a nat in bfloat16."""
+    """It is off by tenths of a nat in bfloat16; otherwise the tests above would prove nothing."""
 
     @functools.partial(jax.jit, static_argnames=("spec", "microbatches"))
     def plain(frozen, trainable, batch, *, spec, microbatches):
@@ -170,7 +170,7 @@ def test_the_tolerance_knows_precision_and_tokens() -> None:
 
 
 def save_soon_ending(source: Path, folder: Path) -> None:
-    """The random model, made to end its answers: 1,024 tokens of each would take minutes."""
+    """Changes the random model so that answers end early: 1,024 tokens each would take minutes."""
     config, params = load_model(source, dtype="float32")
     params["embed"]["embedding"] += 0.5
     kernel = params["lm_head"]["kernel"]
@@ -179,7 +179,7 @@ def save_soon_ending(source: Path, folder: Path) -> None:
 
 
 def readme_config(files: Path, folder: Path) -> tuple[Config, Path]:
-    """The README's first config, its own text, with files where it says they are."""
+    """Writes the README's first config, with files at the paths that it names."""
     readme = (REPOSITORY / "README.md").read_text()
     text = re.search(r"```yaml\n(.*?)```", readme, re.DOTALL).group(1)
     data = yaml.safe_load(text)
@@ -196,7 +196,7 @@ def readme_config(files: Path, folder: Path) -> tuple[Config, Path]:
 
 
 def first_losses(config: Config) -> list[float]:
-    """Of each round of DPO."""
+    """Returns the first loss of each round of DPO."""
     lines = [line for line in log_lines(config, "align") if "preference" in line]
     firsts = {line["phase"]: line["preference"] for line in reversed(lines)}
     return [loss for phase, loss in firsts.items() if phase.startswith("round_")]
@@ -204,7 +204,7 @@ def first_losses(config: Config) -> list[float]:
 
 @pytest.mark.slow
 def test_in_programs_as_users_compile_them(tmp_path) -> None:
-    """What XLA fuses decides what it rounds, and the other tests have flags of their own."""
+    """XLA's fusions determine the rounding, and the other tests compile with flags of their own."""
     tests = [__file__, "-k", "own_log_probs or would_not_do"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", *tests],
@@ -219,7 +219,7 @@ def test_in_programs_as_users_compile_them(tmp_path) -> None:
 
 @pytest.mark.slow
 def test_the_readmes_config_at_its_defaults(tiny_files, tmp_path) -> None:
-    """By the command, in programs as users compile them."""
+    """Runs the command, with programs as users compile them."""
     config, path = readme_config(tiny_files, tmp_path)
     assert (config.proxy.dtype, config.proxy.remat) == ("bfloat16", "none")
     done = subprocess.run(

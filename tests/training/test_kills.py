@@ -1,4 +1,4 @@
-"""A run that is killed again and again ends as one that was never touched."""
+"""A run that is killed repeatedly ends with the same results as an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from tests.training.killing import Runner
 
 STAGES = ("align", "score", "distill")
 REPOSITORY = Path(__file__).resolve().parents[2]
-# Of the random moments; any other must do as well.
+# Seed of the random moments; the test must pass with any seed.
 SEED = int(os.environ.get("PROXYKD_KILL_SEED", "0"))
 
-# A random kill comes up to so many seconds after its event, on a disk that is so slow: a random
-# kill then meets writes more often, and comes before a stage of few writes is over.
+# A random kill comes up to this many seconds after its event, on a simulated slow disk. So it hits
+# writes more often, and comes before a stage with few writes is over.
 DELAY_S = {"align": 0.2, "score": 0.03, "distill": 0.2}
 RENAME_TAKES_S = "0.03"
-# What a kill leaves of a file that was being written.
+# The partial files that a kill during a write leaves.
 PART_LEFT, SOFT_PART_LEFT = "samples/*/.part_*.tmp", "soft_labels/*/.part_*.tmp"
 
 CHANGES: dict[str, Any] = {
@@ -39,7 +39,7 @@ CHANGES: dict[str, Any] = {
         "epochs_per_round": 2,
         "diagnose_every": 3,
         "sampling": {"batch_size": 8, "rows_per_part": 8},
-        # Small enough for each validation to be the best: no other state is kept but the last.
+        # With this rate each validation is a new best, so only the last state is kept.
         "optimizer": {"learning_rate": 2e-3},
     },
     "score": {"batch_size": 16, "rows_per_part": 16},
@@ -48,19 +48,20 @@ CHANGES: dict[str, Any] = {
         "max_steps": 40,
         "checkpoint_every": 3,
         "optimizer": {"learning_rate": 5e-2},
-        # No fall is so large: it stops after the first validation and eleven more, at step 24.
+        # No decrease is this large: training stops after the first validation and eleven more, at
+        # step 24.
         "stop": {"patience": 11, "min_delta": 20.0},
     },
 }
 
 
-# --- what two runs have in common -----------------------------------------------------------------
+# --- comparing two runs ---------------------------------------------------------------------------
 
 
 def checkpoints_of(stage: Path) -> dict[str, tuple[str, list[tuple[str, Any, bytes]]]]:
-    """Progress and arrays of each checkpoint, of which Orbax's files tell only in part.
+    """Returns progress and arrays of each checkpoint.
 
-    They hold times, and the same arrays under random names.
+    Orbax's files cannot be compared: they hold times, and the same arrays under random names.
     """
     import orbax.checkpoint as ocp
 
@@ -81,7 +82,7 @@ def checkpoints_of(stage: Path) -> dict[str, tuple[str, list[tuple[str, Any, byt
 
 
 def metrics_of(run: Path) -> list[list[tuple[str, Any]]]:
-    """Lines of metrics.jsonl, fields in their order, without those that measure time."""
+    """Returns the lines of metrics.jsonl, with fields in order and without time measurements."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [
         [item for item in json.loads(line).items() if not item[0].startswith("time/")]
@@ -90,7 +91,7 @@ def metrics_of(run: Path) -> list[list[tuple[str, Any]]]:
 
 
 def contents(run: Path) -> dict[str, bytes | None]:
-    """All files of a run but those within checkpoints; None where bytes may differ."""
+    """Returns all files of a run except checkpoints; None for files whose bytes may differ."""
     found: dict[str, bytes | None] = {}
     for path in sorted(run.rglob("*")):
         name = path.relative_to(run).as_posix()
@@ -116,11 +117,11 @@ def assert_same(whole: Path, killed: Path) -> None:
             assert found[step] == checkpoint, f"{stage}, step {step}"
 
 
-# --- where a run stands ---------------------------------------------------------------------------
+# --- the progress of a run ------------------------------------------------------------------------
 
 
 def events(run: Path) -> int:
-    """Lines of metrics.jsonl and parts of samples and soft labels: grows as the run goes on."""
+    """Counts lines of metrics.jsonl and parts of samples and soft labels: it grows with the run."""
     log = run / "metrics.jsonl"
     lines = log.read_bytes().count(b"\n") if log.exists() else 0
     parts = (path for name in ("samples", "soft_labels") for path in (run / name).rglob("part_*"))
@@ -128,7 +129,7 @@ def events(run: Path) -> int:
 
 
 def stage_of(run: Path) -> str:
-    """The stage that a run stands in; its export is part of it."""
+    """Returns the current stage of a run; the export belongs to its stage."""
     last = {"proxy": "export/proxy.json", "soft_labels": "", "student": "export/student.json"}
     for folder, export in last.items():
         manifest = run / folder / MANIFEST
@@ -142,16 +143,16 @@ def stage_of(run: Path) -> str:
 
 
 class Killing:
-    """A run that is killed again and again.
+    """A run that is killed repeatedly.
 
     Attributes:
-      kills: (stage, what was cut off) of each.
+      kills: (stage, what was interrupted) of each kill.
 
     Args:
-      runner: of the run's command.
-      run: its folder.
-      spans: events at which each stage begins and ends.
-      ends: call near the end of each stage that no random kill comes after.
+      runner: runner of the run's command.
+      run: folder of the run.
+      spans: number of events at which each stage begins and ends.
+      ends: call near the end of each stage; random kills come before it.
     """
 
     def __init__(
@@ -166,14 +167,14 @@ class Killing:
         self.kills: list[tuple[str, str]] = []
 
     def at(self, stage: str, what: str, calls: str, left: str = "") -> None:
-        """A kill at a call (see ``killing.py``), which leaves something of the glob ``left``."""
+        """Kills the run at a call (see ``killing.py``); a file matching ``left`` must remain."""
         self._runner.dies_at(calls)
         assert not left or any(self._run.glob(left)), f"{calls} left no {left}"
         assert stage_of(self._run) == stage
         self._note(what)
 
     def in_checkpoint(self, stage: str, folder: str) -> None:
-        """A kill while Orbax writes; again until it hit."""
+        """Kills the run while Orbax writes; repeats until a kill hits."""
         written = f"{folder}/checkpoints/*.orbax-checkpoint-tmp"
         for _ in range(5):
             self._runner.killed_when(lambda: any(self._run.glob(written)))
@@ -181,11 +182,11 @@ class Killing:
                 assert stage_of(self._run) == stage
                 self._note("checkpoint")
                 return
-            self._note("random")  # it was renamed before the kill came
+            self._note("random")  # the rename came before the kill
         raise AssertionError(f"five kills missed {written}")
 
     def random(self, stage: str, low: float, high: float, **environment: str) -> None:
-        """A kill at a random moment after a random share of the stage's events."""
+        """Kills the run at a random moment after a random share of the stage's events."""
         begin, end = self._spans[stage]
         target = begin + self._moments.uniform(low, high) * (end - begin)
         before = self._written()
@@ -209,7 +210,7 @@ class Killing:
 
 
 def spans_of(run: Path) -> dict[str, tuple[int, int]]:
-    """Events at which each stage of a finished run began and ended."""
+    """Returns the numbers of events at which each stage of a finished run began and ended."""
     stages = Counter(dict(line)["stage"] for line in metrics_of(run))
     parts = Counter(path.parent.name for path in run.rglob("part_*"))
     rounds = sum(count for name, count in parts.items() if name.startswith("round_"))
@@ -223,8 +224,8 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     print(f"seed of the moments: {SEED}")
     files = make_files(tmp_path / "files", num_corpus=200, num_fresh=24)
     environment = {
-        # Compiled by the unbroken run, which thus uses what it compiled itself, and loaded by the
-        # killed one: that they are equal bit by bit is part of what is tested.
+        # The uninterrupted run compiles these programs, and the killed run loads them. Their equal
+        # results are part of the test.
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -252,7 +253,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     }
     killing = Killing(runner, run, spans_of(whole), ends)
     anew = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
-    removal = r"unlink|^_sharding$"  # one of the files of a checkpoint
+    removal = r"unlink|^_sharding$"  # one of a checkpoint's files
 
     killing.random("align", 0.0, 0.1)
     killing.in_checkpoint("align", "proxy")
@@ -290,7 +291,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     killing.random("distill", 0.4, 0.55)
     killing.at("distill", "digests", r"rename|student/digests/\d+", "student/digests/.*.tmp")
     killing.random("distill", 0.55, 0.7)
-    # The state at which it stopped is saved twice: by the loop, and when the phase ends.
+    # The state at the stop is saved twice: by the loop, and at the end of the phase.
     killing.at(
         "distill",
         "removal of the last checkpoint",

@@ -1,4 +1,4 @@
-"""metrics.jsonl over kills, trackers that fail, and what a person sees."""
+"""metrics.jsonl after kills, failing trackers, and the console."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def timeless(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_a_resumed_stage_has_the_lines_of_an_unbroken_one(finished_run, tmp_path):
-    """Lines of steps after the checkpoint, and one half written, are dropped and written again."""
+    """Lines after the checkpoint and a half-written line are dropped and written again."""
     config = copy_run(finished_run, tmp_path)
     path = config.folder / "metrics.jsonl"
     unbroken = log_lines(config, "distill")
@@ -46,7 +46,7 @@ def test_a_resumed_stage_has_the_lines_of_an_unbroken_one(finished_run, tmp_path
     assert middle and best is not None
     unfinish(config, "student", middle[0])
     others = [line for line in path.read_text().splitlines() if '"stage": "distill"' not in line]
-    # As they were when the process was killed two steps later, while writing.
+    # The lines at a kill two steps later, during a write.
     cut = next(i for i, line in enumerate(unbroken) if line["step"] == steps[-1])
     written = [json.dumps(line) for line in unbroken[:cut]]
     path.write_text("\n".join([*others, *written, '{"stage": "distill", "phase": "tra']))
@@ -75,7 +75,7 @@ def test_each_line_says_its_stage_phase_and_step(finished_run):
 
 
 def events(folder: Path) -> dict[tuple[str, int], float]:
-    """Scalars of TensorBoard's event files, by tag and step."""
+    """Returns the scalars of TensorBoard's event files, by tag and step."""
     import tensorflow as tf
     from tensorboardX.proto import event_pb2
 
@@ -120,7 +120,7 @@ class FakeRun:
 
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch):
-    """A wandb that fails where it is told to."""
+    """Returns a fake wandb that fails where it is told to."""
 
     def install(failing: str) -> FakeRun:
         made = FakeRun(failing)
@@ -154,7 +154,7 @@ def test_wandb_gets_every_line(tmp_path, wandb):
 def test_wandb_that_fails_stops_nothing(tmp_path, monkeypatch, wandb, capsys, failing):
     made = wandb(failing)
     if failing == "import":
-        monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
+        monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     log = open_metrics(tmp_path, WANDB, {})
     for step in (1, 2):
         log.write("align", step, {"loss": 1.0})
@@ -162,7 +162,7 @@ def test_wandb_that_fails_stops_nothing(tmp_path, monkeypatch, wandb, capsys, fa
     assert log.lines("align") == 2
     err = capsys.readouterr().err
     said = [line for line in err.splitlines() if "Weights & Biases" in line]
-    assert len(said) == 1  # once, not at every step
+    assert len(said) == 1  # it is said once, not at every step
     assert len(made.logged) == (2 if failing == "finish" else 0)
 
 
@@ -176,7 +176,7 @@ def test_tensorboard_that_is_not_installed_stops_nothing(tmp_path, monkeypatch, 
 
 
 def test_tensorboard_that_cannot_write_stops_nothing(tmp_path, capsys):
-    """A file where its folder should be."""
+    """A file stands in the place of its folder."""
     (tmp_path / "tensorboard").write_text("")
     log = open_metrics(tmp_path, TENSORBOARD, {})
     log.write("align", 1, {"loss": 1.0})
@@ -199,7 +199,7 @@ def test_a_student_is_trained_whatever_trackers_do(
     assert err.count("TensorBoard") == 1 and err.count("Weights & Biases") == 1
 
 
-# --- what a person sees ---------------------------------------------------------------------------
+# --- the console ----------------------------------------------------------------------------------
 
 
 class Screen(io.StringIO):
@@ -234,7 +234,7 @@ def test_a_bar_on_a_terminal(monkeypatch):
 
 
 def test_the_bar_of_a_resumed_phase_counts_its_own_steps(monkeypatch):
-    """Its speed is that of this process: it did not take the 5000 steps before the checkpoint."""
+    """The bar shows this process's speed, which did not take the 5000 steps before."""
     screen = Screen(terminal=True)
     monkeypatch.setattr(sys, "stderr", screen)
     console = Console("align")
@@ -249,7 +249,7 @@ def test_the_bar_of_a_resumed_phase_counts_its_own_steps(monkeypatch):
 
 
 def test_plain_lines_elsewhere(monkeypatch):
-    """The first and the last step of a phase, and one every ten seconds: no bar in a log file."""
+    """A log file gets no bar, but the first and last step of a phase and one every ten seconds."""
     text = shown(monkeypatch, terminal=False)
     assert text.splitlines() == [
         "align: warmup 1/40 loss 3.25",

@@ -50,5 +50,5 @@ def test_another_vocabulary_is_refused_before_training(tmp_path) -> None:
     small = _folder(tmp_path / "small", ["<unk>", "a", "b"], rows=2)
     with pytest.raises(UserError, match="belongs to another model"):
         check_tokenizers(_config(proxy, small, 100.0), corpus)
-    # Plain fine-tuning uses no proxy, whatever its key names.
+    # Plain fine-tuning uses no proxy, whatever the key names.
     check_tokenizers(_config(other, same, 0.0), corpus)

@@ -1,4 +1,4 @@
-"""Both answers of a pair behind one prompt: the same numbers as with a row for each."""
+"""Sharing a prompt between both answers of a pair gives the same numbers as one row each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .conftest import VOCAB, tiny_config
 from .test_steps import _step
 
 ROW_ID = "ab" * 32
-# (prompt, y, y-hat or None): no prompt at all, one token, much longer than its answers, no y-hat.
+# (prompt, y, y-hat or None): no prompt, one token, much longer than its answers, no y-hat.
 SIZES = [(0, 5, 4), (1, 3, 7), (9, 2, 2), (6, 8, None), (4, 1, 9), (3, 6, 1)]
 
 
@@ -42,7 +42,7 @@ def made_pairs(rng: np.random.Generator) -> list[tuple[TokenRow, TokenRow | None
 
 
 def batches(answers: bool = True):
-    """The same pairs with a row for each answer, and with shared prompts."""
+    """Returns the same pairs with one row per answer, and with shared prompts."""
     rng = np.random.default_rng(0)
     pairs = made_pairs(rng)
     references = tuple(rng.normal(-15, 3, len(pairs)).astype(np.float32) for _ in range(2))
@@ -76,7 +76,7 @@ def test_one_row_a_pair_has_the_loss_and_gradient_of_two(
     assert metrics.keys() == of_two.keys() and metrics["loss"] != 0
     for name, value in of_two.items():
         np.testing.assert_allclose(metrics[name], value, rtol=3e-5, atol=1e-6, err_msg=name)
-    # A step of 0.05 times the gradient, whose own rounding grows with its norm.
+    # The step is 0.05 times the gradient, whose own rounding grows with its norm.
     rounding = 1e-7 * (10 + of_two["grad_norm"])
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=rounding)
@@ -92,7 +92,7 @@ def test_nll_beside_the_preference_is_of_the_teachers_answers_alone(full_model, 
 
 @pytest.mark.parametrize("window", [None, 4])
 def test_an_answer_sees_its_prompt_and_itself(lora_model, window) -> None:
-    """Neither log-prob moves with the other answer; both move with the prompt."""
+    """Neither log-prob changes with the other answer; both change with the prompt."""
     spec, frozen, trainable = lora_model
     if window:
         config = spec.config.replace(sliding_window=window, sliding_layers=(0, 1))
@@ -117,12 +117,12 @@ def test_an_answer_sees_its_prompt_and_itself(lora_model, window) -> None:
     first = rows.tokens_BL.copy()
     first[4, 0] = 3 + first[4, 0] % 30
     after = logps(shared.replace(rows=rows.replace(tokens_BL=first)))
-    if window is None:  # a window of 4 hides the first token of the longer answers' ends alone
+    if window is None:  # with a window of 4, the ends of the longer answers miss the first token
         assert after[0, 4] != before[0, 4] and after[1, 4] != before[1, 4]
 
 
 def test_batches_of_a_round_hold_every_token_once(tmp_path) -> None:
-    """Places are those that the collated rows really take."""
+    """The planned positions are those that the collated rows take."""
     rng = np.random.default_rng(1)
     pairs = made_pairs(rng)
     rows = RowsInMemory([row for row, _ in pairs])
@@ -159,7 +159,7 @@ def test_batches_of_a_round_hold_every_token_once(tmp_path) -> None:
                 widths = np.maximum(widths, (batch.rejected.segment_ids_BL > 0).sum(1))
             places = [row[0] for row in planned.rows if row]
             np.testing.assert_array_equal(widths[: len(places)], found.positions[places])
-        # The first token of an answer without a prompt is not predicted by anything.
+        # Without a prompt, nothing predicts an answer's first token.
         assert inside == sum(c + (r or 0) for _, c, r in SIZES) - 2
     assert of(True).positions.tolist() == [7, 10, 12, 13, 13, 9]
     assert of(False).positions.tolist() == [4, 7, 10, 13, 12, 8]
@@ -169,7 +169,7 @@ def wanted(share_prompt: bool | str) -> PreferenceConfig:
     return PreferenceConfig(beta=1.0, share_prompt=share_prompt)
 
 
-# (shape, tokens of the prompt and of each answer) where which way was faster was measured.
+# (shape, tokens of the prompt, tokens of each answer, whether sharing was measured to be faster)
 MEASURED = [
     ("15m", 128, 64, True),
     ("15m", 96, 96, True),
@@ -189,8 +189,8 @@ def test_a_prompt_is_shared_where_that_was_measured_to_be_faster(shape, prompt, 
 
 
 def test_what_makes_sharing_pay():
-    """Long prompts, answers of unequal lengths (two rows are both as long as the longer), wide
-    models; never under rope scaling that follows the length of a row."""
+    """Sharing pays with long prompts, wide models, and answers of unequal lengths (two rows both
+    have the length of the longer answer), but not if rope scaling follows the row's length."""
 
     def pays(model, prompt: int, chosen: int, rejected: int) -> bool:
         lengths = (np.array([n]) for n in (prompt, chosen, rejected))

@@ -1,7 +1,7 @@
-"""Whole rounds by a server: it draws with the round's weights, and leaves nothing behind.
+"""Whole rounds with a server: it draws with the round's weights and keeps nothing afterwards.
 
-The servers here are real HTTP servers that load the served files by the readers of this package and
-answer by its sampler, so a greedy answer of theirs is the one that the sampler itself would give.
+These are real HTTP servers that load the served files with this package and answer with its
+sampler, so their greedy answers equal the sampler's own.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def _loopback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Served:
-    """Loads what it is told to and answers by the sampler here, at temperature 0.
+    """Loads what it is told to, and answers with the built-in sampler at temperature 0.
 
     Args:
       base: folder of the base model.
-      tokenizer: as text prompts and answers are cut and joined.
-      tells_ids: answers with token ids, as vLLM and SGLang do.
+      tokenizer: tokenizer that splits text prompts and joins answers.
+      tells_ids: whether it answers with token ids, as vLLM and SGLang do.
     """
 
     def __init__(self, base: str, tokenizer: Tokenizer, *, tells_ids: bool = True) -> None:
@@ -104,7 +104,7 @@ TRANSFORMERS = {"api": "transformers", "serves": "merged", "prompt_as": "text"}
 
 @contextlib.contextmanager
 def server_for(config: Config, **keys: Any) -> Iterator[tuple[Served, FakeServer, Config]]:
-    """A server of the config's proxy, and the config that samples by it."""
+    """Gives a server of the config's proxy, and the config that samples with it."""
     base = str(config.proxy.path)
     keys = {**VLLM, "retries": 1, **keys}
     served = Served(base, load_tokenizer(base), tells_ids=keys["api"] != "transformers")
@@ -115,7 +115,7 @@ def server_for(config: Config, **keys: Any) -> Iterator[tuple[Served, FakeServer
 
 @pytest.fixture(scope="module")
 def greedy(finished_run: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A run whose rounds the sampler here drew, at temperature 0."""
+    """Returns a run whose rounds the built-in sampler drew at temperature 0."""
     config = copy_run(finished_run, tmp_path_factory.mktemp("greedy"))
     for name in ("proxy", "samples", "soft_labels", "student", "export", "eval"):
         shutil.rmtree(config.folder / name)
@@ -126,7 +126,7 @@ def greedy(finished_run: Config, tmp_path_factory: pytest.TempPathFactory) -> Co
 
 
 def to_align(config: Config, runs: Path) -> Config:
-    """A copy of a run of which only the corpus is made."""
+    """Copies a run of which only the corpus is complete."""
     shutil.copytree(config.folder / "corpus", runs / config.name / "corpus")
     return changed(config, {"runs_dir": str(runs)})
 
@@ -144,12 +144,12 @@ def stores(config: Config) -> list[SampleStore]:
     ],
 )
 def test_a_served_round_is_the_round_that_we_would_have_drawn(greedy, tmp_path, keys):
-    """Greedy answers, references and what is learnt from them are the same: the server has the
-    weights that the round begins with, and the rest does not know who drew."""
+    """Answers, references and the trained proxy are the same: the server has the weights at the
+    start of the round, and nothing else depends on who draws."""
     with server_for(to_align(greedy, tmp_path), **keys) as (served, fake, config):
         align.main(config)
         bodies = fake.bodies()
-    assert len(set(served.begun)) == len(served.begun) == 2  # once a round, each by its own name
+    assert len(set(served.begun)) == len(served.begun) == 2  # once per round, under different names
     assert not served.loaded and not (config.folder / "served").exists()
     for ours, theirs in zip(stores(greedy), stores(config), strict=True):
         np.testing.assert_array_equal(theirs.rows, ours.rows)
@@ -158,7 +158,7 @@ def test_a_served_round_is_the_round_that_we_would_have_drawn(greedy, tmp_path, 
             np.array_equal(x.tokens, y.tokens) and x.drop == y.drop
             for x, y in zip(a, b, strict=True)
         ]
-        # A text of a word that is no token (<unk>) is dropped; ids are always the same.
+        # A text with a word that is not a token (<unk>) is dropped; ids always match.
         assert np.mean(same) == 1 if keys["api"] != "transformers" else np.mean(same) > 0.9
         assert all(x.finished == y.finished for x, y, s in zip(a, b, same, strict=True) if s)
         counts = theirs.counts()
@@ -172,7 +172,7 @@ def test_a_served_round_is_the_round_that_we_would_have_drawn(greedy, tmp_path, 
 
 
 def test_what_is_recorded_of_the_server_and_what_may_change(greedy, tmp_path):
-    """Not where it is nor its key: another server of the same kind goes on with the run."""
+    """Its address and key are not recorded: another server of this kind can continue the run."""
     with server_for(to_align(greedy, tmp_path)) as (_, fake, config):
         align.main(config)
         before = files_of(config.folder / "samples", times=True)
@@ -187,7 +187,7 @@ def test_what_is_recorded_of_the_server_and_what_may_change(greedy, tmp_path):
         assert fake.url not in path.read_text()
     unfinish(config, "proxy", read_json(config.folder / "proxy" / MANIFEST)["results"][1]["step"])
     with server_for(config, concurrency=3, timeout_s=7.0) as (served, fake, elsewhere):
-        align.main(elsewhere)  # the rounds again, and nothing is drawn again
+        align.main(elsewhere)  # runs the rounds again without drawing again
         assert not fake.requests and not served.begun
     assert files_of(config.folder / "samples", times=True) == before
     with (
@@ -218,7 +218,7 @@ def test_a_server_that_goes_away_leaves_whole_parts_and_the_same_command_goes_on
         store = SampleStore(config.folder / "samples" / "round_01")
         assert len(store) == 16 and not store.is_complete
         assert not (config.folder / "served").exists() and not served.loaded
-        # What a killed run leaves: an adapter on the server, and its folder.
+        # As a killed run leaves them: an adapter on the server, and its folder.
         left = config.folder / "served" / "run-round-01-00000000"
         left.mkdir(parents=True)
         served.loaded[left.name] = None
@@ -234,7 +234,7 @@ def test_a_server_that_goes_away_leaves_whole_parts_and_the_same_command_goes_on
 
 
 def test_fresh_prompts_are_answered_by_the_server_too(greedy, tmp_path):
-    """The finished proxy answers; a store that is complete asks no server."""
+    """The finished proxy answers. A complete store sends no request."""
     with server_for(to_align(greedy, tmp_path)) as (served, fake, config):
         score.main(config)
         assert len(served.begun) == 3 and not served.loaded

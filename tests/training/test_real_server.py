@@ -1,6 +1,6 @@
-"""Rounds by a real ``transformers serve`` on loopback, an implementation that is not ours.
+"""Rounds with a real ``transformers serve`` on loopback, an independent implementation.
 
-It needs PyTorch, FastAPI, uvicorn and openai; the tests are skipped where one is absent.
+It needs PyTorch, FastAPI, uvicorn and openai; without one of them the tests are skipped.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _START_S = 180.0
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Of a server that runs until the module's tests are over."""
+    """Gives the address of a server that runs until the module's tests are over."""
     absent = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if absent:
         pytest.skip(f"transformers serve needs {', '.join(absent)}")
@@ -76,8 +76,8 @@ def answers(config: Config) -> SampleStore:
 
 
 def share_equal(ours: SampleStore, theirs: SampleStore, special: set[int]) -> float:
-    """Of the answers whose text says all: transformers leaves special tokens out of it, also an end
-    token at the last place of the budget, where it says that the answer was cut off."""
+    """Compares answers that text can represent: transformers drops special tokens from the text. It
+    also drops an end token at the last place of the budget and reports a truncated answer."""
     np.testing.assert_array_equal(ours.rows, theirs.rows)
     assert (theirs.drops == NOT_REENCODABLE).mean() < 0.1
     pairs = [
@@ -93,7 +93,7 @@ def share_equal(ours: SampleStore, theirs: SampleStore, special: set[int]) -> fl
 
 
 def test_its_greedy_answers_are_ours(url, tiny_files, tmp_path, monkeypatch):
-    """Of a random model that learnt for a few steps: the served files hold the round's weights."""
+    """The model is random and learnt for a few steps: the served files hold the round's weights."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     greedy = {"align": {"num_rounds": 1, "sampling": {"temperature": 0}}}
     ours = recipe(tiny_files, tmp_path / "ours", greedy)
@@ -105,7 +105,7 @@ def test_its_greedy_answers_are_ours(url, tiny_files, tmp_path, monkeypatch):
 
 
 def test_it_samples_where_it_shall(url, tiny_files, tmp_path, monkeypatch):
-    """Without being told so, transformers serve is greedy whatever the temperature."""
+    """By default transformers serve is greedy, whatever the temperature."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     one = {"align": {"num_rounds": 1, "sampling": {"temperature": 0}}}
     greedy = by_server(recipe(tiny_files, tmp_path / "greedy", one), url, tmp_path / "greedy")
@@ -117,7 +117,7 @@ def test_it_samples_where_it_shall(url, tiny_files, tmp_path, monkeypatch):
 
 
 def test_rounds_of_a_real_model(url, assets, tmp_path, monkeypatch, capsys):
-    """stories260K, whose tokenizer marks words by a space and whose stories end with its BOS."""
+    """stories260K: its tokenizer marks words by a space, and its stories end with its BOS."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     folder = str(assets / "models" / "stories260K")
     source = {"path": str(assets / "corpora" / "tinystories.jsonl"), "format": "text"}

@@ -1,4 +1,4 @@
-"""A round's reference log-probs: computed by the training forward, or taken from the sampler."""
+"""A round's reference log-probs, computed by the training forward pass or by the sampler."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COUNT, BATCH, DROPPED = 15, 4, 6
 
 
 def made_rows(seed: int) -> list[TokenRow]:
-    """The same prompts for every seed, another answer to each."""
+    """Returns the same prompts for every seed, with another answer to each."""
     prompts, rng = np.random.default_rng(0), np.random.default_rng(seed)
     rows = []
     for index in range(COUNT):
@@ -34,7 +34,7 @@ def made_rows(seed: int) -> list[TokenRow]:
 
 
 def logps_of(model: tuple, rows: list[TokenRow]) -> np.ndarray:
-    """Each row alone, as the sampler would have summed it."""
+    """Computes each row alone, as the sampler would have summed it."""
     spec, frozen, trainable = model
     logps = []
     for row in rows:
@@ -58,7 +58,7 @@ def plan_of(rows: Rows, together: int = BATCH) -> Plan:
 
 
 class Round:
-    """Pairs in a store, and which forward passes made their references."""
+    """Pairs in a store; records which forward passes made their references."""
 
     def __init__(
         self, folder: Path, model: tuple, monkeypatch: pytest.MonkeyPatch, shift: float = 0.0
@@ -120,7 +120,7 @@ class Round:
 
     @property
     def expected(self) -> np.ndarray:
-        """By rows alone."""
+        """Returns log-probs that are computed row by row."""
         chosen = logps_of(self.model, self.chosen.read(range(COUNT)))
         own = logps_of(self.model, made_rows(2))
         return np.stack([chosen, np.where(np.arange(COUNT) == DROPPED, 0, own)])
@@ -130,14 +130,14 @@ class Round:
 def test_the_samplers_log_probs_serve_where_they_agree(
     tmp_path, lora_model, monkeypatch, microbatches
 ):
-    """Both answers of the first batch are computed, and y of the others."""
+    """Both answers are computed for the first batch, and y alone for the others."""
     made = Round(tmp_path, lora_model, monkeypatch)
     found, calls = made.run(microbatches=microbatches), made.calls[:]
     assert calls == ["pair_logps", "answer_logps", "answer_logps", "answer_logps"]
     np.testing.assert_allclose(found, made.expected, atol=1e-4)
     assert made.store.num_references == COUNT
     as_sampled = found[1] == made.logps.astype(np.float32)
-    assert as_sampled.sum() >= COUNT - BATCH - 1  # but the first batch, and the dropped one
+    assert as_sampled.sum() >= COUNT - BATCH - 1  # all but the first batch and the dropped one
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, lora_model, monkeypat
 
 
 def test_parts_that_leave_out_pairs_are_refused(tmp_path, lora_model, monkeypatch):
-    """As of a version that cut the round into other parts."""
+    """A version that cuts the round into other parts leaves this state."""
     made = Round(tmp_path, lora_model, monkeypatch)
     zeros = np.zeros(2, np.float32)
     made.store.append_references(1, np.arange(2, dtype=np.int32), zeros, zeros)

@@ -26,7 +26,7 @@ def kept_steps(config: Config, role: str) -> list[int]:
 
 @pytest.mark.parametrize("role", LOADERS)
 def test_each_kept_step_is_the_model_that_was_validated_there(finished_run, role):
-    """Its NLL, measured anew, is the one that the log has of that step."""
+    """Its NLL, measured again, is the logged one of that step."""
     mesh = make_mesh(finished_run.mesh)
     rows = open_corpus(finished_run.folder / "corpus").split("validation")
     measure = validation_figures(16, mesh)
@@ -52,7 +52,7 @@ def test_best_and_last_are_what_the_manifest_says(finished_run, tmp_path, role):
     config = copy_run(finished_run, tmp_path)
     path = config.folder / role / MANIFEST
     steps = kept_steps(config, role)
-    # As after a run that got worse: the best is an early one.
+    # As if the run had become worse: the best step is an early one.
     text = path.read_text().replace(
         f'"best_step": {read_json(path)["best_step"]}', f'"best_step": {steps[0]}'
     )
@@ -91,7 +91,7 @@ def test_an_unfinished_stage_is_a_sentence(finished_run, tmp_path, role):
     with pytest.raises(UserError) as refused:
         LOADERS[role](config, make_mesh(config.mesh), "last")
     assert str(refused.value) == (
-        f"{config.folder / role} is not complete; run its stage again, which goes on with it."
+        f"{config.folder / role} is not complete; run its stage again, which continues it."
     )
 
 
@@ -109,7 +109,7 @@ def test_a_step_that_is_not_kept_is_a_sentence(finished_run):
 
 @pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
 def test_a_damaged_checkpoint_is_refused(finished_run, tmp_path, how):
-    """A finished model with a fault in it is never loaded in silence, nor replaced by another."""
+    """A damaged model is reported and never replaced by another."""
     config = copy_run(finished_run, tmp_path)
     last = read_json(config.folder / "student" / MANIFEST)["last_step"]
     folder = config.folder / "student" / "checkpoints" / str(last)

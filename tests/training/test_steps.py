@@ -1,4 +1,4 @@
-"""Steps against a float64 computation of eqs. 6 and 11, and their invariances."""
+"""Training steps compared with a float64 computation of eqs. 6 and 11, and their invariances."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_distill_is_eq_11(full_model) -> None:
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("kind", ["lora_model", "full_model"])
 def test_accumulated_gradients_are_those_of_the_whole_batch(name, kind, request) -> None:
-    """Rows of unequal length in unequal micro-batches: a mean of means would differ."""
+    """Rows and micro-batches have unequal lengths, so a mean of means would differ."""
     model = request.getfixturevalue(kind)
     batch = BATCHES[name](np.random.default_rng(3), 6)
     whole, metrics = _step(model, OBJECTIVES[name], batch, microbatches=1)
@@ -110,7 +110,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(name, kind, request)
 @pytest.mark.parametrize("microbatches", [1, 3])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_dpo_starts_at_ln_2_and_raises_the_margin(lora_model, dtype, microbatches) -> None:
-    """Rows of unequal length, in as many parts as the step computes them in."""
+    """Rows have unequal lengths, and the references are computed in the step's micro-batches."""
     spec, frozen, trainable = lora_model
     frozen = jax.tree.map(lambda x: x.astype(dtype), frozen)
     model = (dataclasses.replace(spec, remat="full"), frozen, trainable)
@@ -172,7 +172,7 @@ def test_a_frozen_vocabulary_is_projected_once(lora_model, monkeypatch, position
 
 
 def _with_places(batch, answers: int, together: int = 1):
-    """The batch with its answers' places listed, in every ``TokenBatch`` that it has."""
+    """Returns the batch with its answers' positions listed in each ``TokenBatch`` of it."""
     if isinstance(batch, TokenBatch):
         inside = batch.mask_BL.reshape(-1, together * batch.mask_BL.shape[1])
         places_GA = np.full((len(inside), answers), inside.shape[1], np.int32)
@@ -199,7 +199,7 @@ def test_vocabulary_at_answers_alone_gives_the_same_step(name, kind, together, r
         for b in rows
         if isinstance(b, TokenBatch)
     )
-    assert most < 12 * together  # or nothing would be left out
+    assert most < 12 * together  # otherwise no position would be left out
     everywhere, answers = (
         _step(model, OBJECTIVES[name], b) for b in (batch, _with_places(batch, most, together))
     )
