@@ -144,7 +144,7 @@ def _show_example(
     from proxykd_jax.texts.template import Renderer
 
     def show() -> None:
-        renderer = Renderer(tokenizer, config.corpus.template, config.corpus.end_tokens)
+        renderer = Renderer.of(tokenizer, config.corpus)
         for source in sources:
             for row in read_source(source, prompts_only=False, drops=Drops()):
                 report.say("example", renderer.describe(row, source))

@@ -58,7 +58,7 @@ def _prepare(config: Config, folder: Path) -> None:
 
     run = config.folder
     tokenizer = load_tokenizer(config)
-    renderer = Renderer(tokenizer, config.corpus.template, config.corpus.end_tokens)
+    renderer = Renderer.of(tokenizer, config.corpus)
     settings = {"corpus": config.corpus.model_dump(mode="json", exclude=_NOT_CONTENT)}
     inputs = stage_inputs(config, tokenizer, renderer)
     with one_at_a_time(run):

@@ -195,7 +195,7 @@ class Respondent:
         """Tokens of contexts, int32[T] each."""
         found = [_NOTHING if isinstance(c, ChatText) else self._plain(c) for c in contexts]
         chats = {n: c.row for n, c in enumerate(contexts) if isinstance(c, ChatText)}
-        encoded = self.renderer.encode_batch(list(chats.values()))
+        encoded = self.renderer.encode_all(list(chats.values()))
         for place, each in zip(chats, encoded, strict=True):
             found[place] = each.tokens
         return found
@@ -235,7 +235,7 @@ class Respondent:
         if isinstance(context, ChatText):
             messages = (*context.row.messages, Message("assistant", continuation))
             row = TextRow(messages, None, context.row.origin)
-            (found,) = self.renderer.encode_batch([row], with_end=False)
+            (found,) = self.renderer.encode_all([row], with_end=False)
             return found.tokens, found.prompt_length
         bare, whole = context.rstrip(), context + continuation
         if bare:

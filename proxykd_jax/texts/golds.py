@@ -50,7 +50,7 @@ def read_golds(config: Config, tokenizer: Tokenizer) -> Golds:
     Raises:
       UserError: a source is missing or damaged.
     """
-    renderer = Renderer(tokenizer, config.corpus.template, config.corpus.end_tokens)
+    renderer = Renderer.of(tokenizer, config.corpus)
     golds: dict[bytes, list[Gold]] = {}
     for source in config.corpus.sources:
         found: list[tuple[TextRow, Gold]] = []

@@ -94,8 +94,7 @@ class Job:
 
     @functools.cached_property
     def _made_renderer(self) -> Renderer:
-        tokenizer = load_tokenizer(self._tokenizer)
-        return Renderer(tokenizer, self.corpus.template, self.corpus.end_tokens)
+        return Renderer.of(load_tokenizer(self._tokenizer), self.corpus)
 
     @functools.cached_property
     def _made_benchmarks(self) -> ContaminationIndex | None:
