@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from proxykd_jax.artifacts import MANIFEST, digest_file, open_stage, read_json, write_bytes
 from proxykd_jax.cli import run_command
 from proxykd_jax.config import Config, dump_config
+from proxykd_jax.errors import UserError
 from proxykd_jax.peers import on_first
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from proxykd_jax.texts.tokenizer import Tokenizer
 
 SUMMARY = "Reads the teacher's answers, splits them and turns them into tokens."
+# Increase it when files give other rows, or rows other tokens, than before.
+READING_VERSION = 2
 # Keys of the section that select rows for later stages, or who does the work; not the content.
 _NOT_CONTENT = {"validation_max_rows", "beam"}
 
@@ -99,7 +102,11 @@ def make_corpus(config: Config, folder: Path, tokenizer: Tokenizer, renderer: Re
                 progress=progress,
             )
         read, fraction = selection.sources, selection.validation_fraction
-    counts = corpus_counts(config.corpus, read, fraction, writer)
+    try:
+        counts = corpus_counts(config.corpus, read, fraction, writer)
+    except UserError:
+        writer.discard()  # so that the same folder serves another template or max_length
+        raise
     print(describe_counts(counts))
     writer.finish(
         counts,
@@ -129,6 +136,7 @@ def one_at_a_time(run: Path) -> Iterator[None]:
 def stage_inputs(config: Config, tokenizer: Tokenizer, renderer: Renderer) -> dict[str, Any]:
     """The corpus's inputs: tokenizer, template, and every file by size and digest."""
     return {
+        "reading_version": READING_VERSION,
         "tokenizer": tokenizer.digest,
         "template": renderer.template_digest,
         "end_tokens": list(renderer.end_token_ids),
@@ -146,12 +154,13 @@ def source_files(config: Config) -> list[Path]:
       UserError: a path matches nothing.
     """
     from proxykd_jax.texts.files import list_files
+    from proxykd_jax.texts.files import source_files as list_source
 
     corpus = config.corpus
     files: list[Path] = []
     for source in (*corpus.sources, *corpus.test, *corpus.fresh_prompts):
         if source.path is not None:
-            files += list_files(source.path)
+            files += list_source(source.path, held_out=source in corpus.test).files
         if source.answers is not None:
             files += list_files(source.answers)
         for place in (source.dataset, source.tfds):

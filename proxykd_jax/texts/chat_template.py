@@ -121,7 +121,7 @@ class ChatTemplate:
           UserError: the template rejects the messages, or does something forbidden.
         """
         try:
-            # None, and not undefined: templates ask whether they are none, as Transformers has them.
+            # None and not undefined, as in Transformers: templates ask whether they are none.
             return self._compiled.render(
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,

@@ -437,9 +437,7 @@ class Renderer:
 
     # --- end tokens -------------------------------------------------------------------------------
 
-    def _end_ids(
-        self, end_tokens: Sequence[int | str] | None, has_turns: bool
-    ) -> tuple[int, ...]:
+    def _end_ids(self, end_tokens: Sequence[int | str] | None, has_turns: bool) -> tuple[int, ...]:
         if end_tokens:
             return tuple(dict.fromkeys(self.tokenizer.token_id(token) for token in end_tokens))
         written = self._written_end() if has_turns else None
@@ -490,7 +488,8 @@ def _check_said(rendered: str, messages: Sequence[dict[str, str]]) -> None:
 
 def _not_the_beginning(prompt: str, whole: str, answer: str) -> str:
     """Why the answer is not behind its prompt."""
-    shared = len(os.path.commonprefix([prompt, whole]))
+    pairs = enumerate(zip(prompt, whole, strict=False))
+    shared = next((n for n, (a, b) in pairs if a != b), min(len(prompt), len(whole)))
     extra = prompt[shared:]
     if len(extra) < _REASON_CHARACTERS and whole.startswith(answer.strip(), shared):
         return (

@@ -29,8 +29,8 @@ class Tokenizer:
       backend: ``tokenizers.Tokenizer`` without padding and truncation.
       special_texts: names of special tokens (``bos_token`` ...) to their texts, for templates.
       bos_id, eos_id: None if there is none.
-      eos_ids: every id that ends a text: ``eos_id``, then the others of the list ``eos_token_id`` in
-        the folder's ``generation_config.json`` or ``config.json``.
+      eos_ids: every id that ends a text: ``eos_id``, then the others of the list
+        ``eos_token_id`` in the folder's ``generation_config.json`` or ``config.json``.
       adds_bos: whether it starts a text with its BOS token by itself.
       chat_template: Jinja text, or None.
     """

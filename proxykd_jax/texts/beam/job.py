@@ -192,7 +192,7 @@ def begin_job(folder: Path, corpus: CorpusConfig, tokenizer: str, corpus_folder:
         sources: Sequence[SourceConfig] = getattr(corpus, group)
         for index, source in enumerate(sources):
             label = source_label(group, index, source)
-            for piece in source_pieces(source):
+            for piece in source_pieces(source, held_out=group == "test"):
                 kept = {"group": group, "index": index, "label": label}
                 pieces.append(kept | {"source": piece.model_dump(mode="json")})
     record = {
