@@ -8,8 +8,10 @@ is found by characters, never by token ids:
 - a plain text is tokenised as a whole, and the prompt is its first tokens or sentences.
 
 Texts are tokenised without adding anything, so a BOS is never doubled. The prompt has the tokens
-that it has alone, because a sampled answer follows these. Where the conversation is cut otherwise
-(one token spans the prompt's end and the answer's beginning), the answer is tokenised apart.
+that it has alone, because a sampled answer follows these, and the answer is tokenised apart: one
+token could span the prompt's end and the answer's beginning. A tokenizer that puts a space before
+every text needs the prompt in front of the answer; if a token spans the boundary there, another
+text takes the prompt's place.
 
 One token ends an answer (``Renderer.end_token_ids``): masks, sampling and evaluation ask here. It
 is the control token that the template writes behind an answer, or else the tokenizer's EOS. It is
@@ -319,7 +321,7 @@ class Renderer:
     def _tokenize(
         self, rendered: Sequence[_Rendered], source: SourceConfig | None
     ) -> tuple[list[np.ndarray], dict[int, np.ndarray]]:
-        """int32[T] of every row, and int64[T, 2] character offsets where needed."""
+        """int32[T] of every row, or of its answer alone, and int64[T, 2] offsets where needed."""
         by_sentence = source is None or source.prompt_tokens is None
         tokens = [_NO_TOKENS] * len(rendered)
         offsets: dict[int, np.ndarray] = {}
@@ -328,7 +330,7 @@ class Renderer:
             needs = item.row.text is not None and by_sentence
             groups.setdefault((item.renamed, needs), []).append(i)
         for (renamed, needs), members in groups.items():
-            texts = [rendered[i].whole for i in members]
+            texts = [rendered[i].whole[self._cut_at(rendered[i]) :] for i in members]
             for i, encoding in zip(members, self._cut(texts, renamed, needs), strict=True):
                 tokens[i] = np.array(encoding.ids, np.int32)
                 if needs:
@@ -376,8 +378,10 @@ class Renderer:
         if prompt is None:
             return Encoded(tokens, len(tokens))
         start = len(prompt)
-        if start >= len(tokens) or not np.array_equal(tokens[:start], prompt):
-            answer = self._behind(item)
+        if not self._begins_with_space:
+            tokens = np.concatenate([prompt, tokens])
+        elif start >= len(tokens) or not np.array_equal(tokens[:start], prompt):
+            answer = self._behind_an_anchor(item)
             if answer is None:
                 return Encoded(_NO_TOKENS, 0, NO_BOUNDARY)
             tokens = np.concatenate([prompt, answer])
@@ -387,12 +391,13 @@ class Renderer:
             return Encoded(_NO_TOKENS, 0, NOTHING_LEFT)
         return Encoded(tokens, start)
 
-    def _behind(self, item: _Rendered) -> np.ndarray | None:
-        """int32[T]: the answer's tokens behind its prompt; None if a boundary is nowhere found."""
+    def _cut_at(self, item: _Rendered) -> int:
+        """Where the text begins that is tokenised in one piece: at the answer, if that is apart."""
+        return 0 if self._begins_with_space or item.prompt is None else len(item.prompt)
+
+    def _behind_an_anchor(self, item: _Rendered) -> np.ndarray | None:
+        """int32[T]: the answer's tokens behind another text; None if a token spans each boundary."""
         answer = item.whole[len(item.prompt or "") :]
-        if not self._begins_with_space:
-            (encoding,) = self._cut([answer], item.renamed, False)
-            return np.array(encoding.ids, np.int32)
         for anchor in _ANCHORS:
             (encoding,) = self._cut([anchor + answer], item.renamed, True)
             begins = np.array(encoding.offsets, np.int64).reshape(-1, 2)
