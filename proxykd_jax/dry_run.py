@@ -179,6 +179,7 @@ def _show_steps(
     """The steps of each phase, by the phases that the stages would take."""
     from proxykd_jax.data.corpus import SPLITS
     from proxykd_jax.planning.run_programs import run_phases
+    from proxykd_jax.texts.funnel import describe_notes
     from proxykd_jax.training.sketch import SketchedCorpus
 
     corpus = _prepared(config)
@@ -187,6 +188,9 @@ def _show_steps(
         learnt = ("warmup", "align", "distill")
         tokens = sum(int(corpus.split(name).lengths.sum()) for name in learnt)
         origin = f"from {sum(rows[name] for name in learnt)} rows of {tokens} tokens"
+        for label, source in corpus.counts["sources"].items():
+            for line in describe_notes(source.get("notes", {})):
+                report.say("note", f"{label}: {line}")
     else:
         count = _count_rows(config, sources, report)
         if count is None:

@@ -47,7 +47,7 @@ def main(config: Config) -> PrepareResult:
     """Makes the corpus of a run unless it exists. With several processes one of them does it.
 
     Raises:
-      UserError: a source or the tokenizer is missing or damaged, a row cannot be rendered, or the
+      UserError: a source or the tokenizer is missing or damaged, no row is left, or the
         folder was made from other sources or settings.
     """
     folder = config.folder / "corpus"

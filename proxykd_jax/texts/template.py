@@ -396,7 +396,7 @@ class Renderer:
         return 0 if self._begins_with_space or item.prompt is None else len(item.prompt)
 
     def _behind_an_anchor(self, item: _Rendered) -> np.ndarray | None:
-        """int32[T]: the answer's tokens behind another text; None if a token spans each boundary."""
+        """int32[T]: the answer's tokens behind another text; None if every boundary is spanned."""
         answer = item.whole[len(item.prompt or "") :]
         for anchor in _ANCHORS:
             (encoding,) = self._cut([anchor + answer], item.renamed, True)
