@@ -160,6 +160,7 @@ class CorpusConfig(Section):
     )
     end_tokens: tuple[int | str, ...] | None = Field(
         None,
+        min_length=1,
         description="ids or texts of tokens that end an answer; the first is appended if the "
         "template writes none (default: the control token that the template writes behind an "
         "answer, else the tokenizer's EOS)",

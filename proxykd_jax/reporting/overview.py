@@ -146,11 +146,13 @@ def corpus(run: RunFolder) -> Section:
             first = (dropped.get("first") or [None])[0]
             rows.append((f"left out: {reason}", dropped["count"], first))
         rows.append(("kept", source["kept"], None))
-    notes = [
-        (note, found["count"], f"{found['first']}: {found['example']}")
-        for source in counts["sources"].values()
-        for note, found in source.get("notes", {}).items()
-    ]
+    notes: list[tuple[Value, ...]] = []
+    noted = {}
+    for label, source in counts["sources"].items():
+        if source.get("notes"):
+            noted[len(notes)] = label
+        for note, found in source.get("notes", {}).items():
+            notes.append((note, found["count"], f"{found['first']}: {found['example']}"))
     passed_over = [
         (f"{label}: {name}", why)
         for label, source in counts["sources"].items()
@@ -161,7 +163,8 @@ def corpus(run: RunFolder) -> Section:
     header: tuple[str, ...] = ("what", "rows", "the first of them")
     blocks.append(Table("Rows by source", header, rows, groups=groups))
     if notes:
-        blocks.append(Table("Notes on the rows", ("note", "times", "the first of them"), notes))
+        header = ("note", "times", "the first of them")
+        blocks.append(Table("Notes on the rows", header, notes, groups=noted))
     if passed_over:
         blocks.append(Table("Files passed over", ("file", "why"), passed_over))
     splits = dict.fromkeys(

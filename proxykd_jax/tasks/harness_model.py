@@ -169,7 +169,7 @@ class Respondent:
     def rolling_logliks(self, requests: Sequence[tuple[str]]) -> list[float]:
         """Log-likelihoods of whole texts in nats; each token is predicted once.
 
-        A text follows a BOS (or, without one, the end token) and is split into pieces of the
+        A text follows a BOS (or, without one, the EOS) and is split into pieces of the
         model's length. The last piece gets as much context as fits.
 
         Args:
@@ -218,8 +218,9 @@ class Respondent:
     @property
     def _prefix(self) -> int:
         """The token before a text that has no context."""
-        bos = self.renderer.tokenizer.bos_id
-        return self.renderer.end_token_ids[0] if bos is None else bos
+        tokenizer = self.renderer.tokenizer
+        known = (tokenizer.bos_id, tokenizer.eos_id, self.renderer.end_token_ids[0])
+        return next(token for token in known if token is not None)
 
     def _plain(self, text: str) -> np.ndarray:
         tokenizer = self.renderer.tokenizer

@@ -29,6 +29,10 @@ def read_parquet(path: Path) -> Iterator[tuple[Record, str]]:
         # A buffer without pre-buffering limits memory to the pages of a batch, not a row group. A
         # memory map would count every page read as the process's memory.
         with pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
+            names = file.schema_arrow.names
+            if len(set(names)) < len(names):
+                twice = next(name for name in names if names.count(name) > 1)
+                raise UserError(f"{path} has two columns of the name {twice}. Rename one of them.")
             # Old writers mark no text as such.
             unmarked = any("binary" in str(field.type) for field in file.schema_arrow)
             for batch in file.iter_batches(batch_size=_BATCH_ROWS):
