@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from proxykd_jax.artifacts import MANIFEST, digest_file, open_stage, read_json, write_bytes
 from proxykd_jax.cli import run_command
 from proxykd_jax.config import Config, dump_config
-from proxykd_jax.errors import UserError
 from proxykd_jax.peers import on_first
 
 if TYPE_CHECKING:
@@ -82,7 +81,8 @@ def make_corpus(config: Config, folder: Path, tokenizer: Tokenizer, renderer: Re
     from proxykd_jax.texts.encode import encode_rows
     from proxykd_jax.texts.funnel import corpus_counts, describe_counts
     from proxykd_jax.texts.progress import Progress
-    from proxykd_jax.texts.selection import select_rows, selected_rows
+    from proxykd_jax.texts.records import Drops
+    from proxykd_jax.texts.selection import nothing_left, select_rows, selected_rows
 
     writer = CorpusWriter(folder)
     if config.corpus.beam is not None:
@@ -102,11 +102,11 @@ def make_corpus(config: Config, folder: Path, tokenizer: Tokenizer, renderer: Re
                 progress=progress,
             )
         read, fraction = selection.sources, selection.validation_fraction
-    try:
-        counts = corpus_counts(config.corpus, read, fraction, writer)
-    except UserError:
+    counts = corpus_counts(config.corpus, read, fraction, writer)
+    sources = counts["sources"]
+    if not any(sources[label]["kept"] for label in sources if label.startswith("sources.")):
         writer.discard()  # so that the same folder serves another template or max_length
-        raise
+        raise nothing_left({k: Drops.from_json(v["drops"]) for k, v in sources.items()})
     print(describe_counts(counts))
     writer.finish(
         counts,
@@ -158,9 +158,10 @@ def source_files(config: Config) -> list[Path]:
 
     corpus = config.corpus
     files: list[Path] = []
-    for source in (*corpus.sources, *corpus.test, *corpus.fresh_prompts):
+    groups = ((corpus.sources, False), (corpus.test, True), (corpus.fresh_prompts, False))
+    for source, held_out in ((source, held_out) for some, held_out in groups for source in some):
         if source.path is not None:
-            files += list_source(source.path, held_out=source in corpus.test).files
+            files += list_source(source.path, held_out=held_out).files
         if source.answers is not None:
             files += list_files(source.answers)
         for place in (source.dataset, source.tfds):

@@ -63,6 +63,9 @@ def list_files(pattern: str) -> list[Path]:
 def source_files(pattern: str, *, held_out: bool = False) -> SourceFiles:
     """The files of a path that serve one purpose. A file that is named by itself always serves.
 
+    A glob whose own words say test or validation is read whole, and so is a folder that says it
+    and holds only files that say it.
+
     Args:
       pattern: file, folder or glob.
       held_out: the rows are a test set. Then files that say train by their name are passed over
@@ -81,8 +84,10 @@ def source_files(pattern: str, *, held_out: bool = False) -> SourceFiles:
         wrong = {f: _says(name, _FOR_TRAINING) for f, name in inside.items() if not said[f]}
         wrong = wrong if any(said.values()) else {}
     else:
-        # A glob whose own words say test asks for just these files.
-        wrong = {} if not root.is_dir() and _says(root.name, _HELD_OUT) else said
+        # A glob whose own words say test asks for just these files, and so does a folder that says
+        # test and holds nothing else.
+        asked = _says(root.name, _HELD_OUT) and (not root.is_dir() or all(said.values()))
+        wrong = {} if asked else said
     files = [file for file in found.files if not wrong.get(file)]
     passed_over = found.passed_over | {
         inside[file]: f"its name says {wrong[file]}" for file in found.files if wrong.get(file)

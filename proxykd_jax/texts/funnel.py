@@ -10,7 +10,7 @@ from proxykd_jax.data.corpus import SPLITS
 from proxykd_jax.data.corpus_writer import CorpusWriter
 from proxykd_jax.texts.files import source_files
 from proxykd_jax.texts.records import Drops
-from proxykd_jax.texts.selection import SourceCount, nothing_left, source_label
+from proxykd_jax.texts.selection import SourceCount, source_label
 
 _SHARES = ("warmup", "align", "distill")
 _FILES_SHOWN, _FILES_KEPT = 5, 100
@@ -35,9 +35,6 @@ def corpus_counts(
       rows, and files ``passed_over``. ``splits``: by
       name, ``rows``, ``tokens``, ``answer_tokens``, and the ``expected_share`` of the rows that
       validation leaves. ``validation_fraction``: the share that was set aside.
-
-    Raises:
-      UserError: no row is left.
     """
     passed_over = files_passed_over(corpus)
     drops = {label: Drops() for label in read}
@@ -69,8 +66,6 @@ def corpus_counts(
         }
         for label, count in read.items()
     }
-    if not any(kept.values()):
-        raise nothing_left(drops)
     return {
         "sources": sources,
         "splits": splits,

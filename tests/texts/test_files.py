@@ -79,14 +79,16 @@ def test_what_is_named_is_read(tmp_path):
     assert read(tmp_path / "test_a.jsonl") == ["test_a.jsonl"]
     assert read(tmp_path / "test_*.jsonl") == ["test_a.jsonl", "test_b.jsonl"]
     assert read(tmp_path / "*.jsonl") == ["train.jsonl"]
-    fill(tmp_path / "test", "rows.jsonl")
-    assert read(tmp_path / "test") == ["rows.jsonl"]  # its own name says nothing about its files
+    fill(tmp_path / "dev", "a_dev.jsonl", "b_dev.jsonl")
+    assert read(tmp_path / "dev") == ["a_dev.jsonl", "b_dev.jsonl"]
+    fill(tmp_path / "dev", "rows.jsonl")
+    assert read(tmp_path / "dev") == ["rows.jsonl"]
 
 
 def test_nothing_to_train_on(tmp_path):
-    fill(tmp_path, "test.jsonl", "validation.jsonl")
+    fill(tmp_path / "data", "test.jsonl", "validation.jsonl")
     with pytest.raises(UserError, match=r"no file to train on: test.jsonl, validation.jsonl say"):
-        read(tmp_path)
+        read(tmp_path / "data")
 
 
 def test_a_folder_of_save_to_disk(tmp_path):
