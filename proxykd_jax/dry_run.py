@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _GIB = 1 << 30
 _SERVER_WAIT_S = 5.0
+_ROWS_TRIED = 100
 
 
 @dataclass
@@ -94,7 +96,8 @@ def _attempt(report: Report, what: str, check: Any) -> Any:
 
 def _check_sources(config: Config, report: Report) -> list[SourceConfig]:
     """Checks all files of the corpus section; returns the training sources that are present."""
-    from proxykd_jax.texts.files import list_files
+    from proxykd_jax.texts.files import list_files, source_files
+    from proxykd_jax.texts.funnel import describe_passed_over
 
     corpus = config.corpus
     present = []
@@ -103,10 +106,13 @@ def _check_sources(config: Config, report: Report) -> list[SourceConfig]:
         for index, source in enumerate(members):
             key = f"corpus.{group}.{index}"
             place = source.path or source.dataset or source.tfds
+            passed_over: dict[str, str] = {}
             try:
-                for pattern in (source.path, source.answers):
-                    if pattern is not None:
-                        list_files(pattern)
+                if source.path is not None:
+                    found = source_files(source.path, held_out=group == "test")
+                    passed_over = found.passed_over
+                if source.answers is not None:
+                    list_files(source.answers)
             except UserError as error:
                 report.unchecked.append(f"{key}: {error}")
                 continue
@@ -114,6 +120,8 @@ def _check_sources(config: Config, report: Report) -> list[SourceConfig]:
                 report.unchecked.append(f"{key}: {place} is not on this machine")
                 continue
             report.say("data", f"{key}: {place}")
+            if passed_over:
+                report.say("data", f"{key}: {describe_passed_over(passed_over)}")
             if group == "sources":
                 present.append(source)
     for pattern in corpus.benchmarks:
@@ -149,17 +157,26 @@ def _check_tokenizers(config: Config, report: Report) -> Tokenizer | None:
 def _show_example(
     config: Config, tokenizer: Tokenizer, sources: list[SourceConfig], report: Report
 ) -> None:
-    """Prints the first row of the first source that is present, as the model will see it."""
+    """Prints the first row that can be rendered, as the model will see it."""
+    from itertools import islice
+
     from proxykd_jax.texts.readers import read_source
     from proxykd_jax.texts.records import Drops
     from proxykd_jax.texts.template import Renderer
 
     def show() -> None:
-        renderer = Renderer(tokenizer, config.corpus.template, config.corpus.end_tokens)
+        renderer = Renderer.of(tokenizer, config.corpus)
         for source in sources:
-            for row in read_source(source, prompts_only=False, drops=Drops()):
-                report.say("example", renderer.describe(row, source))
-                return
+            drops = Drops()
+            rows = read_source(source, prompts_only=False, drops=Drops())
+            for row in islice(rows, _ROWS_TRIED):
+                (encoded,) = renderer.encode_batch([row], source)
+                if encoded.drop is None:
+                    report.say("example", renderer.describe(row, source))
+                    return
+                drops.add(encoded.drop, row.origin)
+            if drops.total:
+                raise UserError(f"none of the first {drops.total} rows can be rendered: {drops}.")
 
     _attempt(report, "corpus", show)
 
@@ -192,6 +209,7 @@ def _count_phases(
     """The phases of both stages, made as the stages make them; None if the rows are unknown."""
     from proxykd_jax.data.corpus import SPLITS
     from proxykd_jax.planning.run_programs import run_phases
+    from proxykd_jax.texts.funnel import describe_notes
     from proxykd_jax.training.sketch import SketchedCorpus
 
     corpus = _prepared(config)
@@ -200,6 +218,9 @@ def _count_phases(
         learnt = ("warmup", "align", "distill")
         tokens = sum(int(corpus.split(name).lengths.sum()) for name in learnt)
         origin = f"from {sum(sizes[name] for name in learnt)} rows of {tokens} tokens"
+        for label, source in corpus.counts["sources"].items():
+            for line in describe_notes(source.get("notes", {})):
+                report.say("note", f"{label}: {line}")
     else:
         count = _count_rows(config, sources, report)
         if count is None:
@@ -263,21 +284,29 @@ def _count_rows(config: Config, sources: list[SourceConfig], report: Report) -> 
 
     If a file is absent or unreadable it is ``corpus.max_rows`` itself, which may be None.
     """
+    from proxykd_jax.texts.funnel import describe_notes
     from proxykd_jax.texts.readers import read_source
-    from proxykd_jax.texts.records import Drops
+    from proxykd_jax.texts.records import Drops, Notes
 
     most = config.corpus.max_rows
+    total = 0
+    for index, source in enumerate(config.corpus.sources):
+        if source not in sources:
+            continue
+        drops, notes = Drops(), Notes()
+        read = functools.partial(
+            read_source, source, prompts_only=False, drops=drops, notes=notes, source_index=index
+        )
+        rows: int | None = _attempt(report, "corpus", lambda read=read: sum(1 for _ in read()))
+        for reason, number in sorted(drops.counts.items()):
+            first = drops.origins[reason][0]
+            report.say("dropped", f"{number} rows: {reason} (first at {first})")
+        for line in describe_notes(notes.as_json()):
+            report.say("note", f"corpus.sources.{index}: {line}")
+        if rows is None:
+            return most
+        total += rows
     if len(sources) < len(config.corpus.sources):
-        return most
-    drops = Drops()
-
-    def count() -> int:
-        return sum(1 for s in sources for _ in read_source(s, prompts_only=False, drops=drops))
-
-    total: int | None = _attempt(report, "corpus", count)
-    for reason, number in sorted(drops.counts.items()):
-        report.say("dropped", f"{number} rows: {reason}")
-    if total is None:
         return most
     return min(total, most or total)
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from proxykd_jax.texts.tokenizer import Tokenizer
 
 SUMMARY = "Read the teacher's answers, split them and turn them into tokens."
+# Increase it when files give other rows, or rows other tokens, than before.
+READING_VERSION = 2
 # Keys that do not change the corpus: one selects rows for later stages, the other says how the work
 # is done.
 _NOT_CONTENT = {"validation_max_rows", "beam"}
@@ -48,7 +50,7 @@ def main(config: Config) -> PrepareResult:
       config: the config of the run.
 
     Raises:
-      UserError: a source or the tokenizer is missing or damaged, a row cannot be rendered, or the
+      UserError: a source or the tokenizer is missing or damaged, no row is left, or the
         folder was made from other sources or settings.
     """
     folder = config.folder / "corpus"
@@ -62,7 +64,7 @@ def _prepare(config: Config, folder: Path) -> None:
 
     run = config.folder
     tokenizer = load_tokenizer(config)
-    renderer = Renderer(tokenizer, config.corpus.template, config.corpus.end_tokens)
+    renderer = Renderer.of(tokenizer, config.corpus)
     settings = {"corpus": config.corpus.model_dump(mode="json", exclude=_NOT_CONTENT)}
     inputs = stage_inputs(config, tokenizer, renderer)
     with one_at_a_time(run):
@@ -83,7 +85,8 @@ def make_corpus(config: Config, folder: Path, tokenizer: Tokenizer, renderer: Re
     from proxykd_jax.texts.encode import encode_rows
     from proxykd_jax.texts.funnel import corpus_counts, describe_counts
     from proxykd_jax.texts.progress import Progress
-    from proxykd_jax.texts.selection import select_rows, selected_rows
+    from proxykd_jax.texts.records import Drops
+    from proxykd_jax.texts.selection import nothing_left, select_rows, selected_rows
 
     writer = CorpusWriter(folder)
     if config.corpus.beam is not None:
@@ -104,6 +107,10 @@ def make_corpus(config: Config, folder: Path, tokenizer: Tokenizer, renderer: Re
             )
         read, fraction = selection.sources, selection.validation_fraction
     counts = corpus_counts(config.corpus, read, fraction, writer)
+    sources = counts["sources"]
+    if not any(sources[label]["kept"] for label in sources if label.startswith("sources.")):
+        writer.discard()  # so that the same folder serves another template or max_length
+        raise nothing_left({k: Drops.from_json(v["drops"]) for k, v in sources.items()})
     print(describe_counts(counts))
     writer.finish(
         counts,
@@ -133,6 +140,7 @@ def one_at_a_time(run: Path) -> Iterator[None]:
 def stage_inputs(config: Config, tokenizer: Tokenizer, renderer: Renderer) -> dict[str, Any]:
     """The corpus's inputs: tokenizer, template, and every file by size and digest."""
     return {
+        "reading_version": READING_VERSION,
         "tokenizer": tokenizer.digest,
         "template": renderer.template_digest,
         "end_tokens": list(renderer.end_token_ids),
@@ -150,12 +158,14 @@ def source_files(config: Config) -> list[Path]:
       UserError: a path matches nothing.
     """
     from proxykd_jax.texts.files import list_files
+    from proxykd_jax.texts.files import source_files as list_source
 
     corpus = config.corpus
     files: list[Path] = []
-    for source in (*corpus.sources, *corpus.test, *corpus.fresh_prompts):
+    groups = ((corpus.sources, False), (corpus.test, True), (corpus.fresh_prompts, False))
+    for source, held_out in ((source, held_out) for some, held_out in groups for source in some):
         if source.path is not None:
-            files += list_files(source.path)
+            files += list_source(source.path, held_out=held_out).files
         if source.answers is not None:
             files += list_files(source.answers)
         for place in (source.dataset, source.tfds):

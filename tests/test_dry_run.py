@@ -163,6 +163,29 @@ def test_a_damaged_corpus_file_is_found(tiny_files, tmp_path, capsys):
     assert f"{rows}:2" in capsys.readouterr().err
 
 
+def test_what_is_not_read_of_a_folder_is_said(tiny_files, tmp_path, capsys):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    row = '{"prompt": "1 f1 . . =", "response": "s0 2", "remark": "r", "finish_reason": "%s"}\n'
+    (folder / "rows.jsonl").write_text(row % "length" + row % "stop" * 30)
+    (folder / "test.jsonl").write_text(row % "stop")
+    source = {"sources": [{"path": str(folder), "format": "prompt_response"}]}
+    config = recipe(tiny_files, tmp_path / "runs", {"corpus": source})
+    assert dry_run(written(config, tmp_path)) == 0
+    said = capsys.readouterr().out
+    assert "corpus.sources.0: 1 files passed over: test.jsonl (its name says test)" in said
+    assert "1 rows: an answer that was cut off (finish_reason: length) (first at " in said
+    assert "corpus.sources.0: 31 times: the key remark is not read (first " in said
+
+
+def test_a_template_that_no_row_passes_is_found(tiny_files, tmp_path, capsys):
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ raise_exception('never') }}")
+    config = recipe(tiny_files, tmp_path / "runs", {"corpus": {"template": str(template)}})
+    assert dry_run(written(config, tmp_path)) == 2
+    assert "rows can be rendered: the chat template fails: never: 100" in capsys.readouterr().err
+
+
 def test_a_sampling_server_is_looked_for(finished_run, tmp_path, monkeypatch, capsys):
     """The server is printed, or unchecked if it does not answer; another model is an error."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")

@@ -43,7 +43,9 @@ class SourceConfig(Section):
     """Where rows of the corpus come from."""
 
     path: PathText | None = Field(
-        None, description="file, folder or glob of files (.json, .jsonl, .jsonl.gz, .parquet)"
+        None,
+        description="file, folder or glob of files (.json, .jsonl, .ndjson, also .gz, .parquet); "
+        "files of a folder that say test or validation are not trained on",
     )
     dataset: PathText | None = Field(
         None, description="name or local folder of a Hugging Face dataset, instead of path"
@@ -74,8 +76,8 @@ class SourceConfig(Section):
     ] = Field("auto", description="schema of the rows; auto recognises it from the first row")
     answers: PathText | None = Field(
         None,
-        description="file of teacher answers ({id or prompt, response}) for the prompts of a "
-        "benchmark training set",
+        description="file of teacher answers ({id or prompt, response}, or a batch's output) for "
+        "the prompts of a benchmark training set",
     )
     teacher: str = Field(
         "gpt-4",
@@ -160,8 +162,10 @@ class CorpusConfig(Section):
     )
     end_tokens: tuple[int | str, ...] | None = Field(
         None,
+        min_length=1,
         description="ids or texts of tokens that end an answer; the first is appended if the "
-        "template writes none (default: the tokenizer's EOS)",
+        "template writes none (default: the control token that the template writes behind an "
+        "answer, else the tokenizer's EOS)",
     )
     max_length: PositiveInt = Field(
         1024, description="longer rows (prompt and answer, in tokens) are dropped and counted"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,14 @@ class CorpusWriter:
         """Commits the index of a shard whose records are on disk."""
         self._index[split].commit(shard, arrays, metadata)
         self._done[split].add(shard)
+
+    def discard(self) -> None:
+        """Removes everything but the manifest."""
+        for split in SPLITS:
+            for shard in self.committed(split):
+                self.working_name(split, shard).unlink(missing_ok=True)
+        shutil.rmtree(self.folder / INDEX, ignore_errors=True)
+        self._done = {split: set() for split in SPLITS}
 
     def finish(self, counts: dict[str, Any], **extra: Any) -> None:
         """Names the shards, writes the files that TFDS reads, and completes the stage.

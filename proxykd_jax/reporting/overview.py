@@ -146,10 +146,27 @@ def corpus(run: RunFolder) -> Section:
             first = (dropped.get("first") or [None])[0]
             rows.append((f"left out: {reason}", dropped["count"], first))
         rows.append(("kept", source["kept"], None))
+    notes: list[tuple[Value, ...]] = []
+    noted = {}
+    for label, source in counts["sources"].items():
+        if source.get("notes"):
+            noted[len(notes)] = label
+        for note, found in source.get("notes", {}).items():
+            notes.append((note, found["count"], f"{found['first']}: {found['example']}"))
+    passed_over = [
+        (f"{label}: {name}", why)
+        for label, source in counts["sources"].items()
+        for name, why in source.get("passed_over", {}).items()
+    ]
     if not any(source["drops"] for source in counts["sources"].values()):
         blocks.append(Text("No row was left out."))
     header: tuple[str, ...] = ("what", "rows", "the first of them")
     blocks.append(Table("Rows by source", header, rows, groups=groups))
+    if notes:
+        header = ("note", "times", "the first of them")
+        blocks.append(Table("Notes on the rows", header, notes, groups=noted))
+    if passed_over:
+        blocks.append(Table("Files passed over", ("file", "why"), passed_over))
     splits = dict.fromkeys(
         name for name in (*SPLITS, *counts["splits"]) if name in counts["splits"]
     )

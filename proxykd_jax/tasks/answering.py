@@ -107,15 +107,15 @@ def renderer_of(config: Config, own_tokenizer: Path | None = None) -> Renderer:
     """The run's template with the run's tokenizer, or with the model's own tokenizer if it differs.
 
     The corpus's end tokens belong to the run's tokenizer. With another tokenizer its EOS ends an
-    answer.
+    answer, or the control token that its template writes there.
     """
-    tokenizer, ends = load_tokenizer(config), config.corpus.end_tokens
+    tokenizer, corpus = load_tokenizer(config), config.corpus
     if own_tokenizer is not None:
         own = load_tokenizer(own_tokenizer)
         if own.vocabulary != tokenizer.vocabulary:
-            ends = None
+            corpus = corpus.model_copy(update={"end_tokens": None})
         tokenizer = own
-    return Renderer(tokenizer, config.corpus.template, ends)
+    return Renderer.of(tokenizer, corpus)
 
 
 def generating(
@@ -157,7 +157,7 @@ def comparing(chat_model: ChatModel, items: Sequence[Item], *, batch_size: int) 
             owners += [place] * len(items[place].choices)
         encoded = [
             TokenRow(found.tokens, found.prompt_length, "")
-            for found in chat_model.renderer.encode_batch(rows, with_end=False)
+            for found in chat_model.renderer.encode_all(rows, with_end=False)
         ]
         # The last token is predicted but never an input.
         kept = [len(row.tokens) - 1 <= model.config.max_positions for row in encoded]
@@ -274,7 +274,7 @@ def _compared(item: Item, owners: Sequence[int], logliks: np.ndarray, place: int
 
 def _prompt_tokens(renderer: Renderer, prompts: Sequence[str]) -> list[np.ndarray]:
     rows = [_conversation(prompt, None) for prompt in prompts]
-    return [found.tokens for found in renderer.encode_batch(rows, prompts_only=True)]
+    return [found.tokens for found in renderer.encode_all(rows, prompts_only=True)]
 
 
 def _conversation(question: str, answer: str | None) -> TextRow:

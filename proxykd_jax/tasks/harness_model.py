@@ -169,7 +169,7 @@ class Respondent:
     def rolling_logliks(self, requests: Sequence[tuple[str]]) -> list[float]:
         """Log-likelihoods of whole texts in nats; each token is predicted once.
 
-        A text follows a BOS (or, without one, the end token) and is split into pieces of the
+        A text follows a BOS (or, without one, the EOS) and is split into pieces of the
         model's length. The last piece gets as much context as fits.
 
         Args:
@@ -195,7 +195,7 @@ class Respondent:
         """Tokens of contexts, int32[T] each."""
         found = [_NOTHING if isinstance(c, ChatText) else self._plain(c) for c in contexts]
         chats = {n: c.row for n, c in enumerate(contexts) if isinstance(c, ChatText)}
-        encoded = self.renderer.encode_batch(list(chats.values()))
+        encoded = self.renderer.encode_all(list(chats.values()))
         for place, each in zip(chats, encoded, strict=True):
             found[place] = each.tokens
         return found
@@ -218,8 +218,9 @@ class Respondent:
     @property
     def _prefix(self) -> int:
         """The token before a text that has no context."""
-        bos = self.renderer.tokenizer.bos_id
-        return self.renderer.end_token_ids[0] if bos is None else bos
+        tokenizer = self.renderer.tokenizer
+        known = (tokenizer.bos_id, tokenizer.eos_id, self.renderer.end_token_ids[0])
+        return next(token for token in known if token is not None)
 
     def _plain(self, text: str) -> np.ndarray:
         tokenizer = self.renderer.tokenizer
@@ -235,7 +236,7 @@ class Respondent:
         if isinstance(context, ChatText):
             messages = (*context.row.messages, Message("assistant", continuation))
             row = TextRow(messages, None, context.row.origin)
-            (found,) = self.renderer.encode_batch([row], with_end=False)
+            (found,) = self.renderer.encode_all([row], with_end=False)
             return found.tokens, found.prompt_length
         bare, whole = context.rstrip(), context + continuation
         if bare:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from proxykd_jax.errors import UserError
-from proxykd_jax.texts.conversations import RawTurns, checked_text
+from proxykd_jax.texts.conversations import RawTurn, checked_text
 from proxykd_jax.texts.json_files import read_json_records
 from proxykd_jax.texts.normalise import normalise_text, normalised_words
 from proxykd_jax.texts.records import RowProblem
+from proxykd_jax.texts.row_keys import COMMON, finish_problem, row_problem, unread_keys
 
 Record = Mapping[str, Any]
 
@@ -30,8 +31,20 @@ BENCHMARK_KEYS = {
     "bbh": "examples [{input, target}]",
     "mt_bench": "question_id, turns [..]",
 }
+_READS: dict[str, frozenset[str]] = {
+    "gsm8k": frozenset(("question", "answer")),
+    "arc": frozenset(("question", "choices", "answerKey")),
+    "csqa": frozenset(("question", "question_concept", "choices", "answerKey")),
+    "mmlu": frozenset(("question", "choices", "answer")),
+    "agieval": frozenset(
+        ("passage", "question", "options", "label", "answer", "query", "choices", "gold", "other")
+    ),
+    "bbh": frozenset(("input", "target")),
+    "mt_bench": frozenset(("turns", "reference")),
+}
 _LETTERS = "ABCDEFGHIJ"
 _LABELLED = re.compile(r"\(([A-Z0-9])\)\s*(.*)", re.DOTALL)
+_ANSWER_KEYS = COMMON | {"response", "prompt"}
 # A question with fewer words is also searched together with its choices: alone it is too general.
 _TELLING_WORDS = 13
 
@@ -87,6 +100,11 @@ def benchmark_examples(name: str, record: Record, origin: str) -> Iterator[tuple
             yield (example if isinstance(example, Mapping) else {}), f"{origin}[{index}]"
     else:
         yield record, origin
+
+
+def benchmark_unread(name: str, record: Record) -> Iterator[tuple[str, str]]:
+    """(key, example) of the keys of an item that hold text and are not read."""
+    return unread_keys(record, _READS[name] | COMMON)
 
 
 def benchmark_item(name: str, record: Record) -> Question:
@@ -159,10 +177,10 @@ class Answers:
     in memory, because a benchmark's training set is small.
     """
 
-    by_id: dict[str, list[Any]] = field(default_factory=dict)
-    by_prompt: dict[bytes, list[Any]] = field(default_factory=dict)
+    by_id: dict[str, list[RawTurn]] = field(default_factory=dict)
+    by_prompt: dict[bytes, list[RawTurn]] = field(default_factory=dict)
 
-    def find(self, identity: str | None, prompt: str) -> list[Any]:
+    def find(self, identity: str | None, prompt: str) -> list[RawTurn]:
         """The answers to a prompt, by its id if known, otherwise by its text.
 
         Raises:
@@ -176,7 +194,10 @@ class Answers:
 
 
 def load_answers(path: str) -> Answers:
-    """Reads ``{id or prompt, response}`` lines, or FastChat's ``{question_id, choices}``.
+    """Reads ``{id or prompt, response}``, FastChat's ``{question_id, choices}``, or a batch.
+
+    The output of OpenAI's batches has ``custom_id`` as the id. An answer that was cut off, filtered
+    or flagged keeps the reason why it is dropped.
 
     Raises:
       UserError: the file is missing or damaged, or a row has neither id nor prompt.
@@ -186,13 +207,23 @@ def load_answers(path: str) -> Answers:
         raise UserError(f"The file of answers {path} does not exist.")
     answers = Answers()
     for record, origin in read_json_records(file):
-        values: list[Any]
+        values: list[RawTurn]
         if "question_id" in record and isinstance(record.get("choices"), list):
             identity, prompt = record["question_id"], None
-            values = [c.get("turns") for c in record["choices"] if isinstance(c, Mapping)]
+            values = [
+                _answer(c.get("turns"), row_problem(c))
+                for c in record["choices"]
+                if isinstance(c, Mapping)
+            ]
+        elif "custom_id" in record and isinstance(record.get("response"), Mapping):
+            identity, prompt = record["custom_id"], None
+            values = _batch_answers(record)
         elif "response" in record and ("id" in record or "prompt" in record):
             identity, prompt = record.get("id"), record.get("prompt")
-            values = [record["response"]]
+            left = tuple((f"answers.{k}", v) for k, v in unread_keys(record, _ANSWER_KEYS))
+            values = [_answer(record["response"], row_problem(record))._replace(unread=left)]
+        elif "custom_id" in record:
+            continue  # a request of a batch that failed has no response
         else:
             raise UserError(
                 f"{origin} has the keys {', '.join(record)}; an answer needs response and id or "
@@ -207,7 +238,24 @@ def load_answers(path: str) -> Answers:
     return answers
 
 
-def _append(kept: list[Any], values: list[Any]) -> None:
+def _answer(content: Any, problem: str | None) -> RawTurn:
+    return RawTurn("assistant", content if problem is None else RowProblem(problem))
+
+
+def _batch_answers(record: Record) -> list[RawTurn]:
+    """The answers in a line of a batch's output."""
+    body = record["response"].get("body")
+    choices = body.get("choices") if isinstance(body, Mapping) else None
+    found = []
+    for choice in choices if isinstance(choices, list) else []:
+        message = choice.get("message") if isinstance(choice, Mapping) else None
+        if isinstance(message, Mapping):
+            problem = finish_problem(record) or finish_problem(choice) or row_problem(message)
+            found.append(_answer(message.get("content"), problem))
+    return found
+
+
+def _append(kept: list[RawTurn], values: list[RawTurn]) -> None:
     kept.extend(value for value in values if value not in kept)
 
 
@@ -218,7 +266,7 @@ def _prompt_key(prompt: str) -> bytes:
 
 def benchmark_conversations(
     name: str, record: Record, origin: str, answers: Answers | None, prompts_only: bool
-) -> list[RawTurns]:
+) -> list[list[RawTurn]]:
     """The conversations of one item: its prompt, with each of the teacher's answers.
 
     An item's id is its own (``id``, ``question_id``), or ``<file name without ending>-<line>``,
@@ -231,10 +279,10 @@ def benchmark_conversations(
         return _mt_bench(record, answers, prompts_only)
     prompt = benchmark_item(name, record).prompt
     if prompts_only or answers is None:
-        return [[("user", prompt)]]
+        return [[RawTurn("user", prompt)]]
     own = record.get("id")
     found = answers.find(item_id(origin) if own is None else str(own), prompt)
-    return [[("user", prompt), ("assistant", answer)] for answer in found]
+    return [[RawTurn("user", prompt), answer] for answer in found]
 
 
 def item_id(origin: str) -> str:
@@ -255,19 +303,20 @@ def mt_bench_turns(record: Record) -> list[str]:
     return [checked_text(turn, "empty prompt") for turn in turns]
 
 
-def _mt_bench(record: Record, answers: Answers | None, prompts_only: bool) -> list[RawTurns]:
+def _mt_bench(record: Record, answers: Answers | None, prompts_only: bool) -> list[list[RawTurn]]:
     turns = mt_bench_turns(record)
     if prompts_only or answers is None:
         # Later turns refer to an answer that does not exist here.
-        return [[("user", turns[0])]]
-    conversations: list[RawTurns] = []
-    for replies in answers.find(str(record.get("question_id")), str(turns[0])):
+        return [[RawTurn("user", turns[0])]]
+    conversations: list[list[RawTurn]] = []
+    for answer in answers.find(str(record.get("question_id")), str(turns[0])):
+        replies = answer.content
         listed: Sequence[Any] = replies if isinstance(replies, list) else [replies]
         if len(listed) > len(turns):
             raise RowProblem("more answers than questions")
         conversations.append(
             [
-                (role, text)
+                RawTurn(role, text)
                 for pair in zip(turns, listed, strict=False)
                 for role, text in zip(("user", "assistant"), pair, strict=True)
             ]

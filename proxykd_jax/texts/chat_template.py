@@ -111,7 +111,7 @@ class ChatTemplate:
         self.variables = dict(variables)
         try:
             self._compiled = _environment().from_string(text)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, RecursionError) as error:
             raise UserError(f"The chat template is not valid Jinja: {error}") from error
 
     def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
@@ -121,9 +121,12 @@ class ChatTemplate:
           UserError: the template rejects the messages, or does something forbidden.
         """
         try:
+            # None and not undefined, as in Transformers: templates ask whether they are none.
             return self._compiled.render(
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
                 **self.variables,
             )
         except Exception as error:  # a template can raise any Python exception

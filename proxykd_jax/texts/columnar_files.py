@@ -29,10 +29,20 @@ def read_parquet(path: Path) -> Iterator[tuple[Record, str]]:
         # A buffer without pre-buffering limits memory to the pages of a batch, not a row group. A
         # memory map would count every page read as the process's memory.
         with pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
+            names = file.schema_arrow.names
+            if len(set(names)) < len(names):
+                twice = next(name for name in names if names.count(name) > 1)
+                raise UserError(f"{path} has two columns of the name {twice}. Rename one of them.")
+            # Old writers mark no text as such.
+            unmarked = any("binary" in str(field.type) for field in file.schema_arrow)
             for batch in file.iter_batches(batch_size=_BATCH_ROWS):
                 for record in batch.to_pylist():
                     row += 1
-                    yield record, f"{path}:{row}"
+                    yield _decoded(record) if unmarked else record, f"{path}:{row}"
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: a text after row {row} is not UTF-8 (byte 0x{error.object[error.start]:02x})."
+        ) from error
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read as Parquet after row {row}: {error}") from error
     if not row:
@@ -148,6 +158,18 @@ def _tfds_rows(builder: Any, split: str) -> Iterator[Any]:
     return iter(
         tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False, read_config=read_config))
     )
+
+
+def _decoded(value: Any) -> Any:
+    """Converts bytes that are UTF-8 to text, at any depth."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return value
+    if isinstance(value, dict):
+        return {key: _decoded(item) for key, item in value.items()}
+    return [_decoded(item) for item in value] if isinstance(value, list) else value
 
 
 def _plain(value: Any) -> Any:

@@ -40,7 +40,7 @@ def encode_rows(
       progress: called with what is done and the number of rows so far.
 
     Raises:
-      UserError: a row cannot be rendered.
+      UserError: a row is a conversation and there is no template.
     """
     shards = _Shards(writer, max_length)
     try:

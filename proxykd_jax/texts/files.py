@@ -4,15 +4,48 @@ from __future__ import annotations
 
 import csv
 import glob
+import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from proxykd_jax.errors import UserError
 from proxykd_jax.texts.columnar_files import read_parquet
 from proxykd_jax.texts.json_files import Record, open_decompressed, read_json_records
 
-ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet", ".csv")
+ENDINGS = (
+    *(".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".ndjson.gz"),
+    *(".parquet", ".csv"),
+)
+# Files that libraries put beside the rows.
+_ABOUT_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_HELD_OUT = re.compile(
+    r"(?:tests?|val|valid|validation|dev|eval|evaluation|held_?out|hold_?out)"
+    r"(?:set|data|split|ing)?\d*"
+)
+_FOR_TRAINING = re.compile(r"train(?:ing)?(?:set|data|split)?\d*")
+_WORD_BREAK = re.compile(r"[^a-zA-Z0-9]+|(?<=[a-z])(?=[A-Z])")
+_OTHER_CONTENT = {
+    b"(\xb5/\xfd": "compressed with Zstandard",
+    b"BZh": "compressed with bzip2",
+    b"\xfd7zX": "compressed with xz",
+    b"PK\x03\x04": "a ZIP archive",
+    b"ARRO": "an Arrow file",
+}
 _MMLU_COLUMNS = 6
+
+
+class SourceFiles(NamedTuple):
+    """The files of a source.
+
+    Attributes:
+      files: those that are read, sorted.
+      passed_over: the others, with the reasons; names are relative to the folder.
+    """
+
+    files: list[Path]
+    passed_over: dict[str, str]
 
 
 def list_files(pattern: str) -> list[Path]:
@@ -24,27 +57,97 @@ def list_files(pattern: str) -> list[Path]:
     Raises:
       UserError: there are none.
     """
+    return _find(pattern).files
+
+
+def source_files(pattern: str, *, held_out: bool = False) -> SourceFiles:
+    """The files of a path that serve one purpose. A file that is named by itself always serves.
+
+    A glob whose own words say test or validation is read whole, and so is a folder that says it
+    and holds only files that say it.
+
+    Args:
+      pattern: file, folder or glob.
+      held_out: the rows are a test set. Then files that say train by their name are passed over
+        where others say test or validation; otherwise the latter are.
+
+    Raises:
+      UserError: there are none.
+    """
+    found = _find(pattern)
+    root = Path(pattern)
+    if root.is_file():
+        return found
+    inside = {file: _inside(file, root) for file in found.files}
+    said = {file: _says(name, _HELD_OUT) for file, name in inside.items()}
+    if held_out:
+        wrong = {f: _says(name, _FOR_TRAINING) for f, name in inside.items() if not said[f]}
+        wrong = wrong if any(said.values()) else {}
+    else:
+        # A glob whose own words say test asks for just these files, and so does a folder that says
+        # test and holds nothing else.
+        asked = _says(root.name, _HELD_OUT) and (not root.is_dir() or all(said.values()))
+        wrong = {} if asked else said
+    files = [file for file in found.files if not wrong.get(file)]
+    passed_over = found.passed_over | {
+        inside[file]: f"its name says {wrong[file]}" for file in found.files if wrong.get(file)
+    }
+    if not files:
+        listed = ", ".join(sorted(passed_over)[:3])
+        raise UserError(
+            f"{pattern} holds no file to train on: {listed} say by their names that they are held "
+            "out. Name a file by itself to read it nevertheless."
+        )
+    return SourceFiles(files, dict(sorted(passed_over.items())))
+
+
+def _find(pattern: str) -> SourceFiles:
     path = Path(pattern)
     if path.is_file():
-        return [path]
+        return SourceFiles([path], {})
     if path.is_dir():
-        files = sorted(
-            file
-            for file in path.rglob("*")
-            if file.is_file()
-            and file.name.endswith(ENDINGS)
-            and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        )
-        if not files:
-            raise UserError(
-                f"The folder {pattern} holds no file that ends in {', '.join(ENDINGS)}."
-            )
-        return files
+        return _in_folder(path)
     files = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
     files = [file for file in files if file.is_file()]
     if not files:
         raise UserError(f"{pattern} does not exist, or matches no file.")
-    return files
+    return SourceFiles(files, {})
+
+
+def _in_folder(path: Path) -> SourceFiles:
+    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        raise UserError(
+            f"{path} was written by save_to_disk. Name it under dataset instead of path."
+        )
+    files, passed_over = [], {}
+    for file in sorted(path.rglob("*")):
+        inside = file.relative_to(path)
+        if not file.is_file() or any(part.startswith(".") for part in inside.parts):
+            continue
+        if file.name in _ABOUT_ROWS:
+            passed_over[str(inside)] = "it holds no rows"
+        elif file.name.lower().endswith(ENDINGS):
+            files.append(file)
+        else:
+            passed_over[str(inside)] = "its ending is not read"
+    if not files:
+        raise UserError(f"The folder {path} holds no file that ends in {', '.join(ENDINGS)}.")
+    return SourceFiles(files, passed_over)
+
+
+def _inside(file: Path, root: Path) -> str:
+    return str(file.relative_to(root)) if root.is_dir() else file.name
+
+
+def _says(name: str, words: re.Pattern[str]) -> str | None:
+    """The word in a file's name, or in its folders', that is one of these."""
+    for part in Path(name).parts:
+        pieces = [piece for piece in _WORD_BREAK.split(part) if piece]
+        pairs = [f"{a}_{b}" for a, b in itertools.pairwise(pieces)]
+        for piece in (*pieces, *pairs):
+            if words.fullmatch(piece.lower()):
+                return piece
+    return None
 
 
 def read_file(path: Path) -> Iterator[tuple[Record, str]]:
@@ -60,9 +163,13 @@ def read_file(path: Path) -> Iterator[tuple[Record, str]]:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     if head == b"PAR1":
         return read_parquet(path)
-    if path.name.endswith(".parquet"):
+    name = path.name.lower()
+    if name.endswith(".parquet"):
         raise UserError(f"{path} is not a Parquet file: it does not begin with PAR1.")
-    if path.name.endswith(".csv"):
+    for begins, what in _OTHER_CONTENT.items():
+        if head.startswith(begins):
+            raise UserError(f"{path} is {what}, which is not read. Give JSON Lines or Parquet.")
+    if name.endswith(".csv"):
         return _read_mmlu_csv(path)
     return read_json_records(path)
 
@@ -70,7 +177,10 @@ def read_file(path: Path) -> Iterator[tuple[Record, str]]:
 def _read_mmlu_csv(path: Path) -> Iterator[tuple[Record, str]]:
     """Question, four choices and answer: a letter, or 0 to 3 if the file has a header."""
     with open_decompressed(path) as binary:
-        lines = (line.decode("utf-8-sig") for line in binary)
+        # A byte order mark begins a file; within one it is a character of a field.
+        lines = (
+            line.decode("utf-8" if number else "utf-8-sig") for number, line in enumerate(binary)
+        )
         reader = csv.reader(lines, strict=True)
         rows = 0
         try:

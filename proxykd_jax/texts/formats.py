@@ -1,23 +1,42 @@
 """Formats of corpora: recognises a row's format and turns the row into conversations.
 
-A format has three parts: the keys that it needs (for messages to the user), a test whether a row
-has them, and a function from a row to conversations. The formats of benchmarks are in
-``benchmark_files.py``.
+A format has three parts: the keys that it reads, a test whether a row has them, and a function from
+a row to conversations. Keys that any row may have beside them (a system text, flags, the reason why
+an answer ended) are in ``row_keys.py``. The formats of benchmarks are in ``benchmark_files.py``.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from proxykd_jax.config.schema import SourceConfig
 from proxykd_jax.errors import UserError
-from proxykd_jax.texts.conversations import RawTurns
+from proxykd_jax.texts.conversations import RawTurn
 from proxykd_jax.texts.records import RowProblem
+from proxykd_jax.texts.row_keys import (
+    COMMON,
+    CONTEXT,
+    HISTORY,
+    REASONING,
+    SYSTEM,
+    TOOL_CALLS,
+    finish_problem,
+    holds_text,
+    is_context_only,
+    row_problem,
+    turn_problem,
+    unread_keys,
+    unread_turn_keys,
+    words,
+)
 
 Record = Mapping[str, Any]
+NOT_TEXT = "content that is not text"
+NO_TURNS = "earlier turns that are neither pairs nor turns"
 
 
 class Format(NamedTuple):
@@ -28,32 +47,99 @@ class Format(NamedTuple):
       fits: whether a row has them.
       conversations: the conversations of a row; with ``prompts_only`` the answer may be missing.
         Raises RowProblem for an unusable row.
+      reads: the keys that it reads, and those that only repeat what it reads.
+      first_of: spellings of one thing, of which it reads the first that is there.
     """
 
     keys: str
     fits: Callable[[Record], bool]
-    conversations: Callable[[Record, SourceConfig, bool], list[RawTurns]]
+    conversations: Callable[[Record, SourceConfig, bool], list[list[RawTurn]]]
+    reads: frozenset[str]
+    first_of: tuple[tuple[str, ...], ...] = ()
 
 
-_SHAREGPT_ROLES = {
+_ROLES = {
     "human": "user",
     "user": "user",
+    "prompter": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "assistant": "assistant",
     "model": "assistant",
+    "bot": "assistant",
     "bard": "assistant",
     "bing": "assistant",
     "system": "system",
+    "developer": "system",
 }
-_OPENAI_ROLES = {"developer": "system"}
-_ANSWER_KEYS = ("response", "completion")
-_ALPACA_ANSWER_KEYS = ("output", "response")
+_TOOL_ROLES = words(
+    "tool function ipython observation tool_call tool_response tool_result function_call "
+    "function_response"
+)
+_THOUGHTS = frozenset(("thinking", "reasoning", "redacted_thinking", "thought"))
+_CALLS = frozenset(("tool_use", "tool_call", "tool_result", "function_call", "function_response"))
+_TEXT_PARTS = frozenset(("text", "input_text", "output_text"))
+_CONVERSATIONS = ("conversations", "conversation")
+_TURN_LISTS = frozenset(("messages", *_CONVERSATIONS, *HISTORY))
+_SAYS_WHO = ("role", "from")
+_ANSWERS = ("response", "completion", "chosen", "answer", "output")
+_ALPACA_ANSWERS = ("output", "response", "completion", "chosen", "answer")
+# Of a pair as an object.
+_ASKED = ("user", "human", "prompt", "question", "instruction", "query")
+_ANSWERED = ("assistant", "gpt", "response", "answer", "output", "completion", "model", "bot")
 _NECTAR_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
+def conversations_of(
+    name: str, row: Record, source: SourceConfig, prompts_only: bool
+) -> list[list[RawTurn]]:
+    """The conversations of a row, with what the keys beside its texts say.
+
+    Args:
+      name: the format, which is not ``text``.
+      row: a row that fits it.
+      source: its source.
+      prompts_only: the answer may be missing, and what is said about it does not count.
+
+    Raises:
+      RowProblem: the row cannot be used, or must not be learnt.
+    """
+    check_row(row, prompts_only)
+    found = FORMATS[name].conversations(row, source, prompts_only)
+    return [_with_beginning(row, turns) for turns in found]
+
+
+def check_row(row: Record, prompts_only: bool) -> None:
+    """Checks the keys beside a row's texts.
+
+    Raises:
+      RowProblem: they say that the row must not be learnt, or that it cannot be understood.
+    """
+    problem = row_problem(row, prompts_only=prompts_only)
+    if problem is not None:
+        raise RowProblem(problem)
+
+
+def unread(name: str, row: Record) -> Iterator[tuple[str, str]]:
+    """(key, example) of the keys of a row that hold text and are not read."""
+    entry = FORMATS[name]
+    yield from unread_keys(row, _KNOWN[name], entry.first_of)
+    for key, value in row.items():
+        if isinstance(value, list) and (key in _TURN_LISTS or key in entry.reads):
+            for inner, example in unread_turn_keys(value):
+                yield f"{key}[].{inner}", example
+
+
+# --- turns ----------------------------------------------------------------------------------------
+
+
 def _as_list(value: Any) -> list[Any] | None:
-    """A list of objects; some libraries store it as an object of lists."""
+    """A list of objects; some libraries store it as an object of lists, or as JSON in a text."""
+    if isinstance(value, str) and value.lstrip()[:2] in ("[{", "[["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return None
     if isinstance(value, Mapping) and value and all(isinstance(v, list) for v in value.values()):
         lengths = {len(column) for column in value.values()}
         if len(lengths) == 1:
@@ -69,50 +155,130 @@ def _first_of(row: Record, keys: tuple[str, ...]) -> Any:
 
 def _content(content: Any) -> Any:
     """Joins OpenAI's list of parts if all parts are text."""
+    if content is None or isinstance(content, str):
+        return content
     parts = _as_list(content)
     if not parts:
         return content
-    if not all(isinstance(part, Mapping) and part.get("type") == "text" for part in parts):
-        raise RowProblem("content that is not text")
+    if not all(isinstance(part, Mapping) for part in parts):
+        raise RowProblem(NOT_TEXT)
+    kinds = {part.get("type") for part in parts}
+    if kinds & _THOUGHTS:
+        return RowProblem(REASONING)
+    if kinds & _CALLS:
+        return RowProblem(TOOL_CALLS)
     texts = [part.get("text") for part in parts]
-    if not all(isinstance(text, str) for text in texts):
-        raise RowProblem("content that is not text")
+    if not kinds <= _TEXT_PARTS or not all(isinstance(text, str) for text in texts):
+        raise RowProblem(NOT_TEXT)
     return "".join(texts)
 
 
-def _chat(value: Any, role_key: str, content_key: str, roles: Mapping[str, str]) -> RawTurns:
+def _turn(turn: Any) -> RawTurn:
+    if not isinstance(turn, Mapping):
+        raise RowProblem(NOT_TEXT)
+    given = turn["role"] if "role" in turn else turn.get("from")
+    content = turn["content"] if "content" in turn else turn.get("value")
+    role = _ROLES.get(given) if isinstance(given, str) else None
+    if role is None and isinstance(given, str):
+        known = given.strip().lower()
+        role = _ROLES.get(known)
+        if known in _TOOL_ROLES:
+            return RawTurn(known, RowProblem(TOOL_CALLS))
+    if len(turn) == 2:
+        return RawTurn(role, _content(content))
+    problem = turn_problem(turn)
+    if problem is not None:
+        return RawTurn(role, RowProblem(problem))
+    if role != "assistant":
+        return RawTurn(role, _content(content))
+    return RawTurn(role, _content(content), not is_context_only(turn), finish_problem(turn))
+
+
+def _chat(value: Any) -> list[RawTurn]:
     turns = _as_list(value)
     if not turns:
         raise RowProblem("no prompt")
-    if not all(isinstance(turn, Mapping) for turn in turns):
-        raise RowProblem("content that is not text")
-    # A tool call has no content. It is not an answer that a student could learn.
-    return [
-        (
-            roles.get(turn.get(role_key), turn.get(role_key))
-            if isinstance(turn.get(role_key), str)
-            else None,
-            _content(turn.get(content_key)),
-        )
-        for turn in turns
-    ]
+    return [_turn(turn) for turn in turns]
 
 
-def _is_chat(value: Any, role_key: str = "role") -> bool:
+def _is_chat(value: Any) -> bool:
     turns = _as_list(value)
     if turns is None:
         return False
-    return not turns or (isinstance(turns[0], Mapping) and role_key in turns[0])
+    return not turns or (
+        isinstance(turns[0], Mapping) and not turns[0].keys().isdisjoint(_SAYS_WHO)
+    )
 
 
-def _messages(row: Record, source: SourceConfig, prompts_only: bool) -> list[RawTurns]:
+# --- what stands before a row's own turns ---------------------------------------------------------
+
+
+def _with_beginning(row: Record, turns: list[RawTurn]) -> list[RawTurn]:
+    """Puts the row's system text and history first, and its end reason to its last answer."""
+    start = 1 if turns and turns[0].role == "system" else 0
+    history = _history(row)
+    if history and turns[start : start + len(history)] != history:
+        turns[start:start] = history
+    system = next((row[key] for key in SYSTEM if holds_text(row.get(key))), None)
+    if system is not None:
+        system = _content(system)
+        own = turns[0].content if start else None
+        if isinstance(own, str) and own.strip() and own != system:
+            # Both are said; the row's own text comes first.
+            system = f"{system}\n\n{own}" if isinstance(system, str) else system
+        turns[:start] = [RawTurn("system", system)]
+    return turns
+
+
+def _history(row: Record) -> list[RawTurn]:
+    """The turns before the prompt: pairs of texts, turns, or pairs as objects."""
+    given = _first_of(row, HISTORY)
+    if given is None or not holds_text(given):
+        return []
+    turns = _as_list(given)
+    if turns is None:
+        raise RowProblem(NO_TURNS)
+    found: list[RawTurn] = []
+    if all(isinstance(turn, str) for turn in turns) and len(turns) % 2 == 0:
+        turns = list(zip(turns[::2], turns[1::2], strict=True))
+    for turn in turns:
+        if isinstance(turn, Mapping) and not turn.keys().isdisjoint(_SAYS_WHO):
+            found.append(_turn(turn))
+            continue
+        if isinstance(turn, Mapping):
+            turn = (_first_of(turn, _ASKED), _first_of(turn, _ANSWERED))
+        if not isinstance(turn, list | tuple) or len(turn) != 2:
+            raise RowProblem(NO_TURNS)
+        found += [RawTurn("user", turn[0]), RawTurn("assistant", turn[1])]
+    return found
+
+
+def _with_context(prompt: Any, row: Record, keys: tuple[str, ...] = CONTEXT) -> Any:
+    """A prompt followed by the texts that it is about, unless it quotes them itself."""
+    for key in keys:
+        given = row.get(key)
+        if isinstance(given, list) and all(isinstance(text, str) for text in given):
+            given = "\n\n".join(given)
+        if given is None or (isinstance(given, str) and not given.strip()):
+            continue
+        if not isinstance(given, str):
+            raise RowProblem(NOT_TEXT)
+        if isinstance(prompt, str) and given.strip() not in prompt:
+            prompt = f"{prompt}\n\n{given}"
+    return prompt
+
+
+# --- formats --------------------------------------------------------------------------------------
+
+
+def _messages(row: Record, source: SourceConfig, prompts_only: bool) -> list[list[RawTurn]]:
     if "messages" in row:
-        return [_chat(row["messages"], "role", "content", _OPENAI_ROLES)]
+        return [_chat(row["messages"])]
     given = row["input"]
     given = given["messages"] if isinstance(given, Mapping) and "messages" in given else given
-    turns = list(_chat(given, "role", "content", _OPENAI_ROLES))
+    turns = _chat(given)
     if row.get("preferred_output"):
-        turns.extend(_chat(row["preferred_output"], "role", "content", _OPENAI_ROLES))
+        turns += _chat(row["preferred_output"])
     return [turns]
 
 
@@ -124,79 +290,69 @@ def _fits_messages(row: Record) -> bool:
     return "preferred_output" in row and _is_chat(given)
 
 
-def _prompt_response(row: Record, source: SourceConfig, prompts_only: bool) -> list[RawTurns]:
-    prompt, answer = row.get("prompt"), _first_of(row, _ANSWER_KEYS)
-    turns: list[tuple[Any, Any]] = [("system", row.get("system") or row.get("system_prompt"))]
-    if _is_chat(prompt):
-        turns.extend(_chat(prompt, "role", "content", _OPENAI_ROLES))
+def _prompt_response(row: Record, source: SourceConfig, prompts_only: bool) -> list[list[RawTurn]]:
+    prompt, answer = row.get("prompt"), _first_of(row, _ANSWERS)
+    if isinstance(answer, Mapping) and "role" in answer:
+        answer = [answer]
+    said = _chat(answer) if isinstance(answer, list) and _is_chat(answer) else None
+    if said is not None and said[0].role != "assistant":
+        return [said]  # a preferred conversation, with its prompt
+    if isinstance(prompt, list | Mapping):
+        turns = _chat(prompt)
+        if turns[-1].role == "user":
+            turns[-1] = turns[-1]._replace(content=_with_context(turns[-1].content, row))
     else:
-        turns.append(("user", prompt))
-    if isinstance(answer, list) and _is_chat(answer):
-        turns.extend(_chat(answer, "role", "content", _OPENAI_ROLES))
-    elif answer is not None or not prompts_only:
-        turns.append(("assistant", answer))
-    if turns[0][1] is None:
-        del turns[0]
+        turns = [RawTurn("user", _with_context(prompt, row))]
+    if not prompts_only:
+        turns += [RawTurn("assistant", _content(answer))] if said is None else said
     return [turns]
 
 
 def _fits_prompt_response(row: Record) -> bool:
     prompt = row.get("prompt")
-    return "prompt" in row and (prompt is None or isinstance(prompt, str) or _is_chat(prompt))
+    if "prompt" in row:
+        return prompt is None or isinstance(prompt, str) or _is_chat(prompt)
+    return "rejected" in row and isinstance(row.get("chosen"), list) and _is_chat(row["chosen"])
 
 
-def _alpaca(row: Record, source: SourceConfig, prompts_only: bool) -> list[RawTurns]:
-    instruction, given = row.get("instruction"), row.get("input")
-    if isinstance(instruction, str) and isinstance(given, str) and given.strip():
-        instruction = f"{instruction}\n\n{given}"
-    elif given is not None and not isinstance(given, str):
-        raise RowProblem("content that is not text")
-    system = row.get("system") or row.get("system_prompt")
-    turns = [("system", system)] if system else []
-    return [[*turns, ("user", instruction), ("assistant", _first_of(row, _ALPACA_ANSWER_KEYS))]]
+def _alpaca(row: Record, source: SourceConfig, prompts_only: bool) -> list[list[RawTurn]]:
+    instruction = _with_context(row.get("instruction"), row)
+    return [[RawTurn("user", instruction), RawTurn("assistant", _first_of(row, _ALPACA_ANSWERS))]]
 
 
-def _sharegpt(row: Record, source: SourceConfig, prompts_only: bool) -> list[RawTurns]:
-    turns = list(_chat(row["conversations"], "from", "value", _SHAREGPT_ROLES))
-    if row.get("system"):
-        turns.insert(0, ("system", row["system"]))
-    return [turns]
+def _sharegpt(row: Record, source: SourceConfig, prompts_only: bool) -> list[list[RawTurn]]:
+    return [_chat(_first_of(row, _CONVERSATIONS))]
 
 
-def _openorca(row: Record, source: SourceConfig, prompts_only: bool) -> list[RawTurns]:
-    return [
-        [
-            ("system", row.get("system_prompt")),
-            ("user", row.get("question")),
-            ("assistant", row.get("response")),
-        ]
-    ]
+def _openorca(row: Record, source: SourceConfig, prompts_only: bool) -> list[list[RawTurn]]:
+    question = _with_context(row.get("question"), row)
+    return [[RawTurn("user", question), RawTurn("assistant", row.get("response"))]]
 
 
-def _nectar(row: Record, source: SourceConfig, prompts_only: bool) -> list[RawTurns]:
+def _nectar(row: Record, source: SourceConfig, prompts_only: bool) -> list[list[RawTurn]]:
     prompt = row.get("prompt")
     if not isinstance(prompt, str):
-        raise RowProblem("empty prompt" if prompt is None else "content that is not text")
+        raise RowProblem("empty prompt" if prompt is None else NOT_TEXT)
     head, *parts = _NECTAR_TURN.split(f"\n\n{prompt.lstrip()}")
     if head.strip() or not parts:
         raise RowProblem("Nectar prompt that does not begin with 'Human:'")
     turns = [
-        ("user" if who == "Human" else "assistant", text.strip())
+        RawTurn("user" if who == "Human" else "assistant", text.strip())
         for who, text in zip(parts[::2], parts[1::2], strict=True)
     ]
-    if turns[-1] == ("assistant", ""):
+    if turns[-1] == RawTurn("assistant", ""):
         turns.pop()
     if prompts_only:
         return [turns]
     # Selected by model name, not by rank: the teacher is rarely ranked first.
     answers = [
-        answer.get("answer")
+        RawTurn("assistant", answer.get("answer"), problem=finish_problem(answer))
         for answer in _as_list(row.get("answers")) or []
         if isinstance(answer, Mapping) and str(answer.get("model")).startswith(source.teacher)
     ]
     if not answers:
         raise RowProblem("no answer of the teacher")
-    return [[*turns, ("assistant", answer)] for answer in answers]
+    return [[*turns, answer] for answer in answers]
 
 
 def _fits_nectar(row: Record) -> bool:
@@ -211,36 +367,65 @@ def _fits_nectar(row: Record) -> bool:
     )
 
 
-def _no_conversations(row: Record, source: SourceConfig, prompts_only: bool) -> list[RawTurns]:
+def _no_conversations(row: Record, source: SourceConfig, prompts_only: bool) -> list[Any]:
     raise AssertionError("plain texts are rows themselves")
 
 
+def _keys(*names: str) -> frozenset[str]:
+    return frozenset(names)
+
+
+# The same conversation in other forms, and what was not chosen of a pair.
+_REPEATED = ("prompt", "chosen", "rejected", "non_preferred_output")
+_BEGINNING = (SYSTEM, HISTORY)
+
 # With format auto they are tried in this order, the most specific first.
 FORMATS: dict[str, Format] = {
-    "nectar": Format("prompt, answers [{answer, model}]", _fits_nectar, _nectar),
+    "nectar": Format(
+        "prompt, answers [{answer, model}]",
+        _fits_nectar,
+        _nectar,
+        _keys("prompt", "answers", "num_responses", "good_natured"),
+        _BEGINNING,
+    ),
     "openorca": Format(
         "system_prompt, question, response",
         lambda row: "question" in row and "system_prompt" in row,
         _openorca,
+        _keys("question", "response", *CONTEXT),
+        _BEGINNING,
     ),
     "messages": Format(
-        "messages [{role, content}], or input and preferred_output", _fits_messages, _messages
+        "messages [{role, content}], or input and preferred_output",
+        _fits_messages,
+        _messages,
+        _keys("preferred_output", *_REPEATED),
+        (*_BEGINNING, ("messages", "input")),
     ),
     "sharegpt": Format(
         "conversations [{from, value}]",
-        lambda row: _is_chat(row.get("conversations"), "from"),
+        lambda row: _is_chat(_first_of(row, _CONVERSATIONS)),
         _sharegpt,
+        _keys(*_REPEATED),
+        (*_BEGINNING, _CONVERSATIONS),
     ),
     "alpaca": Format(
         "instruction and output or response, perhaps input",
         lambda row: "instruction" in row,
         _alpaca,
+        _keys("instruction", "text", *CONTEXT),
+        (*_BEGINNING, _ALPACA_ANSWERS),
     ),
     "prompt_response": Format(
-        "prompt and response or completion", _fits_prompt_response, _prompt_response
+        "prompt and response or completion, or prompt and chosen",
+        _fits_prompt_response,
+        _prompt_response,
+        _keys("prompt", "rejected", *CONTEXT),
+        (*_BEGINNING, _ANSWERS),
     ),
-    "text": Format("text", lambda row: "text" in row, _no_conversations),
+    "text": Format("text", lambda row: "text" in row, _no_conversations, _keys("text")),
 }
+_KNOWN = {name: entry.reads | COMMON for name, entry in FORMATS.items()}
 
 
 def check_teacher(source: SourceConfig, place: str) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from proxykd_jax.config import CorpusConfig
 from proxykd_jax.data.corpus import SPLITS
 from proxykd_jax.data.corpus_writer import CorpusWriter
+from proxykd_jax.texts.files import source_files
 from proxykd_jax.texts.records import Drops
-from proxykd_jax.texts.selection import SourceCount
+from proxykd_jax.texts.selection import SourceCount, source_label
 
 _SHARES = ("warmup", "align", "distill")
+_FILES_SHOWN, _FILES_KEPT = 5, 100
 
 
 def corpus_counts(
@@ -29,10 +31,12 @@ def corpus_counts(
       writer: the corpus's writer.
 
     Returns:
-      ``sources``: by label, rows ``read`` and ``kept``, and ``drops`` by reason. ``splits``: by
+      ``sources``: by label, rows ``read`` and ``kept``, ``drops`` by reason, ``notes`` about the
+      rows, and files ``passed_over``. ``splits``: by
       name, ``rows``, ``tokens``, ``answer_tokens``, and the ``expected_share`` of the rows that
       validation leaves. ``validation_fraction``: the share that was set aside.
     """
+    passed_over = files_passed_over(corpus)
     drops = {label: Drops() for label in read}
     for label, count in read.items():
         drops[label].merge(count.drops)
@@ -53,7 +57,13 @@ def corpus_counts(
         if split in _SHARES:
             splits[split]["expected_share"] = getattr(corpus.shares, split)
     sources = {
-        label: {"read": count.read, "kept": kept[label], "drops": drops[label].as_json()}
+        label: {
+            "read": count.read,
+            "kept": kept[label],
+            "drops": drops[label].as_json(),
+            "notes": count.notes.as_json(),
+            "passed_over": passed_over.get(label, {}),
+        }
         for label, count in read.items()
     }
     return {
@@ -61,6 +71,36 @@ def corpus_counts(
         "splits": splits,
         "validation_fraction": validation_fraction,
     }
+
+
+def files_passed_over(corpus: CorpusConfig) -> dict[str, dict[str, str]]:
+    """By source, the first files of its folder that are not read, with the reasons."""
+    groups = {"test": corpus.test, "sources": corpus.sources, "fresh_prompts": corpus.fresh_prompts}
+    found: dict[str, dict[str, str]] = {}
+    for group, sources in groups.items():
+        for index, source in enumerate(sources):
+            if source.path is not None:
+                files = source_files(source.path, held_out=group == "test").passed_over
+                kept = dict(list(files.items())[:_FILES_KEPT])
+                if len(files) > len(kept):
+                    kept[f"{len(files) - len(kept):,} more files"] = "not listed here"
+                found[source_label(group, index, source)] = kept
+    return found
+
+
+def describe_passed_over(files: Mapping[str, str]) -> str:
+    """One line about files that are not read."""
+    listed = ", ".join(f"{name} ({why})" for name, why in list(files.items())[:_FILES_SHOWN])
+    more = len(files) - _FILES_SHOWN
+    return f"{len(files):,} files passed over: {listed}" + (
+        f" and {more:,} more" if more > 0 else ""
+    )
+
+
+def describe_notes(notes: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """A line for each note, the most frequent first."""
+    for note, found in sorted(notes.items(), key=lambda item: -item[1]["count"]):
+        yield f"{found['count']:,} times: {note} (first {found['first']}: {found['example']!r})"
 
 
 def describe_counts(counts: dict[str, Any]) -> str:
@@ -71,6 +111,9 @@ def describe_counts(counts: dict[str, Any]) -> str:
         reasons = sorted(source["drops"].items(), key=lambda item: -item[1]["count"])
         for reason, dropped in reasons:
             lines.append(f"    {dropped['count']:,} left out: {reason} ({dropped['first'][0]})")
+        lines += [f"    {line}" for line in describe_notes(source["notes"])]
+        if source["passed_over"]:
+            lines.append(f"    {describe_passed_over(source['passed_over'])}")
     lines.append("rows by split")
     shared = sum(counts["splits"][split]["rows"] for split in _SHARES)
     held_out = counts["splits"]["validation"]["rows"]

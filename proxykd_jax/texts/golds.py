@@ -20,7 +20,7 @@ from proxykd_jax.texts.benchmark_files import (
     benchmark_item,
 )
 from proxykd_jax.texts.conversations import expand_turns
-from proxykd_jax.texts.formats import FORMATS
+from proxykd_jax.texts.formats import conversations_of
 from proxykd_jax.texts.normalise import normalised_words
 from proxykd_jax.texts.readers import read_records
 from proxykd_jax.texts.records import RowProblem, TextRow
@@ -50,7 +50,7 @@ def read_golds(config: Config, tokenizer: Tokenizer) -> Golds:
     Raises:
       UserError: a source is missing or damaged.
     """
-    renderer = Renderer(tokenizer, config.corpus.template, config.corpus.end_tokens)
+    renderer = Renderer.of(tokenizer, config.corpus)
     golds: dict[bytes, list[Gold]] = {}
     for source in config.corpus.sources:
         found: list[tuple[TextRow, Gold]] = []
@@ -167,7 +167,7 @@ def _rows_with_gold(
         if name in BENCHMARK_KEYS:
             conversations = benchmark_conversations(name, record, origin, None, True)
         else:
-            conversations = FORMATS[name].conversations(record, source, True)
+            conversations = conversations_of(name, record, source, True)
         for turns in conversations:
             for messages in expand_turns(turns, keep="last", prompts_only=True):
                 yield TextRow(messages, None, origin), gold

@@ -2,7 +2,8 @@
 
 Loaders that guess types turn date-like texts into dates and mixed ids into numbers. This one
 returns what the file contains, or an error with file and line. It accepts UTF-8 only (a byte order
-mark is skipped), objects only, no repeated keys and no NaN. It detects compression by content, not
+mark is skipped, also where files were joined), objects only and no repeated keys. NaN and infinity,
+which some libraries write, are read as null. It detects compression by content, not
 by name. Memory is bounded by ``MAX_RECORD_BYTES``, whatever the file's size.
 """
 
@@ -14,7 +15,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NoReturn, cast
+from typing import IO, Any, cast
 
 from proxykd_jax.errors import UserError
 
@@ -73,7 +74,7 @@ def parse_object(text: str) -> Record:
     """One strict JSON object.
 
     Raises:
-      ValueError: not JSON, a repeated key, NaN or infinity, or not an object.
+      ValueError: not JSON, a repeated key, or not an object.
     """
     try:
         value = _DECODER.decode(text)
@@ -93,11 +94,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> Record:
     return record
 
 
-def _no_constants(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON; write null")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constants)
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=lambda name: None)
 
 
 def _kind(value: Any) -> str:
@@ -140,7 +137,7 @@ def _read_lines(
             origin = f"{path}:{number}"
             text = _decode(line, origin)
             try:
-                record = parse_object(text)
+                record = parse_object(text.lstrip("\ufeff") if text[:1] == "\ufeff" else text)
             except ValueError as error:
                 following = file.readline(limit + 1)
                 if number == start and following and isinstance(error, json.JSONDecodeError):
@@ -170,6 +167,11 @@ def _line_problem(origin: str, text: str, error: ValueError, cut_off: bool) -> s
     if isinstance(error, json.JSONDecodeError):
         if "\0" in text:
             return f"{origin} holds NUL bytes: it is not UTF-8 text. Convert or remove the file."
+        if "\r" in text.rstrip("\r\n") and error.msg == "Extra data":
+            return (
+                f"{origin}: its lines end with carriage returns alone. Convert the file, for "
+                "example with: tr '\\r' '\\n'"
+            )
         if cut_off:
             return (
                 f"{origin}: the last line is cut off ({error.msg}, column {error.colno}). "

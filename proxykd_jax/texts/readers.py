@@ -16,31 +16,59 @@ from proxykd_jax.texts.benchmark_files import (
     benchmark_examples,
     benchmark_format,
     benchmark_item,
+    benchmark_unread,
     load_answers,
     mt_bench_turns,
     sought_texts,
 )
 from proxykd_jax.texts.columnar_files import read_dataset, read_tfds
-from proxykd_jax.texts.conversations import checked_text, expand_turns
-from proxykd_jax.texts.files import list_files, read_file
-from proxykd_jax.texts.formats import FORMATS, check_teacher
-from proxykd_jax.texts.records import Drops, RowProblem, TextRow
+from proxykd_jax.texts.conversations import RawTurns, checked_text, expand_turns
+from proxykd_jax.texts.files import list_files, read_file, source_files
+from proxykd_jax.texts.formats import (
+    FORMATS,
+    check_row,
+    check_teacher,
+    conversations_of,
+    unread,
+)
+from proxykd_jax.texts.records import Drops, Notes, RowProblem, TextRow
 
 Record = Mapping[str, Any]
+# How end tokens are written in the tokenizers of the families that answers are collected from.
+_END_MARKS = (
+    "</s>",
+    "<eos>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<|return|>",
+    "<|EOT|>",
+    "<end_of_turn>",
+    "<|END_OF_TURN_TOKEN|>",
+    "<｜end▁of▁sentence｜>",
+    "<|assistant_end|>",
+    "<|eos|>",
+)
+_END_CHARACTERS = 40
 
 
-def source_pieces(source: SourceConfig) -> list[SourceConfig]:
+def source_pieces(source: SourceConfig, *, held_out: bool) -> list[SourceConfig]:
     """Splits a source into its files, each as a source that can be read separately.
 
     Read in order, they give the source's rows. A source stays whole if it is not a list of files,
-    or if it has a ``limit``, whose end is known only by reading in order.
+    or if it has a ``limit``, whose end is known only by reading in order. ``held_out`` as in
+    ``source_files``.
 
     Raises:
       UserError: its path matches nothing.
     """
     if source.path is None or source.limit is not None:
         return [source]
-    return [source.model_copy(update={"path": str(file)}) for file in list_files(source.path)]
+    files = source_files(source.path, held_out=held_out).files
+    return [source.model_copy(update={"path": str(file)}) for file in files]
 
 
 def no_usable_row(source: SourceConfig, drops: Drops) -> UserError:
@@ -56,7 +84,9 @@ def read_source(
     *,
     prompts_only: bool,
     drops: Drops,
+    notes: Notes | None = None,
     source_index: int = 0,
+    held_out: bool = False,
     is_piece: bool = False,
 ) -> Iterator[TextRow]:
     """Reads a source lazily, in the order of its files and their rows.
@@ -68,18 +98,21 @@ def read_source(
         ones are dropped. Otherwise every row ends with the teacher's answer. Plain texts are the
         same in both cases.
       drops: counts dropped rows. A damaged row does not stop the reading; a damaged file does.
+      notes: counts keys that hold text and are not read, and answers that end with the text of an
+        end token.
       source_index: copied into the rows.
+      held_out: the rows are a test set, which decides on the files (``files.source_files``).
       is_piece: the source comes from ``source_pieces`` and may give no row.
 
     Raises:
       UserError: the source is missing, damaged or of another format, or gives no row at all.
     """
     answers = load_answers(source.answers) if source.answers is not None else None
-    own_drops = Drops()
+    own_drops, own_notes = Drops(), Notes()
     count = 0
     try:
-        for place, records in _parts(source):
-            for row in _rows(place, records, source, prompts_only, answers, own_drops):
+        for place, records in _parts(source, held_out):
+            for row in _rows(place, records, source, prompts_only, answers, own_drops, own_notes):
                 text, messages, origin = row
                 count += 1
                 yield TextRow(messages, text, origin, source_index)
@@ -87,6 +120,8 @@ def read_source(
                     return
     finally:
         drops.merge(own_drops)
+        if notes is not None:
+            notes.merge(own_notes)
     if not count and not is_piece:
         raise no_usable_row(source, own_drops)
 
@@ -97,7 +132,7 @@ def read_records(source: SourceConfig) -> Iterator[tuple[str, Record, str]]:
     Raises:
       UserError: the source is missing, damaged or of another format.
     """
-    for _, records in _parts(source):
+    for _, records in _parts(source, held_out=False):
         name: str | None = None
         for record, origin in records:
             name = name or _format_of(record, origin, source)
@@ -108,10 +143,12 @@ def read_records(source: SourceConfig) -> Iterator[tuple[str, Record, str]]:
                 yield name, record, origin
 
 
-def _parts(source: SourceConfig) -> Iterator[tuple[str, Iterable[tuple[Record, str]]]]:
+def _parts(
+    source: SourceConfig, held_out: bool
+) -> Iterator[tuple[str, Iterable[tuple[Record, str]]]]:
     """(name, records) of each file, or of the dataset. Each has one format."""
     if source.path is not None:
-        for path in list_files(source.path):
+        for path in source_files(source.path, held_out=held_out).files:
             yield str(path), read_file(path)
     elif source.dataset is not None:
         yield source.dataset, read_dataset(source.dataset, source.split, source.subset)
@@ -127,6 +164,7 @@ def _rows(
     prompts_only: bool,
     answers: Answers | None,
     drops: Drops,
+    notes: Notes,
 ) -> Iterator[tuple[str | None, tuple[Any, ...], str]]:
     name: str | None = None
     for record, origin in records:
@@ -135,6 +173,8 @@ def _rows(
             _check_part(name, place, source, prompts_only, answers)
         if name in BENCHMARK_KEYS:
             for example, example_origin in benchmark_examples(name, record, origin):
+                for key, shown in benchmark_unread(name, example):
+                    notes.add(not_read(key), example_origin, shown)
                 try:
                     conversations = benchmark_conversations(
                         name, example, example_origin, answers, prompts_only
@@ -142,34 +182,64 @@ def _rows(
                 except RowProblem as problem:
                     drops.add(str(problem), example_origin)
                     continue
-                yield from _expand(conversations, example_origin, source, prompts_only, drops)
+                for key, shown in (found for t in conversations for u in t for found in u.unread):
+                    notes.add(not_read(key), example_origin, shown)
+                yield from _expand(
+                    conversations, example_origin, source, prompts_only, drops, notes
+                )
             continue
         try:
             if not FORMATS[name].fits(record):
                 raise RowProblem(f"keys or types that do not fit the format {name}")
+            for key, shown in unread(name, record):
+                notes.add(not_read(key), origin, shown)
             if name == "text":
-                yield checked_text(record["text"], "empty text"), (), origin
+                check_row(record, prompts_only)
+                text = checked_text(record["text"], "empty text")
+                _note_end(text, origin, notes)
+                yield text, (), origin
                 continue
-            conversations = FORMATS[name].conversations(record, source, prompts_only)
+            conversations = conversations_of(name, record, source, prompts_only)
         except RowProblem as problem:
             drops.add(str(problem), origin)
             continue
-        yield from _expand(conversations, origin, source, prompts_only, drops)
+        yield from _expand(conversations, origin, source, prompts_only, drops, notes)
 
 
 def _expand(
-    conversations: Iterable[Any],
+    conversations: Iterable[RawTurns],
     origin: str,
     source: SourceConfig,
     prompts_only: bool,
     drops: Drops,
+    notes: Notes,
 ) -> Iterator[tuple[None, tuple[Any, ...], str]]:
+    def left_out(reason: str) -> None:
+        drops.add(reason, origin)
+
     for turns in conversations:
         try:
-            for messages in expand_turns(turns, keep=source.turns, prompts_only=prompts_only):
+            for messages in expand_turns(
+                turns, keep=source.turns, prompts_only=prompts_only, left_out=left_out
+            ):
+                if not prompts_only:
+                    _note_end(messages[-1].content, origin, notes)
                 yield None, messages, origin
         except RowProblem as problem:
             drops.add(str(problem), origin)
+
+
+def not_read(key: str) -> str:
+    """The note about a key that holds text and is not read."""
+    return f"the key {key} is not read"
+
+
+def _note_end(text: str, origin: str, notes: Notes) -> None:
+    """Notes a text that ends with an end token's letters, as a careless collection leaves them."""
+    tail = text[-_END_CHARACTERS:].rstrip()
+    if tail.endswith(_END_MARKS):
+        mark = next(mark for mark in _END_MARKS if tail.endswith(mark))
+        notes.add(f"ends with the text {mark}, which is learnt as letters", origin, tail)
 
 
 def _format_of(record: Record, origin: str, source: SourceConfig) -> str:
@@ -243,7 +313,7 @@ def sought_in_corpus(path: str) -> Iterator[SoughtText]:
             yield from _sought_items(name, records)
             continue
         source = SourceConfig(path=str(file), turns="last")
-        for text, messages, _ in _rows(str(file), records, source, True, None, Drops()):
+        for text, messages, _ in _rows(str(file), records, source, True, None, Drops(), Notes()):
             said = [text] if text is not None else [m.content for m in messages if m.role == "user"]
             yield from (SoughtText(found, False) for found in said)
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from proxykd_jax.texts.normalise import normalise_text
 
 Role = Literal["system", "user", "assistant"]
+OTHER_NOTES = "other notes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +122,49 @@ class Drops:
         return "; ".join(
             f"{reason}: {count} (first at {self.origins[reason][0]})"
             for reason, count in sorted(self.counts.items(), key=lambda item: -item[1])
+        )
+
+
+@dataclass(slots=True)
+class Notes:
+    """What a reader should know about the rows of a source, although nothing is dropped.
+
+    Attributes:
+      counts: note -> how often.
+      examples: note -> origin of the first, and what it has there.
+      most: different notes that are kept; further ones are counted as one.
+    """
+
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, tuple[str, str]] = field(default_factory=dict)
+    most: int = 1000
+
+    def add(self, note: str, origin: str, example: str, count: int = 1) -> None:
+        """Counts a note."""
+        if note not in self.counts and len(self.counts) >= self.most:
+            note = OTHER_NOTES
+        self.counts[note] = self.counts.get(note, 0) + count
+        self.examples.setdefault(note, (origin, example))
+
+    def merge(self, other: Notes) -> None:
+        """Adds another count to this one."""
+        for note, count in other.counts.items():
+            self.add(note, *other.examples[note], count)
+
+    def as_json(self) -> dict[str, Any]:
+        """``{note: {"count": n, "first": origin, "example": text}}``, for a manifest."""
+        return {
+            note: {"count": count, "first": first, "example": example}
+            for note, count in self.counts.items()
+            for first, example in (self.examples[note],)
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Notes:
+        """The inverse of ``as_json``."""
+        return cls(
+            {note: entry["count"] for note, entry in value.items()},
+            {note: (entry["first"], entry["example"]) for note, entry in value.items()},
         )
 
 

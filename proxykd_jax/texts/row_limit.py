@@ -66,7 +66,7 @@ class RowLimit:
         """Adds the next row, which belongs to this source.
 
         Raises:
-          UserError: it cannot be rendered.
+          UserError: it is a conversation and there is no template.
         """
         number = selection_hash(row)
         self._hashes.append(number)

@@ -24,7 +24,7 @@ from proxykd_jax.errors import UserError
 from proxykd_jax.texts.contamination import ContaminationIndex, Match, contamination_report
 from proxykd_jax.texts.dedup import Deduplicator, PromptSet
 from proxykd_jax.texts.readers import read_source
-from proxykd_jax.texts.records import Drops, TextRow
+from proxykd_jax.texts.records import Drops, Notes, TextRow
 from proxykd_jax.texts.row_limit import RowLimit
 from proxykd_jax.texts.split import effective_validation_fraction, split_name
 from proxykd_jax.texts.template import Renderer
@@ -46,10 +46,12 @@ class SourceCount:
     Attributes:
       read: rows found, including those dropped during reading.
       drops: dropped rows, by reason.
+      notes: what a reader should know about them.
     """
 
     read: int = 0
     drops: Drops = field(default_factory=Drops)
+    notes: Notes = field(default_factory=Notes)
 
 
 @dataclass
@@ -94,9 +96,9 @@ def source_label(group: str, index: int, source: SourceConfig) -> str:
     return f"{group}.{index} ({source.path or source.dataset or source.tfds})"
 
 
-def nothing_left(sources: Mapping[str, SourceCount]) -> UserError:
-    """The error for a corpus without any row left, with the reasons."""
-    listed = "\n  ".join(f"{label}: {count.drops}" for label, count in sources.items())
+def nothing_left(drops: Mapping[str, Drops]) -> UserError:
+    """The error for a corpus without any row left, with the reasons by source."""
+    listed = "\n  ".join(f"{label}: {dropped}" for label, dropped in drops.items())
     return UserError(f"No row of the corpus is left. Left out:\n  {listed}")
 
 
@@ -177,7 +179,7 @@ def select_rows(
             count_beyond(sources[label].drops, int(beyond[begin:end].sum()))
     rows = int(kept_rows.sum())
     if not rows:
-        raise nothing_left(sources)
+        raise nothing_left({label: count.drops for label, count in sources.items()})
     fraction = effective_validation_fraction(
         rows,
         validation_fraction=corpus.validation_fraction,
@@ -284,6 +286,8 @@ def read_rows(
         source,
         prompts_only=group == "fresh_prompts",
         drops=drops,
+        notes=count.notes,
+        held_out=group == "test",
         source_index=index,
         is_piece=is_piece,
     )

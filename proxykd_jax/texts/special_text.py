@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from typing import Any
 
 _STAND_IN, _NAME = 0x108000, 0x10B000
@@ -33,18 +34,38 @@ def has_reserved(text: str) -> bool:
     return _RESERVED.search(text) is not None
 
 
+def first_control_token(backend: Any, text: str) -> int | None:
+    """The id of the first control token in a text that a template wrote, or None.
+
+    A token that is not called special counts if no special one is there and the tokenizer finds it
+    before it cuts a text.
+
+    Args:
+      backend: a ``tokenizers.Tokenizer``.
+      text: the text.
+    """
+    places = {
+        token_id: (not token.special, place, -len(token.content))
+        for token_id, token in backend.get_added_tokens_decoder().items()
+        if token.content.strip() and (place := text.find(token.content)) >= 0
+    }
+    return min(places, key=lambda token_id: places[token_id], default=None)
+
+
 class SpecialText:
     """The control tokens of one tokenizer, by text.
 
     Args:
       backend: a ``tokenizers.Tokenizer``.
+      ends: ids that end an answer. They are control tokens even where the tokenizer does not call
+        them special, provided that it finds them before it cuts a text.
     """
 
-    def __init__(self, backend: Any) -> None:
+    def __init__(self, backend: Any, ends: Collection[int] = ()) -> None:
         self._original = backend
         self._copy: Any = None
         decoder = backend.get_added_tokens_decoder()
-        self.ids = frozenset(i for i, token in decoder.items() if token.special)
+        self.ids = frozenset(i for i, token in decoder.items() if token.special or i in ends)
         texts = [decoder[i].content for i in sorted(self.ids) if decoder[i].content][:_MOST]
         self._hide = {text: chr(_STAND_IN + n) for n, text in enumerate(texts)}
         self._names = {text: chr(_NAME + n) for n, text in enumerate(texts)}

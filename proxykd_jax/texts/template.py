@@ -1,16 +1,23 @@
 """From a conversation to tokens, and the position of the answer in them.
 
-A row is rendered once and tokenised without adding anything, so a BOS is never doubled. The answer
-is found by position, never by token ids:
+A row is rendered twice: its prompt, as generation meets it, and the whole conversation. The answer
+is found by characters, never by token ids:
 
 - a template with ``{% generation %}`` marks it;
-- otherwise the prompt, rendered with ``add_generation_prompt``, must match the beginning of the
-  whole conversation token for token, and the answer is the rest;
+- otherwise it is what follows the prompt's text, with which the conversation's text must begin;
 - a plain text is tokenised as a whole, and the prompt is its first tokens or sentences.
 
-The answer includes its end token, which is added if the template writes none. Text that a template
-writes after the end token is cut off, because no model generates it. If only the answer's text
-counts (``with_end=False``), everything after that text is cut off before tokenisation.
+Texts are tokenised without adding anything, so a BOS is never doubled. The prompt has the tokens
+that it has alone, because a sampled answer follows these, and the answer is tokenised apart: one
+token could span the prompt's end and the answer's beginning. A tokenizer that puts a space before
+every text needs the prompt in front of the answer; if a token spans the boundary there, another
+text takes the prompt's place.
+
+One token ends an answer (``Renderer.end_token_ids``): masks, sampling and evaluation ask here. It
+is the control token that the template writes behind an answer, or else the tokenizer's EOS. It is
+added if the template writes none. Text that a template writes after it is cut off, because no model
+generates it. If only the answer's text counts (``with_end=False``), everything after that text is
+cut off before tokenisation.
 """
 
 from __future__ import annotations
@@ -23,19 +30,36 @@ from typing import NamedTuple
 import numpy as np
 
 from proxykd_jax.artifacts import digest_value
-from proxykd_jax.config import SourceConfig
+from proxykd_jax.config import CorpusConfig, SourceConfig
 from proxykd_jax.errors import UserError
-from proxykd_jax.texts.chat_template import ChatTemplate, split_marks, template_text
+from proxykd_jax.texts.chat_template import BUILT_IN, ChatTemplate, split_marks, template_text
 from proxykd_jax.texts.records import TextRow
-from proxykd_jax.texts.special_text import ANSWER_END, SpecialText, has_reserved
+from proxykd_jax.texts.special_text import (
+    ANSWER_END,
+    SpecialText,
+    first_control_token,
+    has_reserved,
+)
 from proxykd_jax.texts.text_prompts import sentences_end
 from proxykd_jax.texts.tokenizer import Tokenizer
 
 RESERVED_CHARACTERS = "holds reserved characters (private use, U+108000 to U+10F001)"
 TEXT_IS_ALL_PROMPT = "the text is no longer than its prompt"
+NOT_AS_IT_STANDS = "the template does not write the {role}'s text as it stands"
+NOTHING_MARKED = "its answer is empty: the template's {% generation %} marks nothing"
+NOTHING_LEFT = "the template leaves nothing of the answer; every token of a mask would be 0"
+NOT_THE_BEGINNING = (
+    "the answer cannot be found, because the rendered prompt is not the beginning of the rendered "
+    "conversation"
+)
+NO_BOUNDARY = "the answer's tokens cannot be told from the prompt's"
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _NO_TOKENS = np.zeros(0, np.int32)
+# Texts before a continuation, for tokenizers that put a space before a text of its own.
+_ANCHORS = ("\n", "a", ".", "0", ")")
+# A template's own message can quote a row; reasons are counted, so they must be few.
+_REASON_CHARACTERS = 120
 
 
 class Encoded(NamedTuple):
@@ -54,13 +78,20 @@ class Encoded(NamedTuple):
 
 
 class _Rendered(NamedTuple):
-    """One row after rendering: texts to be tokenised."""
+    """One row after rendering: texts to be tokenised.
+
+    Attributes:
+      row: the row.
+      whole: the conversation's text up to its answer's end, or the text itself.
+      prompt: the text before the answer; None for a plain text and for a prompt alone.
+      renamed: control tokens have their private names.
+      drop: why the row is dropped.
+    """
 
     row: TextRow
     whole: str
-    prompt: str | None  # None if span or the text itself determines the answer
-    span: tuple[int, int] | None
-    renamed: bool  # control tokens have their private names
+    prompt: str | None
+    renamed: bool
     drop: str | None = None
 
 
@@ -72,7 +103,10 @@ class Renderer:
       template: ``auto`` (the tokenizer's own), ``plain``, ``alpaca``, ``chatml``, ``llama2``, or a
         Jinja file.
       end_tokens: ids or texts of tokens that end an answer; the first is appended if the template
-        writes none. Default: the tokenizer's EOS (``chatml``: ``<|im_end|>``).
+        writes none. By default it is the control token that the template writes behind an answer.
+        If that is the tokenizer's EOS, or there is none, all ids of the folder's list
+        ``eos_token_id`` end an answer, the EOS first.
+      has_turns: False if all rows are plain texts. Then the template decides nothing.
 
     Attributes:
       end_token_ids: ids of the end tokens.
@@ -88,27 +122,43 @@ class Renderer:
         tokenizer: Tokenizer,
         template: str = "auto",
         end_tokens: Sequence[int | str] | None = None,
+        *,
+        has_turns: bool = True,
     ) -> None:
         self.tokenizer = tokenizer
         self.template_name = template
-        self._special = SpecialText(tokenizer.backend)
         text = template_text(template, tokenizer.chat_template)
         if template == "chatml":
             self._require_tokens("<|im_start|>", "<|im_end|>")
-            end_tokens = end_tokens or ("<|im_end|>",)
-        self.end_token_ids = self._end_ids(end_tokens)
-        self._special_ends = [token for token in self.end_token_ids if token in self._special.ids]
         # Built-in templates start with a BOS only if the tokenizer adds one by itself. A
         # tokenizer's own template, or one from a file, decides for itself.
         variables = dict(tokenizer.special_texts)
         variables.setdefault("eos_token", "")
         variables.setdefault("bos_token", "")
-        if text is not None and template in ("plain", "alpaca", "chatml", "llama2"):
+        if text is not None and template in BUILT_IN:
             variables["bos_token"] = variables["bos_token"] if tokenizer.adds_bos else ""
         self._template = None if text is None else ChatTemplate(text, variables)
         self._marks = text is not None and _GENERATION.search(text) is not None
         self.template_text = text
         self.template_digest = None if text is None else digest_value(text)
+        self.end_token_ids = self._end_ids(end_tokens, has_turns)
+        self._special = SpecialText(tokenizer.backend, self.end_token_ids)
+        self._special_ends = [token for token in self.end_token_ids if token in self._special.ids]
+        first = tokenizer.backend.encode("a", add_special_tokens=False).tokens
+        self._begins_with_space = first != ["a"]
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, corpus: CorpusConfig) -> Renderer:
+        """The renderer of a corpus.
+
+        Raises:
+          UserError: no such template or token.
+        """
+        declared = all(
+            source.format == "text" or source.prompt_tokens or source.prompt_sentences
+            for source in (*corpus.sources, *corpus.test, *corpus.fresh_prompts)
+        )
+        return cls(tokenizer, corpus.template, corpus.end_tokens, has_turns=not declared)
 
     def encode(self, row: TextRow, source: SourceConfig | None = None) -> tuple[np.ndarray, int]:
         """Tokens and prompt length of one row. A row without an answer is all prompt.
@@ -116,10 +166,27 @@ class Renderer:
         Raises:
           UserError: the row cannot be rendered, or its answer is empty or cannot be found.
         """
-        (encoded,) = self.encode_batch([row], source)
-        if encoded.drop:
-            raise UserError(f"{row.origin}: {encoded.drop}.")
+        (encoded,) = self.encode_all([row], source)
         return encoded.tokens, encoded.prompt_length
+
+    def encode_all(
+        self,
+        rows: Sequence[TextRow],
+        source: SourceConfig | None = None,
+        *,
+        prompts_only: bool = False,
+        with_end: bool = True,
+    ) -> list[Encoded]:
+        """``encode_batch`` where no row may be dropped.
+
+        Raises:
+          UserError: a row would be dropped; the message names it.
+        """
+        found = self.encode_batch(rows, source, prompts_only=prompts_only, with_end=with_end)
+        for row, encoded in zip(rows, found, strict=True):
+            if encoded.drop:
+                raise UserError(f"{row.origin}: {encoded.drop}.")
+        return found
 
     def encode_batch(
         self,
@@ -139,7 +206,7 @@ class Renderer:
             the template writes after it.
 
         Raises:
-          UserError: see ``encode``; the message names the row.
+          UserError: a row is a conversation and there is no template.
         """
         rendered = [self._render(row, with_end) for row in rows]
         tokens, offsets = self._tokenize(rendered, source)
@@ -184,10 +251,10 @@ class Renderer:
     def _render(self, row: TextRow, with_end: bool = True) -> _Rendered:
         contents = [row.text] if row.text is not None else [m.content for m in row.messages]
         if any(has_reserved(content) for content in contents):
-            return _Rendered(row, "", None, None, False, RESERVED_CHARACTERS)
+            return _Rendered(row, "", None, False, RESERVED_CHARACTERS)
         quotes = any(self._special.occurs_in(content) for content in contents)
         if row.text is not None:
-            return _Rendered(row, row.text, None, None, quotes)
+            return _Rendered(row, row.text, None, quotes)
         if self._template is None:
             raise UserError(
                 f"{row.origin} is a conversation, and the tokenizer {self.tokenizer.path} has no "
@@ -195,46 +262,75 @@ class Renderer:
                 "file."
             )
         hide = self._special.hide if quotes else str
-        reveal = self._special.reveal if quotes else str
         messages = [{"role": m.role, "content": hide(m.content)} for m in row.messages]
         try:
-            if not row.has_answer:
-                text = self._template.render(messages, add_generation_prompt=True)
-                return _Rendered(row, split_marks(reveal(text))[0], None, None, quotes)
-            if not with_end:
-                messages[-1]["content"] += ANSWER_END
-            text = self._template.render(messages, add_generation_prompt=False)
-            if not with_end:
-                text, mark, _ = text.rpartition(ANSWER_END)
-                if not mark:
-                    raise UserError("the template does not write the answer as it stands")
-            whole, span = split_marks(reveal(text))
-            if self._marks:
-                if span is None or span[0] == span[1]:
-                    raise UserError(
-                        "its answer is empty: the template's {% generation %} marks nothing"
-                    )
-                return _Rendered(row, whole, None, span, quotes)
-            text = self._template.render(messages[:-1], add_generation_prompt=True)
-            return _Rendered(row, whole, split_marks(reveal(text))[0], None, quotes)
-        except UserError as error:
-            raise UserError(f"{row.origin}: {error}.") from error
+            whole, prompt = self._render_parts(self._template, messages, quotes, with_end)
+        except UserError as problem:
+            return _Rendered(row, "", None, False, _reason(str(problem)))
+        return _Rendered(row, whole, prompt, quotes)
+
+    def _render_parts(
+        self, template: ChatTemplate, messages: list[dict[str, str]], quotes: bool, with_end: bool
+    ) -> tuple[str, str | None]:
+        """The text up to the answer's end, and the text before the answer (None if there is none).
+
+        Raises:
+          UserError: the template fails, or it changes what is said; the message has no place.
+        """
+        reveal = self._special.reveal if quotes else str
+        answer = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
+        asked = messages if answer is None else messages[:-1]
+        prompt: str | None = None
+        if answer is None or not self._marks:
+            rendered = template.render(asked, add_generation_prompt=True)
+            prompt = split_marks(reveal(rendered))[0]
+            _check_said(rendered, [m for m in asked if m["role"] != "assistant"])
+            if answer is None:
+                return prompt, None
+        if not with_end:
+            messages = [*asked, {"role": "assistant", "content": answer + ANSWER_END}]
+        text = template.render(messages, add_generation_prompt=False)
+        if self._marks:
+            _check_said(text, [m for m in asked if m["role"] != "assistant"])
+        if with_end:
+            _check_said(text, messages[-1:])
+        else:
+            text, mark, _ = text.rpartition(ANSWER_END)
+            if not mark:
+                raise UserError(NOT_AS_IT_STANDS.format(role="assistant"))
+        whole, span = split_marks(reveal(text))
+        if prompt is None:
+            if span is None or span[0] == span[1]:
+                raise UserError(NOTHING_MARKED)
+            return self._marked(whole, span, quotes), whole[: span[0]]
+        if not whole.startswith(prompt):
+            raise UserError(_not_the_beginning(prompt, whole, reveal(answer)))
+        return whole, prompt
+
+    def _marked(self, whole: str, span: tuple[int, int], quotes: bool) -> str:
+        """The text up to the mark's end, or up to an end token just behind it."""
+        for token in self.end_token_ids:
+            name = self.tokenizer.backend.id_to_token(token)
+            name = self._special.reveal(name) if quotes else name
+            if whole.startswith(name, span[1]):
+                return whole[: span[1] + len(name)]
+        return whole[: span[1]]
 
     # --- tokens -----------------------------------------------------------------------------------
 
     def _tokenize(
         self, rendered: Sequence[_Rendered], source: SourceConfig | None
     ) -> tuple[list[np.ndarray], dict[int, np.ndarray]]:
-        """int32[T] of every row, and int64[T, 2] character offsets where needed."""
+        """int32[T] of every row, or of its answer alone, and int64[T, 2] offsets where needed."""
         by_sentence = source is None or source.prompt_tokens is None
         tokens = [_NO_TOKENS] * len(rendered)
         offsets: dict[int, np.ndarray] = {}
         groups: dict[tuple[bool, bool], list[int]] = {}
         for i, item in enumerate(rendered):
-            needs = item.span is not None or (item.row.text is not None and by_sentence)
+            needs = item.row.text is not None and by_sentence
             groups.setdefault((item.renamed, needs), []).append(i)
         for (renamed, needs), members in groups.items():
-            texts = [rendered[i].whole for i in members]
+            texts = [rendered[i].whole[self._cut_at(rendered[i]) :] for i in members]
             for i, encoding in zip(members, self._cut(texts, renamed, needs), strict=True):
                 tokens[i] = np.array(encoding.ids, np.int32)
                 if needs:
@@ -279,20 +375,36 @@ class Renderer:
             return Encoded(_NO_TOKENS, 0, item.drop)
         if row.text is not None:
             return self._finish_text(row, tokens, offsets, source, prompts_only)
-        if not row.has_answer:
+        if prompt is None:
             return Encoded(tokens, len(tokens))
-        if item.span is not None and offsets is not None:
-            tokens, start = self._cut_by_span(tokens, offsets, item.span)
-        elif prompt is not None:
-            start = self._check_prefix(row, tokens, prompt)
+        start = len(prompt)
+        if not self._begins_with_space:
+            tokens = np.concatenate([prompt, tokens])
+        elif start >= len(tokens) or not np.array_equal(tokens[:start], prompt):
+            answer = self._behind_an_anchor(item)
+            if answer is None:
+                return Encoded(_NO_TOKENS, 0, NO_BOUNDARY)
+            tokens = np.concatenate([prompt, answer])
         if with_end:
             tokens = self._end_answer(tokens, start)
         if all(token in self.end_token_ids for token in tokens[start:].tolist()):
-            raise UserError(
-                f"{row.origin}: the template leaves nothing of the answer; every token of a mask "
-                "would be 0."
-            )
+            return Encoded(_NO_TOKENS, 0, NOTHING_LEFT)
         return Encoded(tokens, start)
+
+    def _cut_at(self, item: _Rendered) -> int:
+        """Where the text begins that is tokenised in one piece: at the answer, if that is apart."""
+        return 0 if self._begins_with_space or item.prompt is None else len(item.prompt)
+
+    def _behind_an_anchor(self, item: _Rendered) -> np.ndarray | None:
+        """int32[T]: the answer's tokens behind another text; None if every boundary is spanned."""
+        answer = item.whole[len(item.prompt or "") :]
+        for anchor in _ANCHORS:
+            (encoding,) = self._cut([anchor + answer], item.renamed, True)
+            begins = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+            before = int(np.sum(begins[:, 1] <= len(anchor)))
+            if before and np.all(begins[before:, 0] >= len(anchor)):
+                return np.array(encoding.ids[before:], np.int32)
+        return None
 
     def _finish_text(
         self,
@@ -318,33 +430,6 @@ class Renderer:
             return Encoded(tokens[:start], min(start, len(tokens)))
         return Encoded(self._end_answer(tokens, start), start)
 
-    def _cut_by_span(
-        self, tokens: np.ndarray, offsets: np.ndarray, span: tuple[int, int]
-    ) -> tuple[np.ndarray, int]:
-        inside = np.flatnonzero((offsets[:, 1] > span[0]) & (offsets[:, 0] < span[1]))
-        start, stop = int(inside[0]), int(inside[-1]) + 1
-        # A template may close the mark just before the end token.
-        if tokens[stop - 1] not in self.end_token_ids and (
-            stop < len(tokens) and tokens[stop] in self.end_token_ids
-        ):
-            stop += 1
-        return tokens[:stop], start
-
-    def _check_prefix(self, row: TextRow, tokens: np.ndarray, prompt: np.ndarray) -> int:
-        shared = min(len(tokens), len(prompt))
-        differ = np.flatnonzero(tokens[:shared] != prompt[:shared])
-        if len(differ) or len(prompt) >= len(tokens):
-            at = int(differ[0]) if len(differ) else shared
-            show = self.tokenizer.decode
-            raise UserError(
-                f"{row.origin}: the answer cannot be found, because the rendered prompt is not "
-                f"the beginning of the rendered conversation. They differ from token {at} on: "
-                f"the prompt has {show(prompt[at : at + 8])!r} there, the conversation "
-                f"{show(tokens[at : at + 8])!r}. Use a template that marks the answer with "
-                "{% generation %}, or another corpus.template."
-            )
-        return len(prompt)
-
     def _end_answer(self, tokens: np.ndarray, start: int) -> np.ndarray:
         """Cuts after the answer's end token, or appends one."""
         ends = np.flatnonzero(np.isin(tokens[start:], self._special_ends))
@@ -357,15 +442,33 @@ class Renderer:
 
     # --- end tokens -------------------------------------------------------------------------------
 
-    def _end_ids(self, end_tokens: Sequence[int | str] | None) -> tuple[int, ...]:
+    def _end_ids(self, end_tokens: Sequence[int | str] | None, has_turns: bool) -> tuple[int, ...]:
         if end_tokens:
             return tuple(dict.fromkeys(self.tokenizer.token_id(token) for token in end_tokens))
-        if self.tokenizer.eos_id is None:
+        written = self._written_end() if has_turns else None
+        if written is not None and written != self.tokenizer.eos_id:
+            return (written,)
+        if not self.tokenizer.eos_ids:
             raise UserError(
                 f"The tokenizer {self.tokenizer.path} names no EOS token; give the tokens that "
                 "end an answer in corpus.end_tokens."
             )
-        return (self.tokenizer.eos_id,)
+        return self.tokenizer.eos_ids
+
+    def _written_end(self) -> int | None:
+        """The control token that the template writes behind an answer, or None."""
+        if self._template is None:
+            return None
+        messages = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": f"b{ANSWER_END}"},
+        ]
+        try:
+            text = self._template.render(messages, add_generation_prompt=False)
+        except UserError:  # then its rows say why
+            return None
+        _, written, after = split_marks(text)[0].rpartition(ANSWER_END)
+        return first_control_token(self.tokenizer.backend, after) if written else None
 
     def _require_tokens(self, *texts: str) -> None:
         missing = [text for text in texts if text not in self.tokenizer.vocabulary]
@@ -374,3 +477,33 @@ class Renderer:
                 f"corpus.template: chatml needs the token {missing[0]}, which the tokenizer "
                 f"{self.tokenizer.path} does not have. Use plain, alpaca or llama2."
             )
+
+
+def _check_said(rendered: str, messages: Sequence[dict[str, str]]) -> None:
+    """Checks that a template writes what is said; it may trim it and change its white space.
+
+    Raises:
+      UserError: it does not.
+    """
+    for message in messages:
+        said = message["content"].strip()
+        if said not in rendered and "".join(said.split()) not in "".join(rendered.split()):
+            raise UserError(NOT_AS_IT_STANDS.format(role=message["role"]))
+
+
+def _not_the_beginning(prompt: str, whole: str, answer: str) -> str:
+    """Why the answer is not behind its prompt."""
+    pairs = enumerate(zip(prompt, whole, strict=False))
+    shared = next((n for n, (a, b) in pairs if a != b), min(len(prompt), len(whole)))
+    extra = prompt[shared:]
+    if len(extra) < _REASON_CHARACTERS and whole.startswith(answer.strip(), shared):
+        return (
+            f"the template's generation prompt ends with {extra!r}, which it does not write before "
+            "the answer of a whole conversation"
+        )
+    return NOT_THE_BEGINNING
+
+
+def _reason(problem: str) -> str:
+    line = problem.splitlines()[0] if problem.strip() else "the chat template fails"
+    return line if len(line) <= _REASON_CHARACTERS * 2 else f"{line[: _REASON_CHARACTERS * 2]}..."

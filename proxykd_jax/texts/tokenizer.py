@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ from proxykd_jax.artifacts import digest_file, digest_value
 from proxykd_jax.config import Config
 from proxykd_jax.errors import UserError
 from proxykd_jax.models.folder import TOKENIZER_FILES, local_folder
+
+# Files that name end tokens; the first is the one that generation follows.
+_MODEL_CONFIGS = ("generation_config.json", "config.json")
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class Tokenizer:
       backend: ``tokenizers.Tokenizer`` without padding and truncation.
       special_texts: names of special tokens (``bos_token`` ...) to their texts, for templates.
       bos_id, eos_id: None if there is none.
+      eos_ids: every id that ends a text: ``eos_id``, then the others of the list
+        ``eos_token_id`` in the folder's ``generation_config.json`` or ``config.json``.
       adds_bos: whether it starts a text with its BOS token by itself.
       chat_template: Jinja text, or None.
     """
@@ -36,6 +41,7 @@ class Tokenizer:
     special_texts: Mapping[str, str]
     bos_id: int | None
     eos_id: int | None
+    eos_ids: tuple[int, ...]
     adds_bos: bool
     chat_template: str | None
     _vocabulary: dict[str, int] = field(repr=False, compare=False)
@@ -97,7 +103,7 @@ def load_tokenizer(place: Config | str | Path) -> Tokenizer:
       UserError: there is no tokenizer there, or it cannot be read.
     """
     place = tokenizer_place(place) if isinstance(place, Config) else str(place)
-    folder = local_folder(place, TOKENIZER_FILES)
+    folder = local_folder(place, (*TOKENIZER_FILES, *_MODEL_CONFIGS))
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if not any(file.name in ("tokenizer.json", "tokenizer.model", "vocab.json") for file in files):
         raise UserError(
@@ -126,10 +132,32 @@ def load_tokenizer(place: Config | str | Path) -> Tokenizer:
         special_texts=special_texts,
         bos_id=bos_id,
         eos_id=ids.get("eos_token"),
+        eos_ids=_eos_ids(folder, ids.get("eos_token"), vocabulary.values()),
         adds_bos=bos_id is not None and bool(begun) and begun[0] == bos_id,
         chat_template=chat_template,
         _vocabulary=vocabulary,
     )
+
+
+def _eos_ids(folder: Path, eos_id: int | None, known: Collection[int]) -> tuple[int, ...]:
+    found = [] if eos_id is None else [eos_id]
+    for name in _MODEL_CONFIGS:
+        ids = _model_config(folder, name).get("eos_token_id")
+        if isinstance(ids, list):
+            found += [i for i in ids if type(i) is int and i in known]
+            break
+    return tuple(dict.fromkeys(found))
+
+
+def _model_config(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}.") from error
+    return value if isinstance(value, dict) else {}
 
 
 def check_same_vocabulary(first: Tokenizer, second: Tokenizer) -> None:
@@ -214,15 +242,14 @@ def _from_json_alone(folder: Path) -> _Loaded:
         raise UserError(f"{folder} has neither tokenizer.json nor tokenizer_config.json.")
     backend = _plain_backend(path.read_text(encoding="utf-8"))
     texts: dict[str, str] = {}
-    for name in ("config.json", "generation_config.json"):
-        if (folder / name).is_file():
-            config = json.loads((folder / name).read_text(encoding="utf-8"))
-            for key in ("bos_token", "eos_token", "pad_token"):
-                ids = config.get(f"{key}_id")
-                first = ids[0] if isinstance(ids, list) and ids else ids
-                token = backend.id_to_token(first) if isinstance(first, int) else None
-                if token is not None:
-                    texts.setdefault(key, token)
+    for name in reversed(_MODEL_CONFIGS):
+        config = _model_config(folder, name)
+        for key in ("bos_token", "eos_token", "pad_token"):
+            ids = config.get(f"{key}_id")
+            first = ids[0] if isinstance(ids, list) and ids else ids
+            token = backend.id_to_token(first) if isinstance(first, int) else None
+            if token is not None:
+                texts.setdefault(key, token)
     template_file = folder / "chat_template.jinja"
     template = template_file.read_text(encoding="utf-8") if template_file.is_file() else None
     return backend, texts, template

@@ -211,6 +211,7 @@ def test_the_funnel_counts_every_row(made, page):
     source = next(iter(counts["sources"].values()))
     rows = {row[0]: row[1] for row in page.csvs["rows_by_source.csv"][1:]}
     assert rows == {"read": "61", "left out: repeats an earlier row": "1", "kept": "60"}
+    assert "Notes on the rows" not in page.text and "Files passed over" not in page.text
     assert source["read"] == source["kept"] + 1
     splits = page.csvs["splits.csv"][1:]
     assert {row[0]: int(row[1]) for row in splits} == {
@@ -364,6 +365,22 @@ def test_only_a_config_is_a_page(folder):
 def test_damaged_manifests_are_told(folder, stage):
     (folder / stage / MANIFEST).write_text("{")
     assert "is damaged" in Page(render([read_run(folder)])).text
+
+
+def test_what_was_not_read_is_on_the_page(folder):
+    manifest = read_json(folder / "corpus" / MANIFEST)
+    (source,) = manifest["counts"]["sources"].values()
+    note = {"count": 7, "first": "rows.jsonl:3", "example": "why not"}
+    source["notes"] = {"the key remark is not read": note}
+    source["passed_over"] = {"test.jsonl": "its name says test"}
+    write_json(folder / "corpus" / MANIFEST, manifest)
+    found = Page(render([read_run(folder)]))
+    for said in ("the key remark is not read", "rows.jsonl:3: why not", "its name says test"):
+        assert said in found.text
+    # A corpus of an earlier version has neither.
+    del source["notes"], source["passed_over"]
+    write_json(folder / "corpus" / MANIFEST, manifest)
+    assert "Notes on the rows" not in Page(render([read_run(folder)])).text
 
 
 def test_a_damaged_part_spoils_its_section_alone(folder):

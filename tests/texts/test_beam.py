@@ -71,10 +71,15 @@ def many_sources(tmp_path):
         rows += [{"prompt": f"long {number}.{i}", "response": "cat " * 300} for i in range(3)]
         rows += [{"prompt": f"empty {number}.{i}", "response": ""} for i in range(2)]
         rows += [{"prompt": f"odd {number}", "response": "a \U00108001 b"}]
+        rows += [{"prompt": f"cut {number}", "response": "a b", "finish_reason": "length"}]
+        rows += [{"prompt": f"marked {number}", "response": "a b</s>", "remark": f"r{number}"}]
+        rows += [{"prompt": f"said {number}", "response": "c", "history": [[f"h{number}", "b"]]}]
         rng.shuffle(rows)
         everything += rows
         write(chat / ("deeper" if number % 2 else ".") / f"{number}.jsonl", rows)
     (chat / "array.json").write_text(json.dumps(pairs(20, seed=11) + pairs(20, seed=0)))
+    write(chat / "deeper" / "test.jsonl", pairs(5, seed=31))  # passed over
+    (chat / "notes.txt").write_text("passed over")
     write(chat / "nothing.jsonl", [{"prompt": "no answer", "response": ""}])  # it gives no row
     twice = rng.sample(everything, 40) + pairs(30, seed=12)
     test = [{"prompt": row["prompt"].upper(), "response": "t"} for row in everything[:30]]
@@ -290,7 +295,7 @@ def test_a_damaged_file_is_named_as_before(tmp_path, llama_folder):
     assert "2.jsonl:31 is not JSON" in text
 
 
-def test_a_row_that_cannot_be_rendered(tmp_path, llama_folder):
+def test_rows_that_a_template_refuses(tmp_path, llama_folder):
     template = tmp_path / "t.jinja"
     template.write_text(
         "{% for m in messages %}{% if 'forbidden' in m.content %}"
@@ -301,16 +306,19 @@ def test_a_row_that_cannot_be_rendered(tmp_path, llama_folder):
         rows = pairs(40, seed=number)
         rows[7 * number]["prompt"] += "forbidden" if number in (1, 3) else ""
         write(tmp_path / f"{number}.jsonl", rows)
-    keys = {"sources": [{"path": str(tmp_path / "*.jsonl")}], "template": str(template)}
+    sources = [{"path": str(tmp_path / "*.jsonl")}]
+    local, _ = both(tmp_path, llama_folder, sources=sources, template=str(template), shard_rows=10)
+    assert drops(local, "sources.0") == {"the chat template fails: no such word": 2}
+
+
+def test_conversations_without_a_template(tmp_path, llama_folder):
+    for number in range(3):
+        write(tmp_path / f"{number}.jsonl", pairs(20, seed=number) if number else stories(20))
+    keys = {"sources": [{"path": str(tmp_path / "*.jsonl")}], "template": "auto"}
     text = said(tmp_path, llama_folder, shard_rows=10, **keys)
-    assert "1.jsonl:8" in text
-    # A shard that lacks a row does not count. With repaired rows the corpus equals the local one.
-    for number in (1, 3):
-        path = tmp_path / f"{number}.jsonl"
-        path.write_text(path.read_text().replace("forbidden", ""))
-    for name, extra in (("a", {}), ("b", {"beam": ONE_WORKER})):
-        main(config_for(tmp_path, llama_folder, name=name, shard_rows=10, **keys, **extra))
-    same_files(tmp_path / "runs" / "b" / "corpus", tmp_path / "runs" / "a" / "corpus")
+    assert "is a conversation, and the tokenizer" in text
+    # No shard that lacks a row counts; with a template the corpus is the local one.
+    both(tmp_path / "again", llama_folder, **keys | {"template": "plain"})
 
 
 def test_rows_that_the_runner_loses_make_no_shard(tmp_path, llama_folder, monkeypatch):
@@ -342,6 +350,8 @@ def test_nothing_left_and_nothing_usable(tmp_path, llama_folder):
     bench = write(tmp_path / "bench.jsonl", rows)
     text = said(tmp_path, llama_folder, rows=rows * 2, benchmarks=[bench], contamination="drop")
     assert "holds a benchmark question: 6" in text and "repeats an earlier row: 6" in text
+    text = said(tmp_path, llama_folder, rows=rows, max_length=2)
+    assert "leaves no room" in text
     empty = [{"prompt": sentence(random.Random(n)), "response": ""} for n in range(3)]
     sources = [{"path": write(tmp_path / "empty.jsonl", empty)}]
     assert "gives no row" in said(tmp_path, llama_folder, sources=sources)

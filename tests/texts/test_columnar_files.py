@@ -1,9 +1,12 @@
 """Parquet, Hugging Face datasets and TFDS give the same rows as JSON Lines would."""
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from proxykd_jax.config.schema import SourceConfig
 from proxykd_jax.errors import UserError
+from proxykd_jax.texts.columnar_files import read_parquet
 from proxykd_jax.texts.readers import read_source
 from proxykd_jax.texts.records import Drops
 
@@ -12,6 +15,22 @@ CHATS = [
     {"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "a"}]}
     for n in range(5)
 ]
+
+
+def test_parquet_columns_without_a_text_mark(tmp_path):
+    path = tmp_path / "a.parquet"
+    chat = [{"role": b"user", "content": b"q"}, {"role": b"assistant", "content": "é".encode()}]
+    pq.write_table(pa.table({"messages": [chat], "blob": [b"\xff\x00"]}), path)
+    (record,) = [record for record, _ in read_parquet(path)]
+    assert record["messages"][1] == {"role": "assistant", "content": "é"}
+    assert record["blob"] == b"\xff\x00"
+
+
+def test_parquet_with_two_columns_of_one_name(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"]), path)
+    with pytest.raises(UserError, match="two columns of the name prompt"):
+        list(read_parquet(path))
 
 
 def read(**keys):

@@ -335,6 +335,66 @@ def test_nothing_left_is_an_error_with_reasons(tmp_path, llama_folder):
         main(config_for(tmp_path, llama_folder, rows, benchmarks=[bench], contamination="drop"))
 
 
+def test_nothing_left_of_all_that_was_selected(tmp_path, llama_folder):
+    rows = pairs(5)
+    refuses = tmp_path / "refuses.jinja"
+    refuses.write_text("{{ raise_exception('never') }}")
+    with pytest.raises(
+        UserError, match=r"(?s)No row .*chat template fails: never: 5 .*jsonl:[1-5]\)"
+    ):
+        main(config_for(tmp_path, llama_folder, rows, template=str(refuses)))
+    with pytest.raises(UserError, match=r"(?s)No row .*leaves no room.*: 5"):
+        main(config_for(tmp_path, llama_folder, rows, max_length=2))
+    # Nothing of it stays, so the same run takes other settings.
+    assert drops_of(main(config_for(tmp_path, llama_folder, rows))) == {}
+
+
+def test_one_row_stops_no_corpus(tmp_path, llama_folder):
+    rows = pairs(40)
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}"
+        "{% endif %}{{ m['content'] }}|{% endfor %}"
+    )
+    odd = [rows[0] | {"system": "s"}, rows[1] | {"response": "\n\n(x)", "score": float("nan")}]
+    result = main(config_for(tmp_path, llama_folder, [*rows, *odd], template=str(template)))
+    assert drops_of(result) == {"the chat template fails: no system": 1}
+    assert len(contents(open_corpus(result.folder))) == 41
+
+
+def test_what_is_not_read_is_said(tmp_path, llama_folder, capsys):
+    rows = pairs(30)
+    rows[3]["remark"] = "never read"
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "train.jsonl", rows)
+    write(folder / "test.jsonl", pairs(5, seed=1))
+    (folder / "readme.txt").write_text("text")
+    result = main(config_for(tmp_path, llama_folder, sources=[{"path": str(folder)}]))
+    (source,) = result.counts["sources"].values()
+    note = {"count": 1, "first": f"{folder}/train.jsonl:4", "example": "never read"}
+    assert source["notes"] == {"the key remark is not read": note}
+    assert source["passed_over"] == {
+        "readme.txt": "its ending is not read",
+        "test.jsonl": "its name says test",
+    }
+    assert source["kept"] == 30
+    printed = capsys.readouterr().out
+    assert "1 times: the key remark is not read" in printed and "'never read'" in printed
+    assert "2 files passed over: readme.txt (its ending is not read), test.jsonl" in printed
+
+
+def test_a_corpus_that_was_read_otherwise_opens_but_is_not_taken(tmp_path, llama_folder):
+    config = config_for(tmp_path, llama_folder, pairs(30))
+    manifest = main(config).folder / "manifest.json"
+    record = read_json(manifest)
+    del record["inputs"]["reading_version"]
+    manifest.write_text(json.dumps(record))
+    assert len(contents(open_corpus(manifest.parent))) == 30
+    with pytest.raises(UserError, match=r"(?s)other settings.*reading_version: null then"):
+        main(config)
+
+
 def test_second_run_does_nothing_and_a_changed_one_says_so(tmp_path, llama_folder, bpe_folder):
     rows = pairs(80)
     config = config_for(tmp_path, llama_folder, rows)

@@ -1,6 +1,7 @@
 """Templates and masks: the loss covers the answer and its end token, and nothing else."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from proxykd_jax.texts.template import (
     Renderer,
 )
 from proxykd_jax.texts.tokenizer import load_tokenizer
+from tests.texts.conftest import MARKED
 
 
 def chat(*turns, system=None, origin="rows.jsonl:7"):
@@ -373,6 +375,202 @@ def test_text_as_a_prompt_only(llama):
     assert prompt.tokens.tolist() == tokens[:prompt_length].tolist()
 
 
+# --- where the answer begins ----------------------------------------------------------------------
+
+
+def with_merge(folder, to, first, second):
+    """The tokenizer of a folder with one more token, made of two texts."""
+    data = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = data["model"]["vocab"]
+    for piece in (first, second, first + second):
+        vocabulary.setdefault(piece, len(vocabulary))
+    data["model"]["merges"].insert(0, [first, second])
+    to.mkdir(exist_ok=True)
+    (to / "tokenizer.json").write_text(json.dumps(data))
+    (to / "tokenizer_config.json").write_bytes((folder / "tokenizer_config.json").read_bytes())
+    return load_tokenizer(to)
+
+
+INST = "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST]{{ m['content'] }}"
+INST += "[/INST]{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+
+
+def behind_its_prompt(renderer, row):
+    """The answer's text; the prompt's tokens are those that generation starts from."""
+    tokens, prompt_length = renderer.encode(row)
+    alone, _ = renderer.encode(TextRow(row.messages[:-1], None, row.origin))
+    assert tokens[:prompt_length].tolist() == alone.tolist()
+    return renderer.tokenizer.decode(tokens[prompt_length:])
+
+
+@pytest.mark.parametrize("answer", ["\n\nParis", "\nParis", "\n\n\nParis", " Paris", "Paris"])
+def test_a_token_that_spans_prompt_and_answer_is_cut(bpe_folder, tmp_path, answer):
+    tokenizer = with_merge(bpe_folder, tmp_path / "t", "\u010a", "\u010a")  # a token of two breaks
+    assert len(tokenizer.encode("\n\n")) == 1
+    renderer = Renderer(tokenizer)
+    assert behind_its_prompt(renderer, chat("A city?", answer)) == answer + "<|im_end|>"
+    quoting = chat("A <|im_end|>?", answer + "<|im_start|>")
+    assert behind_its_prompt(renderer, quoting) == answer + "<|im_start|><|im_end|>"
+
+
+@pytest.mark.parametrize("answer", ["(no)", "(", "no (", "((no", "\n(no)"])
+def test_the_same_where_a_tokenizer_begins_texts_with_a_space(llama_folder, tmp_path, answer):
+    tokenizer = with_merge(llama_folder, tmp_path / "t", "]", "(")
+    assert len(tokenizer.encode("x](")) == len(tokenizer.encode("x]"))
+    renderer = Renderer(tokenizer, template_file(tmp_path, INST))
+    row = chat("q", answer)
+    assert behind_its_prompt(renderer, row) == answer + "</s>"
+    tokens, prompt_length = renderer.encode(row)
+    text = tokenizer.decode(tokens).replace(" ", "")
+    assert text == f"<s>[INST]q[/INST]{answer}</s>".replace(" ", "")
+    assert len(tokens) > prompt_length + 1
+
+
+def test_generation_prompts_that_end_with_a_space(llama, tmp_path):
+    text = "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}"
+    text += "{% endfor %}{{ 'assistant: ' if add_generation_prompt }}"
+    renderer = Renderer(llama, template_file(tmp_path, text))
+    assert behind_its_prompt(renderer, chat("q", "yes")).startswith("yes")
+
+
+THINKING = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'].split('</think>')[-1] }}"
+THINKING += "{% endfor %}{{ '<assistant><think>' if add_generation_prompt }}"
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}"
+NO_SYSTEM += "{% endif %}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | trim }}"
+NO_SYSTEM += "{% endfor %}{{ '<assistant>' if add_generation_prompt }}"
+LAST_ONLY = "{% for m in messages if m['role'] != 'system' %}<{{ m['role'] }}>{{ m['content'] }}"
+LAST_ONLY += "{% endfor %}{{ '<assistant>' if add_generation_prompt }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "bad", "reason"),
+    [
+        (THINKING, chat("q", "a"), "generation prompt ends with '<think>', which"),
+        (NO_SYSTEM, chat("q", "a", system="s"), "the chat template fails: no system here"),
+        (LAST_ONLY, chat("q", "a", system="Be brief."), "does not write the system's text"),
+        (
+            LAST_ONLY.replace("{{ m['content'] }}", "{{ m['content'].split('</think>')[-1] }}"),
+            chat("q", "Because.</think>a"),
+            "does not write the assistant's text",
+        ),
+        (
+            "{% for m in messages[1:] %}{{ m['content'] }}{% endfor %}",
+            chat("q", "a"),
+            "does not write the user's text",
+        ),
+        (
+            "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}",
+            chat("q", "a"),
+            "does not write the user's text",
+        ),
+        (
+            "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}",
+            chat("q", "a"),
+            "not the beginning of the rendered conversation",
+        ),
+        (MARKED.replace("m['content']", "''"), chat("q", "a"), "does not write the user's text"),
+    ],
+)
+def test_rows_that_a_template_changes_are_dropped(bpe, tmp_path, template, bad, reason):
+    renderer = Renderer(bpe, template_file(tmp_path, template))
+    good = chat(" q ", " a b\n")
+    (dropped, other) = renderer.encode_batch([bad, good])
+    assert reason in dropped.drop and not len(dropped.tokens)
+    if template in (NO_SYSTEM, LAST_ONLY):
+        assert other.drop is None  # a template may trim
+    with pytest.raises(UserError, match=r"rows.jsonl:7: the"):
+        renderer.encode(bad)
+
+
+def test_white_space_that_a_template_changes_is_no_change(bpe, tmp_path):
+    text = LAST_ONLY.replace("m['content'] }}", "m['content'].replace('\n', ' ') }}")
+    (encoded,) = Renderer(bpe, template_file(tmp_path, text)).encode_batch([chat("a\nb", "c\nd")])
+    assert encoded.drop is None
+
+
+# --- where the answer ends ------------------------------------------------------------------------
+
+
+def tokenizer_with(folder, to, *, special=True, **config):
+    """A tokenizer whose settings and model configs are changed."""
+    given = json.loads((folder / "tokenizer_config.json").read_text())
+    eos_list = config.pop("eos_list", None)
+    (to / "tokenizer_config.json").write_text(json.dumps(given | config))
+    data = json.loads((folder / "tokenizer.json").read_text())
+    for token in data["added_tokens"]:
+        token["special"] = special or token["content"] != "<|im_end|>"
+    (to / "tokenizer.json").write_text(json.dumps(data))
+    if eos_list:
+        (to / "generation_config.json").write_text(json.dumps({"eos_token_id": eos_list}))
+    return load_tokenizer(to)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_the_template_s_own_end_is_the_end(bpe_folder, tmp_path, special):
+    tokenizer = tokenizer_with(bpe_folder, tmp_path, eos_token="<|endoftext|>", special=special)
+    renderer = Renderer(tokenizer)
+    assert tokenizer.eos_id == 0 and renderer.end_token_ids == (2,)
+    for row in ROWS:
+        tokens, prompt_length = renderer.encode(row)
+        assert tokens[-1] == 2 and tokens[prompt_length:].tolist().count(2) == 1
+        assert 0 not in tokens
+    # Quoted, the end token stays text, whatever the tokenizer calls it.
+    assert parts(renderer, chat("q", "so <|im_end|> it is"))[1] == "so <|im_end|> it is<|im_end|>"
+    tokens, prompt_length = renderer.encode(chat("q", "so <|im_end|> it is"))
+    assert tokens[prompt_length:].tolist().count(2) == 1
+    assert Renderer(tokenizer, end_tokens=["<|endoftext|>"]).end_token_ids == (0,)
+    assert Renderer(tokenizer, "plain").end_token_ids == (0,)
+
+
+@pytest.mark.parametrize(
+    ("template", "ends"),
+    [
+        ("{{ m['content'] }}<|end_of_turn|>\n", "<|im_end|>"),
+        ("{{ m['content'] }} \n<|end_of_turn|><|endoftext|>", "<|im_end|>"),
+        ("{{ m['content'] }}<|endoftext|>", "<|endoftext|>"),
+        ("{{ m['content'] }}\n", "<|endoftext|>"),
+    ],
+)
+def test_the_first_control_token_behind_an_answer(bpe_folder, tmp_path, template, ends):
+    tokenizer = tokenizer_with(bpe_folder, tmp_path, eos_token="<|endoftext|>")
+    text = template.replace("<|end_of_turn|>", "<|im_end|>")
+    text = "{% for m in messages %}" + text + "{% endfor %}"
+    renderer = Renderer(tokenizer, template_file(tmp_path, text))
+    assert renderer.end_token_ids == (tokenizer.vocabulary[ends],)
+    tokens, _ = renderer.encode(ROWS[0])
+    assert tokens[-1] == renderer.end_token_ids[0]
+
+
+def test_lists_of_end_ids(bpe_folder, tmp_path):
+    tokenizer = tokenizer_with(bpe_folder, tmp_path, eos_list=[0, 2, 1, 999_999])
+    assert tokenizer.eos_ids == (2, 0, 1)
+    # The template ends with the EOS, so the list's other ids end an answer, too.
+    for template in ("auto", "plain"):
+        renderer = Renderer(tokenizer, template)
+        assert renderer.end_token_ids == (2, 0, 1)
+        assert renderer.encode(ROWS[0])[0][-1] == 2
+
+
+def test_corpora_of_plain_texts_end_with_the_eos(bpe_folder, tmp_path):
+    tokenizer = tokenizer_with(bpe_folder, tmp_path, eos_token="<|endoftext|>")
+
+    def corpus(*sources):
+        return SimpleNamespace(
+            sources=sources, test=(), fresh_prompts=(), template="auto", end_tokens=None
+        )
+
+    texts, chats = source(format="text"), source()
+    assert Renderer.of(tokenizer, corpus(texts)).end_token_ids == (0,)
+    assert Renderer.of(tokenizer, corpus(source(prompt_tokens=3))).end_token_ids == (0,)
+    assert Renderer.of(tokenizer, corpus(texts, chats)).end_token_ids == (2,)
+
+
+def test_templates_are_told_that_there_are_no_tools(bpe, tmp_path):
+    text = "{% if tools is not none or documents is not none %}TOOLS{% endif %}"
+    text += "{% for m in messages %}{{ m['content'] }}|{% endfor %}"
+    assert "TOOLS" not in parts(Renderer(bpe, template_file(tmp_path, text)), ROWS[0])[0]
+
+
 # --- what is wrong --------------------------------------------------------------------------------
 
 
@@ -416,6 +614,7 @@ def test_a_mask_of_zeros_is_an_error(bpe, tmp_path, text):
         ("{% for i in range(100000000) %}{% endfor %}", "Range too big"),
         ("{{ messages.append(1) }}", "unsafe|not safely"),
         ("{{ undefined_function() }}", "undefined"),
+        ("{{ 'long ' * 99 ~ raise_exception('x' * 999) }}", r"x{99}\.\.\."),
     ],
 )
 def test_templates_run_in_a_sandbox(bpe, tmp_path, text, message):

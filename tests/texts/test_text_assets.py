@@ -159,7 +159,13 @@ def test_ordinary_corpora_hold_no_benchmark_question(assets, benchmark_index):
 
 
 def test_every_test_question_is_found_in_a_corpus(assets, benchmark_index):
-    for name in ("gsm8k/test.jsonl", "arc_challenge", "bbh/date_understanding.json"):
+    for name in (
+        "gsm8k/test.jsonl",
+        "arc_challenge/ARC-Challenge-Dev.jsonl",
+        "arc_challenge/ARC-Challenge-Test.jsonl",
+        "arc_challenge/hf_layout_test.jsonl",
+        "bbh/date_understanding.json",
+    ):
         rows = read(assets / "eval" / name, prompts_only=True)
         assert all(benchmark_index.match(row) for row in rows)
     path = str(assets / "eval/gsm8k/test.jsonl")

@@ -94,8 +94,7 @@ class Job:
 
     @functools.cached_property
     def _made_renderer(self) -> Renderer:
-        tokenizer = load_tokenizer(self._tokenizer)
-        return Renderer(tokenizer, self.corpus.template, self.corpus.end_tokens)
+        return Renderer.of(load_tokenizer(self._tokenizer), self.corpus)
 
     @functools.cached_property
     def _made_benchmarks(self) -> ContaminationIndex | None:
@@ -193,7 +192,7 @@ def begin_job(folder: Path, corpus: CorpusConfig, tokenizer: str, corpus_folder:
         sources: Sequence[SourceConfig] = getattr(corpus, group)
         for index, source in enumerate(sources):
             label = source_label(group, index, source)
-            for piece in source_pieces(source):
+            for piece in source_pieces(source, held_out=group == "test"):
                 kept = {"group": group, "index": index, "label": label}
                 pieces.append(kept | {"source": piece.model_dump(mode="json")})
     record = {

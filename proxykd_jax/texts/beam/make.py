@@ -16,7 +16,7 @@ from proxykd_jax.texts.beam.job import FOR_ALL, Job, begin_job
 from proxykd_jax.texts.beam.pipelines import Pipelines
 from proxykd_jax.texts.contamination import Match, contamination_report
 from proxykd_jax.texts.readers import no_usable_row
-from proxykd_jax.texts.records import Drops
+from proxykd_jax.texts.records import Drops, Notes
 from proxykd_jax.texts.row_limit import threshold_of
 from proxykd_jax.texts.selection import (
     BEYOND_MAX_ROWS,
@@ -78,7 +78,8 @@ def _make(
     _check_benchmarks(job, sources)
     threshold, rows = _limit(job, pipelines, sources)
     if not rows:
-        raise nothing_left(_judged_counts(job, first))
+        counts = _judged_counts(job, first)
+        raise nothing_left({label: count.drops for label, count in counts.items()})
     fraction = effective_validation_fraction(
         rows,
         validation_fraction=job.corpus.validation_fraction,
@@ -199,7 +200,9 @@ def _summed(job: Job, numbers: Iterable[int], left_out: dict[int, Drops]) -> dic
     counts: dict[str, SourceCount] = {}
     for number in numbers:
         count = counts.setdefault(job.pieces[number].label, SourceCount())
-        count.read += job.found(scan.SCAN, number).metadata["read"]
+        scanned = job.found(scan.SCAN, number).metadata
+        count.read += scanned["read"]
+        count.notes.merge(Notes.from_json(scanned["notes"]))
         count.drops.merge(left_out[number])
     for number in numbers:
         counts[job.pieces[number].label].drops.merge(_scan_drops(job, number))

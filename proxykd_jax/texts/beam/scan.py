@@ -20,7 +20,7 @@ def scan(folder: str, number: int) -> None:
     ``digests`` uint64[n]: the row as it is compared with others. ``prompts`` uint64[n, 2], if any
     split is held out: digests of its prompt (equal if there is only one). ``places`` float64[n, 2]:
     the numbers that decide the split. ``in_benchmark`` bool[n]. Metadata: rows ``read``, and the
-    ``drops`` during reading.
+    ``drops`` and ``notes`` during reading.
     """
     job = job_in(folder)
     if job.has_error(SCAN, before=number):
@@ -55,4 +55,13 @@ def _scan(job: Job, number: int) -> None:
         "places": np.array(places, np.float64).reshape(-1, 2),
         "in_benchmark": np.array(in_benchmark, np.uint8).astype(bool),
     }
-    job.commit(SCAN, number, columns, {"read": count.read, "drops": count.drops.as_json()})
+    job.commit(
+        SCAN,
+        number,
+        columns,
+        {
+            "read": count.read,
+            "drops": count.drops.as_json(),
+            "notes": count.notes.as_json(),
+        },
+    )
