@@ -8,7 +8,7 @@ memory twice. With ``sharding``, a leaf is read device by device, each time only
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +261,7 @@ def save_model(
     dtype: Any = "float32",
     max_shard_bytes: float = 5e9,
     source: str | Path | None = None,
+    texts: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes a folder that transformers can load. The folder appears complete or not at all.
@@ -272,6 +273,7 @@ def save_model(
       dtype: dtype of the tensors in the file, ``float32``, ``bfloat16`` or ``float16``.
       source: model folder whose tokenizer files and ``generation_config.json`` are copied byte
         for byte.
+      texts: further text files by name; they take the place of copied ones.
       overwrite: replace an existing folder.
 
     Raises:
@@ -289,9 +291,12 @@ def save_model(
     with new_folder(Path(path), overwrite) as folder:
         write_json(folder / "config.json", record)
         write_tensors(folder, _tensors(config, params), target, max_shard_bytes)
-        for name in COPIED_FILES if is_first() else ():
-            if source is not None and (Path(source) / name).is_file():
-                shutil.copyfile(Path(source) / name, folder / name)
+        if is_first():
+            for name in COPIED_FILES:
+                if source is not None and (Path(source) / name).is_file():
+                    shutil.copyfile(Path(source) / name, folder / name)
+            for name, text in (texts or {}).items():
+                (folder / name).write_text(text, encoding="utf-8")
 
 
 def _tensors(config: ModelConfig, params: Params) -> list[Tensor]:

@@ -112,6 +112,7 @@ class Renderer:
       end_token_ids: ids of the end tokens.
       template_text: the template; None without one (plain texts need none).
       template_digest: digest of the template.
+      template_variables: texts of special tokens that the template is given.
 
     Raises:
       UserError: no such template or token.
@@ -137,6 +138,7 @@ class Renderer:
         variables.setdefault("bos_token", "")
         if text is not None and template in BUILT_IN:
             variables["bos_token"] = variables["bos_token"] if tokenizer.adds_bos else ""
+        self.template_variables: dict[str, str] = variables
         self._template = None if text is None else ChatTemplate(text, variables)
         self._marks = text is not None and _GENERATION.search(text) is not None
         self.template_text = text

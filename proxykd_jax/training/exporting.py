@@ -19,10 +19,18 @@ from proxykd_jax.models.lora import merge
 from proxykd_jax.models.peft import save_adapter
 from proxykd_jax.parallel.sharding import sharding_of
 from proxykd_jax.peers import on_first
+from proxykd_jax.training.exported_tokenizer import changed_files
 from proxykd_jax.training.loop import Measure
 from proxykd_jax.training.model import Model
 from proxykd_jax.training.restore import load_aligned_proxy, load_student
 from proxykd_jax.training.state import ModelSpec, Tree
+
+# Increase it when the same run gives other files, so that old exports are made anew.
+_FILES = 2
+_CUT = (
+    "no adapter of the {role} is written, because it fits only the layers that {role}.init keeps; "
+    "export/{role} holds the whole model"
+)
 
 
 def export_student(config: Config, corpus: TokenCorpus, mesh: Mesh, measure: Measure) -> Path:
@@ -48,6 +56,9 @@ def _export(
     *,
     merged: bool,
 ) -> Path:
+    # An adapter of a cut model fits no folder that anybody has.
+    cut = getattr(config, role).init is not None
+    merged = merged or cut
     folder = config.folder / "export"
     record_path = folder / f"{role}.json"
     export = config.export
@@ -56,6 +67,7 @@ def _export(
         "state": export.state,
         "dtype": export.dtype,
         "merged": merged,
+        "files": _FILES,
     }
 
     def is_made() -> bool:
@@ -65,7 +77,9 @@ def _export(
         return folder / (role if merged else f"{role}_adapter")
     model = load(config, mesh)
     record: dict[str, Any] = {"made_from": made_from}
-    if model.adapter is not None:
+    if model.adapter is not None and cut:
+        on_first(lambda: print(f"export: {_CUT.format(role=role)}", flush=True))
+    elif model.adapter is not None:
         save_adapter(
             folder / f"{role}_adapter", model.adapter, model.config, str(model.folder),
             overwrite=True,
@@ -93,6 +107,8 @@ def save_merged(
 ) -> None:
     """Writes a whole model with the corpus's tokenizer; an adapter is merged into it in float32.
 
+    The folder carries the template and the end tokens that the model was trained with.
+
     Args:
       path: folder to write.
       model_config, params, adapter: the model.
@@ -102,15 +118,21 @@ def save_merged(
     Raises:
       UserError: as in ``hf_weights.save_model``.
     """
+    from proxykd_jax.texts.template import Renderer
+    from proxykd_jax.texts.tokenizer import load_tokenizer
+
     if adapter is not None:
         params = merge(params, adapter, model_config, dtype="float32")
+    source = local_folder(corpus.tokenizer_path, COPIED_FILES)
+    renderer = Renderer.of(load_tokenizer(corpus.tokenizer_path), config.corpus)
     save_model(
         path,
-        model_config.replace(lora=None),
+        model_config.replace(lora=None, eos_token_ids=corpus.end_token_ids),
         params,
         dtype=dtype,
         max_shard_bytes=config.export.max_shard_gb * 1e9,
-        source=local_folder(corpus.tokenizer_path, COPIED_FILES),
+        source=source,
+        texts=changed_files(renderer, corpus.end_token_ids, source),
         overwrite=overwrite,
     )
 

@@ -234,6 +234,22 @@ def test_a_student_with_an_adapter_comes_merged_and_as_an_adapter(tiny_files, tm
     )
 
 
+def test_no_adapter_is_written_of_a_model_that_was_cut(tiny_files, tmp_path, capfd):
+    """It fits only the layers that were kept, and its base folder has more."""
+    student = {"path": None, "init": {"path": str(tiny_files / "proxy"), "first_layers": 1}}
+    config = recipe(
+        tiny_files,
+        tmp_path,
+        {"student": {**student, "trainable": "lora", "lora": {"rank": 2}}},
+        {"distill": {"alpha": 0.0, "max_steps": 2}},
+    )
+    distill.main(config)
+    folder = config.folder / "export"
+    assert_same_model(folder / "student", load_student(config, make_mesh(config.mesh)))
+    assert not (folder / "student_adapter").exists()
+    assert "no adapter of the student is written" in capfd.readouterr().out
+
+
 def test_an_export_is_made_once(finished_run, tmp_path, monkeypatch):
     config = copy_run(finished_run, tmp_path)
     monkeypatch.setattr("proxykd_jax.training.exporting.save_model", None)
