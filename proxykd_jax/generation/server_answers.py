@@ -7,6 +7,7 @@ is tokenised again; an answer whose tokens do not decode to the same text is lef
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
@@ -17,7 +18,7 @@ from proxykd_jax.errors import UserError
 from proxykd_jax.generation.decode import DrawSettings
 from proxykd_jax.generation.sampler import Sample
 from proxykd_jax.generation.samples import SampleFunction
-from proxykd_jax.generation.server import Completion, ServerClient
+from proxykd_jax.generation.server import Completion, ServerClient, StoppedError
 from proxykd_jax.random_keys import request_seed
 from proxykd_jax.texts.tokenizer import Tokenizer
 
@@ -77,15 +78,30 @@ def make_served_draw(
 
     def draw(prompts: list[np.ndarray], row_ids: list[str], budgets: list[int]) -> list[Sample]:
         samples = [Sample(np.zeros(0, np.int32), False, np.zeros(0, np.float32)) for _ in prompts]
-        pool = ThreadPoolExecutor(client.server.concurrency)
+        pool, failed = ThreadPoolExecutor(client.server.concurrency), threading.Event()
+
+        def ask_unless_failed(i: int) -> Sample:
+            """Sees a failure before the main thread does, so that nothing more is sent."""
+            if failed.is_set():
+                raise StoppedError
+            try:
+                return ask(prompts[i], row_ids[i], int(budgets[i]))
+            except BaseException:
+                failed.set()
+                raise
+
         try:
             asked = {
-                pool.submit(ask, prompts[i], row_ids[i], int(budgets[i])): i
-                for i in range(len(prompts))
-                if budgets[i] > 0
+                pool.submit(ask_unless_failed, i): i for i in range(len(prompts)) if budgets[i] > 0
             }
+            abandoned = None
             for answer in as_completed(asked):
-                samples[asked[answer]] = answer.result()
+                try:
+                    samples[asked[answer]] = answer.result()
+                except StoppedError as error:
+                    abandoned = error  # what the user reads is the failure, which comes too
+            if abandoned is not None:
+                raise abandoned
         except BaseException:
             client.stop()
             raise
