@@ -10,6 +10,7 @@ After a kill the same command continues: what is answered is not asked again.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from proxykd_jax.errors import UserError
 from proxykd_jax.peers import say
 
 if TYPE_CHECKING:
+    from proxykd_jax.collecting.batch import Form
     from proxykd_jax.collecting.ledger import Ledger
 
 
@@ -66,17 +68,12 @@ def main(
     from proxykd_jax.collecting.collector import Collector
     from proxykd_jax.collecting.ledger import FILES
     from proxykd_jax.collecting.limits import Budget
-    from proxykd_jax.collecting.requests import most_answer_tokens, read_requests
+    from proxykd_jax.collecting.requests import read_requests
     from proxykd_jax.generation.server import read_key
     from proxykd_jax.texts.records import Drops
 
     secret = read_key(config.api_key_env, "collect")
-    price = price_of(config)
-    if max_cost is not None and (price is None or most_answer_tokens(config.parameters) is None):
-        raise UserError(
-            "--max-cost needs to know what a request can cost: name a file of prices under "
-            "collect.prices, and set max_tokens or max_completion_tokens in collect.parameters."
-        )
+    price = _checked_price(config, max_cost)
     drops = Drops()
     ledger = open_ledger(config, secret)
     try:
@@ -119,6 +116,103 @@ def main(
         ledger.close()
 
 
+def write_batch(
+    config: CollectConfig,
+    path: Path,
+    form: Form,
+    *,
+    max_requests: int | None = None,
+    max_cost: float | None = None,
+) -> list[Path]:
+    """Writes what is not answered yet for a batch service; see ``collecting.batch``.
+
+    Args:
+      config, max_requests, max_cost: as in ``main``; a limit makes the file shorter.
+      path: the file, or the first of several.
+      form: whose form.
+
+    Returns:
+      The files.
+
+    Raises:
+      UserError: nothing is left to ask, a file exists, or the form cannot say what is asked.
+    """
+    from proxykd_jax.collecting import batch
+    from proxykd_jax.collecting.limits import Budget
+    from proxykd_jax.collecting.requests import read_requests
+    from proxykd_jax.texts.records import Drops
+
+    price, drops = _checked_price(config, max_cost), Drops()
+    ledger = open_ledger(config)
+    try:
+        budget = Budget(max_requests, max_cost, requests=ledger.requests, spent=ledger.spent)
+        files, count, stopped = batch.write_batch(
+            config, read_requests(config, drops), ledger, path, form, budget, price
+        )
+    finally:
+        ledger.close()
+    if stopped is not None:
+        say(f"collect: the file ends early: {stopped}")
+    if not count:
+        raise UserError("there is nothing to write: every request has an end or is in a batch.")
+    say(f"collect: {count:,} requests wait for results; collect does not send them")
+    return files
+
+
+def read_batch(config: CollectConfig, paths: Sequence[Path]) -> CollectResult:
+    """Takes the results of a batch service, see ``collecting.batch``.
+
+    Args:
+      config: the section ``collect``.
+      paths: files of results and of errors.
+
+    Raises:
+      UserError: a file is damaged or of another form.
+    """
+    from proxykd_jax.collecting import batch
+    from proxykd_jax.collecting.ledger import FILES
+    from proxykd_jax.collecting.requests import read_requests
+    from proxykd_jax.texts.records import Drops
+
+    price, drops = price_of(config), Drops()
+    secret = os.environ.get(config.api_key_env or "", "").strip()  # not needed, only kept out
+    ledger = open_ledger(config, secret)
+    try:
+        seen = batch.read_batch(config, read_requests(config, drops), ledger, paths, price, secret)
+        _tell(seen, ledger.requests, ledger.spent, price)
+        answers = ledger.folder / FILES["answers"]
+        return CollectResult(answers, dict(seen), ledger.requests, ledger.spent)
+    finally:
+        ledger.close()
+
+
+def forget_batch(config: CollectConfig, path: Path) -> int:
+    """Frees the requests of a batch file that is not submitted; returns their number.
+
+    Raises:
+      UserError: the file is no batch file.
+    """
+    from proxykd_jax.collecting import batch
+
+    ledger = open_ledger(config)
+    try:
+        return batch.forget_batch(ledger, path)
+    finally:
+        ledger.close()
+
+
+def _checked_price(config: CollectConfig, max_cost: float | None) -> Price | None:
+    from proxykd_jax.collecting.requests import most_answer_tokens
+
+    price = price_of(config)
+    if max_cost is not None and (price is None or most_answer_tokens(config.parameters) is None):
+        raise UserError(
+            "--max-cost needs to know what a request can cost: name a file of prices under "
+            "collect.prices, and set max_tokens or max_completion_tokens in collect.parameters."
+        )
+    return price
+
+
 def price_of(config: CollectConfig) -> Price | None:
     """The price of the config's model, if the config names a file of prices."""
     return None if config.prices is None else load_price(config.prices, config.model)
@@ -150,7 +244,26 @@ def parser() -> argparse.ArgumentParser:
         what="YAML file with the section collect (others are not needed)",
     )
     add = found.add_argument
-    add("--estimate", action="store_true", help="count requests, tokens and cost; send nothing")
+    what = found.add_mutually_exclusive_group()
+    what.add_argument(
+        "--estimate", action="store_true", help="count requests, tokens and cost; send nothing"
+    )
+    what.add_argument(
+        "--write-batch", type=Path, metavar="FILE",
+        help="write what is not answered for a batch service; send nothing",
+    )  # fmt: skip
+    what.add_argument(
+        "--read-batch", type=Path, nargs="+", metavar="FILE",
+        help="take a batch service's results (and errors) of either form",
+    )  # fmt: skip
+    what.add_argument(
+        "--forget-batch", type=Path, metavar="FILE",
+        help="free the requests of a batch file that is not going to be submitted",
+    )  # fmt: skip
+    add(
+        "--form", choices=("openai", "anthropic"), default="openai",
+        help="with --write-batch: whose form (default openai)",
+    )  # fmt: skip
     add(
         "--max-requests", type=_whole, metavar="N",
         help="stop before request N + 1, over all runs of the folder, retries included",
@@ -187,6 +300,17 @@ def command(argv: Sequence[str] | None = None) -> int:
         config = load_collect(arguments.config, arguments.set)
         if arguments.estimate:
             _print_estimate(config)
+            return 0
+        if arguments.write_batch:
+            limits = {"max_requests": arguments.max_requests, "max_cost": arguments.max_cost}
+            print(*write_batch(config, arguments.write_batch, arguments.form, **limits), sep="\n")
+            return 0
+        if arguments.read_batch:
+            print(read_batch(config, arguments.read_batch).answers)
+            return 0
+        if arguments.forget_batch:
+            count = forget_batch(config, arguments.forget_batch)
+            say(f"collect: {count:,} requests are free to be sent")
             return 0
         result = main(
             config,

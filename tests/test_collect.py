@@ -18,10 +18,11 @@ import pytest
 
 from proxykd_jax import collect
 from proxykd_jax.collecting import collector
+from proxykd_jax.collecting.batch import MOST
 from proxykd_jax.collecting.exchange import MOST_REPLY_BYTES
 from proxykd_jax.collecting.ledger import FILES, INDEX
 from proxykd_jax.collecting.limits import Rate
-from proxykd_jax.collecting.replies import is_refusal
+from proxykd_jax.collecting.replies import compiled, is_refusal
 from proxykd_jax.config import SourceConfig, load_collect
 from proxykd_jax.errors import Stopped, UserError
 from proxykd_jax.texts.readers import read_source
@@ -356,7 +357,7 @@ def test_parameters_that_every_request_fails_by_end_the_run(make):
     ],
 )
 def test_refusals_as_text(make, text, refused):
-    patterns = collector.compiled(make(["a"], "http://127.0.0.1:9").refusals)
+    patterns = compiled(make(["a"], "http://127.0.0.1:9").refusals)
     assert is_refusal(text, patterns) is refused
 
 
@@ -551,7 +552,7 @@ def test_an_estimate_sends_nothing(priced, capsys, tmp_path):
         assert collect.command(["--config", str(tmp_path / "collect.yaml"), "--estimate"]) == 0
         assert len(server.requests) == 1
     said = " ".join(capsys.readouterr().out.split())
-    assert "requests to send: 1 (1 more are answered or in a batch file, 1 are repeated)" in said
+    assert "requests to send: 1 (1 more have an end or lie in a batch file, 1 are repeated)" in said
     assert "about 6, at four bytes a token" in said and "at most 5" in said
     assert "about 56.0000 if every" in said and "in batch files 28.0000" in said
     assert config.prices is not None
@@ -642,6 +643,151 @@ def test_a_stop_waits_for_what_is_under_way(make, monkeypatch):
         ledger.close()
 
 
+# --- batch files ----------------------------------------------------------------------------------
+
+
+def _openai_result(key: str, reply: Any, status: int = 200) -> Body:
+    response = {"status_code": status, "request_id": "r", "body": reply}
+    return {"id": "batch_req_1", "custom_id": key, "response": response, "error": None}
+
+
+def _chat_body(text: str, reason: str = "stop") -> Body:
+    body: Body = json.loads(chat(text, reason).steps[1].split(b"\r\n\r\n")[1])
+    return body
+
+
+def _write_lines(path: Path, lines: list[Body]) -> str:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def test_openais_batch_files(priced, tmp_path, capsys):
+    with CollectServer() as server:
+        config = priced(["a", "b", "c", "d", "e", "f"], server.url, samples=1)
+        run = ["--config", str(tmp_path / "collect.yaml")]
+        batch = tmp_path / "batches" / "b.jsonl"
+        assert collect.command([*run, "--write-batch", str(batch), "--max-requests", "5"]) == 0
+        said = capsys.readouterr()
+        assert said.out.split() == [str(batch)] and "ends early: --max-requests 5" in said.err
+        lines = [json.loads(line) for line in batch.read_text().splitlines()]
+        assert lines[0] == {
+            "custom_id": lines[0]["custom_id"],
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": {
+                "model": "teacher",
+                "messages": [{"role": "user", "content": "a"}],
+                "max_tokens": 5,
+            },
+        }
+        # What waits for a batch is not sent.
+        assert collect.main(config).seen == {"in a batch file": 5, "answered": 1}
+        assert [prompt_of(body) for body, _ in server.requests] == ["f"]
+        a, b, c, d, e = (line["custom_id"] for line in lines)
+        results = _write_lines(
+            tmp_path / "results.jsonl",
+            [
+                _openai_result(c, _chat_body("I", "length")),
+                _openai_result(a, _chat_body("one")),
+                _openai_result(a, _chat_body("another")),
+                _openai_result("request-1", _chat_body("whose?")),
+            ],
+        )
+        errors = _write_lines(
+            tmp_path / "errors.jsonl",
+            [
+                _openai_result(b, {"error": {"message": "too long"}}, 400),
+                {"custom_id": d, "response": None, "error": {"code": "batch_expired"}},
+            ],
+        )
+        assert collect.command([*run, "--read-batch", results, errors]) == 0
+        assert rows(config.folder, "answers")[-1]["cost"] == (7 + 30) / 2
+        seen = collect.read_batch(config, [Path(results)]).seen  # read again
+        assert seen == {"known": 2, "of other requests": 1}
+        # The expired one is sent; the one without a result waits until it is given up.
+        assert collect.main(config).seen["answered"] == 1
+        assert collect.command([*run, "--forget-batch", str(batch)]) == 0
+        result = collect.main(config)
+        assert [prompt_of(body) for body, _ in server.requests] == ["f", "d", "e"]
+    assert e and {asked(row) for row in rows(config.folder, "answers")} == set("adef")
+    assert [row["outcome"] for row in rows(config.folder, "set_aside")] == ["cut"]
+    assert [row["final"] for row in rows(config.folder, "failed")] == [True, False]
+    assert result.spent == pytest.approx(3 * 37 + 2 * 37 / 2)
+
+
+def test_anthropics_batch_files(make, tmp_path):
+    config = make(["a", "b", "c", "d"], "http://127.0.0.1:9",
+                  parameters={"max_tokens": 5, "stop": "END", "temperature": 0.5})  # fmt: skip
+    chats = {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "e"}]}
+    with (tmp_path / "prompts.jsonl").open("w") as file:
+        file.write(json.dumps(chats) + "\n")
+        for name in "abcd":
+            file.write(json.dumps({"messages": [{"role": "user", "content": name}]}) + "\n")
+    (batch,) = collect.write_batch(config, tmp_path / "b.json", "anthropic")
+    asks = json.loads(batch.read_text())["requests"]
+    assert asks[0]["params"] == {
+        "model": "teacher",
+        "max_tokens": 5,
+        "temperature": 0.5,
+        "stop_sequences": ["END"],
+        "system": "S",
+        "messages": [{"role": "user", "content": "e"}],
+    }
+
+    def ended(text: str, reason: str) -> Body:
+        content = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": text}]
+        usage = {"input_tokens": 4, "output_tokens": 2}
+        message = {"model": "t-1", "content": content, "stop_reason": reason, "usage": usage}
+        return {"type": "succeeded", "message": message}
+
+    invalid = {"type": "error", "error": {"type": "invalid_request_error", "message": "no"}}
+    results = [
+        ended("fine", "end_turn"),
+        ended("fi", "max_tokens"),
+        ended("", "refusal"),
+        {"type": "errored", "error": invalid},
+        {"type": "expired"},
+    ]
+    lines = [
+        {"custom_id": ask["custom_id"], "result": result}
+        for ask, result in zip(asks, results, strict=True)
+    ]
+    seen = collect.read_batch(config, [Path(_write_lines(tmp_path / "r.jsonl", lines))]).seen
+    assert seen == {
+        "answered": 1, "cut": 1, "refused": 1, "refused by the server": 1,
+        "free to be sent again": 1,
+    }  # fmt: skip
+    (row,) = rows(config.folder, "answers")
+    assert row["messages"] == [*chats["messages"], {"role": "assistant", "content": "fine"}]
+    assert row["usage"] == {"prompt_tokens": 4, "completion_tokens": 2}
+    (batch,) = collect.write_batch(config, tmp_path / "again.json", "anthropic")
+    assert len(json.loads(batch.read_text())["requests"]) == 1
+
+
+def test_a_batch_is_cut_at_the_service_limits(make, tmp_path, monkeypatch):
+    monkeypatch.setitem(MOST, "openai", (2, 10**6))
+    config = make(["a", "b", "c", "d", "e", "a"], "http://127.0.0.1:9")
+    files = collect.write_batch(config, tmp_path / "b.jsonl", "openai")
+    assert [path.name for path in files] == ["b.jsonl", "b-2.jsonl", "b-3.jsonl"]
+    assert [len(path.read_text().splitlines()) for path in files] == [2, 2, 1]
+    with pytest.raises(UserError, match="nothing to write"):
+        collect.write_batch(config, tmp_path / "c.jsonl", "openai")
+
+
+def test_batch_files_that_cannot_be_are_sentences(make, tmp_path):
+    config = make(["a"], "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="needs max_tokens"):
+        collect.write_batch(config, tmp_path / "b.json", "anthropic")
+    (tmp_path / "b.jsonl").write_text("kept")
+    with pytest.raises(UserError, match="exists"):
+        collect.write_batch(config, tmp_path / "b.jsonl", "openai")
+    assert (tmp_path / "b.jsonl").read_text() == "kept"
+    for read in (lambda path: collect.read_batch(config, [path]),
+                 lambda path: collect.forget_batch(config, path)):  # fmt: skip
+        with pytest.raises(UserError, match=r"no (result|line) of a batch"):
+            read(tmp_path / "prompts.jsonl")
+
+
 # --- kills ----------------------------------------------------------------------------------------
 
 
@@ -683,7 +829,7 @@ def _kill(config_file: Path, count: int, longest_s: float) -> int:
 @pytest.mark.parametrize("kills", [5, pytest.param(200, marks=pytest.mark.slow)])
 def test_no_kill_pays_or_loses_a_request(make, tmp_path, kills):
     """A server that honours the header bills each request once, whenever the client is killed."""
-    prompts = [f"q{i}" for i in range(10 * kills)]
+    prompts = [f"q{i}" for i in range(30 * kills)]
 
     def answer(body: Body, count: int) -> Reply:
         number = int(prompt_of(body)[1:])
@@ -693,7 +839,7 @@ def test_no_kill_pays_or_loses_a_request(make, tmp_path, kills):
 
     with CollectServer(answer, work_s=0.02) as server:
         config = make(prompts, server.url, concurrency=8)
-        killed = _kill(tmp_path / "collect.yaml", kills, 0.2)
+        killed = _kill(tmp_path / "collect.yaml", kills, 0.1)
         in_flight = sum(server.billed.values())
         result = collect.main(config)
         assert set(server.billed.values()) == {1} and set(server.billed) == set(prompts)

@@ -14,7 +14,6 @@ import itertools
 import json
 import queue
 import random
-import re
 import signal
 import threading
 import time
@@ -28,8 +27,6 @@ from proxykd_jax import peers
 from proxykd_jax.collecting.exchange import ExchangeError, Line, Reply
 from proxykd_jax.collecting.ledger import (
     ANSWERED,
-    BATCHED,
-    DOUBT,
     FAILED,
     GAVE_UP,
     PENDING,
@@ -39,8 +36,17 @@ from proxykd_jax.collecting.ledger import (
     Ledger,
 )
 from proxykd_jax.collecting.limits import Budget, Rate
-from proxykd_jax.collecting.replies import Again, Answer, Hopeless, Refused, Verdict, judge
+from proxykd_jax.collecting.replies import (
+    Again,
+    Answer,
+    Hopeless,
+    Refused,
+    Verdict,
+    compiled,
+    judge,
+)
 from proxykd_jax.collecting.requests import Request, body_of, most_answer_tokens
+from proxykd_jax.collecting.rows import answer_row, failed_row, unwanted
 from proxykd_jax.config.price_file import Price
 from proxykd_jax.config.schema import CollectConfig
 from proxykd_jax.errors import Stopped, UserError
@@ -258,21 +264,13 @@ class Collector:
         return None
 
     def _is_wanted(self, entry: Entry | None) -> bool:
-        if entry is None or entry.state == PENDING:
-            return True
-        if entry.run == self._ledger.run and entry.state != BATCHED:
+        if entry is not None and entry.run == self._ledger.run and entry.state != PENDING:
             self.seen["repeated"] += 1
             return False
-        if entry.state in (ANSWERED, SET_ASIDE):
-            self.seen["known"] += 1
-            return False
-        if entry.state == BATCHED or (entry.state == DOUBT and self._config.in_doubt == "hold"):
-            self.seen["waiting" if entry.state == BATCHED else "held"] += 1
-            return False
-        if entry.state == FAILED and not self._retry_failed:
-            self.seen["refused before"] += 1
-            return False
-        return True
+        why_not = unwanted(entry, self._config, retry_failed=self._retry_failed)
+        if why_not is not None:
+            self.seen[why_not] += 1
+        return why_not is None
 
     def _task(self, request: Request, entry: Entry) -> Task:
         most = most_answer_tokens(self._config.parameters)
@@ -382,19 +380,11 @@ class Collector:
             self._token_rate.take(sum(answer.usage.values()) - task.tokens)
         kind = "answers" if answer.outcome == "answered" else "set_aside"
         state = ANSWERED if kind == "answers" else SET_ASIDE
-        self._ledger.append(
-            kind,
-            answer_row(
-                self._config,
-                task.request.messages,
-                answer,
-                key=task.request.key,
-                sample=task.request.sample,
-                origin=task.request.origin,
-                attempts=task.entry.attempts,
-                cost=cost if self._price is not None else None,
-            ),
+        shown_cost = None if self._price is None else cost
+        row = answer_row(
+            self._config, task.request, answer, attempts=task.entry.attempts, cost=shown_cost
         )
+        self._ledger.append(kind, row)
         self._ledger.put(task.request.key, task.entry._replace(state=state, held=0.0))
         self._active.discard(task.request.key)
         self.seen[answer.outcome] += 1
@@ -410,20 +400,14 @@ class Collector:
 
     def _fail(self, task: Task, reason: str, *, final: bool) -> None:
         request = task.request
-        self._ledger.append(
-            "failed",
-            {
-                "id": request.key,
-                "final": final,
-                "reason": reason,
-                "before": task.reasons[:-1][-10:],
-                "attempts": task.entry.attempts,
-                "asked": list(request.messages),
-                "sample": request.sample,
-                "origin": request.origin,
-                "created": now_text(),
-            },
+        row = failed_row(
+            request,
+            reason,
+            final=final,
+            before=task.reasons[:-1],
+            attempts=task.entry.attempts,
         )
+        self._ledger.append("failed", row)
         state = FAILED if final else GAVE_UP
         self._ledger.put(request.key, task.entry._replace(state=state, held=0.0))
         self._active.discard(request.key)
@@ -486,51 +470,7 @@ class Collector:
         progress(f"answered; {others} set aside, {failed} failed{spent}", self.seen["answered"])
 
 
-def answer_row(
-    config: CollectConfig,
-    messages: Any,
-    answer: Answer,
-    *,
-    key: str,
-    sample: int,
-    origin: str,
-    attempts: int,
-    cost: float | None,
-) -> dict[str, Any]:
-    """A line of ``answers.jsonl``, or of ``set_aside.ndjson`` for any other outcome."""
-    about = {
-        "id": key,
-        "sample": sample,
-        "origin": origin,
-        "model": config.model,
-        "served_model": answer.served_model,
-        "parameters": dict(config.parameters),
-        "finish_reason": answer.finish_reason,
-        "usage": None if answer.usage is None else dict(answer.usage),
-        "cost": cost,
-        "attempts": attempts,
-        "created": now_text(),
-    }
-    if answer.outcome != "answered":
-        # No key here is one that a reader of corpora looks for.
-        why = {"outcome": answer.outcome, "reason": answer.reason[:300]}
-        return {**about, **why, "asked": list(messages), "said": answer.text}
-    if answer.logprobs is not None:
-        about["logprobs"] = answer.logprobs
-    return {"messages": [*messages, {"role": "assistant", "content": answer.text}], **about}
-
-
-def compiled(refusals: Any) -> list[re.Pattern[str]]:
-    """The patterns of refusals, which do not distinguish upper and lower case."""
-    return [re.compile(pattern, re.IGNORECASE) for pattern in refusals]
-
-
 def endpoint_of(url: str) -> str:
     """Where chats are posted to; an address without a path gets /v1."""
     url = url.rstrip("/")
     return f"{url}{'' if url.count('/') > 2 else '/v1'}/chat/completions"
-
-
-def now_text() -> str:
-    """The time, as ISO 8601."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -6,8 +6,9 @@ import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from proxykd_jax.collecting.ledger import ANSWERED, BATCHED, SET_ASIDE, Ledger
+from proxykd_jax.collecting.ledger import Ledger
 from proxykd_jax.collecting.requests import Request, most_answer_tokens
+from proxykd_jax.collecting.rows import unwanted
 from proxykd_jax.config.price_file import Price
 from proxykd_jax.config.schema import CollectConfig
 from proxykd_jax.texts.progress import Progress
@@ -18,8 +19,8 @@ class Estimate:
     """Sums over the requests that have no answer yet.
 
     Attributes:
-      requests: their number; ``known`` have an answer or lie in a batch file, ``repeated`` are the
-        same request again.
+      requests: their number; ``known`` have an end or lie in a batch file, ``repeated`` were
+        counted before.
       prompt_tokens: about how many tokens the prompts have, at four bytes a token.
       most_prompt_tokens: a bound on them.
       most_answer_tokens: a bound on the answers' tokens; None if the parameters set none.
@@ -37,7 +38,7 @@ class Estimate:
         most = self.most_answer_tokens
         answers = "unbounded (set max_tokens)" if most is None else f"at most {most:,}"
         lines = [
-            f"requests to send:  {self.requests:,} ({self.known:,} more are answered or in a "
+            f"requests to send:  {self.requests:,} ({self.known:,} more have an end or lie in a "
             f"batch file, {self.repeated:,} are repeated)",
             f"tokens of prompts: about {self.prompt_tokens:,}, at four bytes a token",
             f"tokens of answers: {answers}",
@@ -79,8 +80,7 @@ def estimate(config: CollectConfig, requests: Iterator[Request], ledger: Ledger)
             if not seen.execute("insert or ignore into seen values (?)", (key,)).rowcount:
                 repeated += 1
                 continue
-            entry = ledger.lookup(request.key)
-            if entry is not None and entry.state in (ANSWERED, SET_ASIDE, BATCHED):
+            if unwanted(ledger.lookup(request.key), config) is not None:
                 known += 1
                 continue
             count += 1

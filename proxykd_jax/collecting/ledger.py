@@ -40,9 +40,6 @@ create table if not exists request (
   key blob primary key, state integer, attempts integer, turn integer, lost integer,
   held real, run integer
 ) without rowid;
-create table if not exists batched (
-  key blob primary key, file text, offset integer
-) without rowid;
 create table if not exists meta (name text primary key, value);
 """
 
@@ -113,19 +110,6 @@ class Ledger:
         self._change(
             "insert or replace into request values (?, ?, ?, ?, ?, ?, ?)",
             (bytes.fromhex(key), *entry),
-        )
-
-    def place(self, key: str) -> tuple[str, int] | None:
-        """(file, offset) of the line of a batch file that asks a request."""
-        found: tuple[str, int] | None = self._index.execute(
-            "select file, offset from batched where key = ?", (bytes.fromhex(key),)
-        ).fetchone()
-        return found
-
-    def put_place(self, key: str, file: str, offset: int) -> None:
-        """Notes which line of which batch file asks a request."""
-        self._change(
-            "insert or replace into batched values (?, ?, ?)", (bytes.fromhex(key), file, offset)
         )
 
     def append(self, kind: str, row: Mapping[str, Any]) -> None:
@@ -251,6 +235,8 @@ class Ledger:
             state = FAILED if row.get("final") else GAVE_UP
         if entry is None:
             self.requests += 1
+        elif entry.state == BATCHED:  # its most is counted in the sum
+            self.spent -= entry.held
         self.spent += cost
         self.put(key, (entry or Entry(attempts=1))._replace(state=state, held=0.0))
 

@@ -18,7 +18,10 @@ from proxykd_jax.texts.records import RowProblem
 Outcome = Literal["answered", "empty", "cut", "filtered", "refused", "unusable"]
 
 _COMPLETE = {"stop", "eos", "end_turn", "stop_sequence"}
-_CUT = {"length", "max_tokens", "max_output_tokens", "model_length"}
+_CUT = {
+    *("length", "max_tokens", "max_output_tokens", "model_length"),
+    "model_context_window_exceeded",
+}
 _FILTERED = {"content_filter", "safety", "recitation", "prohibited_content", "sensitive"}
 _REFUSED = {"refusal"}
 # Codes of errors that say that a filter stopped the prompt.
@@ -93,6 +96,11 @@ class Hopeless:
 
 
 Verdict = Answer | Again | Refused | Hopeless
+
+
+def compiled(refusals: Sequence[str]) -> list[re.Pattern[str]]:
+    """The patterns of refusals, which do not distinguish upper and lower case."""
+    return [re.compile(pattern, re.IGNORECASE) for pattern in refusals]
 
 
 def judge(reply: Reply, refusals: Sequence[re.Pattern[str]]) -> Verdict:
