@@ -426,6 +426,11 @@ def test_any_format_of_a_corpus_is_a_list_of_prompts(make, tmp_path):
         sent = {prompt_of(body): body["messages"] for body, _ in server.requests}
     assert sent.keys() == {"u2", "Add.\n\n1 2", "Once upon a time", "1+1?"}
     assert sent["u2"] == chats
+    # What the prompt quotes is context in the corpus, not an answer of the teacher.
+    source = SourceConfig(path=config.folder)
+    found = list(read_source(source, prompts_only=False, drops=Drops()))
+    assert sorted(row.messages[-1].content for row in found) == sorted(f"re: {x}" for x in sent)
+    assert sorted(len(row.messages) for row in found) == [2, 2, 2, 5]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 One thread decides, and alone touches the disk. Each round of its loop takes the replies that are
 there, chooses what is sent next, makes both durable at once, and only then hands the chosen
 requests to the threads that talk to the server. So every attempt is on disk before it is sent.
-A few attempts wait ready, so that no thread idles while the disk works.
+As many attempts wait ready as replies come while the disk works, so that no thread idles.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ MOST_BUSY = 30
 FAILURES_IN_A_ROW = 10
 _TICK_S = 0.2
 _ROWS_A_ROUND = 1000
+_FORGETS = 0.95
 _USUAL_ANSWER_TOKENS = 256
 
 
@@ -118,8 +119,7 @@ class Collector:
             self._headers["Authorization"] = f"Bearer {secret}"
         url = endpoint_of(config.url)
         self._lines = [Line(url, config.timeout_s) for _ in range(config.concurrency)]
-        # One in four waits ready while the others are under way.
-        self._most_under_way = config.concurrency + config.concurrency // 4
+        self._ahead = 0.0
         self._most_active = 4 * config.concurrency
         now = time.monotonic()
         self._request_rate = Rate(config.requests_per_minute, now)
@@ -204,7 +204,8 @@ class Collector:
             self._end(KeyboardInterrupt())
         elif peers.stop_wanted():
             self._end(Stopped(peers.STOPPED))
-        while self._stop is None and self._under_way < self._most_under_way:
+        most = self._config.concurrency + min(int(self._ahead), self._config.concurrency)
+        while self._stop is None and self._under_way < most:
             if now < self._paused_until:
                 self._wake = min(self._wake, self._paused_until)
                 return
@@ -285,13 +286,14 @@ class Collector:
 
     def _receive(self) -> None:
         wait_s = max(self._wake - time.monotonic(), 0.0)
+        count = 0
         try:
-            # With nothing chosen there is nothing else to do; else one look is enough.
             self._take(*self._done.get(timeout=min(wait_s, _TICK_S)))
-            while True:
+            for count in itertools.count(1):  # noqa: B007
                 self._take(*self._done.get_nowait())
         except queue.Empty:
             pass
+        self._ahead = max(2.0 * count, _FORGETS * self._ahead)
         now = time.monotonic()
         for line in self._lines:
             line.expire(now)

@@ -161,6 +161,7 @@ class Ledger:
         self._index.execute("pragma locking_mode = exclusive")
         self._index.execute("pragma journal_mode = wal")
         self._index.execute("pragma synchronous = full")
+        self._index.execute("pragma wal_autocheckpoint = 4000")  # pages of 4 KiB
         self._index.execute("begin immediate")
         self._index.execute("commit")
         self._index.executescript(_TABLES)

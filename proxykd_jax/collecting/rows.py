@@ -77,7 +77,12 @@ def answer_row(
         return {**about, **why, "asked": list(request.messages), "said": answer.text}
     if answer.logprobs is not None:
         about["logprobs"] = answer.logprobs
-    return {"messages": [*request.messages, {"role": "assistant", "content": answer.text}], **about}
+    # Answers within the prompt may be anyone's; a weight of 0 keeps readers from learning them.
+    context = [
+        {**message, "weight": 0} if message["role"] == "assistant" else message
+        for message in request.messages
+    ]
+    return {"messages": [*context, {"role": "assistant", "content": answer.text}], **about}
 
 
 def failed_row(

@@ -9,6 +9,8 @@ from proxykd_jax.texts.records import Message, Role, RowProblem
 
 # (role, content) as found: the role is unchecked, the content may have any type.
 RawTurns = Sequence[tuple[Any, Any]]
+# Role of an assistant's turn that is context, not an answer to learn.
+QUOTED = "assistant, quoted"
 
 
 def expand_turns(
@@ -18,7 +20,8 @@ def expand_turns(
 
     Args:
       turns: an optional system message, then user and assistant alternating. An empty system
-        message is dropped. The content of a final assistant turn may be missing.
+        message is dropped. The content of a final assistant turn may be missing. A turn of
+        ``QUOTED`` is the assistant's, and gives no row.
       keep: ``each`` gives one row per answer, with everything before it as the prompt; ``last``
         gives only the last answer.
       prompts_only: rows end with the user instead; a final answer is dropped unread.
@@ -27,13 +30,16 @@ def expand_turns(
       RowProblem: the conversation is malformed, with the reason. All of it is dropped, because
         answers next to damaged turns cannot be trusted.
     """
-    if prompts_only and turns and turns[-1][0] == "assistant":
+    if prompts_only and turns and turns[-1][0] in ("assistant", QUOTED):
         turns = turns[:-1]
     messages: list[Message] = []
+    quoted = set()
     for role, content in turns:
-        message = _message(role, content, bool(messages))
+        message = _message("assistant" if role == QUOTED else role, content, bool(messages))
         if message is None:
             continue
+        if role == QUOTED:
+            quoted.add(len(messages))
         last = messages[-1].role if messages else None
         if message.role == "assistant" and last != "user":
             raise RowProblem("two assistant turns in a row" if last == "assistant" else "no prompt")
@@ -45,7 +51,13 @@ def expand_turns(
     end = "user" if prompts_only else "assistant"
     if messages[-1].role != end:
         raise RowProblem("prompt without answer" if end == "assistant" else "no prompt")
-    ends = [place + 1 for place, message in enumerate(messages) if message.role == end]
+    ends = [
+        place + 1
+        for place, message in enumerate(messages)
+        if message.role == end and place not in quoted
+    ]
+    if not ends:
+        raise RowProblem("no answer to learn")
     for place in ends if keep == "each" else ends[-1:]:
         yield tuple(messages[:place])
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from proxykd_jax.config.schema import SourceConfig
 from proxykd_jax.errors import UserError
-from proxykd_jax.texts.conversations import RawTurns
+from proxykd_jax.texts.conversations import QUOTED, RawTurns
 from proxykd_jax.texts.records import RowProblem
 
 Record = Mapping[str, Any]
@@ -87,15 +87,17 @@ def _chat(value: Any, role_key: str, content_key: str, roles: Mapping[str, str])
     if not all(isinstance(turn, Mapping) for turn in turns):
         raise RowProblem("content that is not text")
     # A tool call has no content. It is not an answer that a student could learn.
-    return [
-        (
-            roles.get(turn.get(role_key), turn.get(role_key))
-            if isinstance(turn.get(role_key), str)
-            else None,
-            _content(turn.get(content_key)),
-        )
-        for turn in turns
-    ]
+    return [(_role(turn, role_key, roles), _content(turn.get(content_key))) for turn in turns]
+
+
+def _role(turn: Record, key: str, roles: Mapping[str, str]) -> str | None:
+    role = turn.get(key)
+    if not isinstance(role, str):
+        return None
+    role = roles.get(role, role)
+    # As in OpenAI's files for fine-tuning: an answer of weight 0 is not learnt.
+    is_quoted = role == "assistant" and turn.get("weight") == 0 and "weight" in turn
+    return QUOTED if is_quoted else role
 
 
 def _is_chat(value: Any, role_key: str = "role") -> bool:
