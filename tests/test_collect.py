@@ -177,6 +177,7 @@ FINE_STILL = {
     "no usage": chat("fine", usage="many"),
     "gzip": http(200, gzip.compress(FINE_BODY), headers={"Content-Encoding": "gzip"}),
     "NaN": http(200, FINE_BODY.replace(b"7", b"NaN"), billed=True),
+    "infinite": http(200, FINE_BODY.replace(b"7", b"1e999"), billed=True),
     "closes": Reply([FINE.steps[1].replace(b"\r\n", b"\r\nConnection: close\r\n", 1), "close"]),
     "continue": Reply([b"HTTP/1.1 100 Continue\r\n\r\n" + FINE.steps[1]]),
 }
@@ -431,6 +432,23 @@ def test_any_format_of_a_corpus_is_a_list_of_prompts(make, tmp_path):
     found = list(read_source(source, prompts_only=False, drops=Drops()))
     assert sorted(row.messages[-1].content for row in found) == sorted(f"re: {x}" for x in sent)
     assert sorted(len(row.messages) for row in found) == [2, 2, 2, 5]
+
+
+def test_damaged_prompts_lose_no_reply(make, tmp_path):
+    with CollectServer(work_s=0.1) as server:
+        config = make(["a", "b"], server.url)
+        with (tmp_path / "prompts.jsonl").open("a") as file:
+            file.write("{no JSON}\n")
+        with pytest.raises(UserError, match=r"prompts.jsonl:3 is not JSON"):
+            collect.main(config)
+        assert len(rows(config.folder, "answers")) == len(server.requests) == 2
+
+
+def test_what_a_server_says_cannot_harm_a_terminal(make):
+    said = http(401, b'{"error": {"message": "\\u001b[2J\\ud800 no"}}')
+    wanted = pytest.raises(UserError, match=r"status 401, \?\[2J\? no")
+    with CollectServer(lambda body, count: said) as server, wanted:
+        collect.main(make(["a"], server.url))
 
 
 @pytest.mark.parametrize(
@@ -867,3 +885,53 @@ def test_requests_in_doubt_may_be_held(make, tmp_path, capfd):
         assert len(rows(config.folder, "answers")) == 60 - held
         collect.main(make([f"q{i}" for i in range(60)], server.url))
     assert len(rows(config.folder, "answers")) == 60
+
+
+@pytest.mark.parametrize("signal_number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_waits_for_what_is_under_way(make, tmp_path, signal_number, code):
+    with CollectServer(work_s=0.1) as server:
+        config = make([f"q{i}" for i in range(2000)], server.url, concurrency=4)
+        command = [sys.executable, "-m", "proxykd_jax.collect", "--config"]
+        run = subprocess.Popen(
+            [*command, str(tmp_path / "collect.yaml")], stderr=subprocess.PIPE, cwd=REPOSITORY
+        )
+        while len(server.requests) < 5:
+            assert run.poll() is None
+            time.sleep(0.01)
+        run.send_signal(signal_number)
+        said = run.communicate()[1].decode()
+        assert run.returncode == code and "the same command continues" in said
+        answers = rows(config.folder, "answers")
+        assert len(answers) == len(server.requests) and "Traceback" not in said
+    ledger = collect.open_ledger(config)
+    assert not ledger.in_doubt and ledger.requests == len(answers)
+    ledger.close()
+
+
+@pytest.mark.slow
+def test_a_server_is_as_busy_as_with_a_plain_load_generator(tmp_path):
+    from benchmarks.collect_load import ratios
+
+    assert max(ratios(tmp_path, requests=2000, seconds=0.2, at_once=64, turns=3)) > 0.9
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_prompts(tmp_path):
+    """As a program of its own: what a run of many takes more than one of few."""
+
+    def peak_kib(requests: int) -> int:
+        folder = str(tmp_path / str(requests))
+        code = (
+            "import sys, resource\n"
+            "from pathlib import Path\n"
+            "from benchmarks import collect_load as load\n"
+            "if __name__ == '__main__':\n"
+            f"    load.print_memory(Path({folder!r}), {requests}, 0.0, 64)\n"
+            "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY
+        )
+        return int(done.stdout.split()[-1])
+
+    assert peak_kib(40_000) < peak_kib(2_000) + 8 * 1024

@@ -250,7 +250,11 @@ class Collector:
         if self._read_all or len(self._active) >= self._most_active:
             return None
         for _ in range(_ROWS_A_ROUND):
-            request = next(self._requests, None)
+            try:
+                request = next(self._requests, None)
+            except UserError as error:  # a damaged file of prompts; what is under way is kept
+                self._end(error)
+                return None
             if request is None:
                 self._read_all = True
                 return None

@@ -16,7 +16,9 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-MOST_REPLY_BYTES = 16 << 20
+from proxykd_jax.texts.json_files import MAX_RECORD_BYTES
+
+MOST_REPLY_BYTES = MAX_RECORD_BYTES
 
 
 @dataclass(frozen=True)

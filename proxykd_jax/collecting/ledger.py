@@ -18,6 +18,7 @@ from typing import IO, Any, NamedTuple
 
 from proxykd_jax.artifacts import sync_folder
 from proxykd_jax.errors import UserError
+from proxykd_jax.texts.json_files import MAX_RECORD_BYTES
 
 INDEX = "ledger.sqlite"
 # Only the answers' file has an ending that readers of a folder take.
@@ -113,9 +114,15 @@ class Ledger:
         )
 
     def append(self, kind: str, row: Mapping[str, Any]) -> None:
-        """Appends a row to one of ``FILES``; durable after ``sync``."""
+        """Appends a row to one of ``FILES``; durable after ``sync``.
+
+        A row that readers would refuse for its length loses its log-probs.
+        """
         self._change()
-        self._files[kind].write(self._line(row))
+        line = self._line(row)
+        if len(line) > MAX_RECORD_BYTES and "logprobs" in row:
+            line = self._line({**row, "logprobs": None})
+        self._files[kind].write(line)
         self._dirty.add(kind)
 
     def sync(self) -> None:

@@ -41,6 +41,15 @@ _PASSES = {408, *_BUSY}
 _HOPELESS = {401, 402, 403, 404, 405, 407}
 _LONGEST_ASKED_S = 3600.0
 _LONGEST_REFUSAL = 300
+# Whole answers that say nothing but no.
+_NOT_ABLE = r"(('m| am| are)? (unable|not able) to| can't| cannot| can not| won't)\b.*"
+_REFUSALS = (
+    rf"((i'm|i am|we're|we are) )?(very |so |really )?(sorry|afraid)[,.]?( but)?"
+    rf"( as an ai[^.]{{0,60}},?)? (i|we){_NOT_ABLE}",
+    rf"(i apologi[sz]e|my apologies|unfortunately)[,.]?( but)? (i|we){_NOT_ABLE}",
+    r"(as an ai[^.]{0,60},? )?i (can't|cannot|can not|won't) (help|assist|comply) with (that|this)"
+    r"\b.*",
+)
 
 
 @dataclass(frozen=True)
@@ -98,9 +107,10 @@ class Hopeless:
 Verdict = Answer | Again | Refused | Hopeless
 
 
-def compiled(refusals: Sequence[str]) -> list[re.Pattern[str]]:
-    """The patterns of refusals, which do not distinguish upper and lower case."""
-    return [re.compile(pattern, re.IGNORECASE) for pattern in refusals]
+def compiled(refusals: Sequence[str] | None) -> list[re.Pattern[str]]:
+    """The patterns of refusals, or the usual ones. Upper and lower case are not distinguished."""
+    found = _REFUSALS if refusals is None else refusals
+    return [re.compile(pattern, re.IGNORECASE) for pattern in found]
 
 
 def judge(reply: Reply, refusals: Sequence[re.Pattern[str]]) -> Verdict:
@@ -112,7 +122,9 @@ def judge(reply: Reply, refusals: Sequence[re.Pattern[str]]) -> Verdict:
     """
     try:
         # NaN and infinities are not JSON, but some servers write them for log-probs.
-        value = json.loads(reply.content.decode(), parse_constant=lambda name: None)
+        value = json.loads(
+            reply.content.decode(), parse_constant=lambda name: None, parse_float=_finite
+        )
     except (ValueError, RecursionError):
         value = None
     if reply.status != 200:
@@ -194,6 +206,11 @@ def is_refusal(text: str, refusals: Sequence[re.Pattern[str]]) -> bool:
     """Whether a short text is nothing but a refusal."""
     text = " ".join(text.replace("\u2019", "'").split())
     return len(text) <= _LONGEST_REFUSAL and any(pattern.fullmatch(text) for pattern in refusals)
+
+
+def _finite(text: str) -> float | None:
+    value = float(text)
+    return value if math.isfinite(value) else None
 
 
 def _judge_choice(

@@ -328,17 +328,6 @@ class SamplingServer(ConnectionSection):
         return self
 
 
-# Whole answers that say nothing but no. Upper and lower case are not distinguished.
-_NOT_ABLE = r"(('m| am| are)? (unable|not able) to| can't| cannot| can not| won't)\b.*"
-_REFUSALS = (
-    rf"((i'm|i am|we're|we are) )?(very |so |really )?(sorry|afraid)[,.]?( but)?"
-    rf"( as an ai[^.]{{0,60}},?)? (i|we){_NOT_ABLE}",
-    rf"(i apologi[sz]e|my apologies|unfortunately)[,.]?( but)? (i|we){_NOT_ABLE}",
-    r"(as an ai[^.]{0,60},? )?i (can't|cannot|can not|won't) (help|assist|comply) with (that|this)"
-    r"\b.*",
-)
-
-
 class CollectConfig(ConnectionSection):
     """Answers of a teacher behind an API (docs/collecting.md)."""
 
@@ -350,7 +339,7 @@ class CollectConfig(ConnectionSection):
     )
     url: Annotated[str, Field(pattern=r"^https?://[^/?#@\s]+(/[^?#@\s]*)?$")] = Field(
         description="address of an OpenAI-compatible API, such as https://api.openai.com/v1; "
-        "without a path, /v1 is added"
+        "/v1 is added to a bare host"
     )
     model: str = Field(min_length=1, description="name of the teacher there")
     parameters: dict[str, Any] = Field(
@@ -375,10 +364,10 @@ class CollectConfig(ConnectionSection):
         description="requests that were under way at a kill and may have been paid: send them "
         "again with the same Idempotency-Key, or leave them",
     )
-    refusals: tuple[str, ...] = Field(
-        _REFUSALS,
+    refusals: tuple[str, ...] | None = Field(
+        None,
         description="regular expressions; an answer of at most 300 characters that one matches as "
-        "a whole is kept apart as refused",
+        "a whole is kept apart as refused (default: answers such as: I'm sorry, but I can't help)",
     )
 
     @model_validator(mode="after")
@@ -392,7 +381,7 @@ class CollectConfig(ConnectionSection):
         seed = self.parameters.get("seed", 0)
         if type(seed) is not int:
             raise ValueError("parameters: seed is an integer")
-        for pattern in self.refusals:
+        for pattern in self.refusals or ():
             try:
                 re.compile(pattern)
             except re.error as error:

@@ -74,10 +74,11 @@ def read_key(variable: str | None, where: str) -> str:
 
 
 def clean_text(text: str, key: str) -> str:
-    """One short line without the key, which some servers repeat."""
+    """One short line without the key, which some servers repeat, and without control characters."""
     if key:
         text = text.replace(key, "***")
     text = " ".join(text.split()).rstrip(".")
+    text = "".join(letter if letter.isprintable() else "?" for letter in text[: 2 * _MOST_SHOWN])
     return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 3] + "..."
 
 
