@@ -269,6 +269,8 @@ def _kind(annotation: Any) -> str:
         return _kind(arguments[0])
     if origin is tuple:
         return f"list of {_kind(arguments[0])}"
+    if origin is dict:
+        return "keys and values"
     if arguments:
         return "|".join(_kind(a) for a in arguments)
     names = {"NoneType": "null", "str": "text", "bool": "true|false", "float": "number"}

@@ -146,6 +146,12 @@ def test_no_key_of_the_schema_is_forgotten():
         "mesh": {"sample": {}, "score": {}, "distill": {}, "evaluate": {}},
         "align": {"sampling": {"server": {"url": "http://127.0.0.1:8000", "api": "vllm"}}},
         "evaluate": {"benchmarks": {"gsm8k": "g", "during": {"every": 1}}},
+        "collect": {
+            "prompts": [{"path": "p"}],
+            "folder": "f",
+            "url": "http://127.0.0.1:8000",
+            "model": "m",
+        },
     }
     from proxykd_jax.config import make_config
 

@@ -229,10 +229,16 @@ def test_set_that_is_wrong(write, override, said):
 PATHS = [key for key, kind, *_ in config_keys() if "path" in re.split(r"\W+", kind)]
 TABLE_PATHS = [key for key, kind, *_ in config_keys(TableFile) if "path" in re.split(r"\W+", kind)]
 # Text that is compared with a file's name.
-NO_PATHS = re.compile(r"corpus\.(sources|fresh_prompts|test)\[\]\.teacher")
+NO_PATHS = re.compile(r"(corpus\.(sources|fresh_prompts|test)|collect\.prompts)\[\]\.teacher")
 # What a section needs beside a path in it.
 BESIDE = {
     "align.sampling.server": {"url": "http://127.0.0.1:8000", "api": "vllm"},
+    "collect": {
+        "prompts": [{"path": "p"}],
+        "folder": "f",
+        "url": "http://127.0.0.1:8000",
+        "model": "m",
+    },
     "evaluate.benchmarks": {"gsm8k": "gsm8k.jsonl"},
     "proxy.init": {"first_layers": 1},
     "student.init": {"first_layers": 1},

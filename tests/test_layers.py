@@ -25,7 +25,7 @@ LAYERS = {
     "losses": 1,
     **dict.fromkeys(("models", "parallel"), 2),
     **dict.fromkeys(("texts", "data", "training", "generation"), 3),
-    **dict.fromkeys(("evaluation", "tasks", "baselines", "reporting"), 4),
+    **dict.fromkeys(("evaluation", "tasks", "baselines", "reporting", "collecting"), 4),
 }
 STAGES = (
     *("collect", "prepare", "align", "score", "distill", "evaluate", "export", "report"),
@@ -34,7 +34,7 @@ STAGES = (
 # The command line itself, which is above every room and on the same layer as the stages.
 LAYERS |= dict.fromkeys((*STAGES, "cli", "dry_run", "planning"), 5)
 DELIVERED = (
-    *("prepare", "align", "score", "distill", "evaluate", "export", "report"),
+    *("collect", "prepare", "align", "score", "distill", "evaluate", "export", "report"),
     *("plan", "run", "tables"),
 )
 

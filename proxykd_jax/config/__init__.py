@@ -1,12 +1,13 @@
 """The config of a run: schema, presets and loader. Imports only pydantic and yaml."""
 
-from proxykd_jax.config.load import dump_config, load_config, make_config
+from proxykd_jax.config.load import dump_config, load_collect, load_config, make_config
 from proxykd_jax.config.method_section import Needs
 from proxykd_jax.config.methods import Method
 from proxykd_jax.config.schema import (
     AlignConfig,
     AxesConfig,
     BeamConfig,
+    CollectConfig,
     Config,
     CorpusConfig,
     DistillConfig,
@@ -31,6 +32,7 @@ __all__ = [
     "AlignConfig",
     "AxesConfig",
     "BeamConfig",
+    "CollectConfig",
     "Config",
     "CorpusConfig",
     "DistillConfig",
@@ -52,6 +54,7 @@ __all__ = [
     "WeightConfig",
     "Work",
     "dump_config",
+    "load_collect",
     "load_config",
     "make_config",
 ]

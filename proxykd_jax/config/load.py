@@ -16,7 +16,8 @@ from pydantic_core import ErrorDetails
 
 from proxykd_jax.config.methods import Method, contradictions, named_method
 from proxykd_jax.config.presets import PRESETS
-from proxykd_jax.config.schema import Config
+from proxykd_jax.config.schema import CollectConfig, Config
+from proxykd_jax.config.section import Section
 from proxykd_jax.errors import UserError
 
 
@@ -33,6 +34,39 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     data, problems = _read_yaml(path, "config")
     return _build({} if data is None else data, problems, overrides, origin=str(path))
+
+
+class _CollectAlone(Section):
+    """A file that only says what to collect."""
+
+    collect: CollectConfig
+
+
+def load_collect(path: str | Path, overrides: Sequence[str] = ()) -> CollectConfig:
+    """The section ``collect`` of a YAML file, which need not hold any other.
+
+    Raises:
+      UserError: see ``load_config``; also if there is no such section.
+    """
+    data, problems = _read_yaml(path, "config")
+    data = {} if data is None else data
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a config is a mapping of keys to values.")
+    if data.keys() - {"collect"}:
+        found = load_config(path, overrides).collect
+        if found is None:
+            raise UserError(f"{path}: collect: required to collect answers (docs/collecting.md)")
+        return found
+    for override in overrides:
+        problems += _apply_override(data, override)
+    try:
+        alone = _CollectAlone.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        problems += _explain(error.errors(), unresolved_preset=False, root=_CollectAlone)
+    else:
+        if not problems:
+            return alone.collect
+    raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
 
 
 def make_config(data: dict[str, Any], overrides: Sequence[str] = ()) -> Config:

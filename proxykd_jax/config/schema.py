@@ -6,6 +6,7 @@ One YAML file describes a whole run. A key without a default here takes its valu
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -328,6 +329,67 @@ class SamplingServer(ConnectionSection):
             raise ValueError("transformers loads no adapter: give serves: merged, prompt_as: text")
         if self.api == "vllm" and self.serves == "merged":
             raise ValueError("vllm cannot change its model while it runs: give serves: adapter")
+        return self
+
+
+class CollectConfig(ConnectionSection):
+    """Answers of a teacher behind an API (docs/collecting.md)."""
+
+    prompts: tuple[SourceConfig, ...] = Field(
+        min_length=1, description="prompts, in any format of a corpus; answers there are not read"
+    )
+    folder: PathText = Field(
+        description="where answers.jsonl is kept, for corpus.sources, with all that was sent"
+    )
+    url: Annotated[str, Field(pattern=r"^https?://[^/?#@\s]+(/[^?#@\s]*)?$")] = Field(
+        description="address of an OpenAI-compatible API, such as https://api.openai.com/v1; "
+        "/v1 is added to a bare host"
+    )
+    model: str = Field(min_length=1, description="name of the teacher there")
+    parameters: dict[str, Any] = Field(
+        {},
+        description="more keys of a request, such as temperature, top_p, max_tokens or "
+        "max_completion_tokens; with a seed, sample i has seed + i",
+    )
+    samples: PositiveInt = Field(1, description="answers to each prompt, one request each")
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
+        None, description="ask for log-probs with so many alternatives, and keep them"
+    )
+    concurrency: PositiveInt = Field(16, description="requests in flight at once")
+    requests_per_minute: PositiveFloat | None = Field(None, description="most requests a minute")
+    tokens_per_minute: PositiveFloat | None = Field(
+        None, description="most tokens of prompts and answers a minute, estimated before a request"
+    )
+    prices: PathText | None = Field(
+        None, description="file of prices, for --estimate and --max-cost"
+    )
+    in_doubt: Literal["resend", "hold"] = Field(
+        "resend",
+        description="requests that were under way at a kill and may have been paid: send them "
+        "again with the same Idempotency-Key, or leave them",
+    )
+    refusals: tuple[str, ...] | None = Field(
+        None,
+        description="regular expressions; an answer of at most 300 characters that one matches as "
+        "a whole is kept apart as refused (default: answers such as: I'm sorry, but I can't help)",
+    )
+
+    @model_validator(mode="after")
+    def _ours_alone(self) -> CollectConfig:
+        ours = {"model", "messages", "n", "stream", "logprobs", "top_logprobs"}
+        if taken := sorted(ours & self.parameters.keys()):
+            raise ValueError(
+                f"parameters: {', '.join(taken)} cannot be set there; use the keys model, samples "
+                "and top_logprobs of collect (replies are never streamed)"
+            )
+        seed = self.parameters.get("seed", 0)
+        if type(seed) is not int:
+            raise ValueError("parameters: seed is an integer")
+        for pattern in self.refusals or ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"refusals: {pattern!r} is no pattern ({error})") from error
         return self
 
 
@@ -663,6 +725,9 @@ class Config(Section):
         None, description="folder of the tokenizer (default: the proxy's folder)"
     )
     corpus: CorpusConfig = Field(description="the teacher's answers")
+    collect: CollectConfig | None = Field(
+        None, description="collection of a teacher's answers, before the run"
+    )
     proxy: ModelSection = Field(description="the white-box proxy")
     student: ModelSection = Field(description="the student")
     align: AlignConfig = Field(description="alignment of the proxy")

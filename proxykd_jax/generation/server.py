@@ -48,6 +48,40 @@ class Completion:
     prompt_length: int | None
 
 
+def read_key(variable: str | None, where: str) -> str:
+    """A server's key from the environment; "" if no variable is named.
+
+    Args:
+      variable: name of the environment variable.
+      where: the config's section, for messages.
+
+    Raises:
+      UserError: the variable is not set, or its value cannot be sent in a header. The message does
+        not contain the value.
+    """
+    key = os.environ.get(variable or "", "").strip()
+    if variable and not key:
+        raise UserError(
+            f"{where}.api_key_env: the environment variable {variable} is not set; export the "
+            "server's key in it."
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(
+            f"{where}.api_key_env: the environment variable {variable} holds characters that no "
+            "key has; export the server's key in it, alone."
+        )
+    return key
+
+
+def clean_text(text: str, key: str) -> str:
+    """One short line without the key, which some servers repeat, and without control characters."""
+    if key:
+        text = text.replace(key, "***")
+    text = " ".join(text.split()).rstrip(".")
+    text = "".join(letter if letter.isprintable() else "?" for letter in text[: 2 * _MOST_SHOWN])
+    return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 3] + "..."
+
+
 class UnansweredError(UserError):
     """The server could not be reached, or kept failing in a way that may be temporary."""
 
@@ -77,12 +111,7 @@ class Connection:
         self._retries, self._timeout_s, self._where = retries, timeout_s, where
         self._opener = urllib.request.build_opener(_NoRedirects)
         self._stopped = threading.Event()
-        self._key = os.environ.get(api_key_env or "", "")
-        if api_key_env and not self._key:
-            raise UserError(
-                f"{where}.api_key_env: the environment variable {api_key_env} is not set; export "
-                "the server's key in it."
-            )
+        self._key = read_key(api_key_env, where)
 
     def stop(self) -> None:
         """Makes requests in other threads end at their next failure instead of retrying."""
@@ -161,11 +190,7 @@ class Connection:
             return "without a word"
 
     def _clean(self, text: str) -> str:
-        """One short line without the key, which some servers repeat."""
-        if self._key:
-            text = text.replace(self._key, "***")
-        text = " ".join(text.split()).rstrip(".")
-        return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 3] + "..."
+        return clean_text(text, self._key)
 
 
 class ServerClient:

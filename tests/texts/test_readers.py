@@ -190,6 +190,18 @@ def test_turns_each_and_last(tmp_path):
     assert len({row.first_user_message for row in read(path)[0]}) == 1
 
 
+def test_an_answer_of_weight_0_is_context(tmp_path):
+    whole = chat((U, "q"), (A, "a"), (U, "r"), (A, "b"))
+    whole[1]["weight"] = 0
+    path = write(tmp_path / "f.jsonl", [{"messages": whole}, {"messages": whole[:2]}])
+    rows, drops = read(path)
+    assert turns(rows) == [[(U, "q"), (A, "a"), (U, "r"), (A, "b")]]
+    assert drops.counts == {"every answer is flagged as context only": 1}
+    assert turns(read(path, prompts_only=True)[0])[0] == [(U, "q")]
+    whole[1]["weight"] = 1
+    assert len(read(write(path, [{"messages": whole}]))[0]) == 2
+
+
 def test_nectar_turns_and_several_teachers(tmp_path):
     record = {
         "prompt": "\n\nHuman: one\nline \n\nAssistant: two \n\nHuman: three \n\nAssistant: ",
