@@ -85,7 +85,7 @@ def main(
             say(
                 f"collect: {ledger.in_doubt} requests were under way when the last run was killed "
                 f"and may have been paid; {then}. Their ids are in "
-                f"{ledger.folder / 'in_doubt.ndjson'}"
+                f"{ledger.folder / 'in_doubt.log'}"
             )
         budget = Budget(max_requests, max_cost, requests=ledger.requests, spent=ledger.spent)
         collector = Collector(

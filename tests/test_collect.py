@@ -872,7 +872,7 @@ def test_no_kill_pays_or_loses_a_request(make, tmp_path, kills):
     assert sorted(map(asked, answers)) == sorted(prompts)
     assert not rows(config.folder, "failed") and not rows(config.folder, "set_aside")
     assert result.requests >= sent  # what was about to be sent counts, too
-    doubts = (Path(config.folder) / "in_doubt.ndjson").read_text().splitlines()
+    doubts = (Path(config.folder) / "in_doubt.log").read_text().splitlines()
     assert doubts and all(json.loads(line)["id"] for line in doubts)
 
 

@@ -23,11 +23,11 @@ from proxykd_jax.texts.json_files import MAX_RECORD_BYTES
 INDEX = "ledger.sqlite"
 # Only the answers' file has an ending that readers of a folder take.
 FILES = {
-    "failed": "failed.ndjson",
-    "set_aside": "set_aside.ndjson",
+    "failed": "failed.log",
+    "set_aside": "set_aside.log",
     "answers": "answers.jsonl",
 }
-IN_DOUBT = "in_doubt.ndjson"
+IN_DOUBT = "in_doubt.log"
 
 # States of a request. PENDING was tried and is to be tried again. SENT is under way. DOUBT was
 # under way at a kill. GAVE_UP failed in ways that may pass, FAILED for good. BATCHED is in a batch
@@ -76,7 +76,7 @@ class Ledger:
     Attributes:
       run: number of this run.
       requests, spent: sums over all runs; ``sync`` stores them.
-      in_doubt: requests that were under way at a kill and have no end since; ``in_doubt.ndjson``
+      in_doubt: requests that were under way at a kill and have no end since; ``in_doubt.log``
         has the ids.
 
     Raises:

@@ -50,7 +50,7 @@ def answer_row(
     attempts: int,
     cost: float | None,
 ) -> dict[str, Any]:
-    """A line of ``answers.jsonl``, or of ``set_aside.ndjson`` for any other outcome.
+    """A line of ``answers.jsonl``, or of ``set_aside.log`` for any other outcome.
 
     Args:
       config: the section ``collect``.
@@ -88,7 +88,7 @@ def answer_row(
 def failed_row(
     request: Request, reason: str, *, final: bool, before: Sequence[str], attempts: int
 ) -> dict[str, Any]:
-    """A line of ``failed.ndjson``.
+    """A line of ``failed.log``.
 
     Args:
       request: what was asked.
