@@ -346,7 +346,7 @@ def test_a_corpus_of_which_nothing_is_left_is_a_sentence(
         tiny_files, tmp_path / "runs", {"corpus": {"max_length": 3}, "distill": {"alpha": alpha}}
     )
     assert command(stage, config, tmp_path) == 2
-    assert "so there is nothing to learn from" in said(capsys)
+    assert "No row of the corpus is left" in said(capsys)
 
 
 def test_real_models_with_another_tokenizer_are_refused(assets, tmp_path, capsys):

@@ -147,7 +147,8 @@ def check_counted(config: Config, seen: Mapping[tuple[str, str], Seen]) -> None:
             if found is None:
                 continue
             assert (found.state, found.frozen) == (_bytes(state_of(phase)), _bytes(phase.frozen))
-            if found.tokens is not None and exact:
+            # The lengths of texts that a proxy has drawn are not known beforehand.
+            if found.tokens is not None and exact and not config.method.reads_scorer_text:
                 assert found.tokens == phase.tokens
 
 
