@@ -343,6 +343,16 @@ def test_parameters_that_every_request_fails_by_end_the_run(make):
         assert len(server.requests) < 50
 
 
+def test_many_refusals_after_an_answer_do_not_end_the_run(make):
+    def answer(body: Body, count: int) -> Reply:
+        return FINE if prompt_of(body) in ("first", "last") else _error(400, "too long")
+
+    with CollectServer(answer) as server:
+        prompts = ["first", *(f"q{i}" for i in range(30)), "last"]
+        seen = collect.main(make(prompts, server.url, concurrency=1)).seen
+    assert seen == {"answered": 2, "refused by the server": 30}
+
+
 @pytest.mark.parametrize(
     "text, refused",
     [
@@ -852,7 +862,7 @@ def _kill(config_file: Path, count: int, longest_s: float) -> int:
 @pytest.mark.parametrize("kills", [5, pytest.param(200, marks=pytest.mark.slow)])
 def test_no_kill_pays_or_loses_a_request(make, tmp_path, kills):
     """A server that honours the header bills each request once, whenever the client is killed."""
-    prompts = [f"q{i}" for i in range(30 * kills)]
+    prompts = [f"q{i}" for i in range(15 * kills)]
 
     def answer(body: Body, count: int) -> Reply:
         number = int(prompt_of(body)[1:])

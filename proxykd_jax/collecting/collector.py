@@ -12,19 +12,18 @@ import contextlib
 import heapq
 import itertools
 import json
-import queue
 import random
 import signal
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
 from proxykd_jax import peers
-from proxykd_jax.collecting.exchange import ExchangeError, Line, Reply
+from proxykd_jax.collecting.askers import Askers, Task
+from proxykd_jax.collecting.exchange import ExchangeError
 from proxykd_jax.collecting.ledger import (
     ANSWERED,
     FAILED,
@@ -36,15 +35,7 @@ from proxykd_jax.collecting.ledger import (
     Ledger,
 )
 from proxykd_jax.collecting.limits import Budget, Rate
-from proxykd_jax.collecting.replies import (
-    Again,
-    Answer,
-    Hopeless,
-    Refused,
-    Verdict,
-    compiled,
-    judge,
-)
+from proxykd_jax.collecting.replies import Again, Answer, Hopeless, Refused, Verdict
 from proxykd_jax.collecting.requests import Request, body_of, most_answer_tokens
 from proxykd_jax.collecting.rows import answer_row, failed_row, unwanted
 from proxykd_jax.config.price_file import Price
@@ -62,20 +53,6 @@ _TICK_S = 0.2
 _ROWS_A_ROUND = 1000
 _FORGETS = 0.95
 _USUAL_ANSWER_TOKENS = 256
-
-
-@dataclass(slots=True)
-class Task:
-    """A request that is wanted in this run."""
-
-    request: Request
-    entry: Entry
-    body: bytes
-    tokens: int
-    most_cost: float
-    tries: int = 0
-    busy: int = 0
-    reasons: list[str] = field(default_factory=list)
 
 
 class Collector:
@@ -108,24 +85,13 @@ class Collector:
         self._config, self._requests, self._ledger = config, requests, ledger
         self._budget, self._price, self._secret = budget, price, secret
         self._retry_failed = retry_failed
-        self._refusals = compiled(config.refusals)
         self.seen: Counter[str] = Counter()
-        self._headers = {
-            "Content-Type": "application/json",
-            "Accept": "application/json",
-            "User-Agent": "proxykd_jax",
-        }
-        if secret:
-            self._headers["Authorization"] = f"Bearer {secret}"
-        url = endpoint_of(config.url)
-        self._lines = [Line(url, config.timeout_s) for _ in range(config.concurrency)]
+        self._askers = Askers(config, secret)
         self._ahead = 0.0
         self._most_active = 4 * config.concurrency
         now = time.monotonic()
         self._request_rate = Rate(config.requests_per_minute, now)
         self._token_rate = Rate(config.tokens_per_minute, now)
-        self._queue: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[tuple[Task, Verdict | BaseException]] = queue.SimpleQueue()
         self._active: set[str] = set()
         self._under_way = 0
         self._chosen: list[Task] = []
@@ -146,23 +112,15 @@ class Collector:
           UserError: a limit is reached, the server would refuse every request, or too many fail.
           Stopped: the run was asked to stop; what was under way has been answered and kept.
         """
-        threads = [threading.Thread(target=self._work, args=(line,), daemon=True)
-                   for line in self._lines]  # fmt: skip
-        for thread in threads:
-            thread.start()
-        with peers.saves_on_stop(), self._soft_interrupt(), Progress() as progress:
-            try:
-                while not self._is_over():
-                    self._receive()
-                    self._choose()
-                    self._keep()
-                    for task in self._chosen:
-                        self._queue.put(task)
-                    self._chosen.clear()
-                    self._show(progress)
-            finally:
-                for _ in threads:
-                    self._queue.put(None)
+        with peers.saves_on_stop(), self._soft_interrupt(), self._askers, Progress() as progress:
+            while not self._is_over():
+                self._receive()
+                self._choose()
+                self._keep()
+                for task in self._chosen:
+                    self._askers.send(task)
+                self._chosen.clear()
+                self._show(progress)
         self._keep()
         if self._stop is not None:
             raise self._stop
@@ -176,24 +134,6 @@ class Collector:
     def _keep(self) -> None:
         self._ledger.requests, self._ledger.spent = self._budget.requests, self._budget.spent
         self._ledger.sync()
-
-    # --- talking to the server --------------------------------------------------------------------
-
-    def _work(self, line: Line) -> None:
-        while (task := self._queue.get()) is not None:
-            verdict: Verdict | BaseException
-            try:
-                verdict = self._ask(line, task)
-            except BaseException as error:
-                verdict = error
-            self._done.put((task, verdict))
-        line.close()
-
-    def _ask(self, line: Line, task: Task) -> Verdict:
-        # An API that knows the header answers a repeated request from what it kept, unpaid.
-        key = f"{task.request.key}-{task.entry.turn}"
-        reply: Reply = line.post(task.body, {**self._headers, "Idempotency-Key": key})
-        return judge(reply, self._refusals)
 
     # --- choosing what is sent --------------------------------------------------------------------
 
@@ -290,17 +230,10 @@ class Collector:
 
     def _receive(self) -> None:
         wait_s = max(self._wake - time.monotonic(), 0.0)
-        count = 0
-        try:
-            self._take(*self._done.get(timeout=min(wait_s, _TICK_S)))
-            for count in itertools.count(1):  # noqa: B007
-                self._take(*self._done.get_nowait())
-        except queue.Empty:
-            pass
-        self._ahead = max(2.0 * count, _FORGETS * self._ahead)
-        now = time.monotonic()
-        for line in self._lines:
-            line.expire(now)
+        replies = self._askers.replies(min(wait_s, _TICK_S))
+        for task, verdict in replies:
+            self._take(task, verdict)
+        self._ahead = max(2.0 * len(replies), _FORGETS * self._ahead)
 
     def _take(self, task: Task, verdict: Verdict | BaseException) -> None:
         self._under_way -= 1
@@ -418,6 +351,8 @@ class Collector:
         self._ledger.put(request.key, task.entry._replace(state=state, held=0.0))
         self._active.discard(request.key)
         self.seen["refused by the server" if final else "gave up"] += 1
+        if final and self._ledger.has_answers:  # so the parameters, which all share, are fine
+            return
         self._failures_in_a_row += 1
         if self._failures_in_a_row >= FAILURES_IN_A_ROW:
             self._end(UserError(
@@ -442,11 +377,10 @@ class Collector:
         if self._stop is not None:
             return
         self._stop = error
-        with contextlib.suppress(queue.Empty):
-            while (task := self._queue.get_nowait()) is not None:
-                self._under_way -= 1
-                self._budget.take_back(task.most_cost)
-                self._give_back(task, task.entry._replace(attempts=task.entry.attempts - 1))
+        for task in self._askers.recall():
+            self._under_way -= 1
+            self._budget.take_back(task.most_cost)
+            self._give_back(task, task.entry._replace(attempts=task.entry.attempts - 1))
         if self._under_way:
             peers.say(f"collect: stopping; waits for {self._under_way} replies")
 
@@ -474,9 +408,3 @@ class Collector:
         failed = self.seen["gave up"] + self.seen["refused by the server"]
         spent = f", {self._budget.spent:.4g} spent" if self._price is not None else ""
         progress(f"answered; {others} set aside, {failed} failed{spent}", self.seen["answered"])
-
-
-def endpoint_of(url: str) -> str:
-    """Where chats are posted to; an address without a path gets /v1."""
-    url = url.rstrip("/")
-    return f"{url}{'' if url.count('/') > 2 else '/v1'}/chat/completions"

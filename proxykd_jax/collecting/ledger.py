@@ -113,6 +113,11 @@ class Ledger:
             (bytes.fromhex(key), *entry),
         )
 
+    @property
+    def has_answers(self) -> bool:
+        """Whether a request has ever been answered, completely or not."""
+        return any(self._files[kind].tell() for kind in ("answers", "set_aside"))
+
     def append(self, kind: str, row: Mapping[str, Any]) -> None:
         """Appends a row to one of ``FILES``; durable after ``sync``.
 
