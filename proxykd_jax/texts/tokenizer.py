@@ -203,9 +203,13 @@ def check_embedding_rows(tokenizer: Tokenizer, rows: int, model: str) -> None:
       UserError: there are fewer rows than ids.
     """
     if rows < tokenizer.vocab_size:
+        beyond = range(rows, tokenizer.vocab_size)
+        named = ", ".join(repr(tokenizer.backend.id_to_token(i)) for i in beyond[:3])
         raise UserError(
             f"{model} has {rows} embedding rows, but the tokenizer {tokenizer.path} has "
-            f"{tokenizer.vocab_size} ids: it belongs to another model."
+            f"{tokenizer.vocab_size} ids: {named}{' and others' if len(beyond) > 3 else ''} "
+            f"{'has' if len(beyond) == 1 else 'have'} no row. Either tokens were added to the "
+            "tokenizer and not to the model, or it belongs to another model."
         )
 
 

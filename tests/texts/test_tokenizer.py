@@ -1,6 +1,7 @@
 """Tokenizers: conventions, digests, error messages, and whether two are the same."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -113,8 +114,11 @@ def test_embedding_rows(bpe_folder):
     tokenizer = load_tokenizer(bpe_folder)
     check_embedding_rows(tokenizer, tokenizer.vocab_size, "the proxy")
     check_embedding_rows(tokenizer, tokenizer.vocab_size + 60, "the proxy")
-    with pytest.raises(UserError, match="belongs to another model"):
+    last = re.escape(repr(tokenizer.backend.id_to_token(tokenizer.vocab_size - 1)))
+    with pytest.raises(UserError, match=f"{last} has no row.*belongs to another model"):
         check_embedding_rows(tokenizer, tokenizer.vocab_size - 1, "the proxy")
+    with pytest.raises(UserError, match="and others have no row"):
+        check_embedding_rows(tokenizer, tokenizer.vocab_size - 9, "the proxy")
 
 
 def test_tokens_by_name(bpe_folder):
