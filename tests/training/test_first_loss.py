@@ -181,7 +181,8 @@ def save_soon_ending(source: Path, folder: Path) -> None:
 def readme_config(files: Path, folder: Path) -> tuple[Config, Path]:
     """Writes the README's first config, with files at the paths that it names."""
     readme = (REPOSITORY / "README.md").read_text()
-    text = re.search(r"```yaml\n(.*?)```", readme, re.DOTALL).group(1)
+    blocks = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
+    text = next(block for block in blocks if "\nproxy:" in block)
     data = yaml.safe_load(text)
     for role, name in (("proxy", "big-chat"), ("student", "small-chat")):
         assert data[role] == {"path": f"models/{name}"}
