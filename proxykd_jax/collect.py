@@ -231,9 +231,9 @@ def open_ledger(config: CollectConfig, secret: str = "") -> Ledger:
 
 
 def _tell(seen: Mapping[str, int], requests: int, spent: float, price: Price | None) -> None:
-    parts = [f"{count:,} {what}" for what, count in seen.items()]
+    ended = ", ".join(f"{count:,} {what}" for what, count in seen.items())
     cost = "" if price is None else f", {spent:.6g} spent at most"
-    say(f"collect: {', '.join(parts) or 'nothing to do'}; {requests:,} requests so far{cost}")
+    say(f"collect: {ended or 'no request ended in this run'}; {requests:,} requests so far{cost}")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,8 +159,6 @@ def _show_example(
     config: Config, tokenizer: Tokenizer, sources: list[SourceConfig], report: Report
 ) -> None:
     """Prints the first row that can be rendered, as the model will see it."""
-    from itertools import islice
-
     from proxykd_jax.texts.readers import read_source
     from proxykd_jax.texts.records import Drops
     from proxykd_jax.texts.template import Renderer

@@ -146,7 +146,10 @@ def phases(run: StageRun) -> list[Phase]:
             make_batch=_make_batch(run, method, rows, plan, first_draw=1 << 30),
             # The KL of this phase is to the student at the end of the warm-up.
             prepare=lambda phase, trainer: phase.with_(
-                frozen=_frozen(run, trainer.trained_by("warmup")["student"])
+                frozen=_frozen(
+                    run,
+                    trainer.trained_by("warmup", "student", trainer.state.trainable["student"]),
+                )
             ),
             before=lambda state: planned_figures(rows, steps),
             # In a sketch the untrained student takes the place of the warmed-up one.

@@ -155,13 +155,15 @@ class Trainer:
             if phase.ends_stage(self.progress):
                 return
 
-    def trained_by(self, name: str) -> Tree:
-        """Returns what had been learnt at the end of a phase whose checkpoint was kept."""
+    def trained_by(self, name: str, role: str, trainable: Tree) -> Tree:
+        """Returns what a model had learnt at the end of a phase whose checkpoint was kept.
+
+        Args:
+          name: name of the phase.
+          role, trainable: as in ``Checkpoints.restore_model``.
+        """
         step = next(found["step"] for found in self.progress.results if found["phase"] == name)
-        target = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state
-        )
-        return self.checkpoints.restore(step, target).state.trainable
+        return self.checkpoints.restore_model(step, role, trainable)
 
     def finish(self, folder: Path, counts: Mapping[str, int]) -> None:
         """Marks the stage complete; records the checkpoints and what each phase reported."""
