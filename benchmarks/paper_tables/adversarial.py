@@ -5,6 +5,7 @@ Objectives, orders and discriminator are the product's; here all seeds answer at
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -54,7 +55,7 @@ def game(spec: GadSpec, temperature: float, offset: int) -> MakeBatch:
         )
         samples, last_B = judged_answers(asked.tokens_BL, *drawn)
         teacher, teacher_last_B = judged_answers(prompts.tokens_BL[:, 0], *given)
-        teacher = teacher.replace(sampled_B=jnp.zeros_like(teacher.sampled_B))
+        teacher = dataclasses.replace(teacher, sampled_B=jnp.zeros_like(teacher.sampled_B))
         samples = jax.tree.map(lambda x: x.reshape(num, group, *x.shape[1:]), samples)
         return jax.lax.stop_gradient(
             GameBatch(teacher, teacher_last_B, samples, last_B.reshape(num, group))

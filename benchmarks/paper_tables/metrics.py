@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -66,7 +66,7 @@ class Recorder:
     seeds: Sequence[int]
 
     def __call__(
-        self, method: str, checkpoint: str, values: dict[str, Iterable[float]]
+        self, method: str, checkpoint: str, values: Mapping[str, Iterable[float]]
     ) -> list[Record]:
         """Makes a record of every seed's value of every metric."""
         return [

@@ -224,7 +224,10 @@ class NeuralTeacher:
     def logps(
         self, prompts_SNP: Sequence[np.ndarray], answers_SNT: Sequence[np.ndarray]
     ) -> list[np.ndarray]:
-        rows_S = [Rows(token_rows(*pair)) for pair in zip(prompts_SNP, answers_SNT, strict=True)]
+        rows_S = [
+            Rows(token_rows(prompts, answers))
+            for prompts, answers in zip(prompts_SNP, answers_SNT, strict=True)
+        ]
         found = distributions(s.NEURAL_TEACHER, self.params_S, rows_S)
         return [x[:, w.PROMPT_LENGTH - 1 :] for x in found]
 

@@ -94,9 +94,12 @@ class LabelsInMemory:
         for index, row_id in zip(indices, row_ids, strict=True):
             tokens = rows.rows[index].tokens
             at = (index, slice(w.PROMPT_LENGTH - 1, len(tokens) - 1))
-            parts = (labels.ids_K, labels.logps_K, labels.gold_logps, labels.tail_logps)
+            ids, logps, gold, tail = (
+                np.asarray(part[at])
+                for part in (labels.ids_K, labels.logps_K, labels.gold_logps, labels.tail_logps)
+            )
             ends = bool(tokens[-1] == w.END)
-            found.append(SoftLabels(row_id, *(np.asarray(part[at]) for part in parts), ends))
+            found.append(SoftLabels(row_id, ids, logps, gold, tail, ends))
         return found
 
     def seq_logliks(self, split: str) -> np.ndarray:
@@ -177,10 +180,12 @@ class Material:
         kept = self.labels(dataclasses.replace(source, drawn=False), temperature)
         # The shares of the drawn ids add up to 1, so the tail is empty and every treatment of it
         # gives the same loss.
-        return [
-            TopKLabels(ids, logps, its.gold_logps, np.full_like(its.tail_logps, -np.inf))
-            for (ids, logps), its in zip(drawn, kept, strict=True)
-        ]
+        found = []
+        for (ids, logps), its in zip(drawn, kept, strict=True):
+            no_tail = np.full_like(its.tail_logps, -np.inf)
+            changed: dict[str, Any] = {"ids_K": ids, "logps_K": logps, "tail_logps": no_tail}
+            found.append(dataclasses.replace(its, **changed))
+        return found
 
     def _true_labels(self, rows_S: list[Rows], top_k: int) -> list[TopKLabels]:
         prompts, answers = [r.prompts_NP for r in rows_S], [r.answers_NT for r in rows_S]
@@ -244,7 +249,8 @@ def _with_alpha_in_weights(phase: Phase, alpha: float) -> Phase:
 
     def collate_weighted(planned: PlannedBatch) -> DistillBatch:
         batch: DistillBatch = collate(planned)
-        return batch.replace(sample_weight_BS=np.float32(alpha) * batch.sample_weight_BS)
+        weight_BS = np.float32(alpha) * batch.sample_weight_BS
+        return dataclasses.replace(batch, sample_weight_BS=weight_BS)
 
     objective: Any = phase.objective
     objective = dataclasses.replace(objective, alpha=1.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -114,7 +114,7 @@ def with_references(spec: Spec, params_S: Any, pairs: Sequence[PairBatch]) -> li
     """The pairs with the log-probs of these parameters as the references."""
     found = in_chunks(functools.partial(_references(spec), params_S), pairs)
     return [
-        pair.replace(reference_chosen_B=chosen, reference_rejected_B=rejected)
+        replace(pair, reference_chosen_B=chosen, reference_rejected_B=rejected)
         for pair, (chosen, rejected) in zip(pairs, found, strict=True)
     ]
 

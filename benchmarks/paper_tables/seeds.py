@@ -4,7 +4,7 @@ them."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -114,7 +114,7 @@ class Seed:
     teacher_logps_NTV: np.ndarray
 
 
-def token_rows(prompts_NP: np.ndarray, answers: Sequence[np.ndarray]) -> list[TokenRow]:
+def token_rows(prompts_NP: np.ndarray, answers: Iterable[np.ndarray]) -> list[TokenRow]:
     """Makes rows of prompts and of answers without padding."""
     rows = []
     for prompt, answer in zip(prompts_NP, answers, strict=True):

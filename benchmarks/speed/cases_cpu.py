@@ -117,8 +117,8 @@ def _own_ratios(quick: bool) -> list[Case]:
         of_ours(
             over,
             distill,
-            Comparison(over, *distill, **least),
-            Comparison(f"memory_{over}", *distill, measure="peak", **least),
+            Comparison(over, "distill", "sft", **least),
+            Comparison(f"memory_{over}", "distill", "sft", measure="peak", **least),
             rows=half,
             **options,
         ),
@@ -132,8 +132,18 @@ def _own_ratios(quick: bool) -> list[Case]:
 def _corpora(quick: bool) -> list[Case]:
     """Real rows, which every tool batches in its own way."""
     # There are so many rows that a last batch of few rows is a small part of an epoch.
-    alpaca = {"kind": "corpus", "corpus": "alpaca_eval", "count": 128, "max_length": 512}
-    stories = {"kind": "corpus", "corpus": "tinystories", "count": 256, "max_length": 512}
+    alpaca: dict[str, Any] = {
+        "kind": "corpus",
+        "corpus": "alpaca_eval",
+        "count": 128,
+        "max_length": 512,
+    }
+    stories: dict[str, Any] = {
+        "kind": "corpus",
+        "corpus": "tinystories",
+        "count": 256,
+        "max_length": 512,
+    }
     if quick:
         stories = {**stories, "count": 32, "max_length": 448}
     found = []

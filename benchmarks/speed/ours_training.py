@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from benchmarks.speed.ours_models import device_peak, load, token_rows
-from benchmarks.speed.protocol import Program, best_of
+from benchmarks.speed.protocol import Program, Run, best_of
 from benchmarks.speed.rows import TOP_K, Rows
 from proxykd_jax.config import OptimizerConfig, PreferenceConfig
 from proxykd_jax.data.collate import RowsInMemory
@@ -201,7 +201,7 @@ def training(task: dict[str, Any]) -> Program:
     checked = trainer.step(work, examples.collate(examples.first(task["batch_size"])))
     results = {name: float(checked[name]) for name in ("loss", "grad_norm")}
 
-    flops: dict[Callable[[], None], float] = {}
+    flops: dict[Run, float] = {}
 
     def way(batching: str, share_prompt: bool) -> Callable[[], None]:
         examples = examples_of(work, rows, share_prompt=share_prompt)
@@ -215,7 +215,7 @@ def training(task: dict[str, Any]) -> Program:
         flops[run] = _flops(trainer.config, rows, pairs=pairs, shared=shared, full=full)
         return run
 
-    ways = {}
+    ways: dict[str, Run] = {}
     for one in task.get("batchings", ["pad"]):
         if pairs and one != "pack":  # Pairs are never packed.
             ways |= {f"batching={one}, share_prompt={both}": way(one, both) for both in shared}

@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, and none is committed with outputs."""
+"""Every notebook runs from top to bottom, calls what exists, and is committed without outputs."""
 
 import json
 import os
@@ -20,6 +20,21 @@ def test_outputs_are_cleared(path):
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] == "code":
             assert cell["outputs"] == [] and cell["execution_count"] is None
+
+
+def test_calls_fit_the_package(tmp_path, monkeypatch):
+    """A changed signature is noticed here, in seconds, and not only by the slow runs."""
+    api = pytest.importorskip("mypy.api")
+    for path in NOTEBOOKS:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+        (tmp_path / f"{path.stem}.py").write_text("\n\n".join(code), encoding="utf-8")
+    monkeypatch.chdir(FOLDER.parent)  # here are mypy's settings and its cache
+    # A notebook is no place for annotations, and knows which of its settings are given.
+    lenient = ["--no-strict-optional", "--disable-error-code=operator"]
+    lenient.append("--disable-error-code=var-annotated")
+    said, _, status = api.run([*lenient, str(tmp_path)])
+    assert status == 0, said
 
 
 @pytest.mark.slow
