@@ -6,9 +6,9 @@ import re
 
 LEAD = re.compile(
     r"[\s:;,.\-—>\"'`*#<]*(?:(?:the|letter|option|choice|answer|statement|number|alternative|"
-    r"most\s+likely|probably|likely|definitely|clearly|therefore|thus|so|hence|either|both|options|choices|"
+    r"most\s+likely|yes|okay|probably|likely|definitely|clearly|therefore|thus|so|hence|either|both|options|choices|"
     r"statements|answers|I\s+(?:think|believe|say|guess)|maybe|perhaps|I'd\s+say|it\s+(?:is|must\s+be|should\s+be)|it's|that|this|"
-    r"is|an?\s+combination\s+of|labell?ed|选项|选|为|是)(?![A-Za-z])[\s:\"'`*]*)*",
+    r"is|an?\s+combination\s+of|labell?ed|选项|选|为|是)(?![A-Za-z])[\s:,\"'`*]*)*",
     re.IGNORECASE,
 )
 LEAD_CHINESE = re.compile(r"[选项为是\s:]*")
@@ -28,17 +28,19 @@ RIGHT = (
     r"response|explanation|description|because|since|as|and|for|here|in|to|based|so|due)\b))"
 )
 CALLED_RIGHT = re.compile(
-    r"(?:(?:[(\[]([A-Za-z0-9])[)\]]|(?i:\b(?:option|choice|answer|statement)\s+)([A-Z0-9])\b)"
+    r"(?:(?:[(\[]([A-Za-z0-9])[)\]]|(?i:\b(?:option|choice|answer|statement)\s+)([A-Z0-9]|[a-z](?=\)))\)?(?!\w))"
     r"(?:[.:,]?\s+[^.\n]{1,80}?)?|(?<!\w)([A-Z0-9]))\s+(?:is|are|seems|must\s+be)\s+"
     r"(?:indeed\s+|therefore\s+|clearly\s+|thus\s+)?(?:(?:the|my)\s+)?(?:only\s+|final\s+)?"
     rf"{RIGHT}"
-    r"|\b[Oo]nly\s+(?:option\s+)?[(\[]?([A-Z])[)\]]?\s+(?:is|remains|fits|works|matches|can)\b"
+    r"|\b[Oo]nly\s+(?:option\s+)?[(\[]?([A-Z])[)\]]?\s+(?:can|[a-z]+s)\b(?!\s+(?:\w+\s+)?(?:wrong|incorrect|false|eliminated|excluded))"
+    r"|(?<!\w)[(\[]?([A-Z])[)\]]?(?:[.:]?\s+[^.\n,]{1,60}?)?\s+is\s+the\s+only\s+\w+(?:\s+\w+)?\s+(?:that|which|who|to|in|with|where)\b"
+    r"(?![^.]*\b(?:wrong|incorrect|false|eliminated|excluded|fails?)\b)"
     r"|\b(?:makes?|making)\s+[(\[]?([A-Z])[)\]]?\s+the\s+(?:\w+\s+)?(?:answer|choice|option)\b"
     r"|(?:^|\b(?:option|choice|so|but|and)\s+|,\s+)[(\[]?([A-Z])[)\]]?\s+(?:fits|works|matches|makes\s+(?:the\s+)?most\s+sense)\b"
     r"|(?<![A-Za-z])([A-Z])\s*(?:选项|项)?\s*(?:是)?(?:正确|符合题意|说法正确)"
 )
 OPTION = re.compile(
-    r"(?i:\b(?:option|choice|answer|选项)\s*)[(\[]?([A-Z0-9])[)\]]?(?![A-Za-z0-9_])"
+    r"(?i:\b(?:option|choice|answer|选项)\s*)[(\[]?([A-Z0-9]|[a-z](?=[)\]]))[)\]]?(?![A-Za-z0-9_])"
 )
 ORDINAL = re.compile(
     r"\b(first|second|third|fourth|fifth|sixth)\s+(?:option|choice|answer|alternative|one)\b",
@@ -70,15 +72,21 @@ IS_WRONG = re.compile(
     r"unlikely|irrelevant|out\b)|\W*(?:选项|项)?\s*(?:不|错)",
     re.IGNORECASE,
 )
+# A verb behind a list of labels.
+FINITE = r"(?:is|are|was|were|do|does|can|could|has|have|would|should|must|may|might|seems?|fails?|fits?|works?)"
+DENIED_AFTER = re.compile(
+    r"\b(?:not|cannot|wrong|incorrect|false|eliminated|excluded|out|unlikely|irrelevant|fail)\b|n't\b"
+)
 LEAVES = re.compile(
-    r"\b(?:leav(?:es|ing)|left\s+with|remaining\s+(?:option|choice|answer)\s+is)"
+    r"\b(?:(?:none|nothing|no|all|every\w*|each)\b[^.,;]*?\bexcept(?:\s+for)?|leav(?:es|ing)|left\s+with|remaining\s+(?:option|choice|answer)\s+is)"
     r"(?:\s+(?:us|me|only|just|with))*\s+(?:the\s+)?",
     re.IGNORECASE,
 )
 # What follows a bare label at the start of a sentence that is an answer: "B, I think".
 ENDS_ANSWER = re.compile(r"\s*(?:[.,;!)]|$|(?:because|since|as|not|but|though|it\s+is)\b)")
 ENDS_IN_LABEL = re.compile(
-    r"\b(?i:so|thus|therefore|hence|leaves|leaving|choose|pick|select|go\s+with|only|is|be|but|towards?),?\s+"
+    r"\b(?i:so|thus|therefore|hence|leaves|leaving|choose|pick|select|go\s+with|only|is|be|but|towards?|"
+    r"(?:reflection|balance|instead|actually|rather|finally|ultimately|overall|had\s+to|in\s+the\s+end)(?=,)),?\s+"
     r"(?i:it(?:'s|\s+is|\s+must\s+be)\s+|option\s+|choice\s+|with\s+)*([B-Z0-9]|A(?=\W*$))\W*$"
     r"|\b(?i:is\s+it|answer|option|choice|conclusion)\s*:\s+([A-Z0-9])\W*$"
 )
@@ -90,6 +98,12 @@ PREFERS = re.compile(
     r"(?:I|we)(?:'d|'ll|\s+\w+)?\s+(?:say|choose|pick|go\s+with|prefer|lean\s+towards?))\b",
     re.IGNORECASE,
 )
+SO = re.compile(r"[,;.]\s+(?:and\s+)?(?:so|thus|therefore|hence)\b", re.IGNORECASE)
+# What points to one of several choices: "the one in Africa is ..", "only ..".
+POINTS_LAST = re.compile(
+    r"(?<!\bnor\s)(?<!\bso\s)\b(?:is|be|are)(?:\s+(?:the|an?|in|at|called))?\W+$", re.IGNORECASE
+)
+POINTS = re.compile(r"(?<!\bnot\s)\bonly\s+(?:the\s+|an?\s+)?\W*$", re.IGNORECASE)
 # A sentence that considers a choice, or goes through them, does not choose it.
 CONSIDERS = re.compile(
     r"\W*(?:if|suppose|assume|let's|let\s+us|let\s+me|consider|looking\s+at|"
@@ -109,10 +123,28 @@ AFTER_LABEL = re.compile(
     r"\s*(?:$|[^\w\s]|(?:because|since|as|is|are|and|or|for|due|with|which)\b)"
 )
 ORNAMENTS = "\"'`*_<> →⇒∴=>✅✓✔☑-"
+_YES = r"(?P<yes>yes|true|correct|right|✓|✔|✅|☑|对|正确)"
+_NO = r"(?:no|not\s+(?:true|correct|right)|false|incorrect|wrong|✗|✘|❌|×|错误?|不正确)"
+LABEL_FIRST = re.compile(r"(?:(?:^|\n)\W*|(?<![A-Za-z0-9]))([A-Z0-9])(?![A-Za-z0-9])")
+# A verdict on a choice, after its label and text or at the end of its line.
 JUDGED = re.compile(
-    r"(?<![A-Za-z0-9])([A-Z0-9])[\s).:\]—-]{0,4}(?:(?P<yes>yes|true|correct|right|✓|✔|✅|☑|对|正确)"
-    r"|no|false|incorrect|wrong|✗|✘|❌|×|错误?|不正确)(?![A-Za-z])",
+    rf"[\s).:\]|*—-]{{0,6}}(?:(?:is|are)\s+)?(?:{_YES}|{_NO})(?![A-Za-z])", re.IGNORECASE
+)
+JUDGED_LAST = re.compile(rf"[\s,.:;(]+(?:{_NO}|{_YES})[^\w\n]*$", re.IGNORECASE)
+ALL = re.compile(r"\ball\s+of\s+(?:the\s+)?(?:above|these|them|options|choices)\b", re.IGNORECASE)
+# Verdicts on two things in turn: "the first is true, but the second is not".
+VERDICT = re.compile(
+    r"(?P<denied>\b(?:not|isn't|aren't|doesn't|cannot\s+be)\s+(?:\w+ly\s+)*(?:a\s+|be\s+)?)?"
+    r"\b(?:(?P<right>true|correct|right|hold|holds|acceptable|fine|okay|ok)"
+    r"|(?:wrong|false|incorrect|untrue|does\s+not\s+hold|immoral))\b",
     re.IGNORECASE,
 )
-ALL = re.compile(r"\ball\s+of\s+(?:the\s+)?(?:above|these|them|options|choices)\b", re.IGNORECASE)
-NOT_WRONG = re.compile(r"\b(?:not|n't|isn't)\s+(?:\w+ly\s+)?(wrong)\b|\b(wrong)\b", re.IGNORECASE)
+IS_NOT = re.compile(r"\W*(?:\w+\W+){0,4}?(?:(?:is|does|do|are|was)\s+not|\w+n't)\W*$", re.IGNORECASE)
+BOTH = re.compile(r"\b(?:both|neither)\b(?!\s+(?:of\s+)?(?:the\s+)?options)", re.IGNORECASE)
+_THING = r"(?:statement|scenario|claim|case|action)"
+FIRST_OR_SECOND = re.compile(
+    rf"\b(?:{_THING}\s*(?:1|one|i|a)|the\s+(?:first|former)(?:\s+(?:one|{_THING}))?)\b"
+    rf"|(?P<second>\b(?:{_THING}\s*(?:2|two|ii|b)|the\s+(?:second|latter|other)(?:\s+(?:one|{_THING}))?)\b)",
+    re.IGNORECASE,
+)
+TURNS = re.compile(r"[,.;\n|]|\b(?:and|but|while|whereas)\b", re.IGNORECASE)

@@ -6,6 +6,7 @@ that names two with "or" chooses none.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 
@@ -16,6 +17,7 @@ from proxykd_jax.tasks.final_answer import (
     boxed_contents,
     closing_sentences,
     decide,
+    last_paragraph,
     refuses,
     refuses_firmly,
     sentences,
@@ -59,7 +61,7 @@ def choice_in(output: str, choices: Choices, *, several: bool = False) -> str | 
             return found or None
     unlisted = _without_list(text, choices)
     closing = closing_sentences(unlisted)
-    if (found := _verdicts(closing, choices)) is not None:
+    if (found := _verdicts(unlisted, choices)) is not None:
         return found
     brief = len(sentences(unlisted)) == 1
     for sentence in closing:
@@ -98,6 +100,9 @@ def _read(statement: Statement, choices: Choices) -> str | None:
     if found is None and refuses(statement.first):
         return _label_of_refusal(choices)
     return found
+
+
+_VERDICTS = {"true": True, "not wrong": True, "right": True, "false": False, "wrong": False}
 
 
 def _label_of_refusal(choices: Choices) -> str | None:
@@ -191,7 +196,22 @@ def _by_text(text: str, choices: Choices) -> str | None:
         if not any(other != label and _within(choice, said[other]) for other in said)
         and not _denied(text, dict(choices)[label], choices)
     ]
-    return kept[0] if len(kept) == 1 else None
+    return kept[0] if len(kept) == 1 else _pointed_at(text, kept, choices)
+
+
+def _pointed_at(text: str, labels: Sequence[str], choices: Choices) -> str | None:
+    """The one of several choices that a text points to: at its end, with "only", or after "so"."""
+    found = set()
+    for label in labels:
+        for match in re.finditer(re.escape(dict(choices)[label].strip()), text, re.IGNORECASE):
+            before, after = text[: match.start()], text[match.end() :]
+            last = patterns.POINTS_LAST.search(before) and not re.search(r"\w", after)
+            if last or (patterns.POINTS.search(before) and not patterns.IS_WRONG.match(after)):
+                found.add(label)
+    if len(found) == 1:
+        return found.pop()
+    *_, part = patterns.SO.split(text)
+    return _by_text(part, choices) if part != text and not found else None
 
 
 def _by_words(text: str, choices: Choices) -> str | None:
@@ -353,27 +373,64 @@ def _without_list(text: str, choices: Choices) -> str:
     return "\n".join(line for line, is_choice in zip(lines, listed, strict=True) if not is_choice)
 
 
-def _verdicts(closing: Sequence[str], choices: Choices) -> str | None:
-    """The choice "Not wrong, Wrong" of a text that says so of two scenarios in turn."""
-    texts = {label: normalised_words(text) for label, text in choices}
-    if any(set(words) - {"not", "wrong"} for words in texts.values()):
+def _verdicts(text: str, choices: Choices) -> str | None:
+    """The choice "Not wrong, Wrong" or "True, False" of a text that judges two things in turn."""
+    pairs = {
+        label: [_VERDICTS.get(" ".join(normalised_words(part))) for part in choice.split(",")]
+        for label, choice in choices
+    }
+    if any(len(pair) != 2 or None in pair for pair in pairs.values()):
         return None
-    said = [
-        "not wrong" if match[1] else "wrong"
-        for sentence in closing[::-1]
-        for match in patterns.NOT_WRONG.finditer(sentence)
+    said = _both_verdicts(text) or [
+        verdict
+        for part in patterns.TURNS.split(last_paragraph(text))
+        if (verdict := _verdict(part)) is not None
     ]
-    words = normalised_words(", ".join(said))
-    return next((label for label, own in texts.items() if len(said) == 2 and own == words), None)
+    return next((label for label, pair in pairs.items() if pair == said), None)
+
+
+def _both_verdicts(text: str) -> list[bool] | None:
+    """The verdicts on the first and on the second of two things that a text names."""
+    *_, together = [None, *patterns.BOTH.finditer(text)]
+    said: dict[bool, bool] = {}
+    marks = [*patterns.FIRST_OR_SECOND.finditer(text)]
+    for mark, after in itertools.zip_longest(marks, marks[1:]):
+        part = text[mark.end() : after.start() if after else len(text)]
+        ends = re.search(r"(?<=[^:\s])\s*\n|[.;]\s", part)
+        part = part[: ends.start()] if ends else part
+        verdict = _verdict(part)
+        if verdict is None and patterns.IS_NOT.match(part) and said:
+            verdict = not list(said.values())[-1]
+        if verdict is not None:
+            said[mark["second"] is not None] = verdict
+    if len(said) == 2:
+        return [said[False], said[True]]
+    verdict = _verdict(text[together.end() :]) if together and not said else None
+    if together is None or verdict is None:
+        return None
+    return [verdict != (together[0].lower() == "neither")] * 2
+
+
+def _verdict(text: str) -> bool | None:
+    """The first verdict of a text: whether it calls something right."""
+    match = patterns.VERDICT.search(text)
+    return None if match is None else (match["right"] is not None) != (match["denied"] is not None)
 
 
 def _judged(text: str, choices: Choices) -> str | None:
     """The only choice with a positive verdict where each choice has one: "A no, B yes, C no"."""
     found: dict[str, bool] = {}
-    for match in patterns.JUDGED.finditer(text):
+    texts = dict(choices)
+    for match in patterns.LABEL_FIRST.finditer(text):
         label = as_label(match[1], choices)
-        if label is not None:
-            found[label] = match["yes"] is not None
+        if label is None:
+            continue
+        line = text[after_own_text(text, match.end(), texts[label]) :].partition("\n")[0]
+        verdict = patterns.JUDGED.match(line) or (
+            patterns.JUDGED_LAST.search(line) if match[0][:1] in "\n" or not match.start() else None
+        )
+        if verdict is not None:
+            found[label] = verdict["yes"] is not None
     right = [label for label, is_right in found.items() if is_right]
     return right[0] if len(found) == len(choices) and len(right) == 1 else None
 

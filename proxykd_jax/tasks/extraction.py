@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 
 from proxykd_jax.tasks.choices import choice_in
-from proxykd_jax.tasks.final_answer import cleaned
+from proxykd_jax.tasks.final_answer import cleaned, corrected, without_check
 from proxykd_jax.tasks.items import Item
 from proxykd_jax.tasks.maths import maths_in, same_value
 from proxykd_jax.tasks.numbers import number_in
@@ -26,7 +26,12 @@ Extractor = Callable[[str, Item], str | None]
 def extract(item: Item, output: str) -> str | None:
     """The final answer that a text gives to an item, in canonical form; None if it gives none."""
     text = cleaned(output)
-    return EXTRACTORS[item.task](text, item) if text else None
+    if not text:
+        return None
+    read = EXTRACTORS[item.task]
+    correction = corrected(text)
+    found = read(correction, item) if correction else None
+    return found or read(without_check(text), item)
 
 
 def is_right(item: Item, extracted: str | None) -> bool:

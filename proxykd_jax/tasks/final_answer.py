@@ -248,6 +248,25 @@ def closing_sentences(text: str) -> list[str]:
     return [] if found and (found[0].endswith("?") or patterns.STOPS.search(text)) else found
 
 
+def without_check(text: str) -> str:
+    """A text without the check of its result at its end, if it does not conclude again."""
+    for match in patterns.CHECKS.finditer(text):
+        before, after = text[: match.start()].strip(), text[match.start() :]
+        again = patterns.AGAIN.search(after) or any(mark.search(after) for mark in _MARKS)
+        if re.search(r"\w", before) and not again:
+            return before
+    return text
+
+
+def corrected(text: str) -> str | None:
+    """The part of a text that corrects what stands before it; None if none concludes anew."""
+    *_, last = [None, *patterns.CORRECTS.finditer(text)]
+    if last is None or not re.search(r"\w", text[: last.start()]):
+        return None
+    rest = text[last.end() :].lstrip(" ,.:-—")
+    return rest if patterns.CONCLUDES_ANEW.search(rest) else None
+
+
 def refuses(text: str) -> bool:
     """Whether a text says that there is no answer, or gives none."""
     return refused(text) is not None
@@ -278,10 +297,11 @@ def unwrapped(text: str) -> str:
 
 def _rest_of_line(text: str, start: int) -> str:
     """The rest of the line, or the next non-empty line if the rest is empty."""
-    for line in text[start : start + patterns.LONGEST_REST].split("\n"):
+    for place, line in enumerate(text[start : start + patterns.LONGEST_REST].split("\n")):
         line = re.split(r"</[A-Za-z_]+>", line)[0]
         if re.search(r"[\w()\[\]{}<>]", line.replace("\\[", "").replace("\\(", "")):
-            return line.strip()
+            line = line.strip()
+            return patterns.BULLET.sub("", line, 1) if place else line
     return ""
 
 

@@ -55,11 +55,9 @@ def labels_at_start(text: str, choices: Choices) -> str | None:
         if patterns.OR.search(joined[0]) and following[0] != label:
             return ""
         if re.match(
-            r"[.)]?\s*(?:is|are|was|were|does|can|has|would|seems?)\b", text[following[1] :]
+            rf"[.)]?\s*{patterns.FINITE}\b", text[following[1] :]
         ):
-            denied = re.search(
-                r"\b(?:not|wrong|incorrect|false)\b|n't\b", text[following[1] :][:60]
-            )
+            denied = patterns.DENIED_AFTER.search(text[following[1] :][:60])
             if denied and "and" in joined[0]:  # "A, B and D are wrong"
                 return None
             if denied or "and" not in joined[0]:
@@ -115,7 +113,9 @@ def _is_label(said: str, label: str, rest: str, choices: Choices, first: bool) -
         return False
     if not first:
         return (
-            re.match(r"\s*(?:$|[^\w\s]|[\u3040-\u9fff]|(?:and|or|because|since|is|are)\b)", rest)
+            re.match(
+                rf"\s*(?:$|[^\w\s]|[\u3040-\u9fff]|(?:and|or|because|since|{patterns.FINITE})\b)", rest
+            )
             is not None
         )
     if said in ("A", "I") or said.isdigit():

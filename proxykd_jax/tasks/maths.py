@@ -56,7 +56,7 @@ _FONT = re.compile(
 )
 _TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|mbox)\s*\{([^{}]*)\}(?:\s*\^\s*\{?\d\}?)?")
 _ASSIGNED = re.compile(
-    r"^\s*(?:[A-Za-z](?:_\{?\w+\}?)?(?:\([a-z]\))?|\\[a-z]+)\s*(?:=|\\in(?![a-z]))\s*"
+    r"^\s*(?:[A-Za-z](?:_\{?\w+\}?)?(?:\(-?\w+\))?|\\[a-z]+)\s*(?:=|\\in(?![a-z]))\s*"
 )
 
 
@@ -222,12 +222,16 @@ def concluded_value(sentence: str, blanks: int = 1) -> str | None:
     if formulas:
         return ";".join(formulas[-blanks:]) if blanks > 1 else _right_side(formulas[-1])
     numbers = re.findall(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:/\d+)?", sentence)
-    return numbers[-1] if numbers else None
+    if numbers or re.search(r"\d", sentence):
+        return numbers[-1] if numbers else None
+    worded = [each for start, end, each in in_words(sentence) if sentence[start:end] not in ("one", "One")]
+    return str(worded[-1]) if len(worded) == 1 else None
 
 
 def _right_side(formula: str) -> str:
     """The end of a chain of equations; a single equation with letters stays as it is."""
-    if formula.count("=") == 1 and letters_in(formula):
+    left, _, right = formula.partition("=")
+    if formula.count("=") == 1 and (letters_in(right) or letters_in(re.sub(r"\\[A-Za-z]+", "", left))):
         return formula
     return formula.rpartition("=")[2].strip()
 

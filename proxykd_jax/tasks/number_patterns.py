@@ -95,11 +95,13 @@ RANGE = re.compile(
 LIST = re.compile(r"\W*\d[\d.,]*(?:\s*(?:,|,?\s*\band\b|;)\s+[$€£]?\d[\d.,]*)+\W*")
 HYPHENED = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?)\s*-\s*(\d+(?:\.\d+)?)(?![\d.]*\s*[=+*/×])")
 RESTATED = re.compile(
-    r"\b(?:i\.e\.|that\s+is|in\s+other\s+words|(?:or\s+)?equivalently|"
+    r"\b(?:i\.e\.|that\s+is|to\s+be\s+(?:exact|precise|more\s+precise)|(?:more\s+)?(?:precisely|exactly)(?=\s+[$€£]?\d)|in\s+other\s+words|(?:or\s+)?equivalently|"
     r"round(?:s|ed|ing)?(?:\s+(?:up|down|off))?\s+to\s+(?:the\s+nearest\s+[\w\s]+?,?\s*(?:which\s+)?"
     r"(?:is|gives|=)|(?=[$€£]?\d|about)))[\s,:]*",
     re.IGNORECASE,
 )
+# "- 33" in a list.
+BULLET_NUMBER = re.compile(r"(?<=\n)[ \t]*[-•]\s+(?=[$€£]?\d)")
 # Longer ones are not answers, and Python refuses to parse much longer ones.
 ENDLESS = re.compile(r"\d{200,}")
 # The part after such a word concludes from the part before.
@@ -113,6 +115,8 @@ EXPLAINS = re.compile(
     r"|,\s+[$\d.,]+\s+(?:per|each|for\s+each)\b|\s+to\s+"
     r"(?!get\b|make\b|give\b|reach\b|obtain\b|have\b|find\b|yield\b|about\b|be\b)[a-z]{3,}\b|,?\s+whos?e?\b"
     r"|\s*(?:\bis|,)\s+the\s+(?:sum|product|difference|total|average)\s+of\b"
+    r"|,?\s+(?:until|before|so\s+that|in\s+order\s+to|not\s+counting|not\s+including|excluding|ignoring|without\s+counting|"
+    r"apart\s+from|aside\s+from|even\s+though|although|though|despite|instead\s+of|rather\s+than)\b"
     r"|,\s+(?:twice|half|double|\w+\s+times)\b|,\s+[$\d.,]+\s+(?:more|fewer|less)\s+than\b",
     re.IGNORECASE,
 )

@@ -78,7 +78,7 @@ def canonical(text: str) -> str | None:
 
 
 def _readable(text: str) -> str:
-    text = patterns.ENDLESS.sub(" ", text)
+    text = patterns.BULLET_NUMBER.sub("", patterns.ENDLESS.sub(" ", text))
     text = patterns.CALCULATION.sub(lambda m: m[2] or m[1].rpartition("=")[2], text)
     text = text.replace("{,}", ",").replace("\\!", "")
     text = re.sub(r"(?<=\d)(?:,?\\[,;: ]|~)(?=\d{3})", "", text)

@@ -47,12 +47,15 @@ SOFTLY = (
     r"just|definitely|surely|perhaps|maybe|really|also|going\s+to\s+be|(?:clear|obvious)(?=\s*:)|"
     r"I\s+(?:think|believe)|of\s+course|most\s+likely|that|as\s+follows)\b)*[\s:,]*"
 )
+LETTER_NEXT = r"(?=[\"'(\[]*(?-i:[A-Z])(?!\w))"
 CHOOSE = (
     r"(?<!\w)(?:I|we)(?:\s+would|\s+will|\s+must|\s+should|\s+do|'d|'ll)?(?:\s+have\s+to)?\s+"
     r"(?:choose|select|pick|say|go\s+(?:with|for)|opt\s+for|settle\s+on|vote\s+for|answer\s+with)"
     r"\s+(?:that\s+)?"
     r"|(?<!\w)I(?:'ve|\s+have)\s+(?:chosen|selected|picked)\s+"
     r"|(?<!\w)I(?:'m|\s+am)\s+(?:going\s+(?:with|for)|choosing|picking|selecting)\s+"
+    r"|(?<!\w)(?:I|we)(?:'d|'ll|\s+would|\s+will|'m|\s+am)\s+(?:answer|guess|lean(?:ing)?\s+towards?|bet\s+on)\s+"
+    rf"{LETTER_NEXT}"
     r"|\blet's\s+(?:go\s+with|choose|pick|select|say)\s+"
 )
 LABEL_NEXT = r"(?=[\"'(\[]*[A-Z]+(?![A-Za-z]))"
@@ -62,9 +65,9 @@ CHINESE = (
     rf"|答案?\s*:\s*|答案\s*(?=[(\[]*[A-Z0-9](?![A-Za-z]))"
     r"|(?<!不)(?<!不能)(?<!不应)(?<!不该)(?<!不会)(?<!不可)(?<!如果)(?<!若)选择?\s*:?\s*"
     rf"(?:的?是\s*)?{LABEL_NEXT}"
-    r"|(?:故|因此|所以|综上|综上所述|应|应当|应该)\s*,?\s*"
+    r"|(?:故|因此|所以|综上|综上所述|应|应当|应该)\s*,?\s*(?:应?该?是|为|只有)?\s*"
     r"(?=[A-Z](?:[A-Z、,和]*[A-Z])?\s*(?:项|选项)?\s*(?:[.;!]|$|正确|符合|对))"
-    r"|(?:正确|错误|符合题意|符合要求|不当|有误|恰当)的?\s*(?:一项|选项|说法|结论)?\s*(?:的?是|为)"
+    r"|(?:正确|错误|符合题意|符合要求|不当|有误|恰当)的?\s*(?:一项|选项|说法|结论)?\s*(?:的?是|为|有)"
     rf"\s*:?\s*{LABEL_NEXT}"
 )
 ELSEWHERE = (
@@ -72,6 +75,8 @@ ELSEWHERE = (
     r"yanıt|ответ|відповідь|đáp\s+án|jawaban|svar(?:et)?|vastaus)"
     r"(?:\s+(?:correct[ae]?|final[ea]?|exacte|corretta|certa|juste|đúng))?"
     r"\s*(?::|(?:est|ist|lautet|es|è|é|is|adalah|là|är|er|это|—)\s)\s*:?\s*"
+    rf"(?:(?:(?:l[ae]|el|a|o|der|die|das|het|de)\s+)?(?:(?:lettre|letra|lettera|opción|opção|opzione|option|"
+    rf"optie|buchstabe|вариант)\s+)?{LETTER_NEXT})?"
     r"|(?:答え|正解|解答|回答)\s*(?:は|:)\s*:?、?\s*|(?:정답|답)\s*(?:은|는|:)\s*:?\s*"
 )
 STATED = re.compile(
@@ -100,6 +105,8 @@ BOXED = re.compile(
 BOXED_BARE = re.compile(r"\\boxed\s*([A-Za-z0-9.]+)(?![A-Za-z{])")
 # A text that repeats itself up to its budget has thousands of marks; only the last ones count.
 MOST_MARKS = 32
+# A list's mark before an answer that stands alone on a line.
+BULLET = re.compile(r"[-*•+]\s+(?=\S)")
 # Characters after a mark that are searched.
 LONGEST_REST = 4000
 # A statement with more words may explain, so it decides only if it gives an answer.
@@ -152,8 +159,8 @@ INSTEAD = re.compile(
     re.IGNORECASE,
 )
 KNOWING = (
-    r"(?:determin\w*|answer\w*|say|tell|conclude|provide|give|assist|help|choose|select|pick|decide|"
-    r"comply|know|solve|find|identify|calculat\w*|comput\w*|infer|deduce|estimate)"
+    r"(?:determin\w*|answer\w*|say(?:ing)?|tell(?:ing)?|conclude|provide|give|assist|help|choose|select|pick|decide|"
+    r"comply|know(?:ing)?|solve|find|identify|calculat\w*|comput\w*|infer|deduce|estimate)"
 )
 CANNOT = (
     r"(?:can\s?not|can't|could\s+not|couldn't|unable\s+to|not\s+able\s+to|impossible\s+to|"
@@ -164,13 +171,14 @@ NO_ANSWER = (
     r"\b(?:answer|question|problem|it|this)\s+(?:to\s+this\s+question\s+)?"
     r"(?:can\s?not|can't|could\s+not|couldn't)\s+be\s+(?:\w+ly\s+)?"
     r"(?:determined|answered|known|given|found|calculated|inferred|concluded|solved|decided)"
+    rf"|\bno\s+(?:\w+\s+)?way\s+(?:to|of)\s+{KNOWING}\b|\bthere\s+is\s+no\s+(?:telling|knowing)\b"
     rf"|\b{CANNOT}\s+(?:\w+\s+){{0,2}}?{KNOWING}\s+(?:(?:the|a|an|one|any|this|that|your|which)\s+)?"
     r"(?:\w+\s+){0,2}?(?:answer|question|choice|option|request|is\s+(?:right|correct))\b"
     r"|\bI(?:'m|\s+am)?\s+(?:can\s?not|can't|unable\s+to|not\s+able\s+to)\s+"
     r"(?:help|assist|comply|choose|answer|decide)\b"
     r"|\bnone\s+of\s+(?:the\s+)?(?:given\s+|above\s+|provided\s+|listed\s+|available\s+|answer\s+|"
     r"five\s+|four\s+|three\s+|two\s+)*(?:options?|choices?|answers?|statements?|above|these|those|them)\b"
-    r"(?!\s+(?:except|but|besides|other\s+than))"
+    r"(?![^.,;]{0,20}\s(?:except|but|besides|other\s+than)\b)"
     r"|\b(?:is|are|there(?:'s|\s+is))\s+no\s+(?:single\s+|definitive\s+|one\s+)?"
     r"(?:correct|right|valid|suitable|appropriate|definitive|clear)\s+(?:answer|choice|option)"
     r"|\bno\s+(?:correct|right|valid|suitable|appropriate)\s+(?:answer|choice|option)"
@@ -201,6 +209,29 @@ TAKES_BACK = re.compile(
     r"on\s+second\s+thoughts?|I\s+made\s+(?:a\s+mistake|an\s+error)|correction\s*:)",
     re.IGNORECASE,
 )
+# A sentence that begins anew after a statement; it takes the statement back if it concludes.
+CORRECTS = re.compile(
+    r"(?:^|(?<=[.!?…\n])|—|\s-+)[\s*]*(?:but\s+|oh,?\s+|hmm[,.]*\s+)*(?:wait|hold\s+on|hmm|actually|sorry|"
+    r"on\s+reflection|let\s+me\s+(?:correct|redo|fix|rethink|reconsider|recompute|recalculate))\b",
+    re.IGNORECASE,
+)
+CONCLUDES_ANEW = re.compile(
+    r"\b(?:so|thus|therefore|hence|should\s+be|must\s+be|it(?:'s|\s+is)|instead|mak(?:es|ing)|gives?)\b|=|→"
+    r"|所以|因此|应",
+    re.IGNORECASE,
+)
+# A check of the result at the end of a text.
+CHECKS = re.compile(
+    r"(?:^|(?<=[.!?\n])\s*)[\s*#(]*(?:(?:we|you|I)\s+can\s+(?:also\s+)?(?:verify|check|confirm)|"
+    r"(?:as\s+a\s+)?(?:quick\s+)?(?:check|verification|verifying|checking)\b|to\s+(?:double[\s-]*)?(?:verify|check|confirm)\b|"
+    r"let(?:'s|\s+us|\s+me)\s+(?:\w+\s+)?(?:double[\s-]*)?(?:verify|check)\b|double[\s-]*check|验证|检验)",
+    re.IGNORECASE,
+)
+# A conclusion inside a check.
+AGAIN = re.compile(
+    r"\b(?:so|thus|therefore|hence|actually|wait|but|instead|wrong|mistake|not|answer|total)\b|n't\b|所以|因此",
+    re.IGNORECASE,
+)
 # The end of a text that stops in the middle of a sentence or an expression.
 STOPS = re.compile(
     r"(?:[-+*/×÷=(^]|\b(?:of|the|is|are|an?|to|and|for|by|with|that|we|[Ss]o|then|from|as))\s*$"
@@ -208,7 +239,7 @@ STOPS = re.compile(
 SENTENCE_END = re.compile(
     r"(?<=[!?])\s+"
     r"|(?<=\.)(?<!\bi\.e\.)(?<!\be\.g\.)(?<!\bvs\.)(?<!\bMr\.)(?<!\bDr\.)(?<!\bMrs\.)(?<!\bMs\.)"
-    r"(?<!\bSt\.)(?<!\bNo\.)(?<!\bapprox\.)\s+(?=[^\sa-z]|[a-z]\s)"
+    r"(?<!\bSt\.)(?<!\bNo\.)(?<!\bapprox\.)(?<!\bRs\.)(?<!\bca\.)(?<!\bcf\.)(?<!\bEq\.)(?<!\bFig\.)\s+(?=[^\sa-z]|[a-z]\s)"
     r"|(?<=[.!?][\"')*$])\s+(?=[A-Z])|\n+"
 )
 OFFER = re.compile(

@@ -17,10 +17,15 @@ from proxykd_jax.tasks.final_answer import (
 )
 
 PAIRS = (("true", "false"), ("yes", "no"), ("valid", "invalid"))
+# "no" as an answer, not before a noun: "there are no turns".
+_NO = (
+    r"no(?!\s+(?!(?:because|since|as|and|but|or|if|for|due|given|it|he|she|they|you|we|I|this|that|these|those|"
+    r"the|there|in|is|to|not)\b)[A-Za-z])"
+)
 # Synonyms of the words of a pair; a denied synonym means the other word.
 _SYNONYMS = {
-    "yes": r"yes|plausible|correct|true",
-    "no": r"no|implausible|incorrect|false",
+    "yes": r"yes|yep|yeah|yup|plausible|correct|true",
+    "no": rf"{_NO}|nope|nah|implausible|incorrect|false",
     "true": r"true",
     "false": r"false",
     "valid": r"valid",
@@ -32,9 +37,11 @@ _DENIES = (
 )
 _EDGES = "\"'“”‘’`*.,:;!?()[]{}$<>\\"
 _INTRODUCED = re.compile(
-    r"^[^:]*\b(?:brackets?|parenthes[ei]s|sequence|closing|missing|rest)\b[^:]*:\s*", re.IGNORECASE
+    r"^[^:]*\b(?:brackets?|parenthes[ei]s|sequence|closing|missing|rest|input|output|result|answer)\b[^:]*?(?::|\b(?:is|are)\b)\s*", re.IGNORECASE
 )
-_BRACKETS = re.compile(r"[()\[\]{}<>](?:[\s,\"'`]*[()\[\]{}<>])*")
+_BRACKETS = re.compile(r"[()\[\]{}<>](?:(?:[\s,\"'`]|\b(?:and|then)\b)*[()\[\]{}<>])*")
+# The braces of an answer in a box need not match.
+_BOX = re.compile(r"\\f?box(?:ed)?\s*\{\s*(?:\\text\s*\{(?=.*\}\}))?([()\[\]{}<>\s\\$]*[^\s$\\])\}")
 _LISTED = re.compile(r"^\s*(?:\d+[.):]|[-*•])\s*(.+?)\s*$")
 
 
@@ -108,9 +115,9 @@ def brackets_in(output: str, question: str) -> str | None:
 
     An answer that repeats the question's brackets is cut to the closing ones.
     """
-    text = without_emphasis(output)
+    text = without_emphasis(_BOX.sub(r"<answer>\1</answer>", output))
     decided, found = decide(text, lambda each: _brackets(each.text, question, whole=each.whole))
-    lines = [line for line in text.strip().split("\n") if line.strip()]
+    lines = [line for line in text.strip().split("\n") if line.strip(" `")]
     if decided or not lines:
         return found
     return _brackets(_INTRODUCED.sub("", lines[-1]), question, whole=True)
