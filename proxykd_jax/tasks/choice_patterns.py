@@ -65,12 +65,18 @@ CLAUSE = re.compile(
 )
 # What denies a choice that stands before it: "(A) is not", "(B) city can be eliminated".
 DOUBTS = re.compile(r"(?:\bnot|n't)\s+(?:think|believe|say)\b|\bdoubt\b", re.IGNORECASE)
-IS_WRONG = re.compile(
-    r"[\"'\s)*]*(?:\w+\s+){0,3}?(?:(?:is|are|was|were|do|does|did|can|could|would|should|must|may|has|have|"
+_IS_WRONG = (
+    r"(?:(?:is|are|was|were|do|does|did|can|could|would|should|must|may|has|have|"
     r"seems?|appears?)\b\s*(?:be\s+)?(?:(?:\w+ly|also|thus|a|an|the)\s+)*|\b(?=cannot|isn't|aren't|"
     r"doesn't|don't|can't|won't|wouldn't))(?:not\b|n't\b|cannot|\w+n't|wrong|incorrect|false|eliminated|excluded|ruled\s+out|"
-    r"unlikely|irrelevant|out\b)|\W*(?:选项|项)?\s*(?:不|错)",
-    re.IGNORECASE,
+    r"unlikely|irrelevant|out\b)"
+)
+_IS_WRONG_CHINESE = r"(?:选项|项)?\s*(?:不|错)"
+IS_WRONG = re.compile(rf"[\"'\s)*]*(?:\w+\s+){{0,3}}?{_IS_WRONG}|\W*{_IS_WRONG_CHINESE}", re.IGNORECASE)
+IS_WRONG_NOW = re.compile(rf"[\"'\s)*]*{_IS_WRONG}|\s*{_IS_WRONG_CHINESE}", re.IGNORECASE)
+# "A isn't right; B is."
+IS_INSTEAD = re.compile(
+    r"(?:\bnot\b|n't\b|\bwrong\b|\bincorrect\b).*(?:[;,.]\s*|\bbut\s+|\boption\s+)[(\[]?([A-Z])[)\]]?\s+(?:is|does|fits)\W*$"
 )
 # A verb behind a list of labels.
 FINITE = r"(?:is|are|was|were|do|does|can|could|has|have|would|should|must|may|might|seems?|fails?|fits?|works?)"
@@ -85,7 +91,7 @@ LEAVES = re.compile(
 # What follows a bare label at the start of a sentence that is an answer: "B, I think".
 ENDS_ANSWER = re.compile(r"\s*(?:[.,;!)]|$|(?:because|since|as|not|but|though|it\s+is)\b)")
 ENDS_IN_LABEL = re.compile(
-    r"\b(?i:so|thus|therefore|hence|leaves|leaving|choose|pick|select|go\s+with|only|is|be|but|towards?|"
+    r"\b(?i:so|thus|therefore|hence|leaves|leaving|choose|pick|select|go\s+with|only|is|be|but|towards?|likely|probably|definitely|clearly|surely|"
     r"(?:reflection|balance|instead|actually|rather|finally|ultimately|overall|had\s+to|in\s+the\s+end)(?=,)),?\s+"
     r"(?i:it(?:'s|\s+is|\s+must\s+be)\s+|option\s+|choice\s+|with\s+)*([B-Z0-9]|A(?=\W*$))\W*$"
     r"|\b(?i:is\s+it|answer|option|choice|conclusion)\s*:\s+([A-Z0-9])\W*$"
@@ -102,6 +108,9 @@ SO = re.compile(r"[,;.]\s+(?:and\s+)?(?:so|thus|therefore|hence)\b", re.IGNORECA
 # What points to one of several choices: "the one in Africa is ..", "only ..".
 POINTS_LAST = re.compile(
     r"(?<!\bnor\s)(?<!\bso\s)\b(?:is|be|are)(?:\s+(?:the|an?|in|at|called))?\W+$", re.IGNORECASE
+)
+POINTS_FIRST = re.compile(
+    r"\W*[,;-]?\s*(?:since|because|as|not|rather|and\s+not|but\s+not)\b", re.IGNORECASE
 )
 POINTS = re.compile(r"(?<!\bnot\s)\bonly\s+(?:the\s+|an?\s+)?\W*$", re.IGNORECASE)
 # A sentence that considers a choice, or goes through them, does not choose it.
@@ -120,7 +129,8 @@ CONCLUDES = re.compile(
 ONLY_LABELS = re.compile(r"[A-Z]{2,}[.)]?|(?:[(\[]?[A-Z0-9][)\]]?[\s,、;/&]*(?:and\s+)?){2,}[.]?")
 # What may follow a bare "A" or "I" that is a label and not a word.
 AFTER_LABEL = re.compile(
-    r"\s*(?:$|[^\w\s]|(?:because|since|as|is|are|and|or|for|due|with|which)\b)"
+    r"\s*(?:$|[^\w\s]|(?:because|since|as|is|are|and|or|for|due|with|which|here|over|then|instead|"
+    r"rather|not|but)\b)"
 )
 ORNAMENTS = "\"'`*_<> →⇒∴=>✅✓✔☑-"
 _YES = r"(?P<yes>yes|true|correct|right|✓|✔|✅|☑|对|正确)"

@@ -205,8 +205,10 @@ def _pointed_at(text: str, labels: Sequence[str], choices: Choices) -> str | Non
     for label in labels:
         for match in re.finditer(re.escape(dict(choices)[label].strip()), text, re.IGNORECASE):
             before, after = text[: match.start()], text[match.end() :]
+            first = not re.search(r"\w", re.sub(r"(?i)^\W*(?:the|an?)\b", "", before))
+            first = first and patterns.POINTS_FIRST.match(after) is not None
             last = patterns.POINTS_LAST.search(before) and not re.search(r"\w", after)
-            if last or (patterns.POINTS.search(before) and not patterns.IS_WRONG.match(after)):
+            if first or last or (patterns.POINTS.search(before) and not patterns.IS_WRONG.match(after)):
                 found.add(label)
     if len(found) == 1:
         return found.pop()
@@ -445,8 +447,13 @@ def _concluded(sentence: str, choices: Choices, *, brief: bool) -> str | None:
     alone = re.fullmatch(r"[(\[]?([A-Z0-9])[)\].:!]*", plain.strip(patterns.ORNAMENTS))
     if alone is not None:
         return as_label(alone[1], choices)
+    *_, so = patterns.SO.split(plain)
+    if so != plain and (found := _concluded(so, choices, brief=True)) is not None:
+        return found
     if patterns.CONSIDERS.match(plain):
         return None
+    if instead := patterns.IS_INSTEAD.search(plain):
+        return as_label(instead[1], choices)
     if (exact := _by_whole(plain, choices)) is not None:
         return exact
     if refuses_firmly(plain):

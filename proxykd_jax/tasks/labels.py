@@ -63,7 +63,7 @@ def labels_at_start(text: str, choices: Choices) -> str | None:
             if denied or "and" not in joined[0]:
                 break
         place = next_place
-    if not found:
+    if not found or (len(found) == 1 and patterns.IS_WRONG_NOW.match(text, place)):
         return None
     return "".join(sorted(set(found), key=labels.index))
 

@@ -60,7 +60,8 @@ MONTHS = (
 # "in 5 days", "for the 3 of them": a number that says when, for whom or out of how many.
 ADJUNCT = re.compile(
     rf"(?:\b(?:{MONTHS})|\b(?:day|week|month|year|step|page|question|case|hour|level|number|grade)"
-    r"|\b(?:in|after|for|within|over|at|every|per|during|from|by|until|than|among|between|with|"
+    r"|\b(?:in|after|for|within|over|at|every|per|during|from|by|until|than|among|between|"
+    r"(?<!up\s)(?<!left\s)(?<!leaving\s)(?<!remains\s)with|"
     r"out\s+of|of\s+the|of\s+(?:his|her|their|its|these|those)|all|each|each\s+of|when|if|"
     r"(?:after|before|by|when|of)\s+\w+ing)\s+(?:(?:the|an?|original|his|"
     r"her|their|its|these|those|only|just|about|approximately|next|first|last|other|all|another|day)"
@@ -117,6 +118,7 @@ EXPLAINS = re.compile(
     r"|\s*(?:\bis|,)\s+the\s+(?:sum|product|difference|total|average)\s+of\b"
     r"|,?\s+(?:until|before|so\s+that|in\s+order\s+to|not\s+counting|not\s+including|excluding|ignoring|without\s+counting|"
     r"apart\s+from|aside\s+from|even\s+though|although|though|despite|instead\s+of|rather\s+than)\b"
+    r"|[,;]\s+(?:and\s+)?the\s+(?:other|rest)\b|(?<=\d)\s*,?\s*(?:with\s+)?(?:an?\s+)?remainder(?:\s+of)?\s+\d"
     r"|,\s+(?:twice|half|double|\w+\s+times)\b|,\s+[$\d.,]+\s+(?:more|fewer|less)\s+than\b",
     re.IGNORECASE,
 )

@@ -87,6 +87,7 @@ def _readable(text: str) -> str:
     text = with_fractions(text)
     text = patterns.FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", text)
     text = re.sub(r"\\(?:times|cdot)(?![a-z])|·", "×", text).replace("\\div", "÷")
+    text = re.sub(r"(?<=\d)\s+x\s+(?=[$\d(])", " × ", text)
     # Other LaTeX becomes a separator, so that "\text{ab}5" and "$-3$" can be read.
     text = re.sub(
         r"\\(?:text|mathrm|mathbf|textbf|textit|mathit|mbox|rm)\s*\{([^{}]*)\}", r" \1", text

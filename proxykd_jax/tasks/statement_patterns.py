@@ -23,11 +23,11 @@ BEST = (
     r"reasonable|obvious|only|possible|valid|sensible|fitting|natural)"
 )
 SUBJECT = (
-    r"(?<!\w)(?:answers?(?:\s+(?:choice|option))?"
+    r"(?<!\w)(?:(?<!wrong\s)(?<!incorrect\s)(?<!false\s)(?<!other\s)answers?(?:\s+(?:choice|option))?"
     rf"|{BEST}\s+(?:answer\s+)?(?:choices?|options?|ones?|statements?|responses?|results?|closing"
     r"|order|sequence|list)"
     r"|(?:final|correct|right)\s+(?:value|total|number|amount|solution|verdict|conclusion|letter)"
-    r"|my\s+(?:final\s+)?(?:choice|pick|guess|selection|response))"
+    r"|the\s+choice|my\s+(?:final\s+)?(?:choice|pick|guess|selection|response))"
 )
 ABOUT = (
     r"(?:\s+(?:to|for|in|of|here|that|which|choice|option|then|therefore|(?:I|we|you)\s+\w+)\b[^.:=\n]{0,80}?"
@@ -62,7 +62,7 @@ LABEL_NEXT = r"(?=[\"'(\[]*[A-Z]+(?![A-Za-z]))"
 CHINESE = (
     r"(?:答案|选项)\s*(?:应该|应当|应|就|只能)?\s*(?:(?P<bu>不)(?:是|为|应是)|是|为|选择?|】|\])"
     r"\s*:?\s*"
-    rf"|答案?\s*:\s*|答案\s*(?=[(\[]*[A-Z0-9](?![A-Za-z]))"
+    rf"|(?:答案?|解答)\s*[:】\]]\s*|答案\s*(?=[(\[]*[A-Z0-9](?![A-Za-z]))"
     r"|(?<!不)(?<!不能)(?<!不应)(?<!不该)(?<!不会)(?<!不可)(?<!如果)(?<!若)选择?\s*:?\s*"
     rf"(?:的?是\s*)?{LABEL_NEXT}"
     r"|(?:故|因此|所以|综上|综上所述|应|应当|应该)\s*,?\s*(?:应?该?是|为|只有)?\s*"

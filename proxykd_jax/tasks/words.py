@@ -32,12 +32,13 @@ _SYNONYMS = {
     "invalid": r"invalid|does\s+not\s+follow|doesn't\s+follow",
 }
 _DENIES = (
-    r"(?:\b(?:not|cannot|never)|n't)\s+(?:be\s+)?(?:an?\s+|the\s+)?"
+    r"(?:\b(?:not|cannot|never)|n't)\s+(?:be\s+)?(?:(?:considered|called|deemed|regarded\s+as)\s+)?(?:an?\s+|the\s+)?"
     r"(?:(?:\w+ly|at\s+all|very|even|that)\s+)*"
 )
 _EDGES = "\"'“”‘’`*.,:;!?()[]{}$<>\\"
-_INTRODUCED = re.compile(
-    r"^[^:]*\b(?:brackets?|parenthes[ei]s|sequence|closing|missing|rest|input|output|result|answer)\b[^:]*?(?::|\b(?:is|are)\b)\s*", re.IGNORECASE
+# What stands around brackets in a line that gives them: "The closing brackets are ..", ".. is it".
+_AROUND = re.compile(
+    r"^[^:]*[A-Za-z)]\s*:\s*|^[^()\[\]{}<>]*\b(?:is|are|be)\b\s*|\s+(?:is|are)\b[^()\[\]{}<>]*$", re.IGNORECASE
 )
 _BRACKETS = re.compile(r"[()\[\]{}<>](?:(?:[\s,\"'`]|\b(?:and|then)\b)*[()\[\]{}<>])*")
 # The braces of an answer in a box need not match.
@@ -120,7 +121,9 @@ def brackets_in(output: str, question: str) -> str | None:
     lines = [line for line in text.strip().split("\n") if line.strip(" `")]
     if decided or not lines:
         return found
-    return _brackets(_INTRODUCED.sub("", lines[-1]), question, whole=True)
+    inside = _AROUND.sub("", lines[-1])
+    found = _brackets(inside, question, whole=True)
+    return found if inside == lines[-1] or (found and found[0] in ")]}>") else None
 
 
 def _brackets(text: str, question: str, *, whole: bool) -> str | None:
