@@ -25,7 +25,7 @@ RUN = re.compile(r"(?<![A-Za-z0-9_])[A-Z]{2,}(?![A-Za-z0-9_])")
 RIGHT = (
     r"(?:(?:most\s+)?(?:correct|right|best|better|appropriate|accurate|answer|true|valid|suitable|"
     r"plausible)|most\s+likely)\b(?=\s*(?:[.,;:!)\"'—]|$|(?:answer|choice|option|one|statement|"
-    r"response|explanation|description|because|since|as|and|for|here|in|to|based|so|due)\b))"
+    r"response|explanation|description|because|since|as|than|and|for|here|in|to|based|so|due)\b))"
 )
 CALLED_RIGHT = re.compile(
     r"(?:(?:[(\[]([A-Za-z0-9])[)\]]|(?i:\b(?:option|choice|answer|statement)\s+)([A-Z0-9]|[a-z](?=\)))\)?(?!\w))"
@@ -37,7 +37,8 @@ CALLED_RIGHT = re.compile(
     r"(?![^.]*\b(?:wrong|incorrect|false|eliminated|excluded|fails?)\b)"
     r"|\b(?:makes?|making)\s+[(\[]?([A-Z])[)\]]?\s+the\s+(?:\w+\s+)?(?:answer|choice|option)\b"
     r"|(?:^|\b(?:option|choice|so|but|and)\s+|,\s+)[(\[]?([A-Z])[)\]]?\s+(?:fits|works|matches|makes\s+(?:the\s+)?most\s+sense)\b"
-    r"|(?<![A-Za-z])([A-Z])\s*(?:选项|项)?\s*(?:是)?(?:正确|符合题意|说法正确)"
+    r"|(?<![A-Za-z])([A-Z])\s*(?:选项|项)?\s*(?:是)?(?:正确|符合|说法正确)"
+    r"|只有\s*([A-Z])(?![A-Za-z])"
 )
 OPTION = re.compile(
     r"(?i:\b(?:option|choice|answer|选项)\s*)[(\[]?([A-Z0-9]|[a-z](?=[)\]]))[)\]]?(?![A-Za-z0-9_])"
@@ -91,7 +92,7 @@ LEAVES = re.compile(
 # What follows a bare label at the start of a sentence that is an answer: "B, I think".
 ENDS_ANSWER = re.compile(r"\s*(?:[.,;!)]|$|(?:because|since|as|not|but|though|it\s+is)\b)")
 ENDS_IN_LABEL = re.compile(
-    r"\b(?i:so|thus|therefore|hence|leaves|leaving|choose|pick|select|go\s+with|only|is|be|but|towards?|likely|probably|definitely|clearly|surely|"
+    r"\b(?i:so|thus|therefore|hence|leaves|leaving|choose|pick|select|go\s+with|only|is|be|but|towards?|corresponds\s+to|corresponding\s+to|matches|likely|probably|definitely|clearly|surely|"
     r"(?:reflection|balance|instead|actually|rather|finally|ultimately|overall|had\s+to|in\s+the\s+end)(?=,)),?\s+"
     r"(?i:it(?:'s|\s+is|\s+must\s+be)\s+|option\s+|choice\s+|with\s+)*([B-Z0-9]|A(?=\W*$))\W*$"
     r"|\b(?i:is\s+it|answer|option|choice|conclusion)\s*:\s+([A-Z0-9])\W*$"
@@ -110,7 +111,7 @@ POINTS_LAST = re.compile(
     r"(?<!\bnor\s)(?<!\bso\s)\b(?:is|be|are)(?:\s+(?:the|an?|in|at|called))?\W+$", re.IGNORECASE
 )
 POINTS_FIRST = re.compile(
-    r"\W*[,;-]?\s*(?:since|because|as|not|rather|and\s+not|but\s+not)\b", re.IGNORECASE
+    r"\W*[,;-]?\s*(?:since|because|as|not|rather|and\s+not|but\s+not|which|i\.e|that\s+is)\b", re.IGNORECASE
 )
 POINTS = re.compile(r"(?<!\bnot\s)\bonly\s+(?:the\s+|an?\s+)?\W*$", re.IGNORECASE)
 # A sentence that considers a choice, or goes through them, does not choose it.
@@ -144,12 +145,15 @@ JUDGED_LAST = re.compile(rf"[\s,.:;(]+(?:{_NO}|{_YES})[^\w\n]*$", re.IGNORECASE)
 ALL = re.compile(r"\ball\s+of\s+(?:the\s+)?(?:above|these|them|options|choices)\b", re.IGNORECASE)
 # Verdicts on two things in turn: "the first is true, but the second is not".
 VERDICT = re.compile(
-    r"(?P<denied>\b(?:not|isn't|aren't|doesn't|cannot\s+be)\s+(?:\w+ly\s+)*(?:a\s+|be\s+)?)?"
+    r"(?P<denied>\b(?:not|isn't|aren't|doesn't|nothing|cannot\s+be)\s+(?:\w+ly\s+)*(?:a\s+|be\s+)?)?"
     r"\b(?:(?P<right>true|correct|right|hold|holds|acceptable|fine|okay|ok)"
     r"|(?:wrong|false|incorrect|untrue|does\s+not\s+hold|immoral))\b",
     re.IGNORECASE,
 )
 IS_NOT = re.compile(r"\W*(?:\w+\W+){0,4}?(?:(?:is|does|do|are|was)\s+not|\w+n't)\W*$", re.IGNORECASE)
+IS_TOO = re.compile(r"\W*(?:is|does|do|are|was)(?:\s+(?:too|also))?\W*$", re.IGNORECASE)
+AS_WELL = re.compile(r"\b(?:so|nor|neither)\s+(?:is|does|are|was)\s*$", re.IGNORECASE)
+DENIES = re.compile(r"\bnot\b|n't\b", re.IGNORECASE)
 BOTH = re.compile(r"\b(?:both|neither)\b(?!\s+(?:of\s+)?(?:the\s+)?options)", re.IGNORECASE)
 _THING = r"(?:statement|scenario|claim|case|action)"
 FIRST_OR_SECOND = re.compile(

@@ -184,7 +184,8 @@ def _by_text(text: str, choices: Choices) -> str | None:
     if len(every) == 1 and patterns.ALL.search(text):
         return every[0]
     if is_mathematical(text) or any(is_mathematical(choice) for _, choice in choices):
-        equal = [label for label, choice in choices if same_value(text, choice)]
+        end = text.rpartition("=")[2].rstrip(" .")
+        equal = [label for label, choice in choices if same_value(end, choice)]
         if len(equal) == 1:
             return equal[0]
         if not re.search(r"[A-Za-z]{3}", text):
@@ -203,7 +204,9 @@ def _pointed_at(text: str, labels: Sequence[str], choices: Choices) -> str | Non
     """The one of several choices that a text points to: at its end, with "only", or after "so"."""
     found = set()
     for label in labels:
-        for match in re.finditer(re.escape(dict(choices)[label].strip()), text, re.IGNORECASE):
+        for match in re.finditer(
+            rf"(?<!\w){re.escape(dict(choices)[label].strip())}(?!\w)", text, re.IGNORECASE
+        ):
             before, after = text[: match.start()], text[match.end() :]
             first = not re.search(r"\w", re.sub(r"(?i)^\W*(?:the|an?)\b", "", before))
             first = first and patterns.POINTS_FIRST.match(after) is not None
@@ -395,14 +398,20 @@ def _both_verdicts(text: str) -> list[bool] | None:
     """The verdicts on the first and on the second of two things that a text names."""
     *_, together = [None, *patterns.BOTH.finditer(text)]
     said: dict[bool, bool] = {}
+    before = ""
     marks = [*patterns.FIRST_OR_SECOND.finditer(text)]
     for mark, after in itertools.zip_longest(marks, marks[1:]):
         part = text[mark.end() : after.start() if after else len(text)]
         ends = re.search(r"(?<=[^:\s])\s*\n|[.;]\s", part)
         part = part[: ends.start()] if ends else part
-        verdict = _verdict(part)
-        if verdict is None and patterns.IS_NOT.match(part) and said:
-            verdict = not list(said.values())[-1]
+        verdict, previous = _verdict(part), [*said.values()][-1:]
+        if verdict is None and previous:
+            if patterns.AS_WELL.search(text[: mark.start()]):
+                verdict = previous[0]
+            elif patterns.IS_NOT.match(part) or patterns.IS_TOO.match(part):
+                denies = patterns.DENIES.search(part), patterns.DENIES.search(before)
+                verdict = previous[0] == (bool(denies[0]) == bool(denies[1]))
+        before = part
         if verdict is not None:
             said[mark["second"] is not None] = verdict
     if len(said) == 2:
@@ -434,6 +443,9 @@ def _judged(text: str, choices: Choices) -> str | None:
         if verdict is not None:
             found[label] = verdict["yes"] is not None
     right = [label for label, is_right in found.items() if is_right]
+    left = [label for label, _ in choices if label not in found]
+    if not right and len(left) == 1 and labels_at_start(text, choices) == left[0]:
+        return left[0]
     return right[0] if len(found) == len(choices) and len(right) == 1 else None
 
 

@@ -61,7 +61,7 @@ MONTHS = (
 ADJUNCT = re.compile(
     rf"(?:\b(?:{MONTHS})|\b(?:day|week|month|year|step|page|question|case|hour|level|number|grade)"
     r"|\b(?:in|after|for|within|over|at|every|per|during|from|by|until|than|among|between|"
-    r"(?<!up\s)(?<!left\s)(?<!leaving\s)(?<!remains\s)with|"
+    r"(?<!up\s)(?<!ed\s)(?<!left\s)(?<!leaving\s)(?<!remains\s)with|"
     r"out\s+of|of\s+the|of\s+(?:his|her|their|its|these|those)|all|each|each\s+of|when|if|"
     r"(?:after|before|by|when|of)\s+\w+ing)\s+(?:(?:the|an?|original|his|"
     r"her|their|its|these|those|only|just|about|approximately|next|first|last|other|all|another|day)"
@@ -94,6 +94,10 @@ RANGE = re.compile(
     re.IGNORECASE,
 )
 LIST = re.compile(r"\W*\d[\d.,]*(?:\s*(?:,|,?\s*\band\b|;)\s+[$€£]?\d[\d.,]*)+\W*")
+# "not 12 or 36" at the end.
+NOT_THESE = re.compile(r"[,;]?\s+(?:and\s+)?not\s.*", re.DOTALL)
+# A number above or before its explanation.
+EXPLAINED = re.compile(r"(\S+)(?:\s*\n\s*\n|[.!]\s+(?=(?:This|That|Because|Explanation|Reason|Here)\b))")
 HYPHENED = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?)\s*-\s*(\d+(?:\.\d+)?)(?![\d.]*\s*[=+*/×])")
 RESTATED = re.compile(
     r"\b(?:i\.e\.|that\s+is|to\s+be\s+(?:exact|precise|more\s+precise)|(?:more\s+)?(?:precisely|exactly)(?=\s+[$€£]?\d)|in\s+other\s+words|(?:or\s+)?equivalently|"
@@ -119,7 +123,8 @@ EXPLAINS = re.compile(
     r"|,?\s+(?:until|before|so\s+that|in\s+order\s+to|not\s+counting|not\s+including|excluding|ignoring|without\s+counting|"
     r"apart\s+from|aside\s+from|even\s+though|although|though|despite|instead\s+of|rather\s+than)\b"
     r"|[,;]\s+(?:and\s+)?the\s+(?:other|rest)\b|(?<=\d)\s*,?\s*(?:with\s+)?(?:an?\s+)?remainder(?:\s+of)?\s+\d"
-    r"|,\s+(?:twice|half|double|\w+\s+times)\b|,\s+[$\d.,]+\s+(?:more|fewer|less)\s+than\b",
+    r"|,\s+(?:twice|half|double|\w+\s+times)\b"
+    r"|,\s+[$\d.,]+\s+(?:(?:more|fewer|less)\s+than|of\s+(?:them|which|whom|these|those))\b",
     re.IGNORECASE,
 )
 UNITS: dict[str, tuple[str, Fraction]] = {

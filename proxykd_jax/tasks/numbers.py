@@ -48,7 +48,7 @@ def number_in(output: str, question: str = "") -> str | None:
     )
     if decided:
         return found
-    if alone := re.match(r"(\S+)\s*\n\s*\n", text):  # a number above its explanation
+    if alone := patterns.EXPLAINED.match(text):
         found = canonical(alone[1].strip("*"))
         if found is not None:
             return found
@@ -185,6 +185,8 @@ def _goes_on(text: str) -> bool:
 
 def _is_range(text: str) -> bool:
     """Whether a text gives two numbers without deciding: "18 or 20", "between 3 and 4", "3-5"."""
+    main = patterns.NOT_THESE.sub("", _without_asides(text))
+    text = main if _numbers(main) else text
     if patterns.RANGE.search(text):
         return True
     if patterns.LIST.fullmatch(text):

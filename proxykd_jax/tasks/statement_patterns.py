@@ -24,7 +24,7 @@ BEST = (
 )
 SUBJECT = (
     r"(?<!\w)(?:(?<!wrong\s)(?<!incorrect\s)(?<!false\s)(?<!other\s)answers?(?:\s+(?:choice|option))?"
-    rf"|{BEST}\s+(?:answer\s+)?(?:choices?|options?|ones?|statements?|responses?|results?|closing"
+    rf"|{BEST}\s+(?:answer\s+)?(?:choices?|options?|ones?|statements?|responses?|results?|match|fit|candidates?|closing"
     r"|order|sequence|list)"
     r"|(?:final|correct|right)\s+(?:value|total|number|amount|solution|verdict|conclusion|letter)"
     r"|the\s+choice|my\s+(?:final\s+)?(?:choice|pick|guess|selection|response))"
@@ -36,7 +36,7 @@ ABOUT = (
 VERB = (
     r"(?:\s*\b(?:is|are|was|were)(?P<no>n't\b)?"
     r"|'s\b"
-    r"|\s+(?:would|will|should|must|could|may|might|can)(?P<nor>n't|\s*not)?\s+be\b"
+    r"|\s+(?:would|will|should|must|could|may|might|can)(?P<nor>n't|\s*not)?(?:\s+(?:therefore|thus|then|hence|surely|clearly|indeed))?\s+be\b"
     r"|\s+(?:can't|won't)(?P<nt>)\s+be\b"
     r"|\s+(?:has|have|needs|appears?|seems?|turns\s+out|works\s+out|would\s+have)\s+to\s+be\b"
     r"|\s+(?:equals|comes\s+(?:out\s+)?to)\b)"
@@ -54,7 +54,7 @@ CHOOSE = (
     r"\s+(?:that\s+)?"
     r"|(?<!\w)I(?:'ve|\s+have)\s+(?:chosen|selected|picked)\s+"
     r"|(?<!\w)I(?:'m|\s+am)\s+(?:going\s+(?:with|for)|choosing|picking|selecting)\s+"
-    r"|(?<!\w)(?:I|we)(?:'d|'ll|\s+would|\s+will|'m|\s+am)\s+(?:answer|guess|lean(?:ing)?\s+towards?|bet\s+on)\s+"
+    r"|(?<!\w)(?:I|we)(?:'d|'ll|\s+would|\s+will|'m|\s+am)?\s+(?:answer|prefer|favou?r|guess|lean(?:ing)?\s+towards?|bet\s+on)\s+"
     rf"{LETTER_NEXT}"
     r"|\blet's\s+(?:go\s+with|choose|pick|select|say)\s+"
 )
@@ -154,7 +154,7 @@ POINTER = re.compile(
 )
 REASONS = re.compile(r"\W*(?:let|first|next|we|to|step|since|because|given|here)\b", re.IGNORECASE)
 INSTEAD = re.compile(
-    r"(?:\b(?:but|rather|instead)\b[\s,:]*(?:it(?:'s|\s+is)\s+)?|[,;]\s*it(?:'s|\s+is)\s+"
+    r"(?:\b(?:but|rather|instead)\b[\s,:]*(?:it(?:'s|\s+is)\s+)?|[,;]\s*(?:(?:so|thus|therefore|hence)\s+)?it(?:'s|\s+is)\s+"
     r"|而?是\s*)(?!not\b)",
     re.IGNORECASE,
 )

@@ -57,6 +57,8 @@ def one_of(output: str, pair: tuple[str, str]) -> str | None:
     The word of the last final statement. Otherwise the first word of the text, if it is one of the
     two. Otherwise the last one in the last sentences of the last paragraph.
     """
+    asked = rf"\b{pair[0]}\s*(?:/|or)\s*{pair[1]}\s*[:?]"
+    output = re.sub(asked, "", output, flags=re.IGNORECASE)
     text = without_emphasis(output)
     decided, found = decide(text, lambda statement: _in_statement(statement, pair))
     if decided:
@@ -88,7 +90,7 @@ def _in_statement(statement: Statement, pair: tuple[str, str]) -> str | None:
 def _both(text: str, pair: tuple[str, str]) -> bool:
     if pair == PAIRS[0]:  # "True or False" is an expression
         return False
-    joined = rf"\b{pair[0]}(?:\s+(?:or|and)\s+|\s*/\s*){pair[1]}\b"
+    joined = rf"\b{pair[0]}(?:\s+(?:or|and|nor)\s+|\s*/\s*){pair[1]}\b"
     return re.search(joined, text, re.IGNORECASE) is not None
 
 
