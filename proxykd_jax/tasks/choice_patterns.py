@@ -17,6 +17,7 @@ NAMED = re.compile(
     r"(?:(?:the|option|choice|answer|statement|letter|maybe|perhaps|possibly|even)\s+)*",
     re.IGNORECASE,
 )
+OR_VALUE = re.compile(r"\d\W*\sor\s\W*\d")
 OR = re.compile(r"\bor\b|或|/", re.IGNORECASE)
 BRACKETED = re.compile(r"[(\[]\s*([A-Za-z0-9])\s*(?:[)\]]|$)")
 BARE = re.compile(r"(?<![A-Za-z0-9_\\])([A-Z0-9])(?![A-Za-z0-9_]|'[a-z])")
@@ -131,7 +132,7 @@ ONLY_LABELS = re.compile(r"[A-Z]{2,}[.)]?|(?:[(\[]?[A-Z0-9][)\]]?[\s,、;/&]*(?:
 # What may follow a bare "A" or "I" that is a label and not a word.
 AFTER_LABEL = re.compile(
     r"\s*(?:$|[^\w\s]|(?:because|since|as|is|are|and|or|for|due|with|which|here|over|then|instead|"
-    r"rather|not|but)\b)"
+    r"rather|not|but|it\s+is)\b)"
 )
 ORNAMENTS = "\"'`*_<> →⇒∴=>✅✓✔☑-"
 _YES = r"(?P<yes>yes|true|correct|right|✓|✔|✅|☑|对|正确)"

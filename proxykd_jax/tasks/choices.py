@@ -160,12 +160,19 @@ def _preferred(text: str, choices: Choices) -> str:
 def _by_whole(text: str, choices: Choices) -> str | None:
     """The choice whose text is all of a span, perhaps after words such as "the" or "option"."""
     start = patterns.LEAD.match(text)
-    for part in (text, text[start.end() :] if start else text):
-        words = normalised_words(part)
-        exact = [label for label, choice in choices if words and normalised_words(choice) == words]
+    negative = re.match(r"\W*-\s?[\d.\\]", text)
+    for part in (text, text if negative or start is None else text[start.end() :]):
+        exact = [label for label, choice in choices if _is_same(part, choice)]
         if len(exact) == 1:
             return exact[0]
     return None
+
+
+def _is_same(text: str, choice: str) -> bool:
+    """Whether a text has the words of a choice and no others; signs count in formulas."""
+    words = normalised_words(text)
+    same = bool(words) and words == normalised_words(choice)
+    return same and (not is_mathematical(choice) or same_value(text.strip(" .!="), choice))
 
 
 def _by_start(text: str, choices: Choices) -> str | None:
@@ -190,7 +197,11 @@ def _by_text(text: str, choices: Choices) -> str | None:
             return equal[0]
         if not re.search(r"[A-Za-z]{3}", text):
             return None
-    said = {label: choice for label, choice in texts.items() if _within(choice, words)}
+    said = {
+        label: texts[label]
+        for label, choice in choices
+        if _within(texts[label], words) and (not is_mathematical(choice) or _signs_agree(text, choice))
+    }
     kept = [
         label
         for label, choice in said.items()
@@ -226,9 +237,16 @@ def _by_words(text: str, choices: Choices) -> str | None:
     for label, choice in choices:
         rest = iter(words)
         own = normalised_words(choice)
-        if own and len(words) <= 2 * len(own) and all(word in rest for word in own):
+        signed = is_mathematical(choice) and not _signs_agree(text, choice)
+        if own and not signed and len(words) <= 2 * len(own) and all(word in rest for word in own):
             found.append(label)
     return found[0] if len(found) == 1 and not patterns.EXCLUDES.search(text) else None
+
+
+def _signs_agree(text: str, choice: str) -> bool:
+    """Whether a text has a choice with no sign before it and nothing that goes on behind it."""
+    own = r"\s*".join(re.escape(part) for part in choice.split())
+    return re.search(rf"(?<![\w.√/^-]){own}(?!\w|[/^.]\w)", text) is not None
 
 
 def _within(part: Sequence[str], words: Sequence[str]) -> bool:
@@ -359,8 +377,7 @@ def _as_a_whole(text: str, choices: Choices) -> str | None:
         own = normalised_words(dict(choices)[label])
         if not lower["own"] or normalised_words(lower["own"])[: len(own)] == own:
             return label
-    words = normalised_words(first if not rest.strip() else text)
-    exact = [label for label, choice in choices if normalised_words(choice) == words]
+    exact = [label for label, choice in choices if _is_same(first if not rest.strip() else text, choice)]
     return exact[0] if len(exact) == 1 else None
 
 
@@ -490,7 +507,16 @@ def _concluded(sentence: str, choices: Choices, *, brief: bool) -> str | None:
     if patterns.BRACKETED.search(plain) or not (brief or patterns.CONCLUDES.search(plain)):
         return None
     if any(is_mathematical(text) for _, text in choices):
+        if patterns.OR_VALUE.search(sentence):
+            return ""
         value = concluded_value(sentence)
+        end = sentence.rpartition("=")[2].strip(" .")
+        for each in (end, unwrapped(end)):
+            if (exact := _by_whole(each, choices)) is not None:
+                return exact
+            equal = [label for label, text in choices if same_value(each, text)]
+            if len(equal) == 1:
+                return equal[0]
         equal = [label for label, text in choices if value and same_value(value, text)]
         if len(equal) == 1:
             return equal[0]

@@ -249,12 +249,15 @@ def closing_sentences(text: str) -> list[str]:
 
 
 def without_check(text: str) -> str:
-    """A text without the check of its result at its end, if it does not conclude again."""
-    for match in patterns.CHECKS.finditer(text):
-        before, after = text[: match.start()].strip(), text[match.start() :]
-        again = patterns.AGAIN.search(after) or any(mark.search(after) for mark in _MARKS)
-        if re.search(r"\w", before) and not again:
-            return before
+    """A text without the check of its result and the notes at its end, if they do not conclude."""
+    for pattern in (patterns.NOTES, patterns.CHECKS):
+        for match in pattern.finditer(text):
+            before, after = text[: match.start()].strip(), text[match.start() :]
+            again = patterns.AGAIN.search(after) or any(mark.search(after) for mark in _MARKS)
+            denies = pattern is patterns.CHECKS and re.search(r"\bnot\b|n't\b", after)
+            if re.search(r"\w", before) and not again and not denies:
+                text = before
+                break
     return text
 
 

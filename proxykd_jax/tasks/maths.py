@@ -39,6 +39,8 @@ _UNIT = (
 )
 _POWER = r"(?:\s*\^\s*\{?\s*-?\d\s*\}?|[²³])?"
 _UNITS = re.compile(rf"(?<=[\d}})\s])(?:{_UNIT}{_POWER})(?:\s*(?:/|per\s)\s*{_UNIT}{_POWER})?\s*$")
+# "x = 4 or x = -1"
+_SEVERAL = re.compile(r"([A-Za-z])\s*=[^=]*(?:,|\bor\b|\band\b)[^=]*(?<![A-Za-z])\1\s*=")
 _SPACED = re.compile(r"(?<![\d.])\d{1,3}(?:(?:\\[,;: ]|~|[ '])\d{3})+(?![\d/])")
 _MIXED = re.compile(r"(?<![\d.^/])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d/])")
 _SCALED = re.compile(r"(?<=\d)\s*(?:\\text\s*\{)?\s*(thousand|million|billion|trillion)\b\s*\}?")
@@ -178,6 +180,7 @@ def plain(text: str) -> str:
         .replace(",\\!", ",")
         .replace("\\!", "")
     )
+    text = re.sub(r"(?<![\\A-Za-z])sqrt(?![A-Za-z])", r"\\sqrt ", text)
     for sign, latex in {"−": "-", "√": "\\sqrt ", "π": "\\pi ", "∞": "\\infty ", "°": ""}.items():
         text = text.replace(sign, latex)
     text = text.replace("×", "*").replace("·", "*").replace("≤", "\\le ").replace("≥", "\\ge ")
@@ -221,7 +224,7 @@ def concluded_value(sentence: str, blanks: int = 1) -> str | None:
     formulas = [next(g for g in m.groups() if g) for m in _MATHS.finditer(sentence)]
     if formulas:
         return ";".join(formulas[-blanks:]) if blanks > 1 else _right_side(formulas[-1])
-    numbers = re.findall(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:/\d+)?", sentence)
+    numbers = re.findall(r"(?<![\w.√])-?\d[\d,]*(?:\.\d+)?(?:/\d+)?", sentence)
     if numbers or re.search(r"\d", sentence):
         return numbers[-1] if numbers else None
     worded = [each for start, end, each in in_words(sentence) if sentence[start:end] not in ("one", "One")]
@@ -230,6 +233,8 @@ def concluded_value(sentence: str, blanks: int = 1) -> str | None:
 
 def _right_side(formula: str) -> str:
     """The end of a chain of equations; a single equation with letters stays as it is."""
+    if _SEVERAL.search(formula):
+        return formula
     left, _, right = formula.partition("=")
     if formula.count("=") == 1 and (letters_in(right) or letters_in(re.sub(r"\\[A-Za-z]+", "", left))):
         return formula

@@ -90,7 +90,7 @@ CALCULATES = re.compile(r"\d\s*(?:[×^*+]|x\s*\d)")
 UNIT_EQUALS = re.compile(r"(?:\s*[A-Za-z³°%/]+){1,3}\s*[=≈]")
 RANGE = re.compile(
     r"\b(?:between|from)\s+[^\d]{0,5}[\d.,]+\w*\s*(?:and|to|-)\s*[^\d]{0,3}\d"
-    r"|\d[\w%]*\s*(?:\b(?:or|to)\b|或|至|到)\s*[$€£]?\d",
+    r"|\d[\w%]*\s*(?:\b(?:or|to)\b|±|或|至|到)\s*[$€£]?\d",
     re.IGNORECASE,
 )
 LIST = re.compile(r"\W*\d[\d.,]*(?:\s*(?:,|,?\s*\band\b|;)\s+[$€£]?\d[\d.,]*)+\W*")
@@ -102,11 +102,22 @@ HYPHENED = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?)\s*-\s*(\d+(?:\.\d+)?)(?![\d.]*
 RESTATED = re.compile(
     r"\b(?:i\.e\.|that\s+is|to\s+be\s+(?:exact|precise|more\s+precise)|(?:more\s+)?(?:precisely|exactly)(?=\s+[$€£]?\d)|in\s+other\s+words|(?:or\s+)?equivalently|"
     r"round(?:s|ed|ing)?(?:\s+(?:up|down|off))?\s+to\s+(?:the\s+nearest\s+[\w\s]+?,?\s*(?:which\s+)?"
-    r"(?:is|gives|=)|(?=[$€£]?\d|about)))[\s,:]*",
+    r"(?:is|gives|=)|(?=[$€£]?\d|about)))(?![\s,:]*\d+\s*/\s*\d+\W*$)[\s,:]*",
     re.IGNORECASE,
 )
 # "- 33" in a list.
 BULLET_NUMBER = re.compile(r"(?<=\n)[ \t]*[-•]\s+(?=[$€£]?\d)")
+# "5 hours and 30 minutes"
+COMPOUND = re.compile(
+    r"[$€£]?([\d,.]*\d)\s+([A-Za-z]+)(?:,\s*|\s+)(?:and\s+)?([\d,.]*\d)\s+([A-Za-z]+)"
+)
+AND_CENTS = re.compile(r"(\$\d[\d,]*)\s+and\s+(\d{1,2})\s+cents?\b")
+REASON = re.compile(r"[,;]?\s+(?:because|since|given\s+that)\b", re.IGNORECASE)
+# A text that is only an amount, a range or a list: "5 ft 6 in", "3-5", "3, 4 and 5".
+AMOUNT = re.compile(
+    r"\W*(?:[^\sA-Za-z]*\d\S*\s*(?:(?!(?:of|and|or|to)\b)[A-Za-z]+[.,]?\s*)?(?:(?:and|or|to)\s+)?){1,4}\W*",
+    re.IGNORECASE,
+)
 # Longer ones are not answers, and Python refuses to parse much longer ones.
 ENDLESS = re.compile(r"\d{200,}")
 # The part after such a word concludes from the part before.
@@ -140,4 +151,6 @@ UNITS: dict[str, tuple[str, Fraction]] = {
     "year": ("age", Fraction(12)),
 }  # fmt: skip
 PLURAL = {"feet": "foot", "inches": "inch", "metre": "meter", "kilometre": "kilometer",
-           "centimetre": "centimeter"}  # fmt: skip
+           "centimetre": "centimeter", "ft": "foot", "in": "inch", "hr": "hour", "min": "minute",
+           "sec": "second", "lb": "pound", "oz": "ounce", "kg": "kilogram", "g": "gram",
+           "km": "kilometer", "m": "meter", "cm": "centimeter"}  # fmt: skip

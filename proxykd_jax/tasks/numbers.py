@@ -57,6 +57,8 @@ def number_in(output: str, question: str = "") -> str | None:
         return bold.pop()
     text = without_emphasis(text)
     closing = closing_sentences(text)
+    if len(sentences(text)) == 1 and patterns.AMOUNT.fullmatch(text):
+        return _of_text(text, question) or None
     for sentence in closing:
         if refuses(sentence):
             return None
@@ -79,6 +81,7 @@ def canonical(text: str) -> str | None:
 
 def _readable(text: str) -> str:
     text = patterns.BULLET_NUMBER.sub("", patterns.ENDLESS.sub(" ", text))
+    text = patterns.AND_CENTS.sub(lambda m: f"{m[1]}.{m[2]:0>2}", text)
     text = patterns.CALCULATION.sub(lambda m: m[2] or m[1].rpartition("=")[2], text)
     text = text.replace("{,}", ",").replace("\\!", "")
     text = re.sub(r"(?<=\d)(?:,?\\[,;: ]|~)(?=\d{3})", "", text)
@@ -203,9 +206,7 @@ def _compound(text: str, question: str) -> str | None:
     Dollars and cents are dollars unless it asks for cents. Other amounts are "" if it asks for
     neither unit; None if the text begins with no such amount.
     """
-    match = re.match(
-        r"[$€£]?([\d,.]*\d)\s+([A-Za-z]+)(?:,\s*|\s+)(?:and\s+)?([\d,.]*\d)\s+([A-Za-z]+)", text
-    )
+    match = patterns.COMPOUND.match(text)
     if match is None:
         return None
     names = [_unit(match[2]), _unit(match[4])]
@@ -248,7 +249,7 @@ def _computed(text: str) -> str | None:
 def _concluded(sentence: str, question: str) -> str | None:
     """The number of a concluding sentence; "" for a formula, None if it has no number."""
     sentence = patterns.NUMBERED_TITLE.sub("", sentence)
-    if (restated := patterns.RESTATED.search(sentence)) and _numbers(sentence[restated.end() :]):
+    if (restated := patterns.RESTATED.search(_without_asides(sentence))) and _numbers(sentence[restated.end() :]):
         sentence = sentence[restated.end() :]
     if _is_formula(sentence):
         return ""
@@ -258,6 +259,8 @@ def _concluded(sentence: str, question: str) -> str | None:
         main = _without_asides(clause)
         if not _numbers(main):
             main = clause
+        if (reason := patterns.REASON.search(main)) and _chosen(main[: reason.start()], question):
+            main = main[: reason.start()]
         _, equals, after = main.rpartition("=")
         if equals and (found := _numbers(after, question)):
             left = [each for each in found if not patterns.DENIED.search(after[: each.start])]
@@ -279,6 +282,11 @@ def _concluded(sentence: str, question: str) -> str | None:
         if chosen is None:
             chosen = _chosen(main, question, adjuncts=True)
         if chosen is not None:
+            for each in patterns.COMPOUND.finditer(main):
+                if each.start() <= chosen.start < each.end():
+                    compound = _compound(main[each.start() :], question)
+                    if compound is not None:
+                        return compound
             return _text(chosen.value)
     return None
 

@@ -227,10 +227,16 @@ CHECKS = re.compile(
     r"let(?:'s|\s+us|\s+me)\s+(?:\w+\s+)?(?:double[\s-]*)?(?:verify|check)\b|double[\s-]*check|验证|检验)",
     re.IGNORECASE,
 )
-# A conclusion inside a check.
-AGAIN = re.compile(
-    r"\b(?:so|thus|therefore|hence|actually|wait|but|instead|wrong|mistake|not|answer|total)\b|n't\b|所以|因此",
+# A note at the end of a text, or a sentence in brackets.
+NOTES = re.compile(
+    r"(?:^|(?<=[.!?\n])\s*)[\s*#(_]*(?:please\s+)?(?:note\b|"
+    r"key\s+(?:takeaways?|formulas?|concepts?|points?|facts?|ideas?)\b)"
+    r"|(?<=[.!?])\s*\([A-Z][^()]{15,}\)\W*$",
     re.IGNORECASE,
+)
+# A conclusion inside a check or a note.
+AGAIN = re.compile(
+    r"\b(?:so|thus|therefore|hence|actually|wait|instead|wrong|mistake)\b|所以|因此", re.IGNORECASE
 )
 # The end of a text that stops in the middle of a sentence or an expression.
 STOPS = re.compile(

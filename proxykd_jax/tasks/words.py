@@ -35,6 +35,7 @@ _DENIES = (
     r"(?:\b(?:not|cannot|never)|n't)\s+(?:be\s+)?(?:(?:considered|called|deemed|regarded\s+as)\s+)?(?:an?\s+|the\s+)?"
     r"(?:(?:\w+ly|at\s+all|very|even|that)\s+)*"
 )
+_IS_NOT = re.compile(r"\b(?:isn't|is\s+not|(?:can't|cannot|can\s+not)\s+be)\s+\w+$", re.IGNORECASE)
 _EDGES = "\"'“”‘’`*.,:;!?()[]{}$<>\\"
 # What stands around brackets in a line that gives them: "The closing brackets are ..", ".. is it".
 _AROUND = re.compile(
@@ -107,7 +108,9 @@ def _said(text: str, pair: tuple[str, str]) -> list[str]:
     for match in re.finditer(pattern, text, re.IGNORECASE):
         word = pair[0] if match[pair[0]] else pair[1]
         # "not True" is an expression; "not" denies only adjectives.
-        denied = bool(match["denied"]) and pair != PAIRS[0]
+        denied = bool(match["denied"]) and (
+            pair != PAIRS[0] or _IS_NOT.search(text[: match.end()]) is not None
+        ) and (pair != PAIRS[0] or not re.search(r"\w", text[match.end() :]))
         found.append(pair[1 - pair.index(word)] if denied else word)
     value = re.fullmatch(r"\W*\w+\W*", text) is not None
     return found if value or not equals else []
