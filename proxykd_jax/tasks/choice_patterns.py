@@ -11,7 +11,7 @@ LEAD = re.compile(
     r"is|an?\s+combination\s+of|labell?ed|选项|选|为|是)(?![A-Za-z])[\s:,\"'`*]*)*",
     re.IGNORECASE,
 )
-LEAD_CHINESE = re.compile(r"[选项为是\s:]*")
+LEAD_CHINESE = re.compile(r"[选项为是\s:【]*")
 JOINED = re.compile(r"\s*(?:,|、|;|/|&|\+)?\s*(?:\b(?:and|or)\b|和|及|与|或)?\s*", re.IGNORECASE)
 NAMED = re.compile(
     r"(?:(?:the|option|choice|answer|statement|letter|maybe|perhaps|possibly|even)\s+)*",
@@ -25,7 +25,7 @@ LOWER = re.compile(r"([a-z])\s*[).:]?\s*$|([a-z])\)|([a-z])[.:]\s")
 RUN = re.compile(r"(?<![A-Za-z0-9_])[A-Z]{2,}(?![A-Za-z0-9_])")
 RIGHT = (
     r"(?:(?:most\s+)?(?:correct|right|best|better|appropriate|accurate|answer|true|valid|suitable|"
-    r"plausible)|most\s+likely)\b(?=\s*(?:[.,;:!)\"'—]|$|(?:answer|choice|option|one|statement|"
+    r"plausible)|most\s+likely)\b(?=\s*(?:[.,;:!)\"'—]|$|(?:answer|choice|option|one|fit|match|candidate|bet|statement|"
     r"response|explanation|description|because|since|as|than|and|for|here|in|to|based|so|due)\b))"
 )
 CALLED_RIGHT = re.compile(
@@ -37,7 +37,7 @@ CALLED_RIGHT = re.compile(
     r"|(?<!\w)[(\[]?([A-Z])[)\]]?(?:[.:]?\s+[^.\n,]{1,60}?)?\s+is\s+the\s+only\s+\w+(?:\s+\w+)?\s+(?:that|which|who|to|in|with|where)\b"
     r"(?![^.]*\b(?:wrong|incorrect|false|eliminated|excluded|fails?)\b)"
     r"|\b(?:makes?|making)\s+[(\[]?([A-Z])[)\]]?\s+the\s+(?:\w+\s+)?(?:answer|choice|option)\b"
-    r"|(?:^|\b(?:option|choice|so|but|and)\s+|,\s+)[(\[]?([A-Z])[)\]]?\s+(?:fits|works|matches|makes\s+(?:the\s+)?most\s+sense)\b"
+    r"|(?:^|\b(?:option|choice|so|but|and)\s+|,\s+)[(\[]?([A-Z])[)\]]?\s+(?:fits|works|matches|wins|stands\s+out|makes\s+(?:the\s+)?(?:most\s+)?sense)\b"
     r"|(?<![A-Za-z])([A-Z])\s*(?:选项|项)?\s*(?:是)?(?:正确|符合|说法正确)"
     r"|只有\s*([A-Z])(?![A-Za-z])"
 )
@@ -93,7 +93,7 @@ LEAVES = re.compile(
 # What follows a bare label at the start of a sentence that is an answer: "B, I think".
 ENDS_ANSWER = re.compile(r"\s*(?:[.,;!)]|$|(?:because|since|as|not|but|though|it\s+is)\b)")
 ENDS_IN_LABEL = re.compile(
-    r"\b(?i:so|thus|therefore|hence|leaves|leaving|choose|pick|select|go\s+with|only|is|be|but|towards?|corresponds\s+to|corresponding\s+to|matches|likely|probably|definitely|clearly|surely|"
+    r"\b(?i:so|thus|therefore|hence|leaves|leaving|choose|pick|select|go\s+with|only|is|be|but|towards?|supports?|favou?rs?|points?\s+to|indicates?|suggests?|corresponds\s+to|corresponding\s+to|matches|likely|probably|definitely|clearly|surely|"
     r"(?:reflection|balance|instead|actually|rather|finally|ultimately|overall|had\s+to|in\s+the\s+end)(?=,)),?\s+"
     r"(?i:it(?:'s|\s+is|\s+must\s+be)\s+|option\s+|choice\s+|with\s+)*([B-Z0-9]|A(?=\W*$))\W*$"
     r"|\b(?i:is\s+it|answer|option|choice|conclusion)\s*:\s+([A-Z0-9])\W*$"
@@ -128,6 +128,13 @@ CONCLUDES = re.compile(
     r"only|leav\w+|means|summary|overall|finally|based\s+on)\b|^\W*(?:it|this|that)(?:'s|\s+is)\b|所以|因此|故",
     re.IGNORECASE,
 )
+# "B over A", "A, not B": the choice that is not meant, at the end.
+PASSED_OVER = re.compile(
+    r"[,\s]+(?:over|rather\s+than|instead\s+of|(?:and\s+|but\s+)?not)\s+(?:option\s+)?[(\[]?[A-Z][)\]]?\W*$"
+)
+ALL_RIGHT = re.compile(r"((?:[A-Z]\s*[、,和及与]\s*)+[A-Z])\s*(?:项|选项)?\s*(?:均|都|是|说法)*\s*正确")
+SPACED = re.compile(r"[A-Z](?: [A-Z])+(?![\w'])")
+ONE_LABEL = re.compile(r"[\s(\[]*(?:\d+[.):]\s*)?[(\[]?([A-Z])[\s.)\]]*")
 ONLY_LABELS = re.compile(r"[A-Z]{2,}[.)]?|(?:[(\[]?[A-Z0-9][)\]]?[\s,、;/&]*(?:and\s+)?){2,}[.]?")
 # What may follow a bare "A" or "I" that is a label and not a word.
 AFTER_LABEL = re.compile(

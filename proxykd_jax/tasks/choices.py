@@ -54,6 +54,9 @@ def choice_in(output: str, choices: Choices, *, several: bool = False) -> str | 
     decided, found = decide(text, lambda statement: _read(statement, choices))
     if decided:
         return found
+    lines = [patterns.ONE_LABEL.fullmatch(line) for line in text.split("\n") if line.strip()]
+    if all(lines) and len({line[1] for line in lines if line}) > 1:
+        return None
     if (found := _judged(text, choices) or _as_a_whole(text, choices)) is not None:
         return found or None
     for part in bold_spans(output):
@@ -333,6 +336,8 @@ def _clauses(sentence: str, choices: Choices) -> Iterator[str]:
 
 def _called_right(sentence: str, choices: Choices) -> str | None:
     """The choice that a sentence calls correct."""
+    if together := patterns.ALL_RIGHT.search(sentence):
+        return labels_throughout(re.sub("[、和及与]", ",", together[1]), choices)
     negates = patterns.NEGATES.search(sentence)
     parts = (
         re.split(r"[;,]|\bbut\b|\bwhile\b|\bas\b|\bsince\b", sentence) if negates else [sentence]
@@ -355,7 +360,7 @@ def _as_a_whole(text: str, choices: Choices) -> str | None:
     plain = unwrapped(first).strip(patterns.ORNAMENTS)
     if patterns.ONLY_LABELS.fullmatch(plain) and not rest:
         return labels_at_start(plain, choices)
-    head = patterns.BRACKETED.match(plain) or re.match(r"([A-Z0-9])\s*(?:[).:,]|$)", plain)
+    head = patterns.BRACKETED.match(plain) or re.match(r"([A-Z0-9])\s*(?:[).:,]|(?=\()|$)", plain)
     label = as_label(head[1], choices) if head else None
     if head is not None and label is not None:
         others = re.match(r"\s*[(\[]?([A-Za-z0-9])[)\].:]", rest.lstrip())
@@ -491,6 +496,7 @@ def _concluded(sentence: str, choices: Choices, *, brief: bool) -> str | None:
         return _at_place(ordinal[1], choices)
     if (found := _called_right(plain, choices)) is not None:
         return found
+    plain = patterns.PASSED_OVER.sub("", plain)
     if leaves := patterns.LEAVES.search(plain) or patterns.INSTEAD.search(plain):
         plain = plain[leaves.end() :]
     if leaves or _is_answer(plain, choices):

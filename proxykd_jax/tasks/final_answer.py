@@ -267,7 +267,8 @@ def corrected(text: str) -> str | None:
     if last is None or not re.search(r"\w", text[: last.start()]):
         return None
     rest = text[last.end() :].lstrip(" ,.:-—")
-    return rest if patterns.CONCLUDES_ANEW.search(rest) else None
+    brief = len(rest.split()) <= patterns.MOST_WORDS_ANEW
+    return rest if brief or patterns.CONCLUDES_ANEW.search(rest) else None
 
 
 def refuses(text: str) -> bool:

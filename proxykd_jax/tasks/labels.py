@@ -41,6 +41,9 @@ def labels_at_start(text: str, choices: Choices) -> str | None:
     run = patterns.RUN.match(text, place)
     if run and set(run[0]) <= set(labels) and list(run[0]) == sorted(set(run[0])):
         return run[0]
+    spaced = patterns.SPACED.match(text, place)
+    if spaced and set(spaced[0]) <= {*labels, " "} and spaced[0].split() == sorted(set(spaced[0].split())):
+        return spaced[0].replace(" ", "")
     found: list[str] = []
     while (match := _label_at(text, place, choices, first=not found)) is not None:
         label, place = match

@@ -134,7 +134,7 @@ EXPLAINS = re.compile(
     r"|,?\s+(?:until|before|so\s+that|in\s+order\s+to|not\s+counting|not\s+including|excluding|ignoring|without\s+counting|"
     r"apart\s+from|aside\s+from|even\s+though|although|though|despite|instead\s+of|rather\s+than)\b"
     r"|[,;]\s+(?:and\s+)?the\s+(?:other|rest)\b|(?<=\d)\s*,?\s*(?:with\s+)?(?:an?\s+)?remainder(?:\s+of)?\s+\d"
-    r"|,\s+(?:twice|half|double|\w+\s+times)\b"
+    r"|,\s+(?:twice|half|double|\w+\s+times)\b|,\s+(?:up|down)\s+(?:by\s+|from\s+)?(?=[$\d])"
     r"|,\s+[$\d.,]+\s+(?:(?:more|fewer|less)\s+than|of\s+(?:them|which|whom|these|those))\b",
     re.IGNORECASE,
 )

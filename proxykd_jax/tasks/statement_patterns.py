@@ -65,7 +65,7 @@ CHINESE = (
     rf"|(?:答案?|解答)\s*[:】\]]\s*|答案\s*(?=[(\[]*[A-Z0-9](?![A-Za-z]))"
     r"|(?<!不)(?<!不能)(?<!不应)(?<!不该)(?<!不会)(?<!不可)(?<!如果)(?<!若)选择?\s*:?\s*"
     rf"(?:的?是\s*)?{LABEL_NEXT}"
-    r"|(?:故|因此|所以|综上|综上所述|应|应当|应该)\s*,?\s*(?:应?该?是|为|只有)?\s*"
+    r"|(?:故|因此|所以|综上|综上所述|应|应当|应该)\s*[,:]?\s*(?:应?该?是|为|只有)?\s*"
     r"(?=[A-Z](?:[A-Z、,和]*[A-Z])?\s*(?:项|选项)?\s*(?:[.;!]|$|正确|符合|对))"
     r"|(?:正确|错误|符合题意|符合要求|不当|有误|恰当)的?\s*(?:一项|选项|说法|结论)?\s*(?:的?是|为|有)"
     rf"\s*:?\s*{LABEL_NEXT}"
@@ -211,10 +211,13 @@ TAKES_BACK = re.compile(
 )
 # A sentence that begins anew after a statement; it takes the statement back if it concludes.
 CORRECTS = re.compile(
-    r"(?:^|(?<=[.!?…\n])|—|\s-+)[\s*]*(?:but\s+|oh,?\s+|hmm[,.]*\s+)*(?:wait|hold\s+on|hmm|actually|sorry|"
-    r"on\s+reflection|let\s+me\s+(?:correct|redo|fix|rethink|reconsider|recompute|recalculate))\b",
+    r"(?:^|(?<=[.!?…\n])|—|\s-+|,(?=\s*I\s+mean))[\s*]*(?:but\s+|oh,?\s+|hmm[,.]*\s+)*"
+    r"(?:wait|hold\s+on|hmm|actually|sorry(?=,)|no(?=,|\s+wait)(?:,?\s+wait)?|I\s+mean|(?:I|I've|I\s+have)\s+changed\s+my\s+mind|"
+    r"on\s+(?:reflection|(?:closer|second|further|more\s+careful)\s+(?:look|thought|inspection|reflection)s?)|let\s+me\s+(?:correct|redo|fix|rethink|reconsider|recompute|recalculate))\b",
     re.IGNORECASE,
 )
+# A correction with no more words is an answer itself.
+MOST_WORDS_ANEW = 3
 CONCLUDES_ANEW = re.compile(
     r"\b(?:so|thus|therefore|hence|should\s+be|must\s+be|it(?:'s|\s+is)|instead|mak(?:es|ing)|gives?)\b|=|→"
     r"|所以|因此|应",

@@ -189,7 +189,7 @@ def _in_order(lines: Sequence[str], asked: Sequence[str]) -> str | None:
         item = _LISTED.match(line)
         words += [_bare(word) for word in re.split(r"[\s,;<>→|]+", item[1] if item else line)]
     words = [
-        word for word in words if word in asked or (word and word != "and" and not word.isdigit())
+        word for word in words if word in asked or (re.search(r"\w", word) and word != "and" and not word.isdigit())
     ]
     places = [place for place, word in enumerate(words) if word in asked]
     if not places or (len(places) == 1 and len(asked) > 1):
