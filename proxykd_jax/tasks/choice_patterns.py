@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 LEAD = re.compile(
-    r"[\s:;,.\-—>\"'`*#<]*(?:(?:the|letter|option|choice|answer|statement|number|alternative|"
+    r"[\s:;,.\-—>\"'`*#<|]*(?:(?:the|letter|option|choice|answer|statement|number|alternative|"
     r"most\s+likely|yes|okay|probably|likely|definitely|clearly|therefore|thus|so|hence|either|both|options|choices|"
     r"statements|answers|I\s+(?:think|believe|say|guess)|maybe|perhaps|I'd\s+say|it\s+(?:is|must\s+be|should\s+be)|it's|that|this|"
     r"is|an?\s+combination\s+of|labell?ed|选项|选|为|是)(?![A-Za-z])[\s:,\"'`*]*)*",
@@ -106,6 +106,7 @@ PREFERS = re.compile(
     r"(?:I|we)(?:'d|'ll|\s+\w+)?\s+(?:say|choose|pick|go\s+with|prefer|lean\s+towards?))\b",
     re.IGNORECASE,
 )
+SO_NOT = re.compile(r"\W*(?:no|not|wrong|out|it(?:'s|\s+is)\s+(?:not|out|wrong))\W*", re.IGNORECASE)
 SO = re.compile(r"[,;.]\s+(?:and\s+)?(?:so|thus|therefore|hence)\b", re.IGNORECASE)
 # What points to one of several choices: "the one in Africa is ..", "only ..".
 POINTS_LAST = re.compile(
@@ -141,7 +142,7 @@ AFTER_LABEL = re.compile(
     r"\s*(?:$|[^\w\s]|(?:because|since|as|is|are|and|or|for|due|with|which|here|over|then|instead|"
     r"rather|not|but|it\s+is)\b)"
 )
-ORNAMENTS = "\"'`*_<> →⇒∴=>✅✓✔☑-"
+ORNAMENTS = "|\"'`*_<> →⇒∴=>✅✓✔☑-"
 _YES = r"(?P<yes>yes|true|correct|right|✓|✔|✅|☑|对|正确)"
 _NO = r"(?:no|not\s+(?:true|correct|right)|false|incorrect|wrong|✗|✘|❌|×|错误?|不正确)"
 LABEL_FIRST = re.compile(r"(?:(?:^|\n)\W*|(?<![A-Za-z0-9]))([A-Z0-9])(?![A-Za-z0-9])")

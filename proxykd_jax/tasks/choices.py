@@ -358,9 +358,11 @@ def _as_a_whole(text: str, choices: Choices) -> str | None:
     """
     first, _, rest = text.partition("\n")
     plain = unwrapped(first).strip(patterns.ORNAMENTS)
+    if not rest:
+        plain = re.sub(r"^(?:Option|Choice)\s+(?=[(\[]?[A-Z][)\]]?\s*[.:,)])", "", plain)
     if patterns.ONLY_LABELS.fullmatch(plain) and not rest:
         return labels_at_start(plain, choices)
-    head = patterns.BRACKETED.match(plain) or re.match(r"([A-Z0-9])\s*(?:[).:,]|(?=\()|$)", plain)
+    head = patterns.BRACKETED.match(plain) or re.match(r"([A-Z0-9])\s*(?:[).:,]|(?=\()|-+\s+(?=[A-Za-z]{2})|$)", plain)
     label = as_label(head[1], choices) if head else None
     if head is not None and label is not None:
         others = re.match(r"\s*[(\[]?([A-Za-z0-9])[)\].:]", rest.lstrip())
@@ -382,7 +384,9 @@ def _as_a_whole(text: str, choices: Choices) -> str | None:
         own = normalised_words(dict(choices)[label])
         if not lower["own"] or normalised_words(lower["own"])[: len(own)] == own:
             return label
-    exact = [label for label, choice in choices if _is_same(first if not rest.strip() else text, choice)]
+    below = [line for line in rest.split("\n") if any(_is_same(line, own) for _, own in choices)]
+    alone = not rest.strip() or (rest.startswith("\n") and not below)
+    exact = [label for label, own in choices if _is_same(first if alone else text, own)]
     return exact[0] if len(exact) == 1 else None
 
 
@@ -484,7 +488,7 @@ def _concluded(sentence: str, choices: Choices, *, brief: bool) -> str | None:
     *_, so = patterns.SO.split(plain)
     if so != plain and (found := _concluded(so, choices, brief=True)) is not None:
         return found
-    if patterns.CONSIDERS.match(plain):
+    if patterns.CONSIDERS.match(plain) or (so != plain and patterns.SO_NOT.fullmatch(so)):
         return None
     if instead := patterns.IS_INSTEAD.search(plain):
         return as_label(instead[1], choices)

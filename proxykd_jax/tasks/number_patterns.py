@@ -86,6 +86,10 @@ STANDS_ALONE = re.compile(
 OPERATOR = re.compile(
     r"\s*(?:[-+*/×÷^=≈]|\\approx|x\s*[$\d(]|times\b|plus\b|minus\b|divided\b|%?\s*of\s+\d)|\(\d"
 )
+GOES_ON = re.compile(rf"(?:\s*[A-Za-z]+(?=\s*[-+]))?(?:{OPERATOR.pattern})", re.IGNORECASE)
+# "a 90 L tank": the amount says which tank.
+ARTICLE = re.compile(r"\b(?:an?|every)\s+[$€£]?$", re.IGNORECASE)
+UNIT_AND_NOUN = re.compile(r"(?:[-\s]\s*[A-Za-z]+|%)\s+[a-z]")
 CALCULATES = re.compile(r"\d\s*(?:[×^*+]|x\s*\d)")
 UNIT_EQUALS = re.compile(r"(?:\s*[A-Za-z³°%/]+){1,3}\s*[=≈]")
 RANGE = re.compile(

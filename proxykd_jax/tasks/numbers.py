@@ -235,6 +235,7 @@ def _computed(text: str) -> str | None:
     plain = re.sub(r"[$€£¥,]", "", text).replace("×", "*").replace("÷", "/")
     plain = re.sub(r"(?<=\d)\s*x\s*(?=[\d(])", "*", plain)
     plain = re.sub(r"(?<=[\d)])\s*[A-Za-z°% ]*[.!]?\s*$", "", plain).strip()
+    plain = re.sub(r"(?<=\d)\s*[A-Za-z]+(?=\s*[-+])", "", plain)
     plain = re.sub(r"^(?:[A-Za-z]+\s+)*(?=[\d(-])", "", plain).rstrip(".!")
     if not re.fullmatch(r"(?:\\(?:sqrt|frac)|[-\d.+*/^(){}\s])+", plain) or not re.search(
         r"\d", plain
@@ -265,7 +266,7 @@ def _concluded(sentence: str, question: str) -> str | None:
         if equals and (found := _numbers(after, question)):
             left = [each for each in found if not patterns.DENIED.search(after[: each.start])]
             if left and (
-                left[0] is not found[0] or not patterns.OPERATOR.match(after, left[0].end)
+                left[0] is not found[0] or not patterns.GOES_ON.match(after, left[0].end)
             ):
                 return _text(left[0].value)
             return _computed(after) or ""
@@ -301,11 +302,14 @@ def _chosen(text: str, question: str, *, adjuncts: bool = False) -> Number | Non
     kept, last_adjunct = [], -1
     for each in _numbers(text, question):
         before = text[: each.start]
-        aged = re.match(r"-?\s*years?-\s*old", text[each.end :])
+        after = text[each.end :]
+        aged = re.match(r"-?\s*years?-\s*old", after)
+        attribute = patterns.ARTICLE.search(before) and patterns.UNIT_AND_NOUN.match(after)
         if each.ordinal or aged or patterns.DENIED.search(before):
             continue
         if not adjuncts and (
-            patterns.ADJUNCT.search(before)
+            attribute
+            or patterns.ADJUNCT.search(before)
             or (last_adjunct >= 0 and patterns.JOINED.fullmatch(text[last_adjunct : each.start]))
         ):
             last_adjunct = each.end

@@ -133,6 +133,7 @@ def brackets_in(output: str, question: str) -> str | None:
 
 def _brackets(text: str, question: str, *, whole: bool) -> str | None:
     """The first brackets of a text; of a whole one only if it holds nothing else."""
+    text = re.sub(r"\\[()\[\]]", " ", text)
     plain = text.replace("\\{", "{").replace("\\}", "}").replace("\\", " ").replace("$", " ")
     runs = [_joined(match[0]) for match in _BRACKETS.finditer(plain)]
     rest = _BRACKETS.sub("", plain).strip(_EDGES + " ")
