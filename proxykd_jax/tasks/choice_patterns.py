@@ -24,7 +24,7 @@ BARE = re.compile(r"(?<![A-Za-z0-9_\\])([A-Z0-9])(?![A-Za-z0-9_]|'[a-z])")
 LOWER = re.compile(r"([a-z])\s*[).:]?\s*$|([a-z])\)|([a-z])[.:]\s")
 RUN = re.compile(r"(?<![A-Za-z0-9_])[A-Z]{2,}(?![A-Za-z0-9_])")
 RIGHT = (
-    r"(?:(?:most\s+)?(?:correct|right|best|better|appropriate|accurate|answer|true|valid|suitable|"
+    r"(?:preferable|more\s+(?:accurate|precise|plausible|specific|appropriate|suitable|likely)|(?:most\s+)?(?:correct|right|best|better|appropriate|accurate|answer|true|valid|suitable|"
     r"plausible)|most\s+likely)\b(?=\s*(?:[.,;:!)\"'—]|$|(?:answer|choice|option|one|fit|match|candidate|bet|statement|"
     r"response|explanation|description|because|since|as|than|and|for|here|in|to|based|so|due)\b))"
 )
@@ -93,7 +93,7 @@ LEAVES = re.compile(
 # What follows a bare label at the start of a sentence that is an answer: "B, I think".
 ENDS_ANSWER = re.compile(r"\s*(?:[.,;!)]|$|(?:because|since|as|not|but|though|it\s+is)\b)")
 ENDS_IN_LABEL = re.compile(
-    r"\b(?i:so|thus|therefore|hence|leaves|leaving|choose|pick|select|go\s+with|only|is|be|but|towards?|supports?|favou?rs?|points?\s+to|indicates?|suggests?|corresponds\s+to|corresponding\s+to|matches|likely|probably|definitely|clearly|surely|"
+    r"(?<!nything\s)\b(?i:so|it's|thus|therefore|hence|leaves|leaving|choose|pick|select|go\s+with|only|is|be|but|towards?|supports?|favou?rs?|points?\s+to|indicates?|suggests?|corresponds\s+to|corresponding\s+to|matches|likely|probably|definitely|clearly|surely|"
     r"(?:reflection|balance|instead|actually|rather|finally|ultimately|overall|had\s+to|in\s+the\s+end)(?=,)),?\s+"
     r"(?i:it(?:'s|\s+is|\s+must\s+be)\s+|option\s+|choice\s+|with\s+)*([B-Z0-9]|A(?=\W*$))\W*$"
     r"|\b(?i:is\s+it|answer|option|choice|conclusion)\s*:\s+([A-Z0-9])\W*$"
@@ -129,6 +129,11 @@ CONCLUDES = re.compile(
     r"only|leav\w+|means|summary|overall|finally|based\s+on)\b|^\W*(?:it|this|that)(?:'s|\s+is)\b|所以|因此|故",
     re.IGNORECASE,
 )
+# "B is what I would choose": all of a text.
+SUBJECT = re.compile(
+    r"(?:[Oo]ption\s+)?[(\[]?([A-Z])[)\]]?\s+(?:is|was|would|must|has\s+to|looks?|seems?|appears?|stands|works|fits)\b"
+)
+CHOSEN = re.compile(r"\bI(?:'d|'ll|\s+would|\s+will)\s+\w+(?:\s+\w+)?\s+[(\[]?([A-Z])[)\]]?\W*$")
 # "B over A", "A, not B": the choice that is not meant, at the end.
 PASSED_OVER = re.compile(
     r"[,\s]+(?:over|rather\s+than|instead\s+of|(?:and\s+|but\s+)?not)\s+(?:option\s+)?[(\[]?[A-Z][)\]]?\W*$"
@@ -148,7 +153,7 @@ _NO = r"(?:no|not\s+(?:true|correct|right)|false|incorrect|wrong|✗|✘|❌|×|
 LABEL_FIRST = re.compile(r"(?:(?:^|\n)\W*|(?<![A-Za-z0-9]))([A-Z0-9])(?![A-Za-z0-9])")
 # A verdict on a choice, after its label and text or at the end of its line.
 JUDGED = re.compile(
-    rf"[\s).:\]|*—-]{{0,6}}(?:(?:is|are)\s+)?(?:{_YES}|{_NO})(?![A-Za-z])", re.IGNORECASE
+    rf"[\s).:?\]|*—-]{{0,6}}(?:(?:is|are)\s+)?(?:{_YES}|{_NO})(?![A-Za-z])", re.IGNORECASE
 )
 JUDGED_LAST = re.compile(rf"[\s,.:;(]+(?:{_NO}|{_YES})[^\w\n]*$", re.IGNORECASE)
 ALL = re.compile(r"\ball\s+of\s+(?:the\s+)?(?:above|these|them|options|choices)\b", re.IGNORECASE)

@@ -492,14 +492,21 @@ def _concluded(sentence: str, choices: Choices, *, brief: bool) -> str | None:
         return None
     if instead := patterns.IS_INSTEAD.search(plain):
         return as_label(instead[1], choices)
-    if (exact := _by_whole(plain, choices)) is not None:
-        return exact
+    for part in (plain, re.sub(r"\s+(?:is|does|fits)\W*$", "", plain)):
+        if (exact := _by_whole(part, choices)) is not None:
+            return exact
     if refuses_firmly(plain):
         return _label_of_refusal(choices) or ""
     if brief and (ordinal := patterns.ORDINAL.search(plain)):
         return _at_place(ordinal[1], choices)
     if (found := _called_right(plain, choices)) is not None:
         return found
+    if (
+        brief
+        and (subject := patterns.SUBJECT.match(plain) or patterns.CHOSEN.search(plain))
+        and not patterns.EXCLUDES.search(plain)
+    ):
+        return as_label(subject[1], choices)
     plain = patterns.PASSED_OVER.sub("", plain)
     if leaves := patterns.LEAVES.search(plain) or patterns.INSTEAD.search(plain):
         plain = plain[leaves.end() :]

@@ -67,6 +67,7 @@ def cleaned(output: str) -> str:
     ask itself after an answer.
     """
     text = _without_thoughts(output.translate(patterns.ASCII)).strip()
+    text = patterns.HTML_BOLD.sub("**", patterns.HTML.sub("", text))
     if ended := patterns.END_OF_TURN.search(text, 1):
         text = text[: ended.start()].strip()
     ends = [match.end() for each in _MARKS for match in [each.search(text)] if match]
@@ -290,7 +291,7 @@ def without_emphasis(text: str) -> str:
 
 def unwrapped(text: str) -> str:
     r"""A text without LaTeX's fonts and mathematics: "\text{(C) city}" becomes "(C) city"."""
-    before = None
+    before, text = None, re.sub(r"\{\\(rm|bf|it|sf|tt)\s+", r"\\text{", text)
     while before != text:
         before, text = text, patterns.WRAPPED.sub(r"\1", text)
     text = re.sub(r"\\[(\[\])]|\\[ ,;!]|\\quad", " ", text)

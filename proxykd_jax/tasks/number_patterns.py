@@ -116,6 +116,10 @@ COMPOUND = re.compile(
     r"[$€£]?([\d,.]*\d)\s+([A-Za-z]+)(?:,\s*|\s+)(?:and\s+)?([\d,.]*\d)\s+([A-Za-z]+)"
 )
 AND_CENTS = re.compile(r"(\$\d[\d,]*)\s+and\s+(\d{1,2})\s+cents?\b")
+# "Since 4 x 9 = 36, ": what stands before the main clause.
+PREMISE = re.compile(
+    r"\W*(?:since|because|as|given\s+that)\b[^,]*=[^,]*,\s+(?:[^,]*\bwhich\b[^,]*,\s+)?", re.IGNORECASE
+)
 REASON = re.compile(r"[,;]?\s+(?:because|since|given\s+that)\b", re.IGNORECASE)
 # A text that is only an amount, a range or a list: "5 ft 6 in", "3-5", "3, 4 and 5".
 AMOUNT = re.compile(
@@ -126,7 +130,7 @@ AMOUNT = re.compile(
 ENDLESS = re.compile(r"\d{200,}")
 # The part after such a word concludes from the part before.
 CLAUSE = re.compile(
-    r"[,;]\s+(?:and\s+)?(?:so|thus|therefore|hence|which\s+means|meaning|leaving)\b", re.IGNORECASE
+    r",?\s+for\s+a\s+(?:grand\s+)?(?:total|sum)\s+of\b|[,;]\s+(?:and\s+)?(?:making|giving|totall?ing|so|thus|therefore|hence|which\s+means|meaning|leaving)\b", re.IGNORECASE
 )
 # The part after such words explains the part before.
 EXPLAINS = re.compile(
@@ -137,7 +141,7 @@ EXPLAINS = re.compile(
     r"|\s*(?:\bis|,)\s+the\s+(?:sum|product|difference|total|average)\s+of\b"
     r"|,?\s+(?:until|before|so\s+that|in\s+order\s+to|not\s+counting|not\s+including|excluding|ignoring|without\s+counting|"
     r"apart\s+from|aside\s+from|even\s+though|although|though|despite|instead\s+of|rather\s+than)\b"
-    r"|[,;]\s+(?:and\s+)?the\s+(?:other|rest)\b|(?<=\d)\s*,?\s*(?:with\s+)?(?:an?\s+)?remainder(?:\s+of)?\s+\d"
+    r"|\s+after\s+(?:the|his|her|their)\b|[,;]\s+(?:and\s+)?the\s+(?:other|rest)\b|(?<=\d)\s*,?\s*(?:with\s+)?(?:an?\s+)?remainder(?:\s+of)?\s+\d"
     r"|,\s+(?:twice|half|double|\w+\s+times)\b|,\s+(?:up|down)\s+(?:by\s+|from\s+)?(?=[$\d])"
     r"|,\s+[$\d.,]+\s+(?:(?:more|fewer|less)\s+than|of\s+(?:them|which|whom|these|those))\b",
     re.IGNORECASE,

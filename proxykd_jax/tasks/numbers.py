@@ -256,6 +256,9 @@ def _concluded(sentence: str, question: str) -> str | None:
         return ""
     if patterns.RANGE.search(sentence) and len(_numbers(sentence)) == 2:
         return ""
+    premise = patterns.PREMISE.match(sentence)
+    if premise and _chosen(sentence[premise.end() :], question):
+        sentence = sentence[premise.end() :]
     for clause in patterns.CLAUSE.split(sentence)[::-1]:
         main = _without_asides(clause)
         if not _numbers(main):

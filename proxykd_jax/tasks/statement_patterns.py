@@ -123,6 +123,8 @@ WRAPPED = re.compile(
 NEXT_QUESTION = re.compile(
     r"\n\s*(?:#+\s*)?(?:Q|Question|Problem|User|Human|Instruction|问题?)\s*\d*\s*:", re.IGNORECASE
 )
+HTML = re.compile(r"</?(?:p|em|i|u|span|div)(?:\s[^<>]*)?>", re.IGNORECASE)
+HTML_BOLD = re.compile(r"</?(?:b|strong)>", re.IGNORECASE)
 END_OF_TURN = re.compile(r"<\|(?:im_end|im_start|eot_id|endoftext|end)\|>|</s>")
 NAMES_OF_THOUGHT = r"(?:think(?:ing)?|thoughts?|reasoning)"
 THOUGHT_BEGINS = re.compile(
