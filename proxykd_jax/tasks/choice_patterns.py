@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+# A label, perhaps in brackets.
+LETTER = r"[(\[]?([A-Z])[)\]]?"
+
 LEAD = re.compile(
     r"[\s:;,.\-—>\"'`*#<|]*(?:(?:the|letter|option|choice|answer|statement|number|alternative|"
     r"most\s+likely|yes|okay|probably|likely|definitely|clearly|therefore|thus|so|hence|either|both|options|choices|"
@@ -33,11 +36,11 @@ CALLED_RIGHT = re.compile(
     r"(?:[.:,]?\s+[^.\n]{1,80}?)?|(?<!\w)([A-Z0-9]))\s+(?:is|are|seems|must\s+be)\s+"
     r"(?:indeed\s+|therefore\s+|clearly\s+|thus\s+)?(?:(?:the|my)\s+)?(?:only\s+|final\s+)?"
     rf"{RIGHT}"
-    r"|\b[Oo]nly\s+(?:option\s+)?[(\[]?([A-Z])[)\]]?\s+(?:can|[a-z]+s)\b(?!\s+(?:\w+\s+)?(?:wrong|incorrect|false|eliminated|excluded))"
-    r"|(?<!\w)[(\[]?([A-Z])[)\]]?(?:[.:]?\s+[^.\n,]{1,60}?)?\s+is\s+the\s+only\s+\w+(?:\s+\w+)?\s+(?:that|which|who|to|in|with|where)\b"
+    rf"|\b[Oo]nly\s+(?:option\s+)?{LETTER}\s+(?:can|[a-z]+s)\b(?!\s+(?:\w+\s+)?(?:wrong|incorrect|false|eliminated|excluded))"
+    rf"|(?<!\w){LETTER}(?:[.:]?\s+[^.\n,]{{1,60}}?)?\s+is\s+the\s+only\s+\w+(?:\s+\w+)?\s+(?:that|which|who|to|in|with|where)\b"
     r"(?![^.]*\b(?:wrong|incorrect|false|eliminated|excluded|fails?)\b)"
-    r"|\b(?:makes?|making)\s+[(\[]?([A-Z])[)\]]?\s+the\s+(?:\w+\s+)?(?:answer|choice|option)\b"
-    r"|(?:^|\b(?:option|choice|so|but|and)\s+|,\s+)[(\[]?([A-Z])[)\]]?\s+(?:fits|works|matches|wins|stands\s+out|makes\s+(?:the\s+)?(?:most\s+)?sense)\b"
+    rf"|\b(?:makes?|making)\s+{LETTER}\s+the\s+(?:\w+\s+)?(?:answer|choice|option)\b"
+    rf"|(?:^|\b(?:option|choice|so|but|and)\s+|,\s+){LETTER}\s+(?:fits|works|matches|wins|remains|is\s+left|stands\s+out|makes\s+(?:the\s+)?(?:most\s+)?sense)\b"
     r"|(?<![A-Za-z])([A-Z])\s*(?:选项|项)?\s*(?:是)?(?:正确|符合|说法正确)"
     r"|只有\s*([A-Z])(?![A-Za-z])"
 )
@@ -74,14 +77,19 @@ _IS_WRONG = (
     r"unlikely|irrelevant|out\b)"
 )
 _IS_WRONG_CHINESE = r"(?:选项|项)?\s*(?:不|错)"
-IS_WRONG = re.compile(rf"[\"'\s)*]*(?:\w+\s+){{0,3}}?{_IS_WRONG}|\W*{_IS_WRONG_CHINESE}", re.IGNORECASE)
+IS_WRONG = re.compile(
+    rf"[\"'\s)*]*(?:\w+\s+){{0,3}}?{_IS_WRONG}|\W*{_IS_WRONG_CHINESE}", re.IGNORECASE
+)
 IS_WRONG_NOW = re.compile(rf"[\"'\s)*]*{_IS_WRONG}|\s*{_IS_WRONG_CHINESE}", re.IGNORECASE)
 # "A isn't right; B is."
 IS_INSTEAD = re.compile(
-    r"(?:\bnot\b|n't\b|\bwrong\b|\bincorrect\b).*(?:[;,.]\s*|\bbut\s+|\boption\s+)[(\[]?([A-Z])[)\]]?\s+(?:is|does|fits)\W*$"
+    rf"(?:\bnot\b|n't\b|\bwrong\b|\bincorrect\b).*(?:[;,.]\s*|\bbut\s+|\boption\s+){LETTER}\s+(?:is|does|fits)\W*$"
 )
 # A verb behind a list of labels.
-FINITE = r"(?:is|are|was|were|do|does|can|could|has|have|would|should|must|may|might|seems?|fails?|fits?|works?)"
+FINITE = (
+    r"(?:is|are|was|were|do|does|can|could|has|have|would|should|must|may|might|seems?|fails?|fits?"
+    r"|works?)"
+)
 DENIED_AFTER = re.compile(
     r"\b(?:not|cannot|wrong|incorrect|false|eliminated|excluded|out|unlikely|irrelevant|fail)\b|n't\b"
 )
@@ -113,7 +121,8 @@ POINTS_LAST = re.compile(
     r"(?<!\bnor\s)(?<!\bso\s)\b(?:is|be|are)(?:\s+(?:the|an?|in|at|called))?\W+$", re.IGNORECASE
 )
 POINTS_FIRST = re.compile(
-    r"\W*[,;-]?\s*(?:since|because|as|not|rather|and\s+not|but\s+not|which|i\.e|that\s+is)\b", re.IGNORECASE
+    r"\W*[,;-]?\s*(?:since|because|as|not|rather|and\s+not|but\s+not|which|i\.e|that\s+is)\b",
+    re.IGNORECASE,
 )
 POINTS = re.compile(r"(?<!\bnot\s)\bonly\s+(?:the\s+|an?\s+)?\W*$", re.IGNORECASE)
 # A sentence that considers a choice, or goes through them, does not choose it.
@@ -131,14 +140,16 @@ CONCLUDES = re.compile(
 )
 # "B is what I would choose": all of a text.
 SUBJECT = re.compile(
-    r"(?:[Oo]ption\s+)?[(\[]?([A-Z])[)\]]?\s+(?:is|was|would|must|has\s+to|looks?|seems?|appears?|stands|works|fits)\b"
+    rf"(?:[Oo]ption\s+)?{LETTER}\s+(?:is|was|would|must|has\s+to|looks?|seems?|appears?|stands|works|fits)\b"
 )
 CHOSEN = re.compile(r"\bI(?:'d|'ll|\s+would|\s+will)\s+\w+(?:\s+\w+)?\s+[(\[]?([A-Z])[)\]]?\W*$")
 # "B over A", "A, not B": the choice that is not meant, at the end.
 PASSED_OVER = re.compile(
     r"[,\s]+(?:over|rather\s+than|instead\s+of|(?:and\s+|but\s+)?not)\s+(?:option\s+)?[(\[]?[A-Z][)\]]?\W*$"
 )
-ALL_RIGHT = re.compile(r"((?:[A-Z]\s*[、,和及与]\s*)+[A-Z])\s*(?:项|选项)?\s*(?:均|都|是|说法)*\s*正确")
+ALL_RIGHT = re.compile(
+    r"((?:[A-Z]\s*[、,和及与]\s*)+[A-Z])\s*(?:项|选项)?\s*(?:均|都|是|说法)*\s*正确"
+)
 SPACED = re.compile(r"[A-Z](?: [A-Z])+(?![\w'])")
 ONE_LABEL = re.compile(r"[\s(\[]*(?:\d+[.):]\s*)?[(\[]?([A-Z])[\s.)\]]*")
 ONLY_LABELS = re.compile(r"[A-Z]{2,}[.)]?|(?:[(\[]?[A-Z0-9][)\]]?[\s,、;/&]*(?:and\s+)?){2,}[.]?")
@@ -164,7 +175,9 @@ VERDICT = re.compile(
     r"|(?:wrong|false|incorrect|untrue|does\s+not\s+hold|immoral))\b",
     re.IGNORECASE,
 )
-IS_NOT = re.compile(r"\W*(?:\w+\W+){0,4}?(?:(?:is|does|do|are|was)\s+not|\w+n't)\W*$", re.IGNORECASE)
+IS_NOT = re.compile(
+    r"\W*(?:\w+\W+){0,4}?(?:(?:is|does|do|are|was)\s+not|\w+n't)\W*$", re.IGNORECASE
+)
 IS_TOO = re.compile(r"\W*(?:is|does|do|are|was)(?:\s+(?:too|also))?\W*$", re.IGNORECASE)
 AS_WELL = re.compile(r"\b(?:so|nor|neither)\s+(?:is|does|are|was)\s*$", re.IGNORECASE)
 DENIES = re.compile(r"\bnot\b|n't\b", re.IGNORECASE)

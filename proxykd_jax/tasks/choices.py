@@ -203,7 +203,8 @@ def _by_text(text: str, choices: Choices) -> str | None:
     said = {
         label: texts[label]
         for label, choice in choices
-        if _within(texts[label], words) and (not is_mathematical(choice) or _signs_agree(text, choice))
+        if _within(texts[label], words)
+        and (not is_mathematical(choice) or _signs_agree(text, choice))
     }
     kept = [
         label
@@ -225,7 +226,11 @@ def _pointed_at(text: str, labels: Sequence[str], choices: Choices) -> str | Non
             first = not re.search(r"\w", re.sub(r"(?i)^\W*(?:the|an?)\b", "", before))
             first = first and patterns.POINTS_FIRST.match(after) is not None
             last = patterns.POINTS_LAST.search(before) and not re.search(r"\w", after)
-            if first or last or (patterns.POINTS.search(before) and not patterns.IS_WRONG.match(after)):
+            if (
+                first
+                or last
+                or (patterns.POINTS.search(before) and not patterns.IS_WRONG.match(after))
+            ):
                 found.add(label)
     if len(found) == 1:
         return found.pop()
@@ -362,7 +367,9 @@ def _as_a_whole(text: str, choices: Choices) -> str | None:
         plain = re.sub(r"^(?:Option|Choice)\s+(?=[(\[]?[A-Z][)\]]?\s*[.:,)])", "", plain)
     if patterns.ONLY_LABELS.fullmatch(plain) and not rest:
         return labels_at_start(plain, choices)
-    head = patterns.BRACKETED.match(plain) or re.match(r"([A-Z0-9])\s*(?:[).:,]|(?=\()|-+\s+(?=[A-Za-z]{2})|$)", plain)
+    head = patterns.BRACKETED.match(plain) or re.match(
+        r"([A-Z0-9])\s*(?:[).:,]|(?=\()|-+\s+(?=[A-Za-z]{2})|$)", plain
+    )
     label = as_label(head[1], choices) if head else None
     if head is not None and label is not None:
         others = re.match(r"\s*[(\[]?([A-Za-z0-9])[)\].:]", rest.lstrip())
@@ -472,7 +479,8 @@ def _judged(text: str, choices: Choices) -> str | None:
     left = [label for label, _ in choices if label not in found]
     if not right and len(left) == 1 and labels_at_start(text, choices) == left[0]:
         return left[0]
-    return right[0] if len(found) == len(choices) and len(right) == 1 else None
+    every = len(found) == len(choices) or (len(found) > 2 and [*found][-1:] == right)
+    return right[0] if every and len(right) == 1 else None
 
 
 def _concluded(sentence: str, choices: Choices, *, brief: bool) -> str | None:

@@ -18,7 +18,7 @@ from proxykd_jax.tasks.numbers import number_in
 from proxykd_jax.tasks.words import PAIRS, brackets_in, listed_words, one_of
 
 # Increase it when a text may give another answer: scores of two versions are not comparable.
-EXTRACTION_VERSION = 2
+EXTRACTION_VERSION = 3
 
 Extractor = Callable[[str, Item], str | None]
 

@@ -42,7 +42,11 @@ def labels_at_start(text: str, choices: Choices) -> str | None:
     if run and set(run[0]) <= set(labels) and list(run[0]) == sorted(set(run[0])):
         return run[0]
     spaced = patterns.SPACED.match(text, place)
-    if spaced and set(spaced[0]) <= {*labels, " "} and spaced[0].split() == sorted(set(spaced[0].split())):
+    if (
+        spaced
+        and set(spaced[0]) <= {*labels, " "}
+        and spaced[0].split() == sorted(set(spaced[0].split()))
+    ):
         return spaced[0].replace(" ", "")
     found: list[str] = []
     while (match := _label_at(text, place, choices, first=not found)) is not None:
@@ -57,9 +61,7 @@ def labels_at_start(text: str, choices: Choices) -> str | None:
             break
         if patterns.OR.search(joined[0]) and following[0] != label:
             return ""
-        if re.match(
-            rf"[.)]?\s*{patterns.FINITE}\b", text[following[1] :]
-        ):
+        if re.match(rf"[.)]?\s*{patterns.FINITE}\b", text[following[1] :]):
             denied = patterns.DENIED_AFTER.search(text[following[1] :][:60])
             if denied and "and" in joined[0]:  # "A, B and D are wrong"
                 return None
@@ -117,7 +119,8 @@ def _is_label(said: str, label: str, rest: str, choices: Choices, first: bool) -
     if not first:
         return (
             re.match(
-                rf"\s*(?:$|[^\w\s]|[\u3040-\u9fff]|(?:and|or|because|since|{patterns.FINITE})\b)", rest
+                rf"\s*(?:$|[^\w\s]|[\u3040-\u9fff]|(?:and|or|because|since|{patterns.FINITE})\b)",
+                rest,
             )
             is not None
         )

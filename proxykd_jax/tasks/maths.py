@@ -227,7 +227,9 @@ def concluded_value(sentence: str, blanks: int = 1) -> str | None:
     numbers = re.findall(r"(?<![\w.√])-?\d[\d,]*(?:\.\d+)?(?:/\d+)?", sentence)
     if numbers or re.search(r"\d", sentence):
         return numbers[-1] if numbers else None
-    worded = [each for start, end, each in in_words(sentence) if sentence[start:end] not in ("one", "One")]
+    worded = [
+        each for start, end, each in in_words(sentence) if sentence[start:end] not in ("one", "One")
+    ]
     return str(worded[-1]) if len(worded) == 1 else None
 
 
@@ -236,7 +238,9 @@ def _right_side(formula: str) -> str:
     if _SEVERAL.search(formula):
         return formula
     left, _, right = formula.partition("=")
-    if formula.count("=") == 1 and (letters_in(right) or letters_in(re.sub(r"\\[A-Za-z]+", "", left))):
+    if formula.count("=") == 1 and (
+        letters_in(right) or letters_in(re.sub(r"\\[A-Za-z]+", "", left))
+    ):
         return formula
     return formula.rpartition("=")[2].strip()
 

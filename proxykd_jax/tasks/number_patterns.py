@@ -41,8 +41,13 @@ RECURRING = re.compile(
 )
 # "18 cm^2", "5 m³": the power belongs to the unit.
 POWER_OF_UNIT = re.compile(r"(?<=[A-Za-z])\s*(?:\^\s*\{?\s*-?\d\s*\}?|[²³])")
+MONTHS = (
+    r"Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|"
+    r"Sept?(?:ember)?|Oct(?:ober)?|Nov(?:ember)?|Dec(?:ember)?"
+)
 # Times and ratios are no numbers: "10:30", "3:1".
 CLOCK = re.compile(
+    rf"\b(?:{MONTHS})\.?\s+\d{{1,2}}(?:st|nd|rd|th)?,?\s+\d{{4}}\b|\b\d{{1,2}}\s+(?:{MONTHS}),?\s+\d{{4}}\b|"
     r"\b\d{4}-\d\d?-\d\d?\b|\b\d\d?/\d\d?/\d{2,4}\b|(?<![\d.])\d+(?::\d+)+(?:\s*[ap]\.?m\b\.?)?",
     re.IGNORECASE,
 )
@@ -52,10 +57,6 @@ FORMULA = re.compile(
     r"(?:\d\s*)?(?<![A-Za-z])[a-zA-Z]\s*(?:[-+*/×÷^]|\\div)\s*[$(]?\s*\d"
     r"|\d\)?\s*(?:[-+*/×÷]|\\div)\s*[$(]?\s*\d*\s*[a-zA-Z](?![A-Za-z])"
     r"|\d[xyzn]\W*$"
-)
-MONTHS = (
-    r"Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|"
-    r"Sept?(?:ember)?|Oct(?:ober)?|Nov(?:ember)?|Dec(?:ember)?"
 )
 # "in 5 days", "for the 3 of them": a number that says when, for whom or out of how many.
 ADJUNCT = re.compile(
@@ -101,7 +102,9 @@ LIST = re.compile(r"\W*\d[\d.,]*(?:\s*(?:,|,?\s*\band\b|;)\s+[$€£]?\d[\d.,]*)
 # "not 12 or 36" at the end.
 NOT_THESE = re.compile(r"[,;]?\s+(?:and\s+)?not\s.*", re.DOTALL)
 # A number above or before its explanation.
-EXPLAINED = re.compile(r"(\S+)(?:\s*\n\s*\n|[.!]\s+(?=(?:This|That|Because|Explanation|Reason|Here)\b))")
+EXPLAINED = re.compile(
+    r"(\S+)(?:\s*\n\s*\n|[.!]\s+(?=(?:This|That|Because|Explanation|Reason|Here)\b))"
+)
 HYPHENED = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?)\s*-\s*(\d+(?:\.\d+)?)(?![\d.]*\s*[=+*/×])")
 RESTATED = re.compile(
     r"\b(?:i\.e\.|that\s+is|to\s+be\s+(?:exact|precise|more\s+precise)|(?:more\s+)?(?:precisely|exactly)(?=\s+[$€£]?\d)|in\s+other\s+words|(?:or\s+)?equivalently|"
@@ -118,7 +121,16 @@ COMPOUND = re.compile(
 AND_CENTS = re.compile(r"(\$\d[\d,]*)\s+and\s+(\d{1,2})\s+cents?\b")
 # "Since 4 x 9 = 36, ": what stands before the main clause.
 PREMISE = re.compile(
-    r"\W*(?:since|because|as|given\s+that)\b[^,]*=[^,]*,\s+(?:[^,]*\bwhich\b[^,]*,\s+)?", re.IGNORECASE
+    r"\W*(?:since|because|as|given\s+that)\b[^,]*=[^,]*,\s+(?:[^,]*\bwhich\b[^,]*,\s+)?",
+    re.IGNORECASE,
+)
+MINUS = re.compile(
+    r"((?:^|[:=]|\b(?:is|was|to|be|of|at|get|equals))\s*[$(]?)(?:minus|negative)\s+(?=\d)",
+    re.IGNORECASE,
+)
+# "14 - 10, which is 4"
+WHICH_IS = re.compile(
+    r"(\d\s*[-+*/×÷]\s*[$€£]?\d[\d.,]*?),?\s+which\s+(?:is|equals|gives|makes)\s+(?=[$€£]?\d)"
 )
 REASON = re.compile(r"[,;]?\s+(?:because|since|given\s+that)\b", re.IGNORECASE)
 # A text that is only an amount, a range or a list: "5 ft 6 in", "3-5", "3, 4 and 5".
@@ -130,7 +142,8 @@ AMOUNT = re.compile(
 ENDLESS = re.compile(r"\d{200,}")
 # The part after such a word concludes from the part before.
 CLAUSE = re.compile(
-    r",?\s+for\s+a\s+(?:grand\s+)?(?:total|sum)\s+of\b|[,;]\s+(?:and\s+)?(?:making|giving|totall?ing|so|thus|therefore|hence|which\s+means|meaning|leaving)\b", re.IGNORECASE
+    r",?\s+for\s+a\s+(?:grand\s+)?(?:total|sum)\s+of\b|[,;]\s+(?:and\s+)?(?:making|giving|totall?ing|so|thus|therefore|hence|which\s+means|meaning|leaving)\b",
+    re.IGNORECASE,
 )
 # The part after such words explains the part before.
 EXPLAINS = re.compile(

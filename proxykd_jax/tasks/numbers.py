@@ -81,6 +81,7 @@ def canonical(text: str) -> str | None:
 
 def _readable(text: str) -> str:
     text = patterns.BULLET_NUMBER.sub("", patterns.ENDLESS.sub(" ", text))
+    text = patterns.WHICH_IS.sub(r"\1 = ", patterns.MINUS.sub(r"\1-", text))
     text = patterns.AND_CENTS.sub(lambda m: f"{m[1]}.{m[2]:0>2}", text)
     text = patterns.CALCULATION.sub(lambda m: m[2] or m[1].rpartition("=")[2], text)
     text = text.replace("{,}", ",").replace("\\!", "")
@@ -250,7 +251,9 @@ def _computed(text: str) -> str | None:
 def _concluded(sentence: str, question: str) -> str | None:
     """The number of a concluding sentence; "" for a formula, None if it has no number."""
     sentence = patterns.NUMBERED_TITLE.sub("", sentence)
-    if (restated := patterns.RESTATED.search(_without_asides(sentence))) and _numbers(sentence[restated.end() :]):
+    if (restated := patterns.RESTATED.search(_without_asides(sentence))) and _numbers(
+        sentence[restated.end() :]
+    ):
         sentence = sentence[restated.end() :]
     if _is_formula(sentence):
         return ""
@@ -268,9 +271,7 @@ def _concluded(sentence: str, question: str) -> str | None:
         _, equals, after = main.rpartition("=")
         if equals and (found := _numbers(after, question)):
             left = [each for each in found if not patterns.DENIED.search(after[: each.start])]
-            if left and (
-                left[0] is not found[0] or not patterns.GOES_ON.match(after, left[0].end)
-            ):
+            if left and (left[0] is not found[0] or not patterns.GOES_ON.match(after, left[0].end)):
                 return _text(left[0].value)
             return _computed(after) or ""
         for explained in patterns.EXPLAINS.finditer(main):

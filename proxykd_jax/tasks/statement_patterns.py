@@ -215,7 +215,7 @@ TAKES_BACK = re.compile(
 CORRECTS = re.compile(
     r"(?:^|(?<=[.!?…\n])|—|\s-+|,(?=\s*I\s+mean))[\s*]*(?:but\s+|oh,?\s+|hmm[,.]*\s+)*"
     r"(?:wait|hold\s+on|hmm|actually|sorry(?=,)|no(?=,|\s+wait)(?:,?\s+wait)?|I\s+mean|(?:I|I've|I\s+have)\s+changed\s+my\s+mind|"
-    r"on\s+(?:reflection|(?:closer|second|further|more\s+careful)\s+(?:look|thought|inspection|reflection)s?)|let\s+me\s+(?:correct|redo|fix|rethink|reconsider|recompute|recalculate))\b",
+    r"on\s+(?:reflection|(?:closer|second|further|more\s+careful)\s+(?:look|thought|inspection|reflection)s?)|let\s+me\s+(?:correct|redo|fix|rethink|reconsider|recompute|recalculate))\b(?:[,:]?\s*no(?=[,:]))?",
     re.IGNORECASE,
 )
 # A correction with no more words is an answer itself.

@@ -39,7 +39,8 @@ _IS_NOT = re.compile(r"\b(?:isn't|is\s+not|(?:can't|cannot|can\s+not)\s+be)\s+\w
 _EDGES = "\"'“”‘’`*.,:;!?()[]{}$<>\\"
 # What stands around brackets in a line that gives them: "The closing brackets are ..", ".. is it".
 _AROUND = re.compile(
-    r"^[^:]*[A-Za-z)]\s*:\s*|^[^()\[\]{}<>]*\b(?:is|are|be)\b\s*|\s+(?:is|are)\b[^()\[\]{}<>]*$", re.IGNORECASE
+    r"^[^:]*[A-Za-z)]\s*:\s*|^[^()\[\]{}<>]*\b(?:is|are|be)\b\s*|\s+(?:is|are)\b[^()\[\]{}<>]*$",
+    re.IGNORECASE,
 )
 _BRACKETS = re.compile(r"[()\[\]{}<>](?:(?:[\s,\"'`]|\b(?:and|then)\b)*[()\[\]{}<>])*")
 # The braces of an answer in a box need not match.
@@ -108,9 +109,11 @@ def _said(text: str, pair: tuple[str, str]) -> list[str]:
     for match in re.finditer(pattern, text, re.IGNORECASE):
         word = pair[0] if match[pair[0]] else pair[1]
         # "not True" is an expression; "not" denies only adjectives.
-        denied = bool(match["denied"]) and (
-            pair != PAIRS[0] or _IS_NOT.search(text[: match.end()]) is not None
-        ) and (pair != PAIRS[0] or not re.search(r"\w", text[match.end() :]))
+        denied = (
+            bool(match["denied"])
+            and (pair != PAIRS[0] or _IS_NOT.search(text[: match.end()]) is not None)
+            and (pair != PAIRS[0] or not re.search(r"\w", text[match.end() :]))
+        )
         found.append(pair[1 - pair.index(word)] if denied else word)
     value = re.fullmatch(r"\W*\w+\W*", text) is not None
     return found if value or not equals else []
@@ -190,7 +193,9 @@ def _in_order(lines: Sequence[str], asked: Sequence[str]) -> str | None:
         item = _LISTED.match(line)
         words += [_bare(word) for word in re.split(r"[\s,;<>→|]+", item[1] if item else line)]
     words = [
-        word for word in words if word in asked or (re.search(r"\w", word) and word != "and" and not word.isdigit())
+        word
+        for word in words
+        if word in asked or (re.search(r"\w", word) and word != "and" and not word.isdigit())
     ]
     places = [place for place, word in enumerate(words) if word in asked]
     if not places or (len(places) == 1 and len(asked) > 1):
