@@ -51,7 +51,8 @@ class EvaluateResult:
 
     Attributes:
       folder: ``<run>/eval``.
-      summary: the content of ``summary.json``: ``models[name][split]`` and ``differences``.
+      summary: the content of ``summary.json``: ``models[name][split]`` and ``differences``, and the
+        identities of the stages (``stages``) and the state that were measured.
     """
 
     folder: Path
@@ -79,6 +80,7 @@ def main(config: Config, models: Mapping[str, ModelSection] | None = None) -> Ev
     from proxykd_jax.parallel.mesh import make_mesh
     from proxykd_jax.parallel.sharding import check_rows
     from proxykd_jax.peers import on_first
+    from proxykd_jax.training.model_card import write_cards
 
     if models is None:
         candidates = run_models(config)
@@ -118,6 +120,12 @@ def main(config: Config, models: Mapping[str, ModelSection] | None = None) -> Ev
         for part, sums in found.items():
             print(f"evaluate: {name:<14} {part:<10} {_line(sums.summary())}", flush=True)
     summary = {
+        "state": config.export.state,
+        "stages": {
+            name: candidate.identity["stage"]
+            for name, candidate in candidates.items()
+            if "stage" in candidate.identity
+        },
         "models": {
             name: {part: sums.summary() for part, sums in found.items()}
             for name, found in measured.items()
@@ -132,6 +140,8 @@ def main(config: Config, models: Mapping[str, ModelSection] | None = None) -> Ev
         },
     }
     write_json(folder / "summary.json", summary)
+    if models is None:
+        on_first(lambda: write_cards(config))
     if config.evaluate.benchmarks is not None and models is None:
         from proxykd_jax.tasks.benchmark import run_benchmarks
 

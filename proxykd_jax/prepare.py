@@ -27,7 +27,11 @@ SUMMARY = "Read the teacher's answers, split them and turn them into tokens."
 READING_VERSION = 2
 # Keys that do not change the corpus: one selects rows for later stages, the other says how the work
 # is done.
-_NOT_CONTENT = {"validation_max_rows", "beam"}
+_LICENSES = {"__all__": {"license"}}
+_NOT_CONTENT: dict[str, Any] = {
+    "validation_max_rows": True, "beam": True,
+    "sources": _LICENSES, "fresh_prompts": _LICENSES, "test": _LICENSES,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

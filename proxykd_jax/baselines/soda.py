@@ -74,7 +74,7 @@ def sample_base_student(run: StageRun, rows: Joined) -> SampleStore:
         "max_new_tokens": sampling.max_new_tokens,
         "rows_per_part": sampling.rows_per_part,
         "data": config.distill.data,
-        "student": config.student.model_dump(mode="json", exclude={"config", "remat"}),
+        "student": config.student.model_dump(mode="json", exclude={"config", "remat", "license"}),
     }
     inputs = {"corpus": run.corpus.identity, "student": model_identity(config.student)}
     if not store.begin(settings, inputs):

@@ -99,6 +99,9 @@ class SourceConfig(Section):
         "this nor prompt_tokens is given)",
     )
     limit: PositiveInt | None = Field(None, description="most rows to read")
+    license: str | None = Field(
+        None, description="licence of the rows, for the model card of what is exported"
+    )
 
     @model_validator(mode="after")
     def _one_place(self) -> SourceConfig:
@@ -227,6 +230,7 @@ class ModelSection(Section):
         "itself is absent",
     )
     adapter: PathText | None = Field(None, description="PEFT LoRA folder to start from")
+    license: str | None = Field(None, description="licence of this model, for the model card")
     trainable: Literal["lora", "full"] = Field("lora", description="train an adapter or everything")
     lora: LoraSettings = Field(LoraSettings(), description="the adapter, with trainable: lora")
     dtype: Dtype = Field(
@@ -659,6 +663,11 @@ class ExportConfig(Section):
         description="what to export of the proxy; with trainable: full, adapter means the model",
     )
     max_shard_gb: PositiveFloat = Field(5.0, description="largest safetensors file")
+    license: str | None = Field(
+        None,
+        description="licence of the exported models, as the hub writes it (apache-2.0), for the "
+        "model card",
+    )
 
 
 # Kinds of work for which devices can be arranged.

@@ -22,6 +22,7 @@ from proxykd_jax.peers import on_first
 from proxykd_jax.training.exported_tokenizer import changed_files
 from proxykd_jax.training.loop import Measure
 from proxykd_jax.training.model import Model
+from proxykd_jax.training.model_card import write_cards
 from proxykd_jax.training.restore import load_aligned_proxy, load_student
 from proxykd_jax.training.state import ModelSpec, Tree
 
@@ -74,6 +75,7 @@ def _export(
         return bool(record_path.exists() and read_json(record_path)["made_from"] == made_from)
 
     if on_first(is_made):
+        on_first(lambda: write_cards(config))
         return folder / (role if merged else f"{role}_adapter")
     model = load(config, mesh)
     record: dict[str, Any] = {"made_from": made_from}
@@ -91,6 +93,7 @@ def _export(
         )  # fmt: skip
         record["validation_nll"] = _compare(config, corpus, mesh, measure, role, model)
     write_json(record_path, record)
+    on_first(lambda: write_cards(config))
     return folder / (role if merged else f"{role}_adapter")
 
 

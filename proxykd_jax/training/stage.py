@@ -52,6 +52,6 @@ def training_settings(
     return {
         **({"method": method.model_dump(mode="json")} if other else {}),
         "seed": config.seed,
-        role: model.model_dump(mode="json", exclude={"config", "remat"}),
+        role: model.model_dump(mode="json", exclude={"config", "remat", "license"}),
         stage: section.model_dump(mode="json", exclude=_UNIMPORTANT),
     }
