@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from proxykd_jax.artifacts import read_json, stage_identity, write_bytes
 from proxykd_jax.config import Config, ModelSection, SourceConfig
 from proxykd_jax.texts.selection import source_label
@@ -43,6 +41,8 @@ def write_cards(config: Config) -> None:
 
 def model_card(config: Config, name: str) -> str:
     """The card of ``export/<name>``, one of ``FOLDERS``, as Markdown with YAML front matter."""
+    import yaml
+
     role, adapter = name.removesuffix("_adapter"), name.endswith("_adapter")
     head = yaml.safe_dump(_front_matter(config, role, adapter=adapter), sort_keys=False)
     sections = {
@@ -267,7 +267,7 @@ def _measured(config: Config, role: str) -> Iterator[str]:
     measured = summary.get("stages", {}).get(name), summary.get("state")
     if measured != (stage_identity(config.folder / role), config.export.state):
         return
-    yield "On rows that were held out, against the black-box model's own tokens (NLL in nats; 95 % intervals):"
+    yield "On held-out rows, against the black-box model's own tokens (NLL in nats, 95 % intervals):"
     yield ""
     yield "| rows | n | NLL per token | top-1 agreement | NLL less that of the base |"
     yield "|---|---|---|---|---|"
