@@ -267,7 +267,7 @@ def _measured(config: Config, role: str) -> Iterator[str]:
     measured = summary.get("stages", {}).get(name), summary.get("state")
     if measured != (stage_identity(config.folder / role), config.export.state):
         return
-    yield "On held-out rows, against the black-box model's own tokens (NLL in nats, 95 % intervals):"
+    yield "On held-out rows, against the black-box model's own tokens (nats, 95 % intervals):"
     yield ""
     yield "| rows | n | NLL per token | top-1 agreement | NLL less that of the base |"
     yield "|---|---|---|---|---|"
