@@ -29,13 +29,13 @@ LAYERS = {
 }
 STAGES = (
     *("collect", "prepare", "align", "score", "distill", "evaluate", "export", "report"),
-    *("plan", "doctor", "verify", "run", "tables"),
+    *("plan", "check", "verify", "run", "tables"),
 )
 # The command line itself, which is above every room and on the same layer as the stages.
-LAYERS |= dict.fromkeys((*STAGES, "cli", "dry_run", "planning"), 5)
+LAYERS |= dict.fromkeys((*STAGES, "cli", "checking", "planning"), 5)
 DELIVERED = (
     *("collect", "prepare", "align", "score", "distill", "evaluate", "export", "report"),
-    *("plan", "run", "tables"),
+    *("plan", "check", "run", "tables"),
 )
 
 ARRAYS = {"jax", "numpy", "optax", "chex", "flax", "ml_dtypes"}
@@ -57,6 +57,7 @@ AT_IMPORT = {
     "tasks": ARRAYS,
     "baselines": ARRAYS,
     "reporting": ARRAYS,
+    "checking": ARRAYS,
     "cli": {"pydantic", "pydantic_core"},
 }
 # These may only be imported inside functions, in any room: each takes a second or more.
