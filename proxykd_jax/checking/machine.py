@@ -39,8 +39,8 @@ _SHARE_OF_SPEED = 0.5
 _SPEED_TRIES = 5
 # Below this share of the memory nothing is compiled, because even a generous guess is far from it.
 _FAR_BELOW = 0.25
-_LOGITS, _LAYER = 6, 40
-_PROXYS_WORK = ("align", "sample", "score")
+_LOGITS = 6
+_KEPT = {"none": 40, "dots": 20, "outputs": 4, "full": 1}
 # Answers are drawn to see whether they end. A larger model takes minutes to load.
 _ANSWERS, _ANSWER_TOKENS, _MOST_PARAMS = 8, 128, 1e9
 
@@ -105,14 +105,14 @@ def check_machine(
 ) -> None:
     """Compiles the run's programs for this machine's devices: their memory, and the run's time."""
     devices = jax.devices()
-    limit = _memory_limit(devices[0])
+    limit = memory_limit(devices[0])
     findings.say(
         "devices",
         f"{len(devices)} x {devices[0].device_kind}, {limit / _GIB:.1f} GiB of memory each",
     )
     peak, most = 0, ""
     for program in run_programs(config, proxy, student):
-        model = proxy if program.work in _PROXYS_WORK else student
+        model = student if program.work == "distill" else proxy
         needed = findings.attempt(
             f"mesh.{program.work}",
             functools.partial(_peak_bytes, config, program, model, limit * _FAR_BELOW),
@@ -136,20 +136,34 @@ def check_machine(
 
 
 def _peak_bytes(config: Config, program: Program, model: ModelConfig, enough: float) -> int:
-    """Bytes that a device holds at most; a generous guess if that is less than ``enough``."""
+    """Bytes that a device holds at most; the guess if that is less than ``enough``."""
     mesh = make_mesh(config.mesh.of(program.work))
-    # Pairs put two answers into a row. Logits take a few float32 arrays of the vocabulary, and a
-    # layer a few dozen of the model's dimension.
-    positions = program.rows * 2 * config.corpus.max_length
-    a_position = _LOGITS * model.vocab_size + _LAYER * model.num_layers * model.model_dim
-    guess = program.held(dict(mesh.shape)) + program.resident(mesh) + 4 * positions * a_position
+    guess = guessed_bytes(config, program, model)
     if guess < enough:
         return guess
     found = [compiled_program(lowered) for lowered in program.lower(mesh, program.rows)]
     return program.resident(mesh) + max(one.peak_bytes for one in found)
 
 
-def _memory_limit(device: jax.Device) -> float:
+def guessed_bytes(config: Config, program: Program, model: ModelConfig) -> int:
+    """A generous guess at the bytes that a device holds, without compiling.
+
+    Pairs put two answers into a row. Logits take a few float32 arrays of the vocabulary. A layer
+    keeps a few dozen float32 arrays of the model's dimension, or its input alone with
+    ``remat: full``; then one layer is computed anew at a time.
+    """
+    section = config.student if program.work == "distill" else config.proxy
+    mesh = make_mesh(config.mesh.of(program.work))
+    positions = program.rows * 2 * config.corpus.max_length // mesh.size
+    kept = _KEPT[section.remat]
+    layers = kept * model.num_layers + _KEPT["none"]
+    a_position = _LOGITS * model.vocab_size + layers * model.model_dim
+    held = program.held(dict(mesh.shape)) + program.resident(mesh)
+    return held + 4 * positions * a_position
+
+
+def memory_limit(device: jax.Device) -> float:
+    """Bytes of a device's memory; of a CPU, all of the machine's."""
     if device.platform == "cpu":
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     stats = device.memory_stats() or {}

@@ -131,7 +131,7 @@ def quick_sample(
                 yield source, row
 
     unread = Drops()
-    sample = findings.attempt("corpus", lambda: _tokenize(sampled(), renderer))
+    sample = findings.attempt("corpus", lambda: tokenize(sampled(), renderer))
     if sample is not None:
         sample.drops.merge(unread)
         _judge_sample(corpus, sample, findings)
@@ -244,7 +244,7 @@ def _select(
             if number % every == 0 and selected.split not in ("test", "fresh"):
                 yield selected.source, selected.row
 
-    sample = _tokenize(sampled(), renderer)
+    sample = tokenize(sampled(), renderer)
     read, lost = 0, Drops()
     for label, count in selection.sources.items():
         read += count.read if label.startswith("sources.") else 0
@@ -279,7 +279,8 @@ def _sketch(
     return CountedRows(corpus, False, f"from {about}{rows} rows of about {tokens} tokens")
 
 
-def _tokenize(rows: Iterable[tuple[SourceConfig, TextRow]], renderer: Renderer) -> Sample:
+def tokenize(rows: Iterable[tuple[SourceConfig, TextRow]], renderer: Renderer) -> Sample:
+    """Tokenises rows, each with the source that it came from."""
     sample = Sample([], [], Drops())
     for source, group in itertools.groupby(rows, key=lambda pair: pair[0]):
         while batch := [row for _, row in itertools.islice(group, _BATCH)]:
@@ -309,7 +310,7 @@ def _judge_sample(corpus: CorpusConfig, sample: Sample, findings: Findings) -> f
         f"{fit} of {tried} rows fit corpus.max_length {corpus.max_length} (tokens: median "
         f"{int(np.median(lengths))}, longest {lengths[-1]})"
     )
-    wanted = _rounded(int(np.quantile(lengths, 0.99, method="higher")))
+    wanted = rounded_length(int(np.quantile(lengths, 0.99, method="higher")))
     advice = f". Set corpus.max_length to {wanted} to keep 99 % of the rows."
     if fit < (1 - MOST_LOST) * tried:
         findings.refuse("corpus", said + (advice if lengths[-1] > corpus.max_length else "."))
@@ -374,6 +375,6 @@ def _rows(number: int) -> str:
     return f"{number:,} row" if number == 1 else f"{number:,} rows"
 
 
-def _rounded(length: int) -> int:
+def rounded_length(length: int) -> int:
     """The next multiple of 64."""
     return -(-length // 64) * 64
