@@ -174,10 +174,10 @@ def count_rows(
 
 def _prepared(config: Config) -> TokenCorpus | None:
     """The prepared corpus of the run; None if it is absent or incomplete."""
-    from proxykd_jax.artifacts import MANIFEST, read_json
+    from proxykd_jax.artifacts import MANIFEST, read_manifest
 
     folder = config.folder / "corpus"
-    if not (folder / MANIFEST).exists() or read_json(folder / MANIFEST)["status"] != "complete":
+    if not (folder / MANIFEST).exists() or read_manifest(folder)["status"] != "complete":
         return None
     return open_corpus(folder)
 
