@@ -4,6 +4,10 @@ A stage's folder has a ``manifest.json`` from the start. ``settings`` are the co
 determine its content, and ``inputs`` identify what it was made from. A run whose settings or inputs
 no longer match stops with a message instead of mixing two runs.
 
+The manifest holds a digest of itself, and a finished one those of the stage's files. Whoever opens
+a finished stage compares them first (``verification`` says how much is read). The command that made
+a stage makes damaged files again; readers stop and name that command.
+
 If a run has several processes, process 0 writes. On the others writing does nothing, and opening or
 completing a stage waits for process 0.
 """
@@ -16,21 +20,28 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from proxykd_jax import __version__, peers
 from proxykd_jax.errors import UserError
 
+Verification = Literal["full", "sampled", "off"]
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 22
+_PROBLEMS_SHOWN = 3
+_DIGEST = "manifest_digest"
 _NOTHING_MADE = {MANIFEST, f".{MANIFEST}.tmp"}
 _TEMPORARY = ".*.tmp"
 # The coarsest clock of a file system ticks every two seconds.
 _SETTLED_NS = 2_000_000_000
 # Path -> (inode, size, mtime, ctime) and digest of the files that this process has read.
 _known: dict[Path, tuple[tuple[int, int, int, int], str]] = {}
+# How much of a finished stage's files is compared with the digests.
+_verification: Verification = "full"
+# ``sampled`` reads small files whole, and one in so many of the large ones.
+_SMALL_FILE, _ONE_IN = 64 << 20, 10
 # The arguments of ``borrowing``, while it is active.
 _borrowing: tuple[Path, Sequence[Path], Sequence[str] | None] | None = None
 
@@ -148,16 +159,54 @@ def digest_files(folder: Path, files: Iterable[Path] | None = None) -> dict[str,
 
 def changed_files(folder: Path, digests: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Differences from ``digest_files``: one sentence per file; empty if nothing has changed."""
-    problems = []
+    return list(_differing(folder, digests, _read_digest).values())
+
+
+def _differing(
+    folder: Path,
+    digests: Mapping[str, Mapping[str, Any]],
+    digest_of: Callable[[Path], str | None],
+) -> dict[str, str]:
+    """By name, what is wrong with the files that differ; a digest of None is not compared."""
+    problems = {}
     for name, expected in digests.items():
         path = folder / name
         if not path.is_file():
-            problems.append(f"{path} is missing")
+            problems[name] = f"{path} is missing"
         elif path.stat().st_size != expected["bytes"]:
-            problems.append(f"{path} has {path.stat().st_size} bytes, not {expected['bytes']}")
-        elif _read_digest(path) != expected["digest"]:
-            problems.append(f"{path} was changed since it was written (digest differs)")
+            problems[name] = f"{path} has {path.stat().st_size} bytes, not {expected['bytes']}"
+        elif digest_of(path) not in (None, expected["digest"]):
+            problems[name] = f"{path} was changed since it was written (digest differs)"
     return problems
+
+
+@contextlib.contextmanager
+def verification(how: Verification) -> Iterator[None]:
+    """While active, finished stages are compared with their digests in this way.
+
+    Args:
+      how: ``full`` reads every file once per process. ``sampled`` reads small files, and one in ten
+        of those above 64 MiB. ``off`` compares names and sizes alone.
+    """
+    global _verification
+    before, _verification = _verification, how
+    try:
+        yield
+    finally:
+        _verification = before
+
+
+def damaged_files(folder: Path, digests: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """By name, what is wrong with the files of a finished stage; see ``verification``."""
+
+    def digest_of(path: Path) -> str | None:
+        small = path.stat().st_size <= _SMALL_FILE
+        chosen = secrets.randbelow(_ONE_IN) == 0
+        if _verification == "full" or (_verification == "sampled" and (small or chosen)):
+            return digest_file(path)
+        return None
+
+    return _differing(folder, digests, digest_of)
 
 
 @contextlib.contextmanager
@@ -189,13 +238,15 @@ def open_stage(
 
     Settings and inputs of a stage that has made nothing yet may still change: a run that was
     refused because of a damaged file continues once the file is repaired. Within ``borrowing`` the
-    folder may become a link.
+    folder may become a link. Damaged files of a complete stage are removed, with a warning, and the
+    stage is open again, so that the caller makes them anew.
 
     Returns:
       Whether the stage is already complete.
 
     Raises:
-      UserError: the folder was made with other settings or inputs, or is not a stage folder.
+      UserError: the folder was made with other settings or inputs, is not a stage folder, or is a
+        link to a damaged one.
     """
     return peers.on_first(lambda: _open_stage(folder, stage, settings, inputs))
 
@@ -219,14 +270,14 @@ def _open_stage(
     if not folder.exists() and _borrow(folder, begun):
         return True
     if path.exists():
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
         differences = [
             f"{key}: {_shown(old)} then, {_shown(new)} now"
             for key, old, new in _unlike(manifest, begun)
         ]
         names = {p.name for p in folder.iterdir()}
         if differences and manifest["status"] == "running" and names <= _NOTHING_MADE:
-            write_json(path, begun)
+            write_manifest(folder, begun)
             return False
         if differences:
             listed = "\n  ".join(differences)
@@ -234,7 +285,9 @@ def _open_stage(
                 f"{folder} was made with other settings:\n  {listed}\n"
                 f"Give the run another name, or remove {folder} to make it again."
             )
-        return bool(manifest["status"] == "complete")
+        if manifest["status"] != "complete":
+            return False
+        return not _reopen(folder, manifest, begun)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; the stage needs a folder of that name.")
     if folder.exists() and any(p.name not in _NOTHING_MADE for p in folder.iterdir()):
@@ -242,8 +295,32 @@ def _open_stage(
             f"{folder} holds files but no {MANIFEST}: it was not made by this program. "
             "Choose another name for the run, or move it away."
         )
-    write_json(path, begun)
+    write_manifest(folder, begun)
     return False
+
+
+def _reopen(folder: Path, manifest: Mapping[str, Any], begun: Mapping[str, Any]) -> bool:
+    """Removes the damaged files of a complete stage and marks it running; says whether it did."""
+    problems = damaged_files(folder, manifest.get("files", {}))
+    if not problems:
+        return False
+    listed = _listed(problems.values())
+    if folder.is_symlink():
+        raise UserError(
+            f"{folder} is a link to a damaged stage: {listed}. Run the command of {begun['stage']} "
+            f"for {folder.resolve().parent}, which makes these files again, or remove the link."
+        )
+    print(f"WARNING: {folder} is damaged: {listed}. These files are made again.", flush=True)
+    for name in problems:
+        (folder / name).unlink(missing_ok=True)
+    write_manifest(folder, begun)
+    return True
+
+
+def _listed(problems: Iterable[str]) -> str:
+    shown = list(problems)
+    more = len(shown) - _PROBLEMS_SHOWN
+    return "; ".join(shown[:_PROBLEMS_SHOWN]) + (f"; and {more} more files" if more > 0 else "")
 
 
 def _borrow(folder: Path, begun: Mapping[str, Any]) -> bool:
@@ -257,7 +334,7 @@ def _borrow(folder: Path, begun: Mapping[str, Any]) -> bool:
         there = lender / folder.relative_to(run)
         if lender == run or not (there / MANIFEST).is_file():
             continue
-        manifest = _read_manifest(there)
+        manifest = read_manifest(there)
         same = manifest["stage"] == begun["stage"] and not _unlike(manifest, begun)
         if manifest["status"] == "complete" and same:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -274,6 +351,15 @@ def _unlike(manifest: Mapping[str, Any], begun: Mapping[str, Any]) -> list[tuple
         difference
         for part in ("settings", "inputs")
         for difference in _differences(manifest.get(part, {}), begun[part])
+    ]
+
+
+def unlike_settings(folder: Path, settings: Mapping[str, Any]) -> list[str]:
+    """A sentence for each setting of a stage that differs from these."""
+    made = read_manifest(folder).get("settings", {})
+    return [
+        f"{key}: {_shown(old)} there, {_shown(new)} in the config"
+        for key, old, new in _differences(made, _plain(settings))
     ]
 
 
@@ -296,7 +382,7 @@ def complete_stage(
     """
 
     def complete() -> None:
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
         digests = digest_files(folder, files)
         manifest.update(
             status="complete",
@@ -305,7 +391,7 @@ def complete_stage(
             content=content or digest_value({name: d["digest"] for name, d in digests.items()}),
             **_plain(extra),
         )
-        write_json(folder / MANIFEST, manifest)
+        write_manifest(folder, manifest)
 
     peers.on_first(complete)
 
@@ -319,21 +405,27 @@ def finished_manifest(folder: Path, stage: str, holds: str) -> dict[str, Any]:
       holds: its content, for the message: ``corpus``, ``soft labels``.
 
     Raises:
-      UserError: it is missing, damaged, incomplete or of another stage.
+      UserError: it is missing, incomplete or of another stage, or a file of it is damaged.
     """
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder} holds no {holds}; run python -m proxykd_jax.{stage} first.")
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     if manifest.get("stage") != stage:
         raise UserError(f"{folder} was not made by {stage}; it holds no {holds}.")
     if manifest["status"] != "complete":
         raise UserError(f"{folder} is not complete; run {stage} again to continue it.")
+    problems = peers.on_first(lambda: damaged_files(folder, manifest.get("files", {})))
+    if problems:
+        raise UserError(
+            f"{folder} is damaged: {_listed(problems.values())}. Run python -m proxykd_jax.{stage} "
+            "again, which makes these files anew."
+        )
     return manifest
 
 
 def stage_identity(folder: Path) -> str:
     """A digest of a stage's settings, inputs and content, which later stages record as an input."""
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     return digest_value({key: manifest.get(key) for key in ("settings", "inputs", "content")})
 
 
@@ -345,13 +437,28 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a stage.
+
+    Raises:
+      UserError: it is missing or damaged.
+    """
     manifest = read_json(folder / MANIFEST)
+    wrong = None
     if not isinstance(manifest, dict) or manifest.get("status") not in {"running", "complete"}:
-        raise UserError(
-            f"{folder / MANIFEST} is damaged (it names no status); remove {folder} and run again."
-        )
+        wrong = "it names no status"
+    elif _DIGEST in manifest:  # older versions wrote none
+        digest = manifest.pop(_DIGEST)
+        wrong = None if digest == digest_value(manifest) else "its digest differs"
+    if wrong is not None:
+        raise UserError(f"{folder / MANIFEST} is damaged ({wrong}); remove {folder} and run again.")
     return manifest
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Writes a stage's manifest with its digest."""
+    plain = _plain({key: value for key, value in manifest.items() if key != _DIGEST})
+    write_json(folder / MANIFEST, {**plain, _DIGEST: digest_value(plain)})
 
 
 def _plain(value: Any) -> Any:

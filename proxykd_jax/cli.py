@@ -24,6 +24,7 @@ from proxykd_jax.parallel.launchers import Launch, find_launch
 from proxykd_jax.peers import is_first, sigterm_stops
 
 USER_ERROR, INTERRUPTED = 2, 130
+FORCE = {"force": "start although more than a fifth of the rows is lost or validation has no rows"}
 # EX_TEMPFAIL of sysexits.h: schedulers restart the command, which continues the run.
 TRY_AGAIN = 75
 
@@ -35,16 +36,19 @@ def run_command(
     argv: Sequence[str] | None = None,
     *,
     lists: Mapping[str, str] | None = None,
+    flags: Mapping[str, str] | None = None,
 ) -> int:
     """Runs one stage from the command line.
 
     Args:
       stage: its name, for example ``align``.
-      main: the stage's function, called with the config and a tuple for each of ``lists``.
+      main: the stage's function, called with the config, a tuple for each of ``lists`` and a
+        bool for each of ``flags``.
       summary: one sentence for ``--help``.
       argv: arguments (default: the process's).
       lists: more options by name, with their help; each may be repeated, or hold several values
         separated by commas.
+      flags: options without a value by name, with their help; ``main`` gets True or False.
 
     Returns:
       The exit code: 0; 2 after a user error; 130 after an interrupt; 75 if the same command should
@@ -54,8 +58,11 @@ def run_command(
     parser = argument_parser(stage, summary)
     for name, meaning in (lists or {}).items():
         parser.add_argument(f"--{name}", action="append", default=[], help=meaning)
+    for name, meaning in (flags or {}).items():
+        parser.add_argument(f"--{name}", action="store_true", help=meaning)
     arguments = parser.parse_args(argv)
-    given = {
+    given: dict[str, Any] = {name: getattr(arguments, name) for name in flags or {}}
+    given |= {
         name: tuple(part for value in getattr(arguments, name) for part in value.split(",") if part)
         for name in lists or {}
     }
@@ -65,7 +72,7 @@ def run_command(
     def work() -> int:
         config = load_config(arguments.config, arguments.set)
         if arguments.dry_run:
-            from proxykd_jax.dry_run import dry_run
+            from proxykd_jax.checking import dry_run
 
             unchecked = dry_run(config)
             return USER_ERROR if unchecked and arguments.strict else 0

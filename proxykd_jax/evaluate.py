@@ -229,14 +229,15 @@ def _write(path: Path, identity: Mapping[str, Any], found: Mapping[str, RowMeasu
     from safetensors.numpy import save
 
     from proxykd_jax.artifacts import write_bytes
+    from proxykd_jax.data.parts import digest_arrays
 
     arrays = {
         f"{split}/{name}": array
         for split, rows in found.items()
         for name, array in rows.to_arrays().items()
     }
-    metadata = {"identity": json.dumps(identity, sort_keys=True)}
-    write_bytes(path, save(arrays, metadata=metadata))
+    record = {"identity": identity, "digest": digest_arrays(arrays)}
+    write_bytes(path, save(arrays, metadata={"record": json.dumps(record, sort_keys=True)}))
 
 
 def _is_measured(path: Path, identity: Mapping[str, Any]) -> bool:
@@ -244,24 +245,52 @@ def _is_measured(path: Path, identity: Mapping[str, Any]) -> bool:
 
 
 def _read(path: Path, identity: Mapping[str, Any]) -> dict[str, RowMeasures] | None:
-    """The result of ``_write`` if it belongs to this model, corpus and teacher."""
+    """The result of ``_write`` if it is whole and belongs to this model, corpus and teacher."""
+    import json
+
+    from proxykd_jax.evaluation.measures import RowMeasures
+    from proxykd_jax.peers import say
+
+    if not path.exists():
+        return None
+    try:
+        found, arrays = load_sums(path)
+    except UserError as error:
+        say(f"WARNING: {error} The model is measured again.")
+        return None
+    if found != json.loads(json.dumps(identity)):
+        return None
+    by_split: dict[str, dict[str, Any]] = {}
+    for key, array in arrays.items():
+        split, _, name = key.partition("/")
+        by_split.setdefault(split, {})[name] = array
+    return {
+        split: RowMeasures.from_arrays(by_split[split]) for split in SPLITS if split in by_split
+    }
+
+
+def load_sums(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What identifies the measured model, and the sums by row: ``<split>/<name>`` -> array.
+
+    Raises:
+      UserError: the file is damaged.
+    """
     import json
 
     from safetensors import SafetensorError, safe_open
 
-    from proxykd_jax.evaluation.measures import RowMeasures
+    from proxykd_jax.data.parts import digest_arrays
 
     try:
         with safe_open(str(path), framework="numpy") as file:
-            if file.metadata().get("identity") != json.dumps(identity, sort_keys=True):
-                return None
-            arrays: dict[str, dict[str, Any]] = {}
-            for key in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                split, _, name = key.partition("/")
-                arrays.setdefault(split, {})[name] = file.get_tensor(key)
-    except (OSError, SafetensorError):
-        return None
-    return {split: RowMeasures.from_arrays(arrays[split]) for split in SPLITS if split in arrays}
+            record = json.loads(file.metadata()["record"])
+            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        identity, digest = record["identity"], record["digest"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged ({error or type(error).__name__}).") from error
+    if digest != digest_arrays(arrays):
+        raise UserError(f"{path} is damaged (its digest differs).")
+    return identity, arrays
 
 
 def _line(summary: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from proxykd_jax.artifacts import MANIFEST, digest_file, open_stage, read_json, write_bytes
+from proxykd_jax.artifacts import digest_file, open_stage, read_manifest, write_bytes
 from proxykd_jax.cli import run_command
 from proxykd_jax.config import Config, dump_config
 from proxykd_jax.peers import on_first
@@ -59,7 +59,7 @@ def main(config: Config) -> PrepareResult:
     """
     folder = config.folder / "corpus"
     on_first(lambda: _prepare(config, folder))
-    return PrepareResult(folder, read_json(folder / MANIFEST)["counts"])
+    return PrepareResult(folder, read_manifest(folder)["counts"])
 
 
 def _prepare(config: Config, folder: Path) -> None:
@@ -69,10 +69,9 @@ def _prepare(config: Config, folder: Path) -> None:
     run = config.folder
     tokenizer = load_tokenizer(config)
     renderer = Renderer.of(tokenizer, config.corpus)
-    settings = {"corpus": config.corpus.model_dump(mode="json", exclude=_NOT_CONTENT)}
     inputs = stage_inputs(config, tokenizer, renderer)
     with one_at_a_time(run):
-        complete = open_stage(folder, "prepare", settings, inputs)
+        complete = open_stage(folder, "prepare", corpus_settings(config), inputs)
         if not (run / "config.yaml").exists():
             write_bytes(run / "config.yaml", dump_config(config).encode())
         if not complete:
@@ -139,6 +138,11 @@ def one_at_a_time(run: Path) -> Iterator[None]:
     with open(run / ".prepare.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def corpus_settings(config: Config) -> dict[str, Any]:
+    """The keys that determine a corpus."""
+    return {"corpus": config.corpus.model_dump(mode="json", exclude=_NOT_CONTENT)}
 
 
 def stage_inputs(config: Config, tokenizer: Tokenizer, renderer: Renderer) -> dict[str, Any]:

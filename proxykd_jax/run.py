@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from proxykd_jax.cli import run_command
+from proxykd_jax.artifacts import MANIFEST
+from proxykd_jax.cli import FORCE, run_command
 from proxykd_jax.config import Config
 from proxykd_jax.errors import Stopped
 from proxykd_jax.peers import on_first
 
 
-def main(config: Config) -> Path:
+def main(config: Config, *, force: bool = False) -> Path:
     """Runs the unfinished stages: prepare, align, score, distill, export, evaluate and report.
+
+    A run that has no corpus yet is checked first, so that what would stop a later stage stops at
+    once. The corpus is judged before anything is trained.
 
     Args:
       config: the config of the run.
+      force: warn of a corpus that loses many rows or lacks validation rows, instead of refusing it.
 
     Returns:
       The run's folder.
 
     Raises:
-      UserError: a stage raises it.
+      UserError: a check fails, or a stage raises it.
       Stopped: the run was asked to stop.
     """
     from proxykd_jax import align, distill, evaluate, prepare, score
     from proxykd_jax.data.corpus import open_corpus
 
-    corpus = open_corpus(prepare.main(config).folder)
+    on_first(lambda: _check_files(config, force))
+    prepared = prepare.main(config)
+    on_first(lambda: _check_corpus(config, prepared.counts, force))
+    corpus = open_corpus(prepared.folder)
     if config.needs != "nothing":
         align.main(config)
     if config.needs == "labels":
@@ -39,6 +49,20 @@ def main(config: Config) -> Path:
         print("run: no validation or test rows, so nothing is evaluated", flush=True)
     on_first(lambda: _report(config))
     return config.folder
+
+
+def _check_files(config: Config, force: bool) -> None:
+    from proxykd_jax.checking import check_start
+
+    if not (config.folder / "corpus" / MANIFEST).exists():
+        check_start(config, force=force)
+
+
+def _check_corpus(config: Config, counts: Mapping[str, Any], force: bool) -> None:
+    from proxykd_jax.checking import judge_corpus
+
+    if not any((config.folder / stage).exists() for stage in ("proxy", "student")):
+        judge_corpus(config, counts, force=force)
 
 
 def _report(config: Config) -> None:
@@ -56,6 +80,9 @@ def _report(config: Config) -> None:
 if __name__ == "__main__":
     sys.exit(
         run_command(
-            "run", main, "Run all stages, from a file of a teacher's answers to a trained student."
+            "run",
+            main,
+            "Run all stages, from a file of a teacher's answers to a trained student.",
+            flags=FORCE,
         )
     )

@@ -174,7 +174,7 @@ def check(table: TableFile, only: Sequence[str] = (), overrides: Sequence[str] =
     Raises:
       UserError: at least one row has a problem; one message names all of them with their rows.
     """
-    from proxykd_jax.dry_run import dry_run
+    from proxykd_jax.checking import dry_run
 
     problems = []
     for row, config in [(row, table.run_of(row, overrides)) for row in table.chosen(only)]:

@@ -104,10 +104,9 @@ def test_a_run_whose_files_are_here(tiny_files, tmp_path, capsys):
     assert f"prompt (not in the loss): '{prompt}'" in captured.out
     assert f"answer (in the loss):     '{answer} </s>'" in captured.out
     assert "12 tokens, of which 5 are the prompt" in captured.out
-    # 140 rows: 126 after validation, 10 / 45 / 45 % of them.
-    assert "about: warm-up 2, 2 rounds of 4, student 8 (from 140 rows, of at most 1680" in (
-        captured.out
-    )
+    # All rows are read and tokenised, so these are nearly the steps of the run.
+    assert "about: warm-up 2, 2 rounds of 5, student 8 (from 128 rows of about 13" in captured.out
+    assert "140 of 140 rows fit corpus.max_length 12" in captured.out
     assert captured.out.endswith("dry run: nothing is wrong with what could be checked\n")
     assert captured.err == ""
     assert (files_of(tmp_path, times=True), files_of(tiny_files, times=True)) == before
@@ -166,16 +165,19 @@ def test_a_damaged_corpus_file_is_found(tiny_files, tmp_path, capsys):
 def test_what_is_not_read_of_a_folder_is_said(tiny_files, tmp_path, capsys):
     folder = tmp_path / "data"
     folder.mkdir()
-    row = '{"prompt": "1 f1 . . =", "response": "s0 2", "remark": "r", "finish_reason": "%s"}\n'
-    (folder / "rows.jsonl").write_text(row % "length" + row % "stop" * 30)
-    (folder / "test.jsonl").write_text(row % "stop")
+    row = '{"prompt": "%d f%d . . =", "response": "s0 2", "remark": "r", "finish_reason": "%s"}\n'
+    asked = [(a, b) for a in range(10) for b in range(1, 13)]
+    rows = [row % (*pair, "stop" if number else "length") for number, pair in enumerate(asked)]
+    (folder / "rows.jsonl").write_text("".join(rows))
+    (folder / "test.jsonl").write_text(rows[-1])
     source = {"sources": [{"path": str(folder), "format": "prompt_response"}]}
     config = recipe(tiny_files, tmp_path / "runs", {"corpus": source})
     assert dry_run(written(config, tmp_path)) == 0
     said = capsys.readouterr().out
     assert "corpus.sources.0: 1 files passed over: test.jsonl (its name says test)" in said
-    assert "1 rows: an answer that was cut off (finish_reason: length) (first at " in said
-    assert "corpus.sources.0: 31 times: the key remark is not read (first " in said
+    assert "1 row left out: an answer that was cut off (finish_reason: length) (first at " in said
+    assert "120 times: the key remark is not read (first " in said
+    assert "dry run: no error" in said
 
 
 def test_a_template_that_no_row_passes_is_found(tiny_files, tmp_path, capsys):

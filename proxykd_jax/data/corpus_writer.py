@@ -54,7 +54,18 @@ class CorpusWriter:
         if not one_of_several:
             for place in (folder, *(part.folder for part in self._index.values())):
                 remove_leftovers(place)
-        self._done = {split: set(self._index[split].complete()) for split in SPLITS}
+        self._done = {split: self._committed(split) for split in SPLITS}
+
+    def _committed(self, split: CorpusSplit) -> set[int]:
+        """The shards with an index and with records; those that have lost either are made again."""
+        index, done = self._index[split], set()
+        for shard in index.complete():
+            working = self.working_name(split, shard)
+            if working.exists() or any(self.folder.glob(f"{working.name}-of-*")):
+                done.add(shard)
+            else:
+                index.path(shard).unlink(missing_ok=True)
+        return done
 
     def has(self, split: CorpusSplit, shard: int) -> bool:
         """Whether a shard is committed."""

@@ -1,8 +1,8 @@
 """A folder of arrays written part by part; a kill loses at most the part being written.
 
 A part is one numbered safetensors file. It is written under a temporary name, synced and renamed,
-so a file with a part's name is complete. Its header holds the digest of its arrays. The bytes of a
-part depend only on its arrays and metadata.
+so a file with a part's name is complete. Its header holds digests of its arrays and metadata. The
+bytes of a part depend only on both.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from proxykd_jax.artifacts import remove_leftovers, write_bytes
+from proxykd_jax.artifacts import digest_value, remove_leftovers, write_bytes
 from proxykd_jax.errors import UserError
 from proxykd_jax.peers import on_first
 
@@ -52,6 +52,10 @@ class Part:
             record = json.loads(header[_METADATA_KEY])
             self.digest: str = record["digest"]
             self.metadata: dict[str, Any] = record["metadata"]
+            # Older versions wrote no digest of the metadata.
+            metadata_digest = record.get("metadata_digest", digest_value(self.metadata))
+            if metadata_digest != digest_value(self.metadata):
+                raise ValueError("the digest of its metadata differs")
         except FileNotFoundError as error:
             raise UserError(f"{path} does not exist.") from error
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -133,8 +137,11 @@ class PartFolder:
             if array.dtype not in [np.dtype(dtype) for dtype in _DTYPES.values()]:
                 raise ValueError(f"Array {name!r} has type {array.dtype}, which no part can hold.")
         digest = digest_arrays(plain)
+        about = dict(metadata or {})
         record = json.dumps(
-            {"digest": digest, "metadata": dict(metadata or {})}, sort_keys=True, allow_nan=False
+            {"digest": digest, "metadata": about, "metadata_digest": digest_value(about)},
+            sort_keys=True,
+            allow_nan=False,
         )
 
         def write() -> None:

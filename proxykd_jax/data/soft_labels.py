@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from proxykd_jax.artifacts import MANIFEST, finished_manifest, read_json
+from proxykd_jax.artifacts import finished_manifest, read_manifest
 from proxykd_jax.data.parts import Part, PartFolder, damaged
 from proxykd_jax.data.sample_weights import Weights, weights_of
 from proxykd_jax.errors import UserError
@@ -179,7 +179,7 @@ class SoftLabelStore:
     @classmethod
     def unfinished(cls, folder: Path) -> SoftLabelStore:
         """The store of a stage that is still running, to compute its figures."""
-        return cls(folder, read_json(Path(folder) / MANIFEST))
+        return cls(folder, read_manifest(Path(folder)))
 
     def check(self, **expected: Any) -> None:
         """Refuses a store that was made with other settings or inputs.

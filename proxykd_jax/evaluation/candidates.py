@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from jax.sharding import Mesh
 
-from proxykd_jax.artifacts import MANIFEST, digest_file, read_json, stage_identity
+from proxykd_jax.artifacts import MANIFEST, digest_file, read_manifest, stage_identity
 from proxykd_jax.config import Config, ModelSection
 from proxykd_jax.errors import UserError
 from proxykd_jax.training.model import Model, load_for_training, model_identity
@@ -138,7 +138,7 @@ def _proxy(config: Config, which: str) -> Candidate:
 
 def _phase_step(folder: Path, phase: str) -> int:
     _stage(folder)
-    steps = {each["phase"]: each["step"] for each in read_json(folder / MANIFEST)["results"]}
+    steps = {each["phase"]: each["step"] for each in read_manifest(folder)["results"]}
     number = re.sub(r"\d+", lambda digits: f"{int(digits[0]):02d}", phase)
     if number not in steps:
         raise UserError(

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from proxykd_jax.artifacts import MANIFEST, complete_stage, open_stage, read_json
+from proxykd_jax.artifacts import MANIFEST, complete_stage, open_stage, read_manifest
 from proxykd_jax.data.collate import Rows, TokenRow
 from proxykd_jax.data.parts import Part, PartFolder, damaged
 from proxykd_jax.errors import UserError
@@ -159,6 +159,7 @@ class SampleStore:
         chosen, rejected = np.zeros((2, len(self)), np.float32)
         for index in self._reference_parts.complete():
             part = self._reference_parts.open(index)
+            part.verify()
             try:
                 places, chosen_n, rejected_n = (part.arrays[name] for name in _REFERENCES)
                 chosen[places], rejected[places] = chosen_n, rejected_n
@@ -187,7 +188,7 @@ class SampleStore:
     @property
     def is_complete(self) -> bool:
         path = self.folder / MANIFEST
-        return path.exists() and read_json(path).get("status") == "complete"
+        return path.exists() and read_manifest(path.parent).get("status") == "complete"
 
     def __len__(self) -> int:
         return int(self._ends()[-1]) if self._loaded() else 0
@@ -261,6 +262,7 @@ class SampleStore:
         if self._open is None:
             parts = [self._parts.open(index) for index in self._parts.complete()]
             for part in parts:
+                part.verify()
                 _check_arrays(part)
             self._open = parts
         return self._open

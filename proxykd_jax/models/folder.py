@@ -24,6 +24,11 @@ TOKENIZER_FILES = (
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
+def is_hub_name(name: str | Path) -> bool:
+    """Whether a text has the form of a name on the hub: ``owner/model``, or ``model`` alone."""
+    return _HUB_NAME.fullmatch(str(name)) is not None
+
+
 def local_folder(name: str | Path, files: Iterable[str] = MODEL_FILES) -> Path:
     """The model's local folder. A hub name is downloaded, or found in the cache.
 
@@ -39,7 +44,7 @@ def local_folder(name: str | Path, files: Iterable[str] = MODEL_FILES) -> Path:
         return folder
     if folder.exists():
         raise UserError(f"{name} is a file; a model or a tokenizer is named by its folder.")
-    if not _HUB_NAME.fullmatch(str(name)):
+    if not is_hub_name(name):
         raise UserError(f"{name}: there is no such folder, and it is not a hub name (owner/model).")
     from huggingface_hub import snapshot_download
 

@@ -140,14 +140,15 @@ class Compiler:
         path = None if self._cache is None else self._cache / f"{digest}.json"
         if path is not None and path.exists():
             return Compiled(**json.loads(path.read_text()))
-        found = _compile(lowered)
+        found = compiled_program(lowered)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, asdict(found))
         return found
 
 
-def _compile(lowered: Any) -> Compiled:
+def compiled_program(lowered: Any) -> Compiled:
+    """Compiles a lowered program for its own devices; returns what the compiler reports."""
     import jax
 
     try:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from proxykd_jax.artifacts import MANIFEST, read_json
+from proxykd_jax.artifacts import MANIFEST, read_json, read_manifest
 from proxykd_jax.config import Config, load_config
 from proxykd_jax.errors import UserError
 from proxykd_jax.training.metrics import read_metrics
@@ -108,7 +108,7 @@ def read_run(folder: Path, label: str | None = None) -> RunFolder:
     for stage in STAGES:
         path = folder / stage / MANIFEST
         if path.is_file():
-            found = _attempt(functools.partial(_read_manifest, path), problems, {})
+            found = _attempt(functools.partial(read_manifest, folder / stage), problems, {})
             if found:
                 manifests[stage] = found
     lines: list[Line] = []
@@ -170,10 +170,6 @@ def _plain_yaml(text: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError("config.yaml is no YAML.") from error
     return dict(data or {})
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    return dict(read_json(path))
 
 
 def _attempt(read: Callable[[], Any], problems: list[str], otherwise: Any) -> Any:

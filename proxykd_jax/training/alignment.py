@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import optax
 
-from proxykd_jax.artifacts import MANIFEST, digest_value, read_json
+from proxykd_jax.artifacts import digest_value, read_manifest
 from proxykd_jax.data.order import permutation
 from proxykd_jax.generation.samples import SampleStore
 from proxykd_jax.losses import REFERENCE_LOSSES, batch_mean
@@ -225,7 +225,7 @@ class _Round:
         store = SampleStore(run.config.folder / "samples" / _name(self._index))
         settings = {"round": self._index, **sampling.decisive}
         # These decide the answering proxy, even if its folder has changed since.
-        alignment = read_json(run.folder / MANIFEST)
+        alignment = read_manifest(run.folder)
         inputs = {"alignment": digest_value({k: alignment[k] for k in ("settings", "inputs")})}
         if store.begin(settings, inputs):
             return store, {}

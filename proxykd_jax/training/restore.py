@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from jax.sharding import Mesh
 
-from proxykd_jax.artifacts import MANIFEST, read_json, stage_identity
+from proxykd_jax.artifacts import read_manifest, stage_identity
 from proxykd_jax.config import Config, ModelSection
 from proxykd_jax.errors import UserError
-from proxykd_jax.training.checkpoint import Checkpoints
+from proxykd_jax.training.checkpoint import Checkpoints, DamagedError
 from proxykd_jax.training.model import Model, load_for_training
 
 Which = Literal["best", "last"]
@@ -19,7 +19,7 @@ Which = Literal["best", "last"]
 def finished_step(folder: Path, which: Which) -> int | None:
     """Returns the step of the ``best`` or ``last`` state of a stage; None if nothing was trained;
     raises UserError if the stage is not complete."""
-    manifest = read_json(folder / MANIFEST)
+    manifest = read_manifest(folder)
     if manifest.get("status") != "complete":
         raise UserError(f"{folder} is not complete; run its stage again, which continues it.")
     best, last = manifest["best_step"], manifest["last_step"]
@@ -52,10 +52,14 @@ def load_finished(
         return model
     checkpoints = Checkpoints(folder)
     if step not in checkpoints.steps():
+        there = ", ".join(map(str, checkpoints.steps())) or "none"
         raise UserError(
-            f"{folder} keeps no checkpoint of step {step}; it has {checkpoints.steps()}."
+            f"{folder} keeps no checkpoint of step {step} (there: {there}). {_way_back(folder)}"
         )
-    learnt = checkpoints.restore_model(step, role, model.trainable)
+    try:
+        learnt = checkpoints.restore_model(step, role, model.trainable)
+    except DamagedError as error:
+        raise UserError(f"{error} {_way_back(folder)}") from error
     checkpoints.close()
     return model.at(learnt)
 
@@ -69,6 +73,13 @@ def load_aligned_proxy(config: Config, mesh: Mesh, which: Which | int | None = N
         seed=config.seed,
         mesh=mesh,
         which=config.export.state if which is None else which,
+    )
+
+
+def _way_back(folder: Path) -> str:
+    return (
+        "Put its files back from a copy. Otherwise choose the other state with export.state (best, "
+        f"last), or remove {folder} to train this stage again."
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from proxykd_jax.artifacts import MANIFEST, read_json
+from proxykd_jax.artifacts import read_manifest
 from proxykd_jax.config import Config
 from proxykd_jax.config.schema import NOT_DECISIVE
 
@@ -36,7 +36,7 @@ class TrainedStage:
     @staticmethod
     def read(folder: Path) -> TrainedStage:
         """Reads the manifest of a stage."""
-        manifest = read_json(folder / MANIFEST)
+        manifest = read_manifest(folder)
         return TrainedStage(
             folder, manifest["best_step"], manifest["last_step"], manifest["results"]
         )

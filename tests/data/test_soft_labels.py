@@ -11,6 +11,7 @@ from proxykd_jax.artifacts import complete_stage, open_stage
 from proxykd_jax.data.parts import PartFolder
 from proxykd_jax.data.soft_labels import (
     SoftLabels,
+    SoftLabelStore,
     SoftLabelWriter,
     ids_dtype,
     open_soft_labels,
@@ -200,12 +201,14 @@ def test_only_a_complete_store_opens(tmp_path):
 
 
 def spoilt(folder, change):
-    """The store with one array of part 1 changed and its digest updated."""
+    """The store with one array of part 1 changed and its digest updated, past the manifest's."""
     parts = PartFolder(folder / "distill")
     arrays = {name: np.array(array) for name, array in parts.open(1).arrays.items()}
     change(arrays)
     parts.commit(1, arrays)
-    return open_soft_labels(folder)
+    with pytest.raises(UserError, match="is damaged"):
+        open_soft_labels(folder)
+    return SoftLabelStore.unfinished(folder)
 
 
 def put(name, value, *place):
@@ -244,8 +247,10 @@ def test_what_is_no_distribution_is_refused(tmp_path, change, message):
 def test_a_missing_part_is_noticed(tmp_path):
     folder = make(tmp_path / "s", some_rows())
     (folder / "distill" / "part_00001.safetensors").unlink()
+    with pytest.raises(UserError, match="is missing"):
+        open_soft_labels(folder)
     with pytest.raises(UserError, match="lacks a part"):
-        open_soft_labels(folder).read("distill", [0])
+        SoftLabelStore.unfinished(folder).read("distill", [0])
 
 
 def test_a_killed_writer_goes_on_to_the_same_bytes(tmp_path):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from proxykd_jax import report
-from proxykd_jax.artifacts import MANIFEST, read_json, write_json
+from proxykd_jax.artifacts import MANIFEST, read_json, read_manifest, write_json, write_manifest
 from proxykd_jax.data.soft_labels import open_soft_labels, weights_of
 from proxykd_jax.reporting.blocks import shown
 from proxykd_jax.reporting.curves import MOST_POINTS, thinned
@@ -368,18 +368,18 @@ def test_damaged_manifests_are_told(folder, stage):
 
 
 def test_what_was_not_read_is_on_the_page(folder):
-    manifest = read_json(folder / "corpus" / MANIFEST)
+    manifest = read_manifest(folder / "corpus")
     (source,) = manifest["counts"]["sources"].values()
     note = {"count": 7, "first": "rows.jsonl:3", "example": "why not"}
     source["notes"] = {"the key remark is not read": note}
     source["passed_over"] = {"test.jsonl": "its name says test"}
-    write_json(folder / "corpus" / MANIFEST, manifest)
+    write_manifest(folder / "corpus", manifest)
     found = Page(render([read_run(folder)]))
     for said in ("the key remark is not read", "rows.jsonl:3: why not", "its name says test"):
         assert said in found.text
     # A corpus of an earlier version has neither.
     del source["notes"], source["passed_over"]
-    write_json(folder / "corpus" / MANIFEST, manifest)
+    write_manifest(folder / "corpus", manifest)
     assert "Notes on the rows" not in Page(render([read_run(folder)])).text
 
 
@@ -387,7 +387,7 @@ def test_a_damaged_part_spoils_its_section_alone(folder):
     part = next((folder / "soft_labels" / "distill").glob("part_*"))
     part.write_bytes(part.read_bytes()[:-3])
     found = Page(render([read_run(folder)]))
-    assert f"{part} is damaged" in found.text
+    assert f"{part} has {part.stat().st_size} bytes, not" in found.text
     assert "kl_to_the_soft_labels_nats.csv" in found.csvs
 
 
@@ -400,9 +400,9 @@ def test_a_config_of_another_version_is_shown_as_it_stands(folder):
 
 
 def test_a_tokenizer_that_is_gone_is_said(folder):
-    manifest = read_json(folder / "corpus" / MANIFEST)
+    manifest = read_manifest(folder / "corpus")
     manifest["tokenizer"]["path"] = "/nowhere/model"
-    write_json(folder / "corpus" / MANIFEST, manifest)
+    write_manifest(folder / "corpus", manifest)
     assert "The tokenizer, /nowhere/model, is not on this machine" in (
         Page(render([read_run(folder)])).text
     )

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 from proxykd_jax import align
+from proxykd_jax.checking import dry_run
 from proxykd_jax.config import Config
-from proxykd_jax.dry_run import dry_run
 from proxykd_jax.generation.samples import DROP_REASONS, KEPT, NOT_REENCODABLE, SampleStore
 from tests.tiny_run import changed, recipe
 
