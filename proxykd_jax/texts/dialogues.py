@@ -48,6 +48,16 @@ LEFT_OUT = (
     "an earlier turn is not in the loss, because the template leaves out its thought; turns: each "
     "learns it"
 )
+DROPPED = "a thought is left off (corpus.thinking: drop)"
+PUT_IN_THE_TEXT = (
+    "a thought is put into the answer's text between <think> and </think>, because the template "
+    "has no place for it"
+)
+PUT_BEHIND = "a thought is put behind the generation prompt, because the template leaves it out"
+BESIDE_LEFT_OUT = (
+    "an earlier turn is not in the loss, because the template leaves out the text beside its tool "
+    "call"
+)
 _EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*")
 
 
@@ -117,6 +127,7 @@ class _Rendering:
         self._tools = None if row.tools is None else hidden(json.loads(row.tools), tools.hide)
         has_answer = row.messages[-1].role == "assistant"
         self._answer = row.messages[-1] if has_answer else None
+        self._notes: list[str] = []
         self._asked = row.messages[:-1] if has_answer else row.messages
         self._given = [self._turn(message) for message in self._asked]
 
@@ -129,15 +140,14 @@ class _Rendering:
         whole, start, pieces = self._whole(prompt)
         self._check_answer(whole[start:])
         spans: list[tuple[int, int]] = []
-        notes: list[str] = []
         if self._row.every_turn:
             found = (
                 self._marked_turns(whole, pieces) if self._own.has_marks else self._turns(prompt)
             )
             for span, note in found:
                 spans += [] if span is None else [span]
-                notes += [] if note is None else [note]
-        return Dialogue(whole, whole[:start], tuple(spans), tuple(notes))
+                self._notes += [] if note is None else [note]
+        return Dialogue(whole, whole[:start], tuple(spans), tuple(self._notes))
 
     # --- the prompt -------------------------------------------------------------------------------
 
@@ -185,7 +195,10 @@ class _Rendering:
         assert answer is not None
         prefilled = prefilled_in(prompt)
         opens = bool(prefilled) and prefilled.strip() == OPENING
-        thought = None if self._thinking == "drop" else answer.thought
+        thought = answer.thought
+        if thought is not None and self._thinking == "drop":
+            self._notes += [DROPPED] if thought else []
+            thought = None
         if thought is not None and prefilled and not opens:
             if thought:
                 raise UserError(CLOSED_THOUGHT)
@@ -208,11 +221,15 @@ class _Rendering:
             start = _answer_start(whole, begin, answer)
             if start is not None and (pieces or whole.startswith(prompt)):
                 whole = self._cut(whole, pieces)
+                in_text = self._own.habits.thought_key is None or spelled
+                if in_text and answer.extras is not None and answer.extras.spelled is None:
+                    self._notes.append(PUT_IN_THE_TEXT)
                 return whole, start if self._thinking == "context" else begin, pieces
         whole = self._built(prompt, bare, prefilled if opens else "", thought)
         start = _answer_start(whole, len(prompt), answer)
         if start is None:
             raise UserError(NO_THOUGHT)
+        self._notes.append(PUT_BEHIND)
         return whole, start if self._thinking == "context" else len(prompt), []
 
     def _cut(self, whole: str, pieces: list[tuple[int, int]]) -> str:
@@ -246,9 +263,7 @@ class _Rendering:
     def _check_answer(self, said: str) -> None:
         answer = self._answer
         assert answer is not None
-        content = answer.content
-        if self._thinking == "drop" and answer.extras is not None:
-            content = without_thoughts(content)
+        content = self._said(answer)
         names = [call["function"]["name"] for call in json.loads(answer.calls or "[]")]
         if any(name not in said for name in names):
             raise UserError(NO_CALLS)
@@ -258,6 +273,11 @@ class _Rendering:
                 if names
                 else "the template does not write the assistant's text as it stands"
             )
+
+    def _said(self, message: Message) -> str:
+        """The text of an assistant's turn that the template is given."""
+        drops = self._thinking == "drop" and message.extras is not None
+        return without_thoughts(message.content) if drops else message.content
 
     # --- earlier turns ----------------------------------------------------------------------------
 
@@ -289,6 +309,9 @@ class _Rendering:
                     yield None, LEFT_OUT
                     continue
                 begin = start if self._thinking == "context" else begin
+            if message.calls and not is_written(self._said(message), prompt[begin:end]):
+                yield None, BESIDE_LEFT_OUT
+                continue
             yield (begin, end), None
 
     def _places(self, prompt: str) -> list[tuple[int, int]] | None:

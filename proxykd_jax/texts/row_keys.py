@@ -182,7 +182,8 @@ def thought_text(value: Any) -> str:
     for part in parts:
         if isinstance(part, Mapping):
             keys = ("thinking", "reasoning", "text", "content", "summary")
-            part = next((part[key] for key in keys if holds_text(part.get(key))), "")
+            nothing = "" if "data" in part else None  # it is encrypted
+            part = next((part[key] for key in keys if holds_text(part.get(key))), nothing)
         if isinstance(part, list):
             part = thought_text(part)
         if not isinstance(part, str):

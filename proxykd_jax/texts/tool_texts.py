@@ -142,7 +142,9 @@ def tools_in_text(text: str) -> tuple[str, str] | None:
             continue
         if tools is not None:
             before, after = text[: block.start()], text[block.end() :]
-            _, _, after = after.rpartition("</tool_call>")
+            _, example, after = after.rpartition("</tool_call>")
+            if example and not after.startswith("\n"):
+                after = after[len(_SENTENCE.findall(after)[0]) :]  # the rest of its sentence
             return f"{_not_about_tools(before)}\n{_not_about_tools(after)}".strip(), tools
     return None
 

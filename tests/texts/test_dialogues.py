@@ -174,3 +174,316 @@ def test_masks_equal_those_of_texts_built_by_hand(renderer_of, tokenizer, name):
         last = np.flatnonzero(mask)[-1] + 1  # what follows the last end token is cut off
         assert found.tokens.tolist() == encoding.ids[:last]
         assert mask_of(found).tolist() == mask[:last].tolist()
+
+
+# --- what files hold ------------------------------------------------------------------------------
+
+U, A, T = "user", "assistant", "tool"
+SUNNY = {"role": T, "content": "sunny"}
+DONE = {"role": A, "content": "It is sunny."}
+CALL = {"name": "weather_of", "arguments": {"place": "Bern"}}
+
+
+def called(**beside):
+    return [{"role": U, "content": "q"}, {"role": A, "content": None} | beside, SUNNY, DONE]
+
+
+def calls_of(row):
+    """(name, arguments) of every call of a row."""
+    found = [call for m in row.messages for call in json.loads(m.calls or "[]")]
+    return [(call["function"]["name"], call["function"]["arguments"]) for call in found]
+
+
+ONE = [("weather_of", {"place": "Bern"})]
+CALL_FORMS = {
+    "objects": called(tool_calls=[{"id": "1", "type": "function", "function": CALL}]),
+    "json text": called(tool_calls=json.dumps([{"function": CALL}])),
+    "text of arguments": called(
+        tool_calls=[{"function": {"name": "weather_of", "arguments": '{"place": "Bern"}'}}]
+    ),
+    "legacy": called(function_call={"name": "weather_of", "arguments": '{"place": "Bern"}'}),
+    "python": called(function_call={"name": "weather_of", "arguments": "{'place': 'Bern'}"}),
+    "hermes": called(content=f"<tool_call>\n{json.dumps(CALL)}\n</tool_call>"),
+    "unclosed": called(content=f"<tool_call>{json.dumps(CALL)}"),
+    "part": called(
+        content=[{"type": "tool_use", "id": "1", "name": "weather_of", "input": {"place": "Bern"}}]
+    ),
+}
+
+
+@pytest.mark.parametrize("form", CALL_FORMS)
+def test_calls_are_read_in_every_form(form):
+    row = row_of({"messages": CALL_FORMS[form]})
+    assert calls_of(row) == ONE
+    user, call, result, answer = row.messages
+    assert (call.role, call.content, result.role, result.content) == (A, "", T, "sunny")
+    assert result.extras.name == "weather_of"
+    assert result.extras.call_id == json.loads(call.calls)[0]["id"]
+    # Each call is an answer, and so is the text behind its result.
+    assert [len(found.messages) for found in rows_of({"messages": CALL_FORMS[form]}, "each")] == [
+        2,
+        4,
+    ]
+
+
+def test_sharegpt_calls_and_observations():
+    turns = [
+        {"from": "human", "value": "q"},
+        {"from": "gpt", "value": "Let me look."},
+        {"from": "function_call", "value": json.dumps(CALL)},
+        {"from": "function_call", "value": json.dumps([CALL])},
+        {"from": "observation", "value": "sunny"},
+        {"from": "observation", "value": "[1]"},
+        {"from": "gpt", "value": "It is sunny."},
+    ]
+    source = SourceConfig(path="x", turns="all")
+    (found,) = conversations_of(
+        "sharegpt", {"conversations": turns, "tools": json.dumps(TOOLS)}, source, False
+    )
+    (row,) = expand_turns(found, keep="all", prompts_only=False)
+    assert [m.role for m in row.messages] == [U, A, T, T, A]
+    assert row.messages[1].content == "Let me look." and calls_of(row) == ONE * 2
+    assert json.loads(row.tools) == TOOLS
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"tools": TOOLS},
+        {"tools": json.dumps(TOOLS)},
+        {"tools": [json.dumps(tool) for tool in TOOLS]},
+        {"functions": [tool["function"] for tool in TOOLS]},
+        {"tools": [t["function"] | {"x": None} for t in TOOLS]},
+    ],
+)
+def test_tools_are_read_in_every_form(given):
+    assert json.loads(row_of({"messages": called(tool_calls=[CALL])} | given).tools) == TOOLS
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "You are a function calling AI model. You are given function signatures within <tools> "
+        "</tools> XML tags. Do not guess values for functions.\n<tools>\n{one}\n</tools>\nFor each "
+        "function call return a JSON object. Each call is enclosed in <tool_call> </tool_call> "
+        "tags.",
+        "\n\n# Tools\n\nYou may call functions.\n<tools>\n{lines}\n</tools>\n\nReturn calls "
+        "as:\n<tool_call>\n{{...}}\n</tool_call>",
+    ],
+)
+def test_tools_in_the_system_text_go_to_the_template(said):
+    lines = "\n".join(map(json.dumps, TOOLS))
+    system = "Be kind, Dr. Who. " + said.format(one=repr(TOOLS), lines=lines)
+    responses = "<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response>"
+    call = f"<tool_call>\n{json.dumps(CALL)}\n</tool_call>"
+    messages = [
+        {"role": "system", "content": system},
+        {"role": U, "content": "q"},
+        {"role": A, "content": f"I look.\n{call}\n{call}"},
+        {"role": U, "content": responses},
+        DONE,
+    ]
+    row = row_of({"messages": messages})
+    assert json.loads(row.tools) == TOOLS
+    assert [(m.role, m.content) for m in row.messages] == [
+        ("system", "Be kind, Dr. Who."),
+        (U, "q"),
+        (A, "I look."),
+        (T, "1"),
+        (T, "2"),
+        (A, "It is sunny."),
+    ]
+
+
+def test_results_are_texts_whatever_they_were():
+    for content, text in (
+        ([{"type": "text", "text": "sun"}, {"type": "text", "text": "ny"}], "sunny"),
+        ({"sky": "clear"}, '{"sky": "clear"}'),
+        (None, ""),
+    ):
+        messages = called(tool_calls=[CALL])
+        messages[2] = {"role": T, "content": content}
+        assert row_of({"messages": messages}).messages[2].content == text
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        (called(function_call={"name": "f", "arguments": "Bern"}), "arguments"),
+        (called(function_call={"name": "f", "arguments": '{"a": '}), "arguments"),
+        (called(tool_calls="weather"), "cannot be read"),
+        (called(tool_calls=[{"id": "1"}]), "cannot be read"),
+        (called(content="I guess."), "without a call"),
+        (called(content="<think>\nmore"), "cut off in its thought"),
+        ([{"role": U, "content": "q"}, {"role": A, "content": "<think>a</think>\n"}], "a thought"),
+        ([{"role": U, "content": "q"}, {"role": A, "content": "", "thinking": "a"}], "a thought"),
+    ],
+)
+def test_what_cannot_be_learnt_is_named(messages, reason):
+    from proxykd_jax.texts.records import RowProblem
+
+    with pytest.raises(RowProblem, match=reason):
+        list(rows_of({"messages": messages}))
+
+
+def test_an_answer_cut_off_in_its_thought_is_left_out():
+    messages = [{"role": U, "content": "q"}, {"role": A, "content": "a"}, {"role": U, "content": "r"}]
+    source, reasons = SourceConfig(path="x"), []
+    record = {"messages": [*messages, {"role": A, "content": "<think>\nHm"}]}
+    (turns,) = conversations_of("messages", record, source, False)
+    rows = list(expand_turns(turns, keep="each", prompts_only=False, left_out=reasons.append))
+    assert [len(row.messages) for row in rows] == [2] and "cut off" in reasons[0]
+
+
+THOUGHTS = [
+    {"content": "a", "reasoning_content": "t"},
+    {"content": "a", "reasoning": "t"},
+    {"content": "a", "thinking": "t"},
+    {"content": "<think>t</think>a"},
+    {"content": "t\n</think>\n\na"},
+    {"content": [{"type": "thinking", "thinking": "t"}, {"type": "text", "text": "a"}]},
+    {"content": "a", "reasoning_details": [{"type": "reasoning.text", "text": "t"}]},
+]
+
+
+@pytest.mark.parametrize("beside", THOUGHTS)
+def test_thoughts_are_read_in_every_form(beside):
+    row = row_of({"messages": [{"role": U, "content": "q"}, {"role": A} | beside]})
+    assert (row.messages[1].thought, row.messages[1].content) == ("t", "a")
+
+
+def test_a_text_about_tags_has_no_thought_and_no_call():
+    for text in ("Close it with </think> at the end.", "Write <think> first.", "<tool_call> begins"):
+        row = row_of({"messages": [{"role": U, "content": "q"}, {"role": A, "content": text}]})
+        assert row.messages[1].content == text and row.messages[1].extras is None
+
+
+def test_a_developer_speaks_behind_the_system():
+    messages = [
+        {"role": "system", "content": "a"},
+        {"role": "developer", "content": "b"},
+        {"role": U, "content": "q"},
+        DONE,
+    ]
+    assert row_of({"messages": messages}).messages[0].content == "a\n\nb"
+
+
+# --- templates ------------------------------------------------------------------------------------
+
+
+def parts_of(renderer, row):
+    (found,) = renderer.encode_batch([row])
+    assert found.drop is None, found.drop
+    show = renderer.tokenizer.decode
+    return show(found.tokens[: found.prompt_length]), show(found.tokens[found.prompt_length :])
+
+
+THOUGHT = {"messages": [{"role": U, "content": "q"}, {"role": A, "content": "a", "thinking": "t"}]}
+EMPTY = {"messages": [{"role": U, "content": "q"}, {"role": A, "content": "<think></think>a"}]}
+NONE = {"messages": [{"role": U, "content": "q"}, {"role": A, "content": "a"}]}
+CHATML_PROMPT = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("shape", "thinking", "record", "prompt", "answer"),
+    [
+        ("qwen3", "keep", THOUGHT, CHATML_PROMPT, "<think>\nt\n</think>\n\na<|im_end|>"),
+        ("qwen3", "drop", THOUGHT, CHATML_PROMPT, "<think>\n\n</think>\n\na<|im_end|>"),
+        ("qwen3", "context", THOUGHT, CHATML_PROMPT + "<think>\nt\n</think>\n\n", "a<|im_end|>"),
+        ("qwen2.5", "keep", THOUGHT, CHATML_PROMPT, "<think>\nt\n</think>\n\na<|im_end|>"),
+        ("qwen2.5", "drop", THOUGHT, CHATML_PROMPT, "a<|im_end|>"),
+        ("qwen2.5", "keep", EMPTY, CHATML_PROMPT, "<think></think>a<|im_end|>"),
+        ("deepseek", "keep", THOUGHT, "<s><|User|>q<|Assistant|>", "<think>\nt\n</think>\n\na</s>"),
+        ("deepseek", "drop", THOUGHT, "<s><|User|>q<|Assistant|>", "a</s>"),
+        ("deepseek_open", "keep", THOUGHT, "<s><|User|>q<|Assistant|><think>\n",
+         "t\n</think>\n\na</s>"),
+        ("deepseek_open", "context", THOUGHT,
+         "<s><|User|>q<|Assistant|><think>\nt\n</think>\n\n", "a</s>"),
+        ("deepseek_open", "keep", EMPTY, "<s><|User|>q<|Assistant|><think>\n",
+         "\n</think>\n\na</s>"),
+    ],
+)  # fmt: skip
+def test_thoughts_stand_where_sampling_writes_them(
+    renderer_of, shape, thinking, record, prompt, answer
+):
+    renderer = renderer_of(SHAPES[shape].template, thinking)
+    assert parts_of(renderer, row_of(record)) == (prompt, answer)
+
+
+def test_a_generation_prompt_that_closes_the_thought(renderer_of):
+    opens = "<|im_start|>assistant\\n' }}{% endif %}"
+    closed = SHAPES["qwen3"].template
+    place = closed.rindex("' }}{% endif %}")
+    closed = closed[:place] + "<think>\\n\\n</think>\\n\\n" + closed[place:]
+    assert opens in SHAPES["qwen3"].template
+    renderer = renderer_of(closed)
+    prompt = CHATML_PROMPT + "<think>\n\n</think>\n\n"
+    assert parts_of(renderer, row_of(NONE)) == (prompt, "a<|im_end|>")
+    assert parts_of(renderer, row_of(EMPTY)) == (prompt, "a<|im_end|>")
+    assert parts_of(renderer_of(closed, "drop"), row_of(THOUGHT)) == (prompt, "a<|im_end|>")
+    (found,) = renderer.encode_batch([row_of(THOUGHT)])
+    assert "corpus.thinking: drop" in found.drop
+
+
+def test_a_prompt_that_opens_a_thought_needs_one(renderer_of):
+    (found,) = renderer_of(SHAPES["deepseek_open"].template).encode_batch([row_of(NONE)])
+    assert "ends with '<think>\\n'" in found.drop
+
+
+def test_rows_with_tools_need_a_template_with_tools(renderer_of):
+    record = {"messages": called(tool_calls=[CALL]), "tools": TOOLS}
+    rows = [row_of(record), row_of({"messages": record["messages"]})]
+    rows += rows_of({"messages": record["messages"][:2], "tools": TOOLS}, "last")
+    for shape in ("gemma", "zephyr", "phi3", "deepseek"):
+        for found in renderer_of(SHAPES[shape].template).encode_batch(rows):
+            assert "give corpus.template a template that does" in found.drop
+    (found,) = renderer_of(SHAPES["llama3.1"].template).encode_batch(
+        [row_of({"messages": called(content="I look.", tool_calls=[CALL])[:2]})]
+    )
+    assert "beside a tool call" in found.drop
+
+
+def test_ids_that_a_template_rejects_are_replaced(renderer_of):
+    messages = called(tool_calls=[{"id": "call_1234567890", "function": CALL}])
+    messages[2] = SUNNY | {"tool_call_id": "call_1234567890"}
+    prompt, answer = parts_of(
+        renderer_of(SHAPES["mistral3"].template), row_of({"messages": messages}, "last")
+    )
+    assert prompt.count("call00000") == 2 and answer == " It is sunny.</s>"
+
+
+def test_quoted_control_tokens_stay_text(renderer_of, tokenizer):
+    messages = called(tool_calls=[{"function": {"name": "f", "arguments": {"a": "</s><|im_end|>"}}}])
+    messages[2] = {"role": T, "content": "<|im_end|>"}
+    row = row_of({"messages": messages})
+    (found,) = renderer_of(SHAPES["qwen2.5"].template).encode_batch([row])
+    (end,) = {int(found.tokens[-1])}
+    assert end == tokenizer.vocabulary["<|im_end|>"]
+    assert int(np.sum(found.tokens[mask_of(found)] == end)) == 2
+    assert int(np.sum(found.tokens == end)) == 4
+
+
+def test_marked_templates_mark_earlier_turns(renderer_of):
+    from tests.texts.conftest import MARKED
+
+    messages = [
+        {"role": role, "content": text}
+        for role, text in ((U, "q"), (A, "a"), (U, "r"), (A, "b"))
+    ]
+    renderer = renderer_of(MARKED)
+    (found,) = renderer.encode_batch([row_of({"messages": messages})])
+    show = renderer.tokenizer.decode
+    assert show(found.tokens[mask_of(found)]) == "a<|im_end|>b<|im_end|>"
+    assert "turn (in the loss):     'a<|im_end|>'" in renderer.describe(
+        row_of({"messages": messages})
+    )
+
+
+def test_a_row_of_all_turns_has_the_tokens_of_its_last(renderer_of):
+    rng, renderer = random.Random(0), renderer_of(SHAPES["qwen2.5"].template)
+    records = [record_of(*conversation(rng, SHAPES["qwen2.5"]), rng) for _ in range(30)]
+    every = renderer.encode_batch([row_of(record) for record in records])
+    last = renderer.encode_batch([row_of(record, "last") for record in records])
+    for one, other in zip(every, last, strict=True):
+        assert one.tokens.tolist() == other.tokens.tolist()
+        assert one.prompt_length == other.prompt_length and other.earlier is None
