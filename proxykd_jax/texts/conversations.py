@@ -316,9 +316,7 @@ def _joined(first: Message, second: Message) -> Message:
     """A text and the calls behind it, or calls one after another, as one turn."""
     one, two = first.extras or TurnExtras(), second.extras or TurnExtras()
     thoughts = [thought for thought in (one.thought, two.thought) if thought]
-    extras = TurnExtras(
-        "\n\n".join(thoughts) or None, None, calls=_all_calls(one.calls, two.calls)
-    )
+    extras = TurnExtras("\n\n".join(thoughts) or None, None, calls=_all_calls(one.calls, two.calls))
     content = "\n\n".join(text for text in (first.content, second.content) if text)
     return Message("assistant", content, extras)
 

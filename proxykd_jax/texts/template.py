@@ -341,9 +341,7 @@ class Renderer:
             found = self._dialogues.render(row)
         except UserError as problem:
             return _Rendered(row, "", None, False, _reason(str(problem)))
-        return _Rendered(
-            row, found.whole, found.prompt, True, spans=found.spans, notes=found.notes
-        )
+        return _Rendered(row, found.whole, found.prompt, True, spans=found.spans, notes=found.notes)
 
     def _render_parts(
         self, template: ChatTemplate, messages: list[dict[str, str]], quotes: bool, with_end: bool

@@ -62,9 +62,7 @@ def spelled_out(thought: str | None, answer: str, *, opened: bool = False) -> st
     return f"{'' if opened else OPENING + chr(10)}{inside}{CLOSING}{_BETWEEN}{answer}"
 
 
-def answer_start(
-    text: str, begin: int, thought: str, answer: str, called: str = ""
-) -> int | None:
+def answer_start(text: str, begin: int, thought: str, answer: str, called: str = "") -> int | None:
     """Where the answer begins in a rendered text, behind its thought; None if neither is there.
 
     Args:

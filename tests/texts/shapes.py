@@ -11,11 +11,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-DUMPS = {"ensure_ascii": False}
-
 _CHATML_CALLS = """\
 {%- if m.content %}{{ '\\n' + m.content }}{% endif %}
-{%- for c in m.tool_calls %}{{ '\\n<tool_call>\\n{"name": "' + c.function.name + '", "arguments": ' }}
+{%- for c in m.tool_calls %}
+{{- '\\n<tool_call>\\n{"name": "' + c.function.name + '", "arguments": ' }}
 {{- c.function.arguments | tojson }}{{ '}\\n</tool_call>' }}{% endfor %}"""
 _TOOL_BLOCK = """\
 {%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}
@@ -46,7 +45,8 @@ QWEN3 = (
     _SYSTEM_TOOLS
     + """
 {%- set ns = namespace(last=-1) %}
-{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}
+{%- if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
 {%- for m in messages %}
 {%- if m.role == 'user' %}{{ '<|im_start|>user\\n' + m.content + '<|im_end|>\\n' }}
 {%- elif m.role == 'assistant' %}
@@ -102,12 +102,14 @@ LLAMA31 = """\
 {%- else %}{{ m.content | trim }}{% endif %}{{ '<|eot_id|>' }}
 {%- elif m.role == 'tool' %}{{ '<|start_header_id|>ipython<|end_header_id|>\\n\\n' +
  (m.content | tojson) + '<|eot_id|>' }}{% endif %}{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
+{%- if add_generation_prompt %}
+{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
 
 MISTRAL = """\
 {{- bos_token }}
 {%- set ns = namespace(last=-1) %}
-{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}
+{%- if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
 {%- for m in messages %}
 {%- if m.role == 'user' %}
 {%- if tools is not none and loop.index0 == ns.last %}
@@ -184,11 +186,13 @@ SHAPES = {
     "deepseek": Shape(DEEPSEEK, thoughts="behind"),
     "deepseek_open": Shape(DEEPSEEK_OPEN, thoughts="opened"),
 }
-SPECIAL = (
-    "<s> </s> <|im_start|> <|im_end|> <|start_header_id|> <|end_header_id|> <|eot_id|> [INST] "
-    "[/INST] [TOOL_CALLS] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] "
-    "<start_of_turn> <end_of_turn> <|system|> <|user|> <|assistant|> <|end|> <|User|> <|Assistant|>"
-).split()
+SPECIAL = [
+    *("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"),
+    *("<|start_header_id|>", "<|end_header_id|>", "[INST]", "[/INST]", "[TOOL_CALLS]"),
+    *("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
+    *("<start_of_turn>", "<end_of_turn>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+    *("<|User|>", "<|Assistant|>"),
+]
 
 
 def dumps(value: Any, **options: Any) -> str:
@@ -270,7 +274,9 @@ class _Built:
     def hermes(self) -> None:
         if self.tools:
             listed = "".join(dumps(tool) + " " for tool in self.tools)
-            self.say(f"<|im_start|>system\nYou call functions. <tools> {listed}</tools><|im_end|>\n")
+            self.say(
+                f"<|im_start|>system\nYou call functions. <tools> {listed}</tools><|im_end|>\n"
+            )
         for turn in self.turns:
             role, content = turn["role"], turn["content"]
             if role == "tool":

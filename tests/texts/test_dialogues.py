@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from proxykd_jax.config.schema import SourceConfig
-from proxykd_jax.errors import UserError
 from proxykd_jax.texts.conversations import expand_turns
 from proxykd_jax.texts.formats import conversations_of
 from proxykd_jax.texts.records import TextRow
@@ -165,9 +164,7 @@ def test_masks_equal_those_of_texts_built_by_hand(renderer_of, tokenizer, name):
         wanted.append(rendered(name, turns, tools))
     texts = ["".join(text for text, _ in pieces) for pieces in wanted]
     encodings = tokenizer.backend.encode_batch(texts, add_special_tokens=False)
-    for found, pieces, encoding in zip(
-        renderer.encode_batch(rows), wanted, encodings, strict=True
-    ):
+    for found, pieces, encoding in zip(renderer.encode_batch(rows), wanted, encodings, strict=True):
         assert found.drop is None
         learnt = np.repeat([learnt for _, learnt in pieces], [len(text) for text, _ in pieces])
         mask = np.array([learnt[begin:end].all() for begin, end in encoding.offsets])
@@ -215,7 +212,7 @@ CALL_FORMS = {
 def test_calls_are_read_in_every_form(form):
     row = row_of({"messages": CALL_FORMS[form]})
     assert calls_of(row) == ONE
-    user, call, result, answer = row.messages
+    _, call, result, _ = row.messages
     assert (call.role, call.content, result.role, result.content) == (A, "", T, "sunny")
     assert result.extras.name == "weather_of"
     assert result.extras.call_id == json.loads(call.calls)[0]["id"]
@@ -327,7 +324,11 @@ def test_what_cannot_be_learnt_is_named(messages, reason):
 
 
 def test_an_answer_cut_off_in_its_thought_is_left_out():
-    messages = [{"role": U, "content": "q"}, {"role": A, "content": "a"}, {"role": U, "content": "r"}]
+    messages = [
+        {"role": U, "content": "q"},
+        {"role": A, "content": "a"},
+        {"role": U, "content": "r"},
+    ]
     source, reasons = SourceConfig(path="x"), []
     record = {"messages": [*messages, {"role": A, "content": "<think>\nHm"}]}
     (turns,) = conversations_of("messages", record, source, False)
@@ -353,7 +354,11 @@ def test_thoughts_are_read_in_every_form(beside):
 
 
 def test_a_text_about_tags_has_no_thought_and_no_call():
-    for text in ("Close it with </think> at the end.", "Write <think> first.", "<tool_call> begins"):
+    for text in (
+        "Close it with </think> at the end.",
+        "Write <think> first.",
+        "<tool_call> begins",
+    ):
         row = row_of({"messages": [{"role": U, "content": "q"}, {"role": A, "content": text}]})
         assert row.messages[1].content == text and row.messages[1].extras is None
 
@@ -453,7 +458,9 @@ def test_ids_that_a_template_rejects_are_replaced(renderer_of):
 
 
 def test_quoted_control_tokens_stay_text(renderer_of, tokenizer):
-    messages = called(tool_calls=[{"function": {"name": "f", "arguments": {"a": "</s><|im_end|>"}}}])
+    messages = called(
+        tool_calls=[{"function": {"name": "f", "arguments": {"a": "</s><|im_end|>"}}}]
+    )
     messages[2] = {"role": T, "content": "<|im_end|>"}
     row = row_of({"messages": messages})
     (found,) = renderer_of(SHAPES["qwen2.5"].template).encode_batch([row])
@@ -467,8 +474,7 @@ def test_marked_templates_mark_earlier_turns(renderer_of):
     from tests.texts.conftest import MARKED
 
     messages = [
-        {"role": role, "content": text}
-        for role, text in ((U, "q"), (A, "a"), (U, "r"), (A, "b"))
+        {"role": role, "content": text} for role, text in ((U, "q"), (A, "a"), (U, "r"), (A, "b"))
     ]
     renderer = renderer_of(MARKED)
     (found,) = renderer.encode_batch([row_of({"messages": messages})])

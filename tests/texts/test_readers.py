@@ -6,9 +6,9 @@ import pytest
 
 from proxykd_jax.config.schema import SourceConfig
 from proxykd_jax.errors import UserError
+from proxykd_jax.texts.conversations import NO_CALL
 from proxykd_jax.texts.readers import read_source
 from proxykd_jax.texts.records import Drops, Message, TextRow
-from proxykd_jax.texts.conversations import NO_CALL
 
 U, A, S = "user", "assistant", "system"
 
