@@ -26,6 +26,7 @@ NOTHING_LEARNT = "every answer is flagged as context only"
 THOUGHT_ALONE = "a thought without an answer"
 CUT_THOUGHT = "an answer that was cut off in its thought (<think> without </think>)"
 NO_CALL = "a tool's result without a call"
+NO_ANSWER = "a tool's result without an answer"
 TOOLS_SAID = "what the system text says about its tools gives way to the template's own words"
 # The role of the turn that holds a conversation's tools; it stands before all others.
 TOOLS = "tools"
@@ -106,11 +107,12 @@ def expand_turns(
     found: list[RawTurn] = []
     waiting: list[dict[str, Any]] = []  # calls without a result
     called = 0
+    last: Any = None
     for place, turn in enumerate(turns):
-        if called and turn.role == "user" and isinstance(turn.content, str):
-            is_result = results_in_text(turn.content) is not None
-            turn = turn._replace(role="tool") if is_result else turn
-        if turn.role == "tool":
+        role = turn.role
+        if called and role == "user" and isinstance(turn.content, str):
+            role = "user" if results_in_text(turn.content) is None else "tool"
+        if role == "tool":
             if not messages or messages[-1].role not in ("assistant", "tool"):
                 raise RowProblem(NO_CALL)
             results = _results(turn, waiting)
@@ -118,43 +120,47 @@ def expand_turns(
                 raise RowProblem(NO_CALL)
             messages += results
             found += [turn] * len(results)
+            last = "tool"
             continue
-        if turn.role == "system" and isinstance(turn.content, str) and TOOLS_TAG in turn.content:
+        if role == "system" and isinstance(turn.content, str) and TOOLS_TAG in turn.content:
             described = tools_in_text(turn.content)
             if described is not None:
                 turn = turn._replace(content=described[0])
                 tools = tools or described[1]
                 noted(TOOLS_SAID)
-        is_last = place == len(turns) - 1
-        last = messages[-1].role if messages else None
-        started = last is not None and (last != "system" or turn.role != "system")
-        message = _message(turn, started, tools is not None, is_last)
+        message = _message(turn, last, tools is not None, place == len(turns) - 1)
         if message is None:
             continue
-        if message.role == "system" and messages:  # a developer's message behind the system's
+        if role == "system" and messages:  # a developer's message behind the system's
             messages[0] = Message("system", f"{messages[0].content}\n\n{message.content}")
             continue
-        if message.calls is not None:
+        if role == "user":
+            if last in ("user", "tool"):
+                turns_in_a_row = "two user turns in a row"
+                raise RowProblem(turns_in_a_row if last == "user" else NO_ANSWER)
+            messages.append(message)
+            found.append(turn)
+            last = role
+            continue
+        has_calls = message.calls is not None
+        if has_calls:
             message, waiting = _with_ids(message, called)
             called += len(waiting)
-        if message.role == "assistant" and last == "assistant":
-            if message.calls is None or (messages[-1].calls is not None and message.content):
+        if role == "assistant" and last == "assistant":
+            if not has_calls or (messages[-1].calls is not None and message.content):
                 raise RowProblem("two assistant turns in a row")
             messages[-1] = _joined(messages[-1], message)
             waiting = json.loads(messages[-1].calls or "[]")
             problem = found[-1].problem or turn.problem
             found[-1] = turn._replace(learnt=turn.learnt and found[-1].learnt, problem=problem)
             continue
-        if message.role == "assistant" and last not in ("user", "tool"):
+        if role == "assistant" and last not in ("user", "tool"):
             raise RowProblem("no prompt")
-        if message.role == "user" and last in ("user", "tool"):
-            raise RowProblem(
-                "two user turns in a row" if last == "user" else "a tool's result without an answer"
-            )
-        if _is_cut(message):
+        if "think>" in message.content and message.extras is None and _is_cut(message):
             turn = turn._replace(problem=turn.problem or CUT_THOUGHT)
         messages.append(message)
         found.append(turn)
+        last = role
     if not prompts_only:
         while messages and messages[-1].role == "tool":
             messages.pop()
@@ -228,12 +234,12 @@ def _is_blank(text: str) -> bool:
     return all(character in _INVISIBLE or character.isspace() for character in text)
 
 
-def _message(turn: RawTurn, started: bool, has_tools: bool, is_last: bool) -> Message | None:
+def _message(turn: RawTurn, last: str | None, has_tools: bool, is_last: bool) -> Message | None:
     role, content = turn.role, turn.content
     if isinstance(content, RowProblem):
         raise content
     if role == "system":
-        if started:
+        if last not in (None, "system"):
             raise RowProblem("system message after the start")
         if content is None or (isinstance(content, str) and not content.strip()):
             return None
@@ -283,10 +289,8 @@ def _rich_answer(turn: RawTurn, has_tools: bool, is_last: bool) -> Message:
 
 
 def _is_cut(message: Message) -> bool:
-    """Whether a turn ends within its thought."""
-    if message.role != "assistant" or message.extras is not None:
-        return False
-    inner = split_thought(message.content) if "think>" in message.content else None
+    """Whether an answer ends within its thought."""
+    inner = split_thought(message.content) if message.role == "assistant" else None
     return inner is not None and inner.answer is None
 
 

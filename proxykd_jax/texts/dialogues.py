@@ -204,8 +204,7 @@ class _Rendering:
                 raise UserError(CLOSED_THOUGHT)
             thought = None
         if thought is None:
-            bare = self._without_thought(answer)
-            whole, pieces = self._text([*self._given, bare], False)
+            whole, pieces = self._text([*self._given, self._without_thought(answer)], False)
             if self._own.has_marks and pieces:
                 return self._cut(whole, pieces), pieces[-1][0], pieces
             if not whole.startswith(prompt):

@@ -27,6 +27,7 @@ from proxykd_jax.texts.row_keys import (
     NO_CALL_THERE,
     REASONING,
     SYSTEM,
+    THOUGHTS,
     TOOL_CALLS,
     TOOLS,
     finish_problem,
@@ -82,12 +83,14 @@ _ROLES = {
 }
 # Turns whose whole text is the call.
 _CALL_ROLES = frozenset(("function_call", "tool_call", "tool_calls"))
-_THOUGHTS = frozenset(("thinking", "reasoning", "redacted_thinking", "thought"))
+_THOUGHT_PARTS = frozenset(("thinking", "reasoning", "redacted_thinking", "thought"))
 _CALL_PARTS = frozenset(("tool_use", "tool_call", "function_call"))
 _RESULT_PARTS = frozenset(("tool_result", "function_response", "function_call_output"))
+_BESIDE_AN_ANSWER = frozenset((*CALLS, *THOUGHTS))
 _TEXT_PARTS = frozenset(("text", "input_text", "output_text"))
 _CONVERSATIONS = ("conversations", "conversation")
-_TURN_LISTS = frozenset(("messages", *_CONVERSATIONS, *HISTORY))
+_CHATS = ("messages", *_CONVERSATIONS)
+_TURN_LISTS = frozenset((*_CHATS, *HISTORY))
 _SAYS_WHO = ("role", "from")
 _ANSWERS = ("response", "completion", "chosen", "answer", "output")
 _ALPACA_ANSWERS = ("output", "response", "completion", "chosen", "answer")
@@ -191,7 +194,7 @@ def _parts(content: Any) -> _Parts:
         kind, text = part.get("type"), part.get("text")
         if kind in _TEXT_PARTS and isinstance(text, str):
             texts.append(text)
-        elif kind in _THOUGHTS:
+        elif kind in _THOUGHT_PARTS:
             thoughts.append(thought_text([part]))
         elif kind in _CALL_PARTS:
             calls.append(part)
@@ -230,10 +233,11 @@ def _turn(turn: Any) -> RawTurn:
     given = turn["role"] if "role" in turn else turn.get("from")
     content = turn["content"] if "content" in turn else turn.get("value")
     role = _ROLES.get(given) if isinstance(given, str) else None
+    calls = None
     if role is None and isinstance(given, str):
         known = given.strip().lower()
         role = _ROLES.get(known)
-        if is_tool_role(known):
+        if role is None and is_tool_role(known):
             name, call_id = turn.get("name"), turn.get(CALL_ID)
             return RawTurn(
                 "tool",
@@ -242,12 +246,9 @@ def _turn(turn: Any) -> RawTurn:
                 call_id=call_id if isinstance(call_id, str) and call_id else None,
             )
         if known in _CALL_ROLES:
-            role = "assistant"
+            role, content, calls = "assistant", None, _call_text(content)
     if role != "assistant":
         return RawTurn(role, _content(content))
-    calls = None
-    if isinstance(given, str) and given.strip().lower() in _CALL_ROLES:
-        content, calls = None, _call_text(content)
     if len(turn) == 2 and (content is None or isinstance(content, str)):
         return RawTurn(role, content, calls=calls)
     parts = _parts(content)
@@ -290,7 +291,7 @@ def _chat(value: Any) -> list[RawTurn]:
         raise RowProblem("no prompt")
     found: list[RawTurn] = []
     for turn in turns:
-        if isinstance(turn, Mapping) and isinstance(turn.get("content"), list):
+        if type(turn) is dict and type(turn.get("content")) is list:
             parts = _parts(turn["content"]) if turn.get("role") == "user" else None
             if parts is not None and parts.results:
                 found += [
@@ -332,31 +333,28 @@ def _with_beginning(row: Record, turns: list[RawTurn]) -> list[RawTurn]:
         turns[:start] = [RawTurn("system", system)]
     given = says_any(row, TOOLS)
     if given is None:
-        given = next((found for found in _tools_of_turns(row)), None)
+        given = _tools_of_first_turn(row)
     tools = tools_json(given) if given is not None else None
     return turns if tools is None else [RawTurn(TOOLS_TURN, tools), *turns]
 
 
-def _tools_of_turns(row: Record) -> Iterator[Any]:
-    """Tools beside a turn, such as the system message."""
-    for key in _TURN_LISTS:
+def _tools_of_first_turn(row: Record) -> Any:
+    """Tools beside the first turn, which is the system message; None for none."""
+    for key in _CHATS:
         turns = row.get(key)
-        for turn in turns if isinstance(turns, list) else ():
-            if isinstance(turn, Mapping) and len(turn) > 2:
-                found = says_any(turn, TOOLS)
-                if found is not None:
-                    yield found
+        first = turns[0] if isinstance(turns, list) and turns else None
+        if first is not None and len(first) > 2 and isinstance(first, Mapping):
+            return says_any(first, TOOLS)
+    return None
 
 
 def _with_answer(row: Record, turns: list[RawTurn], prompts_only: bool) -> list[RawTurn]:
     """Adds the calls and the thought beside a row's texts to its last answer."""
-    if prompts_only or not turns or turns[-1].role != "assistant":
-        return turns
-    last = turns[-1]
-    calls, thought = _calls_of(row), thought_of(row)
-    if calls is not None or thought is not None:
-        last = last._replace(calls=last.calls or calls, thought=last.thought or thought)
-    return [*turns[:-1], last]
+    beside = not _BESIDE_AN_ANSWER.isdisjoint(row)
+    if beside and not prompts_only and turns and turns[-1].role == "assistant":
+        last, calls, thought = turns[-1], _calls_of(row), thought_of(row)
+        turns[-1] = last._replace(calls=last.calls or calls, thought=last.thought or thought)
+    return turns
 
 
 def _history(row: Record) -> list[RawTurn]:
