@@ -176,9 +176,9 @@ def _assembled(
     out = [
         DrawnRow(
             row.row_id,
-            np.zeros((len(row.answer), slots), np.int32),
-            np.zeros((len(row.answer), slots), np.int32),
-            np.ones((len(row.answer), slots), np.float32),
+            np.zeros((row.num_learnt, slots), np.int32),
+            np.zeros((row.num_learnt, slots), np.int32),
+            np.ones((row.num_learnt, slots), np.float32),
         )
         for row in token_rows
     ]

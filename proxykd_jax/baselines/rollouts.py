@@ -176,11 +176,11 @@ def read_places(rows: Rows, planned: PlannedBatch) -> list[TokenRow | None]:
 
 
 def given_answers(places: Places, end_token_ids: Sequence[int]) -> list[Answer | None]:
-    """Returns rows with their own answers."""
+    """Returns rows with their own last answers."""
 
     def answer(row: TokenRow) -> Answer:
         ends = len(row.answer) > 0 and int(row.answer[-1]) in end_token_ids
-        return Answer(row, ends, False)
+        return Answer(row.with_last_answer, ends, False)
 
     return [None if row is None else answer(row) for row in places]
 

@@ -85,10 +85,10 @@ class SourceConfig(Section):
         description="Nectar: keep answers whose model name begins with this; "
         "OpenOrca: checked against the file name",
     )
-    turns: Literal["last", "each"] = Field(
+    turns: Literal["last", "each", "all"] = Field(
         "each",
-        description="conversations with several answers: train on the last one, or make one row "
-        "of each",
+        description="conversations with several answers: train on the last one, make one row of "
+        "each, or one row with all of them in the loss",
     )
     prompt_tokens: PositiveInt | None = Field(
         None, description="text format: number of first tokens that form the prompt"
@@ -170,6 +170,11 @@ class CorpusConfig(Section):
         description="ids or texts of tokens that end an answer; the first is appended if the "
         "template writes none (default: the control token that the template writes behind an "
         "answer, else the tokenizer's EOS)",
+    )
+    thinking: Literal["keep", "drop", "context"] = Field(
+        "keep",
+        description="thoughts before an answer (reasoning keys, <think>): keep them in the loss, "
+        "drop them, or give them as context that is not in the loss",
     )
     max_length: PositiveInt = Field(
         1024, description="longer rows (prompt and answer, in tokens) are dropped and counted"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,14 +17,17 @@ class TokenRow:
     """An example as tokens.
 
     Attributes:
-      tokens: int32[T]; the rendered prompt, then the answer with its end token.
-      prompt_length: P; ``tokens[P:]`` is the answer.
-      row_id: ``row_id_of(tokens, prompt_length)``, in hex.
+      tokens: int32[T]; the rendered prompt, then the last answer with its end token.
+      prompt_length: P; ``tokens[P:]`` is the last answer.
+      row_id: ``row_id_of(tokens, prompt_length, earlier)``, in hex.
+      earlier: int32[n, 2]; begin and end of each stretch of the prompt that is in the loss too, the
+        earlier turns of a row with ``turns: all``. None for none.
     """
 
     tokens: np.ndarray
     prompt_length: int
     row_id: str
+    earlier: np.ndarray | None = None
 
     @property
     def prompt(self) -> np.ndarray:
@@ -34,6 +38,28 @@ class TokenRow:
     def answer(self) -> np.ndarray:
         """int32[T - P]."""
         return self.tokens[self.prompt_length :]
+
+    @property
+    def num_learnt(self) -> int:
+        """Number of tokens in the loss."""
+        return len(self.tokens) - self.prompt_length + count_earlier(self.earlier)
+
+    @property
+    def with_last_answer(self) -> TokenRow:
+        """The row with its last answer alone in the loss."""
+        return self if self.earlier is None else dataclasses.replace(self, earlier=None)
+
+
+def count_earlier(earlier: np.ndarray | None) -> int:
+    """Number of tokens in stretches int32[n, 2]."""
+    return 0 if earlier is None else int(np.diff(earlier).sum())
+
+
+def learnt_places(row: TokenRow) -> np.ndarray:
+    """int64[n]: the places of the tokens in the loss, in their order."""
+    stretches = [] if row.earlier is None else row.earlier.tolist()
+    stretches = [*stretches, (row.prompt_length, len(row.tokens))]
+    return np.concatenate([np.arange(begin, end) for begin, end in stretches])
 
 
 class Rows(Protocol):
@@ -47,6 +73,11 @@ class Rows(Protocol):
     @property
     def prompt_lengths(self) -> np.ndarray:
         """int32[n], tokens of each prompt."""
+        ...
+
+    @property
+    def earlier_lengths(self) -> np.ndarray:
+        """int32[n], tokens of each prompt that are in the loss."""
         ...
 
     def __len__(self) -> int: ...
@@ -75,6 +106,11 @@ class RowsInMemory:
     def prompt_lengths(self) -> np.ndarray:
         """int32[n]."""
         return np.array([row.prompt_length for row in self._rows], np.int32)
+
+    @property
+    def earlier_lengths(self) -> np.ndarray:
+        """int32[n]."""
+        return np.array([count_earlier(row.earlier) for row in self._rows], np.int32)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -137,6 +173,9 @@ def collate_rows(
             labels_BL[b, begin:end] = example.tokens[skipped + 1 :]
             # Position t predicts token t + 1, so the first answer token is the label at P - 1.
             mask_BL[b, begin + prompt - skipped : end] = True
+            if example.earlier is not None and not skipped:
+                for first, last in example.earlier.tolist():
+                    mask_BL[b, begin + max(first - 1, 0) : begin + last - 1] = True
             segment_ids_BL[b, begin:end] = s + 1
             positions_BL[b, begin:end] = np.arange(skipped, skipped + end - begin)
             example_mask_BS[b, s] = True

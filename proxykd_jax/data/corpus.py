@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, overload
 
@@ -24,13 +24,20 @@ CorpusSplit = Literal["warmup", "align", "distill", "validation", "test", "fresh
 SPLITS: tuple[CorpusSplit, ...] = get_args(CorpusSplit)
 TFDS_NAME = "proxykd_corpus"
 INDEX = "index"
+# In examples and in the index, only where earlier turns are in the loss.
+EARLIER, EARLIER_LENGTHS = "earlier_answers", "earlier_lengths"
 _READ_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 
 
-def row_id_of(tokens: np.ndarray, prompt_length: int) -> str:
-    """sha256 in hex of the token ids as little-endian int32, then the prompt's length."""
+def row_id_of(tokens: np.ndarray, prompt_length: int, earlier: np.ndarray | None = None) -> str:
+    """sha256 in hex of the token ids as little-endian int32, then the prompt's length.
+
+    Stretches of the prompt that are in the loss (int32[n, 2]) follow.
+    """
     state = hashlib.sha256(np.ascontiguousarray(tokens, "<i4").tobytes())
     state.update(np.array([prompt_length], "<i4").tobytes())
+    if earlier is not None and len(earlier):
+        state.update(np.ascontiguousarray(earlier, "<i4").tobytes())
     return state.hexdigest()
 
 
@@ -95,6 +102,7 @@ class TokenSplit:
       name: name of the split.
       lengths: int32[n], tokens of each row.
       prompt_lengths: int32[n], tokens of each prompt.
+      earlier_lengths: int32[n], tokens of each prompt that are in the loss.
       row_ids: the ids in hex, by number.
     """
 
@@ -105,6 +113,7 @@ class TokenSplit:
         parts = [index.open(j).arrays for j in range(num_shards)]
         self.lengths = _joined([part["lengths"] for part in parts], np.int32)
         self.prompt_lengths = _joined([part["prompt_lengths"] for part in parts], np.int32)
+        self.earlier_lengths = _joined([earlier_lengths(part) for part in parts], np.int32)
         self._starts = np.cumsum([0, *(len(part["lengths"]) for part in parts)])
         self.row_ids = RowIds([part["row_ids"] for part in parts], self._starts)
         self._readers: dict[int, Any] = {}
@@ -152,12 +161,13 @@ class TokenSplit:
             example = decode_example(data)
             tokens = np.asarray(example["tokens"]).astype(np.int32)
             prompt_length = int(np.asarray(example["prompt_length"])[0])
+            earlier = _earlier_of(example)
         except (ValueError, KeyError, IndexError) as error:
             raise UserError(_damaged(path, f"row {number} cannot be decoded")) from error
         row_id = self.row_ids[number]
-        if row_id_of(tokens, prompt_length) != row_id:
+        if row_id_of(tokens, prompt_length, earlier) != row_id:
             raise UserError(_damaged(path, f"row {number} is not the row of the index"))
-        return TokenRow(tokens, prompt_length, row_id)
+        return TokenRow(tokens, prompt_length, row_id, earlier)
 
 
 class RowIds(Sequence[str]):
@@ -182,6 +192,18 @@ class RowIds(Sequence[str]):
             raise IndexError(f"row {index} of {len(self)}")
         shard = int(np.searchsorted(self._starts, number, side="right")) - 1
         return self._parts[shard][number - self._starts[shard]].tobytes().hex()
+
+
+def earlier_lengths(index: Mapping[str, np.ndarray]) -> np.ndarray:
+    """int32[n] of a shard's index: tokens of each prompt that are in the loss."""
+    found = index.get(EARLIER_LENGTHS)
+    return np.zeros(len(index["lengths"]), np.int32) if found is None else found
+
+
+def _earlier_of(example: Mapping[str, Any]) -> np.ndarray | None:
+    if EARLIER not in example:
+        return None
+    return np.asarray(example[EARLIER]).astype(np.int32).reshape(-1, 2)
 
 
 def _joined(arrays: Sequence[np.ndarray], dtype: type) -> np.ndarray:

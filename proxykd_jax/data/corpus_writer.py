@@ -22,11 +22,21 @@ from proxykd_jax.artifacts import (
     sync_folder,
     write_json,
 )
-from proxykd_jax.data.corpus import INDEX, SPLITS, TFDS_NAME, CorpusSplit, row_id_of, shard_name
+from proxykd_jax.data.collate import count_earlier
+from proxykd_jax.data.corpus import (
+    EARLIER,
+    EARLIER_LENGTHS,
+    INDEX,
+    SPLITS,
+    TFDS_NAME,
+    CorpusSplit,
+    row_id_of,
+    shard_name,
+)
 from proxykd_jax.data.example_codec import encode_example
 from proxykd_jax.data.parts import Part, PartFolder
 from proxykd_jax.errors import UserError
-from proxykd_jax.texts.records import Drops
+from proxykd_jax.texts.records import Drops, Notes
 
 _VERSION = "1.0.0"
 # One record per chunk, so a row can be read without unpacking its neighbours.
@@ -131,7 +141,10 @@ class CorpusWriter:
                 }
             )
         sync_folder(self.folder)
-        write_json(self.folder / "features.json", _FEATURES)
+        has_earlier = any(
+            EARLIER_LENGTHS in part.arrays for split in num_shards for part in self.parts(split)
+        )
+        write_json(self.folder / "features.json", _features(has_earlier))
         write_json(
             self.folder / "dataset_info.json",
             {
@@ -159,22 +172,30 @@ class ShardWriter:
         self._records = array_record_module.ArrayRecordWriter(str(self._temporary), _WRITE_OPTIONS)
         self._lengths: list[int] = []
         self._prompt_lengths: list[int] = []
+        self._earlier_lengths: list[int] = []
         self._row_ids = bytearray()
         self._drops: dict[str, Drops] = {}
+        self._notes: dict[str, Notes] = {}
         self._sources: dict[str, int] = {}
 
-    def write(self, tokens: np.ndarray, prompt_length: int, source: str) -> None:
-        """Adds a row and counts it under ``source``."""
-        row_id = row_id_of(tokens, prompt_length)
-        self._records.write(
-            encode_example(
-                {
-                    "tokens": tokens,
-                    "prompt_length": np.array([prompt_length]),
-                    "row_id": row_id.encode(),
-                }
-            )
-        )
+    def write(
+        self,
+        tokens: np.ndarray,
+        prompt_length: int,
+        source: str,
+        earlier: np.ndarray | None = None,
+    ) -> None:
+        """Adds a row and counts it under ``source``; ``earlier`` as in ``TokenRow``."""
+        row_id = row_id_of(tokens, prompt_length, earlier)
+        example: dict[str, np.ndarray | bytes] = {
+            "tokens": tokens,
+            "prompt_length": np.array([prompt_length]),
+            "row_id": row_id.encode(),
+        }
+        if earlier is not None and len(earlier):
+            example[EARLIER] = earlier.reshape(-1)
+        self._records.write(encode_example(example))
+        self._earlier_lengths.append(count_earlier(earlier))
         self._lengths.append(len(tokens))
         self._prompt_lengths.append(prompt_length)
         self._row_ids += bytes.fromhex(row_id)
@@ -183,6 +204,10 @@ class ShardWriter:
     def drop(self, reason: str, origin: str, source: str) -> None:
         """Counts a row of this shard that is dropped."""
         self._drops.setdefault(source, Drops()).add(reason, origin)
+
+    def note(self, note: str, origin: str, source: str) -> None:
+        """Counts what a reader should know about a row of this shard."""
+        self._notes.setdefault(source, Notes()).add(note, origin, "")
 
     def commit(self) -> None:
         """Makes the shard durable."""
@@ -201,11 +226,21 @@ class ShardWriter:
                 "lengths": np.array(self._lengths, np.int32),
                 "prompt_lengths": np.array(self._prompt_lengths, np.int32),
                 "row_ids": np.frombuffer(bytes(self._row_ids), np.uint8).reshape(-1, 32),
+                **(
+                    {EARLIER_LENGTHS: np.array(self._earlier_lengths, np.int32)}
+                    if any(self._earlier_lengths)
+                    else {}
+                ),
             },
             {
                 "bytes": self._final.stat().st_size,
                 "digest": digest_file(self._final),
                 "drops": {source: drops.as_json() for source, drops in self._drops.items()},
+                **(
+                    {"notes": {source: n.as_json() for source, n in self._notes.items()}}
+                    if self._notes
+                    else {}
+                ),
                 "sources": self._sources,
             },
         )
@@ -223,17 +258,19 @@ def _tensor(kind: str, shape: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-_FEATURES = {
-    "type": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
-    "proto_cls": "tensorflow_datasets.FeaturesDict",
-    "content": {
-        "features": {
-            "tokens": _tensor("tensor_feature.Tensor", {"dimensions": ["-1"]}),
-            "prompt_length": _tensor("scalar.Scalar", {}),
-            "row_id": {
-                "pythonClassName": "tensorflow_datasets.core.features.text_feature.Text",
-                "text": {},
-            },
-        }
-    },
-}
+def _features(has_earlier: bool) -> dict[str, Any]:
+    tokens = _tensor("tensor_feature.Tensor", {"dimensions": ["-1"]})
+    features = {
+        "tokens": tokens,
+        "prompt_length": _tensor("scalar.Scalar", {}),
+        "row_id": {
+            "pythonClassName": "tensorflow_datasets.core.features.text_feature.Text",
+            "text": {},
+        },
+        **({EARLIER: tokens} if has_earlier else {}),
+    }
+    return {
+        "type": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
+        "proto_cls": "tensorflow_datasets.FeaturesDict",
+        "content": {"features": features},
+    }

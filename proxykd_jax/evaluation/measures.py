@@ -262,6 +262,11 @@ def _batches(
         shape = (batch_size, length, config.vocab_size)
         teacher_logps_BLV = np.full(shape, -np.inf, np.float32)
         for place, row in enumerate(found):
+            if row.earlier is not None:
+                raise UserError(
+                    "evaluate.teacher_logps holds the log-probs of last answers alone: set turns: "
+                    "last or each for corpus.test."
+                )
             logps = teacher.read(row.tokens, row.prompt_length)
             first = row.prompt_length - 1
             teacher_logps_BLV[place, first : first + len(logps), : logps.shape[1]] = logps

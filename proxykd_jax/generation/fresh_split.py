@@ -19,6 +19,7 @@ class AnsweredSplit:
       name: name of the split that holds the prompts.
       lengths: int32 ``[n]``, tokens of each row.
       prompt_lengths: int32 ``[n]``, tokens of each prompt.
+      earlier_lengths: int32 ``[n]`` zeros: only the proxy's answer is in the loss.
 
     Args:
       prompts: the split of prompts.
@@ -34,6 +35,7 @@ class AnsweredSplit:
         self._places = np.flatnonzero(store.drops == KEPT)
         self._rows = store.rows[self._places]
         self.prompt_lengths = prompts.prompt_lengths[self._rows]
+        self.earlier_lengths = np.zeros_like(self.prompt_lengths)
         self.lengths = self.prompt_lengths + store.lengths[self._places]
 
     def __len__(self) -> int:

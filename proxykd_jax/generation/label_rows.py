@@ -84,7 +84,7 @@ class Positions(NamedTuple):
       hidden_MD: the proxy's hidden states that predict the labels.
       labels_M: int32, the tokens that follow.
       row_words_M: uint32, the first four bytes of the row's id.
-      offsets_M: int32, the token's position in the answer.
+      offsets_M: int32, the token's number among those of its row that are in the loss.
     """
 
     hidden_MD: jax.Array
@@ -140,7 +140,11 @@ class RowScorer:
             places = np.flatnonzero(batch.mask_BL).astype(np.int32)
             labels = np.asarray(batch.labels_BL).reshape(-1)
             words = np.array([int(token_rows[i].row_id[:8], 16) for i in chosen], np.uint32)
-            prompt_lengths = np.array([token_rows[i].prompt_length for i in chosen])
+            # The number of each label within its row; the first token of a row is no label.
+            first = np.array([[token_rows[i].prompt_length == 0] for i in chosen])
+            ranks_BL = np.cumsum(batch.mask_BL, axis=1) - 1
+            ranks_BL[: len(chosen)] += first
+            ranks = ranks_BL.reshape(-1)
             hidden = hidden_rows(
                 self.params,
                 self.adapter,
@@ -151,7 +155,7 @@ class RowScorer:
                 some = places[begin : begin + size]
                 padded = np.pad(some, (0, size - len(some)))
                 row = padded // length
-                offsets = (padded % length - prompt_lengths[row] + 1).astype(np.int32)
+                offsets = ranks[padded].astype(np.int32)
                 positions = Positions(_take(hidden, padded), labels[padded], words[row], offsets)
                 found, count = self.label(positions), len(some)
                 pieces.append(Piece(found, chosen[row[:count]], offsets[:count]))
@@ -185,7 +189,7 @@ def _assemble(
     """Waits for the labels and groups them by row."""
     out = []
     for row in token_rows:
-        size = len(row.answer)
+        size = row.num_learnt
         out.append(
             SoftLabels(
                 row.row_id,

@@ -18,7 +18,13 @@ from proxykd_jax.texts.conversations import RawTurn, checked_text
 from proxykd_jax.texts.json_files import read_json_records
 from proxykd_jax.texts.normalise import normalise_text, normalised_words
 from proxykd_jax.texts.records import RowProblem
-from proxykd_jax.texts.row_keys import COMMON, finish_problem, row_problem, unread_keys
+from proxykd_jax.texts.row_keys import (
+    COMMON,
+    finish_problem,
+    row_problem,
+    thought_of,
+    unread_keys,
+)
 
 Record = Mapping[str, Any]
 
@@ -221,7 +227,7 @@ def load_answers(path: str) -> Answers:
         elif "response" in record and ("id" in record or "prompt" in record):
             identity, prompt = record.get("id"), record.get("prompt")
             left = tuple((f"answers.{k}", v) for k, v in unread_keys(record, _ANSWER_KEYS))
-            values = [_answer(record["response"], row_problem(record))._replace(unread=left)]
+            values = [_answer_of(record, "response")._replace(unread=left)]
         elif "custom_id" in record:
             continue  # a request of a batch that failed has no response
         else:
@@ -242,6 +248,15 @@ def _answer(content: Any, problem: str | None) -> RawTurn:
     return RawTurn("assistant", content if problem is None else RowProblem(problem))
 
 
+def _answer_of(record: Record, key: str, problem: str | None = None) -> RawTurn:
+    """The answer under a key, with the thought beside it."""
+    problem = problem or row_problem(record, reads_thoughts=True)
+    try:
+        return _answer(record.get(key), problem)._replace(thought=thought_of(record))
+    except RowProblem as unreadable:
+        return _answer(None, str(unreadable))
+
+
 def _batch_answers(record: Record) -> list[RawTurn]:
     """The answers in a line of a batch's output."""
     body = record["response"].get("body")
@@ -250,8 +265,8 @@ def _batch_answers(record: Record) -> list[RawTurn]:
     for choice in choices if isinstance(choices, list) else []:
         message = choice.get("message") if isinstance(choice, Mapping) else None
         if isinstance(message, Mapping):
-            problem = finish_problem(record) or finish_problem(choice) or row_problem(message)
-            found.append(_answer(message.get("content"), problem))
+            problem = finish_problem(record) or finish_problem(choice)
+            found.append(_answer_of(message, "content", problem))
     return found
 
 

@@ -114,7 +114,13 @@ class ChatTemplate:
         except (jinja2.TemplateError, RecursionError) as error:
             raise UserError(f"The chat template is not valid Jinja: {error}") from error
 
-    def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """The rendered text; marks enclose each ``generation`` block.
 
         Raises:
@@ -125,7 +131,7 @@ class ChatTemplate:
             return self._compiled.render(
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
-                tools=None,
+                tools=tools,
                 documents=None,
                 **self.variables,
             )
@@ -140,13 +146,19 @@ def split_marks(rendered: str) -> tuple[str, tuple[int, int] | None]:
     Returns:
       The text, and start and end of the last marked piece in it (None if nothing is marked).
     """
-    pieces = rendered.split(MARK_START)
-    text, span = pieces[0], None
-    for piece in pieces[1:]:
+    text, spans = marked_pieces(rendered)
+    return text, spans[-1] if spans else None
+
+
+def marked_pieces(rendered: str) -> tuple[str, list[tuple[int, int]]]:
+    """Removes the marks from a rendered text; returns it with start and end of each piece."""
+    text, *pieces = rendered.split(MARK_START)
+    spans = []
+    for piece in pieces:
         inside, _, after = piece.partition(MARK_END)
-        span = (len(text), len(text) + len(inside))
+        spans.append((len(text), len(text) + len(inside)))
         text += inside + after
-    return text, span
+    return text, spans
 
 
 def _environment() -> Any:

@@ -114,7 +114,9 @@ class _Shards:
             if reason is not None:
                 shard.drop(reason, selected.row.origin, selected.label)
             else:
-                shard.write(row.tokens, row.prompt_length, selected.label)
+                shard.write(row.tokens, row.prompt_length, selected.label, row.earlier)
+                for note in row.notes:
+                    shard.note(note, selected.row.origin, selected.label)
 
     def _shard(self, split: CorpusSplit, number: int) -> ShardWriter:
         if split in self._open and self._open[split][0] != number:

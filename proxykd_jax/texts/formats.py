@@ -15,24 +15,33 @@ from typing import Any, NamedTuple
 
 from proxykd_jax.config.schema import SourceConfig
 from proxykd_jax.errors import UserError
+from proxykd_jax.texts.conversations import TOOLS as TOOLS_TURN
 from proxykd_jax.texts.conversations import RawTurn
 from proxykd_jax.texts.records import RowProblem
 from proxykd_jax.texts.row_keys import (
+    CALL_ID,
+    CALLS,
     COMMON,
     CONTEXT,
     HISTORY,
+    NO_CALL_THERE,
     REASONING,
     SYSTEM,
+    THOUGHTS,
     TOOL_CALLS,
+    TOOLS,
     finish_problem,
     holds_text,
     is_context_only,
+    is_tool_role,
     row_problem,
-    turn_problem,
+    says_any,
+    thought_of,
+    thought_text,
     unread_keys,
     unread_turn_keys,
-    words,
 )
+from proxykd_jax.texts.tool_texts import calls_in_text, calls_json, tools_json
 
 Record = Mapping[str, Any]
 NOT_TEXT = "content that is not text"
@@ -72,15 +81,16 @@ _ROLES = {
     "system": "system",
     "developer": "system",
 }
-_TOOL_ROLES = words(
-    "tool function ipython observation tool_call tool_response tool_result function_call "
-    "function_response"
-)
-_THOUGHTS = frozenset(("thinking", "reasoning", "redacted_thinking", "thought"))
-_CALLS = frozenset(("tool_use", "tool_call", "tool_result", "function_call", "function_response"))
+# Turns whose whole text is the call.
+_CALL_ROLES = frozenset(("function_call", "tool_call", "tool_calls"))
+_THOUGHT_PARTS = frozenset(("thinking", "reasoning", "redacted_thinking", "thought"))
+_CALL_PARTS = frozenset(("tool_use", "tool_call", "function_call"))
+_RESULT_PARTS = frozenset(("tool_result", "function_response", "function_call_output"))
+_BESIDE_AN_ANSWER = frozenset((*CALLS, *THOUGHTS))
 _TEXT_PARTS = frozenset(("text", "input_text", "output_text"))
 _CONVERSATIONS = ("conversations", "conversation")
-_TURN_LISTS = frozenset(("messages", *_CONVERSATIONS, *HISTORY))
+_CHATS = ("messages", *_CONVERSATIONS)
+_TURN_LISTS = frozenset((*_CHATS, *HISTORY))
 _SAYS_WHO = ("role", "from")
 _ANSWERS = ("response", "completion", "chosen", "answer", "output")
 _ALPACA_ANSWERS = ("output", "response", "completion", "chosen", "answer")
@@ -104,13 +114,20 @@ def conversations_of(
     Raises:
       RowProblem: the row cannot be used, or must not be learnt.
     """
-    check_row(row, prompts_only)
-    found = FORMATS[name].conversations(row, source, prompts_only)
-    return [_with_beginning(row, turns) for turns in found]
+    problem = row_problem(row, prompts_only=prompts_only, reads_tools=True, reads_thoughts=True)
+    if problem is not None and problem != NO_CALL_THERE:
+        raise RowProblem(problem)
+    found = [
+        _with_answer(row, _with_beginning(row, turns), prompts_only)
+        for turns in FORMATS[name].conversations(row, source, prompts_only)
+    ]
+    if problem is not None and not all(turns and turns[-1].calls for turns in found):
+        raise RowProblem(problem)
+    return found
 
 
 def check_row(row: Record, prompts_only: bool) -> None:
-    """Checks the keys beside a row's texts.
+    """Checks the keys beside a plain text.
 
     Raises:
       RowProblem: they say that the row must not be learnt, or that it cannot be understood.
@@ -153,24 +170,61 @@ def _first_of(row: Record, keys: tuple[str, ...]) -> Any:
     return next((row[key] for key in keys if row.get(key) is not None), None)
 
 
-def _content(content: Any) -> Any:
-    """Joins OpenAI's list of parts if all parts are text."""
-    if content is None or isinstance(content, str):
-        return content
-    parts = _as_list(content)
+class _Parts(NamedTuple):
+    """What a turn's content holds; ``results`` are pairs of a call's id and a text."""
+
+    text: Any
+    thought: str | None = None
+    calls: tuple[Any, ...] = ()
+    results: tuple[tuple[str | None, Any], ...] = ()
+
+
+def _parts(content: Any) -> _Parts:
+    """Takes a list of parts apart, of OpenAI's or Anthropic's forms."""
+    parts = None if content is None or isinstance(content, str) else _as_list(content)
     if not parts:
-        return content
+        return _Parts(content)
     if not all(isinstance(part, Mapping) for part in parts):
         raise RowProblem(NOT_TEXT)
-    kinds = {part.get("type") for part in parts}
-    if kinds & _THOUGHTS:
-        return RowProblem(REASONING)
-    if kinds & _CALLS:
+    texts: list[str] = []
+    thoughts: list[str] = []
+    calls: list[Any] = []
+    results: list[tuple[str | None, Any]] = []
+    for part in parts:
+        kind, text = part.get("type"), part.get("text")
+        if kind in _TEXT_PARTS and isinstance(text, str):
+            texts.append(text)
+        elif kind in _THOUGHT_PARTS:
+            thoughts.append(thought_text([part]))
+        elif kind in _CALL_PARTS:
+            calls.append(part)
+        elif kind in _RESULT_PARTS:
+            given = part.get("content") if "content" in part else part.get("output")
+            results.append((part.get("tool_use_id") or part.get(CALL_ID), given))
+        else:
+            raise RowProblem(NOT_TEXT)
+    thought = "\n\n".join(text for text in thoughts if text) or None
+    return _Parts("".join(texts), thought, tuple(calls), tuple(results))
+
+
+def _content(content: Any) -> Any:
+    """The text of a turn that is a text alone."""
+    if content is None or isinstance(content, str):
+        return content
+    found = _parts(content)
+    if found.calls or found.results:
         return RowProblem(TOOL_CALLS)
-    texts = [part.get("text") for part in parts]
-    if not kinds <= _TEXT_PARTS or not all(isinstance(text, str) for text in texts):
-        raise RowProblem(NOT_TEXT)
-    return "".join(texts)
+    return found.text if found.thought is None else RowProblem(REASONING)
+
+
+def _result_text(content: Any) -> str:
+    """A tool's result as text: a text, parts of text, or any other value as JSON."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    parts = _as_list(content)
+    if parts and all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in parts):
+        return "".join(part["text"] for part in parts)
+    return json.dumps(content, ensure_ascii=False, default=str)
 
 
 def _turn(turn: Any) -> RawTurn:
@@ -179,26 +233,76 @@ def _turn(turn: Any) -> RawTurn:
     given = turn["role"] if "role" in turn else turn.get("from")
     content = turn["content"] if "content" in turn else turn.get("value")
     role = _ROLES.get(given) if isinstance(given, str) else None
+    calls = None
     if role is None and isinstance(given, str):
         known = given.strip().lower()
         role = _ROLES.get(known)
-        if known in _TOOL_ROLES:
-            return RawTurn(known, RowProblem(TOOL_CALLS))
-    if len(turn) == 2:
-        return RawTurn(role, _content(content))
-    problem = turn_problem(turn)
-    if problem is not None:
-        return RawTurn(role, RowProblem(problem))
+        if role is None and is_tool_role(known):
+            name, call_id = turn.get("name"), turn.get(CALL_ID)
+            return RawTurn(
+                "tool",
+                _result_text(content),
+                name=name if isinstance(name, str) and name else None,
+                call_id=call_id if isinstance(call_id, str) and call_id else None,
+            )
+        if known in _CALL_ROLES:
+            role, content, calls = "assistant", None, _call_text(content)
     if role != "assistant":
         return RawTurn(role, _content(content))
-    return RawTurn(role, _content(content), not is_context_only(turn), finish_problem(turn))
+    if len(turn) == 2 and (content is None or isinstance(content, str)):
+        return RawTurn(role, content, calls=calls)
+    parts = _parts(content)
+    if parts.results:
+        raise RowProblem(TOOL_CALLS)
+    return RawTurn(
+        role,
+        parts.text,
+        not is_context_only(turn),
+        _turn_finish(turn, calls),
+        thought=parts.thought or thought_of(turn),
+        calls=calls or _calls_of(turn, parts.calls),
+    )
+
+
+def _turn_finish(turn: Record, calls: str | None) -> str | None:
+    problem = finish_problem(turn)
+    has_call = calls is not None or says_any(turn, CALLS) is not None
+    return None if problem == NO_CALL_THERE and has_call else problem
+
+
+def _calls_of(turn: Record, parts: tuple[Any, ...] = ()) -> str | None:
+    """The calls in a turn's keys and parts, as JSON text."""
+    given = says_any(turn, CALLS)
+    return calls_json(list(parts) or given) if parts or given is not None else None
+
+
+def _call_text(content: Any) -> str | None:
+    """The calls of a turn whose whole text they are."""
+    if isinstance(content, str):
+        tagged = calls_in_text(content, expected=True)
+        if tagged is not None:
+            return tagged[1]
+    return calls_json(content)
 
 
 def _chat(value: Any) -> list[RawTurn]:
     turns = _as_list(value)
     if not turns:
         raise RowProblem("no prompt")
-    return [_turn(turn) for turn in turns]
+    found: list[RawTurn] = []
+    for turn in turns:
+        if type(turn) is dict and type(turn.get("content")) is list:
+            parts = _parts(turn["content"]) if turn.get("role") == "user" else None
+            if parts is not None and parts.results:
+                found += [
+                    RawTurn("tool", _result_text(text), call_id=call_id)
+                    for call_id, text in parts.results
+                ]
+                if not (isinstance(parts.text, str) and parts.text.strip()):
+                    continue
+                turn = {**turn, "content": parts.text}
+        found.append(_turn(turn))
+    return found
 
 
 def _is_chat(value: Any) -> bool:
@@ -227,6 +331,29 @@ def _with_beginning(row: Record, turns: list[RawTurn]) -> list[RawTurn]:
             # Both are said; the row's own text comes first.
             system = f"{system}\n\n{own}" if isinstance(system, str) else system
         turns[:start] = [RawTurn("system", system)]
+    given = says_any(row, TOOLS)
+    if given is None:
+        given = _tools_of_first_turn(row)
+    tools = tools_json(given) if given is not None else None
+    return turns if tools is None else [RawTurn(TOOLS_TURN, tools), *turns]
+
+
+def _tools_of_first_turn(row: Record) -> Any:
+    """Tools beside the first turn, which is the system message; None for none."""
+    for key in _CHATS:
+        turns = row.get(key)
+        first = turns[0] if isinstance(turns, list) and turns else None
+        if first is not None and len(first) > 2 and isinstance(first, Mapping):
+            return says_any(first, TOOLS)
+    return None
+
+
+def _with_answer(row: Record, turns: list[RawTurn], prompts_only: bool) -> list[RawTurn]:
+    """Adds the calls and the thought beside a row's texts to its last answer."""
+    beside = not _BESIDE_AN_ANSWER.isdisjoint(row)
+    if beside and not prompts_only and turns and turns[-1].role == "assistant":
+        last, calls, thought = turns[-1], _calls_of(row), thought_of(row)
+        turns[-1] = last._replace(calls=last.calls or calls, thought=last.thought or thought)
     return turns
 
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from proxykd_jax.config import CorpusConfig
-from proxykd_jax.data.corpus import SPLITS
+from proxykd_jax.data.corpus import SPLITS, earlier_lengths
 from proxykd_jax.data.corpus_writer import CorpusWriter
 from proxykd_jax.texts.files import source_files
-from proxykd_jax.texts.records import Drops
+from proxykd_jax.texts.records import Drops, Notes
 from proxykd_jax.texts.selection import SourceCount, source_label
 
 _SHARES = ("warmup", "align", "distill")
@@ -38,8 +38,10 @@ def corpus_counts(
     """
     passed_over = files_passed_over(corpus)
     drops = {label: Drops() for label in read}
+    notes = {label: Notes() for label in read}
     for label, count in read.items():
         drops[label].merge(count.drops)
+        notes[label].merge(count.notes)
     kept = dict.fromkeys(read, 0)
     splits: dict[str, dict[str, Any]] = {}
     for split in SPLITS:
@@ -48,11 +50,13 @@ def corpus_counts(
             lengths, prompts = part.arrays["lengths"], part.arrays["prompt_lengths"]
             rows += len(lengths)
             tokens += int(lengths.sum(dtype="int64"))
-            answers += int((lengths - prompts).sum(dtype="int64"))
+            answers += int((lengths - prompts + earlier_lengths(part.arrays)).sum(dtype="int64"))
             for label, number in part.metadata["sources"].items():
                 kept[label] += number
             for label, dropped in part.metadata["drops"].items():
                 drops[label].merge(Drops.from_json(dropped))
+            for label, noted in part.metadata.get("notes", {}).items():
+                notes[label].merge(Notes.from_json(noted))
         splits[split] = {"rows": rows, "tokens": tokens, "answer_tokens": answers}
         if split in _SHARES:
             splits[split]["expected_share"] = getattr(corpus.shares, split)
@@ -61,7 +65,7 @@ def corpus_counts(
             "read": count.read,
             "kept": kept[label],
             "drops": drops[label].as_json(),
-            "notes": count.notes.as_json(),
+            "notes": notes[label].as_json(),
             "passed_over": passed_over.get(label, {}),
         }
         for label, count in read.items()
@@ -100,7 +104,8 @@ def describe_passed_over(files: Mapping[str, str]) -> str:
 def describe_notes(notes: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """A line for each note, the most frequent first."""
     for note, found in sorted(notes.items(), key=lambda item: -item[1]["count"]):
-        yield f"{found['count']:,} times: {note} (first {found['first']}: {found['example']!r})"
+        example = f": {found['example']!r}" if found["example"] else ""
+        yield f"{found['count']:,} times: {note} (first {found['first']}{example})"
 
 
 def describe_counts(counts: dict[str, Any]) -> str:

@@ -169,7 +169,7 @@ def _rows_with_gold(
         else:
             conversations = conversations_of(name, record, source, True)
         for turns in conversations:
-            for messages in expand_turns(turns, keep="last", prompts_only=True):
-                yield TextRow(messages, None, origin), gold
+            for found in expand_turns(turns, keep="last", prompts_only=True):
+                yield TextRow(found.messages, None, origin, tools=found.tools), gold
     except RowProblem:
         return

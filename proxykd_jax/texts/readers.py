@@ -22,7 +22,7 @@ from proxykd_jax.texts.benchmark_files import (
     sought_texts,
 )
 from proxykd_jax.texts.columnar_files import read_dataset, read_tfds
-from proxykd_jax.texts.conversations import RawTurns, checked_text, expand_turns
+from proxykd_jax.texts.conversations import Conversation, RawTurns, checked_text, expand_turns
 from proxykd_jax.texts.files import list_files, read_file, source_files
 from proxykd_jax.texts.formats import (
     FORMATS,
@@ -109,13 +109,21 @@ def read_source(
     """
     answers = load_answers(source.answers) if source.answers is not None else None
     own_drops, own_notes = Drops(), Notes()
+    every_turn = source.turns == "all" and not prompts_only
     count = 0
     try:
         for place, records in _parts(source, held_out):
             for row in _rows(place, records, source, prompts_only, answers, own_drops, own_notes):
-                text, messages, origin = row
+                text, turns, origin = row
                 count += 1
-                yield TextRow(messages, text, origin, source_index)
+                yield TextRow(
+                    turns.messages,
+                    text,
+                    origin,
+                    source_index,
+                    tools=turns.tools,
+                    every_turn=every_turn and text is None,
+                )
                 if count == source.limit:
                     return
     finally:
@@ -165,7 +173,7 @@ def _rows(
     answers: Answers | None,
     drops: Drops,
     notes: Notes,
-) -> Iterator[tuple[str | None, tuple[Any, ...], str]]:
+) -> Iterator[tuple[str | None, Conversation, str]]:
     name: str | None = None
     for record, origin in records:
         if name is None:
@@ -197,7 +205,7 @@ def _rows(
                 check_row(record, prompts_only)
                 text = checked_text(record["text"], "empty text")
                 _note_end(text, origin, notes)
-                yield text, (), origin
+                yield text, Conversation(()), origin
                 continue
             conversations = conversations_of(name, record, source, prompts_only)
         except RowProblem as problem:
@@ -213,18 +221,25 @@ def _expand(
     prompts_only: bool,
     drops: Drops,
     notes: Notes,
-) -> Iterator[tuple[None, tuple[Any, ...], str]]:
+) -> Iterator[tuple[None, Conversation, str]]:
     def left_out(reason: str) -> None:
         drops.add(reason, origin)
 
+    def noted(note: str) -> None:
+        notes.add(note, origin, "<tools>")
+
     for turns in conversations:
         try:
-            for messages in expand_turns(
-                turns, keep=source.turns, prompts_only=prompts_only, left_out=left_out
+            for found in expand_turns(
+                turns,
+                keep=source.turns,
+                prompts_only=prompts_only,
+                left_out=left_out,
+                noted=noted,
             ):
                 if not prompts_only:
-                    _note_end(messages[-1].content, origin, notes)
-                yield None, messages, origin
+                    _note_end(found.messages[-1].content, origin, notes)
+                yield None, found, origin
         except RowProblem as problem:
             drops.add(str(problem), origin)
 
@@ -313,8 +328,9 @@ def sought_in_corpus(path: str) -> Iterator[SoughtText]:
             yield from _sought_items(name, records)
             continue
         source = SourceConfig(path=str(file), turns="last")
-        for text, messages, _ in _rows(str(file), records, source, True, None, Drops(), Notes()):
-            said = [text] if text is not None else [m.content for m in messages if m.role == "user"]
+        for text, turns, _ in _rows(str(file), records, source, True, None, Drops(), Notes()):
+            asked = [m.content for m in turns.messages if m.role == "user"]
+            said = [text] if text is not None else asked
             yield from (SoughtText(found, False) for found in said)
 
 

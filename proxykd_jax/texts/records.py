@@ -8,16 +8,55 @@ from typing import Any, Literal
 
 from proxykd_jax.texts.normalise import normalise_text
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 OTHER_NOTES = "other notes"
 
 
 @dataclass(frozen=True, slots=True)
+class TurnExtras:
+    """What a turn has beside its text.
+
+    Attributes:
+      thought: an assistant's thought without its tags; "" for an empty one that the text spells
+        out, None for none.
+      spelled: the text of an assistant's turn as given, if it holds the thought itself.
+      calls: an assistant's tool calls as the JSON text of a list in OpenAI's form, whose
+        ``arguments`` are objects; None for none.
+      name, call_id: of a tool's result: the function, and the call that it answers.
+    """
+
+    thought: str | None = None
+    spelled: str | None = None
+    calls: str | None = None
+    name: str | None = None
+    call_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    Attributes:
+      role: who speaks.
+      content: the text, without a thought; "" for a call alone.
+      extras: calls, thoughts and what belongs to a result; None for a turn that is a text alone.
+      learnt: False for an assistant's turn that is context only.
+    """
 
     role: Role
     content: str
+    extras: TurnExtras | None = None
+    learnt: bool = True
+
+    @property
+    def thought(self) -> str | None:
+        """An assistant's thought, or None."""
+        return None if self.extras is None else self.extras.thought
+
+    @property
+    def calls(self) -> str | None:
+        """An assistant's calls as JSON text, or None."""
+        return None if self.extras is None else self.extras.calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +64,17 @@ class TextRow:
     """A conversation, or a plain text.
 
     Attributes:
-      messages: an optional system message, then user and assistant alternating. A teacher's row
-        ends with the assistant's answer, a prompt with the user. Empty for a plain text.
+      messages: an optional system message, then user and assistant alternating; results of tools
+        stand behind the assistant's turn that called them. A teacher's row ends with the
+        assistant's answer, a prompt with the user or with results. Empty for a plain text.
       text: the plain text; None for a conversation.
       origin: where the row was read, ``file:line`` (``file:row`` if files have no lines).
       source_index: index of its source in the config.
       prompt: for a plain text, the beginning that is its prompt; None if it has none, or if it was
         not determined (``text_prompts.with_prompts``).
+      tools: the tools that may be called, as the JSON text of a list in OpenAI's form; None for
+        none.
+      every_turn: all assistant turns are in the loss, except those that are not ``learnt``.
     """
 
     messages: tuple[Message, ...]
@@ -39,6 +82,8 @@ class TextRow:
     origin: str
     source_index: int = 0
     prompt: str | None = None
+    tools: str | None = None
+    every_turn: bool = False
 
     @property
     def first_user_message(self) -> str:

@@ -6,7 +6,8 @@ No key is ignored in silence. A key has one of these meanings, whatever the form
 - why an answer ended (``FINISH``): one that was cut off or filtered is no answer;
 - a verdict (``_MUST_HOLD``, ``_MUST_NOT_HOLD``, ``_WEIGHTS``): a row that it rejects is dropped,
   and a turn that it rejects is context only;
-- tools or reasoning (``_TOOLS``, ``_REASONING``): not read yet, so such a row is dropped;
+- tools, calls or thoughts (``TOOLS``, ``CALLS``, ``THOUGHTS``): they belong to the conversation or
+  to the assistant's turn, and a row in which they have another form is dropped;
 - a record about the row (``RECORDS``): it has no meaning for what is learnt.
 
 A format names the other keys that it reads. What is left is counted as unread.
@@ -18,10 +19,13 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from proxykd_jax.texts.records import RowProblem
+
 Record = Mapping[str, Any]
 
-TOOL_CALLS = "tools or tool calls, which are not read yet"
-REASONING = "reasoning beside the answer, which is not read yet"
+TOOL_CALLS = "tools or tool calls where they are not read"
+REASONING = "reasoning where it is not read"
+NO_CALL_THERE = "an answer that ended with a tool call which is not there"
 
 
 def words(text: str) -> frozenset[str]:
@@ -65,19 +69,31 @@ _MUST_NOT_HOLD = words(
 )
 _WEIGHTS = frozenset(["weight", "sample_weight", "loss_weight", "loss_mask", "train_weight"])
 _FAILURES = frozenset(("error", "errors", "refusal"))
-_TOOLS = words(
-    "tools functions tool_calls tool_call function_call function_calls tool_call_id tool_results"
+TOOLS = ("tools", "functions")
+CALLS = ("tool_calls", "tool_call", "function_calls", "function_call")
+THOUGHTS = (
+    "reasoning_content",
+    "reasoning",
+    "reasoning_text",
+    "thinking",
+    "thinking_content",
+    "thought",
+    "thoughts",
+    "chain_of_thought",
+    "reasoning_details",
+    "thinking_blocks",
 )
-_REASONING = words(
-    "reasoning_content reasoning reasoning_text reasoning_details thinking thinking_content "
-    "thinking_blocks thought thoughts chain_of_thought"
-)
+CALL_ID = "tool_call_id"
+_TOOLS = frozenset((*TOOLS, *CALLS, CALL_ID, "tool_results"))
+_REASONING = frozenset(THOUGHTS)
 _BESIDE_AN_ANSWER = frozenset(
     {*FINISH, *_MUST_HOLD, *_MUST_NOT_HOLD, *_WEIGHTS, *_FAILURES, *_TOOLS, *_REASONING, "status"}
 )
 # Keys that every format knows.
 COMMON = RECORDS | _BESIDE_AN_ANSWER
 TURN_KEYS = COMMON | {"role", "from", "content", "value"}
+_RESULT_KEYS = TURN_KEYS | {"name"}
+_TOOL_ROLES = words("tool function ipython observation tool_response tool_result function_response")
 
 _SOMETIMES_READ = frozenset(FINISH) | _WEIGHTS | _MUST_HOLD | _MUST_NOT_HOLD
 _WHOLE = words(
@@ -89,6 +105,7 @@ _CUT_OFF = words(
     "token_limit limit model_length context_length context_length_exceeded "
     "model_context_window_exceeded truncated incomplete timeout abort aborted cancelled "
     "canceled interrupted pause_turn error failed insufficient_system_resource "
+    "malformed_function_call "
     "finish_reason_max_tokens"
 )
 _FILTERED = words(
@@ -103,39 +120,81 @@ _CALLED = frozenset(
         "tool_use",
         "function_call",
         "function_calls",
-        "malformed_function_call",
     ]
 )
 _NOTHING = frozenset({"", "[]", "{}", "null", "none", "nan"})
 _SHOWN = 80
 
 
-def row_problem(row: Record, *, prompts_only: bool = False) -> str | None:
+def row_problem(
+    row: Record,
+    *,
+    prompts_only: bool = False,
+    reads_tools: bool = False,
+    reads_thoughts: bool = False,
+) -> str | None:
     """Why a whole row is dropped, by the keys beside its texts; None if they allow it.
 
     Args:
       row: the row.
       prompts_only: its answer is not wanted, so verdicts on the answer do not count.
+      reads_tools, reads_thoughts: the caller reads its tools and calls, its thoughts.
     """
     if _BESIDE_AN_ANSWER.isdisjoint(row):
         return None
-    if any(_holds(row[key]) for key in _TOOLS.intersection(row)):
+    if not reads_tools and says_any(row, _TOOLS.intersection(row)) is not None:
         return TOOL_CALLS
     if prompts_only:
         return None
     verdict = _verdict(row) or finish_problem(row)
-    if verdict is None and any(_holds(row[key]) for key in _REASONING.intersection(row)):
+    if verdict is None and not reads_thoughts and says_any(row, THOUGHTS) is not None:
         return REASONING
     return verdict
 
 
-def turn_problem(turn: Record) -> str | None:
-    """Why the whole conversation is dropped because of this turn, or None."""
-    if any(_holds(turn[key]) for key in _TOOLS.intersection(turn)):
-        return TOOL_CALLS
-    if any(_holds(turn[key]) for key in _REASONING.intersection(turn)):
-        return REASONING
-    return None
+def says_any(record: Record, keys: Iterable[str]) -> Any:
+    """The value of the first of some keys that says anything, or None."""
+    return next((record[key] for key in keys if key in record and _holds(record[key])), None)
+
+
+def thought_of(record: Record) -> str | None:
+    """The thought beside an answer, or None.
+
+    Raises:
+      RowProblem: it is no text.
+    """
+    if _REASONING.isdisjoint(record):
+        return None
+    found = says_any(record, THOUGHTS)
+    return None if found is None else thought_text(found)
+
+
+def thought_text(value: Any) -> str:
+    """The text of a thought: a text, or a list of parts that hold one.
+
+    Raises:
+      RowProblem: it is no text.
+    """
+    if isinstance(value, str):
+        return value
+    parts = value if isinstance(value, list) else [value]
+    texts = []
+    for part in parts:
+        if isinstance(part, Mapping):
+            keys = ("thinking", "reasoning", "text", "content", "summary")
+            nothing = "" if "data" in part else None  # it is encrypted
+            part = next((part[key] for key in keys if holds_text(part.get(key))), nothing)
+        if isinstance(part, list):
+            part = thought_text(part)
+        if not isinstance(part, str):
+            raise RowProblem(REASONING)
+        texts.append(part)
+    return "\n\n".join(text for text in texts if text)
+
+
+def is_tool_role(role: Any) -> bool:
+    """Whether a turn is a tool's result."""
+    return isinstance(role, str) and role.strip().lower() in _TOOL_ROLES
 
 
 def is_context_only(turn: Record) -> bool:
@@ -154,7 +213,7 @@ def finish_problem(record: Record) -> str | None:
         if value in _FILTERED:
             return f"an answer that was filtered ({key}: {value})"
         if value in _CALLED:
-            return TOOL_CALLS
+            return NO_CALL_THERE
     if "status" in record and _word(record["status"]) in ("incomplete", "failed", "error"):
         return f"an answer that was cut off (status: {_word(record['status'])})"
     for key in sorted(_FAILURES.intersection(record)):
@@ -189,7 +248,8 @@ def unread_turn_keys(turns: Any) -> Iterator[tuple[str, str]]:
     if isinstance(turns, list):
         for turn in turns:
             if isinstance(turn, Mapping) and len(turn) > 2 and ("role" in turn or "from" in turn):
-                yield from unread_keys(turn, TURN_KEYS)
+                is_result = is_tool_role(turn.get("role", turn.get("from")))
+                yield from unread_keys(turn, _RESULT_KEYS if is_result else TURN_KEYS)
 
 
 def holds_text(value: Any) -> bool:

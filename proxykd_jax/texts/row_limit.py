@@ -102,7 +102,8 @@ class RowLimit:
     def _look_at_waiting(self) -> None:
         rows = [row for _, row in self._waiting]
         encoded = self._renderer.encode_batch(rows, self._source) if rows else []
-        for (number, _), (tokens, prompt_length, drop) in zip(self._waiting, encoded, strict=True):
+        for (number, _), row in zip(self._waiting, encoded, strict=True):
+            tokens, prompt_length, drop, *_ = row
             if drop or length_problem(len(tokens), prompt_length, self._max_length):
                 continue
             heapq.heappush(self._smallest, -number)

@@ -26,6 +26,8 @@ _MOST = _NAME - _STAND_IN
 MARK_START, MARK_END = "\U0010f000", "\U0010f001"
 # Appended to an answer, it shows where the answer ends in the rendered text.
 ANSWER_END = "\U0010efff"
+# They enclose a turn's text, to find it in the rendered text.
+TURN_START, TURN_END = "\U0010effd", "\U0010effe"
 _RESERVED = re.compile("[\U00108000-\U0010f001]")
 
 

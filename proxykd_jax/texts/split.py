@@ -85,10 +85,18 @@ def selection_hash(row: TextRow) -> int:
 
 
 def row_parts(row: TextRow) -> list[tuple[str, str]]:
-    """Role and normalised content of each turn; a plain text is one part."""
+    """Role and normalised content of each turn, with calls and thoughts; a plain text is one."""
     if row.text is not None:
         return [("text", normalise_text(row.text))]
-    return [(message.role, normalise_text(message.content)) for message in row.messages]
+    parts = [("tools", normalise_text(row.tools))] if row.tools is not None else []
+    for message in row.messages:
+        content, extras = message.content, message.extras
+        if extras is not None:
+            spelled = content if extras.spelled is None else extras.spelled
+            thought = extras.thought if extras.spelled is None else None
+            content = "\n".join(text for text in (thought, spelled, extras.calls) if text)
+        parts.append((message.role, normalise_text(content)))
+    return parts
 
 
 def _uniform(eight_bytes: bytes) -> float:

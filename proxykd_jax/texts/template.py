@@ -25,7 +25,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +33,8 @@ from proxykd_jax.artifacts import digest_value
 from proxykd_jax.config import CorpusConfig, SourceConfig
 from proxykd_jax.errors import UserError
 from proxykd_jax.texts.chat_template import BUILT_IN, ChatTemplate, split_marks, template_text
+from proxykd_jax.texts.dialogues import Dialogues, is_written
+from proxykd_jax.texts.habits import Habits, Thinking
 from proxykd_jax.texts.records import TextRow
 from proxykd_jax.texts.special_text import (
     ANSWER_END,
@@ -70,11 +72,16 @@ class Encoded(NamedTuple):
       prompt_length: P; ``tokens[P:]`` is the answer, with its end token unless ``with_end=False``
         (empty for a prompt alone).
       drop: why the row is dropped; None if it is not.
+      earlier: int32[n, 2], begin and end of each stretch of the prompt's tokens that is in the loss
+        too; None for none.
+      notes: what a reader should know about the row.
     """
 
     tokens: np.ndarray
     prompt_length: int
     drop: str | None = None
+    earlier: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
 
 
 class _Rendered(NamedTuple):
@@ -86,6 +93,8 @@ class _Rendered(NamedTuple):
       prompt: the text before the answer; None for a plain text and for a prompt alone.
       renamed: control tokens have their private names.
       drop: why the row is dropped.
+      spans: where earlier turns that are in the loss begin and end in the prompt's text.
+      notes: what a reader should know.
     """
 
     row: TextRow
@@ -93,6 +102,8 @@ class _Rendered(NamedTuple):
     prompt: str | None
     renamed: bool
     drop: str | None = None
+    spans: tuple[tuple[int, int], ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class Renderer:
@@ -107,6 +118,7 @@ class Renderer:
         If that is the tokenizer's EOS, or there is none, all ids of the folder's list
         ``eos_token_id`` end an answer, the EOS first.
       has_turns: False if all rows are plain texts. Then the template decides nothing.
+      thinking: what happens to thoughts, as in the config.
 
     Attributes:
       end_token_ids: ids of the end tokens.
@@ -125,6 +137,7 @@ class Renderer:
         end_tokens: Sequence[int | str] | None = None,
         *,
         has_turns: bool = True,
+        thinking: Thinking = "keep",
     ) -> None:
         self.tokenizer = tokenizer
         self.template_name = template
@@ -148,6 +161,7 @@ class Renderer:
         self._special_ends = [token for token in self.end_token_ids if token in self._special.ids]
         first = tokenizer.backend.encode("a", add_special_tokens=False).tokens
         self._begins_with_space = first != ["a"]
+        self._dialogues = None if self._template is None else self._make_dialogues(thinking)
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, corpus: CorpusConfig) -> Renderer:
@@ -160,7 +174,26 @@ class Renderer:
             source.format == "text" or source.prompt_tokens or source.prompt_sentences
             for source in (*corpus.sources, *corpus.test, *corpus.fresh_prompts)
         )
-        return cls(tokenizer, corpus.template, corpus.end_tokens, has_turns=not declared)
+        return cls(
+            tokenizer,
+            corpus.template,
+            corpus.end_tokens,
+            has_turns=not declared,
+            thinking=corpus.thinking,
+        )
+
+    def _make_dialogues(self, thinking: Thinking) -> Dialogues:
+        assert self._template is not None
+        names = (self.tokenizer.backend.id_to_token(token) for token in self.end_token_ids)
+        return Dialogues(
+            self._template,
+            Habits(self._template),
+            thinking,
+            self._special.hide,
+            self._special.reveal,
+            tuple(self._special.reveal(name) for name in names),
+            self._marks,
+        )
 
     def encode(self, row: TextRow, source: SourceConfig | None = None) -> tuple[np.ndarray, int]:
         """Tokens and prompt length of one row. A row without an answer is all prompt.
@@ -212,13 +245,17 @@ class Renderer:
         """
         rendered = [self._render(row, with_end) for row in rows]
         tokens, offsets = self._tokenize(rendered, source)
-        prompts = self._tokenize_prompts(rendered)
-        return [
+        prompts, earlier = self._tokenize_prompts(rendered)
+        found = [
             self._finish(
                 item, tokens[i], offsets.get(i), prompts.get(i), source, prompts_only, with_end
             )
             for i, item in enumerate(rendered)
         ]
+        for i, item in enumerate(rendered):
+            if (item.notes or i in earlier) and found[i].drop is None:
+                found[i] = found[i]._replace(earlier=earlier.get(i), notes=item.notes)
+        return found
 
     def text(self, row: TextRow) -> str:
         """The text that ``encode_batch`` tokenises if ``with_end`` is False, for other tools.
@@ -233,24 +270,39 @@ class Renderer:
 
     def describe(self, row: TextRow, source: SourceConfig | None = None) -> str:
         """Shows a reader what is prompt, what is answer, and what was added."""
-        tokens, prompt_length = self.encode(row, source)
+        (found,) = self.encode_all([row], source)
+        tokens, prompt_length = found.tokens, found.prompt_length
         show = self.tokenizer.decode
-        lines = [
-            f"{row.origin}: {len(tokens)} tokens, of which {prompt_length} are the prompt",
-            f"prompt (not in the loss): {show(tokens[:prompt_length])!r}",
+        lines = [f"{row.origin}: {len(tokens)} tokens, of which {prompt_length} are the prompt"]
+        begin = 0
+        for first, last in () if found.earlier is None else found.earlier.tolist():
+            lines.append(f"prompt (not in the loss): {show(tokens[begin:first])!r}")
+            lines.append(f"  turn (in the loss):     {show(tokens[first:last])!r}")
+            begin = last
+        lines += [
+            f"prompt (not in the loss): {show(tokens[begin:prompt_length])!r}",
             f"answer (in the loss):     {show(tokens[prompt_length:])!r}",
             "ends with: "
             + (repr(show(tokens[-1:])) if row.has_answer else "nothing, it is a prompt alone"),
         ]
-        if self._template is not None and row.text is None:
+        lines += [f"note: {note}" for note in dict.fromkeys(found.notes)]
+        plain = row.text is None and all(message.extras is None for message in row.messages)
+        if self._template is not None and plain and row.tools is None:
             named = [{"role": m.role, "content": f"({m.role})"} for m in row.messages]
             skeleton = self._template.render(named, add_generation_prompt=not row.has_answer)
             lines.append(f"the template around it:   {split_marks(skeleton)[0]!r}")
+        if self._dialogues is not None and row.text is None:
+            habits, thinking = self._dialogues.habits, self._dialogues.thinking
+            thinks = any(message.thought is not None for message in row.messages)
+            if thinks or habits.has_thoughts:
+                lines.append(f"thoughts: {habits.about_thoughts(thinking)}")
         return "\n".join(lines)
 
     # --- rendering --------------------------------------------------------------------------------
 
     def _render(self, row: TextRow, with_end: bool = True) -> _Rendered:
+        if _needs_more(row):
+            return self._render_dialogue(row)
         contents = [row.text] if row.text is not None else [m.content for m in row.messages]
         if any(has_reserved(content) for content in contents):
             return _Rendered(row, "", None, False, RESERVED_CHARACTERS)
@@ -258,11 +310,7 @@ class Renderer:
         if row.text is not None:
             return _Rendered(row, row.text, None, quotes)
         if self._template is None:
-            raise UserError(
-                f"{row.origin} is a conversation, and the tokenizer {self.tokenizer.path} has no "
-                "chat template. Set corpus.template to plain, alpaca, chatml, llama2 or a Jinja "
-                "file."
-            )
+            raise self._no_template(row)
         hide = self._special.hide if quotes else str
         messages = [{"role": m.role, "content": hide(m.content)} for m in row.messages]
         try:
@@ -270,6 +318,30 @@ class Renderer:
         except UserError as problem:
             return _Rendered(row, "", None, False, _reason(str(problem)))
         return _Rendered(row, whole, prompt, quotes)
+
+    def _no_template(self, row: TextRow) -> UserError:
+        return UserError(
+            f"{row.origin} is a conversation, and the tokenizer {self.tokenizer.path} has no chat "
+            "template. Set corpus.template to plain, alpaca, chatml, llama2 or a Jinja file."
+        )
+
+    def _render_dialogue(self, row: TextRow) -> _Rendered:
+        """Renders a row with tools or thoughts, or in which several turns are in the loss."""
+        if self._dialogues is None:
+            raise self._no_template(row)
+        texts = [row.tools or ""]
+        for message in row.messages:
+            extras = message.extras
+            texts.append(message.content)
+            if extras is not None:
+                texts += [extras.thought or "", extras.calls or ""]
+        if any(has_reserved(text) for text in texts):
+            return _Rendered(row, "", None, False, RESERVED_CHARACTERS)
+        try:
+            found = self._dialogues.render(row)
+        except UserError as problem:
+            return _Rendered(row, "", None, False, _reason(str(problem)))
+        return _Rendered(row, found.whole, found.prompt, True, spans=found.spans, notes=found.notes)
 
     def _render_parts(
         self, template: ChatTemplate, messages: list[dict[str, str]], quotes: bool, with_end: bool
@@ -339,18 +411,23 @@ class Renderer:
                     offsets[i] = np.array(encoding.offsets, np.int64).reshape(-1, 2)
         return tokens, offsets
 
-    def _tokenize_prompts(self, rendered: Sequence[_Rendered]) -> dict[int, np.ndarray]:
-        prompts = {}
-        for renamed in (False, True):
-            members = [
-                i
-                for i, item in enumerate(rendered)
-                if item.prompt is not None and item.renamed == renamed
-            ]
+    def _tokenize_prompts(
+        self, rendered: Sequence[_Rendered]
+    ) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
+        """int32[T] of every prompt, and int32[n, 2] where it holds turns that are in the loss."""
+        prompts: dict[int, np.ndarray] = {}
+        earlier: dict[int, np.ndarray] = {}
+        groups: dict[tuple[bool, bool], list[int]] = {}
+        for i, item in enumerate(rendered):
+            if item.prompt is not None:
+                groups.setdefault((item.renamed, bool(item.spans)), []).append(i)
+        for (renamed, needs), members in groups.items():
             texts = [rendered[i].prompt or "" for i in members]
-            for i, encoding in zip(members, self._cut(texts, renamed, False), strict=True):
+            for i, encoding in zip(members, self._cut(texts, renamed, needs), strict=True):
                 prompts[i] = np.array(encoding.ids, np.int32)
-        return prompts
+                if needs:
+                    earlier[i] = _token_spans(encoding.offsets, rendered[i].spans)
+        return prompts, earlier
 
     def _cut(self, texts: list[str], renamed: bool, with_offsets: bool) -> list:
         if not texts:
@@ -481,6 +558,25 @@ class Renderer:
             )
 
 
+def _needs_more(row: TextRow) -> bool:
+    """Whether a row has tools or thoughts, or several turns in the loss."""
+    if row.tools is not None or any(message.extras is not None for message in row.messages):
+        return True
+    return row.every_turn and sum(message.role == "assistant" for message in row.messages) > 1
+
+
+def _token_spans(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> Any:
+    """int32[n, 2]: the tokens that lie within stretches of a text; a token that spans a bound does
+    not."""
+    bounds = np.array(offsets, np.int64).reshape(-1, 2)
+    found = []
+    for begin, end in spans:
+        inside = np.flatnonzero((bounds[:, 0] >= begin) & (bounds[:, 1] <= end))
+        if len(inside):
+            found.append((inside[0], inside[-1] + 1))
+    return np.array(found, np.int32).reshape(-1, 2)
+
+
 def _check_said(rendered: str, messages: Sequence[dict[str, str]]) -> None:
     """Checks that a template writes what is said; it may trim it and change its white space.
 
@@ -488,8 +584,7 @@ def _check_said(rendered: str, messages: Sequence[dict[str, str]]) -> None:
       UserError: it does not.
     """
     for message in messages:
-        said = message["content"].strip()
-        if said not in rendered and "".join(said.split()) not in "".join(rendered.split()):
+        if not is_written(message["content"], rendered):
             raise UserError(NOT_AS_IT_STANDS.format(role=message["role"]))
 
 

@@ -69,7 +69,7 @@ def _by_tokens(rows: list[TextRow], source: SourceConfig, renderer: Renderer) ->
         if row.text is None:
             yield row
             continue
-        tokens, _, drop = next(encoded)
+        tokens, _, drop, *_ = next(encoded)
         # Control tokens that the text quotes are ordinary tokens here; only the BOS is removed.
         prompt = None if drop else renderer.tokenizer.decode(tokens, skip_special=True)
         yield dataclasses.replace(row, prompt=prompt)

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from proxykd_jax.artifacts import MANIFEST
-from proxykd_jax.data.collate import Rows, TokenRow, collate_rows
+from proxykd_jax.data.collate import Rows, TokenRow, collate_rows, learnt_places
 from proxykd_jax.data.corpus import TokenCorpus
 from proxykd_jax.data.order import (
     Batching,
@@ -49,12 +49,46 @@ class Selection:
         """int32 tokens of each prompt."""
         return self.split.prompt_lengths[self.rows]
 
+    @property
+    def earlier_lengths(self) -> np.ndarray:
+        """int32 tokens of each prompt that are in the loss."""
+        return self.split.earlier_lengths[self.rows]
+
     def __len__(self) -> int:
         return len(self.rows)
 
     def read(self, indices: Sequence[int]) -> list[TokenRow]:
         """Reads rows by their place in the selection."""
         return self.split.read([int(row) for row in self.rows[np.asarray(indices, np.int64)]])
+
+
+@dataclass(frozen=True)
+class LastAnswers:
+    """Rows with their last answer alone in the loss, for comparing it with a sampled one."""
+
+    rows: Rows
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int32 tokens of each row."""
+        return self.rows.lengths
+
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """int32 tokens of each prompt."""
+        return self.rows.prompt_lengths
+
+    @property
+    def earlier_lengths(self) -> np.ndarray:
+        """int32 zeros."""
+        return np.zeros_like(self.rows.prompt_lengths)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, indices: Sequence[int]) -> list[TokenRow]:
+        """Reads rows by number."""
+        return [row.with_last_answer for row in self.rows.read(indices)]
 
 
 class Joined:
@@ -81,6 +115,11 @@ class Joined:
     def prompt_lengths(self) -> np.ndarray:
         """int32 tokens of each prompt."""
         return self._of_all([rows.prompt_lengths for rows in self._splits.values()])
+
+    @property
+    def earlier_lengths(self) -> np.ndarray:
+        """int32 tokens of each prompt that are in the loss."""
+        return self._of_all([rows.earlier_lengths for rows in self._splits.values()])
 
     @staticmethod
     def _of_all(lengths: Sequence[np.ndarray]) -> np.ndarray:
@@ -230,8 +269,8 @@ def token_collate(rows: Rows) -> Callable[[PlannedBatch], TokenBatch]:
 
 
 def answer_positions(rows: Rows) -> np.ndarray:
-    """Returns the number of positions inside the mask of each example: its answer's tokens."""
-    return rows.lengths - np.maximum(rows.prompt_lengths, 1)
+    """Returns the number of positions inside the mask of each example: its answers' tokens."""
+    return rows.lengths - np.maximum(rows.prompt_lengths, 1) + rows.earlier_lengths
 
 
 def distill_collate(
@@ -276,7 +315,9 @@ def distill_collate(
                 example, stored, weight = next(found)
                 examples[-1].append(example)
                 end = begin + len(example.tokens) - 1
-                answer = slice(end - len(stored.ids), end)
+                answer: Any = slice(end - len(stored.ids), end)
+                if example.earlier is not None:
+                    answer = begin - 1 + learnt_places(example)
                 ids_BLK[b, answer] = stored.ids
                 logps_BLK[b, answer] = stored.logps
                 tail_BL[b, answer] = stored.tail_logps

@@ -13,7 +13,7 @@ from proxykd_jax.data.order import PlannedBatch
 from proxykd_jax.generation.samples import KEPT, SampledRow, SampleStore
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.operations import sharing_pays
-from proxykd_jax.training.batches import answer_positions
+from proxykd_jax.training.batches import LastAnswers, answer_positions
 from proxykd_jax.types import PairBatch, Pairs, SharedPairBatch
 
 
@@ -61,6 +61,7 @@ class PairRows:
     def __init__(
         self, rows: Rows, samples: SampleStore, preference: PreferenceConfig, model: ModelConfig
     ) -> None:
+        rows = LastAnswers(rows)  # the sample is drawn for the last turn
         self._rows, self._samples = rows, samples
         self._references = samples.references()
         answers = rows.lengths - rows.prompt_lengths

@@ -29,7 +29,13 @@ from proxykd_jax.generation.samples import SampleStore
 from proxykd_jax.losses import reduce_tokens
 from proxykd_jax.parallel.processes import fetch
 from proxykd_jax.peers import on_first, stop_if_wanted
-from proxykd_jax.training.batches import Plan, Selection, placed_batches, token_collate
+from proxykd_jax.training.batches import (
+    LastAnswers,
+    Plan,
+    Selection,
+    placed_batches,
+    token_collate,
+)
 from proxykd_jax.training.logprobs import label_logps, pair_label_logps, pair_sums
 from proxykd_jax.training.model import Model
 from proxykd_jax.training.state import ModelSpec, Tree
@@ -92,7 +98,7 @@ def store_references(
     may_serve = plan_chosen is not None and len(left) > 0 and model.spec.dtype == "float32"
     if may_serve and on_first(lambda: sampled_logps_serve(*store.compare(first))):
         assert plan_chosen is not None
-        others = Selection(rows, left)
+        others = Selection(LastAnswers(rows), left)
         planned_left, sampled_logps = plan_chosen(others)(0), store.sampled_logps
         collate_left = token_collate(others)
 

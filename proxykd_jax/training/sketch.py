@@ -45,6 +45,11 @@ class RowsOfLengths:
         lengths = np.full(count, max_length, np.int32)
         return RowsOfLengths(lengths, lengths // 2)
 
+    @property
+    def earlier_lengths(self) -> np.ndarray:
+        """int32[n] zeros."""
+        return np.zeros_like(self.lengths)
+
     def __len__(self) -> int:
         return len(self.lengths)
 

@@ -548,3 +548,53 @@ def test_real_corpora(tmp_path, assets):
             assert row.row_id == row_id_of(row.tokens, row.prompt_length)
         for other in SPLITS:
             assert name == other or not prompts[name] & prompts[other]
+
+
+def test_rows_with_several_answers_tools_and_thoughts(tmp_path, bpe_folder):
+    from tests.texts.shapes import QWEN3
+
+    template = tmp_path / "qwen3.jinja"
+    template.write_text(QWEN3)
+    tools = [{"type": "function", "function": {"name": "look_up", "parameters": {}}}]
+
+    def record(number, arguments="{}", **first):
+        call = {"id": "1", "function": {"name": "look_up", "arguments": arguments}}
+        return {
+            "tools": tools,
+            "messages": [
+                {"role": "user", "content": f"Question {number}?"},
+                {"role": "assistant", "content": "The cat sat."} | first,
+                {"role": "user", "content": "And the dog?"},
+                {"role": "assistant", "content": None, "tool_calls": [call]},
+                {"role": "tool", "content": "It ran."},
+                {"role": "assistant", "content": "The dog ran.", "reasoning_content": "It ran."},
+            ],
+        }
+
+    rows = [*map(record, range(6)), record(6, "{"), record(7, reasoning="a cat"), record(8, loss=0)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    config = config_for(
+        tmp_path,
+        bpe_folder,
+        template=str(template),
+        sources=[{"path": path, "turns": "all"}],
+        validation_fraction=0,
+        validation_rows=0,
+    )
+    counts = main(config).counts
+    (source,) = counts["sources"].values()
+    assert (source["read"], source["kept"]) == (9, 8)
+    assert [reason for reason in source["drops"] if "arguments" in reason]
+    (note,) = source["notes"]
+    assert "leaves out its thought" in note and source["notes"][note]["count"] == 1
+    corpus, decode = open_corpus(config.folder / "corpus"), load_tokenizer(bpe_folder).decode
+    learnt = 0
+    for name in SPLITS:
+        for row in corpus.split(name):
+            said = [decode(row.tokens[begin:end]) for begin, end in row.earlier.tolist()]
+            call = '<tool_call>\n{"name": "look_up", "arguments": {}}\n</tool_call><|im_end|>'
+            assert said in (["The cat sat.<|im_end|>", call], [call])
+            thought = "<think>\nIt ran.\n</think>\n\nThe dog ran.<|im_end|>"
+            assert decode(row.answer) == thought
+            learnt += row.num_learnt
+    assert learnt == sum(split["answer_tokens"] for split in counts["splits"].values())

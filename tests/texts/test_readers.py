@@ -6,9 +6,9 @@ import pytest
 
 from proxykd_jax.config.schema import SourceConfig
 from proxykd_jax.errors import UserError
+from proxykd_jax.texts.conversations import NO_CALL
 from proxykd_jax.texts.readers import read_source
 from proxykd_jax.texts.records import Drops, Message, TextRow
-from proxykd_jax.texts.row_keys import TOOL_CALLS
 
 U, A, S = "user", "assistant", "system"
 
@@ -142,7 +142,7 @@ VERDICTS = {
 }
 CHAT_VERDICTS = {
     "role": (chat((U, "q"), ("narrator", "x"), (A, "a")), "unknown role"),
-    "tool_role": (chat((U, "q"), ("tool", "x"), (A, "a")), TOOL_CALLS),
+    "tool_role": (chat((U, "q"), ("tool", "x"), (A, "a")), NO_CALL),
     "no_role": ([{"content": "q"}], "keys or types that do not fit the format messages"),
     "null_role": ([{"role": None, "content": "q"}], "unknown role"),
     "two_answers": (chat((U, "q"), (A, "a"), (A, "b")), "two assistant turns in a row"),

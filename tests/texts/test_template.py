@@ -556,7 +556,12 @@ def test_corpora_of_plain_texts_end_with_the_eos(bpe_folder, tmp_path):
 
     def corpus(*sources):
         return SimpleNamespace(
-            sources=sources, test=(), fresh_prompts=(), template="auto", end_tokens=None
+            sources=sources,
+            test=(),
+            fresh_prompts=(),
+            template="auto",
+            end_tokens=None,
+            thinking="keep",
         )
 
     texts, chats = source(format="text"), source()

@@ -54,7 +54,7 @@ def test_one_prompt_has_one_key(renderer, keys):
     assert [row.text for row in rows] == texts
     encoded = renderer.encode_batch(rows, source(**keys), prompts_only=True)
     keys_of = {}
-    for row, (tokens, _, _) in zip(rows, encoded, strict=True):
+    for row, (tokens, *_) in zip(rows, encoded, strict=True):
         keys_of.setdefault(tuple(tokens.tolist()), set()).add(row.first_user_message)
     assert len(keys_of) < len(rows)  # some prompts do repeat
     assert {len(found) for found in keys_of.values()} == {1}

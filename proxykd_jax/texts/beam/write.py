@@ -26,12 +26,16 @@ class _ShardRow(NamedTuple):
       tokens: int32[T] as bytes; empty if it is dropped.
       prompt_length: P.
       problem: why it is dropped and its origin, or None.
+      earlier: int32[n, 2] as bytes, as in ``TokenRow``; None for none.
+      notes: what a reader should know, each with the row's origin.
     """
 
     number: int
     tokens: bytes
     prompt_length: int
     problem: tuple[str, str] | None
+    earlier: bytes | None = None
+    notes: tuple[tuple[str, str], ...] = ()
 
 
 # The rows that a batch of a piece contributes to one shard: piece, label, rows in order.
@@ -111,7 +115,10 @@ def _encode_batch(
         key = f"{SPLITS[splits[place]]}/{shards[place]}"
         reason = left_out(found, job.corpus.max_length)
         if reason is None:
-            kept = _ShardRow(place, found.tokens.tobytes(), found.prompt_length, None)
+            earlier = None if found.earlier is None else found.earlier.tobytes()
+            notes = tuple((note, row.origin) for note in found.notes)
+            tokens = found.tokens.tobytes()
+            kept = _ShardRow(place, tokens, found.prompt_length, None, earlier, notes)
         else:
             kept = _ShardRow(place, b"", 0, (reason, row.origin))
         blocks.setdefault(key, []).append(kept)
@@ -136,7 +143,12 @@ def write_shard(folder: str, shard: tuple[str, Iterable[ShardBlock]]) -> None:
                 if row.problem is not None:
                     writer.drop(*row.problem, label)
                 else:
-                    writer.write(np.frombuffer(row.tokens, np.int32), row.prompt_length, label)
+                    tokens, earlier = np.frombuffer(row.tokens, np.int32), None
+                    if row.earlier is not None:
+                        earlier = np.frombuffer(row.earlier, np.int32).reshape(-1, 2)
+                    writer.write(tokens, row.prompt_length, label, earlier)
+                    for note in row.notes:
+                        writer.note(*note, label)
         writer.commit()
     except BaseException:
         writer.abandon()
