@@ -75,6 +75,10 @@ class Gkd(ScoredSection):
     )
 
     @property
+    def student_answers(self) -> bool:
+        return self.student_share > 0
+
+    @property
     def reads_scorer_text(self) -> bool:
         return super().reads_scorer_text or (self.student_share < 1 and self.fixed == "scorer")
 

@@ -110,6 +110,20 @@ def state_of(phase: Phase) -> TrainState:
     return found
 
 
+def while_drawing(run: StageRun, axes: dict[str, int]) -> tuple[dict[str, int], bool]:
+    """Returns how a stage's own arrays lie while it draws answers on a mesh of ``axes``.
+
+    Returns:
+      The sizes of the axes that split these arrays, and whether they differ from ``axes``: then the
+      weights that answer are a second copy.
+    """
+    meshes = run.config.mesh
+    if meshes.drawing(run.stage) == run.stage:
+        return axes, False
+    own = meshes.of(run.stage).model_dump(include={"fsdp", "tensor"})
+    return own, any(axes[name] != size for name, size in own.items())
+
+
 def weight_bytes(model: Model, axes: dict[str, int]) -> int:
     """Returns the bytes of a model's weights on one device in a forward pass."""
     return bytes_per_device(model.weight_shapes, axes)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -17,6 +19,7 @@ from proxykd_jax.models.hf_config import read_config
 from proxykd_jax.models.lora import abstract_adapter
 from proxykd_jax.models.params import abstract_params
 from proxykd_jax.parallel.mesh import make_mesh
+from proxykd_jax.parallel.sharding import bytes_per_device
 from proxykd_jax.planning.run_programs import run_phases, run_programs
 from proxykd_jax.training.abstract import state_of
 from proxykd_jax.training.model import lora_config
@@ -94,6 +97,25 @@ def test_the_scorer_is_an_argument_of_a_step_and_stays_while_the_student_answers
     memory = step.lower(mesh, 1)[0].compile().memory_analysis()
     # The rest is rows. No part of the scorer is dropped as unused.
     assert 0 <= memory.argument_size_in_bytes - step.held(ONE_DEVICE) < 100_000 < scorer
+
+
+def test_a_second_copy_answers_on_another_mesh(stories):
+    """While answers are drawn, what trains stays on its mesh, and so does a mixed-in scorer."""
+    proxy, student = stories
+    trained = {"data": 1, "fsdp": 4, "tensor": 1}
+    copies = {"gkd": 0, "minillm": bytes_per_device(abstract_params(proxy), trained)}
+    copies["minillm"] += bytes_per_device(abstract_adapter(proxy), trained)
+    for name, scorer in copies.items():
+        found = {}
+        for axes in (trained, {"data": 1, "fsdp": 1, "tensor": 4}):
+            drawing = f"mesh.sample={json.dumps(axes)}"
+            config = load_config(CONFIGS / f"{name}.yaml", ["mesh.fsdp=4", drawing])
+            answer = {p.name: p for p in run_programs(config, *stories)}["answer"]
+            mesh: Any = SimpleNamespace(shape=axes)
+            assert answer.work == "sample"
+            found[axes["tensor"]] = answer.resident(mesh)
+        copy = bytes_per_device(abstract_params(student), trained)
+        assert found[4] - found[1] == copy + scorer
 
 
 def test_a_scorer_that_is_mixed_in_is_an_argument_of_the_answers(stories):
