@@ -93,9 +93,7 @@ def test_without_a_compiler_arguments_are_exact_and_the_rest_is_no_estimate(conf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             whole = math.prod(leaf.shape) * leaf.dtype.itemsize * copies
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            back = name.split("/")[-2] in ("o_proj", "down_proj")
-            split = "norm" not in name and (name[-1] not in "ab" or (name[-1] == "b") == back)
-            found += whole // ways if split else whole
+            found += whole if "norm" in name else whole // ways
         return found
 
     frozen = held(abstract_params(model, jnp.bfloat16), 4)

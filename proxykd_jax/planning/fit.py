@@ -99,6 +99,8 @@ def _set_batch(data: dict[str, Any], stage: StagePlan, config: Config) -> None:
         data["align"]["sampling"]["batch_size"] = stage.batch
     elif stage.name == "score":
         data["score"]["batch_size"] = stage.batch
+    elif stage.work == "evaluate":
+        data["evaluate"]["benchmarks"]["batch_size"] = stage.batch
     elif stage.name == "answer":
         data["method"]["sample_batch_size"] = stage.batch
     else:

@@ -125,13 +125,14 @@ class StagePlan:
         }
 
 
-def plan(request: Request) -> list[StagePlan]:
+def plan(request: Request, *, searches: bool = True) -> list[StagePlan]:
     """Compiles the stages of a run on the config's own meshes, and searches their largest batches.
 
     Prints a line after each compilation.
 
     Args:
       request: the run and the devices.
+      searches: whether the largest batches are searched, which takes two more compilations each.
 
     Returns:
       One plan per stage, in the order of the run.
@@ -146,7 +147,7 @@ def plan(request: Request) -> list[StagePlan]:
         axes = planner.axes_of(request.config.mesh.of(program.work))
         stage = planner.look(program, axes, program.rows)
         print(f"compiled {program.name} ({mesh_name(axes)}, {program.rows} rows)", flush=True)
-        found.append(planner.with_largest_batch(program, stage))
+        found.append(planner.with_largest_batch(program, stage) if searches else stage)
     return found
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from proxykd_jax.baselines import method_of
 from proxykd_jax.config import Config
+from proxykd_jax.generation.decode import DrawSettings
+from proxykd_jax.generation.samples import LengthBudget
 from proxykd_jax.models.config import ModelConfig
-from proxykd_jax.training.abstract import Program
+from proxykd_jax.training.abstract import Program, answering_program
 from proxykd_jax.training.alignment import alignment_phases
+from proxykd_jax.training.model import Model
 from proxykd_jax.training.phase import Phase
 from proxykd_jax.training.programs import sampling_program, scoring_program
 from proxykd_jax.training.sketch import Corpus, sketch_run
@@ -55,7 +60,38 @@ def run_programs(config: Config, proxy: ModelConfig, student: ModelConfig) -> li
     if config.needs == "labels":
         found.append(scoring_program(run))
     found += [program for phase in phases["distill"] for program in phase.programs(phase)]
+    taught = sketch_run("distill", config, proxy, student)
+    found += benchmark_programs(config, {"proxy": run.model, "student": taught.model})
     by_name: dict[str, Program] = {}
     for program in found:
         by_name.setdefault(program.name, program)
     return list(by_name.values())
+
+
+def benchmark_programs(config: Config, models: Mapping[str, Model]) -> list[Program]:
+    """The programs with which the run's models answer its benchmarks, by generating.
+
+    The longest prompts are assumed to have as many tokens as an answer may have.
+    """
+    benchmarks = config.evaluate.benchmarks
+    if benchmarks is None or benchmarks.mode == "loglikelihood":
+        return []
+    asked = [name.rpartition("=")[2].partition(":")[0] for name in benchmarks.models]
+    found = []
+    for role, model in models.items():
+        if role not in asked:
+            continue
+        spec = model.spec.config
+        longest = min(2 * benchmarks.max_new_tokens, spec.max_positions)
+        found.append(
+            answering_program(
+                f"ask_{role}",
+                "evaluate",
+                model,
+                benchmarks.batch_size,
+                budget=LengthBudget(longest, benchmarks.max_new_tokens),
+                settings=DrawSettings(0.0, 1.0, spec.vocab_size, (0,)),
+                resident=lambda mesh: 0,
+            )
+        )
+    return found
