@@ -71,6 +71,7 @@ def main(config: Config) -> TrainedStage:
         phases = method_of(config).phases(run)
         run.train(phases, untrained="untrained", counts={"rows": len(phases[-1].rows)})
         log.close()
+        del student, run, phases, periodic  # the export loads the chosen state
     export_student(config, corpus, mesh, measure)
     return TrainedStage.read(folder)
 

@@ -212,7 +212,7 @@ class Planner:
 
         request, device = self.request, self.request.device
         mesh = self._mesh_of(AxesConfig(**axes))
-        check_rows(rows, mesh, f"{program.name}: batch")
+        check_rows(rows, mesh, f"{program.name}: batch")  # 0 rows can always be split
         compiled = tuple(self._compile(lowered) for lowered in program.lower(mesh, rows))
         resident = program.resident(mesh)
         cost = program.cost(axes, rows, self._lengths)
@@ -224,7 +224,7 @@ class Planner:
         )
         peak = resident + max(found.peak_bytes for found in compiled)
         refused = any(found.refused for found in compiled)
-        batches = request.samples * program.times / rows
+        batches = request.samples * program.times / rows if rows else 0.0
         return StagePlan(
             program.name,
             program.work,
@@ -247,7 +247,7 @@ class Planner:
         Memory grows almost linearly with the batch. Two compilations give the slope, and a third
         one checks the batch that the slope predicts.
         """
-        if not stage.estimate:
+        if not stage.estimate or not stage.batch:
             return stage
         unit = stage.axes["data"] * stage.axes["fsdp"]
         rows = stage.batch

@@ -79,7 +79,7 @@ class Program:
       name: name of the stage or part; ``docs/scale.md`` lists them.
       work: which of the config's meshes it runs on.
       num_params: number of parameters of its model.
-      rows: rows that it computes at once, as the config says.
+      rows: rows that it computes at once, as the config says; 0 if it computes none.
       lower: (mesh, rows) -> the lowered programs; the largest one determines the memory.
       held: mesh's axes -> bytes of weights and state among a device's arguments.
       resident: mesh -> bytes that a device holds in addition to the program's arguments.
