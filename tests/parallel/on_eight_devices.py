@@ -35,7 +35,7 @@ from proxykd_jax.models.attention import attention
 from proxykd_jax.models.config import LoraConfig, ModelConfig
 from proxykd_jax.models.decoder import hidden_states
 from proxykd_jax.models.hf_weights import load_model, save_model
-from proxykd_jax.models.lora import init_adapter
+from proxykd_jax.models.lora import init_adapter, merge
 from proxykd_jax.models.params import init_params
 from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.parallel.sharding import bytes_per_device, move, put_rows, sharding_of
@@ -321,7 +321,8 @@ def test_each_device_holds_what_the_table_predicts(model, axes):
 
 @pytest.mark.parametrize("name", ["1x8x1", "1x1x8", "2x2x2"])
 def test_a_base_in_four_bits(name, tmp_path):
-    """Each device makes the codes of its part; together they equal those of one device."""
+    """Each device makes the codes of its part; together they equal those of one device. So does
+    the model that is written with the adapter merged in."""
     wide = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 32, "num_hidden_layers": 2}
     wide |= {"initializer_range": 0.05}  # activations of the same size as in the other families
     config = ModelConfig.from_hf(PUBLISHED | FAMILIES["llama"] | wide)
@@ -352,6 +353,8 @@ def test_a_base_in_four_bits(name, tmp_path):
     held = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(parts)]
     assert sum(held) == predicted
     close(step(move(adapter, mesh), parts, put_rows(rows, mesh)), step(adapter, whole, rows))
+    save_model(tmp_path / "merged", config, parts, move(adapter, mesh))
+    close(load_model(tmp_path / "merged")[1], merge(whole, adapter, config, "float32"))
 
 
 def test_a_checkpoint_of_one_mesh_is_restored_on_another(model, tmp_path):
