@@ -18,7 +18,7 @@ _PREFIX = "benchmark/"
 _MEAN = "mean"
 
 
-def curve(run: RunFolder) -> dict[str, tuple[list[float], list[float]]]:
+def curve(run: RunFolder) -> dict[str, tuple[list[int], list[float]]]:
     """Samples seen and accuracies in percent, by benchmark, as logged during training.
 
     The samples are steps times the batch; for packed rows, whose number is not fixed, they are at
@@ -32,7 +32,7 @@ def curve(run: RunFolder) -> dict[str, tuple[list[float], list[float]]]:
         steps, shares = points(lines, name)
         if steps:
             found[name.removeprefix(_PREFIX)] = (
-                [step * rows for step in steps],
+                [int(step) * rows for step in steps],
                 [100 * share for share in shares],
             )
     return found
