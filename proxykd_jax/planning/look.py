@@ -146,7 +146,11 @@ def plan(request: Request, *, searches: bool = True) -> list[StagePlan]:
     for program in planner.programs:
         axes = planner.axes_of(request.config.mesh.of(program.work))
         stage = planner.look(program, axes, program.rows)
-        print(f"compiled {program.name} ({mesh_name(axes)}, {program.rows} rows)", flush=True)
+        print(
+            f"compiled {program.name} ({mesh_name(axes)}, {program.rows} rows): "
+            f"{stage.peak_bytes / (1 << 30):.1f} GiB, {stage.hours:.2f} h",
+            flush=True,
+        )
         found.append(planner.with_largest_batch(program, stage) if searches else stage)
     return found
 

@@ -43,7 +43,7 @@ def render(request: Request, stages: list[StagePlan]) -> str:
     if not has_compiler(device):
         lines.append(_NO_COMPILER)
     header = (
-        f"{'stage':<10}{'mesh':<11}{'rows':>5}{'peak':>8}{'args':>8}{'temps':>8}{'outs':>7}"
+        f"{'stage':<13}{'mesh':<11}{'rows':>5}{'peak':>8}{'args':>8}{'temps':>8}{'outs':>7}"
         f"{'beside':>8}  {'fits':<5}{'most':>6}{'PFLOP':>9}{'GB sent':>9}{'floor s':>9}  "
         f"{'bound by':<9}{'hours':>7}"
     )
@@ -55,7 +55,7 @@ def render(request: Request, stages: list[StagePlan]) -> str:
         most = "?" if stage.largest_batch is None else str(stage.largest_batch)
         sent = "?" if stage.collective_bytes is None else f"{stage.collective_bytes / 1e9:.1f}"
         lines.append(
-            f"{stage.name:<10}{mesh_name(stage.axes):<11}{stage.batch:>5}"
+            f"{stage.name:<13}{mesh_name(stage.axes):<11}{stage.batch:>5}"
             f"{stage.peak_bytes / _GIB:>8.1f}{big.argument_bytes / _GIB:>8.1f}"
             f"{big.temporary_bytes / _GIB:>8.1f}{big.output_bytes / _GIB:>7.1f}"
             f"{stage.resident_bytes / _GIB:>8.1f}  {fits:<5}{most:>6}{stage.flops / 1e15:>9.2f}"

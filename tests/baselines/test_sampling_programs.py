@@ -145,6 +145,29 @@ def test_steps_on_stored_labels_have_the_scorer_beside(stories):
     assert beside_the_student(load_config(CONFIGS / "stories260k.yaml"), stories) == {}
 
 
+def test_a_merge_and_benchmarks_are_programs_too(stories):
+    proxy, _ = stories
+    config = load_config(
+        CONFIGS / "stories260k.yaml",
+        ["export.proxy=merged", "evaluate.benchmarks={arc: x, models: [student, 'a=proxy:raw']}"],
+    )
+    *_, merge, ask_proxy, ask_student = run_programs(config, *stories)
+    assert [p.name for p in (merge, ask_proxy, ask_student)] == [
+        *("export_proxy", "ask_proxy", "ask_student")
+    ]
+    assert ask_student.work == "evaluate" and ask_student.rows == 32
+    mesh = make_mesh(config.mesh)
+    lowered = merge.lower(mesh, merge.rows)
+    assert len(lowered) == len(merge.runs(0, None)) == 7  # type: ignore[arg-type]
+    # One layer of the largest kernel is the output; everything else is the model.
+    memory = [one.compile().memory_analysis() for one in lowered]
+    largest = 4 * proxy.model_dim * proxy.ffn_dim
+    assert max(one.output_size_in_bytes for one in memory) == largest
+    model = size_of((abstract_params(proxy, config.proxy.dtype), abstract_adapter(proxy)))
+    peak = merge.resident(mesh) + max(one.argument_size_in_bytes for one in memory)
+    assert model <= peak < 1.1 * model
+
+
 def test_a_discriminator_learns_beside_the_student(stories):
     config = load_config(CONFIGS / "gad.yaml")
     found = {p.name: p for p in run_programs(config, *stories)}
