@@ -6,13 +6,14 @@ import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 import pytest
 
-from proxykd_jax import dry_run
+from proxykd_jax.checking.findings import Findings
+from proxykd_jax.checking.shapes import CountedPhases, check_shapes
 from proxykd_jax.config import Config, load_config
 from proxykd_jax.models.config import LoraConfig, ModelConfig
 from proxykd_jax.models.hf_config import read_config
@@ -192,11 +193,11 @@ def test_a_dry_run_says_what_is_beside_the_student(stories, capsys):
         ("gkd", "scorer"),
         ("gad", r"discriminator and its optimizer \S+ GiB, warmed-up student"),
     ):
-        report = dry_run.Report()
+        findings, nothing = Findings(), cast(Any, None)
         config = load_config(CONFIGS / f"{name}.yaml")
         taught = run_phases(config, proxy, student)["distill"]
-        counted = dry_run._Counted([], taught, exact=False, origin="", proxy_known=True)
-        dry_run._check_shapes(config, "student", student, counted, report)
-        assert not report.problems
+        counted = CountedPhases([], taught, nothing, proxy_known=True)
+        check_shapes(config, "student", student, counted, findings)
+        assert not findings.problems
         (line,) = re.findall(r"^student .*$", capsys.readouterr().out, re.MULTILINE)
         assert re.search(rf"optimizer \S+ GiB, {beside} \S+ GiB, plus activations", line), line
