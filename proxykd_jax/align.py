@@ -52,6 +52,7 @@ def main(config: Config) -> TrainedStage:
         log = open_metrics(config.folder, config.logging, config.model_dump(mode="json"))
         align_proxy(StageRun("align", config, corpus, proxy, mesh, log, measure))
         log.close()
+        del proxy  # the export loads the chosen state
     export_proxy(config, corpus, mesh, measure)
     return TrainedStage.read(folder)
 

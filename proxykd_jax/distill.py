@@ -63,7 +63,7 @@ def main(config: Config) -> TrainedStage:
         student = load_for_training(config.student, role="student", seed=config.seed, mesh=mesh)
         if labels is not None:
             labels.check(tokenizer=corpus.tokenizer_digest)
-        periodic = accuracy_while_training(config, mesh)
+        periodic = accuracy_while_training(config)
         log = open_metrics(config.folder, config.logging, config.model_dump(mode="json"))
         run = StageRun("distill", config, corpus, student, mesh, log, measure, labels, periodic)
         for warning in config.method.warnings():
@@ -71,6 +71,7 @@ def main(config: Config) -> TrainedStage:
         phases = method_of(config).phases(run)
         run.train(phases, untrained="untrained", counts={"rows": len(phases[-1].rows)})
         log.close()
+        del student, run, phases, periodic  # the export loads the chosen state
     export_student(config, corpus, mesh, measure)
     return TrainedStage.read(folder)
 

@@ -1,7 +1,8 @@
 """Tells whether a run fits on devices that are not present, and how long it takes.
 
-Run it as ``python -m proxykd_jax.plan --config FILE --device a100-80gb --count 8``. It compiles
-every stage from abstract shapes, so it needs neither weights nor data.
+Run it as ``python -m proxykd_jax.plan --config FILE --device a100-80gb --count 8``, or with
+``--table FILE`` for the runs of all rows of a table of the paper. It compiles every stage from
+abstract shapes, so it needs neither weights nor data.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from proxykd_jax.artifacts import write_bytes
 from proxykd_jax.cli import USER_ERROR, base_parser
-from proxykd_jax.config import load_config
+from proxykd_jax.config import Config, load_config
+from proxykd_jax.config.table_file import load_table
 from proxykd_jax.errors import UserError
 from proxykd_jax.parallel.devices import DEVICES
 
@@ -31,8 +33,11 @@ def parser() -> argparse.ArgumentParser:
     found = base_parser(
         "plan",
         "Compile every stage of a run for devices that are not present; print memory and time.",
+        required=False,
     )
     add = found.add_argument
+    add("--table", metavar="FILE", help="plan the runs of a table's rows instead (docs/tables.md)")
+    add("--only", action="append", default=[], metavar="ROW[,ROW]", help="rows of the table")
     add("--device", required=True, choices=sorted(DEVICES), help="device to compile for")
     add("--count", type=int, required=True, metavar="N", help="number of devices")
     add("--stage", action="append", metavar="NAME", help="only this stage (may be repeated)")
@@ -67,17 +72,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = parser().parse_args(argv)
     try:
-        request = _request(arguments)
+        requests = _requests(arguments)
+        request = next(iter(requests.values()))
         from proxykd_jax.parallel.ahead import prepare_process
 
         prepare_process(request.count)
-        from proxykd_jax.planning import fit, plan, render
+        from proxykd_jax.planning import StagePlan, fit, plan, render, render_rows
 
-        stages = plan(request)
-        print(render(request, stages), flush=True)
+        def figures(stages: list[StagePlan]) -> dict[str, Any]:
+            return {stage.name: stage.figures() for stage in stages}
+
+        written: dict[str, Any]
+        if arguments.table:
+            rows = {}
+            for name, asked in requests.items():
+                print(f"row {name}", flush=True)
+                rows[name] = plan(asked, searches=False)
+            print(render_rows(arguments.table, request, rows), flush=True)
+            written = {name: figures(stages) for name, stages in rows.items()}
+        else:
+            stages = plan(request)
+            print(render(request, stages), flush=True)
+            written = figures(stages)
         if arguments.json:
-            figures = {stage.name: stage.figures() for stage in stages}
-            write_bytes(Path(arguments.json), (json.dumps(figures, indent=2) + "\n").encode())
+            write_bytes(Path(arguments.json), (json.dumps(written, indent=2) + "\n").encode())
         if arguments.fit:
             write_bytes(Path(arguments.fit), fit(request, stages).encode())
             print(f"wrote {arguments.fit}")
@@ -87,14 +105,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _request(arguments: argparse.Namespace) -> Request:
+def _requests(arguments: argparse.Namespace) -> dict[str, Request]:
+    """The requests by the name of a table's row, or the only one."""
+    if (arguments.config is None) == (arguments.table is None):
+        raise UserError("Give --config FILE for a run, or --table FILE for all rows of a table.")
+    if arguments.table is None:
+        if arguments.only:
+            raise UserError("--only names rows of --table.")
+        return {"": _request(arguments, load_config(arguments.config, arguments.set))}
+    if arguments.fit:
+        raise UserError("--fit writes one run's config; give it with --config.")
+    table = load_table(arguments.table)
+    only = [name for names in arguments.only for name in names.split(",") if name]
+    # Collected outputs need no program.
+    rows = [row for row in table.chosen(only) if not row.model.endswith(".jsonl")]
+    if not rows:
+        raise UserError("--only: these rows run no program.")
+    return {row.name: _request(arguments, table.run_of(row, arguments.set)) for row in rows}
+
+
+def _request(arguments: argparse.Namespace, config: Config) -> Request:
     from proxykd_jax.planning import Request
 
     if arguments.count < 1 or arguments.samples < 1:
         raise UserError("--count and --samples must be at least 1.")
     if not 0 < arguments.utilisation <= 1:
         raise UserError(f"--utilisation is a share in (0, 1], not {arguments.utilisation}.")
-    config = load_config(arguments.config, arguments.set)
     half = config.corpus.max_length // 2
     return Request(
         config,

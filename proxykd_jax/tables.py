@@ -1,4 +1,5 @@
-"""Runs the rows of the paper's Table 1, 2, 3 or 5, and writes the results beside the paper's.
+"""Runs the rows of the paper's Table 1, 2, 3 or 5, or of its Figure 3, 6 or 7, and writes the
+results beside the paper's.
 
     python -m proxykd_jax.tables --table configs/tables/table_2.yaml
     python -m proxykd_jax.tables --table configs/tables/table_2.yaml --only proxy_kd,aligned
@@ -29,6 +30,9 @@ from proxykd_jax.config import Config, dump_config
 from proxykd_jax.config.table_file import TableFile, TableRow, load_table
 from proxykd_jax.errors import UserError
 from proxykd_jax.peers import on_first, say
+
+# The stages that a student's training reads.
+_BEFORE_CURVES = ("prepare", "align", "sample", "score")
 
 
 def main(table: TableFile, only: Sequence[str] = (), overrides: Sequence[str] = ()) -> Path:
@@ -95,17 +99,20 @@ def run_row(table: TableFile, row: TableRow, config: Config) -> dict[str, str | 
     if not on_first(kept.exists):
         write_bytes(kept, dump_config(config).encode())
     lenders = on_first(functools.partial(_runs_below, table.folder.parent))
-    # A row of Table 3 must train in its own run, because a linked stage has no times.
-    stages = ("prepare",) if row.phase else None
+    # A linked stage has neither the times of Table 3 nor the curves of Figures 6 and 7.
+    stages = ("prepare",) if row.phase else _BEFORE_CURVES if table.has_curves else None
     role, _, state = row.model.partition(":")
     with borrowing(config.folder, [Path(folder) for folder in lenders], stages):
-        if row.phase is not None:
+        if table.has_curves:
+            distill.main(config)
+        elif row.phase is not None:
             (distill if row.phase == "student" else align).main(config)
         elif role == "student" and state != "before":
             run.main(config)
         elif role == "proxy" and state != "raw":
             align.main(config)
-        answered = row.model if row.phase else next(iter(run_benchmarks(config)["models"]))
+        asks = row.phase is None and not table.has_curves
+        answered = next(iter(run_benchmarks(config)["models"])) if asks else row.model
     return {
         "model": answered,
         "device": jax.devices()[0].device_kind,
@@ -126,9 +133,9 @@ def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     found = base_parser(
         "tables",
-        "Run the rows of a table of the paper, and write the results beside the paper's.",
+        "Run the rows of a table or figure of the paper, and write the results beside the paper's.",
         names=("--table", "--config"),
-        what="YAML file of the table (docs/tables.md)",
+        what="YAML file of the table or figure (docs/tables.md)",
     )
     add = found.add_argument
     add("--only", action="append", default=[], metavar="ROW[,ROW]", help="rows (default: all)")

@@ -1,5 +1,6 @@
 """Plans: arguments and arithmetic are exact, and the real compilers find that 70B fits."""
 
+import dataclasses
 import json
 import math
 import os
@@ -18,10 +19,14 @@ from proxykd_jax.models.decoder import forward
 from proxykd_jax.models.lora import abstract_adapter
 from proxykd_jax.models.operations import answer_flops, cache_bytes, forward_flops, step_flops
 from proxykd_jax.models.params import abstract_params
+from proxykd_jax.parallel.ahead import Compiled
 from proxykd_jax.parallel.collectives import count_collectives
 from proxykd_jax.parallel.devices import DEVICES, gpu_target, topology_name
+from proxykd_jax.plan import main
+from proxykd_jax.planning import Request, StagePlan, render_rows
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+TABLES = REPOSITORY / "configs" / "tables"
 # Where launch/environment.sh puts the device compilers for the tests.
 COMPILERS = Path(sys.prefix) / "compilers"
 PUBLISHED = {
@@ -93,9 +98,7 @@ def test_without_a_compiler_arguments_are_exact_and_the_rest_is_no_estimate(conf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             whole = math.prod(leaf.shape) * leaf.dtype.itemsize * copies
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            back = name.split("/")[-2] in ("o_proj", "down_proj")
-            split = "norm" not in name and (name[-1] not in "ab" or (name[-1] == "b") == back)
-            found += whole // ways if split else whole
+            found += whole if "norm" in name else whole // ways
         return found
 
     frozen = held(abstract_params(model, jnp.bfloat16), 4)
@@ -135,6 +138,37 @@ def test_mistakes_are_sentences(config, tmp_path, arguments, sentence):
     done = plan(tmp_path, "--config", str(config), "--device", "a100-80gb", *arguments)
     assert done.returncode == 2 and sentence in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        ([], "--table FILE for all rows of a table"),
+        (["--config", "a.yaml", "--table", "b.yaml"], "Give --config FILE for a run, or"),
+        (["--config", "a.yaml", "--only", "row"], "--only names rows of --table"),
+        (["--table", "b.yaml", "--fit", "c.yaml"], "--fit writes one run's config"),
+        (["--table", str(TABLES / "table_1.yaml"), "--only", "gpt4"], "these rows run no program"),
+        (["--table", str(TABLES / "table_1.yaml"), "--only", "gpt5"], "the rows are gpt4, "),
+    ],
+)
+def test_a_run_or_the_rows_of_a_table(capsys, arguments, sentence):
+    assert main(["--device", "a100-80gb", "--count", "8", *arguments]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_equal_programs_of_several_rows_share_a_line():
+    request = Request(None, DEVICES["h100"], 8, (), 10, 20, 30, 0.5, None)  # type: ignore[arg-type]
+    compiled = Compiled(0, 0, 0, 0, peak_bytes=3 << 30)
+    axes = {"data": 1, "fsdp": 8, "tensor": 1}
+    one = StagePlan(
+        *("step", "align", 10**9, axes, 4, (compiled,), 1 << 30, True),
+        *(1.0, None, (1.0, 0.0, 0.0), 2.5, True),
+    )
+    large = dataclasses.replace(one, name="round", fits=False)
+    text = render_rows("t.yaml", request, {"a": [one], "b": [one, large]})
+    assert "| step | 1.0B | 1x8x1 | 4 | 4.0 | 1.0 | yes | 2.50 | a, b |" in text
+    assert "| round | 1.0B | 1x8x1 | 4 | 4.0 | 1.0 | NO | 2.50 | b |" in text
+    assert "DOES NOT FIT: b." in text and "30 samples of 10 + 20 tokens" in text
 
 
 def test_arithmetic_is_what_the_compiler_counts():
@@ -232,7 +266,7 @@ class TestRealCompilers:
             assert "no estimate" not in done.stdout
             stage = json.loads(out.read_text())["warmup"]
             assert stage["fits"] and stage["largest_batch"] > 100
-            assert stage["peak_bytes"] > stage["argument_bytes"] > 16.5 * 2**30
+            assert stage["peak_bytes"] > stage["argument_bytes"] > 16.3 * 2**30
             peaks.append(stage["peak_bytes"] / 2**30)
         np.testing.assert_allclose(peaks, [25.9, 32.3], rtol=0.06)
 

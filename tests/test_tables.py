@@ -17,14 +17,16 @@ from proxykd_jax.artifacts import read_json, write_json
 from proxykd_jax.config import Config, dump_config
 from proxykd_jax.config.table_file import TableFile, TableRow, load_table
 from proxykd_jax.errors import UserError
-from proxykd_jax.reporting.paper import TABLE_1, TABLE_2, TABLE_3, TABLE_5
+from proxykd_jax.reporting.paper import FIGURE_3, TABLE_1, TABLE_2, TABLE_3, TABLE_5
 from proxykd_jax.reporting.paper_table import ROW, paper_row
 from tests.conftest import REPOSITORY
 from tests.tiny_run import copy_run, files_of, without_student
 
 TABLES = REPOSITORY / "configs" / "tables"
 NUMBERS = (1, 2, 3, 5)
-FILES = [f"table_{number}{twin}" for number in NUMBERS for twin in ("", "_tiny")]
+FIGURES = (3, 6, 7)
+NAMES = [*(f"table_{number}" for number in NUMBERS), *(f"figure_{number}" for number in FIGURES)]
+FILES = [f"{name}{twin}" for name in NAMES for twin in ("", "_tiny")]
 PAPER = {1: TABLE_1, 2: TABLE_2, 5: TABLE_5}
 
 
@@ -42,14 +44,27 @@ def test_the_rows_are_the_papers(name):
     assert table.name == name
     if table.table == 3:
         assert [row.method for row in table.rows] == [method for method, _, _ in TABLE_3]
+    elif table.figure == 3:  # the paper prints figures of the 70B alone, in Table 2
+        found = [paper_row(table, row) for row in table.rows]
+        assert found == [None, None, *FIGURE_3]
+        assert [row.model for row in table.rows] == ["proxy", "student"] * 2
+    elif table.has_curves:
+        ends = [row for row in TABLE_1 if row.student == table.rows[0].student]
+        ends = [row for row in ends if row.teacher != "Llama-2-70B-Proxy"]
+        curves = [(row.method, row.student, row.teacher) for row in table.rows]
+        assert set(curves) <= {(row.method, row.student, row.teacher) for row in ends}
+        assert len(set(curves)) == (3 if table.figure == 6 else 2)
     else:
-        assert tuple(paper_row(table, row) for row in table.rows) == PAPER[table.table]
+        first = tuple(paper_row(table, row) for row in table.rows if not row.reading)
+        assert first == PAPER[table.table]
+        assert all(paper_row(table, row) in first for row in table.rows)
 
 
-@pytest.mark.parametrize("number", NUMBERS)
-def test_a_twin_has_the_same_rows(number):
-    columns = {"name", "group", "method", "student", "proxy", "teacher", "model", "phase", "after"}
-    real, tiny = (load_table(TABLES / f"table_{number}{twin}.yaml").rows for twin in ("", "_tiny"))
+@pytest.mark.parametrize("name", NAMES)
+def test_a_twin_has_the_same_rows(name):
+    columns = {"name", "group", "method", "student", "proxy", "teacher", "reading"}
+    columns |= {"model", "phase", "after"}
+    real, tiny = (load_table(TABLES / f"{name}{twin}.yaml").rows for twin in ("", "_tiny"))
     assert [r.model_dump(include=columns) for r in real] == [
         r.model_dump(include=columns) for r in tiny
     ]
@@ -104,7 +119,10 @@ def test_a_rows_run_is_what_its_columns_say(number):
             assert config.proxy.path == MODELS[row.proxy if number == 5 else "Llama-2-70B"]
             assert config.distill.alpha == 100 and config.distill.weights.enabled
         if row.method in ("TAKD", "Mentor-KD"):
-            assert config.align.alignment == "nll" and not config.distill.weights.enabled
+            assert config.align.alignment == ("none" if row.reading else "nll")
+            assert not config.distill.weights.enabled
+        if row.method in ("MiniLLM", "GKD"):  # no text of GPT-4 is learnt
+            assert config.method.warmup_text == "scorer" and config.method.warms_up
 
 
 def test_an_ablation_lacks_what_its_row_names_and_nothing_else():
@@ -114,11 +132,13 @@ def test_an_ablation_lacks_what_its_row_names_and_nothing_else():
     changes = {
         "without_proxy": {"method.name": "black_box_kd", "distill.alpha": 0.0},
         "without_alignment": {"align.alignment": "none"},
+        "without_alignment_warmed_up": {"align.alignment": "warmup"},
         "without_preference": {"align.alignment": "nll"},
         "without_weights": {"distill.weights.enabled": False},
         "proxy_aligned": {},
         "proxy_without_preference": {"align.alignment": "nll"},
         "proxy_without_both": {},
+        "proxy_warmed_up": {"align.alignment": "warmup"},
     }
     for name, expected in changes.items():
         differing = dict(_differences(whole, runs[name].model_dump()))
@@ -130,7 +150,8 @@ def test_an_ablation_lacks_what_its_row_names_and_nothing_else():
         for key in [key for key in differing if key.startswith("method.") and key != "method.name"]:
             del differing[key]  # these keys belong to Proxy-KD alone
         assert differing.pop("name") == name and differing == expected, name
-    assert [row.model for row in table.rows[5:]] == ["proxy", "proxy", "proxy:raw"]
+    models = [row.model for row in table.rows if row.group == "Proxy"]
+    assert models == ["proxy", "proxy", "proxy:raw", "proxy"]
     # These rows are the same runs as in Table 1, so they are taken from there.
     first = load_table(TABLES / "table_1.yaml")
     for ours, theirs in (("proxy_kd", "proxy_kd_llama2"), ("without_proxy", "black_box_kd_llama2")):
@@ -207,6 +228,8 @@ def _write(folder: Path, text: str) -> str:
 HEAD = "table: 2\nname: t\nconfig: run.yaml\n"
 MISTAKES = [
     ("table: 4\nname: t\nrows: [{name: a, method: b, config: c}]", "table: must be 1, 2, 3 or 5"),
+    ("name: t\nrows: [{name: a, method: b, config: c}]", "either the paper's table or its figure"),
+    ("table: 1\nfigure: 3\nname: t\nrows: [{name: a, method: b, config: c}]", "by number"),
     (HEAD + "rows: []", "rows: needs at least 1 entry"),
     (HEAD + "rows: [{name: a, metod: b}]", "did you mean 'method'?"),
     (HEAD + "rows: [{name: a, method: b, after: c}]", "row a: after names no row above it (c)"),
@@ -255,9 +278,9 @@ def test_jobs_of_rows_wait_for_the_rows_that_they_take_stages_from(tmp_path):
     )  # fmt: skip
     assert done.stdout.splitlines()[0] == "proxy_kd 101"
     asked = (tmp_path / "asked").read_text().splitlines()
-    assert len(asked) == 8 and all("--gpus-per-node=8" in line for line in asked)
+    assert len(asked) == 10 and all("--gpus-per-node=8" in line for line in asked)
     ends = "launch/slurm/stage.sbatch tables configs/tables/table_2.yaml --only without_weights"
-    assert "--dependency=afterok:101" in asked[4] and asked[4].endswith(ends)
+    assert "--dependency=afterok:101" in asked[5] and asked[5].endswith(ends)
     assert "--dependency" not in asked[0]
 
 
@@ -404,7 +427,7 @@ def twin(assets, tmp_path, monkeypatch):
 def test_table_2_runs_and_its_rows_are_bitwise_runs_of_their_own(twin, capfd):
     out = twin("table_2_tiny")
     table, text = out.parent, out.read_text()
-    assert "8 of 8 rows are measured" in text and "prints no averages here" in text
+    assert "10 of 10 rows are measured" in text and "prints no averages here" in text
     links = {str(p.relative_to(table)): os.readlink(p) for p in table.rglob("*") if p.is_symlink()}
     shared = ("corpus", "proxy", "soft_labels")
     assert all(links[f"without_weights/{name}"] == f"../proxy_kd/{name}" for name in shared)
@@ -418,7 +441,7 @@ def test_table_2_runs_and_its_rows_are_bitwise_runs_of_their_own(twin, capfd):
     capfd.readouterr()
     assert twin("table_2_tiny") == out
     said = capfd.readouterr()
-    assert said.err.count("is finished") == 8 and "train" not in said.err + said.out
+    assert said.err.count("is finished") == 10 and "train" not in said.err + said.out
     after = files_of(table, times=True)
     tables_own = {f"table_2_tiny.{kind}" for kind in ("md", "html", "csv")}
     assert {name for name in after if after[name] != files[name]} <= tables_own
@@ -442,10 +465,10 @@ def test_table_1_runs(twin):
     rows = ("gpt4", "forward_kl_proxy", "minillm", "gkd", "mentor_kd", "proxy_kd_llama1")
     out = twin("table_1_tiny", *rows)
     text = out.read_text()
-    assert "5 of 13 rows are measured" in text and "there is no data/gpt4/benchmarks.jsonl" in text
+    assert "5 of 15 rows are measured" in text and "there is no data/gpt4/benchmarks.jsonl" in text
     assert os.readlink(out.parent / "proxy_kd_llama1" / "proxy") == "../forward_kl_proxy/proxy"
     assert not (out.parent / "mentor_kd" / "proxy").is_symlink()
-    assert text.count("not run yet") == 7 and text.count("53.22 †") == 1
+    assert text.count("not run yet") == 9 and text.count("53.22 †") == 1
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ from proxykd_jax.models.chunked import map_positions
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.decoder import batch_hidden_states, unembed
 from proxykd_jax.models.operations import forward_flops, head_flops
-from proxykd_jax.parallel.sharding import bytes_per_device, put_rows
+from proxykd_jax.parallel.sharding import put_rows
 from proxykd_jax.training.abstract import (
     Cost,
     Lengths,
@@ -167,9 +167,6 @@ def _programs(run: StageRun, method: Gad, name: str, own_rows: int, phase: Phase
     length = default_buckets(run.config.corpus.max_length + 1)[-1]  # the last token is an input
     reference = phase.frozen["reference"]
 
-    # A device also holds the KL's reference and the discriminator; its optimizer is in the state.
-    held = (student.trainable, state.trainable["discriminator"])
-
     def batch(rows: int) -> GameBatch:
         def grouped(x: Any) -> Any:
             return jax.ShapeDtypeStruct((rows, many, *x.shape[1:]), x.dtype)
@@ -198,7 +195,8 @@ def _programs(run: StageRun, method: Gad, name: str, own_rows: int, phase: Phase
         phase,
         temperature=method.temperature,
         times=many,
-        beside=functools.partial(bytes_per_device, held),
+        # The KL's reference and the discriminator, whose optimizer is in the state.
+        beside=(student.trainable, state.trainable["discriminator"]),
     )
     return [answers, step_program(run, phase, name, batch, cost=cost)]
 
@@ -286,12 +284,12 @@ def _make_batch(
       first_draw: draw number of the first step's answers; it differs between the phases.
     """
     planned = planned_steps(plan)
+    answering = Answering.of(run, method, method.temperature, method.samples_per_prompt)
 
     def make_batch(state: TrainState, frozen: Tree, step: int) -> GameBatch:
-        answering = Answering.of(run, method, method.temperature, method.samples_per_prompt)
         student = run.model.at(state.trainable["student"])
         places = read_places(rows, planned(step))
-        answers = answering.answer(student.weights, places, step + first_draw)
+        answers = answering.answer(student, places, step + first_draw)
         teacher = given_answers(places, run.corpus.end_token_ids)
         return put_rows(game_batch(teacher, answers, run.corpus.max_length), run.mesh)
 

@@ -76,12 +76,12 @@ def phases(run: StageRun) -> list[Phase]:
 
 def _answers(run: StageRun, method: Gkd) -> GiveAnswers:
     """Returns a function that lets the current student answer, or returns the given answers."""
+    answering = Answering.of(run, method, method.temperature)
 
     def answers(student: Model, places: Places, step: int) -> list[Answer | None]:
         if not student_answers(run.config.seed, step, method.student_share):
             return given_answers(places, run.corpus.end_token_ids)
-        answering = Answering.of(run, method, method.temperature)
-        return answering.answer(student.weights, places, step)
+        return answering.answer(student, places, step)
 
     return answers
 

@@ -13,6 +13,7 @@ rollout again from the same student and continues with the same bytes.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -121,13 +122,13 @@ def phases(run: StageRun) -> list[Phase]:
         programs=functools.partial(_programs, run, method),
         **beside_scorer(run),
     )
-    load_scorer = phase.prepare
+    load_scorer, answering = phase.prepare, Answering.of(run, method, 1.0)
     anchor = _anchor(run, written) if method.anchor != "none" else lambda update: None
 
     def prepare(phase: Phase, trainer: Trainer) -> Phase:
         assert load_scorer is not None
         phase = load_scorer(phase, trainer)
-        return phase.with_(make_batch=_make_rollout(run, method, prompts, phase))
+        return phase.with_(make_batch=_make_rollout(run, answering, prompts, phase))
 
     return [
         warmup_phase(run, method, written if from_scorer else teacher),
@@ -204,18 +205,19 @@ class Rollout:
     answers: AnswerBatch
 
 
-def _make_rollout(run: StageRun, method: MiniLlm, prompts: Rows, phase: Phase) -> MakeBatch:
+def _make_rollout(run: StageRun, answering: Answering, prompts: Rows, phase: Phase) -> MakeBatch:
     """Returns a function that draws answers from the mixture of scorer and current student."""
-    planned, mixing, spec = planned_steps(phase.plan), None, phase.spec
-    assert isinstance(spec, ScoredSpec)
-    if method.teacher_mixing > 0:
+    planned, method, spec = planned_steps(phase.plan), answering.method, phase.spec
+    assert isinstance(spec, ScoredSpec) and isinstance(method, MiniLlm)
+    mixes = method.teacher_mixing > 0
+    if mixes:
         mixing = Mixing(spec.scorer.config, method.teacher_mixing)
-    answering = Answering.of(run, method, 1.0, mixing=mixing)
+        answering = dataclasses.replace(answering, mixing=mixing)
 
     def make_batch(state: TrainState, frozen: Tree, step: int) -> Rollout:
         student, places = run.model.at(state.trainable), read_places(prompts, planned(step))
-        other = None if mixing is None else frozen["scorer"]
-        answers = answering.answer(student.weights, places, step, other)
+        other = frozen["scorer"] if mixes else None
+        answers = answering.answer(student, places, step, other)
         return Rollout(step, answer_batch(answers, run.corpus.max_length))
 
     return make_batch

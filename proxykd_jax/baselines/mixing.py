@@ -96,14 +96,14 @@ def _make_batch(run: StageRun, method: ProxyKd, stored: Phase, rows: Rows) -> Ma
     packed = config.distill.batching == "pack"
     asked = planned_steps(prompt_plan(run, method, rows)[0] if packed else stored.plan)
     planned = planned_steps(stored.plan)
+    answering = Answering.of(run, method, temperature=1.0)
 
     def make_batch(state: TrainState, frozen: Tree, step: int) -> Batch:
         if not student_answers(config.seed, step, method.student_share):
             assert collate is not None  # a sketch has none
             return put_rows(collate(planned(step)), run.mesh)
-        answering = Answering.of(run, method, temperature=1.0)
         student = run.model.at(state.trainable)
-        answers = answering.answer(student.weights, read_places(rows, asked(step)), step)
+        answers = answering.answer(student, read_places(rows, asked(step)), step)
         return put_rows(answer_batch(answers, run.corpus.max_length), run.mesh)
 
     return make_batch

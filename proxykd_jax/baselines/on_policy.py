@@ -18,10 +18,8 @@ import jax
 from proxykd_jax.baselines.beside_scorer import ScoredSpec, both_logits, scorer_text
 from proxykd_jax.baselines.online import GiveAnswers, answering_phase, warmup_phase
 from proxykd_jax.baselines.rollouts import (
-    Answer,
     AnswerBatch,
     Answering,
-    Places,
     answer_figures,
 )
 from proxykd_jax.baselines.sampling_programs import scored_answer_program, scored_step_program
@@ -39,7 +37,6 @@ from proxykd_jax.training.abstract import Program
 from proxykd_jax.training.batch_objectives import Counts, Metrics, Objective
 from proxykd_jax.training.batches import Joined
 from proxykd_jax.training.distillation import FRESH, teacher_rows
-from proxykd_jax.training.model import Model
 from proxykd_jax.training.phase import Phase
 from proxykd_jax.training.scoring import Scoring
 from proxykd_jax.training.stage_run import StageRun
@@ -73,11 +70,7 @@ def phases(run: StageRun) -> list[Phase]:
 
 
 def _answers(run: StageRun, method: OnPolicy) -> GiveAnswers:
-    def answers(student: Model, places: Places, step: int) -> list[Answer | None]:
-        answering = Answering.of(run, method, 1.0, method.samples_per_prompt)
-        return answering.answer(student.weights, places, step)
-
-    return answers
+    return Answering.of(run, method, 1.0, method.samples_per_prompt).answer
 
 
 def _programs(run: StageRun, method: OnPolicy, phase: Phase) -> list[Program]:

@@ -25,10 +25,12 @@ from proxykd_jax.generation.sampler import Prompt, sample
 from proxykd_jax.generation.samples import LengthBudget
 from proxykd_jax.losses import Term, count_tokens, reduce_examples
 from proxykd_jax.models.config import ModelConfig
-from proxykd_jax.parallel.sharding import check_rows
+from proxykd_jax.parallel.sharding import check_rows, move, tree_shardings
 from proxykd_jax.random_keys import purpose_seed, raw_bits
 from proxykd_jax.training.batch_objectives import Metrics
+from proxykd_jax.training.model import Model
 from proxykd_jax.training.stage_run import StageRun
+from proxykd_jax.training.state import Weights
 from proxykd_jax.types import TokenBatch
 
 # The rows of a step by their place in its batch; None at places that the data do not fill.
@@ -72,7 +74,7 @@ class Answering:
       model_config: the student's architecture.
       method: section that limits an answer's length and the answers decoded together.
       corpus: the corpus; gives the end tokens, the number of ids and the longest row.
-      mesh: mesh that the rows are split over.
+      mesh: mesh that draws. The weights are moved there for a draw and freed after it.
       seed: seed of the run.
       temperature: temperature of sampling.
       per_prompt: answers per prompt.
@@ -93,22 +95,22 @@ class Answering:
 
     @staticmethod
     def of(
-        run: StageRun,
-        method: AnsweringSection,
-        temperature: float,
-        per_prompt: int = 1,
-        mixing: Mixing | None = None,
+        run: StageRun, method: AnsweringSection, temperature: float, per_prompt: int = 1
     ) -> Answering:
-        """Returns how the student of a run answers."""
+        """Returns how the student of a run answers.
+
+        Raises:
+          UserError: the mesh that draws does not fit the student or the batch.
+        """
+        tree_shardings((run.model.frozen, run.model.trainable), run.sample_mesh)
         return Answering(
             run.model.config,
             method,
             run.corpus,
-            run.mesh,
+            run.sample_mesh,
             run.config.seed,
             temperature,
             per_prompt,
-            mixing,
         )
 
     def __post_init__(self) -> None:
@@ -116,15 +118,15 @@ class Answering:
 
     def answer(
         self,
-        weights: tuple[Any, Any],
+        student: Model,
         places: Places,
         step: int,
-        other: tuple[Any, Any] | None = None,
+        other: Weights | None = None,
     ) -> list[Answer | None]:
         """Returns ``per_prompt`` answers for each place, in a sequence.
 
         Args:
-          weights: (params, adapter) of the student.
+          student: the student, on any mesh of the same devices.
           places: rows whose prompts are answered; their own answers are ignored.
           step: step of the phase; the same step draws the same answers.
           other: (params, adapter) of the model that is mixed in.
@@ -134,7 +136,7 @@ class Answering:
         budget = LengthBudget(self.corpus.max_length, self.method.max_new_tokens)
         ends, vocab_size = self.corpus.end_token_ids, self.corpus.vocab_size
         drawn = sample(
-            weights,
+            move(student.weights, self.mesh),
             [
                 Prompt(row.prompt, f"{row.row_id}/student/{n}", budget.after(row.prompt_length))
                 for row, n in zip(asked, numbers, strict=True)
@@ -145,7 +147,7 @@ class Answering:
             round_index=step,
             batch_size=self.method.sample_batch_size,
             mesh=self.mesh,
-            other=other,
+            other=None if other is None else move(other, self.mesh),
         )
         found = iter(
             Answer(

@@ -1,7 +1,7 @@
 """The programs of a student that answers during training, from array shapes alone.
 
-The program ``answer`` draws the answers on the student's mesh. A sketch does not know the size of
-the tokenizer, so it assumes the models' whole vocabularies.
+The program ``answer`` draws the answers on the mesh of ``StageRun.sample_mesh``. A sketch does not
+know the size of the tokenizer, so it assumes the models' whole vocabularies.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from proxykd_jax.baselines.rollouts import AnswerBatch
 from proxykd_jax.config.method_section import AnsweringSection
@@ -27,13 +28,14 @@ from proxykd_jax.training.abstract import (
     state_of,
     step_cost,
     step_program,
-    weight_bytes,
     weights_read,
+    while_drawing,
 )
 from proxykd_jax.training.model import Model
 from proxykd_jax.training.phase import Phase
 from proxykd_jax.training.programs import longest
 from proxykd_jax.training.stage_run import StageRun
+from proxykd_jax.training.state import Tree
 
 
 def answer_shapes(rows: int, length: int) -> AnswerBatch:
@@ -49,7 +51,7 @@ def answer_program(
     *,
     temperature: float,
     times: float,
-    beside: Callable[[dict[str, int]], int],
+    beside: Tree,
     mixing: Mixing | None = None,
 ) -> Program:
     """Returns the program that draws the student's answers as ``rollouts.Answering`` does.
@@ -59,26 +61,32 @@ def answer_program(
       phase: the phase whose state is held meanwhile.
       temperature, mixing: as in ``Answering``.
       times: answers for each row of the corpus.
-      beside: mesh's axes -> bytes that a device holds besides the student and its optimizer. A
-        model that is mixed in is an argument and does not count.
+      beside: the shapes of what stays on the training mesh besides the student, its optimizer and
+        a model that is mixed in.
     """
-    model = run.model
+    model, other = run.model, None if mixing is None else run.scorer
 
-    def resident(axes: dict[str, int]) -> int:
-        found = bytes_per_device(state_of(phase).opt_state, axes) + beside(axes)
-        if model.spec.trainable == "full" and model.spec.dtype != "float32":
-            found += bytes_per_device(model.trainable, axes)  # a cast copy of the weights answers
-        return found
+    def resident(mesh: Mesh) -> int:
+        own, moved = while_drawing(run, dict(mesh.shape))
+        held = [state_of(phase).opt_state, beside]
+        if moved:
+            held += [
+                (model.frozen, model.trainable),
+                None if other is None else other.weight_shapes,
+            ]
+        elif model.spec.trainable == "full" and model.spec.dtype != "float32":
+            held.append(model.trainable)  # a cast copy of the weights answers
+        return bytes_per_device(held, own)
 
     return answering_program(
         "answer",
-        "distill",
+        run.config.mesh.drawing(run.stage),
         model,
         method.sample_batch_size,
         budget=LengthBudget(run.config.corpus.max_length, method.max_new_tokens),
         settings=DrawSettings(temperature, 1.0, run.corpus.vocab_size, (0,), mixing),
-        resident=lambda mesh: resident(dict(mesh.shape)),
-        other=None if mixing is None else run.scorer,
+        resident=resident,
+        other=other,
         times=times,
     )
 
@@ -93,14 +101,13 @@ def scored_answer_program(
     mixing: Mixing | None = None,
 ) -> Program:
     """Returns ``answer_program`` with the scorer loaded too."""
-    scorer = scorer_of(run)
     return answer_program(
         run,
         method,
         phase,
         temperature=temperature,
         times=times,
-        beside=lambda axes: weight_bytes(scorer, axes) if mixing is None else 0,
+        beside=scorer_of(run).weight_shapes if mixing is None else (),
         mixing=mixing,
     )
 

@@ -18,7 +18,6 @@ from proxykd_jax.config.methods import Soda
 from proxykd_jax.data.collate import Rows
 from proxykd_jax.errors import UserError
 from proxykd_jax.generation.samples import SampleStore
-from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.parallel.sharding import check_rows
 from proxykd_jax.training.abstract import Program
 from proxykd_jax.training.batch_objectives import AlignObjective
@@ -61,7 +60,7 @@ def sample_base_student(run: StageRun, rows: Joined) -> SampleStore:
     """
     config, method = run.config, _method(run)
     sampling = config.align.sampling
-    mesh = make_mesh(config.mesh.of("sample"))
+    mesh = run.sample_mesh
     check_rows(sampling.batch_size, mesh, "align.sampling.batch_size")
     store = SampleStore(
         config.folder / "samples" / "base_student", references=run.folder / "reference"

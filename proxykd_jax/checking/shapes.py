@@ -14,6 +14,7 @@ import jax
 from proxykd_jax.checking.findings import Findings
 from proxykd_jax.checking.rows import CountedRows
 from proxykd_jax.config import Config, ModelSection, Work
+from proxykd_jax.config.method_section import AnsweringSection
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.parallel.sharding import bytes_per_device
 from proxykd_jax.planning.run_programs import run_phases
@@ -122,6 +123,9 @@ def check_mesh(config: Config, findings: Findings) -> None:
         "distill.batch_size": ("distill", config.distill.batch_size),
         "evaluate.batch_size": ("evaluate", config.evaluate.batch_size),
     }
+    method, drawing = config.method, config.mesh.drawing("distill")
+    if isinstance(method, AnsweringSection) and method.student_answers:
+        sizes["method.sample_batch_size"] = (drawing, method.sample_batch_size)
     for key, (work, size) in sizes.items():
         axes = config.mesh.of(work)
         ways = (1 if axes.data == "rest" else axes.data) * axes.fsdp
@@ -156,6 +160,8 @@ def check_shapes(
     shapes = abstract_rows(stage.batch_size, config.corpus.max_length)
     findings.attempt(role, lambda: jax.eval_shape(step, state, frozen, shapes))
     kinds: tuple[Work, ...] = ("align", "sample", "score") if role == "proxy" else ("distill",)
+    if role == "student" and config.method.student_answers:
+        kinds = (*kinds, config.mesh.drawing("distill"))
     axes = config.mesh.of(kinds[0]).model_dump(include={"fsdp", "tensor"})
     for work in kinds[1:]:
         other = config.mesh.of(work).model_dump(include={"fsdp", "tensor"})

@@ -32,6 +32,11 @@ class MethodSection(Section):
         """Whether the scorer's answers to the prompts of D_s are drawn once and stored."""
         return False
 
+    @property
+    def student_answers(self) -> bool:
+        """Whether the student gives answers before or while it trains."""
+        return False
+
     def defines(self) -> dict[str, Any]:
         """Returns the values of other keys that define this method, nested as in the file."""
         return {}
@@ -68,6 +73,10 @@ class AnsweringSection(MethodSection):
         None, description="length budget of a student's answer (default: what max_length leaves)"
     )
     sample_batch_size: PositiveInt = Field(32, description="answers decoded together")
+
+    @property
+    def student_answers(self) -> bool:
+        return True
 
     def rows_a_step(self, batch_size: int) -> int:
         """Returns the number of prompts per step."""

@@ -48,9 +48,13 @@ class ProxyKd(AnsweringSection):
         return "nothing" if alpha == 0 else self.needs
 
     @property
+    def student_answers(self) -> bool:
+        return self.student_share > 0
+
+    @property
     def changes_training(self) -> bool:
         # Plain Proxy-KD uses none of these keys, so runs made before the keys existed stay valid.
-        return self.student_share > 0
+        return self.student_answers
 
     def check(self, config: Config) -> None:
         share = self.student_share
@@ -176,6 +180,10 @@ class Soda(MethodSection):
         0.0,
         description="weight of an NLL of the teacher's texts added to DPO (authors' value unknown)",
     )
+
+    @property
+    def student_answers(self) -> bool:
+        return True
 
     def defines(self) -> dict[str, Any]:
         # Here the student answers, but a sampling server would serve the proxy.

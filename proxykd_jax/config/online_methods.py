@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from proxykd_jax.config.schema import Config
 
 
+WARMUP_TEXT = "whose answers the warm-up learns"
+
+
 class OnlineSection(AnsweringSection):
     """Keys of the methods that train on the current student's own answers.
 
@@ -43,12 +46,13 @@ class OnlineSection(AnsweringSection):
 
 
 class ScoredSection(OnlineSection):
-    """Keys of the methods whose scorer reads the student's answers during training."""
+    """Keys of the methods whose scorer reads the student's answers during training.
+
+    In white-box KD all text is the scorer's (paper, 4.3), so ``warmup_text`` is by default.
+    """
 
     needs: ClassVar[Needs] = "proxy"
-    warmup_text: Literal["teacher", "scorer"] = Field(
-        "teacher", description="whose answers the warm-up learns"
-    )
+    warmup_text: Literal["teacher", "scorer"] = Field("scorer", description=WARMUP_TEXT)
 
     @property
     def reads_scorer_text(self) -> bool:
@@ -67,12 +71,16 @@ class Gkd(ScoredSection):
         1.0, description="the scorer's weight in the JSD's mixture: 0 forward KL, 1 reverse KL"
     )
     fixed: Literal["teacher", "scorer"] = Field(
-        "teacher", description="whose answers the other batches hold"
+        "scorer", description="whose answers the other batches hold"
     )
     temperature: PositiveFloat = Field(1.0, description="temperature of the student's sampling")
     scorer_temperature: PositiveFloat = Field(
         1.0, description="temperature of the scorer's softmax"
     )
+
+    @property
+    def student_answers(self) -> bool:
+        return self.student_share > 0
 
     @property
     def reads_scorer_text(self) -> bool:
@@ -100,6 +108,7 @@ class OnPolicy(ScoredSection):
     name: Literal["on_policy"] = "on_policy"
     uses_fresh_prompts: ClassVar[bool] = True
     scorer: Scorer = Field("aligned", description=SCORER)
+    warmup_text: Literal["teacher", "scorer"] = Field("teacher", description=WARMUP_TEXT)
     form: Literal["full", "sampled"] = Field(
         "full", description="KL over the vocabulary, or only at the drawn token (the authors' form)"
     )

@@ -709,6 +709,14 @@ class MeshConfig(AxesConfig):
         """Returns the arrangement for a kind of work."""
         return getattr(self, work, None) or self
 
+    def drawing(self, work: Work) -> Work:
+        """Returns the kind of work whose arrangement draws answers in the middle of ``work``.
+
+        It is ``sample``, unless ``work`` has an arrangement of its own and ``sample`` has none.
+        """
+        own = getattr(self, work, None)
+        return work if own is not None and self.sample is None else "sample"
+
 
 class LoggingConfig(Section):
     """Where metrics go in addition to metrics.jsonl; a failing tracker never stops a run."""

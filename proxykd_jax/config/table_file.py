@@ -1,4 +1,4 @@
-"""The file of a table of the paper: one run per row. Imports only pydantic and yaml."""
+"""The file of a table or a figure of the paper: one run per row. Imports only pydantic and yaml."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ class TableRow(Section):
     group: str = Field(NONE, description="heading above the row")
     method: str = Field(description="the paper's column (Table 3: model and method)")
     student: str = Field(NONE, description="the paper's column")
-    proxy: str = Field(NONE, description="the paper's column, in Table 5")
+    proxy: str = Field(NONE, description="the paper's column, in Table 5 and Figure 3")
     teacher: str = Field(NONE, description="the paper's column")
+    reading: str = Field(
+        "", description="how else the paper's row above is read here; it is not printed again"
+    )
     config: PathText | None = Field(
         None, description="the run's recipe, relative to the table's file (default: the table's)"
     )
@@ -45,10 +48,13 @@ class TableRow(Section):
 
 
 class TableFile(Section):
-    """A table of the paper."""
+    """A table or a figure of the paper."""
 
-    table: Literal[1, 2, 3, 5] = Field(description="number of the paper's table")
-    name: Name = Field(description="name of the table; its runs are in runs/<name>/<row>")
+    table: Literal[1, 2, 3, 5] | None = Field(None, description="number of the paper's table")
+    figure: Literal[3, 6, 7] | None = Field(
+        None, description="number of the paper's figure; either this or table"
+    )
+    name: Name = Field(description="name of the table or figure; its runs are in runs/<name>/<row>")
     runs: PathText = Field(
         "runs", description="folder of the runs; runs link finished stages of other runs in it"
     )
@@ -63,6 +69,8 @@ class TableFile(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> TableFile:
+        if (self.table is None) == (self.figure is None):
+            raise ValueError("name either the paper's table or its figure, by number")
         above: list[str] = []
         for row in self.rows:
             if row.name in above:
@@ -76,6 +84,16 @@ class TableFile(Section):
                 raise ValueError(f"row {row.name} {has}")
             above.append(row.name)
         return self
+
+    @property
+    def title(self) -> str:
+        """``Table 2``, ``Figure 6``."""
+        return f"Figure {self.figure}" if self.table is None else f"Table {self.table}"
+
+    @property
+    def has_curves(self) -> bool:
+        """Whether the rows are curves of a student's training."""
+        return self.figure in (6, 7)
 
     @property
     def folder(self) -> Path:

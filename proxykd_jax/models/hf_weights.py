@@ -22,6 +22,7 @@ from proxykd_jax.errors import UserError
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.folder import TOKENIZER_FILES
 from proxykd_jax.models.hf_config import read_config
+from proxykd_jax.models.lora import merged_layer
 from proxykd_jax.models.params import (
     ParamPath,
     Params,
@@ -257,6 +258,7 @@ def save_model(
     path: str | Path,
     config: ModelConfig,
     params: Params,
+    adapter: Params | None = None,
     *,
     dtype: Any = "float32",
     max_shard_bytes: float = 5e9,
@@ -266,10 +268,13 @@ def save_model(
 ) -> None:
     """Writes a folder that transformers can load. The folder appears complete or not at all.
 
-    All processes must call this, because they hold parts of the weights; the first one writes.
+    All processes must call this, because they hold parts of the weights; the first one writes. A
+    device holds one tensor besides the model, and the host one file.
 
     Args:
-      params: merged weights (see ``lora.merge``); ``peft.save_adapter`` writes adapters.
+      params: the weights; they may be quantised.
+      adapter: is merged into the weights in float32, tensor by tensor; ``config.lora`` describes
+        it. ``peft.save_adapter`` writes adapters alone.
       dtype: dtype of the tensors in the file, ``float32``, ``bfloat16`` or ``float16``.
       source: model folder whose tokenizer files and ``generation_config.json`` are copied byte
         for byte.
@@ -290,7 +295,7 @@ def save_model(
         )
     with new_folder(Path(path), overwrite) as folder:
         write_json(folder / "config.json", record)
-        write_tensors(folder, _tensors(config, params), target, max_shard_bytes)
+        write_tensors(folder, _tensors(config, params, adapter), target, max_shard_bytes)
         if is_first():
             for name in COPIED_FILES:
                 if source is not None and (Path(source) / name).is_file():
@@ -299,9 +304,9 @@ def save_model(
                 (folder / name).write_text(text, encoding="utf-8")
 
 
-def _tensors(config: ModelConfig, params: Params) -> list[Tensor]:
+def _tensors(config: ModelConfig, params: Params, adapter: Params | None) -> list[Tensor]:
     """Name, torch shape and maker of each tensor, in network order."""
-    leaves = dict(flatten(params))
+    leaves, factors = dict(flatten(params)), dict(flatten(adapter or {}))
     shapes = dict(flatten(param_shapes(config)))
     if leaves.keys() != shapes.keys():
         odd = sorted("/".join(path) for path in leaves.keys() ^ shapes.keys())
@@ -315,7 +320,16 @@ def _tensors(config: ModelConfig, params: Params) -> list[Tensor]:
         shape = shapes[path] if layer is None else shapes[path][1:]
 
         def make() -> np.ndarray:
-            leaf = leaves[path] if layer is None else leaves[path][layer]
+            leaf = leaves[path]
+            if (*path[:-1], "a") in factors and path[-1] == "kernel":
+                assert config.lora is not None
+                a_NDR, b_NRO = (factors[(*path[:-1], name)] for name in "ab")
+                scale = config.lora.scale
+                return fetch(merged_layer(leaf, a_NDR, b_NRO, layer or 0, scale=scale))
+            if layer is not None:
+                leaf = jax.tree.map(lambda x: x[layer], leaf)
+            if isinstance(leaf, QuantizedKernel):
+                leaf = leaf.dequantize(jnp.float32)
             return fetch(leaf.T if turn else leaf)  # transposed on its device: much faster
 
         return hf_name(path, layer or 0), shape[::-1] if turn else shape, make

@@ -6,6 +6,7 @@ float32 whatever the base's dtype. The update of a kernel is ``config.lora.scale
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -89,15 +90,50 @@ def merge(params: Params, adapter: Adapter, config: ModelConfig, dtype: Any = No
         if path[-1] != "kernel" or (*path[:-1], "a") not in updates:
             return leaf.astype(target)
         a_NDR, b_NRO = updates[(*path[:-1], "a")], updates[(*path[:-1], "b")]
-        update = jnp.einsum(
-            "ndr,nro->ndo",
-            a_NDR.astype(jnp.float32),
-            b_NRO.astype(jnp.float32),
-            precision=jax.lax.Precision.HIGHEST,
-        )
-        return (leaf.astype(jnp.float32) + scale * update).astype(target)
+        return _merged(leaf, a_NDR, b_NRO, scale).astype(target)
 
     return unflatten({path: fold(path, leaf) for path, leaf in flatten(params)})
+
+
+@functools.partial(jax.jit, static_argnames="scale")
+def merged_layer(
+    kernel: jax.Array | QuantizedKernel,
+    a_NDR: jax.Array,
+    b_NRO: jax.Array,
+    layer: jax.Array | int,
+    *,
+    scale: float,
+) -> jax.Array:
+    """One layer's kernel with its update, transposed, so that a device never holds a merged model.
+
+    Args:
+      kernel: stacked kernels ``[N, D, O]``.
+      a_NDR, b_NRO: the adapter's factors for them.
+      layer: index of the layer.
+      scale: ``config.lora.scale``.
+
+    Returns:
+      ``[O, D]``, float32.
+    """
+
+    def one(x: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+
+    own = jax.tree.map(one, kernel)
+    if isinstance(own, QuantizedKernel):
+        own = own.dequantize(jnp.float32)
+    return _merged(own, one(a_NDR), one(b_NRO), scale).T
+
+
+def _merged(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    """Kernels with their update, float32; all may have a leading axis of layers."""
+    update = jnp.einsum(
+        "...dr,...ro->...do",
+        a.astype(jnp.float32),
+        b.astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return kernel.astype(jnp.float32) + scale * update
 
 
 def lora_updates(

@@ -1,9 +1,10 @@
 """One table from parameter names to PartitionSpecs.
 
 Kernels are split along ``fsdp`` on the side of the residual stream, and along ``tensor`` on the
-side of heads or hidden units. An adapter's factors follow the kernel's sides; its rank is never
-split. Optimizer moments have the name of their parameter, so the same lines apply. A name that
-matches no line is an error, because replicating a large array silently would be noticed too late.
+side of heads or hidden units. A factor of an adapter has only one of these sides, so ``fsdp`` also
+splits heads and hidden units where it divides them; the rank is never split. Optimizer moments have
+the name of their parameter, so the same lines apply. A name that matches no line is an error,
+because replicating a large array silently would be noticed too late.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ TABLE: tuple[tuple[str, P], ...] = (
     (rf"{_WIDE}/bias$", P(None, "tensor")),
     (rf"{_BACK}/bias$", P(None, "fsdp")),
     (rf"{_WIDE}/a$", P(None, "fsdp", None)),
-    (rf"{_WIDE}/b$", P(None, None, "tensor")),
-    (rf"{_BACK}/a$", P(None, "tensor", None)),
+    (rf"{_WIDE}/b$", P(None, None, ("tensor", "fsdp"))),
+    (rf"{_BACK}/a$", P(None, ("tensor", "fsdp"), None)),
     (rf"{_BACK}/b$", P(None, None, "fsdp")),
     (r"norm/scale$", P()),
     (r"(^|/)(count|step)$", P()),
@@ -44,7 +45,7 @@ CACHE = P(None, ("data", "fsdp"), "tensor")
 
 
 def spec_of(name: str) -> P:
-    """The PartitionSpec of a parameter, adapter factor or optimizer moment by its path.
+    """The line of the table for a parameter, adapter factor or optimizer moment by its path.
 
     Raises:
       ValueError: no line of the table matches.
@@ -56,7 +57,7 @@ def spec_of(name: str) -> P:
 
 
 def sharding_of(name: str, mesh: Mesh) -> NamedSharding:
-    """The sharding of one array by its path."""
+    """The sharding of one parameter by its path; ``tree_shardings`` also knows adapters."""
     return NamedSharding(mesh, spec_of(name))
 
 
@@ -69,8 +70,7 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        _ways(name, leaf.shape, mesh.shape)
-        return sharding_of(name, mesh)
+        return NamedSharding(mesh, _split(name, leaf.shape, mesh.shape)[0])
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
@@ -89,23 +89,32 @@ def bytes_per_device(tree: Any, axes: Mapping[str, int]) -> int:
     return sum(
         math.prod(leaf.shape)
         * leaf.dtype.itemsize
-        // _ways(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, axes)
+        // _split(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, axes)[1]
         for path, leaf in leaves
     )
 
 
-def _ways(name: str, shape: tuple[int, ...], axes: Mapping[str, int]) -> int:
-    """Number of parts that an array is split into."""
+def _split(name: str, shape: tuple[int, ...], axes: Mapping[str, int]) -> tuple[P, int]:
+    """The PartitionSpec of an array, and the number of parts that it is split into.
+
+    Of two axes in one place of the table, the second is left out where it does not divide.
+    """
+    spec: list[Any] = []
     product = 1
-    for size, axis in zip(shape, spec_of(name), strict=False):
-        ways = axes.get(axis, 1) if axis else 1
+    for size, place in zip(shape, spec_of(name), strict=False):
+        first, *rest = place if isinstance(place, tuple) else (place,)
+        ways = axes.get(first, 1) if first else 1
         if size % ways:
             raise UserError(
-                f"mesh: {axis} = {ways} does not divide an axis of {size} of {name} "
-                f"{tuple(shape)}. Choose a smaller {axis}."
+                f"mesh: {first} = {ways} does not divide an axis of {size} of {name} "
+                f"{tuple(shape)}. Choose a smaller {first}."
             )
+        for axis in rest:
+            if size % (ways * axes.get(axis, 1)) == 0:
+                first, ways = (first, axis), ways * axes.get(axis, 1)
+        spec.append(first)
         product *= ways
-    return product
+    return P(*spec), product
 
 
 def move(tree: Any, mesh: Mesh) -> Any:

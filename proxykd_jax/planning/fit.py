@@ -32,9 +32,10 @@ def fit(request: Request, stages: list[StagePlan]) -> str:
     """
     planner = Planner(request)
     chosen: dict[Work, list[StagePlan]] = {}
-    for work in dict.fromkeys(program.work for program in planner.programs):
-        own = [program for program in planner.programs if program.work == work]
-        known = [stage for stage in stages if stage.work == work]
+    programs = [program for program in planner.programs if program.rows]
+    for work in dict.fromkeys(program.work for program in programs):
+        own = [program for program in programs if program.work == work]
+        known = [stage for stage in stages if stage.work == work and stage.batch]
         chosen[work] = _best(planner, own, known)
         print(f"{work}: {mesh_name(chosen[work][0].axes)}", flush=True)
     data = request.config.model_dump(mode="json")
@@ -99,6 +100,8 @@ def _set_batch(data: dict[str, Any], stage: StagePlan, config: Config) -> None:
         data["align"]["sampling"]["batch_size"] = stage.batch
     elif stage.name == "score":
         data["score"]["batch_size"] = stage.batch
+    elif stage.work == "evaluate":
+        data["evaluate"]["benchmarks"]["batch_size"] = stage.batch
     elif stage.name == "answer":
         data["method"]["sample_batch_size"] = stage.batch
     else:

@@ -125,13 +125,14 @@ class StagePlan:
         }
 
 
-def plan(request: Request) -> list[StagePlan]:
+def plan(request: Request, *, searches: bool = True) -> list[StagePlan]:
     """Compiles the stages of a run on the config's own meshes, and searches their largest batches.
 
     Prints a line after each compilation.
 
     Args:
       request: the run and the devices.
+      searches: whether the largest batches are searched, which takes two more compilations each.
 
     Returns:
       One plan per stage, in the order of the run.
@@ -145,8 +146,12 @@ def plan(request: Request) -> list[StagePlan]:
     for program in planner.programs:
         axes = planner.axes_of(request.config.mesh.of(program.work))
         stage = planner.look(program, axes, program.rows)
-        print(f"compiled {program.name} ({mesh_name(axes)}, {program.rows} rows)", flush=True)
-        found.append(planner.with_largest_batch(program, stage))
+        print(
+            f"compiled {program.name} ({mesh_name(axes)}, {program.rows} rows): "
+            f"{stage.peak_bytes / (1 << 30):.1f} GiB, {stage.hours:.2f} h",
+            flush=True,
+        )
+        found.append(planner.with_largest_batch(program, stage) if searches else stage)
     return found
 
 
@@ -211,7 +216,7 @@ class Planner:
 
         request, device = self.request, self.request.device
         mesh = self._mesh_of(AxesConfig(**axes))
-        check_rows(rows, mesh, f"{program.name}: batch")
+        check_rows(rows, mesh, f"{program.name}: batch")  # 0 rows can always be split
         compiled = tuple(self._compile(lowered) for lowered in program.lower(mesh, rows))
         resident = program.resident(mesh)
         cost = program.cost(axes, rows, self._lengths)
@@ -223,7 +228,7 @@ class Planner:
         )
         peak = resident + max(found.peak_bytes for found in compiled)
         refused = any(found.refused for found in compiled)
-        batches = request.samples * program.times / rows
+        batches = request.samples * program.times / rows if rows else 0.0
         return StagePlan(
             program.name,
             program.work,
@@ -246,7 +251,7 @@ class Planner:
         Memory grows almost linearly with the batch. Two compilations give the slope, and a third
         one checks the batch that the slope predicts.
         """
-        if not stage.estimate:
+        if not stage.estimate or not stage.batch:
             return stage
         unit = stage.axes["data"] * stage.axes["fsdp"]
         rows = stage.batch

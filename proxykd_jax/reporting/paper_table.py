@@ -1,4 +1,4 @@
-"""Tables 1, 2, 3 and 5 of the paper, beside the measurements of their rows' runs."""
+"""Tables 1, 2, 3 and 5 and Figures 3, 6 and 7 of the paper, from their rows' runs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,23 @@ from typing import Any
 from proxykd_jax.artifacts import read_json, write_bytes
 from proxykd_jax.config.table_file import NONE, TableFile, TableRow
 from proxykd_jax.reporting.benchmark_tables import MISPRINT, Score, misprints, read_benchmarks
-from proxykd_jax.reporting.blocks import Block, Fold, Section, Table, Text, Value, shown
+from proxykd_jax.reporting.blocks import (
+    Block,
+    Fold,
+    Plot,
+    Plots,
+    Section,
+    Table,
+    Text,
+    Value,
+    shown,
+)
 from proxykd_jax.reporting.cost import PhaseTime, phase_times
 from proxykd_jax.reporting.markdown import markdown
 from proxykd_jax.reporting.page import Chapter, page
 from proxykd_jax.reporting.paper import (
     BENCHMARKS,
+    FIGURE_3,
     SAMPLES_A_ROUND,
     TABLE_1,
     TABLE_2,
@@ -26,11 +37,12 @@ from proxykd_jax.reporting.paper import (
     PaperRow,
     average,
 )
+from proxykd_jax.reporting.paper_figure import curve, curves, proxy_gaps
 from proxykd_jax.reporting.run_folder import UNREADABLE, RunFolder, read_run, told
 
 # The file that a finished row leaves in its run's folder.
 ROW = "row.json"
-_ACCURACIES = {1: TABLE_1, 2: TABLE_2, 5: TABLE_5}
+_ACCURACIES = {"Table 1": TABLE_1, "Table 2": TABLE_2, "Table 5": TABLE_5, "Figure 3": FIGURE_3}
 _AVERAGE = "average"
 
 
@@ -58,20 +70,35 @@ class Measured:
 def write_table(table: TableFile) -> Path:
     """Writes the table as ``<name>.md``, ``.html`` and ``.csv`` (unrounded) into its folder.
 
+    The plots of a figure are in the page; the other two files hold their numbers.
+
     Returns:
       The Markdown file.
     """
     rows = [read_row(table, row) for row in table.rows]
-    shown_table, whole = (_hours if table.table == 3 else _accuracies)(table, rows)
+    plots: list[Plot] = []
+    more: list[Table] = []
+    if table.has_curves:
+        plots, shown_table = curves(table, rows)
+        whole = shown_table
+    else:
+        shown_table, whole = (_hours if table.table == 3 else _accuracies)(table, rows)
+    if table.figure == 3:
+        plots, gap = proxy_gaps(rows)
+        more.append(gap)
     done = sum(not found.problem for found in rows)
-    title = f"Table {table.table} of the paper, and here"
+    title = f"{table.title} of the paper, and here"
     about = f"{table.name}: {done} of {len(rows)} rows are measured."
-    blocks: list[Block] = [Text(text) for text in (about, table.note) if text]
-    section = Section(title, [*blocks, shown_table])
-    text = markdown(section)
+    texts = [Text(text) for text in (about, table.note) if text]
+    text = markdown(Section(title, [*texts, shown_table, *more]))
+    drawn: list[Block] = [Plots(plots)] if plots else []
+    blocks: list[Block] = [*texts, *drawn, shown_table, *more]
     if whole is not shown_table:
-        section = Section(title, [*section.blocks, Fold("Each benchmark, unrounded", [whole])])
-    html = page(table.name, "a table of the paper", [Chapter("", [section])])
+        blocks.append(Fold("Each benchmark, unrounded", [whole]))
+    section = Section(title, blocks)
+    html = page(
+        table.name, f"a {table.title.split()[0].lower()} of the paper", [Chapter("", [section])]
+    )
     for ending, content in (("html", html), ("csv", whole.csv()), ("md", text)):
         path = table.folder / f"{table.name}.{ending}"
         # Rows may run as separate jobs, each of which writes the table.
@@ -92,6 +119,9 @@ def read_row(table: TableFile, row: TableRow) -> Measured:
             times = _timed(run, row.phase)
             problem = "" if times else "no step of it was timed"
             return Measured(row, run, record, {}, times, problem)
+        if table.has_curves:
+            problem = "" if curve(run) else "no benchmark was logged"
+            return Measured(row, run, record, {}, (), problem)
         scores = read_benchmarks(run).get(record["model"], {})
         problem = "" if scores else "its answers are missing: run the row again"
         return Measured(row, run, record, _with_average(scores), (), problem)
@@ -114,7 +144,7 @@ def _with_average(scores: Mapping[str, Score]) -> dict[str, Score]:
 
 def paper_row(table: TableFile, row: TableRow) -> PaperRow | None:
     """The paper's row that corresponds to a row; None if there is none."""
-    for found in _ACCURACIES[table.table]:
+    for found in _ACCURACIES[table.title]:
         columns = (found.group, found.method, found.student, found.proxy or NONE, found.teacher)
         if columns == (row.group, row.method, row.student, row.proxy, row.teacher):
             return found
@@ -141,7 +171,7 @@ def _accuracies(table: TableFile, rows: Sequence[Measured]) -> tuple[Table, Tabl
         theirs = _of_paper(paper)
         if not place or rows[place - 1].row.group != row.group:
             groups[len(lines)] = row.group
-        if paper is not None:
+        if paper is not None and not row.reading:
             papers.append(paper)
             printed = paper.average if paper.printed is None else paper.printed
             mark = f" {MISPRINT}" if paper.misprinted else ""
@@ -171,7 +201,7 @@ def _accuracies(table: TableFile, rows: Sequence[Measured]) -> tuple[Table, Tabl
     )
     if any(paper.printed is None and paper.average is not None for paper in papers):
         note += "The paper prints no averages here: these are of its six scores."
-    title = f"Table {table.table}"
+    title = table.title
     names = (
         *("row", "group", "method", "student", "proxy", "teacher", "benchmark"),
         *("accuracy, %", "standard error", "questions", "paper", "difference"),
@@ -190,7 +220,7 @@ def _here(found: Measured, proxies: bool, columns: Sequence[str]) -> tuple[Value
     """The measured row: its name, the model that answered, and the proxy behind it."""
     if found.problem or found.run is None:
         blank = [""] * (len(columns) + len(_columns(found.row, proxies)) - 2)
-        return ("here", found.row.name, found.problem, *blank)
+        return ("here", _named(found.row), found.problem, *blank)
     student, proxy, run = found.row.model, "", found.run
     role = found.row.model.partition(":")[0]
     if role in ("student", "proxy"):
@@ -200,7 +230,11 @@ def _here(found: Measured, proxies: bool, columns: Sequence[str]) -> tuple[Value
     scores = [found.scores.get(name) for name in columns]
     cells = ["–" if score is None else _with_error(score) for score in scores]
     behind = (proxy, "") if proxies else (f"by way of {proxy}" if proxy else "",)
-    return ("here", found.row.name, student, *behind, *cells)
+    return ("here", _named(found.row), student, *behind, *cells)
+
+
+def _named(row: TableRow) -> str:
+    return f"{row.name} ({row.reading})" if row.reading else row.name
 
 
 def _origin(run: RunFolder, role: str) -> str:
@@ -268,7 +302,7 @@ def _hours(table: TableFile, rows: Sequence[Measured]) -> tuple[Table, Table]:
         *("model and method", "paper: GPUs", "paper: hours", "paper: times SFT"),
         *("here: device", "here: devices", "here: hours", "here: times SFT", "steps timed"),
     )
-    title = f"Table {table.table}: hours for {SAMPLES_A_ROUND:,} samples"
+    title = f"{table.title}: hours for {SAMPLES_A_ROUND:,} samples"
     made = Table(title, header, lines, note)
     return made, made
 

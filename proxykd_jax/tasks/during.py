@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from jax.sharding import Mesh
-
 from proxykd_jax.config import Config
 from proxykd_jax.data.order import permutation
+from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.parallel.sharding import check_rows
 from proxykd_jax.peers import say, stop_if_wanted
 from proxykd_jax.tasks.answering import ChatModel, generating, renderer_of
@@ -16,15 +15,15 @@ from proxykd_jax.training.loop import Periodic
 from proxykd_jax.training.model import Model
 
 
-def accuracy_while_training(config: Config, mesh: Mesh) -> Periodic | None:
+def accuracy_while_training(config: Config) -> Periodic | None:
     """``benchmark/<task>``, the share of right answers, at intervals; None if none are configured.
 
     The questions are the same each time: a fixed number per task, drawn by the run's seed. With
     several tasks ``benchmark/mean`` is their mean.
 
     Args:
-      config: ``evaluate.benchmarks.during`` gives the questions and the interval.
-      mesh: the mesh on which the student is trained.
+      config: ``evaluate.benchmarks.during`` gives the questions and the interval. The student is
+        moved to ``mesh.evaluate`` to answer; without one, to where it answers during training.
 
     Raises:
       UserError: files are missing or do not fit, or rows do not divide over the mesh.
@@ -32,7 +31,8 @@ def accuracy_while_training(config: Config, mesh: Mesh) -> Periodic | None:
     benchmarks = config.evaluate.benchmarks
     if benchmarks is None or benchmarks.during is None:
         return None
-    during = benchmarks.during
+    during, meshes = benchmarks.during, config.mesh
+    mesh = make_mesh(meshes.evaluate or meshes.of(meshes.drawing("distill")))
     check_rows(benchmarks.batch_size, mesh, "evaluate.benchmarks.batch_size")
     files = files_of(benchmarks, during.tasks or (), "evaluate.benchmarks.during.tasks")
     asked = {}

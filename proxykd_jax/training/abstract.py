@@ -79,7 +79,7 @@ class Program:
       name: name of the stage or part; ``docs/scale.md`` lists them.
       work: which of the config's meshes it runs on.
       num_params: number of parameters of its model.
-      rows: rows that it computes at once, as the config says.
+      rows: rows that it computes at once, as the config says; 0 if it computes none.
       lower: (mesh, rows) -> the lowered programs; the largest one determines the memory.
       held: mesh's axes -> bytes of weights and state among a device's arguments.
       resident: mesh -> bytes that a device holds in addition to the program's arguments.
@@ -108,6 +108,20 @@ def state_of(phase: Phase) -> TrainState:
         lambda tree: init_state(tree, phase.optimizer), phase.trainable
     )
     return found
+
+
+def while_drawing(run: StageRun, axes: dict[str, int]) -> tuple[dict[str, int], bool]:
+    """Returns how a stage's own arrays lie while it draws answers on a mesh of ``axes``.
+
+    Returns:
+      The sizes of the axes that split these arrays, and whether they differ from ``axes``: then the
+      weights that answer are a second copy.
+    """
+    meshes = run.config.mesh
+    if meshes.drawing(run.stage) == run.stage:
+        return axes, False
+    own = meshes.of(run.stage).model_dump(include={"fsdp", "tensor"})
+    return own, any(axes[name] != size for name, size in own.items())
 
 
 def weight_bytes(model: Model, axes: dict[str, int]) -> int:

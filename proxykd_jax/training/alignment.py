@@ -15,7 +15,6 @@ from proxykd_jax.artifacts import digest_value, read_manifest
 from proxykd_jax.data.order import permutation
 from proxykd_jax.generation.samples import SampleStore
 from proxykd_jax.losses import REFERENCE_LOSSES, batch_mean
-from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.parallel.sharding import check_rows, tree_shardings
 from proxykd_jax.random_keys import purpose_seed
 from proxykd_jax.training.batch_objectives import AlignObjective
@@ -71,9 +70,8 @@ def check_sampling(run: StageRun) -> None:
     Raises:
       UserError: the mesh does not fit the model or the batch.
     """
-    mesh = make_mesh(run.config.mesh.of("sample"))
-    check_rows(run.config.align.sampling.batch_size, mesh, "align.sampling.batch_size")
-    tree_shardings((run.model.frozen, run.model.trainable), mesh)
+    check_rows(run.config.align.sampling.batch_size, run.sample_mesh, "align.sampling.batch_size")
+    tree_shardings((run.model.frozen, run.model.trainable), run.sample_mesh)
 
 
 def alignment_phases(run: StageRun) -> list[Phase]:
@@ -241,8 +239,7 @@ class _Round:
 
     def _draw_answers(self, store: SampleStore, model: Model, trainer: Trainer) -> None:
         run, sampling = self._run, self._align.sampling
-        mesh = make_mesh(run.config.mesh.of("sample"))
-        Answerer(run.config, run.corpus, model.config, model.weights, mesh).fill(
+        Answerer(run.config, run.corpus, model.config, model.weights, run.sample_mesh).fill(
             store,
             run.corpus.split("align"),
             self._rows.rows,

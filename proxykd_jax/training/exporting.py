@@ -10,18 +10,17 @@ import jax
 from jax.sharding import Mesh
 
 from proxykd_jax.artifacts import read_json, stage_identity, write_json
-from proxykd_jax.config import Config
+from proxykd_jax.config import Config, ModelSection
 from proxykd_jax.data.corpus import TokenCorpus
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.folder import local_folder
 from proxykd_jax.models.hf_weights import COPIED_FILES, load_model, save_model
-from proxykd_jax.models.lora import merge
 from proxykd_jax.models.peft import save_adapter
 from proxykd_jax.parallel.sharding import sharding_of
 from proxykd_jax.peers import on_first
 from proxykd_jax.training.exported_tokenizer import changed_files
 from proxykd_jax.training.loop import Measure
-from proxykd_jax.training.model import Model
+from proxykd_jax.training.model import Model, quantization
 from proxykd_jax.training.model_card import write_cards
 from proxykd_jax.training.restore import load_aligned_proxy, load_student
 from proxykd_jax.training.state import ModelSpec, Tree
@@ -108,7 +107,8 @@ def save_merged(
     dtype: str,
     overwrite: bool = False,
 ) -> None:
-    """Writes a whole model with the corpus's tokenizer; an adapter is merged into it in float32.
+    """Writes a whole model with the corpus's tokenizer; an adapter is merged into it in float32,
+    tensor by tensor.
 
     The folder carries the template and the end tokens that the model was trained with.
 
@@ -124,14 +124,13 @@ def save_merged(
     from proxykd_jax.texts.template import Renderer
     from proxykd_jax.texts.tokenizer import load_tokenizer
 
-    if adapter is not None:
-        params = merge(params, adapter, model_config, dtype="float32")
     source = local_folder(corpus.tokenizer_path, COPIED_FILES)
     renderer = Renderer.of(load_tokenizer(corpus.tokenizer_path), config.corpus)
     save_model(
         path,
-        model_config.replace(lora=None, eos_token_ids=corpus.end_token_ids),
+        model_config.replace(eos_token_ids=corpus.end_token_ids),
         params,
+        adapter,
         dtype=dtype,
         max_shard_bytes=config.export.max_shard_gb * 1e9,
         source=source,
@@ -143,26 +142,33 @@ def save_merged(
 def _compare(
     config: Config, corpus: TokenCorpus, mesh: Mesh, measure: Measure, role: str, model: Model
 ) -> dict[str, float]:
-    """Measures the validation NLL of the trained model and of the exported files, read back."""
+    """Measures the validation NLL of the trained model and of the exported files, read back.
+
+    The trained model is freed in between. Files of a model that was trained quantised are read back
+    quantised, because their whole weights may not fit.
+    """
     rows = corpus.split("validation")
     if not len(rows):
         return {}
+    most = config.corpus.validation_max_rows
+    trained = measure(model, rows, most)["nll"]
+    jax.tree.map(lambda x: x.delete(), (model.frozen, model.trainable))
+    section: ModelSection = getattr(config, role)
+    method = quantization(section) if section.trainable == "lora" else None
     found, params = load_model(
         config.folder / "export" / role,
         dtype=config.export.dtype,
+        quantize=method,
         sharding=lambda path: sharding_of("/".join(path), mesh),
     )
     spec = ModelSpec(found, "lora", config.export.dtype, "none")
     exported = Model(spec, params, None, config.folder / "export" / role)
-    most = config.corpus.validation_max_rows
-    values = {
-        "trained": measure(model, rows, most)["nll"],
-        "exported": measure(exported, rows, most)["nll"],
-    }
+    nll = measure(exported, rows, most)["nll"]
+    again = "" if method is None else f", in {method} again"
     print(
-        f"export: {role} in {config.export.dtype}: validation NLL {values['exported']:.4f}, "
-        f"as trained {values['trained']:.4f}",
+        f"export: {role} in {config.export.dtype}{again}: validation NLL {nll:.4f}, "
+        f"as trained {trained:.4f}",
         flush=True,
     )
     jax.tree.map(lambda x: x.delete(), params)
-    return values
+    return {"trained": trained, "exported": nll}

@@ -37,6 +37,7 @@ from proxykd_jax.training.abstract import (
     step_program,
     weight_bytes,
     weights_read,
+    while_drawing,
 )
 from proxykd_jax.training.batch_objectives import AlignObjective
 from proxykd_jax.training.model import Model
@@ -154,17 +155,14 @@ def sampling_program(run: StageRun, model: Model, phase: Phase | None) -> Progra
 
     def resident(mesh: Mesh) -> int:
         """The optimizer's state, and the trained weights if sampling has another sharding."""
-        axes = dict(mesh.shape)
-        trained = config.mesh.of(run.stage).model_dump(include={"fsdp", "tensor"})
-        held = 0 if phase is None else bytes_per_device(state_of(phase).opt_state, trained)
-        if any(axes[name] != size for name, size in trained.items()):
-            held += bytes_per_device((model.frozen, model.trainable), trained)
-        return held
+        own, moved = while_drawing(run, dict(mesh.shape))
+        held = 0 if phase is None else bytes_per_device(state_of(phase).opt_state, own)
+        return held + (bytes_per_device((model.frozen, model.trainable), own) if moved else 0)
 
     vocab_size = model.spec.config.vocab_size
     return answering_program(
         "sample",
-        "sample",
+        config.mesh.drawing(run.stage),
         model,
         sampling.batch_size,
         budget=LengthBudget(config.corpus.max_length, sampling.max_new_tokens),

@@ -18,6 +18,7 @@ from proxykd_jax.data.corpus import TokenCorpus
 from proxykd_jax.data.order import Batching
 from proxykd_jax.data.soft_labels import SoftLabelStore
 from proxykd_jax.errors import UserError
+from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.random_keys import purpose_seed
 from proxykd_jax.training.batch_objectives import NllObjective, Objective
 from proxykd_jax.training.batches import (
@@ -69,6 +70,18 @@ class StageRun:
     def folder(self) -> Path:
         """The stage's folder."""
         return self.config.folder / ("proxy" if self.stage == "align" else "student")
+
+    @functools.cached_property
+    def sample_mesh(self) -> Mesh:
+        """The mesh that draws answers. Weights are moved there for a draw and freed after it.
+
+        Raises:
+          UserError: the product of the axes is not the number of devices.
+        """
+        work = self.config.mesh.drawing(self.stage)
+        if self.scorer is not None or work == self.stage:  # a sketch draws nothing
+            return self.mesh
+        return make_mesh(self.config.mesh.of(work))
 
     @property
     def section(self) -> TrainingSection:

@@ -78,8 +78,7 @@ def test_a_beta_near_an_end_is_warned_of(beta):
 
 
 def test_a_run_takes_both_kinds_of_batches_and_resumes_bitwise(tiny_files, tmp_path):
-    method = {"name": "gkd", "student_share": 0.5, "beta": 0.5, "fixed": "scorer", **ONLINE}
-    method["warmup_text"] = "scorer"
+    method = {"name": "gkd", "student_share": 0.5, "beta": 0.5, **ONLINE}
     config = method_recipe(tiny_files, tmp_path / "a", method, SHORT)
     assert config.align.alignment == "none" and config.distill.reduction == "example_mean"
     check_resumed(config, tmp_path / "b", IN_THE_MIDDLE)
@@ -101,8 +100,10 @@ def test_lambda_1_reads_no_fixed_answers_and_lambda_0_draws_none(tiny_files, tmp
     with monkeypatch.context() as patch:
         patch.setattr(gkd, "given_answers", never)
         patch.setattr(gkd, "scorer_text", never)
-        distill.main(changed(config, {"method": {"fixed": "scorer", "warmup_text": "scorer"}}))
-    config = changed(config, {"name": "fixed", "method": {"student_share": 0.0}})
+        distill.main(config)
+    config = changed(
+        config, {"name": "fixed", "method": {"student_share": 0.0, "fixed": "teacher"}}
+    )
     with monkeypatch.context() as patch:
         patch.setattr(Answering, "answer", never)
         distill.main(config)

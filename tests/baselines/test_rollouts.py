@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -16,10 +18,13 @@ from proxykd_jax.config.online_methods import Gkd
 from proxykd_jax.data.collate import TokenRow
 from proxykd_jax.losses import batch_mean
 from proxykd_jax.parallel.mesh import make_mesh
+from proxykd_jax.training.model import Model
+from proxykd_jax.training.state import ModelSpec
 from tests.baselines.online import answers, batch_of, corpus_of
 from tests.generation.tiny import some_prompts, tiny_model
 
 CONFIG, PARAMS, ADAPTER = tiny_model()
+STUDENT = Model(ModelSpec(CONFIG, "lora", "float32", "none"), PARAMS, ADAPTER, Path())
 END = 3
 
 
@@ -41,7 +46,7 @@ def draw(places, step=2, **changes):
     corpus = corpus_of(24, keys["max_length"], [END])
     mesh = make_mesh(AxesConfig())
     answering = Answering(CONFIG, method, corpus, mesh, 5, keys["temperature"], keys["per_prompt"])
-    return answering.answer((PARAMS, ADAPTER), places, step)
+    return answering.answer(STUDENT, places, step)
 
 
 def tokens(found) -> list[list[int] | None]:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import jax
 import numpy as np
 import pytest
 
-from proxykd_jax import dry_run
+from proxykd_jax.checking.findings import Findings
+from proxykd_jax.checking.shapes import CountedPhases, check_shapes
 from proxykd_jax.config import Config, load_config
 from proxykd_jax.models.config import LoraConfig, ModelConfig
 from proxykd_jax.models.hf_config import read_config
 from proxykd_jax.models.lora import abstract_adapter
 from proxykd_jax.models.params import abstract_params
 from proxykd_jax.parallel.mesh import make_mesh
+from proxykd_jax.parallel.sharding import bytes_per_device
 from proxykd_jax.planning.run_programs import run_phases, run_programs
 from proxykd_jax.training.abstract import state_of
 from proxykd_jax.training.model import lora_config
@@ -28,9 +32,9 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
     "name, expected",
     [
         ("black_box_kd", ["distill"]),
-        ("gkd", ["nll", "answer", "distill"]),
+        ("gkd", ["sample", "nll", "answer", "distill"]),
         ("on_policy", ["warmup", "sample", "reference", "round", "nll", "answer", "distill"]),
-        ("minillm", ["nll", "answer", "logps", "distill"]),
+        ("minillm", ["sample", "nll", "answer", "logps", "distill"]),
         ("gad", ["answer", "nll", "distill"]),
         ("soda", ["sample", "distill", "prefer"]),
         ("forward_kl", ["sample", "score", "distill"]),
@@ -48,7 +52,7 @@ def test_the_programs_of_a_method(assets: Path, monkeypatch, name: str, expected
     assert [program.name for program in found] == expected
     mesh = make_mesh(config.mesh)
     for program in found:
-        if program.work == "distill":
+        if program.work == "distill" or program.name == "answer":
             assert program.lower(mesh, program.rows)
 
 
@@ -96,6 +100,25 @@ def test_the_scorer_is_an_argument_of_a_step_and_stays_while_the_student_answers
     assert 0 <= memory.argument_size_in_bytes - step.held(ONE_DEVICE) < 100_000 < scorer
 
 
+def test_a_second_copy_answers_on_another_mesh(stories):
+    """While answers are drawn, what trains stays on its mesh, and so does a mixed-in scorer."""
+    proxy, student = stories
+    trained = {"data": 1, "fsdp": 4, "tensor": 1}
+    copies = {"gkd": 0, "minillm": bytes_per_device(abstract_params(proxy), trained)}
+    copies["minillm"] += bytes_per_device(abstract_adapter(proxy), trained)
+    for name, scorer in copies.items():
+        found = {}
+        for axes in (trained, {"data": 1, "fsdp": 1, "tensor": 4}):
+            drawing = f"mesh.sample={json.dumps(axes)}"
+            config = load_config(CONFIGS / f"{name}.yaml", ["mesh.fsdp=4", drawing])
+            answer = {p.name: p for p in run_programs(config, *stories)}["answer"]
+            mesh: Any = SimpleNamespace(shape=axes)
+            assert answer.work == "sample"
+            found[axes["tensor"]] = answer.resident(mesh)
+        copy = bytes_per_device(abstract_params(student), trained)
+        assert found[4] - found[1] == copy + scorer
+
+
 def test_a_scorer_that_is_mixed_in_is_an_argument_of_the_answers(stories):
     config = load_config(CONFIGS / "minillm.yaml")
     found, scorer = with_scorer(config, stories)
@@ -123,6 +146,29 @@ def test_steps_on_stored_labels_have_the_scorer_beside(stories):
     assert beside_the_student(load_config(CONFIGS / "stories260k.yaml"), stories) == {}
 
 
+def test_a_merge_and_benchmarks_are_programs_too(stories):
+    proxy, _ = stories
+    config = load_config(
+        CONFIGS / "stories260k.yaml",
+        ["export.proxy=merged", "evaluate.benchmarks={arc: x, models: [student, 'a=proxy:raw']}"],
+    )
+    *_, merge, ask_proxy, ask_student = run_programs(config, *stories)
+    assert [p.name for p in (merge, ask_proxy, ask_student)] == [
+        *("export_proxy", "ask_proxy", "ask_student")
+    ]
+    assert ask_student.work == "evaluate" and ask_student.rows == 32
+    mesh = make_mesh(config.mesh)
+    lowered = merge.lower(mesh, merge.rows)
+    assert len(lowered) == len(merge.runs(0, None)) == 7  # type: ignore[arg-type]
+    # One layer of the largest kernel is the output; everything else is the model.
+    memory = [one.compile().memory_analysis() for one in lowered]
+    largest = 4 * proxy.model_dim * proxy.ffn_dim
+    assert max(one.output_size_in_bytes for one in memory) == largest
+    model = size_of((abstract_params(proxy, config.proxy.dtype), abstract_adapter(proxy)))
+    peak = merge.resident(mesh) + max(one.argument_size_in_bytes for one in memory)
+    assert model <= peak < 1.1 * model
+
+
 def test_a_discriminator_learns_beside_the_student(stories):
     config = load_config(CONFIGS / "gad.yaml")
     found = {p.name: p for p in run_programs(config, *stories)}
@@ -147,11 +193,11 @@ def test_a_dry_run_says_what_is_beside_the_student(stories, capsys):
         ("gkd", "scorer"),
         ("gad", r"discriminator and its optimizer \S+ GiB, warmed-up student"),
     ):
-        report = dry_run.Report()
+        findings, nothing = Findings(), cast(Any, None)
         config = load_config(CONFIGS / f"{name}.yaml")
         taught = run_phases(config, proxy, student)["distill"]
-        counted = dry_run._Counted([], taught, exact=False, origin="", proxy_known=True)
-        dry_run._check_shapes(config, "student", student, counted, report)
-        assert not report.problems
+        counted = CountedPhases([], taught, nothing, proxy_known=True)
+        check_shapes(config, "student", student, counted, findings)
+        assert not findings.problems
         (line,) = re.findall(r"^student .*$", capsys.readouterr().out, re.MULTILINE)
         assert re.search(rf"optimizer \S+ GiB, {beside} \S+ GiB, plus activations", line), line

@@ -12,10 +12,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from proxykd_jax.errors import UserError
-from proxykd_jax.models import llama
+from proxykd_jax.models import hf_weights, llama
 from proxykd_jax.models.fingerprint import fingerprint, params_fingerprint
 from proxykd_jax.models.hf_weights import load_model, save_model
+from proxykd_jax.models.lora import merge
 from proxykd_jax.models.params import flatten
+from proxykd_jax.models.quantized import quantize
 
 
 def bits(tree):
@@ -133,6 +135,39 @@ def test_sharded_placement_reads_only_the_parts(model, sharded):
         np.testing.assert_array_equal(lazy.read(index), np.asarray(leaf)[index])
     with pytest.raises(ValueError, match="not both"):
         load_model(sharded, sharding=lambda path: spec, put=lambda path, array: array)
+
+
+@pytest.mark.parametrize("method", [None, "nf4"])
+def test_an_adapter_is_merged_without_a_whole_merged_model(
+    small_config, helpers, tmp_path, monkeypatch, method
+):
+    """While a tensor is fetched, it is the only array besides the model, in whatever precision."""
+    config = small_config
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), helpers.params(config))
+    if method is not None:
+        for block in params["layers"].values():
+            for part in block.values():
+                if isinstance(part, dict) and "kernel" in part:
+                    part["kernel"] = quantize(part["kernel"], method=method)
+    adapter = helpers.adapter(config)
+    fetch, seen = hf_weights.fetch, []
+
+    def watched(array):
+        seen.append(sum(x.nbytes for x in jax.live_arrays()))
+        return fetch(array)
+
+    monkeypatch.setattr(hf_weights, "fetch", watched)
+    before = sum(x.nbytes for x in jax.live_arrays())
+    save_model(tmp_path / "streamed", config, params, adapter)
+    monkeypatch.undo()
+    merged = merge(params, adapter, config, "float32")
+    kernels = [leaf for path, leaf in flatten(merged) if path[0] == "layers"]
+    largest = max(leaf.nbytes // config.num_layers for leaf in kernels)
+    assert max(seen) - before <= 2 * largest < sum(x.nbytes for x in kernels) / 4
+    _, found = load_model(tmp_path / "streamed")
+    expected = dict(flatten(merged))
+    for path, leaf in flatten(found):
+        np.testing.assert_allclose(leaf, expected[path], rtol=1e-6, atol=1e-7, err_msg=str(path))
 
 
 def test_tokenizer_files_are_copied_byte_for_byte(model, folder, tmp_path):

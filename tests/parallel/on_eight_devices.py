@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -19,24 +20,30 @@ from jax.sharding import PartitionSpec as P
 
 from proxykd_jax import score
 from proxykd_jax.artifacts import read_json
+from proxykd_jax.baselines import rollouts
+from proxykd_jax.baselines.rollouts import Answering
 from proxykd_jax.config import AxesConfig, PreferenceConfig
+from proxykd_jax.config.method_section import AnsweringSection
+from proxykd_jax.data.collate import TokenRow
 from proxykd_jax.data.soft_labels import open_soft_labels
 from proxykd_jax.generation.decode import DrawSettings
 from proxykd_jax.generation.label_batch import topk_soft_labels
-from proxykd_jax.generation.sampler import Prompt, sample
+from proxykd_jax.generation.sampler import Prompt, Sample, sample
 from proxykd_jax.generation.samples import SampleStore
 from proxykd_jax.models import splash
 from proxykd_jax.models.attention import attention
 from proxykd_jax.models.config import LoraConfig, ModelConfig
 from proxykd_jax.models.decoder import hidden_states
 from proxykd_jax.models.hf_weights import load_model, save_model
-from proxykd_jax.models.lora import init_adapter
+from proxykd_jax.models.lora import init_adapter, merge
 from proxykd_jax.models.params import init_params
 from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.parallel.sharding import bytes_per_device, move, put_rows, sharding_of
 from proxykd_jax.training.batch_objectives import AlignObjective, DistillObjective, NllObjective
 from proxykd_jax.training.checkpoint import Checkpoints, Progress
+from proxykd_jax.training.model import Model
 from proxykd_jax.training.reference import pair_logps
+from proxykd_jax.training.stage_run import StageRun
 from proxykd_jax.training.state import ModelSpec, abstract_state, init_state
 from proxykd_jax.training.steps import make_train_step
 from tests.tiny_run import make_files, recipe
@@ -249,6 +256,43 @@ def test_samples(model, axes):
         np.testing.assert_allclose(a.logps, b.logps, rtol=1e-5, atol=1e-5)
 
 
+def test_a_student_in_training_answers_on_the_mesh_for_answers(model, monkeypatch, tmp_path):
+    """Student and mixed-in scorer are moved there for a draw (2x2x2); ``test_samples`` shows that
+    the draw is the same on every mesh."""
+    config, params, adapter = model
+    trained, draws = make_mesh(MESHES["1x8x1"]), MESHES["2x2x2"]
+    files = make_files(tmp_path / "files")
+    mesh = {"fsdp": 8, "sample": draws.model_dump()}
+    student = Model(
+        ModelSpec(config, "lora", "float32", "none"),
+        move(params, trained),
+        move(adapter, trained),
+        tmp_path,
+    )
+    settings = recipe(
+        files, tmp_path, {"mesh": mesh, "method": {"name": "proxy_kd", "student_share": 0.5}}
+    )
+    nothing: Any = None
+    corpus: Any = SimpleNamespace(max_length=16, end_token_ids=(2,), vocab_size=VOCAB)
+    run = StageRun("distill", settings, corpus, student, trained, nothing, nothing)
+    seen: dict[str, Any] = {}
+
+    def sample(weights: Any, prompts: Any, **options: Any) -> list[Any]:
+        seen.update(options, weights=weights)
+        return [Sample(np.zeros(1, np.int32), False, np.zeros(1, np.float32)) for _ in prompts]
+
+    monkeypatch.setattr(rollouts, "sample", sample)
+    row = TokenRow(np.arange(6, dtype=np.int32), 4, "row")
+    assert isinstance(settings.method, AnsweringSection)
+    answering = Answering.of(run, settings.method, 1.0)
+    answering.answer(student, [row], 0, student.weights)
+    assert seen["mesh"] == make_mesh(draws)
+    for weights in (seen["weights"], seen["other"]):
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(weights), (params, adapter))
+        assert {leaf.sharding.mesh for leaf in jax.tree.leaves(weights)} == {make_mesh(draws)}
+    assert {leaf.sharding.mesh for leaf in jax.tree.leaves(student.weights)} == {trained}
+
+
 @pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
 def test_each_device_holds_what_the_table_predicts(model, axes):
     config, params, adapter = model
@@ -277,7 +321,8 @@ def test_each_device_holds_what_the_table_predicts(model, axes):
 
 @pytest.mark.parametrize("name", ["1x8x1", "1x1x8", "2x2x2"])
 def test_a_base_in_four_bits(name, tmp_path):
-    """Each device makes the codes of its part; together they equal those of one device."""
+    """Each device makes the codes of its part; together they equal those of one device. So does
+    the model that is written with the adapter merged in."""
     wide = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 32, "num_hidden_layers": 2}
     wide |= {"initializer_range": 0.05}  # activations of the same size as in the other families
     config = ModelConfig.from_hf(PUBLISHED | FAMILIES["llama"] | wide)
@@ -308,6 +353,8 @@ def test_a_base_in_four_bits(name, tmp_path):
     held = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(parts)]
     assert sum(held) == predicted
     close(step(move(adapter, mesh), parts, put_rows(rows, mesh)), step(adapter, whole, rows))
+    save_model(tmp_path / "merged", config, parts, move(adapter, mesh))
+    close(load_model(tmp_path / "merged")[1], merge(whole, adapter, config, "float32"))
 
 
 def test_a_checkpoint_of_one_mesh_is_restored_on_another(model, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -132,3 +133,51 @@ def test_hours_stand_beside_the_papers(made, other, tmp_path):
     lines = list(csv.DictReader((table.folder / "made.csv").open()))
     assert [line["model and method"] for line in lines] == [row["method"] for row in rows]
     assert {line["model and method"] for line in lines} <= {name for name, _, _ in TABLE_3}
+
+
+def figure_of(root: Path, number: int, *rows: dict) -> TableFile:
+    fields = {"figure": number, "name": "made", "runs": str(root), "config": "run.yaml"}
+    return TableFile.model_validate({**fields, "rows": rows})
+
+
+def test_figure_3_has_the_gap_between_each_proxy_and_its_student(made, tmp_path):
+    both = {"proxy": "Llama-2-70B", "teacher": "GPT-4"}
+    rows = (
+        {**both, "name": "proxy", "group": "Proxy", "method": "aligned", "student": "Llama-2-70B",
+         "model": "proxy"},
+        {**both, "name": "student", "group": "Student", "method": "Proxy-KD",
+         "student": "Llama-2-7B"},
+        {"name": "other", "group": "Student", "method": "Proxy-KD", "proxy": "Llama-2-13B"},
+    )  # fmt: skip
+    table = figure_of(tmp_path, 3, *rows)
+    measure(table, "proxy", made, {task: 2 * share for task, share in SCORES.items()}, "proxy")
+    measure(table, "student", made, SCORES)
+    text = write_table(table).read_text()
+    assert "Figure 3 of the paper" in text and "2 of 3 rows are measured" in text
+    assert cells(text, "paper | Proxy-KD")[5:7] == ["36.59", "71.09"]  # from Table 2
+    assert cells(text, "Llama-2-70B | ARC")[2:] == ["100.00", "50.00", "50.00", "0.50"]
+    assert "Llama-2-13B | ARC" not in text
+    page = Page((table.folder / "made.html").read_text())
+    assert "Llama-2-70B: student" in page.text and "a figure of the paper" in page.text
+
+
+def test_figure_6_has_a_curve_per_row_by_samples(made, tmp_path):
+    rows = [{"name": name, "method": name, "student": "S"} for name in ("first", "second", "third")]
+    table = figure_of(tmp_path, 6, *rows)
+    for name, shares in (("first", (0.1, 0.3)), ("second", ())):
+        folder = measure(table, name, made, {})
+        lines = [
+            {"stage": "distill", "step": 5 * place, "benchmark/bbh": share, "benchmark/mean": share}
+            for place, share in enumerate(shares)
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_bytes(folder / "metrics.jsonl", text.encode())
+    text = write_table(table).read_text()
+    batch = made.distill.batch_size
+    assert cells(text, "first")[3:] == ["0", "10.00", "10.00"]
+    assert f"| first | first | S | {5 * batch} | 30.00 | 30.00 |" in text
+    assert cells(text, "second")[3] == "no benchmark was logged"
+    assert cells(text, "third")[3] == "not run yet"
+    page = Page((table.folder / "made.html").read_text())
+    assert "BBH, accuracy in %" in page.text and "first (S)" in page.text
+    assert (table.folder / "made.csv").read_text().splitlines()[1] == "first,first,S,0,10.0,10.0"
