@@ -31,7 +31,7 @@ Verification = Literal["full", "sampled", "off"]
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 22
 _PROBLEMS_SHOWN = 3
-_DIGEST = "manifest_digest"
+_DIGEST = "record_digest"
 _NOTHING_MADE = {MANIFEST, f".{MANIFEST}.tmp"}
 _TEMPORARY = ".*.tmp"
 # The coarsest clock of a file system ticks every two seconds.
@@ -443,22 +443,62 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
       UserError: it is missing or damaged.
     """
-    manifest = read_json(folder / MANIFEST)
-    wrong = None
-    if not isinstance(manifest, dict) or manifest.get("status") not in {"running", "complete"}:
-        wrong = "it names no status"
-    elif _DIGEST in manifest:  # older versions wrote none
-        digest = manifest.pop(_DIGEST)
-        wrong = None if digest == digest_value(manifest) else "its digest differs"
-    if wrong is not None:
-        raise UserError(f"{folder / MANIFEST} is damaged ({wrong}); remove {folder} and run again.")
+    manifest = read_record(folder / MANIFEST)
+    if manifest.get("status") not in {"running", "complete"}:
+        raise _damaged_record(folder / MANIFEST, "it names no status")
     return manifest
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Writes a stage's manifest with its digest."""
-    plain = _plain({key: value for key, value in manifest.items() if key != _DIGEST})
-    write_json(folder / MANIFEST, {**plain, _DIGEST: digest_value(plain)})
+    write_record(folder / MANIFEST, manifest)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Reads an object that ``write_record`` wrote, without its digest.
+
+    Raises:
+      UserError: the file is missing or damaged.
+    """
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise _damaged_record(path, "it holds no object")
+    digest = record.pop(_DIGEST, None)  # older versions wrote none
+    if digest not in (None, digest_value(record)):
+        raise _damaged_record(path, "its digest differs")
+    return record
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Writes a JSON object with a digest of itself."""
+    plain = _plain(record)
+    write_json(path, {**plain, _DIGEST: digest_value(plain)})
+
+
+def _damaged_record(path: Path, what: str) -> UserError:
+    return UserError(f"{path} is damaged ({what}); remove {path.parent} and run again.")
+
+
+def check_export(folder: Path) -> None:
+    """Compares the folder of an exported model with the record that lies beside it, if any.
+
+    Raises:
+      UserError: the record or a file that it names is damaged.
+    """
+    record = folder.parent / f"{folder.name.removesuffix('_adapter')}.json"
+    if folder.parent.name != "export" or not record.is_file():
+        return
+    digests = {
+        name: entry
+        for name, entry in read_record(record).get("files", {}).items()
+        if Path(name).parts[0] == folder.name
+    }
+    problems = damaged_files(folder.parent, digests)
+    if problems:
+        raise UserError(
+            f"{folder} is damaged: {_listed(problems.values())}. Run python -m proxykd_jax.export "
+            "for its run, which writes it again."
+        )
 
 
 def _plain(value: Any) -> Any:

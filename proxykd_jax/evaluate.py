@@ -77,6 +77,7 @@ def main(config: Config, models: Mapping[str, ModelSection] | None = None) -> Ev
     from proxykd_jax.evaluation.candidates import from_section
     from proxykd_jax.evaluation.exact_teacher import TEACHER_FILE, TeacherLogps
     from proxykd_jax.evaluation.measures import TOP_KS, paired_differences
+    from proxykd_jax.evaluation.sums import write_sums
     from proxykd_jax.parallel.mesh import make_mesh
     from proxykd_jax.parallel.sharding import check_rows
     from proxykd_jax.peers import on_first
@@ -115,7 +116,7 @@ def main(config: Config, models: Mapping[str, ModelSection] | None = None) -> Ev
         found = _read(path, identity) if known else None
         if found is None:
             found = _measure(config, name, candidate.load(mesh), splits, teacher, mesh)
-            _write(path, identity, found)
+            write_sums(path, identity, _arrays(found))
         measured[name] = found
         for part, sums in found.items():
             print(f"evaluate: {name:<14} {part:<10} {_line(sums.summary())}", flush=True)
@@ -223,21 +224,12 @@ def _measure(
     return found
 
 
-def _write(path: Path, identity: Mapping[str, Any], found: Mapping[str, RowMeasures]) -> None:
-    import json
-
-    from safetensors.numpy import save
-
-    from proxykd_jax.artifacts import write_bytes
-    from proxykd_jax.data.parts import digest_arrays
-
-    arrays = {
+def _arrays(found: Mapping[str, RowMeasures]) -> dict[str, Any]:
+    return {
         f"{split}/{name}": array
         for split, rows in found.items()
         for name, array in rows.to_arrays().items()
     }
-    record = {"identity": identity, "digest": digest_arrays(arrays)}
-    write_bytes(path, save(arrays, metadata={"record": json.dumps(record, sort_keys=True)}))
 
 
 def _is_measured(path: Path, identity: Mapping[str, Any]) -> bool:
@@ -245,16 +237,17 @@ def _is_measured(path: Path, identity: Mapping[str, Any]) -> bool:
 
 
 def _read(path: Path, identity: Mapping[str, Any]) -> dict[str, RowMeasures] | None:
-    """The result of ``_write`` if it is whole and belongs to this model, corpus and teacher."""
+    """The measurements of a file if it is whole and belongs to this model, corpus and teacher."""
     import json
 
     from proxykd_jax.evaluation.measures import RowMeasures
+    from proxykd_jax.evaluation.sums import read_sums
     from proxykd_jax.peers import say
 
     if not path.exists():
         return None
     try:
-        found, arrays = load_sums(path)
+        found, arrays = read_sums(path)
     except UserError as error:
         say(f"WARNING: {error} The model is measured again.")
         return None
@@ -267,30 +260,6 @@ def _read(path: Path, identity: Mapping[str, Any]) -> dict[str, RowMeasures] | N
     return {
         split: RowMeasures.from_arrays(by_split[split]) for split in SPLITS if split in by_split
     }
-
-
-def load_sums(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What identifies the measured model, and the sums by row: ``<split>/<name>`` -> array.
-
-    Raises:
-      UserError: the file is damaged.
-    """
-    import json
-
-    from safetensors import SafetensorError, safe_open
-
-    from proxykd_jax.data.parts import digest_arrays
-
-    try:
-        with safe_open(str(path), framework="numpy") as file:
-            record = json.loads(file.metadata()["record"])
-            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        identity, digest = record["identity"], record["digest"]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"{path} is damaged ({error or type(error).__name__}).") from error
-    if digest != digest_arrays(arrays):
-        raise UserError(f"{path} is damaged (its digest differs).")
-    return identity, arrays
 
 
 def _line(summary: Mapping[str, Any]) -> str:

@@ -25,13 +25,6 @@ if TYPE_CHECKING:
 SUMMARY = "Read the teacher's answers, split them and turn them into tokens."
 # Increase it when files give other rows, or rows other tokens, than before.
 READING_VERSION = 3
-# Keys that do not change the corpus: one selects rows for later stages, the other says how the work
-# is done.
-_LICENSES = {"__all__": {"license"}}
-_NOT_CONTENT: dict[str, Any] = {
-    "validation_max_rows": True, "beam": True,
-    "sources": _LICENSES, "fresh_prompts": _LICENSES, "test": _LICENSES,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,6 +56,7 @@ def main(config: Config) -> PrepareResult:
 
 
 def _prepare(config: Config, folder: Path) -> None:
+    from proxykd_jax.data.corpus import corpus_settings
     from proxykd_jax.texts.template import Renderer
     from proxykd_jax.texts.tokenizer import load_tokenizer
 
@@ -138,11 +132,6 @@ def one_at_a_time(run: Path) -> Iterator[None]:
     with open(run / ".prepare.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def corpus_settings(config: Config) -> dict[str, Any]:
-    """The keys that determine a corpus."""
-    return {"corpus": config.corpus.model_dump(mode="json", exclude=_NOT_CONTENT)}
 
 
 def stage_inputs(config: Config, tokenizer: Tokenizer, renderer: Renderer) -> dict[str, Any]:

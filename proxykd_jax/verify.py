@@ -12,7 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from proxykd_jax.artifacts import MANIFEST, changed_files, read_json, read_manifest
+from proxykd_jax.artifacts import (
+    MANIFEST,
+    changed_files,
+    read_json,
+    read_manifest,
+    read_record,
+)
 from proxykd_jax.cli import run_work
 from proxykd_jax.errors import UserError
 
@@ -100,7 +106,7 @@ def _verify_stage(folder: Path, problems: list[str]) -> int:
 
 
 def _verify_export(path: Path, problems: list[str]) -> int:
-    record = read_json(path)
+    record = read_record(path)
     if "made_from" not in record:
         return 0
     wrong = changed_files(path.parent, record.get("files", {}))
@@ -116,11 +122,11 @@ def _unmeasured(summary: Path) -> list[str]:
 
 
 def _verify_sums(path: Path, problems: list[str]) -> int:
-    from proxykd_jax.evaluate import load_sums
+    from proxykd_jax.evaluation.sums import read_sums
 
     wrong = []
     try:
-        load_sums(path)
+        read_sums(path)
     except UserError as error:
         wrong.append(str(error))
     _say(path, "measurements", wrong, {})
@@ -138,7 +144,7 @@ def _unlike_config(run: Path, path: Path) -> list[str]:
     """What the stages of a run were made with and a config says otherwise."""
     from proxykd_jax.artifacts import unlike_settings
     from proxykd_jax.config import load_config
-    from proxykd_jax.prepare import corpus_settings
+    from proxykd_jax.data.corpus import corpus_settings
     from proxykd_jax.training.stage import training_settings
 
     config = load_config(path, [])

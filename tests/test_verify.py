@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from proxykd_jax import prepare, score, verify
+from proxykd_jax import export, prepare, score, verify
 from proxykd_jax.artifacts import MANIFEST, verification
 from proxykd_jax.config import Config, dump_config
 from proxykd_jax.data.corpus import open_corpus
 from proxykd_jax.data.soft_labels import open_soft_labels
 from proxykd_jax.errors import UserError
 from proxykd_jax.generation.samples import SampleStore
+from proxykd_jax.models.hf_weights import load_model
 from tests.tiny_run import copy_run, files_of
 
 # One place in each kind of file that a run writes and a later stage reads.
@@ -32,6 +33,10 @@ KINDS = (
     "soft_labels/**/*.safetensors",
     f"soft_labels/{MANIFEST}",
     "student/checkpoints/*/state/**/*",
+    "export/student/*.safetensors",
+    "export/student/config.json",
+    "export/student/tokenizer.json",
+    "export/proxy_adapter/*",
     "eval/*.safetensors",
 )
 
@@ -137,6 +142,18 @@ def test_damaged_samples_are_not_read(run):
             store.read(range(len(store)))
             store.references()
         part.write_bytes(kept)
+
+
+@pytest.mark.parametrize("damage", [flip, cut, delete])
+def test_a_damaged_export_is_refused_and_written_again(run, capsys, damage):
+    folder = run.folder / "export" / "student"
+    before = files_of(folder)
+    damage(next(folder.glob("*.safetensors")), 0.7)
+    with pytest.raises(UserError, match=r"student is damaged: .* Run python -m proxykd_jax.export"):
+        load_model(folder)
+    export.main(run)
+    assert "The model is exported again" in capsys.readouterr().out
+    assert files_of(folder) == before
 
 
 def test_how_much_is_compared(run):

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, overload
 import numpy as np
 
 from proxykd_jax.artifacts import finished_manifest, stage_identity
+from proxykd_jax.config import Config
 from proxykd_jax.data.collate import TokenRow
 from proxykd_jax.data.example_codec import decode_example
 from proxykd_jax.data.parts import PartFolder
@@ -26,7 +27,19 @@ TFDS_NAME = "proxykd_corpus"
 INDEX = "index"
 # In examples and in the index, only where earlier turns are in the loss.
 EARLIER, EARLIER_LENGTHS = "earlier_answers", "earlier_lengths"
+# Keys that do not change the corpus: one selects rows for later stages, the other says how the work
+# is done.
+_LICENSES = {"__all__": {"license"}}
+_NOT_CONTENT: dict[str, Any] = {
+    "validation_max_rows": True, "beam": True,
+    "sources": _LICENSES, "fresh_prompts": _LICENSES, "test": _LICENSES,
+}  # fmt: skip
 _READ_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+
+
+def corpus_settings(config: Config) -> dict[str, Any]:
+    """The keys that determine a corpus."""
+    return {"corpus": config.corpus.model_dump(mode="json", exclude=_NOT_CONTENT)}
 
 
 def row_id_of(tokens: np.ndarray, prompt_length: int, earlier: np.ndarray | None = None) -> str:

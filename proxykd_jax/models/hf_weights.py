@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from proxykd_jax.artifacts import write_json
+from proxykd_jax.artifacts import check_export, write_json
 from proxykd_jax.errors import UserError
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.folder import TOKENIZER_FILES
@@ -132,6 +132,7 @@ def load_model(
     target = numpy_dtype(dtype)
     if target == np.float16:
         raise UserError("Models run in float32 or bfloat16; float16 is a type of files only.")
+    check_export(Path(path))
     found = config or read_config(path)
     if first_layers is not None:
         found = cut_config(found, first_layers)

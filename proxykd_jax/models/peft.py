@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from proxykd_jax.artifacts import write_json
+from proxykd_jax.artifacts import check_export, write_json
 from proxykd_jax.errors import UserError
 from proxykd_jax.models.config import LORA_TARGETS, LoraConfig, ModelConfig
 from proxykd_jax.models.lora import Adapter, adapter_shapes, block_of
@@ -111,6 +111,7 @@ def load_adapter(path: str | Path, config: ModelConfig) -> tuple[LoraConfig, Ada
         alphas that differ between modules, trained biases, ...); tensors that do not fit the model.
     """
     folder = Path(path)
+    check_export(folder)
     record = _read_record(folder)
     if not (folder / WEIGHTS_FILE).exists():
         pickled = (folder / "adapter_model.bin").exists()

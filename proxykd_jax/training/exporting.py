@@ -9,9 +9,16 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from proxykd_jax.artifacts import read_json, stage_identity, write_json
+from proxykd_jax.artifacts import (
+    damaged_files,
+    digest_files,
+    read_record,
+    stage_identity,
+    write_record,
+)
 from proxykd_jax.config import Config, ModelSection
 from proxykd_jax.data.corpus import TokenCorpus
+from proxykd_jax.errors import UserError
 from proxykd_jax.models.config import ModelConfig
 from proxykd_jax.models.folder import local_folder
 from proxykd_jax.models.hf_weights import COPIED_FILES, load_model, save_model
@@ -21,12 +28,12 @@ from proxykd_jax.peers import on_first
 from proxykd_jax.training.exported_tokenizer import changed_files
 from proxykd_jax.training.loop import Measure
 from proxykd_jax.training.model import Model, quantization
-from proxykd_jax.training.model_card import write_cards
+from proxykd_jax.training.model_card import CARD_FILE, write_cards
 from proxykd_jax.training.restore import load_aligned_proxy, load_student
 from proxykd_jax.training.state import ModelSpec, Tree
 
 # Increase it when the same run gives other files, so that old exports are made anew.
-_FILES = 2
+_FILES = 3
 _CUT = (
     "no adapter of the {role} is written, because it fits only the layers that {role}.init keeps; "
     "export/{role} holds the whole model"
@@ -71,7 +78,7 @@ def _export(
     }
 
     def is_made() -> bool:
-        return bool(record_path.exists() and read_json(record_path)["made_from"] == made_from)
+        return record_path.exists() and _is_whole(record_path, made_from)
 
     if on_first(is_made):
         on_first(lambda: write_cards(config))
@@ -91,9 +98,37 @@ def _export(
             dtype=export.dtype, overwrite=True,
         )  # fmt: skip
         record["validation_nll"] = _compare(config, corpus, mesh, measure, role, model)
-    write_json(record_path, record)
+    on_first(lambda: _record(record_path, record))
     on_first(lambda: write_cards(config))
     return folder / (role if merged else f"{role}_adapter")
+
+
+def _is_whole(record_path: Path, made_from: dict[str, Any]) -> bool:
+    """Whether an export is of this origin and its files are as they were written."""
+    try:
+        record = read_record(record_path)
+    except UserError as error:
+        print(f"WARNING: {error} The model is exported again.", flush=True)
+        return False
+    if record["made_from"] != made_from:
+        return False
+    problems = damaged_files(record_path.parent, record["files"])
+    if problems:
+        listed = "; ".join(problems.values())
+        print(f"WARNING: {listed}. The model is exported again.", flush=True)
+    return not problems
+
+
+def _record(path: Path, record: dict[str, Any]) -> None:
+    """Writes what was exported, with the digests of its files; the card may change later."""
+    folders = (path.parent / path.stem, path.parent / f"{path.stem}_adapter")
+    files = [
+        file
+        for folder in folders
+        for file in folder.rglob("*")
+        if file.is_file() and file.name != CARD_FILE
+    ]
+    write_record(path, {**record, "files": digest_files(path.parent, files)})
 
 
 def save_merged(

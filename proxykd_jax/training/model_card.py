@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from proxykd_jax.artifacts import read_json, stage_identity, write_bytes
+from proxykd_jax.artifacts import read_json, read_record, stage_identity, write_bytes
 from proxykd_jax.config import Config, ModelSection, SourceConfig
 from proxykd_jax.texts.selection import source_label
 
@@ -247,7 +247,7 @@ def _settings(config: Config, role: str) -> str:
 def _figures(config: Config, role: str, *, adapter: bool) -> str:
     lines = [*_measured(config, role)]
     record = config.folder / "export" / f"{role}.json"
-    nll = read_json(record).get("validation_nll", {}) if record.is_file() else {}
+    nll = read_record(record).get("validation_nll", {}) if record.is_file() else {}
     if nll and not adapter:
         lines += [
             "",

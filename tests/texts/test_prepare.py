@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from proxykd_jax.artifacts import read_json
+from proxykd_jax.artifacts import read_json, read_manifest, write_manifest
 from proxykd_jax.config import load_config, make_config
 from proxykd_jax.data.corpus import SPLITS, open_corpus, row_id_of
 from proxykd_jax.errors import UserError
@@ -386,11 +386,11 @@ def test_what_is_not_read_is_said(tmp_path, llama_folder, capsys):
 
 def test_a_corpus_that_was_read_otherwise_opens_but_is_not_taken(tmp_path, llama_folder):
     config = config_for(tmp_path, llama_folder, pairs(30))
-    manifest = main(config).folder / "manifest.json"
-    record = read_json(manifest)
+    folder = main(config).folder
+    record = read_manifest(folder)
     del record["inputs"]["reading_version"]
-    manifest.write_text(json.dumps(record))
-    assert len(contents(open_corpus(manifest.parent))) == 30
+    write_manifest(folder, record)
+    assert len(contents(open_corpus(folder))) == 30
     with pytest.raises(UserError, match=r"(?s)other settings.*reading_version: null then"):
         main(config)
 

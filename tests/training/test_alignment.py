@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from proxykd_jax import align
-from proxykd_jax.artifacts import MANIFEST, read_json
+from proxykd_jax.artifacts import MANIFEST, complete_stage, read_json, read_manifest
 from proxykd_jax.config import Config
 from proxykd_jax.data.corpus import TokenCorpus, open_corpus
 from proxykd_jax.data.parts import PartFolder
@@ -309,6 +309,9 @@ def test_stored_references_of_another_model_are_refused(before_round_two, finish
         arrays = {name: np.array(array) for name, array in folder.open(index).arrays.items()}
         arrays["chosen"] += 0.5
         folder.commit(index, arrays)
+    # As if they had been computed so; changed files alone would be made again.
+    store = folder.folder.parent
+    complete_stage(store, counts=read_manifest(store)["counts"])
     with pytest.raises(UserError, match=r"first DPO loss is 0\.\d+, .* must be ln 2 = 0\.693147"):
         align.main(before_round_two)
     assert still_unfinished(before_round_two, finished_run)
