@@ -16,6 +16,7 @@ With ``evaluate.benchmarks`` the models named there also answer benchmarks. With
 from __future__ import annotations
 
 import functools
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proxykd_jax.cli import run_command
-from proxykd_jax.config import Config, ModelSection
+from proxykd_jax.config import Config, ConfigLike, ModelSection, as_config
 from proxykd_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from proxykd_jax.evaluation.measures import RowMeasures
     from proxykd_jax.training.model import Model
 
+SUMMARY = "Measure proxy and student on the teacher's held-out answers and on benchmarks."
 SPLITS = ("validation", "test")
 # (name, name to subtract)
 PAIRS = (
@@ -43,6 +45,12 @@ PAIRS = (
     ("student", "student_before"),
     ("student", "proxy_aligned"),
 )
+
+_LISTS = {
+    "model": "models that answer the benchmarks, as in evaluate.benchmarks.models; measure nothing "
+    "else",
+    "benchmarks": "benchmarks to answer, out of evaluate.benchmarks; measure nothing else",
+}
 
 
 @dataclass(frozen=True)
@@ -59,17 +67,18 @@ class EvaluateResult:
     summary: dict[str, Any]
 
 
-def main(config: Config, models: Mapping[str, ModelSection] | None = None) -> EvaluateResult:
+def main(config: ConfigLike, models: Mapping[str, ModelSection] | None = None) -> EvaluateResult:
     """Measures models; unchanged models are not measured again.
 
     Args:
-      config: the config of the run.
+      config: the run, see ``as_config``.
       models: name -> model section. By default the models of the run, which is trained first if
         necessary.
 
     Raises:
       UserError: there are no held-out rows, or a model or the teacher's folder does not fit.
     """
+    config = as_config(config)
     from proxykd_jax import prepare
     from proxykd_jax.artifacts import digest_file, write_json
     from proxykd_jax.data.corpus import open_corpus
@@ -302,7 +311,9 @@ def _line(summary: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def command(config: Config, model: Sequence[str] = (), benchmarks: Sequence[str] = ()) -> None:
+def _measure_or_answer(
+    config: Config, model: Sequence[str] = (), benchmarks: Sequence[str] = ()
+) -> None:
     """Measures the models of a run and runs the benchmarks that the config names.
 
     Args:
@@ -321,12 +332,10 @@ def command(config: Config, model: Sequence[str] = (), benchmarks: Sequence[str]
     run_benchmarks(config, model, benchmarks)
 
 
-LISTS = {
-    "model": "models that answer the benchmarks, as in evaluate.benchmarks.models; measure nothing "
-    "else",
-    "benchmarks": "benchmarks to answer, out of evaluate.benchmarks; measure nothing else",
-}
+def command(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code, see ``cli.run_command``."""
+    return run_command("evaluate", _measure_or_answer, SUMMARY, argv, lists=_LISTS)
+
 
 if __name__ == "__main__":
-    summary = "Measure proxy and student on the teacher's held-out answers and on benchmarks."
-    raise SystemExit(run_command("evaluate", command, summary, lists=LISTS))
+    sys.exit(command())

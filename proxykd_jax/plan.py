@@ -6,7 +6,6 @@ every stage from abstract shapes, so it needs neither weights nor data.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -15,23 +14,89 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from proxykd_jax.artifacts import write_bytes
-from proxykd_jax.cli import USER_ERROR, base_parser
-from proxykd_jax.config import load_config
+from proxykd_jax.cli import CommandParser, base_parser, run_alone
+from proxykd_jax.config import ConfigLike, as_config, load_config
 from proxykd_jax.errors import UserError
 from proxykd_jax.parallel.devices import DEVICES
 
 if TYPE_CHECKING:
-    from proxykd_jax.planning import Request
+    from proxykd_jax.planning import StagePlan
 
+SUMMARY = "Compile every stage of a run for devices that are not present; print memory and time."
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "proxykd_jax" / "plan"
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
-    found = base_parser(
-        "plan",
-        "Compile every stage of a run for devices that are not present; print memory and time.",
+def main(
+    config: ConfigLike,
+    device: str,
+    count: int,
+    *,
+    stages: Sequence[str] = (),
+    prompt_tokens: int | None = None,
+    answer_tokens: int | None = None,
+    samples: int = 40_000,
+    utilisation: float = 0.4,
+    use_cache: bool = True,
+    fit_to: str | Path | None = None,
+) -> list[StagePlan]:
+    """Prints the plan of a run, and writes a config that fits if asked to.
+
+    It must run before jax is imported, because it gives jax the devices to compile for.
+
+    Args:
+      config: the run, see ``as_config``.
+      device: name of the device, one of ``DEVICES``.
+      count: number of devices.
+      stages: names of the stages to plan (default: all).
+      prompt_tokens, answer_tokens: tokens of a mean prompt and a mean answer (default: half of
+        ``corpus.max_length`` each).
+      samples: number of rows that the hours are for.
+      utilisation: assumed share of the device's peak, in (0, 1], for the hours.
+      use_cache: whether results of earlier compilations are used.
+      fit_to: file for a config with the fastest meshes and batches that fit.
+
+    Returns:
+      One plan per stage, in the order of the run.
+
+    Raises:
+      UserError: an argument is out of range, jax was imported before, a model's config.json is
+        missing, or a mesh does not fit the models or the devices.
+    """
+    if device not in DEVICES:
+        raise UserError(f"{device} is no device that plan knows: {', '.join(sorted(DEVICES))}.")
+    if count < 1 or samples < 1:
+        raise UserError("--count and --samples must be at least 1.")
+    if not 0 < utilisation <= 1:
+        raise UserError(f"--utilisation is a share in (0, 1], not {utilisation}.")
+    config = as_config(config)
+    from proxykd_jax.parallel.ahead import prepare_process
+
+    prepare_process(count)
+    from proxykd_jax.planning import Request, fit, plan, render
+
+    half = config.corpus.max_length // 2
+    request = Request(
+        config,
+        DEVICES[device],
+        count,
+        stages=tuple(stages),
+        prompt=prompt_tokens or half,
+        answer=answer_tokens or half,
+        samples=samples,
+        utilisation=utilisation,
+        cache=_CACHE.expanduser() if use_cache else None,
     )
+    found = plan(request)
+    print(render(request, found), flush=True)
+    if fit_to:
+        write_bytes(Path(fit_to), fit(request, found).encode())
+        print(f"wrote {fit_to}")
+    return found
+
+
+def parser() -> CommandParser:
+    """The command's arguments."""
+    found = base_parser("plan", SUMMARY)
     add = found.add_argument
     add("--device", required=True, choices=sorted(DEVICES), help="device to compile for")
     add("--count", type=int, required=True, metavar="N", help="number of devices")
@@ -56,58 +121,30 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the plan and writes the requested files.
-
-    Args:
-      argv: arguments (default: the process's).
-
-    Returns:
-      The exit code: 0, or 2 after a user error.
-    """
+def command(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code, see ``cli.run_command``."""
     arguments = parser().parse_args(argv)
-    try:
-        request = _request(arguments)
-        from proxykd_jax.parallel.ahead import prepare_process
 
-        prepare_process(request.count)
-        from proxykd_jax.planning import fit, plan, render
-
-        stages = plan(request)
-        print(render(request, stages), flush=True)
+    def work() -> int:
+        stages = main(
+            load_config(arguments.config, arguments.set),
+            arguments.device,
+            arguments.count,
+            stages=arguments.stage or (),
+            prompt_tokens=arguments.prompt_tokens,
+            answer_tokens=arguments.answer_tokens,
+            samples=arguments.samples,
+            utilisation=arguments.utilisation,
+            use_cache=not arguments.no_cache,
+            fit_to=arguments.fit,
+        )
         if arguments.json:
             figures = {stage.name: stage.figures() for stage in stages}
             write_bytes(Path(arguments.json), (json.dumps(figures, indent=2) + "\n").encode())
-        if arguments.fit:
-            write_bytes(Path(arguments.fit), fit(request, stages).encode())
-            print(f"wrote {arguments.fit}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    return 0
+        return 0
 
-
-def _request(arguments: argparse.Namespace) -> Request:
-    from proxykd_jax.planning import Request
-
-    if arguments.count < 1 or arguments.samples < 1:
-        raise UserError("--count and --samples must be at least 1.")
-    if not 0 < arguments.utilisation <= 1:
-        raise UserError(f"--utilisation is a share in (0, 1], not {arguments.utilisation}.")
-    config = load_config(arguments.config, arguments.set)
-    half = config.corpus.max_length // 2
-    return Request(
-        config,
-        DEVICES[arguments.device],
-        arguments.count,
-        stages=tuple(arguments.stage or ()),
-        prompt=arguments.prompt_tokens or half,
-        answer=arguments.answer_tokens or half,
-        samples=arguments.samples,
-        utilisation=arguments.utilisation,
-        cache=None if arguments.no_cache else _CACHE.expanduser(),
-    )
+    return run_alone(work)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

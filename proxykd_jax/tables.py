@@ -30,12 +30,16 @@ from proxykd_jax.config.table_file import TableFile, TableRow, load_table
 from proxykd_jax.errors import UserError
 from proxykd_jax.peers import on_first, say
 
+SUMMARY = "Run the rows of a table of the paper, and write the results beside the paper's."
 
-def main(table: TableFile, only: Sequence[str] = (), overrides: Sequence[str] = ()) -> Path:
+
+def main(
+    table: TableFile | str | Path, only: Sequence[str] = (), overrides: Sequence[str] = ()
+) -> Path:
     """Runs the unfinished rows, and writes the table after each.
 
     Args:
-      table: from ``load_table``.
+      table: from ``load_table``, or the path of the table's file.
       only: names of rows (default: all).
       overrides: ``"key=value"`` for the runs' configs, applied after the table's and the row's own.
 
@@ -48,6 +52,7 @@ def main(table: TableFile, only: Sequence[str] = (), overrides: Sequence[str] = 
     from proxykd_jax import report
     from proxykd_jax.reporting.paper_table import ROW, write_table
 
+    table = table if isinstance(table, TableFile) else load_table(table)
     # Read all configs before anything runs.
     chosen = [(row, table.run_of(row, overrides)) for row in table.chosen(only)]
     for row, config in chosen:
@@ -126,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     found = base_parser(
         "tables",
-        "Run the rows of a table of the paper, and write the results beside the paper's.",
+        SUMMARY,
         names=("--table", "--config"),
         what="YAML file of the table (docs/tables.md)",
     )
@@ -148,7 +153,7 @@ def command(argv: Sequence[str] | None = None) -> int:
     only = [name for names in arguments.only for name in names.split(",") if name]
 
     def work() -> int:
-        table = load_table(arguments.table, runs=arguments.runs)
+        table = load_table(arguments.config, runs=arguments.runs)
         if arguments.list:
             for row in table.chosen(only):
                 print(*(name for name in (row.name, row.after) if name))
