@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from proxykd_jax import (
     __version__,
     align,
+    chat,
     check,
     collect,
     distill,
@@ -27,7 +28,7 @@ from proxykd_jax.cli import USER_ERROR, did_you_mean
 # and ``command(argv)``, which imports nothing heavy before it has read its arguments.
 _MODULES = (
     *(collect, prepare, align, score, distill, evaluate, export, report),
-    *(run, check, plan, tables),
+    *(run, check, plan, chat, tables),
 )
 COMMANDS = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
 

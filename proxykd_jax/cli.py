@@ -25,13 +25,13 @@ TRY_AGAIN = 75
 # What other libraries write to stderr though nothing is wrong, and the variables that stop it. They
 # are read when a library is imported. Errors are still shown.
 _QUIET = {
-    "TF_CPP_MIN_LOG_LEVEL": "2",  # XLA and TensorFlow: the CPU's features, oneDNN, absl's beginning
+    "TF_CPP_MIN_LOG_LEVEL": "2",  # XLA and TensorFlow: the CPU's features
+    # TensorFlow says that oneDNN is on before it reads the level above, so it is switched off. We
+    # only read files with TensorFlow, and jax does not read this variable.
+    "TF_ENABLE_ONEDNN_OPTS": "0",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # PyTorch was not found
     "TRANSFORMERS_VERBOSITY": "error",
     "GRPC_VERBOSITY": "ERROR",
-    "TOKENIZERS_PARALLELISM": "true",  # else a fork is commented on
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
 
 
@@ -231,6 +231,34 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
+def file_parser(
+    command: str,
+    summary: str,
+    names: Sequence[str],
+    what: str,
+    *,
+    required: bool = True,
+    add_help: bool = True,
+) -> CommandParser:
+    """A parser for a command that is given one file, or one folder, as ``config`` in its results.
+
+    Args:
+      command: its name.
+      summary: one sentence for ``--help``.
+      names: names of the option that may stand before the file.
+      what: what the file is.
+      required: whether the file must be given.
+      add_help: as in ``argparse``.
+    """
+    parser = CommandParser(
+        prog=_program(command), description=summary, allow_abbrev=False, add_help=add_help
+    )
+    parser.set_defaults(required=required, what=what)
+    parser.add_argument("file", nargs="?", metavar="FILE", help=what)
+    parser.add_argument(*names, dest="config", metavar="FILE", help="the same")
+    return parser
+
+
 def base_parser(
     command: str,
     summary: str,
@@ -239,22 +267,12 @@ def base_parser(
     names: Sequence[str] = ("--config",),
     what: str = "YAML file of the run",
 ) -> CommandParser:
-    """A parser for the arguments of every command.
-
-    Its results have ``config`` (the file, or None) and ``set``.
+    """A parser for a command with a config: ``config`` (its file, or None), ``set`` and the help.
 
     Args:
-      command: its name.
-      summary: one sentence for ``--help``.
-      required: whether a run can only be named by its config.
-      names, what: names and help of the option for the file.
+      command, summary, names, what, required: as in ``file_parser``.
     """
-    parser = CommandParser(
-        prog=_program(command), description=summary, allow_abbrev=False, add_help=False
-    )
-    parser.set_defaults(required=required, what=what)
-    parser.add_argument("file", nargs="?", metavar="FILE", help=what)
-    parser.add_argument(*names, dest="config", metavar="FILE", help="the same")
+    parser = file_parser(command, summary, names, what, required=required, add_help=False)
     parser.add_argument(
         "--set",
         action="append",

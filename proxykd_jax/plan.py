@@ -143,6 +143,7 @@ def command(argv: Sequence[str] | None = None) -> int:
             write_bytes(Path(arguments.json), (json.dumps(figures, indent=2) + "\n").encode())
         return 0
 
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # otherwise XLA reports how it saved memory
     return run_alone(work)
 
 

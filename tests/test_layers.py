@@ -38,7 +38,7 @@ STAGES = (
 LAYERS |= dict.fromkeys((*STAGES, "cli", "checking", "planning"), 5)
 DELIVERED = (
     *("collect", "prepare", "align", "score", "distill", "evaluate", "export", "report"),
-    *("plan", "init", "check", "verify", "run", "tables"),
+    *("plan", "init", "check", "verify", "run", "tables", "chat"),
 )
 
 ARRAYS = {"jax", "numpy", "optax", "chex", "flax", "ml_dtypes"}
