@@ -17,6 +17,7 @@ from proxykd_jax.config.keys import describe, often_set, stage_keys
 from proxykd_jax.errors import Stopped, UserError
 from proxykd_jax.parallel.launchers import Launch, find_launch
 from proxykd_jax.peers import is_first, sigterm_stops
+from proxykd_jax.status import LINE
 
 USER_ERROR, INTERRUPTED = 2, 130
 FORCE = {"force": "start although more than a fifth of the rows is lost or validation has no rows"}
@@ -133,6 +134,7 @@ def _ended(work: Callable[[], int]) -> int:
 
 
 def _report(error: BaseException) -> int:
+    LINE.clear()
     sys.stdout.flush()
     text, code = f"error: {error}", USER_ERROR
     if isinstance(error, Stopped):

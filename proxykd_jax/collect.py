@@ -1,7 +1,7 @@
 """Asks a teacher behind an OpenAI-compatible API, and writes its answers as a corpus.
 
-    python -m proxykd_jax.collect --config run.yaml --estimate
-    python -m proxykd_jax.collect --config run.yaml --max-cost 20
+    proxykd collect --config run.yaml --estimate
+    proxykd collect --config run.yaml --max-cost 20
 
 It reads the section ``collect`` alone; docs/collecting.md describes files, retries and limits.
 After a kill the same command continues: what is answered is not asked again.

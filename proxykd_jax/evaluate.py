@@ -1,6 +1,6 @@
 """Measures the models of a run against the teacher on held-out rows.
 
-    python -m proxykd_jax.evaluate --config run.yaml
+    proxykd evaluate --config run.yaml
 
 It measures the proxy (raw, after the warm-up, after each round, aligned) and the student (before
 and after training), as far as the run has them. On the validation and test rows it computes the NLL
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from proxykd_jax.evaluation.candidates import Candidate
     from proxykd_jax.evaluation.exact_teacher import TeacherLogps
     from proxykd_jax.evaluation.measures import RowMeasures
+    from proxykd_jax.training.console import Console, Report
     from proxykd_jax.training.model import Model
 
 SUMMARY = "Measure proxy and student on the teacher's held-out answers and on benchmarks."
@@ -89,6 +89,7 @@ def main(config: ConfigLike, models: Mapping[str, ModelSection] | None = None) -
     from proxykd_jax.parallel.mesh import make_mesh
     from proxykd_jax.parallel.sharding import check_rows
     from proxykd_jax.peers import on_first
+    from proxykd_jax.training.console import Console
     from proxykd_jax.training.model_card import write_cards
 
     if models is None:
@@ -117,13 +118,18 @@ def main(config: ConfigLike, models: Mapping[str, ModelSection] | None = None) -
     check_rows(config.evaluate.batch_size, mesh, "evaluate.batch_size")
     folder = config.folder / "eval"
     measured: dict[str, dict[str, RowMeasures]] = {}
+    console = Console("evaluate")
+    most = config.evaluate.max_rows
+    console.begin(
+        len(candidates) * sum(min(len(rows), most or len(rows)) for rows in splits.values())
+    )
     for name, candidate in candidates.items():
         path, identity = folder / f"{name}.safetensors", {**common, **candidate.identity}
         # All processes must agree on whether the model was measured, so process 0 decides.
         known = on_first(functools.partial(_is_measured, path, identity))
         found = _read(path, identity) if known else None
         if found is None:
-            found = _measure(config, name, candidate.load(mesh), splits, teacher, mesh)
+            found = _measure(config, name, candidate.load(mesh), splits, teacher, mesh, console)
             _write(path, identity, found)
         measured[name] = found
         for part, sums in found.items():
@@ -205,19 +211,18 @@ def _measure(
     splits: Mapping[str, Any],
     teacher: TeacherLogps | None,
     mesh: Mesh,
+    console: Console,
 ) -> dict[str, RowMeasures]:
     from proxykd_jax.evaluation.measures import measure
-    from proxykd_jax.peers import say, stop_if_wanted
+    from proxykd_jax.peers import stop_if_wanted
 
     found = {}
     for split, rows in splits.items():
-        last = time.monotonic()
+        show = console.parts(f"{name} {split}:", unit="rows", counts=True, every_s=30)
+        tokens = int(rows.lengths.mean() * config.evaluate.batch_size)
 
-        def report(done: int, total: int, split: str = split) -> None:
-            nonlocal last
-            if time.monotonic() - last > 30 and done < total:
-                say(f"evaluate: {name} {split}: {done} of {total} rows")
-                last = time.monotonic()
+        def report(done: int, total: int, show: Report = show, tokens: int = tokens) -> None:
+            show(done, total, tokens if done else 0)
             stop_if_wanted()
 
         found[split] = measure(
@@ -229,6 +234,7 @@ def _measure(
             mesh=mesh,
             progress=report,
         )
+    console.close()
     return found
 
 

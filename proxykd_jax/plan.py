@@ -1,6 +1,6 @@
 """Tells whether a run fits on devices that are not present, and how long it takes.
 
-Run it as ``python -m proxykd_jax.plan --config FILE --device a100-80gb --count 8``. It compiles
+Run it as ``proxykd plan --config FILE --device a100-80gb --count 8``. It compiles
 every stage from abstract shapes, so it needs neither weights nor data.
 """
 

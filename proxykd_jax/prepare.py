@@ -1,6 +1,6 @@
 """Turns files of a teacher's answers into rows of tokens, split and readable in any order.
 
-Run it as ``python -m proxykd_jax.prepare --config FILE``. It writes ``<run>/corpus`` shard by
+Run it as ``proxykd prepare --config FILE``. It writes ``<run>/corpus`` shard by
 shard. After a kill it continues with the missing shards.
 """
 

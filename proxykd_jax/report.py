@@ -1,7 +1,7 @@
 """Writes one HTML file that shows a run, or compares several; it opens from disk.
 
-    python -m proxykd_jax.report --run runs/my_run
-    python -m proxykd_jax.report --run runs/one runs/other --out compared.html
+    proxykd report --run runs/my_run
+    proxykd report --run runs/one runs/other --out compared.html
 
 It reads what the stages have stored and loads no model. The page says what a run lacks.
 """

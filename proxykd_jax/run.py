@@ -11,7 +11,8 @@ from proxykd_jax.artifacts import MANIFEST
 from proxykd_jax.cli import FORCE, run_command
 from proxykd_jax.config import Config, ConfigLike, as_config
 from proxykd_jax.errors import Stopped
-from proxykd_jax.peers import on_first
+from proxykd_jax.peers import is_first, on_first
+from proxykd_jax.status import LINE
 
 SUMMARY = "Run all stages, from a file of a teacher's answers to a trained student."
 
@@ -36,11 +37,14 @@ def main(config: ConfigLike, *, force: bool = False) -> Path:
     config = as_config(config)
     from proxykd_jax import align, distill, evaluate, prepare, score
     from proxykd_jax.data.corpus import open_corpus
+    from proxykd_jax.training.costs import stage_costs
 
     on_first(lambda: _check_files(config, force))
     prepared = prepare.main(config)
     on_first(lambda: _check_corpus(config, prepared.counts, force))
     corpus = open_corpus(prepared.folder)
+    if is_first() and LINE.enabled:
+        LINE.plan(stage_costs(config, corpus))
     if config.needs != "nothing":
         align.main(config)
     if config.needs == "labels":
@@ -77,7 +81,7 @@ def _report(config: Config) -> None:
     except Stopped:
         raise
     except Exception as error:
-        print(f"run: no report ({error}); python -m proxykd_jax.report tries again", flush=True)
+        print(f"run: no report ({error}); proxykd report tries again", flush=True)
 
 
 def command(argv: Sequence[str] | None = None) -> int:

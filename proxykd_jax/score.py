@@ -3,7 +3,7 @@
 It stores the proxy's top-k log-probs of every answer token. First it lets the proxy answer the
 fresh prompts, if there are any.
 
-Run it as ``python -m proxykd_jax.score --config FILE``. It writes ``<run>/samples/fresh`` and
+Run it as ``proxykd score --config FILE``. It writes ``<run>/samples/fresh`` and
 ``<run>/soft_labels`` part by part. After a kill the same command continues, and the files end up
 the same, byte for byte.
 """

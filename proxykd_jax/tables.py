@@ -1,7 +1,7 @@
 """Runs the rows of the paper's Table 1, 2, 3 or 5, and writes the results beside the paper's.
 
-    python -m proxykd_jax.tables --table configs/tables/table_2.yaml
-    python -m proxykd_jax.tables --table configs/tables/table_2.yaml --only proxy_kd,aligned
+    proxykd tables --table configs/tables/table_2.yaml
+    proxykd tables --table configs/tables/table_2.yaml --only proxy_kd,aligned
 
 A row is a run in ``<runs>/<table>/<row>``. If another run below ``<runs>`` has finished a stage
 with the same settings and inputs, the row links that stage. So rows share a corpus, a proxy and its

@@ -24,7 +24,9 @@ PACKAGE = REPOSITORY / "proxykd_jax"
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 LAYERS = {
-    **dict.fromkeys(("errors", "config", "artifacts", "types", "peers", "random_keys"), 0),
+    **dict.fromkeys(
+        ("errors", "config", "artifacts", "types", "peers", "status", "random_keys"), 0
+    ),
     "losses": 1,
     **dict.fromkeys(("models", "parallel"), 2),
     **dict.fromkeys(("texts", "data", "training", "generation"), 3),
@@ -47,6 +49,7 @@ AT_IMPORT = {
     "errors": set(),
     "artifacts": set(),
     "peers": set(),
+    "status": set(),
     "config": {"pydantic", "pydantic_core", "yaml"},
     "types": {"flax", "jax", "numpy"},
     "random_keys": {"jax", "numpy"},
