@@ -15,12 +15,14 @@ from proxykd_jax import (
     distill,
     evaluate,
     export,
+    init,
     plan,
     prepare,
     report,
     run,
     score,
     tables,
+    verify,
 )
 from proxykd_jax.cli import USER_ERROR, did_you_mean
 
@@ -28,7 +30,7 @@ from proxykd_jax.cli import USER_ERROR, did_you_mean
 # and ``command(argv)``, which imports nothing heavy before it has read its arguments.
 _MODULES = (
     *(collect, prepare, align, score, distill, evaluate, export, report),
-    *(run, check, plan, chat, tables),
+    *(init, run, check, plan, verify, chat, tables),
 )
 COMMANDS = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
 

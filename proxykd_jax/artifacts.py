@@ -417,7 +417,7 @@ def finished_manifest(folder: Path, stage: str, holds: str) -> dict[str, Any]:
     problems = peers.on_first(lambda: damaged_files(folder, manifest.get("files", {})))
     if problems:
         raise UserError(
-            f"{folder} is damaged: {_listed(problems.values())}. Run python -m proxykd_jax.{stage} "
+            f"{folder} is damaged: {_listed(problems.values())}. Run proxykd {stage} "
             "again, which makes these files anew."
         )
     return manifest

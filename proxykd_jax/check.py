@@ -1,6 +1,6 @@
 """Checks all that a run needs on this machine, and trains nothing.
 
-    proxykd check run.yaml
+proxykd check run.yaml
 """
 
 from __future__ import annotations

@@ -253,7 +253,7 @@ def file_parser(
       add_help: as in ``argparse``.
     """
     parser = CommandParser(
-        prog=_program(command), description=summary, allow_abbrev=False, add_help=add_help
+        prog=program(command), description=summary, allow_abbrev=False, add_help=add_help
     )
     parser.set_defaults(required=required, what=what)
     parser.add_argument("file", nargs="?", metavar="FILE", help=what)
@@ -294,7 +294,7 @@ def base_parser(
     return parser
 
 
-def _program(command: str) -> str:
+def program(command: str) -> str:
     """How this command was called: as a module, or as ``proxykd``."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     module = f"proxykd_jax.{command}"

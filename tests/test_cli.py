@@ -125,6 +125,10 @@ def test_wrong_arguments_end_with_code_2(arguments, capsys):
     assert "usage: proxykd align" in capsys.readouterr().err
 
 
+# They are given a folder, or data and models.
+OTHER = {"chat", "init", "verify"}
+
+
 def _help(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     with pytest.raises(SystemExit) as ended:
         proxykd([*arguments])
@@ -145,7 +149,7 @@ def test_help_tells_every_key_of_a_stage_its_default_and_its_meaning(capsys):
     assert "align.optimizer.learning_rate  [" in found and "beta" not in found
 
 
-@pytest.mark.parametrize("stage", sorted(COMMANDS.keys() - {"chat"}))
+@pytest.mark.parametrize("stage", sorted(COMMANDS.keys() - OTHER))
 def test_short_help_shows_the_keys_that_are_often_set(stage):
     often = often_set(stage)
     assert set(often) <= set(stage_keys(stage)) and len(often) <= 18
@@ -184,8 +188,8 @@ def test_every_stage_takes_a_path_or_a_dictionary(tmp_path):
     """The mistakes of notebooks are sentences, as on the command line."""
     absent = tmp_path / "absent.yaml"
     for name, module in COMMANDS.items():
-        if name == "chat":
-            continue  # it is given a model
+        if name in OTHER:
+            continue
         more = ("h100", 1) if name == "plan" else ()
         what = "table" if name == "tables" else "config"
         for path in (absent, str(absent)):
