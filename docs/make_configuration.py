@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from proxykd_jax.cli import config_keys
 from proxykd_jax.config import Config
+from proxykd_jax.config.keys import config_keys
 from proxykd_jax.config.load import _section_classes
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -19,7 +19,8 @@ _HEAD = """\
 # Keys of the config file
 
 One YAML file describes a whole run; `configs/` holds examples. This page is made from the schema
-by `python -m docs.make_configuration`; `python -m proxykd_jax.align --help` prints the same.
+by `python -m docs.make_configuration`; `proxykd run --help all` prints the same, and `proxykd align
+--help all` the keys of one stage.
 
 - An unknown key, a repeated key, a wrong type and a value out of range are errors, all reported at
   once, each with the place and a suggestion.

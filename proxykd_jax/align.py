@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from proxykd_jax.cli import run_command
-from proxykd_jax.config import Config
+from proxykd_jax.config import ConfigLike, as_config
 
 if TYPE_CHECKING:
     from proxykd_jax.training.stage import TrainedStage
 
+SUMMARY = "Align the proxy with the teacher's answers."
 
-def main(config: Config) -> TrainedStage:
+
+def main(config: ConfigLike) -> TrainedStage:
     """Aligns the proxy of a run, and exports it if the config says so.
 
     It makes the corpus first if that is missing, continues an interrupted alignment, and does not
     repeat a finished one.
 
     Args:
-      config: the config of the run.
+      config: the run, see ``as_config``.
 
     Returns:
       The finished stage in ``<run>/proxy``.
@@ -27,6 +30,7 @@ def main(config: Config) -> TrainedStage:
     Raises:
       UserError: a file is missing or does not fit, or the folder was made with other settings.
     """
+    config = as_config(config)
     from proxykd_jax import prepare
     from proxykd_jax.artifacts import open_stage
     from proxykd_jax.data.corpus import open_corpus
@@ -57,5 +61,10 @@ def main(config: Config) -> TrainedStage:
     return TrainedStage.read(folder)
 
 
+def command(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code, see ``cli.run_command``."""
+    return run_command("align", main, SUMMARY, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command("align", main, "Align the proxy with the teacher's answers."))
+    sys.exit(command())

@@ -408,7 +408,7 @@ def finished_manifest(folder: Path, stage: str, holds: str) -> dict[str, Any]:
       UserError: it is missing, incomplete or of another stage, or a file of it is damaged.
     """
     if not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder} holds no {holds}; run python -m proxykd_jax.{stage} first.")
+        raise UserError(f"{folder} holds no {holds}; run proxykd {stage} first.")
     manifest = read_manifest(folder)
     if manifest.get("stage") != stage:
         raise UserError(f"{folder} was not made by {stage}; it holds no {holds}.")
@@ -417,7 +417,7 @@ def finished_manifest(folder: Path, stage: str, holds: str) -> dict[str, Any]:
     problems = peers.on_first(lambda: damaged_files(folder, manifest.get("files", {})))
     if problems:
         raise UserError(
-            f"{folder} is damaged: {_listed(problems.values())}. Run python -m proxykd_jax.{stage} "
+            f"{folder} is damaged: {_listed(problems.values())}. Run proxykd {stage} "
             "again, which makes these files anew."
         )
     return manifest

@@ -1,4 +1,4 @@
-"""Common parts of all commands: arguments, help for every key, errors as sentences.
+"""Common parts of all commands: arguments, help for the keys, errors as sentences, quiet libraries.
 
 Imports only pydantic and yaml, so that ``--help`` answers quickly.
 """
@@ -6,27 +6,34 @@ Imports only pydantic and yaml, so that ``--help`` answers quickly.
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
-import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
-
-from proxykd_jax.config import Config, dump_config, load_config
-from proxykd_jax.config.load import _section_classes
-from proxykd_jax.config.presets import PRESETS
-from proxykd_jax.config.section import is_path
+from proxykd_jax.config import dump_config, load_config
+from proxykd_jax.config.keys import describe, often_set, stage_keys
 from proxykd_jax.errors import Stopped, UserError
 from proxykd_jax.parallel.launchers import Launch, find_launch
 from proxykd_jax.peers import is_first, sigterm_stops
+from proxykd_jax.status import LINE
 
 USER_ERROR, INTERRUPTED = 2, 130
 FORCE = {"force": "start although more than a fifth of the rows is lost or validation has no rows"}
 # EX_TEMPFAIL of sysexits.h: schedulers restart the command, which continues the run.
 TRY_AGAIN = 75
+# What other libraries write to stderr though nothing is wrong, and the variables that stop it. They
+# are read when a library is imported. Errors are still shown.
+_QUIET = {
+    "TF_CPP_MIN_LOG_LEVEL": "2",  # XLA and TensorFlow: the CPU's features
+    # TensorFlow says that oneDNN is on before it reads the level above, so it is switched off. We
+    # only read files with TensorFlow, and jax does not read this variable.
+    "TF_ENABLE_ONEDNN_OPTS": "0",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # PyTorch was not found
+    "TRANSFORMERS_VERBOSITY": "error",
+    "GRPC_VERBOSITY": "ERROR",
+}
 
 
 def run_command(
@@ -93,6 +100,7 @@ def run_work(work: Callable[[], int]) -> int:
 
     A user error, an interrupt and a stop give a sentence and a code as in ``run_command``.
     """
+    _quieten()
     # The share of GPU memory that plans assume; XLA's default is 75 %. Read when jax first starts.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     try:
@@ -105,6 +113,18 @@ def run_work(work: Callable[[], int]) -> int:
     return _as_one_of_several(launch, work)
 
 
+def run_alone(work: Callable[[], int]) -> int:
+    """``run_work`` for what one process does alone, also where a launcher started several."""
+    _quieten()
+    return _ended(work)
+
+
+def _quieten() -> None:
+    """Silences other libraries, except where the user has set the variable."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+
+
 def _ended(work: Callable[[], int]) -> int:
     """The exit code of work; prints a sentence for user errors, interrupts and stops."""
     try:
@@ -114,6 +134,7 @@ def _ended(work: Callable[[], int]) -> int:
 
 
 def _report(error: BaseException) -> int:
+    LINE.clear()
     sys.stdout.flush()
     text, code = f"error: {error}", USER_ERROR
     if isinstance(error, Stopped):
@@ -150,6 +171,96 @@ def _as_one_of_several(launch: Launch, work: Callable[[], int]) -> int:
     return code
 
 
+class CommandParser(argparse.ArgumentParser):
+    """Takes the file with or without ``--config``, and suggests the option that was meant."""
+
+    def parse_args(self, args=None, namespace=None):
+        """See ``argparse``; exits with code 2 and a sentence if an argument is wrong."""
+        found, rest = self.parse_known_args(args, namespace)
+        # Before Python 3.12.8 argparse leaves over a file that stands behind an option.
+        files = [found.file] if found.file else []
+        files += [part for part in rest if not part.startswith("-")]
+        unknown = [part for part in rest if part.startswith("-")]
+        if unknown:
+            options = [name for action in self._actions for name in action.option_strings]
+            self.error(f"there is no option {unknown[0]}{did_you_mean(unknown[0], options)}")
+        if found.config:
+            files.insert(0, found.config)
+        if len(files) > 1:
+            self.error(f"one file is expected, and these are {len(files)}: {', '.join(files)}")
+        if not files and found.required:
+            self.error(f"name the {found.what}")
+        found.config = files[0] if files else None
+        return found
+
+
+class _Help(argparse.Action):
+    """``--help``: the options and the keys that are often set, all keys, or those like a word."""
+
+    def __init__(self, stage: str, **options: Any) -> None:
+        super().__init__(**options)
+        self._stage = stage
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        word: Any,
+        option_string: str | None = None,
+    ) -> None:
+        rows = stage_keys(self._stage)
+        if word is None:
+            often = often_set(self._stage)
+            title = f"keys of the config that are often set (--help all: all {len(rows)} keys)"
+            rows = often
+        elif word == "all":
+            title = "keys of the config"
+        else:
+            title, keys = f"keys of the config with {word}", [row[0] for row in rows]
+            rows = [row for row in rows if word in row[0]]
+            if not rows:
+                parts = [*keys, *(part for key in keys for part in key.split("."))]
+                parser.error(f"{parser.prog} has no key like {word}{did_you_mean(word, parts)}")
+        if word is None or word == "all":
+            print(parser.format_help())
+        print(f"{title}; if two defaults are given, the preset decides:\n\n{describe(rows)}")
+        parser.exit()
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """``"; did you mean 'align'?"``, or nothing if no known word is similar."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def file_parser(
+    command: str,
+    summary: str,
+    names: Sequence[str],
+    what: str,
+    *,
+    required: bool = True,
+    add_help: bool = True,
+) -> CommandParser:
+    """A parser for a command that is given one file, or one folder, as ``config`` in its results.
+
+    Args:
+      command: its name.
+      summary: one sentence for ``--help``.
+      names: names of the option that may stand before the file.
+      what: what the file is.
+      required: whether the file must be given.
+      add_help: as in ``argparse``.
+    """
+    parser = CommandParser(
+        prog=program(command), description=summary, allow_abbrev=False, add_help=add_help
+    )
+    parser.set_defaults(required=required, what=what)
+    parser.add_argument("file", nargs="?", metavar="FILE", help=what)
+    parser.add_argument(*names, dest="config", metavar="FILE", help="the same")
+    return parser
+
+
 def base_parser(
     command: str,
     summary: str,
@@ -157,23 +268,13 @@ def base_parser(
     required: bool = True,
     names: Sequence[str] = ("--config",),
     what: str = "YAML file of the run",
-) -> argparse.ArgumentParser:
-    """A parser for the arguments of every command; its help lists every key of the config.
+) -> CommandParser:
+    """A parser for a command with a config: ``config`` (its file, or None), ``set`` and the help.
 
     Args:
-      command: its name.
-      summary: one sentence for ``--help``.
-      required: whether a run can only be named by its config.
-      names, what: names and help of the option for the file.
+      command, summary, names, what, required: as in ``file_parser``.
     """
-    parser = argparse.ArgumentParser(
-        prog=f"python -m proxykd_jax.{command}",
-        description=summary,
-        epilog=_KeysOnDemand(),  # type: ignore[arg-type]
-        formatter_class=_HelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(*names, required=required, metavar="FILE", help=what)
+    parser = file_parser(command, summary, names, what, required=required, add_help=False)
     parser.add_argument(
         "--set",
         action="append",
@@ -181,7 +282,25 @@ def base_parser(
         metavar="KEY=VALUE",
         help="change one key, for example --set align.num_rounds=2 (may be repeated)",
     )
+    parser.add_argument(
+        "-h",
+        "--help",
+        action=_Help,
+        stage=command,
+        nargs="?",
+        metavar="all|WORD",
+        help="this help; all: with every key of the config; WORD: the keys whose names hold it",
+    )
     return parser
+
+
+def program(command: str) -> str:
+    """How this command was called: as a module, or as ``proxykd``."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    module = f"proxykd_jax.{command}"
+    return (
+        f"python -m {module}" if spec is not None and spec.name == module else f"proxykd {command}"
+    )
 
 
 def argument_parser(stage: str, summary: str) -> argparse.ArgumentParser:
@@ -198,112 +317,3 @@ def argument_parser(stage: str, summary: str) -> argparse.ArgumentParser:
         "--strict", action="store_true", help="with --dry-run: exit 2 if anything was not checked"
     )
     return parser
-
-
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    def _format_text(self, text: Any) -> str:
-        return super()._format_text(str(text))
-
-
-class _KeysOnDemand:
-    """The list of keys, built only when help is requested."""
-
-    def __str__(self) -> str:
-        return describe_keys()
-
-    def __contains__(self, text: str) -> bool:
-        return False
-
-
-def describe_keys() -> str:
-    """Every key of the config with its type, default and meaning, one paragraph per key."""
-    lines = ["keys of the config file (if two defaults are given, the preset decides):", ""]
-    for key, kind, default, meaning in config_keys():
-        lines.append(f"  {key}  [{kind}]{f'  default {default}' if default else ''}")
-        lines.append(f"      {meaning}")
-    return "\n".join(lines)
-
-
-def config_keys(root: type[BaseModel] = Config) -> Iterator[tuple[str, str, str, str]]:
-    """(key, type, default, meaning) of every key of a schema, in its order."""
-    yield from _keys_of(root, "")
-
-
-def _keys_of(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
-    for name, field in section.model_fields.items():
-        key = f"{prefix}{name}"
-        classes = list(_section_classes(field.annotation))
-        inner = classes[0] if classes else None
-        if len(classes) > 1:
-            yield from _keys_of_several(classes, key, field.description or "")
-            continue
-        if inner is None:
-            # A field keeps the metadata of its outermost type beside the type.
-            metadata = tuple(field.metadata)
-            annotation = Annotated[field.annotation, *metadata] if metadata else field.annotation
-            yield key, _kind(annotation), _default(key, field), field.description or ""
-            continue
-        is_list = typing.get_origin(field.annotation) is tuple
-        if is_list:
-            yield (
-                key,
-                "list of sections",
-                "" if field.is_required() else "none",
-                (field.description or ""),
-            )
-        yield from _keys_of(inner, f"{key}[]." if is_list else f"{key}.")
-
-
-def _keys_of_several(
-    classes: list[type[BaseModel]], key: str, meaning: str
-) -> Iterator[tuple[str, str, str, str]]:
-    """The keys of a section that is one of several classes, selected by ``name``."""
-    names = [section.model_fields["name"].default for section in classes]
-    yield f"{key}.name", "|".join(names), names[0], meaning
-    for name, section in zip(names, classes, strict=True):
-        for inner, kind, default, about in _keys_of(section, f"{key}."):
-            if inner != f"{key}.name":
-                yield f"{inner} ({name})", kind, default, about
-
-
-def _kind(annotation: Any) -> str:
-    if is_path(annotation):
-        return "path"
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Literal:
-        return "|".join(_show(a) for a in arguments)
-    if origin is typing.Annotated:
-        return _kind(arguments[0])
-    if origin is tuple:
-        return f"list of {_kind(arguments[0])}"
-    if origin is dict:
-        return "keys and values"
-    if arguments:
-        return "|".join(_kind(a) for a in arguments)
-    names = {"NoneType": "null", "str": "text", "bool": "true|false", "float": "number"}
-    return names.get(annotation.__name__, annotation.__name__)
-
-
-def _default(key: str, field: Any) -> str:
-    found = {}
-    for preset, values in PRESETS.items():
-        node: Any = values
-        for part in key.split("."):
-            node = (
-                node.get(part, PydanticUndefined) if isinstance(node, dict) else (PydanticUndefined)
-            )
-        if node is not PydanticUndefined:
-            found[preset] = node
-    if found:
-        return ", ".join(f"{_show(value)} ({preset})" for preset, value in found.items())
-    return "" if field.is_required() else _show(field.default)
-
-
-def _show(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return "[" + ", ".join(_show(v) for v in value) + "]"
-    return str(value)

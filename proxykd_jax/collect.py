@@ -1,7 +1,7 @@
 """Asks a teacher behind an OpenAI-compatible API, and writes its answers as a corpus.
 
-    python -m proxykd_jax.collect --config run.yaml --estimate
-    python -m proxykd_jax.collect --config run.yaml --max-cost 20
+    proxykd collect --config run.yaml --estimate
+    proxykd collect --config run.yaml --max-cost 20
 
 It reads the section ``collect`` alone; docs/collecting.md describes files, retries and limits.
 After a kill the same command continues: what is answered is not asked again.
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from proxykd_jax.cli import base_parser, run_work
-from proxykd_jax.config.load import load_collect
+from proxykd_jax.config import ConfigLike, as_collect, load_collect
 from proxykd_jax.config.price_file import Price, load_price
 from proxykd_jax.config.schema import CollectConfig
 from proxykd_jax.errors import UserError
@@ -27,6 +27,8 @@ from proxykd_jax.peers import say
 if TYPE_CHECKING:
     from proxykd_jax.collecting.batch import Form
     from proxykd_jax.collecting.ledger import Ledger
+
+SUMMARY = "Ask a teacher behind an OpenAI-compatible API, and write its answers as a corpus."
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class CollectResult:
 
 
 def main(
-    config: CollectConfig,
+    config: CollectConfig | ConfigLike,
     *,
     max_requests: int | None = None,
     max_cost: float | None = None,
@@ -55,7 +57,7 @@ def main(
     """Collects every answer that is not there yet.
 
     Args:
-      config: the section ``collect``.
+      config: the section ``collect``, or what has it, see ``as_collect``.
       max_requests: most requests to send, over all runs of the folder, retries included.
       max_cost: most that they may cost together, in the currency of the prices.
       retry_failed: ask again what the server refused for good.
@@ -65,6 +67,7 @@ def main(
         request, or requests remain that failed in ways that may pass.
       Stopped: the run was asked to stop, and everything that came is kept.
     """
+    config = as_collect(config)
     from proxykd_jax.collecting.collector import Collector
     from proxykd_jax.collecting.ledger import FILES
     from proxykd_jax.collecting.limits import Budget
@@ -240,7 +243,7 @@ def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     found = base_parser(
         "collect",
-        "Ask a teacher behind an OpenAI-compatible API, and write its answers as a corpus.",
+        SUMMARY,
         what="YAML file with the section collect (others are not needed)",
     )
     add = found.add_argument

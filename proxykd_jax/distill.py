@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from proxykd_jax.cli import run_command
-from proxykd_jax.config import Config
+from proxykd_jax.config import ConfigLike, as_config
 
 if TYPE_CHECKING:
     from proxykd_jax.training.stage import TrainedStage
 
+SUMMARY = "Distil the student from the teacher's answers and the aligned proxy."
 
-def main(config: Config) -> TrainedStage:
+
+def main(config: ConfigLike) -> TrainedStage:
     """Distils the student of a run and exports it.
 
     Besides the teacher's answers a method needs nothing, soft labels on disk, or the proxy itself
@@ -20,7 +23,7 @@ def main(config: Config) -> TrainedStage:
     interrupted training continues, and a finished one is not repeated.
 
     Args:
-      config: the config of the run.
+      config: the run, see ``as_config``.
 
     Returns:
       The finished stage in ``<run>/student``.
@@ -28,6 +31,7 @@ def main(config: Config) -> TrainedStage:
     Raises:
       UserError: a file is missing or does not fit, or the folder was made with other settings.
     """
+    config = as_config(config)
     from proxykd_jax import align, prepare, score
     from proxykd_jax.artifacts import open_stage, stage_identity
     from proxykd_jax.baselines import method_of
@@ -76,9 +80,10 @@ def main(config: Config) -> TrainedStage:
     return TrainedStage.read(folder)
 
 
+def command(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code, see ``cli.run_command``."""
+    return run_command("distill", main, SUMMARY, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(
-        run_command(
-            "distill", main, "Distil the student from the teacher's answers and the aligned proxy."
-        )
-    )
+    sys.exit(command())

@@ -1,6 +1,6 @@
 """Measures the models of a run against the teacher on held-out rows.
 
-    python -m proxykd_jax.evaluate --config run.yaml
+    proxykd evaluate --config run.yaml
 
 It measures the proxy (raw, after the warm-up, after each round, aligned) and the student (before
 and after training), as far as the run has them. On the validation and test rows it computes the NLL
@@ -16,14 +16,14 @@ With ``evaluate.benchmarks`` the models named there also answer benchmarks. With
 from __future__ import annotations
 
 import functools
-import time
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proxykd_jax.cli import run_command
-from proxykd_jax.config import Config, ModelSection
+from proxykd_jax.config import Config, ConfigLike, ModelSection, as_config
 from proxykd_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from proxykd_jax.evaluation.candidates import Candidate
     from proxykd_jax.evaluation.exact_teacher import TeacherLogps
     from proxykd_jax.evaluation.measures import RowMeasures
+    from proxykd_jax.training.console import Console, Report
     from proxykd_jax.training.model import Model
 
+SUMMARY = "Measure proxy and student on the teacher's held-out answers and on benchmarks."
 SPLITS = ("validation", "test")
 # (name, name to subtract)
 PAIRS = (
@@ -43,6 +45,12 @@ PAIRS = (
     ("student", "student_before"),
     ("student", "proxy_aligned"),
 )
+
+_LISTS = {
+    "model": "models that answer the benchmarks, as in evaluate.benchmarks.models; measure nothing "
+    "else",
+    "benchmarks": "benchmarks to answer, out of evaluate.benchmarks; measure nothing else",
+}
 
 
 @dataclass(frozen=True)
@@ -59,17 +67,18 @@ class EvaluateResult:
     summary: dict[str, Any]
 
 
-def main(config: Config, models: Mapping[str, ModelSection] | None = None) -> EvaluateResult:
+def main(config: ConfigLike, models: Mapping[str, ModelSection] | None = None) -> EvaluateResult:
     """Measures models; unchanged models are not measured again.
 
     Args:
-      config: the config of the run.
+      config: the run, see ``as_config``.
       models: name -> model section. By default the models of the run, which is trained first if
         necessary.
 
     Raises:
       UserError: there are no held-out rows, or a model or the teacher's folder does not fit.
     """
+    config = as_config(config)
     from proxykd_jax import prepare
     from proxykd_jax.artifacts import digest_file, write_json
     from proxykd_jax.data.corpus import open_corpus
@@ -81,6 +90,7 @@ def main(config: Config, models: Mapping[str, ModelSection] | None = None) -> Ev
     from proxykd_jax.parallel.mesh import make_mesh
     from proxykd_jax.parallel.sharding import check_rows
     from proxykd_jax.peers import on_first
+    from proxykd_jax.training.console import Console
     from proxykd_jax.training.model_card import write_cards
 
     if models is None:
@@ -109,13 +119,18 @@ def main(config: Config, models: Mapping[str, ModelSection] | None = None) -> Ev
     check_rows(config.evaluate.batch_size, mesh, "evaluate.batch_size")
     folder = config.folder / "eval"
     measured: dict[str, dict[str, RowMeasures]] = {}
+    console = Console("evaluate")
+    most = config.evaluate.max_rows
+    console.begin(
+        len(candidates) * sum(min(len(rows), most or len(rows)) for rows in splits.values())
+    )
     for name, candidate in candidates.items():
         path, identity = folder / f"{name}.safetensors", {**common, **candidate.identity}
         # All processes must agree on whether the model was measured, so process 0 decides.
         known = on_first(functools.partial(_is_measured, path, identity))
         found = _read(path, identity) if known else None
         if found is None:
-            found = _measure(config, name, candidate.load(mesh), splits, teacher, mesh)
+            found = _measure(config, name, candidate.load(mesh), splits, teacher, mesh, console)
             write_sums(path, identity, _arrays(found))
         measured[name] = found
         for part, sums in found.items():
@@ -197,19 +212,18 @@ def _measure(
     splits: Mapping[str, Any],
     teacher: TeacherLogps | None,
     mesh: Mesh,
+    console: Console,
 ) -> dict[str, RowMeasures]:
     from proxykd_jax.evaluation.measures import measure
-    from proxykd_jax.peers import say, stop_if_wanted
+    from proxykd_jax.peers import stop_if_wanted
 
     found = {}
     for split, rows in splits.items():
-        last = time.monotonic()
+        show = console.parts(f"{name} {split}:", unit="rows", counts=True, every_s=30)
+        tokens = int(rows.lengths.mean() * config.evaluate.batch_size)
 
-        def report(done: int, total: int, split: str = split) -> None:
-            nonlocal last
-            if time.monotonic() - last > 30 and done < total:
-                say(f"evaluate: {name} {split}: {done} of {total} rows")
-                last = time.monotonic()
+        def report(done: int, total: int, show: Report = show, tokens: int = tokens) -> None:
+            show(done, total, tokens if done else 0)
             stop_if_wanted()
 
         found[split] = measure(
@@ -221,6 +235,7 @@ def _measure(
             mesh=mesh,
             progress=report,
         )
+    console.close()
     return found
 
 
@@ -271,7 +286,9 @@ def _line(summary: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def command(config: Config, model: Sequence[str] = (), benchmarks: Sequence[str] = ()) -> None:
+def _measure_or_answer(
+    config: Config, model: Sequence[str] = (), benchmarks: Sequence[str] = ()
+) -> None:
     """Measures the models of a run and runs the benchmarks that the config names.
 
     Args:
@@ -290,12 +307,10 @@ def command(config: Config, model: Sequence[str] = (), benchmarks: Sequence[str]
     run_benchmarks(config, model, benchmarks)
 
 
-LISTS = {
-    "model": "models that answer the benchmarks, as in evaluate.benchmarks.models; measure nothing "
-    "else",
-    "benchmarks": "benchmarks to answer, out of evaluate.benchmarks; measure nothing else",
-}
+def command(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code, see ``cli.run_command``."""
+    return run_command("evaluate", _measure_or_answer, SUMMARY, argv, lists=_LISTS)
+
 
 if __name__ == "__main__":
-    summary = "Measure proxy and student on the teacher's held-out answers and on benchmarks."
-    raise SystemExit(run_command("evaluate", command, summary, lists=LISTS))
+    sys.exit(command())

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from proxykd_jax.cli import run_command
-from proxykd_jax.config import Config
+from proxykd_jax.config import ConfigLike, as_config
+
+SUMMARY = "Export the models of a run."
 
 
-def main(config: Config) -> Path:
+def main(config: ConfigLike) -> Path:
     """Exports the trained models of a run; trains them first if necessary.
 
     Args:
-      config: the config of the run.
+      config: the run, see ``as_config``.
 
     Returns:
       The folder ``<run>/export``. It holds ``student`` and, depending on ``export.proxy``,
@@ -22,6 +25,7 @@ def main(config: Config) -> Path:
     Raises:
       UserError: as in ``distill.main``.
     """
+    config = as_config(config)
     from proxykd_jax import distill
 
     # Both training stages end with their export, so running them does everything.
@@ -29,5 +33,10 @@ def main(config: Config) -> Path:
     return config.folder / "export"
 
 
+def command(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code, see ``cli.run_command``."""
+    return run_command("export", main, SUMMARY, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command("export", main, "Export the models of a run."))
+    sys.exit(command())

@@ -1,6 +1,6 @@
 """Writes a first config that fits your data, your models and this machine.
 
-Run it as ``python -m proxykd_jax.init --answers answers.jsonl --proxy FOLDER --student FOLDER``.
+Run it as ``proxykd init --answers answers.jsonl --proxy FOLDER --student FOLDER``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from proxykd_jax.cli import run_work
+from proxykd_jax.cli import program, run_work
 from proxykd_jax.errors import UserError
 
 SUMMARY = "Look at data and models, and write a short config that fits them and this machine."
@@ -23,9 +23,7 @@ def command(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m proxykd_jax.init", description=SUMMARY, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(prog=program("init"), description=SUMMARY, allow_abbrev=False)
     add = parser.add_argument
     add(
         "--answers",
@@ -92,7 +90,7 @@ def _write(arguments: argparse.Namespace) -> int:
     )
     write_bytes(out, text.encode())
     print(text, end="")
-    print(f"init: wrote {out}; next: python -m proxykd_jax.check --config {out}", flush=True)
+    print(f"init: wrote {out}; next: proxykd check --config {out}", flush=True)
     return 0
 
 

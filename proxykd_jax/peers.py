@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from types import FrameType
 from typing import Protocol, TypeVar
 
 from proxykd_jax.errors import Stopped, UserError
+from proxykd_jax.status import LINE
 
 Value = TypeVar("Value")
 
@@ -82,7 +82,7 @@ def is_first() -> bool:
 def say(text: str) -> None:
     """Prints a line to stderr, from process 0 only."""
     if is_first():
-        print(text, file=sys.stderr, flush=True)
+        LINE.say(text)
 
 
 def on_first(make: Callable[[], Value]) -> Value:

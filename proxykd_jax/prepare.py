@@ -1,6 +1,6 @@
 """Turns files of a teacher's answers into rows of tokens, split and readable in any order.
 
-Run it as ``python -m proxykd_jax.prepare --config FILE``. It writes ``<run>/corpus`` shard by
+Run it as ``proxykd prepare --config FILE``. It writes ``<run>/corpus`` shard by
 shard. After a kill it continues with the missing shards.
 """
 
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proxykd_jax.artifacts import digest_file, open_stage, read_manifest, write_bytes
 from proxykd_jax.cli import run_command
-from proxykd_jax.config import Config, dump_config
+from proxykd_jax.config import Config, ConfigLike, as_config, dump_config
 from proxykd_jax.peers import on_first
 
 if TYPE_CHECKING:
@@ -40,16 +40,17 @@ class PrepareResult:
     counts: dict[str, Any]
 
 
-def main(config: Config) -> PrepareResult:
+def main(config: ConfigLike) -> PrepareResult:
     """Makes the corpus of a run unless it exists. With several processes, process 0 makes it.
 
     Args:
-      config: the config of the run.
+      config: the run, see ``as_config``.
 
     Raises:
       UserError: a source or the tokenizer is missing or damaged, no row is left, or the
         folder was made from other sources or settings.
     """
+    config = as_config(config)
     folder = config.folder / "corpus"
     on_first(lambda: _prepare(config, folder))
     return PrepareResult(folder, read_manifest(folder)["counts"])
@@ -173,5 +174,10 @@ def source_files(config: Config) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
+def command(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code, see ``cli.run_command``."""
+    return run_command("prepare", main, SUMMARY, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command("prepare", main, SUMMARY))
+    sys.exit(command())

@@ -1,7 +1,7 @@
 """Writes one HTML file that shows a run, or compares several; it opens from disk.
 
-    python -m proxykd_jax.report --run runs/my_run
-    python -m proxykd_jax.report --run runs/one runs/other --out compared.html
+    proxykd report --run runs/my_run
+    proxykd report --run runs/one runs/other --out compared.html
 
 It reads what the stages have stored and loads no model. The page says what a run lacks.
 """
@@ -15,18 +15,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from proxykd_jax.artifacts import write_bytes
-from proxykd_jax.cli import USER_ERROR, base_parser
-from proxykd_jax.config import Config, load_config
+from proxykd_jax.cli import base_parser, run_alone
+from proxykd_jax.config import ConfigLike, as_config, load_config
 from proxykd_jax.errors import UserError
 
+SUMMARY = "Show a run, or several compared, on one HTML page."
 FILE = "report.html"
 
 
-def main(config: Config) -> Path:
+def main(config: ConfigLike) -> Path:
     """Writes ``<run>/report.html``; leaves the file untouched if its content is the same.
 
     Args:
-      config: the config of the run.
+      config: the run, see ``as_config``.
 
     Returns:
       The path of the file.
@@ -36,7 +37,8 @@ def main(config: Config) -> Path:
     """
     from proxykd_jax.peers import on_first
 
-    return Path(on_first(lambda: str(write_report([config.folder], config.folder / FILE))))
+    folder = as_config(config).folder
+    return Path(on_first(lambda: str(write_report([folder], folder / FILE))))
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:
@@ -68,9 +70,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    found = base_parser(
-        "report", "Show a run, or several compared, on one HTML page.", required=False
-    )
+    found = base_parser("report", SUMMARY, required=False)
     found.add_argument(
         "--run", nargs="+", type=Path, metavar="DIR", help="folders of runs, instead of --config"
     )
@@ -90,15 +90,15 @@ def command(argv: Sequence[str] | None = None) -> int:
         given.error("--set goes with --config")
     # This command computes little, so it leaves GPUs to other processes.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    try:
+
+    def work() -> int:
         runs = arguments.run or [load_config(arguments.config, arguments.set).folder]
         if arguments.out is None and len(runs) > 1:
             raise UserError("several runs are compared on one page; name the page with --out FILE.")
         print(write_report(runs, arguments.out or runs[0] / FILE))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    return 0
+        return 0
+
+    return run_alone(work)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 It stores the proxy's top-k log-probs of every answer token. First it lets the proxy answer the
 fresh prompts, if there are any.
 
-Run it as ``python -m proxykd_jax.score --config FILE``. It writes ``<run>/samples/fresh`` and
+Run it as ``proxykd score --config FILE``. It writes ``<run>/samples/fresh`` and
 ``<run>/soft_labels`` part by part. After a kill the same command continues, and the files end up
 the same, byte for byte.
 """
@@ -11,12 +11,15 @@ the same, byte for byte.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from proxykd_jax.cli import run_command
-from proxykd_jax.config import Config
+from proxykd_jax.config import ConfigLike, as_config
+
+SUMMARY = "Store the aligned proxy's soft labels."
 
 
 @dataclass(frozen=True)
@@ -39,19 +42,20 @@ class ScoreResult:
     figures: dict[str, dict[str, Any]]
 
 
-def main(config: Config) -> ScoreResult:
+def main(config: ConfigLike) -> ScoreResult:
     """Scores all answers that the student will see.
 
     It aligns the proxy first if necessary, continues an interrupted scoring, and does not repeat a
     finished one.
 
     Args:
-      config: the config of the run.
+      config: the run, see ``as_config``.
 
     Raises:
       UserError: a file is missing or does not fit, or the folder was made with other settings or
         by another proxy.
     """
+    config = as_config(config)
     from proxykd_jax import align, prepare
     from proxykd_jax.baselines import method_of
     from proxykd_jax.data.corpus import open_corpus
@@ -81,5 +85,10 @@ def main(config: Config) -> ScoreResult:
     )
 
 
+def command(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code, see ``cli.run_command``."""
+    return run_command("score", main, SUMMARY, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command("score", main, "Store the aligned proxy's soft labels."))
+    sys.exit(command())

@@ -1,8 +1,8 @@
 """Runs the rows of the paper's Table 1, 2, 3 or 5, or of its Figure 3, 6 or 7, and writes the
 results beside the paper's.
 
-    python -m proxykd_jax.tables --table configs/tables/table_2.yaml
-    python -m proxykd_jax.tables --table configs/tables/table_2.yaml --only proxy_kd,aligned
+    proxykd tables --table configs/tables/table_2.yaml
+    proxykd tables --table configs/tables/table_2.yaml --only proxy_kd,aligned
 
 A row is a run in ``<runs>/<table>/<row>``. If another run below ``<runs>`` has finished a stage
 with the same settings and inputs, the row links that stage. So rows share a corpus, a proxy and its
@@ -34,12 +34,18 @@ from proxykd_jax.peers import on_first, say
 # The stages that a student's training reads.
 _BEFORE_CURVES = ("prepare", "align", "sample", "score")
 
+SUMMARY = (
+    "Run the rows of a table or figure of the paper, and write the results beside the paper's."
+)
 
-def main(table: TableFile, only: Sequence[str] = (), overrides: Sequence[str] = ()) -> Path:
+
+def main(
+    table: TableFile | str | Path, only: Sequence[str] = (), overrides: Sequence[str] = ()
+) -> Path:
     """Runs the unfinished rows, and writes the table after each.
 
     Args:
-      table: from ``load_table``.
+      table: from ``load_table``, or the path of the table's file.
       only: names of rows (default: all).
       overrides: ``"key=value"`` for the runs' configs, applied after the table's and the row's own.
 
@@ -52,6 +58,7 @@ def main(table: TableFile, only: Sequence[str] = (), overrides: Sequence[str] = 
     from proxykd_jax import report
     from proxykd_jax.reporting.paper_table import ROW, write_table
 
+    table = table if isinstance(table, TableFile) else load_table(table)
     # Read all configs before anything runs.
     chosen = [(row, table.run_of(row, overrides)) for row in table.chosen(only)]
     for row, config in chosen:
@@ -133,7 +140,7 @@ def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     found = base_parser(
         "tables",
-        "Run the rows of a table or figure of the paper, and write the results beside the paper's.",
+        SUMMARY,
         names=("--table", "--config"),
         what="YAML file of the table or figure (docs/tables.md)",
     )
@@ -155,7 +162,7 @@ def command(argv: Sequence[str] | None = None) -> int:
     only = [name for names in arguments.only for name in names.split(",") if name]
 
     def work() -> int:
-        table = load_table(arguments.table, runs=arguments.runs)
+        table = load_table(arguments.config, runs=arguments.runs)
         if arguments.list:
             for row in table.chosen(only):
                 print(*(name for name in (row.name, row.after) if name))

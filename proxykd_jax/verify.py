@@ -1,6 +1,6 @@
 """Compares every file that a run wrote with its digest, and says what made it.
 
-Run it as ``python -m proxykd_jax.verify runs/my_run``. With ``--config`` it also says whether the
+Run it as ``proxykd verify runs/my_run``. With ``--config`` it also says whether the
 stages fit a config.
 """
 
@@ -19,7 +19,7 @@ from proxykd_jax.artifacts import (
     read_manifest,
     read_record,
 )
-from proxykd_jax.cli import run_work
+from proxykd_jax.cli import program, run_work
 from proxykd_jax.errors import UserError
 
 SUMMARY = "Compare every file of a run with its digest; say what made it, and whether it is whole."
@@ -28,7 +28,7 @@ SUMMARY = "Compare every file of a run with its digest; say what made it, and wh
 def command(argv: Sequence[str] | None = None) -> int:
     """Verifies the folders that are named; returns the exit code: 2 if a file is damaged."""
     parser = argparse.ArgumentParser(
-        prog="python -m proxykd_jax.verify", description=SUMMARY, allow_abbrev=False
+        prog=program("verify"), description=SUMMARY, allow_abbrev=False
     )
     parser.add_argument("path", help="folder of a run, of one of its stages, or an exported model")
     parser.add_argument("--config", metavar="FILE", help="say whether the stages fit this config")

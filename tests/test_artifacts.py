@@ -229,7 +229,7 @@ def test_only_a_finished_stage_is_read(tmp_path):
             artifacts.finished_manifest(tmp_path / "s", stage, "corpus")
         return str(caught.value)
 
-    assert refusal("prepare").endswith("holds no corpus; run python -m proxykd_jax.prepare first.")
+    assert refusal("prepare").endswith("holds no corpus; run proxykd prepare first.")
     artifacts.open_stage(tmp_path / "s", "prepare", SETTINGS, INPUTS)
     assert "is not complete; run prepare again" in refusal("prepare")
     artifacts.complete_stage(tmp_path / "s", counts={"rows": 3})

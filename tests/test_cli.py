@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 
+from proxykd_jax.__main__ import COMMANDS
+from proxykd_jax.__main__ import main as proxykd
 from proxykd_jax.artifacts import MANIFEST, read_json
-from proxykd_jax.cli import config_keys, describe_keys, run_command
+from proxykd_jax.cli import run_command
 from proxykd_jax.config import Config, dump_config, load_config, make_config
+from proxykd_jax.config.keys import config_keys, describe, often_set, stage_keys
 from proxykd_jax.config.presets import PRESETS
 from proxykd_jax.errors import UserError
 from tests.tiny_run import changed, recipe
@@ -110,27 +113,91 @@ def test_print_config_prints_what_can_be_loaded(config_file, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["--config"], ["--cfg", "x"], ["--conf", "x"], ["--config", "x", "--strict"], ["x"]],
+    [
+        *([], ["--config"], ["--cfg", "x"], ["--conf", "x"], ["--config", "x", "--strict"]),
+        *(["x", "y"], ["x", "--config", "y"]),
+    ],
 )
 def test_wrong_arguments_end_with_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         run_command("align", _never, "Aligns.", arguments)
     assert ended.value.code == 2
-    assert "usage: python -m proxykd_jax.align" in capsys.readouterr().err
+    assert "usage: proxykd align" in capsys.readouterr().err
 
 
-def test_help_tells_every_key_its_default_and_its_meaning(capsys):
+# They are given a folder, or data and models.
+OTHER = {"chat", "init", "verify"}
+
+
+def _help(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     with pytest.raises(SystemExit) as ended:
-        run_command("align", _never, "Aligns the proxy.", ["--help"])
+        proxykd([*arguments])
     assert ended.value.code == 0
-    text = capsys.readouterr().out
-    assert "Aligns the proxy." in text
-    keys = list(config_keys())
+    return capsys.readouterr().out
+
+
+def test_help_tells_every_key_of_a_stage_its_default_and_its_meaning(capsys):
+    text = _help(capsys, "run", "--help", "all")
+    assert "Run all stages" in text
     lines = text.splitlines()
-    for key, kind, _, meaning in keys:
+    for key, kind, _, meaning in config_keys():
         place = next(i for i, line in enumerate(lines) if line.startswith(f"  {key}  ["))
         assert kind in lines[place]
         assert meaning and lines[place + 1].strip() == meaning
+    assert "distill.alpha" not in _help(capsys, "align", "--help", "all")
+    found = _help(capsys, "align", "--help", "learning_rate")
+    assert "align.optimizer.learning_rate  [" in found and "beta" not in found
+
+
+@pytest.mark.parametrize("stage", sorted(COMMANDS.keys() - OTHER))
+def test_short_help_shows_the_keys_that_are_often_set(stage):
+    often = often_set(stage)
+    assert set(often) <= set(stage_keys(stage)) and len(often) <= 18
+
+
+def test_a_mistyped_word_suggests_the_nearest(capsys):
+    for arguments, said in (
+        (["algin"], "no command algin; did you mean 'align'?"),
+        (["align", "x.yaml", "--confg=y"], "no option --confg=y; did you mean '--config'?"),
+        (["align", "--help", "lerning_rate"], "did you mean 'learning_rate'?"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            proxykd(arguments)
+        assert ended.value.code == 2 and said in capsys.readouterr().err
+    assert proxykd([]) == 2 and "commands:" in capsys.readouterr().err
+
+
+def test_proxykd_says_its_commands_and_its_version(capsys):
+    text = _help(capsys, "--help")
+    for name, module in COMMANDS.items():
+        assert f"  {name:<8}  {module.SUMMARY}\n" in text
+    assert _help(capsys, "--version").startswith("proxykd 0.")
+
+
+def test_a_file_stands_before_or_behind_the_options(config_file, capsys):
+    for arguments in (
+        [config_file, "--set", "seed=7", "--print-config"],
+        ["--set", "seed=7", "--print-config", config_file],
+        ["--config", config_file, "--print-config", "--set", "seed=7"],
+    ):
+        assert proxykd(["align", *arguments]) == 0
+        assert "\nseed: 7\n" in capsys.readouterr().out
+
+
+def test_every_stage_takes_a_path_or_a_dictionary(tmp_path):
+    """The mistakes of notebooks are sentences, as on the command line."""
+    absent = tmp_path / "absent.yaml"
+    for name, module in COMMANDS.items():
+        if name in OTHER:
+            continue
+        more = ("h100", 1) if name == "plan" else ()
+        what = "table" if name == "tables" else "config"
+        for path in (absent, str(absent)):
+            with pytest.raises(UserError, match=f"cannot read the {what} {absent}"):
+                module.main(path, *more)
+        if name != "tables":
+            with pytest.raises(UserError, match=r"config: .*'colect'|config: colect: unknown key"):
+                module.main({"colect": {}}, *more)
 
 
 def test_no_key_of_the_schema_is_forgotten():
@@ -168,7 +235,7 @@ def test_no_key_of_the_schema_is_forgotten():
 
 
 def test_help_shows_the_value_of_each_preset():
-    text = describe_keys()
+    text = describe(list(config_keys()))
     assert "  align.num_rounds  [int]  default 16 (paper), 4 (recommended)" in text
     assert "  distill.alpha  [number]  default 100.0 (paper), 10.0 (recommended)" in text
     assert "  preset  [paper|recommended]\n" in text

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from proxykd_jax.cli import config_keys
-from proxykd_jax.config import Config, dump_config, load_config, make_config
+from proxykd_jax.config import Config, as_collect, as_config, dump_config, load_config, make_config
+from proxykd_jax.config.keys import config_keys
 from proxykd_jax.config.presets import PAPER, PRESETS, RECOMMENDED
 from proxykd_jax.config.table_file import TableFile
 from proxykd_jax.errors import UserError
@@ -529,3 +529,18 @@ def test_every_recipe_of_the_paper_names_its_shapes():
         for model in (load_config(path).proxy, load_config(path).student)
     }
     assert named == {f"configs/models/{name}" for name in PUBLISHED_PARAMETERS}
+
+
+def test_a_config_is_taken_in_every_form(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(MINIMAL)
+    config = load_config(path)
+    for given in (path, str(path), config, config.model_dump(mode="json")):
+        assert as_config(given) == config
+    with pytest.raises(UserError, match="not as int"):
+        as_config(3)
+    with pytest.raises(UserError, match="collect: required"):
+        as_collect(config)
+    section = {"prompts": [{"path": tmp_path}], "folder": "f", "url": "http://h:1", "model": "m"}
+    found = as_collect({"collect": section})
+    assert as_collect(found) is found and found.model == "m"

@@ -17,11 +17,16 @@ from pathlib import Path
 
 import pytest
 
+from proxykd_jax.__main__ import COMMANDS
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "proxykd_jax"
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 LAYERS = {
-    **dict.fromkeys(("errors", "config", "artifacts", "types", "peers", "random_keys"), 0),
+    **dict.fromkeys(
+        ("errors", "config", "artifacts", "types", "peers", "status", "random_keys"), 0
+    ),
     "losses": 1,
     **dict.fromkeys(("models", "parallel"), 2),
     **dict.fromkeys(("texts", "data", "training", "generation"), 3),
@@ -29,13 +34,13 @@ LAYERS = {
 }
 STAGES = (
     *("collect", "prepare", "align", "score", "distill", "evaluate", "export", "report"),
-    *("plan", "init", "check", "verify", "run", "tables"),
+    *("plan", "init", "check", "verify", "run", "tables", "chat"),
 )
 # The command line itself, which is above every room and on the same layer as the stages.
 LAYERS |= dict.fromkeys((*STAGES, "cli", "checking", "planning"), 5)
 DELIVERED = (
     *("collect", "prepare", "align", "score", "distill", "evaluate", "export", "report"),
-    *("plan", "init", "check", "verify", "run", "tables"),
+    *("plan", "init", "check", "verify", "run", "tables", "chat"),
 )
 
 ARRAYS = {"jax", "numpy", "optax", "chex", "flax", "ml_dtypes"}
@@ -44,6 +49,7 @@ AT_IMPORT = {
     "errors": set(),
     "artifacts": set(),
     "peers": set(),
+    "status": set(),
     "config": {"pydantic", "pydantic_core", "yaml"},
     "types": {"flax", "jax", "numpy"},
     "random_keys": {"jax", "numpy"},
@@ -58,7 +64,6 @@ AT_IMPORT = {
     "baselines": ARRAYS,
     "reporting": ARRAYS,
     "checking": ARRAYS | {"yaml"},
-    "cli": {"pydantic", "pydantic_core"},
 }
 # These may only be imported inside functions, in any room: each takes a second or more.
 LAZY = {
@@ -252,9 +257,8 @@ def test_no_import_is_hidden_in_a_string():
 
 
 def test_every_outside_import_is_declared():
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = project["optional-dependencies"].values()
-    lines = [*project["dependencies"], *(line for extra in extras for line in extra)]
+    extras = PROJECT["optional-dependencies"].values()
+    lines = [*PROJECT["dependencies"], *(line for extra in extras for line in extra)]
     declared = {re.match(r"[\w.-]+", line).group().lower().replace("_", "-") for line in lines}
     wrong = [
         _where(path, found)
@@ -307,23 +311,29 @@ def _commands() -> list[str]:
     return [name for name in STAGES if (PACKAGE / f"{name}.py").is_file()]
 
 
-@pytest.mark.parametrize("stage", _commands())
-def test_help_answers_within_a_second_and_loads_no_jax(stage):
+def test_every_command_has_a_name_in_proxykd():
+    assert sorted(COMMANDS) == sorted(_commands())
+    assert PROJECT["scripts"] == {"proxykd": "proxykd_jax.__main__:main"}
+
+
+def test_what_parses_arguments_loads_no_jax():
+    """One process imports every command and prints the help of each."""
     code = (
-        f"import runpy\nsys.argv = ['{stage}', '--help']\n"
-        f"try:\n    runpy.run_module('proxykd_jax.{stage}', run_name='__main__')\n"
-        "except SystemExit as end:\n    assert not end.code"
+        "from proxykd_jax.__main__ import COMMANDS, main\n"
+        "for arguments in ['--help'], *([name, '--help'] for name in COMMANDS):\n"
+        "    try:\n        main(arguments)\n"
+        "    except SystemExit as end:\n        assert not end.code"
     )
     assert not _loaded_by(code) & (ARRAYS | LAZY | {"torch"})
+
+
+@pytest.mark.parametrize("module", ["proxykd_jax", "proxykd_jax.align"])
+def test_help_answers_within_a_second(module):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        [sys.executable, "-m", f"proxykd_jax.{stage}", "--help"],
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
+        [sys.executable, "-m", module, "--help"], capture_output=True, text=True, cwd=REPOSITORY
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 0
-    assert "align.num_rounds" in done.stdout or stage in ("init", "verify")  # no run
+    assert done.returncode == 0 and "usage: " in done.stdout
     # Of the processor, because other work on the machine adds to the time of a clock.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1

@@ -182,7 +182,7 @@ def test_the_wheel_runs_in_an_environment_of_its_own(built, tmp_path):
     subprocess.run([*command, "--no-deps", "--no-index", str(wheel)], check=True)
     _lend(tmp_path / "venv")
     done = subprocess.run(
-        [str(python), "-I", "-m", "proxykd_jax.align", "--help"],
+        [str(python.with_name("proxykd")), "align", "--help"],
         capture_output=True,
         text=True,
         cwd=tmp_path,

@@ -96,7 +96,7 @@ def test_prepare_makes_damaged_files_again(run, capsys, damage, kind):
     before = files_of(run.folder / "corpus")
     path = sorted(run.folder.glob(kind))[0]
     damage(path, 0.5)
-    with pytest.raises(UserError, match=r"corpus is damaged: .* Run python -m proxykd_jax.prepare"):
+    with pytest.raises(UserError, match=r"corpus is damaged: .* Run proxykd prepare"):
         open_corpus(run.folder / "corpus")
     prepare.main(run)
     assert "These files are made again" in capsys.readouterr().out

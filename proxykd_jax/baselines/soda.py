@@ -77,7 +77,7 @@ def sample_base_student(run: StageRun, rows: Joined) -> SampleStore:
     }
     inputs = {"corpus": run.corpus.identity, "student": model_identity(config.student)}
     if not store.begin(settings, inputs):
-        student, say = run.model, Console("distill").say
+        student = run.model
         Answerer(config, run.corpus, student.config, student.weights, mesh).fill(
             store,
             rows,
@@ -85,7 +85,7 @@ def sample_base_student(run: StageRun, rows: Joined) -> SampleStore:
             round_index=0,
             temperature=method.temperature,
             against_teacher=True,
-            report=lambda done, total: say(f"untrained student answered {done}/{total} parts"),
+            report=Console("distill").parts("untrained student answered"),
         )
         store.complete()
     return store
@@ -190,7 +190,6 @@ class _Soda:
         return phase.with_(collate=self._pairs().collate)
 
     def _store_references(self, phase: Phase, trainer: Trainer) -> None:
-        say = trainer.console.say
         rows_per_part = self._run.config.align.sampling.rows_per_part
         store_references(
             self._samples,
@@ -202,7 +201,7 @@ class _Soda:
             microbatches=self._distill.microbatches,
             batches_per_part=max(rows_per_part // self._distill.batch_size, 1),
             mesh=self._run.mesh,
-            report=lambda done, total: say(f"reference of {done}/{total} parts"),
+            report=trainer.console.parts("reference of"),
         )
 
     def _pairs(self) -> PairRows:

@@ -190,7 +190,7 @@ class _Writer:
                 raise UserError(
                     f"{role}: even with remat: full and one row at a time a training step does not "
                     f"fit the {limit / (1 << 30):.0f} GiB of this machine's device. Take a smaller "
-                    "model, or ask python -m proxykd_jax.plan --fit for other devices."
+                    "model, or ask proxykd plan --fit for other devices."
                 )
             if remat != "none":
                 self.put(remat, "saves memory, costs time", role, "remat")

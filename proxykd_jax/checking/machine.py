@@ -127,7 +127,7 @@ def check_machine(
             findings.problems.append(
                 f"memory: {said}, but a device has {limit / _GIB:.1f} GiB. Set microbatch_size or "
                 "sampling.batch_size lower, remat: full, or quantize: nf4 for the proxy; "
-                "python -m proxykd_jax.plan --fit searches what fits."
+                "proxykd plan --fit searches what fits."
             )
         else:
             findings.say("memory", said)

@@ -1,6 +1,14 @@
 """The config of a run: schema, presets and loader. Imports only pydantic and yaml."""
 
-from proxykd_jax.config.load import dump_config, load_collect, load_config, make_config
+from proxykd_jax.config.load import (
+    ConfigLike,
+    as_collect,
+    as_config,
+    dump_config,
+    load_collect,
+    load_config,
+    make_config,
+)
 from proxykd_jax.config.method_section import Needs
 from proxykd_jax.config.methods import Method
 from proxykd_jax.config.schema import (
@@ -34,6 +42,7 @@ __all__ = [
     "BeamConfig",
     "CollectConfig",
     "Config",
+    "ConfigLike",
     "CorpusConfig",
     "DistillConfig",
     "EvaluateConfig",
@@ -53,6 +62,8 @@ __all__ = [
     "TrainingSection",
     "WeightConfig",
     "Work",
+    "as_collect",
+    "as_config",
     "dump_config",
     "load_collect",
     "load_config",

@@ -6,7 +6,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,7 +21,7 @@ from proxykd_jax.config.section import Section
 from proxykd_jax.errors import UserError
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
     """Reads one YAML file and checks it.
 
     Args:
@@ -36,27 +36,75 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return _build({} if data is None else data, problems, overrides, origin=str(path))
 
 
+ConfigLike = Config | Mapping[str, Any] | str | os.PathLike[str]
+
+
+def as_config(given: ConfigLike) -> Config:
+    """The config of a run, in whichever form it is given to a stage's ``main``.
+
+    Args:
+      given: a ``Config``; a mapping of its keys, as the YAML file has them, whose paths may be
+        ``Path`` objects; or the path of the YAML file.
+
+    Raises:
+      UserError: see ``load_config``.
+    """
+    if isinstance(given, Config):
+        return given
+    if isinstance(given, Mapping):
+        return make_config(given)
+    if isinstance(given, str | os.PathLike):
+        return load_config(given)
+    raise UserError(
+        "A run is given as a Config, as a dictionary of its keys, or as the path of its YAML file, "
+        f"not as {type(given).__name__}."
+    )
+
+
 class _CollectAlone(Section):
     """A file that only says what to collect."""
 
     collect: CollectConfig
 
 
-def load_collect(path: str | Path, overrides: Sequence[str] = ()) -> CollectConfig:
+def load_collect(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> CollectConfig:
     """The section ``collect`` of a YAML file, which need not hold any other.
 
     Raises:
       UserError: see ``load_config``; also if there is no such section.
     """
     data, problems = _read_yaml(path, "config")
-    data = {} if data is None else data
+    return _build_collect({} if data is None else data, problems, overrides, origin=str(path))
+
+
+def as_collect(given: CollectConfig | ConfigLike) -> CollectConfig:
+    """The section ``collect``, in whichever form it is given: itself, or as in ``as_config``.
+
+    Raises:
+      UserError: see ``load_collect``.
+    """
+    if isinstance(given, CollectConfig):
+        return given
+    if isinstance(given, Mapping):
+        return _build_collect(_plain(given), [], (), origin="config")
+    if isinstance(given, Config):
+        return _collect_of(given, "config")
+    return load_collect(given)
+
+
+def _collect_of(config: Config, origin: str) -> CollectConfig:
+    if config.collect is None:
+        raise UserError(f"{origin}: collect: required to collect answers (docs/collecting.md)")
+    return config.collect
+
+
+def _build_collect(
+    data: Any, problems: list[str], overrides: Sequence[str], origin: str
+) -> CollectConfig:
     if not isinstance(data, dict):
-        raise UserError(f"{path}: a config is a mapping of keys to values.")
+        raise UserError(f"{origin}: a config is a mapping of keys to values.")
     if data.keys() - {"collect"}:
-        found = load_config(path, overrides).collect
-        if found is None:
-            raise UserError(f"{path}: collect: required to collect answers (docs/collecting.md)")
-        return found
+        return _collect_of(_build(data, problems, overrides, origin), origin)
     for override in overrides:
         problems += _apply_override(data, override)
     try:
@@ -66,20 +114,24 @@ def load_collect(path: str | Path, overrides: Sequence[str] = ()) -> CollectConf
     else:
         if not problems:
             return alone.collect
-    raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
+    raise UserError("\n".join(f"{origin}: {problem}" for problem in problems))
 
 
-def make_config(data: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
+def make_config(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     """Does what ``load_config`` does with a dictionary. Its paths may be ``Path`` objects.
 
     Raises:
       UserError: see ``load_config``; also for values that YAML cannot represent.
     """
+    return _build(_plain(data), [], overrides, origin="config")
+
+
+def _plain(data: Mapping[str, Any]) -> Any:
+    """The data as JSON would hold them."""
     try:
-        plain = json.loads(json.dumps(data, default=os.fspath))
+        return json.loads(json.dumps(dict(data), default=os.fspath))
     except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"config: a value is not plain data ({error}).") from error
-    return _build(plain, [], overrides, origin="config")
 
 
 def dump_config(config: Config) -> str:
@@ -193,7 +245,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _read_yaml(path: str | Path, what: str) -> tuple[Any, list[str]]:
+def _read_yaml(path: str | os.PathLike[str], what: str) -> tuple[Any, list[str]]:
     """Reads and parses a file; messages call it ``what``."""
     try:
         text = Path(path).read_text(encoding="utf-8")

@@ -158,7 +158,7 @@ def _stage(folder: Path) -> str:
     if not (folder / MANIFEST).is_file():
         raise UserError(
             f"evaluate.benchmarks.models: {folder} does not exist: the run has not trained this "
-            "model. Run python -m proxykd_jax.run first, or name another model."
+            "model. Run proxykd run first, or name another model."
         )
     return stage_identity(folder)
 

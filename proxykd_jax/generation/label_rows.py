@@ -32,7 +32,7 @@ def score_split(
     *,
     end_token_ids: Sequence[int],
     rows_per_part: int,
-    report: Callable[[int, int], None] | None = None,
+    report: Callable[[int, int, int], None] | None = None,
 ) -> None:
     """Makes the missing parts of a split's soft labels, if any.
 
@@ -45,7 +45,7 @@ def score_split(
       scorer: the proxy, with a ``label`` that gives ``TopKLabels``, such as ``top_k_labels``.
       end_token_ids: an answer that ends with one of these is finished.
       rows_per_part: a killed run loses at most the part being computed and the one being written.
-      report: called with (parts done, all parts) after each part.
+      report: called with (parts done, all parts, tokens scored) after each part.
     """
     num_parts = -(-len(rows) // rows_per_part)
     missing = writer.missing(num_parts)
@@ -57,7 +57,7 @@ def score_split(
         writer.commit(index, _assemble(token_rows, pieces, writer.top_k, ends))
         written += 1
         if report is not None:
-            report(written, num_parts)
+            report(written, num_parts, sum(len(row.tokens) for row in token_rows))
         stop_if_wanted()
 
     pending: tuple[int, list[TokenRow], list[Piece]] | None = None

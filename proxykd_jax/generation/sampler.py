@@ -9,13 +9,13 @@ batches in another way (``cpu_schedule.py``).
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -146,6 +146,62 @@ def sample(
     return samples
 
 
+def stream(
+    weights: tuple[Any, Any],
+    prompt: Prompt,
+    *,
+    config: ModelConfig,
+    settings: DrawSettings,
+    seed: int,
+    round_index: int,
+    every: int = 8,
+) -> Iterator[Sample]:
+    """Draws one answer and shows it while it grows.
+
+    Args:
+      weights, config, settings, seed, round_index: as in ``sample``.
+      prompt: the prompt, with a budget of at least 1.
+      every: number of tokens that are drawn between two looks.
+
+    Yields:
+      The answer so far; the last one is what ``sample`` returns.
+
+    Raises:
+      ValueError, UserError: as in ``sample``.
+    """
+    _check([prompt], 1, 1)
+    runner = Batches(
+        weights=weights,
+        other=None,
+        prompts=[prompt],
+        config=config,
+        settings=_canonical(settings, config),
+        seed=seed,
+        round_index=round_index,
+        mesh=None,
+        cpu=find_cpu_schedule(
+            weights[0], num_layers=config.num_layers, batch_size=1, rows_multiple=1
+        ),
+        row_counts=[1],
+    )
+    batch, slots = runner.prompts_of([0])
+    # The prompt's own program draws the first token.
+    state = runner.run_prompts(replace(batch, budgets_B=np.ones(1, np.int32)), slots)
+    while True:
+        ((_, answer),) = _answers_of(state, np.zeros(1, np.int64))
+        yield answer
+        if answer.finished or len(answer.tokens) == prompt.budget:
+            return
+        # A row that has used up its budget goes on where it stopped once it has a larger one.
+        drawn = min(len(answer.tokens) + every, prompt.budget)
+        state = replace(
+            state,
+            done_B=jnp.zeros_like(state.done_B),
+            budgets_B=jnp.full_like(state.budgets_B, drawn),
+        )
+        state = runner.go_on(state, 0)
+
+
 @dataclass(frozen=True)
 class Batches:
     """Runs batches of prompts until their answers are done.
@@ -181,7 +237,7 @@ class Batches:
         while True:
             smaller = max((count for count in self.row_counts if count < len(places)), default=0)
             slots = state.tokens_BS.shape[1]
-            state = self._go_on(state, smaller)
+            state = self.go_on(state, smaller)
             done_B, filled = fetch((state.done_B, state.cache.index))
             for place, answer in _answers_of(state, np.flatnonzero(done_B)):
                 row = places[place]
@@ -222,7 +278,8 @@ class Batches:
                 unstacked=self.cpu is not None,
             )
 
-    def _go_on(self, state: DecodeState, few: int) -> DecodeState:
+    def go_on(self, state: DecodeState, few: int) -> DecodeState:
+        """The state when at most ``few`` rows are not done, or all slots are filled."""
         with self.launch_lock:
             weights, other = self._decoding_weights
             few_rows = np.int32(few)
@@ -272,7 +329,7 @@ def _check(prompts: Sequence[Prompt], batch_size: int, rows_multiple: int) -> No
 
 def _canonical(settings: DrawSettings, config: ModelConfig) -> DrawSettings:
     """Equal settings for equal draws, so that nothing is compiled twice."""
-    return dataclasses.replace(
+    return replace(
         settings,
         temperature=float(settings.temperature),
         top_p=float(settings.top_p),

@@ -281,7 +281,7 @@ def sample_round(
     rows_per_part: int,
     budget: LengthBudget,
     end_token_ids: Sequence[int],
-    report: Callable[[int, int], None] | None = None,
+    report: Callable[[int, int, int], None] | None = None,
 ) -> None:
     """Makes the missing parts of a store, if any.
 
@@ -296,13 +296,14 @@ def sample_round(
       rows_per_part: most rows that a killed run loses.
       budget: how long an answer may be.
       end_token_ids: an answer that consists of these tokens only is empty.
-      report: called with (parts done, all parts) after each part.
+      report: called with (parts done, all parts, tokens drawn) after each part.
     """
     rows = np.asarray(rows, np.int32)
     num_parts = -(-len(rows) // rows_per_part)
     missing = set(store.missing(num_parts))
     for index in range(num_parts):
         part_rows = rows[index * rows_per_part : (index + 1) * rows_per_part]
+        sampled: list[SampledRow] = []
         if index not in missing:
             store.check_rows(index, part_rows)
         else:
@@ -312,7 +313,7 @@ def sample_round(
             )  # fmt: skip
             store.append(index, sampled)
         if report is not None:
-            report(index + 1, num_parts)
+            report(index + 1, num_parts, sum(len(row.tokens) for row in sampled))
         stop_if_wanted()
 
 

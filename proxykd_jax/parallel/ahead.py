@@ -82,15 +82,17 @@ def prepare_process(count: int) -> None:
     """Keeps jax away from real accelerators and gives it ``count`` CPU devices.
 
     Raises:
-      RuntimeError: jax was imported before, so the compilers cannot be found.
+      UserError: jax was imported before, so the compilers cannot be found.
     """
     if "jax" in sys.modules:
-        raise RuntimeError("a plan needs a process in which jax was not imported yet")
+        raise UserError(
+            "A plan needs a process in which jax was not imported yet: plan first, or call the "
+            "command proxykd plan."
+        )
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # otherwise XLA reports how it saved memory
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}"
 

@@ -145,9 +145,7 @@ def nearness(run: RunFolder) -> Section:
     summary = run.summary
     models = {name: summary["models"][name] for name in MODELS if name in summary.get("models", {})}
     if not models:
-        blocks.append(
-            Text("Not there: python -m proxykd_jax.evaluate measures the models.", missing=True)
-        )
+        blocks.append(Text("Not there: proxykd evaluate measures the models.", missing=True))
         return Section("How near to the teacher", blocks)
     plots: list[Plot] = [*_agreement(models), *_mass(models), *_reliability(models)]
     blocks += [Plots(plots), _measures(models), *_by_round(summary["models"])]

@@ -66,7 +66,7 @@ class RunFolder:
         """Why a stage (by folder) has nothing to show; None if it is complete."""
         if self.is_complete(stage):
             return None
-        command = f"python -m proxykd_jax.{STAGES[stage]}"
+        command = f"proxykd {STAGES[stage]}"
         if stage in self.manifests:
             return f"Not finished: {command} continues it."
         needs = None if self.config is None else self.config.needs

@@ -6,6 +6,8 @@ import sys
 import time
 from types import TracebackType
 
+from proxykd_jax.status import LINE
+
 _TERMINAL_SECONDS, _PLAIN_SECONDS = 0.5, 30.0
 
 
@@ -16,15 +18,16 @@ class Progress:
         self._terminal = sys.stderr.isatty()
         self._every = _TERMINAL_SECONDS if self._terminal else _PLAIN_SECONDS
         self._last = time.monotonic()
-        self._shown = False
 
     def __call__(self, what: str, rows: int) -> None:
         now = time.monotonic()
         if now - self._last < self._every:
             return
-        self._last, self._shown = now, True
-        start, end = ("\r\x1b[K", "") if self._terminal else ("", "\n")
-        print(f"{start}{rows:,} {what}", end=end, file=sys.stderr, flush=True)
+        self._last = now
+        if self._terminal:
+            LINE.show(f"{rows:,} {what}")
+        else:
+            print(f"{rows:,} {what}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:
         return self
@@ -35,5 +38,4 @@ class Progress:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._shown and self._terminal:
-            print(file=sys.stderr)
+        LINE.clear()

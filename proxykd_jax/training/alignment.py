@@ -247,7 +247,7 @@ class _Round:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             against_teacher=True,
-            report=self._report(trainer, "sampled"),
+            report=trainer.console.parts(f"round {self._index}: sampled"),
         )
 
     def _compute_references(self, store: SampleStore, model: Model, trainer: Trainer) -> None:
@@ -269,12 +269,8 @@ class _Round:
             microbatches=align.microbatches,
             batches_per_part=max(align.sampling.rows_per_part // align.batch_size, 1),
             mesh=self._run.mesh,
-            report=self._report(trainer, "reference of"),
+            report=trainer.console.parts(f"round {self._index}: reference of"),
         )
-
-    def _report(self, trainer: Trainer, what: str) -> Callable[[int, int], None]:
-        say, index = trainer.console.say, self._index
-        return lambda done, total: say(f"round {index}: {what} {done}/{total} parts")
 
     @property
     def _order(self) -> str:

@@ -54,7 +54,7 @@ class Answerer:
         temperature: float,
         top_p: float = 1.0,
         against_teacher: bool,
-        report: Callable[[int, int], None],
+        report: Callable[[int, int, int], None],
     ) -> None:
         """Draws the answers that a store lacks.
 

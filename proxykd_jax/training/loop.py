@@ -6,6 +6,7 @@ same steps as an uninterrupted run.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -142,6 +143,7 @@ class Trainer:
           untrained: name of phase 0, the evaluation before any step.
           before: further figures of phase 0; each phase may add its own.
         """
+        self.console.begin(sum(phase.steps for phase in phases), self.progress.step)
         if self.progress.phase == 0:
             self.check_validation(untrained)
             self.look(untrained)
@@ -283,6 +285,9 @@ class Trainer:
         name, num_steps = phase.name, phase.steps
         step_fn, diagnose = phase.step(), phase.diagnosis()
         progress, every = self.progress, self.every
+        # About the tokens of a step: its rows, as the corpus has them.
+        tokens = float(np.mean(phase.rows.lengths)) * every.batch_size
+        report = functools.partial(self._report, name, num_steps, tokens)
         seen: set[Any] = set()
         waiting: tuple[int, int, Metrics, float] | None = None
         started = time.perf_counter()
@@ -302,7 +307,7 @@ class Trainer:
             if diagnosis is not None:
                 metrics = {**metrics, **diagnosis}
             # Fetch the previous step's metrics while the device works on this step.
-            self._report(name, num_steps, waiting)
+            report(waiting)
             now = time.perf_counter()
             waiting = (progress.step, progress.phase_step, metrics, now - started)
             started = now
@@ -310,7 +315,7 @@ class Trainer:
                 phase.check_first({name: float(value) for name, value in metrics.items()})
             if phase.make_batch is not None:
                 # Check the metrics now: a state that is not finite must not make a batch.
-                self._report(name, num_steps, waiting)
+                report(waiting)
                 waiting = None
             at_end = progress.phase_step == num_steps
             validates = (
@@ -323,7 +328,7 @@ class Trainer:
             saves = stops or progress.phase_step % every.checkpoint_every == 0
             if at_end or not (validates or looks or saves):
                 continue
-            self._report(name, num_steps, waiting)
+            report(waiting)
             waiting = None
             new_best = validates and self.check_validation(name)
             if looks or self._stopped():
@@ -335,14 +340,18 @@ class Trainer:
             if self._stopped():
                 return
             started = time.perf_counter()
-        self._report(name, num_steps, waiting)
+        report(waiting)
         # _finish_phase saves this step's checkpoint. Evaluating the same state twice would also
         # write a second log line.
         self.check_validation(name)
         self.look(name)
 
     def _report(
-        self, phase: str, num_steps: int, waiting: tuple[int, int, Metrics, float] | None
+        self,
+        phase: str,
+        num_steps: int,
+        tokens: float,
+        waiting: tuple[int, int, Metrics, float] | None,
     ) -> None:
         if waiting is None:
             return
@@ -357,7 +366,7 @@ class Trainer:
                     f"Last good checkpoint: {last}. Lower the learning rate or set clip_norm, "
                     "remove the stage's folder and start again."
                 )
-        self.console.step(phase, phase_step, num_steps, values)
+        self.console.step(phase, phase_step, num_steps, values, seconds=seconds, tokens=tokens)
         if step % self.every.log_every == 0:
             self.log.write(self.stage, step, {**values, "time/step_s": seconds}, phase=phase)
 

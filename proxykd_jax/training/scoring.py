@@ -131,7 +131,7 @@ class Scoring:
                 round_index=draw,
                 temperature=temperature,
                 against_teacher=False,
-                report=functools.partial(self._report, f"answered prompts ({name})"),
+                report=self.console.parts(f"answered prompts ({name}):"),
             )
             store.complete()
         self._answered[name] = store
@@ -160,7 +160,12 @@ class Scoring:
         }
         for name, store in self._answered.items():
             inputs[name] = stage_identity(store.folder)
-        return open_stage(self.folder, "score", settings, inputs)
+        complete = open_stage(self.folder, "score", settings, inputs)
+        if not complete:
+            self.console.begin(
+                sum(-(-len(rows) // score.rows_per_part) for rows in splits.values())
+            )
+        return complete
 
     def score(self, name: str, rows: Rows) -> None:
         """Computes the parts of a split that are missing."""
@@ -184,7 +189,7 @@ class Scoring:
             self.scorer(label),
             end_token_ids=self.corpus.end_token_ids,
             rows_per_part=score.rows_per_part,
-            report=functools.partial(self._report, f"scored {name}"),
+            report=self.console.parts(f"scored {name}:", counts=True),
         )
 
     def finish(self, splits: dict[str, Rows], log: MetricsLog) -> None:
@@ -207,6 +212,7 @@ class Scoring:
                 f"{found[f'{kind}/weight_length_correlation']:.2f}; top-{store.top_k} mass above "
                 f"{_LARGE_MASS} at {found['large_mass_share']:.0%} of positions"
             )
+        self.console.close()
         counts = {name: found.get("rows", 0) for name, found in figures.items()}
         complete_stage(self.folder, counts=counts, figures=figures)
 
@@ -235,9 +241,6 @@ class Scoring:
     def _weights(self) -> tuple[Any, Any]:
         """(params, adapter), bound once, because binding casts all weights with trainable: full."""
         return self.model.params, self.model.adapter
-
-    def _report(self, what: str, done: int, total: int) -> None:
-        self.console.say(f"{what}: {done}/{total} parts")
 
 
 def split_figures(store: SoftLabelStore, name: str) -> dict[str, float]:

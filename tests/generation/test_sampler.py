@@ -17,7 +17,7 @@ from proxykd_jax.errors import UserError
 from proxykd_jax.generation import cpu_schedule, decode, sampler
 from proxykd_jax.generation.cpu_schedule import next_slots
 from proxykd_jax.generation.decode import DrawSettings
-from proxykd_jax.generation.sampler import Prompt, sample
+from proxykd_jax.generation.sampler import Prompt, sample, stream
 from proxykd_jax.generation.shapes import prompt_bucket, row_counts, slot_bucket
 from proxykd_jax.parallel.mesh import make_mesh
 from proxykd_jax.random_keys import row_keys
@@ -348,6 +348,22 @@ def test_stop_tokens_and_budgets():
         # A stopped answer is a prefix of the answer that would be drawn without the stop.
         np.testing.assert_array_equal(s.tokens, f.tokens[: len(s.tokens)])
     assert 0 < sum(s.finished for s in samples) < len(samples)
+
+
+def test_a_stream_shows_the_answer_that_is_drawn_at_once():
+    model = tiny_model(vocab_size=12)
+    prompt = np.array([4, 7, 1], np.int32)
+    settings = DrawSettings(1.0, 1.0, 12, (END,))
+    options = {"config": model[0], "settings": settings, "seed": 5, "round_index": 1}
+    lengths = set()
+    for name in "abc":
+        looks = list(stream(model[1:], Prompt(prompt, name, 20), every=4, **options))
+        (whole,) = run(model, [prompt], [name], [20], batch_size=1)
+        assert_same([looks[-1]], [whole])
+        for number, look in enumerate(looks[:-1]):
+            np.testing.assert_array_equal(look.tokens, whole.tokens[: 1 + 4 * number])
+        lengths.add(len(looks))
+    assert len(lengths) > 1
 
 
 def test_ids_beyond_the_tokenizer_are_never_drawn():

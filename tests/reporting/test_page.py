@@ -318,11 +318,11 @@ def test_benchmarks_stand_above_the_papers(folder):
 # --- runs that lack something ---------------------------------------------------------------------
 
 MISSING: list[tuple[str, Any]] = [
-    ("corpus", "Not there: python -m proxykd_jax.prepare makes it."),
-    ("proxy", "Not there: python -m proxykd_jax.align makes it."),
-    ("soft_labels", "Not there: python -m proxykd_jax.score makes it."),
-    ("student", "Not there: python -m proxykd_jax.distill makes it."),
-    ("eval", "Not there: python -m proxykd_jax.evaluate measures the models."),
+    ("corpus", "Not there: proxykd prepare makes it."),
+    ("proxy", "Not there: proxykd align makes it."),
+    ("soft_labels", "Not there: proxykd score makes it."),
+    ("student", "Not there: proxykd distill makes it."),
+    ("eval", "Not there: proxykd evaluate measures the models."),
     ("samples", "The run stored no answers of its own"),
     ("config.yaml", "config.yaml is missing"),
     ("metrics.jsonl", "No step was timed."),
@@ -350,7 +350,7 @@ def test_a_killed_run_has_a_page(folder):
     run = read_run(folder)
     assert len(run.lines) == 18
     found = Page(render([run]))
-    assert "Not finished: python -m proxykd_jax.align continues it." in found.text
+    assert "Not finished: proxykd align continues it." in found.text
     assert "1 of its lines" in found.text and "preference_loss_dpo.csv" in found.csvs
 
 

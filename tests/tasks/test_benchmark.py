@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from proxykd_jax import evaluate
-from proxykd_jax.cli import run_command
 from proxykd_jax.errors import UserError
 from proxykd_jax.evaluation.candidates import Candidate, Collected, Server, named_candidate
 from proxykd_jax.tasks.accuracies import accuracy, macro_average, paired_difference
@@ -155,7 +154,7 @@ def test_the_command_says_what_is_wrong(
 
     def command(*options: str) -> tuple[int, str]:
         argv = ["--config", str(file), *options]
-        code = run_command("evaluate", evaluate.command, "", argv, lists=evaluate.LISTS)
+        code = evaluate.command(argv)
         out, err = capsys.readouterr()
         return code, out + err
 

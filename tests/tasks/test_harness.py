@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from proxykd_jax import evaluate
-from proxykd_jax.cli import run_command
 from proxykd_jax.errors import UserError
 from proxykd_jax.evaluation.candidates import Candidate, named_candidate
 from proxykd_jax.parallel.mesh import make_mesh
@@ -524,7 +523,7 @@ def test_without_the_extra(
         *("--config", str(file), "--set", "evaluate.benchmarks.harness=true"),
         *("--model", str(byte_model)),
     ]
-    assert run_command("evaluate", evaluate.command, "", argv, lists=evaluate.LISTS) == 2
+    assert evaluate.command(argv) == 2
     said = capsys.readouterr().err
     assert "evaluate.benchmarks.harness: install lm-eval first: pip install 'proxykd" in said
     assert "Traceback" not in said and not (config.folder / "eval").exists()
@@ -548,7 +547,7 @@ def test_real_files_and_a_real_model(
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True)))
     argv = ["--config", str(file), "--benchmarks", "gsm8k,arc"]
-    assert run_command("evaluate", evaluate.command, "", argv, lists=evaluate.LISTS) == 0
+    assert evaluate.command(argv) == 0
     folder = config.folder / "eval" / "benchmarks"
     found = json.loads((folder / "summary.json").read_text())["harness"]["student_before"]
     assert set(found) == {"gsm8k", "arc", "arc_loglikelihood"}

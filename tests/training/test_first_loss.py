@@ -231,6 +231,8 @@ def test_the_readmes_config_at_its_defaults(tiny_files, tmp_path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
+    # Other libraries write nothing.
+    assert re.fullmatch(r"((align|score|distill|evaluate): .*\n)*", done.stderr), done.stderr
     config = changed(config, {"runs_dir": str(tmp_path / config.runs_dir)})
     assert first_losses(config) == pytest.approx([LN_2] * config.align.num_rounds, abs=1e-3)
     assert (config.folder / "export" / "student" / "model.safetensors").is_file()

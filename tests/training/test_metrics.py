@@ -5,9 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import re
 import sys
-import time
 import types
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,8 @@ import pytest
 from proxykd_jax import distill
 from proxykd_jax.artifacts import MANIFEST, read_json
 from proxykd_jax.config import LoggingConfig
+from proxykd_jax.status import StatusLine
+from proxykd_jax.training import console as console_module
 from proxykd_jax.training.console import Console
 from proxykd_jax.training.metrics import open_metrics
 from tests.tiny_run import copy_run, log_lines, unfinish, without_student
@@ -214,38 +214,29 @@ class Screen(io.StringIO):
 def shown(monkeypatch: pytest.MonkeyPatch, *, terminal: bool) -> str:
     screen = Screen(terminal)
     monkeypatch.setattr(sys, "stderr", screen)
+    clock = itertools.count()
+    monkeypatch.setattr(console_module, "LINE", StatusLine(lambda: next(clock)))
+    monkeypatch.setenv("COLUMNS", "200")
     console = Console("align")
+    console.begin(48)
     for step in range(1, 41):
-        console.step("warmup", step, 40, {"loss": 3.25, "grad_norm": 9.0})
+        console.step("warmup", step, 40, {"loss": 3.25, "grad_norm": 9.0}, seconds=0.5, tokens=100)
         if step == 20:
             console.say("validation nll 2.5")
     console.step("round_01", 1, 8, {"loss": 2.0})
+    sampled = console.parts("round 1: sampled")
+    sampled(1, 2, 50)
     console.close()
     monkeypatch.undo()
     return screen.getvalue()
 
 
-def test_a_bar_on_a_terminal(monkeypatch):
+def test_one_line_on_a_terminal(monkeypatch):
     text = shown(monkeypatch, terminal=True)
-    assert "\r" in text and "align warmup: " in text and "/40 [" in text
-    assert "loss=3.25" in text and "grad_norm" not in text
-    assert "align: validation nll 2.5\n" in text
-    assert "align round_01:" in text and "/8 [" in text
-
-
-def test_the_bar_of_a_resumed_phase_counts_its_own_steps(monkeypatch):
-    """The bar shows this process's speed, which did not take the 5000 steps before."""
-    screen = Screen(terminal=True)
-    monkeypatch.setattr(sys, "stderr", screen)
-    console = Console("align")
-    for step in (5001, 5002, 5003):
-        console.step("warmup", step, 6000, {"loss": 3.25})
-        time.sleep(0.11)
-    console.close()
-    monkeypatch.undo()
-    assert "5003/6000" in screen.getvalue()
-    rates = re.findall(r"([\d.]+)(?:step/s|s/step)", screen.getvalue())
-    assert rates and all(float(rate) < 100 for rate in rates)
+    assert "warmup 7/40 loss 3.25 | 200 tokens/s | " in text and "grad_norm" not in text
+    assert " GB | " in text and " s left | " in text and "% useful" in text
+    assert "\r\x1b[Kalign: validation nll 2.5\n" in text and text.count("\n") == 1
+    assert "round 1: sampled 1/2 parts" in text and text.endswith("\r\x1b[K")
 
 
 def test_plain_lines_elsewhere(monkeypatch):
@@ -256,6 +247,7 @@ def test_plain_lines_elsewhere(monkeypatch):
         "align: validation nll 2.5",
         "align: warmup 40/40 loss 3.25",
         "align: round_01 1/8 loss 2",
+        "align: round 1: sampled 1/2 parts",
     ]
 
 
