@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from proxykd_jax.artifacts import verification
 from proxykd_jax.config import dump_config, load_config
 from proxykd_jax.config.keys import describe, often_set, stage_keys
 from proxykd_jax.errors import Stopped, UserError
@@ -78,12 +79,13 @@ def run_command(
 
     def work() -> int:
         config = load_config(arguments.config, arguments.set)
-        if arguments.dry_run:
-            from proxykd_jax.checking import dry_run
+        with verification(config.verify):
+            if arguments.dry_run:
+                from proxykd_jax.checking import dry_run
 
-            unchecked = dry_run(config)
-            return USER_ERROR if unchecked and arguments.strict else 0
-        main(config, **given)
+                unchecked = dry_run(config)
+                return USER_ERROR if unchecked and arguments.strict else 0
+            main(config, **given)
         return 0
 
     if arguments.print_config:

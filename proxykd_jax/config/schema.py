@@ -759,6 +759,12 @@ class Config(Section):
     export: ExportConfig = Field(description="exported models")
     mesh: MeshConfig = Field(MeshConfig(), description="arrangement of devices")
     logging: LoggingConfig = Field(LoggingConfig(), description="trackers")
+    verify: Literal["full", "sampled", "off"] = Field(
+        "full",
+        description="how a finished stage is compared with the digests of its files before it is "
+        "used: every file once per process, small files and one in ten of those above 64 MiB, or "
+        "names and sizes alone",
+    )
 
     @property
     def folder(self) -> Path:
