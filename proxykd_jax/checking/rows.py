@@ -255,7 +255,7 @@ def _select(
             findings.warn(label, f"{_rows(number)} left out: {reason} (first at {first})")
         for line in describe_notes(count.notes.as_json()):
             findings.warn(label, line)
-    _judge_lost(lost.counts, read, findings)
+    _judge_lost(config.corpus, lost.counts, read, selection.rows, findings)
     fits = _judge_sample(config.corpus, sample, findings)
     _judge_validation(config, sizes["validation"], findings)
     return _sketch(config, sizes, sample, fits, exact=every == 1)
@@ -312,17 +312,25 @@ def _judge_sample(corpus: CorpusConfig, sample: Sample, findings: Findings) -> f
     )
     wanted = rounded_length(int(np.quantile(lengths, 0.99, method="higher")))
     advice = f". Set corpus.max_length to {wanted} to keep 99 % of the rows."
-    if fit < (1 - MOST_LOST) * tried:
+    enough = corpus.max_rows is not None  # of the rows that fit, as many as were asked for
+    if fit < (1 - MOST_LOST) * tried and not enough:
         findings.refuse("corpus", said + (advice if lengths[-1] > corpus.max_length else "."))
-    elif fit < _ENOUGH_FIT * tried:
+    elif fit < _ENOUGH_FIT * tried and not enough:
         findings.warn("lengths", said + advice)
     else:
         findings.say("lengths", said)
     return fit / tried
 
 
-def _judge_lost(reasons: Mapping[str, int], read: int, findings: Findings) -> None:
-    """Refuses a corpus that loses more than a fifth of the rows that were read."""
+def _judge_lost(
+    corpus: CorpusConfig, reasons: Mapping[str, int], read: int, kept: int, findings: Findings
+) -> None:
+    """Refuses a corpus that loses more than a fifth of the rows that were read.
+
+    Nothing is lost where ``corpus.max_rows`` rows stay, because no more were asked for.
+    """
+    if corpus.max_rows is not None and kept >= corpus.max_rows:
+        return
     lost = {reason: number for reason, number in reasons.items() if reason not in _WANTED}
     if sum(lost.values()) > MOST_LOST * read:
         listed = "; ".join(f"{number} {reason}" for reason, number in sorted(lost.items()))
@@ -361,13 +369,14 @@ def judge_counts(config: Config, counts: Mapping[str, Any], findings: Findings) 
       findings: what is refused is added.
     """
     reasons: dict[str, int] = {}
-    read = 0
+    read = kept = 0
     for label, source in counts["sources"].items():
         if label.startswith("sources."):
             read += source["read"]
+            kept += source["kept"]
             for reason, dropped in source["drops"].items():
                 reasons[reason] = reasons.get(reason, 0) + dropped["count"]
-    _judge_lost(reasons, read, findings)
+    _judge_lost(config.corpus, reasons, read, kept, findings)
     _judge_validation(config, counts["splits"]["validation"]["rows"], findings)
 
 

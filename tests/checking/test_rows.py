@@ -65,6 +65,13 @@ def test_a_run_that_would_lose_many_rows_does_not_start(tiny_files, tmp_path, ca
     assert "40 of 150 rows are lost, more than a fifth: 40 longer than max_length" in said
 
 
+def test_a_run_that_gets_the_rows_it_asks_for_loses_none(tiny_files, tmp_path):
+    corpus = corpus_of(tmp_path, [LONG] * 70 + ["s0 2"] * 80, max_rows=80)
+    config = recipe(tiny_files, tmp_path / "runs", corpus)
+    with pytest.raises(Reached):
+        command(config, tmp_path)
+
+
 def test_what_only_the_whole_corpus_shows_stops_before_training(tiny_files, tmp_path, capsys):
     """The first rows are fine, and nine in ten of the others are too long."""
     answers = ["s0 2"] * 20 + [LONG] * 130
