@@ -193,7 +193,9 @@ def command(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         written: dict[str, Any]
         if (arguments.config is None) == (arguments.table is None):
-            raise UserError("Give --config FILE for a run, or --table FILE for a table's rows.")
+            raise UserError(
+                "Give --config FILE for a run, or --table FILE for all rows of a table."
+            )
         if arguments.table is None:
             if arguments.only:
                 raise UserError("--only names rows of --table.")

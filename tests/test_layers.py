@@ -64,6 +64,7 @@ AT_IMPORT = {
     "baselines": ARRAYS,
     "reporting": ARRAYS,
     "checking": ARRAYS | {"yaml"},
+    "planning": ARRAYS,
 }
 # These may only be imported inside functions, in any room: each takes a second or more.
 LAZY = {

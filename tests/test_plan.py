@@ -22,7 +22,7 @@ from proxykd_jax.models.params import abstract_params
 from proxykd_jax.parallel.ahead import Compiled
 from proxykd_jax.parallel.collectives import count_collectives
 from proxykd_jax.parallel.devices import DEVICES, gpu_target, topology_name
-from proxykd_jax.plan import main
+from proxykd_jax.plan import command
 from proxykd_jax.planning import Request, StagePlan, render_rows
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -152,7 +152,7 @@ def test_mistakes_are_sentences(config, tmp_path, arguments, sentence):
     ],
 )
 def test_a_run_or_the_rows_of_a_table(capsys, arguments, sentence):
-    assert main(["--device", "a100-80gb", "--count", "8", *arguments]) == 2
+    assert command(["--device", "a100-80gb", "--count", "8", *arguments]) == 2
     assert sentence in capsys.readouterr().err
 
 

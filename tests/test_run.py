@@ -137,6 +137,8 @@ def test_align_and_then_distill_alone_do_the_whole_job(finished_run, tiny_files,
     distill.main(config)
     assert contents(config) == contents(finished_run)
     exported = [files_of(c.folder / "export" / "student") for c in (config, finished_run)]
+    for files in exported:
+        del files["README.md"]  # the card of a run that was evaluated has its measurements
     assert exported[0] == exported[1]
 
 

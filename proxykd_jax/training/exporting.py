@@ -81,7 +81,7 @@ def _export(
         return record_path.exists() and _is_whole(record_path, made_from)
 
     if on_first(is_made):
-        on_first(lambda: write_cards(config))
+        on_first(lambda: write_cards(config, (role,)))
         return folder / (role if merged else f"{role}_adapter")
     model = load(config, mesh)
     record: dict[str, Any] = {"made_from": made_from}
@@ -99,7 +99,7 @@ def _export(
         )  # fmt: skip
         record["validation_nll"] = _compare(config, corpus, mesh, measure, role, model)
     on_first(lambda: _record(record_path, record))
-    on_first(lambda: write_cards(config))
+    on_first(lambda: write_cards(config, (role,)))
     return folder / (role if merged else f"{role}_adapter")
 
 

@@ -8,7 +8,7 @@ stage, so a new one changes no fingerprint.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,15 @@ _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _HALF_WIDTH = 1.96
 
 
-def write_cards(config: Config) -> None:
-    """Writes the card of each exported folder of a run, where it differs from the one there."""
+def write_cards(config: Config, roles: Collection[str] = ("proxy", "student")) -> None:
+    """Writes the card of each exported folder of these models, where it differs from the one there.
+
+    Settings of a stage that has not been checked against the config would be those of another run,
+    so a stage writes the cards of its own model alone.
+    """
     for name in FOLDERS:
+        if name.removesuffix("_adapter") not in roles:
+            continue
         folder = config.folder / "export" / name
         if not folder.is_dir():
             continue

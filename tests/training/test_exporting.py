@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from proxykd_jax import align, distill
-from proxykd_jax.artifacts import read_json
+from proxykd_jax.artifacts import read_json, read_manifest, write_manifest
 from proxykd_jax.config import Config
 from proxykd_jax.data.corpus import open_corpus
 from proxykd_jax.errors import UserError
@@ -175,12 +175,11 @@ def test_the_adapter_of_the_proxy_loads_with_peft(finished_run, tiny_files):
 def test_a_merged_proxy_is_a_model_of_its_own(finished_run, tmp_path, state, capsys):
     config = changed(copy_run(finished_run, tmp_path), {"export": {"proxy": "merged"}})
     config = changed(config, {"export": {"state": state}})
-    manifest = config.folder / "proxy" / "manifest.json"
-    best = read_json(manifest)["best_step"]
+    manifest = read_manifest(config.folder / "proxy")
     # As if the run had become worse after its warm-up.
-    manifest.write_text(manifest.read_text().replace(f'"best_step": {best}', '"best_step": 2'))
+    write_manifest(config.folder / "proxy", {**manifest, "best_step": 2})
     align.main(config)
-    step = {"best": 2, "last": read_json(manifest)["last_step"]}[state]
+    step = {"best": 2, "last": manifest["last_step"]}[state]
     model = load_aligned_proxy(config, make_mesh(config.mesh), step)
     assert_same_model(config.folder / "export" / "proxy", model)
     if state == "last":
