@@ -45,13 +45,17 @@ PUBLISHED = {
 
 
 def plan(folder: Path, *arguments: str, compilers: bool = False) -> subprocess.CompletedProcess:
+    return python(folder, "-m", "proxykd_jax.plan", *arguments, compilers=compilers)
+
+
+def python(folder: Path, *arguments: str, compilers: bool = False) -> subprocess.CompletedProcess:
     environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
     if compilers:  # a device's compiler does not accept the CPU's flags
         environment.pop("XLA_FLAGS", None)
     paths = [str(REPOSITORY), *([str(COMPILERS)] if compilers else [])]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     return subprocess.run(
-        [sys.executable, "-m", "proxykd_jax.plan", *arguments],
+        [sys.executable, *arguments],
         capture_output=True,
         text=True,
         env=environment,
@@ -242,6 +246,48 @@ def test_devices_are_described():
         topology_name(DEVICES["v5e"], 6)
 
 
+# A compilation for a device takes 10 to 40 CPU-seconds. So one process makes them all, and compiles
+# a program once that two checks need: the step of the 70B model with several numbers of rows, then
+# the other stages of a tiny model.
+LOOK = """
+import json, sys
+from pathlib import Path
+from proxykd_jax.parallel.ahead import prepare_process
+
+big, tiny, cache = sys.argv[1:]
+prepare_process(8)
+from proxykd_jax.config import load_config
+from proxykd_jax.parallel.devices import DEVICES
+from proxykd_jax.planning.look import Planner, Request
+
+def planner(path, stages, *changes):
+    config = load_config(path, changes)
+    return Planner(
+        Request(config, DEVICES["a100-80gb"], 8, stages, 64, 64, 40000, 0.4, Path(cache))
+    )
+
+def warmups(batch):
+    plans = planner(big, ("warmup",), f"align.batch_size={batch}")
+    (warmup,) = plans.programs
+    axes = plans.axes_of(plans.request.config.mesh)
+
+    def look(rows, search=True):
+        stage = plans.look(warmup, axes, rows)
+        return plans.with_largest_batch(warmup, stage) if search else stage
+
+    return look
+
+look = warmups(32)
+found = {8: warmups(8)(8, search=False), 32: look(32)}
+found["too many"] = look(2 * found[32].largest_batch)
+plans = planner(tiny, ("round", "sample", "distill"))
+for program in plans.programs:
+    axes = plans.axes_of(plans.request.config.mesh.of(program.work))
+    found[program.name] = plans.look(program, axes, program.rows)
+print(json.dumps({name: stage.figures() for name, stage in found.items()}))
+"""
+
+
 @pytest.mark.slow
 class TestRealCompilers:
     """Programs are compiled for an A100 on a machine without one."""
@@ -251,51 +297,44 @@ class TestRealCompilers:
         if not COMPILERS.is_dir():
             pytest.skip(f"the device compilers are not in {COMPILERS}")
 
-    def test_a_70b_step_fits_eight_a100(self, tmp_path):
+    def test_a_70b_step_fits_eight_a100_until_it_has_too_many_rows(self, config, tmp_path):
         """A prototype of the same step needed 25.9 GiB for 8 rows and 32.3 for 32."""
-        out = tmp_path / "plan.json"
         recipe = REPOSITORY / "configs" / "llama2_70b_to_7b.yaml"
-        peaks = []
-        for rows in (8, 32):
-            done = plan(
-                tmp_path, "--config", str(recipe), "--device", "a100-80gb", "--count", "8",
-                "--stage", "warmup", "--set", f"align.batch_size={rows}", "--json", str(out),
-                compilers=True,
-            )  # fmt: skip
-            assert done.returncode == 0, done.stderr
-            assert "no estimate" not in done.stdout
-            stage = json.loads(out.read_text())["warmup"]
-            assert stage["fits"] and stage["largest_batch"] > 100
-            assert stage["peak_bytes"] > stage["argument_bytes"] > 16.3 * 2**30
-            peaks.append(stage["peak_bytes"] / 2**30)
-        np.testing.assert_allclose(peaks, [25.9, 32.3], rtol=0.06)
-
-    def test_what_does_not_fit_is_refused_and_fit_finds_what_does(self, config, tmp_path):
-        """The batch is too large for the device; a tiny model would fit on every known device."""
-        recipe = REPOSITORY / "configs" / "llama2_70b_to_7b.yaml"
-        out = tmp_path / "plan.json"
-        done = plan(
-            tmp_path, "--config", str(recipe), "--device", "a100-40gb", "--count", "8",
-            "--stage", "warmup", "--set", "align.batch_size=128", "--json", str(out),
-            compilers=True,
-        )  # fmt: skip
+        command = ["-c", LOOK, str(recipe), str(config), str(tmp_path / "cache")]
+        done = python(tmp_path, *command, compilers=True)
         assert done.returncode == 0, done.stderr
-        stage = json.loads(out.read_text())["warmup"]
-        assert not stage["fits"] and 0 < stage["largest_batch"] < 128
+        stages = json.loads(done.stdout)
+        assert all(stage["temporaries_estimated"] for stage in stages.values())
+        few, many, refused = (stages.pop(name) for name in ("8", "32", "too many"))
+        for stage in (few, many):
+            assert stage["fits"]
+            assert stage["peak_bytes"] > stage["argument_bytes"] > 16.3 * 2**30
+        peaks = [stage["peak_bytes"] / 2**30 for stage in (few, many)]
+        np.testing.assert_allclose(peaks, [25.9, 32.3], rtol=0.06)
+        assert many["largest_batch"] > 100
+        assert not refused["fits"] and 0 < refused["largest_batch"] < refused["batch"]
+        # A tiny model fits.
+        assert list(stages) == ["sample", "round", "distill"]
+        assert all(stage["fits"] for stage in stages.values())
 
-        # On two devices, which have three meshes. Eight would have ten, with seven programs each.
+    def test_fit_finds_meshes(self, config, tmp_path):
+        """On two devices, which have three meshes; eight would have ten."""
         fitted = tmp_path / "fitted.yaml"
-        device = ("--device", "a100-80gb", "--count", "2")
+        # Two kinds of work, each with its own mesh, whose programs are soonest compiled.
+        given = (
+            "--device", "a100-80gb", "--count", "2", "--stage", "reference", "--stage", "score"
+        )  # fmt: skip
         two = ("mesh.data=1", "mesh.fsdp=2", "mesh.sample.data=1", "mesh.sample.tensor=2")
         changes = [word for change in two for word in ("--set", change)]
         done = plan(
-            tmp_path, "--config", str(config), *device, *changes, "--fit", str(fitted),
+            tmp_path, "--config", str(config), *given, *changes, "--fit", str(fitted),
             compilers=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        found = yaml.safe_load(fitted.read_text())
-        axes = [found["mesh"][name] for name in ("data", "fsdp", "tensor")]
-        assert math.prod(axes) == 2
+        assert "no estimate" not in done.stdout
+        mesh = yaml.safe_load(fitted.read_text())["mesh"]
+        for axes in (mesh, mesh["score"]):
+            assert math.prod(axes[name] for name in ("data", "fsdp", "tensor")) == 2
         assert plan(
-            tmp_path, "--config", str(fitted), *device, compilers=True
+            tmp_path, "--config", str(fitted), *given, compilers=True
         ).returncode == 0  # fmt: skip

@@ -28,6 +28,7 @@ from proxykd_jax.texts.selection import (
 from proxykd_jax.texts.split import split_name
 from proxykd_jax.texts.template import Renderer
 from proxykd_jax.texts.tokenizer import load_tokenizer
+from tests.forked import REPOSITORY, Forks
 
 SENTENCE = "the cat sat on a mat and looked at every dog that ran past in warm rain"
 WORDS = SENTENCE.split()
@@ -474,11 +475,11 @@ def test_killed_at_random_moments(tmp_path, llama_folder):
     yaml = write_config(tmp_path / "c.yaml", config)
     folder = tmp_path / "runs" / "killed" / "corpus"
     rng = random.Random(0)
+    forks = Forks(os.environ)
     kills = 0
     while kills < 10:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "proxykd_jax.prepare", "--config", yaml],
-            stdout=subprocess.DEVNULL,
+        process = forks.start(
+            "proxykd_jax.prepare", ("--config", yaml), cwd=REPOSITORY, output=tmp_path / "output"
         )
         before = len(list(folder.rglob("part_*")))
         while process.poll() is None and len(list(folder.rglob("part_*"))) < before + 2:
@@ -486,9 +487,10 @@ def test_killed_at_random_moments(tmp_path, llama_folder):
         time.sleep(rng.uniform(0, 0.3))
         if process.poll() is not None:
             break
-        os.kill(process.pid, signal.SIGKILL)
+        process.send_signal(signal.SIGKILL)
         process.wait()
         kills += 1
+    forks.close()
     assert kills >= 5
     assert main(config).counts == whole.counts
     assert snapshot(folder) == snapshot(whole.folder)

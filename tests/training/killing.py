@@ -16,9 +16,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+from tests.forked import REPOSITORY, Fork, Forks
 
 # Orbax needs about 50 ms for the smallest checkpoint.
 LOOK_EVERY_S = 0.005
@@ -68,20 +71,26 @@ if waiting or slow:
 class Runner:
     """Starts one command repeatedly, and kills it.
 
+    A process that is killed is a fork (``tests/forked.py``), unless it has variables other than the
+    hook's. One that runs to its end is a process of its own.
+
     Args:
-      command: the command, the same each time.
+      module, arguments: the command, the same each time.
       folder: folder of the hook, the output and, if they have no place yet, Python's compiled
         modules; runners may share it.
-      cwd: where the command runs.
       environment: variables in addition to this process's.
     """
 
     def __init__(
-        self, command: list[str], folder: Path, cwd: Path, environment: Mapping[str, str]
+        self,
+        module: str,
+        arguments: Sequence[str],
+        folder: Path,
+        environment: Mapping[str, str],
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "sitecustomize.py").write_text(HOOK)
-        self._command, self._cwd = command, cwd
+        self._module, self._arguments = module, list(arguments)
         self._output = folder / "output.txt"
         self._environment = {
             **os.environ,
@@ -91,10 +100,16 @@ class Runner:
         }
         self._environment.setdefault("PYTHONPYCACHEPREFIX", str(folder / "modules"))
         self._environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        self._forks: Forks | None = None
+
+    def close(self) -> None:
+        """Ends the process that forks."""
+        if self._forks is not None:
+            self._forks.close()
 
     def finish(self) -> None:
         """Runs the command to its end."""
-        code = self._start().wait()
+        code = self._alone().wait()
         assert code == 0, f"exit code {code}\n{self._last_output()}"
 
     def dies_at(self, calls: str) -> None:
@@ -115,16 +130,30 @@ class Runner:
             time.sleep(LOOK_EVERY_S)
         time.sleep(delay_s)
         ours = process.poll() is None
-        process.kill()
+        process.send_signal(signal.SIGKILL)
         code = process.wait()
         assert code == -signal.SIGKILL, f"exit code {code} before a kill\n{self._last_output()}"
         return ours
 
-    def _start(self, **environment: str) -> subprocess.Popen[bytes]:
+    def _start(self, **environment: str) -> Fork | subprocess.Popen[bytes]:
+        if environment.keys() - {"KILL_AT", "RENAME_TAKES_S"}:
+            return self._alone(**environment)
+        if self._forks is None:
+            self._forks = Forks(self._environment)
+        return self._forks.start(
+            self._module,
+            self._arguments,
+            cwd=REPOSITORY,
+            output=self._output,
+            environment=environment,
+            first=HOOK,
+        )
+
+    def _alone(self, **environment: str) -> subprocess.Popen[bytes]:
         with open(self._output, "ab") as file:
             return subprocess.Popen(
-                self._command,
-                cwd=self._cwd,
+                [sys.executable, "-m", self._module, *self._arguments],
+                cwd=REPOSITORY,
                 env={**self._environment, **environment},
                 stdout=file,
                 stderr=subprocess.STDOUT,

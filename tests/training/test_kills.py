@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from tests.tiny_run import make_files, recipe
 from tests.training.killing import Runner
 
 STAGES = ("align", "score", "distill")
-REPOSITORY = Path(__file__).resolve().parents[2]
 # Seed of the random moments; the test must pass with any seed.
 SEED = int(os.environ.get("PROXYKD_KILL_SEED", "0"))
 
@@ -235,8 +233,9 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
         config = recipe(files, tmp_path / name, CHANGES)
         path = tmp_path / f"{name}.yaml"
         path.write_text(dump_config(config))
-        command = [sys.executable, "-m", "proxykd_jax.run", "--config", str(path)]
-        return Runner(command, tmp_path / "python", REPOSITORY, environment), config.folder
+        arguments = ("--config", str(path))
+        runner = Runner("proxykd_jax.run", arguments, tmp_path / "python", environment)
+        return runner, config.folder
 
     runner, whole = made("whole")
     runner.finish()
@@ -301,6 +300,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     killing.at("distill", "export", r"renamed|export/student$")
     killing.at("distill", "export again", r"renamed|export/\.student\.old\.tmp$")
 
+    runner.close()
     runner.finish()
     found = Counter(killing.kills)
     print(*(f"{count} {stage}: {what}" for (stage, what), count in found.items()), sep="\n")
