@@ -18,6 +18,7 @@ from proxykd_jax import (
     init,
     plan,
     prepare,
+    push,
     report,
     run,
     score,
@@ -30,7 +31,7 @@ from proxykd_jax.cli import USER_ERROR, did_you_mean
 # and ``command(argv)``, which imports nothing heavy before it has read its arguments.
 _MODULES = (
     *(collect, prepare, align, score, distill, evaluate, export, report),
-    *(init, run, check, plan, verify, chat, tables),
+    *(init, run, check, plan, verify, chat, push, tables),
 )
 COMMANDS = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
 
