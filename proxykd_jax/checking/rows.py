@@ -20,7 +20,7 @@ from proxykd_jax.config import Config, CorpusConfig, SourceConfig
 from proxykd_jax.data.corpus import SPLITS, TokenCorpus, open_corpus
 from proxykd_jax.errors import UserError
 from proxykd_jax.texts.files import list_files, source_files
-from proxykd_jax.texts.funnel import describe_notes, describe_passed_over
+from proxykd_jax.texts.funnel import counted, describe_notes, describe_passed_over
 from proxykd_jax.texts.readers import read_source
 from proxykd_jax.texts.records import Drops, TextRow
 from proxykd_jax.texts.selection import (
@@ -252,7 +252,7 @@ def _select(
             lost.merge(count.drops)
         for reason, number in sorted(count.drops.counts.items()):
             first = count.drops.origins[reason][0]
-            findings.warn(label, f"{_rows(number)} left out: {reason} (first at {first})")
+            findings.warn(label, f"{counted(number, 'row')} left out: {reason} (first at {first})")
         for line in describe_notes(count.notes.as_json()):
             findings.warn(label, line)
     _judge_lost(config.corpus, lost.counts, read, selection.rows, findings)
@@ -303,7 +303,7 @@ def _judge_sample(corpus: CorpusConfig, sample: Sample, findings: Findings) -> f
         return 0.0
     for reason, number in sorted(sample.drops.counts.items()):
         first = sample.drops.origins[reason][0]
-        findings.warn("corpus", f"{_rows(number)} of {tried}: {reason} (first at {first})")
+        findings.warn("corpus", f"{counted(number, 'row')} of {tried}: {reason} (first at {first})")
     lengths = np.sort(np.array(sample.lengths or [0]))
     fit = int(np.sum(lengths <= corpus.max_length)) if sample.lengths else 0
     said = (
@@ -378,10 +378,6 @@ def judge_counts(config: Config, counts: Mapping[str, Any], findings: Findings) 
                 reasons[reason] = reasons.get(reason, 0) + dropped["count"]
     _judge_lost(config.corpus, reasons, read, kept, findings)
     _judge_validation(config, counts["splits"]["validation"]["rows"], findings)
-
-
-def _rows(number: int) -> str:
-    return f"{number:,} row" if number == 1 else f"{number:,} rows"
 
 
 def rounded_length(length: int) -> int:
