@@ -25,6 +25,7 @@ from proxykd_jax.texts.row_keys import (
     thought_of,
     unread_keys,
 )
+from proxykd_jax.texts.teachers import another_model, model_of
 
 Record = Mapping[str, Any]
 _NAMES = frozenset(("id", "custom_id", "prompt"))
@@ -55,11 +56,12 @@ class Answers:
         return found
 
 
-def load_answers(path: str) -> Answers:
+def load_answers(path: str, teacher: str | None = None) -> Answers:
     """Reads ``{id or prompt, response}``, FastChat's ``{question_id, choices}``, or a batch.
 
     The outputs of batches have ``custom_id`` as the id. An answer that was cut off, filtered,
-    refused or flagged keeps the reason why it is dropped, and so does a request that failed.
+    refused or flagged keeps the reason why it is dropped, and so does a request that failed, and an
+    answer whose model is not ``teacher``, if that is given.
 
     Raises:
       UserError: the file is missing or damaged, or a row has neither id nor prompt.
@@ -92,6 +94,9 @@ def load_answers(path: str) -> Answers:
                 f"{origin} has the keys {', '.join(record)}; an answer needs response and id or "
                 "prompt (or FastChat's question_id and choices, or the custom_id of a batch)."
             )
+        another = another_model(_model(record), teacher)
+        if another is not None:
+            values = [_failed(another)]
         if identity is None and not isinstance(prompt, str):
             raise UserError(f"{origin}: neither id nor prompt says what this answers.")
         if identity is not None:
@@ -112,6 +117,15 @@ def _answer_of(record: Record, key: str) -> RawTurn:
         return _answer(record.get(key), problem)._replace(thought=thought_of(record))
     except RowProblem as unreadable:
         return _answer(None, str(unreadable))
+
+
+def _model(record: Record) -> str | None:
+    """The model that an answer, a reply or a message names, or None."""
+    reply, result = record.get("response"), record.get("result")
+    body = reply.get("body") if isinstance(reply, Mapping) else None
+    message = result.get("message") if isinstance(result, Mapping) else None
+    holders = (holder for holder in (record, body, message) if isinstance(holder, Mapping))
+    return next((model for holder in holders if (model := model_of(holder)) is not None), None)
 
 
 def _of_openai(record: Record) -> list[RawTurn]:

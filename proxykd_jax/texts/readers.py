@@ -111,7 +111,7 @@ def read_source(
     Raises:
       UserError: the source is missing, damaged or of another format, or gives no row at all.
     """
-    answers = load_answers(source.answers) if source.answers is not None else None
+    answers = load_answers(source.answers, source.teacher) if source.answers is not None else None
     own_drops, own_notes = Drops(), Notes()
     every_turn = source.turns == "all" and not prompts_only
     count = 0
@@ -211,8 +211,10 @@ def _rows(
                 continue
             if not FORMATS[name].fits(record):
                 raise RowProblem(f"keys or types that do not fit the format {name}")
-            if not prompts_only and (another := models.problem(record)) is not None:
-                raise RowProblem(another)
+            if not prompts_only and answers is None:
+                another = models.problem(record)
+                if another is not None:
+                    raise RowProblem(another)
             for key, shown in unread(name, record):
                 notes.add(not_read(key), origin, shown)
             if name == "text":

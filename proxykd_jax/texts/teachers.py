@@ -9,7 +9,7 @@ Record = Mapping[str, Any]
 # Where neither the config nor the layout says more: the paper's teacher, of which Nectar and
 # OpenOrca hold answers.
 DEFAULT_TEACHER = "gpt-4"
-_MODEL_KEYS = ("model", "generator", "model_name")
+_MODEL_KEYS = ("model", "generator", "model_name", "model_id")
 _MOST = 100
 
 
@@ -22,6 +22,19 @@ def is_teacher(model: str, teacher: str) -> bool:
     """Whether a model's name begins with the teacher's, perhaps behind its maker's name."""
     wanted = plain_name(teacher)
     return any(plain_name(name).startswith(wanted) for name in (model, model.rpartition("/")[2]))
+
+
+def model_of(record: Record) -> str | None:
+    """The model that a row names, or None."""
+    names = (record.get(key) for key in _MODEL_KEYS)
+    return next((name for name in names if isinstance(name, str) and name.strip()), None)
+
+
+def another_model(model: str | None, teacher: str | None) -> str | None:
+    """Why an answer of a model is dropped, or None; unknown models and teachers drop none."""
+    if model is None or teacher is None or is_teacher(model, teacher):
+        return None
+    return f"an answer of another model ({model})"
 
 
 class ModelCount:
@@ -37,15 +50,13 @@ class ModelCount:
 
     def problem(self, record: Record) -> str | None:
         """Counts a row; why it is dropped, or None."""
-        model = next((record[k] for k in _MODEL_KEYS if isinstance(record.get(k), str)), "")
-        if not model.strip():
+        model = model_of(record)
+        if model is None:
             return None
         if model not in self._rows and len(self._rows) >= _MOST:
             model = "others"
         self._rows[model] = self._rows.get(model, 0) + 1
-        if self._teacher is None or is_teacher(model, self._teacher):
-            return None
-        return f"an answer of another model ({model})"
+        return another_model(model, self._teacher)
 
     def mixed(self) -> tuple[str, int] | None:
         """What to say of a file that mixes models although no teacher is named, and its rows."""
@@ -54,5 +65,7 @@ class ModelCount:
         ranked = sorted(self._rows.items(), key=lambda item: -item[1])
         shown = ", ".join(f"{model} ({rows:,})" for model, rows in ranked[:5])
         more = f" and {len(ranked) - 5:,} more" if len(ranked) > 5 else ""
-        said = f"answers of {len(ranked)} models are mixed, {shown}{more}; teacher keeps one"
+        said = (
+            f"answers of {len(ranked)} models are mixed, {shown}{more}; teacher keeps those of one"
+        )
         return said, sum(self._rows.values())

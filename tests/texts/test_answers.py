@@ -130,6 +130,19 @@ def test_inputs(tmp_path, case, turns):
         read(path=path)
 
 
+def test_answers_of_another_model_than_the_teacher(tmp_path):
+    asked = [{"custom_id": f"{n}", "params": {"messages": SHOTS[:1]}} for n in range(3)]
+    lines = [
+        {"custom_id": "0", **anthropic(TEXT)},
+        {"custom_id": "1", "response": "a", "model": "m"},
+        {"custom_id": "2", "response": "a"},
+    ]
+    path, answers = write(tmp_path / "in.jsonl", asked), write(tmp_path / "out.jsonl", lines)
+    assert len(read(path=path, answers=answers)[0]) == 3
+    found, drops, _ = read(path=path, answers=answers, teacher="c")
+    assert len(found) == 2 and drops.counts == {"an answer of another model (m)": 1}
+
+
 def test_a_request_that_begins_the_answer(tmp_path):
     rows = [{"custom_id": n, "params": {"messages": SHOTS[:end]}} for n, end in ((1, 2), (2, 3))]
     found, drops, _ = read(True, path=write(tmp_path / "in.jsonl", rows))

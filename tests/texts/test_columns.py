@@ -128,14 +128,18 @@ def test_datasets_and_tfds(monkeypatch, kind):
 
 
 LAYOUTS = [
-    (ROW, "has the keys", "columns: {prompt: question, response: reply}"),
-    ({"question": "q", "answer": "a"}, "nearest is prompt_response, without prompt.",
+    (ROW, "nearest is prompt_response: it also needs prompt and response.",
+     "columns: {prompt: question, response: reply}"),
+    ({"question": "q", "answer": "a"}, "nearest is prompt_response: it also needs prompt.",
      "columns: {prompt: question, response: answer}"),
-    ({"question": "q", "response": "a"}, "nearest is openorca, without system_prompt.",
+    ({"question": "q", "response": "a"}, "nearest is prompt_response: it also needs prompt.",
      "columns: {prompt: question, response: response}"),
-    ({"messages": "x"}, "nearest is messages, without the right values under messages.",
+    ({"custom_id": "1", "url": "u"}, "nearest is batch: it also needs body.", "columns"),
+    ({"messages": "x"}, "nearest is messages: its messages hold other values.",
      "columns: {prompt: ..., response: ...}"),
-    ({"dialog": TURNS}, "has the keys", "columns: {messages: dialog}"),
+    ({"dialog": TURNS}, "nearest is messages: it also needs messages.",
+     "columns: {messages: dialog}"),
+    ({"foo": "q"}, "has the keys", "columns: {prompt: ..., response: ...}"),
 ]  # fmt: skip
 
 
@@ -175,9 +179,9 @@ def test_rows_of_another_model_are_counted(tmp_path, key, teacher, models, kept,
 def test_a_file_of_several_models_is_noted(tmp_path):
     rows = [{"prompt": f"{n}", "response": "a", "model": "xyy"[n % 3]} for n in range(6)]
     path = write(tmp_path / "a.jsonl", *rows)
-    said = "answers of 2 models are mixed, y (4), x (2); teacher keeps one"
+    said = "answers of 2 models are mixed, y (4), x (2); teacher keeps those of one"
     assert read(path)[2] == {said: 6} and len(read(path)[0]) == 6
     assert read(path, limit=3)[2] == {
-        "answers of 2 models are mixed, y (2), x (1); teacher keeps one": 3
+        "answers of 2 models are mixed, y (2), x (1); teacher keeps those of one": 3
     }
     assert not read(write(tmp_path / "b.jsonl", *rows[1:3]))[2]
