@@ -32,6 +32,7 @@ from proxykd_jax.texts.selection import (
     select_rows,
     selected_rows,
 )
+from proxykd_jax.texts.teachers import ANOTHER_MODEL
 from proxykd_jax.training.sketch import RowsOfLengths, SketchedCorpus
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ _QUICK_SAMPLE = 200
 _BATCH = 512
 _EXAMPLES_TRIED = 100
 # Rows that a user asked to leave out, or that the corpus has twice, are not lost.
-_WANTED = (BEYOND_MAX_ROWS, IN_BENCHMARK, IN_TEST, IN_VALIDATION, REPEATED)
+_WANTED = (BEYOND_MAX_ROWS, IN_BENCHMARK, IN_TEST, IN_VALIDATION, REPEATED, ANOTHER_MODEL)
 MOST_LOST = 0.2
 _ENOUGH_FIT = 0.95
 
@@ -331,7 +332,7 @@ def _judge_lost(
     """
     if corpus.max_rows is not None and kept >= corpus.max_rows:
         return
-    lost = {reason: number for reason, number in reasons.items() if reason not in _WANTED}
+    lost = {reason: number for reason, number in reasons.items() if not reason.startswith(_WANTED)}
     if sum(lost.values()) > MOST_LOST * read:
         listed = "; ".join(f"{number} {reason}" for reason, number in sorted(lost.items()))
         findings.refuse(

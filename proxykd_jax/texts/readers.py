@@ -227,6 +227,8 @@ def _rows(
                 name, record, source, prompts_only or answers is not None
             )
             if answers is not None and not prompts_only:
+                if name != "batch" and not is_prompt(name, record):
+                    raise RowProblem("a row with an answer of its own beside the file of answers")
                 (asked,) = conversations
                 conversations = _answered(name, record, origin, asked, answers, notes)
         except RowProblem as problem:

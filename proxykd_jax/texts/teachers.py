@@ -9,6 +9,7 @@ Record = Mapping[str, Any]
 # Where neither the config nor the layout says more: the paper's teacher, of which Nectar and
 # OpenOrca hold answers.
 DEFAULT_TEACHER = "gpt-4"
+ANOTHER_MODEL = "an answer of another model"
 _MODEL_KEYS = ("model", "generator", "model_name", "model_id")
 _MOST = 100
 
@@ -34,7 +35,7 @@ def another_model(model: str | None, teacher: str | None) -> str | None:
     """Why an answer of a model is dropped, or None; unknown models and teachers drop none."""
     if model is None or teacher is None or is_teacher(model, teacher):
         return None
-    return f"an answer of another model ({model})"
+    return f"{ANOTHER_MODEL} ({model})"
 
 
 class ModelCount:

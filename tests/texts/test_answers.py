@@ -150,7 +150,8 @@ def test_a_request_that_begins_the_answer(tmp_path):
 
 
 def test_prompts_with_ids_or_texts_get_their_answers(tmp_path):
-    rows = [{"qid": 7, "q": "x"}, {"qid": 8, "q": "y"}, {"qid": 9, "q": "z"}]
+    rows = [{"qid": n, "q": q} for n, q in ((7, "x"), (8, "y"), (9, "z"))]
+    rows.append({"qid": 7, "q": "w", "response": "own"})
     path = write(tmp_path / "a.jsonl", rows)
     answers = [{"id": "7", "response": "a", "remark": "r"}, {"prompt": "z", "response": "b"}]
     found, drops, notes = read(
@@ -159,7 +160,10 @@ def test_prompts_with_ids_or_texts_get_their_answers(tmp_path):
         answers=write(tmp_path / "b.jsonl", answers),
     )
     assert found == [[("u", "x"), ("a", "a")], [("u", "z"), ("a", "b")]]
-    assert drops.counts == {"no answer of the teacher": 1}
+    assert drops.counts == {
+        "no answer of the teacher": 1,
+        "a row with an answer of its own beside the file of answers": 1,
+    }
     assert notes.counts == {"the key answers.remark is not read": 1}
 
 

@@ -9,7 +9,7 @@ from proxykd_jax.texts.conversations import NOTHING_LEARNT
 from proxykd_jax.texts.formats import NO_TURNS
 from proxykd_jax.texts.readers import read_source
 from proxykd_jax.texts.records import OTHER_NOTES, Drops, Notes
-from proxykd_jax.texts.row_keys import NO_CALL_THERE, REASONING, TOOL_CALLS
+from proxykd_jax.texts.row_keys import NO_CALL_THERE, REASONING
 
 U, A, S = "user", "assistant", "system"
 
