@@ -299,12 +299,13 @@ def tokenize(rows: Iterable[tuple[SourceConfig, TextRow]], renderer: Renderer) -
 
 def _judge_sample(corpus: CorpusConfig, sample: Sample, findings: Findings) -> float:
     """Reports on the lengths of a sample; returns the share of its rows that a corpus keeps."""
-    tried = len(sample.lengths) + sample.drops.total
+    tried = len(sample.lengths) + sum(_not_wanted(sample.drops.counts).values())
     if not tried:
         return 0.0
+    read = len(sample.lengths) + sample.drops.total
     for reason, number in sorted(sample.drops.counts.items()):
         first = sample.drops.origins[reason][0]
-        findings.warn("corpus", f"{counted(number, 'row')} of {tried}: {reason} (first at {first})")
+        findings.warn("corpus", f"{counted(number, 'row')} of {read}: {reason} (first at {first})")
     lengths = np.sort(np.array(sample.lengths or [0]))
     fit = int(np.sum(lengths <= corpus.max_length)) if sample.lengths else 0
     said = (
@@ -332,7 +333,7 @@ def _judge_lost(
     """
     if corpus.max_rows is not None and kept >= corpus.max_rows:
         return
-    lost = {reason: number for reason, number in reasons.items() if not reason.startswith(_WANTED)}
+    lost = _not_wanted(reasons)
     if sum(lost.values()) > MOST_LOST * read:
         listed = "; ".join(f"{number} {reason}" for reason, number in sorted(lost.items()))
         findings.refuse(
@@ -340,6 +341,11 @@ def _judge_lost(
             f"{sum(lost.values())} of {read} rows are lost, more than a fifth: {listed}. "
             "Look at the first of them, and change the source, its format or corpus.max_length.",
         )
+
+
+def _not_wanted(reasons: Mapping[str, int]) -> dict[str, int]:
+    """The rows that are lost against a user's wish."""
+    return {reason: rows for reason, rows in reasons.items() if not reason.startswith(_WANTED)}
 
 
 def _judge_validation(config: Config, rows: int, findings: Findings) -> None:
