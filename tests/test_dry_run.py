@@ -174,9 +174,9 @@ def test_what_is_not_read_of_a_folder_is_said(tiny_files, tmp_path, capsys):
     config = recipe(tiny_files, tmp_path / "runs", {"corpus": source})
     assert dry_run(written(config, tmp_path)) == 0
     said = capsys.readouterr().out
-    assert "corpus.sources.0: 1 files passed over: test.jsonl (its name says test)" in said
+    assert "corpus.sources.0: 1 file passed over: test.jsonl (its name says test)" in said
     assert "1 row left out: an answer that was cut off (finish_reason: length) (first at " in said
-    assert "120 times: the key remark is not read (first " in said
+    assert "120 rows: the key remark is not read (first " in said
     assert "dry run: no error" in said
 
 

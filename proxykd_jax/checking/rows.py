@@ -20,7 +20,7 @@ from proxykd_jax.config import Config, CorpusConfig, SourceConfig
 from proxykd_jax.data.corpus import SPLITS, TokenCorpus, open_corpus
 from proxykd_jax.errors import UserError
 from proxykd_jax.texts.files import list_files, source_files
-from proxykd_jax.texts.funnel import describe_notes, describe_passed_over
+from proxykd_jax.texts.funnel import counted, describe_notes, describe_passed_over
 from proxykd_jax.texts.readers import read_source
 from proxykd_jax.texts.records import Drops, TextRow
 from proxykd_jax.texts.selection import (
@@ -32,6 +32,7 @@ from proxykd_jax.texts.selection import (
     select_rows,
     selected_rows,
 )
+from proxykd_jax.texts.teachers import ANOTHER_MODEL
 from proxykd_jax.training.sketch import RowsOfLengths, SketchedCorpus
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ _QUICK_SAMPLE = 200
 _BATCH = 512
 _EXAMPLES_TRIED = 100
 # Rows that a user asked to leave out, or that the corpus has twice, are not lost.
-_WANTED = (BEYOND_MAX_ROWS, IN_BENCHMARK, IN_TEST, IN_VALIDATION, REPEATED)
+_WANTED = (BEYOND_MAX_ROWS, IN_BENCHMARK, IN_TEST, IN_VALIDATION, REPEATED, ANOTHER_MODEL)
 MOST_LOST = 0.2
 _ENOUGH_FIT = 0.95
 
@@ -252,7 +253,7 @@ def _select(
             lost.merge(count.drops)
         for reason, number in sorted(count.drops.counts.items()):
             first = count.drops.origins[reason][0]
-            findings.warn(label, f"{_rows(number)} left out: {reason} (first at {first})")
+            findings.warn(label, f"{counted(number, 'row')} left out: {reason} (first at {first})")
         for line in describe_notes(count.notes.as_json()):
             findings.warn(label, line)
     _judge_lost(config.corpus, lost.counts, read, selection.rows, findings)
@@ -298,12 +299,13 @@ def tokenize(rows: Iterable[tuple[SourceConfig, TextRow]], renderer: Renderer) -
 
 def _judge_sample(corpus: CorpusConfig, sample: Sample, findings: Findings) -> float:
     """Reports on the lengths of a sample; returns the share of its rows that a corpus keeps."""
-    tried = len(sample.lengths) + sample.drops.total
+    tried = len(sample.lengths) + sum(_not_wanted(sample.drops.counts).values())
     if not tried:
         return 0.0
+    read = len(sample.lengths) + sample.drops.total
     for reason, number in sorted(sample.drops.counts.items()):
         first = sample.drops.origins[reason][0]
-        findings.warn("corpus", f"{_rows(number)} of {tried}: {reason} (first at {first})")
+        findings.warn("corpus", f"{counted(number, 'row')} of {read}: {reason} (first at {first})")
     lengths = np.sort(np.array(sample.lengths or [0]))
     fit = int(np.sum(lengths <= corpus.max_length)) if sample.lengths else 0
     said = (
@@ -331,7 +333,7 @@ def _judge_lost(
     """
     if corpus.max_rows is not None and kept >= corpus.max_rows:
         return
-    lost = {reason: number for reason, number in reasons.items() if reason not in _WANTED}
+    lost = _not_wanted(reasons)
     if sum(lost.values()) > MOST_LOST * read:
         listed = "; ".join(f"{number} {reason}" for reason, number in sorted(lost.items()))
         findings.refuse(
@@ -339,6 +341,11 @@ def _judge_lost(
             f"{sum(lost.values())} of {read} rows are lost, more than a fifth: {listed}. "
             "Look at the first of them, and change the source, its format or corpus.max_length.",
         )
+
+
+def _not_wanted(reasons: Mapping[str, int]) -> dict[str, int]:
+    """The rows that are lost against a user's wish."""
+    return {reason: rows for reason, rows in reasons.items() if not reason.startswith(_WANTED)}
 
 
 def _judge_validation(config: Config, rows: int, findings: Findings) -> None:
@@ -378,10 +385,6 @@ def judge_counts(config: Config, counts: Mapping[str, Any], findings: Findings) 
                 reasons[reason] = reasons.get(reason, 0) + dropped["count"]
     _judge_lost(config.corpus, reasons, read, kept, findings)
     _judge_validation(config, counts["splits"]["validation"]["rows"], findings)
-
-
-def _rows(number: int) -> str:
-    return f"{number:,} row" if number == 1 else f"{number:,} rows"
 
 
 def rounded_length(length: int) -> int:

@@ -6,6 +6,7 @@ One YAML file describes a whole run. A key without a default here takes its valu
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -40,13 +41,34 @@ ALL_LINEAR: tuple[LinearName, ...] = (
 )
 
 
+# Keys of a row that ``columns`` of a source can give, and the format that some of them decide.
+COLUMN_KEYS = (
+    *("prompt", "response", "messages", "text", "system", "context", "history", "tools"),
+    *("reasoning", "finish_reason", "model", "gold", "id"),
+)
+_FORMAT_OF_COLUMN = {
+    "prompt": "prompt_response",
+    "response": "prompt_response",
+    "context": "prompt_response",
+    "messages": "messages",
+    "text": "text",
+}
+_FORMATS_OF_COLUMNS: dict[str | None, tuple[str, ...]] = {
+    "prompt_response": ("auto", "prompt_response"),
+    "messages": ("auto", "messages"),
+    "text": ("auto", "text"),
+    None: ("auto", "messages", "prompt_response", "alpaca", "sharegpt"),
+}
+
+
 class SourceConfig(Section):
     """Where rows of the corpus come from."""
 
     path: PathText | None = Field(
         None,
-        description="file, folder or glob of files (.json, .jsonl, .ndjson, also .gz, .parquet); "
-        "files of a folder that say test or validation are not trained on",
+        description="file, folder or glob of files (.json, .jsonl, .ndjson, .csv, .tsv, each also "
+        "with .gz or .zst; .parquet); files of a folder that say test or validation are not "
+        "trained on",
     )
     dataset: PathText | None = Field(
         None, description="name or local folder of a Hugging Face dataset, instead of path"
@@ -67,6 +89,7 @@ class SourceConfig(Section):
         "text",
         "openorca",
         "nectar",
+        "batch",
         "gsm8k",
         "arc",
         "csqa",
@@ -75,15 +98,20 @@ class SourceConfig(Section):
         "bbh",
         "mt_bench",
     ] = Field("auto", description="schema of the rows; auto recognises it from the first row")
+    columns: dict[str, str] = Field(
+        {},
+        description="the file's own column for a key that is read, such as {prompt: question, "
+        f"response: answer}}; keys: {', '.join(COLUMN_KEYS)}",
+    )
     answers: PathText | None = Field(
         None,
         description="file of teacher answers ({id or prompt, response}, or a batch's output) for "
-        "the prompts of a benchmark training set",
+        "prompts: a benchmark's training set, the input of a batch, or prompts without responses",
     )
-    teacher: str = Field(
-        "gpt-4",
-        description="Nectar: keep answers whose model name begins with this; "
-        "OpenOrca: checked against the file name",
+    teacher: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="keep rows of this model alone, where a column says the model (its name "
+        "begins with this); Nectar and OpenOrca, which is checked by its file name: default gpt-4",
     )
     turns: Literal["last", "each", "all"] = Field(
         "each",
@@ -110,6 +138,35 @@ class SourceConfig(Section):
         if self.prompt_tokens and self.prompt_sentences:
             raise ValueError("give prompt_tokens or prompt_sentences, not both")
         return self
+
+    @model_validator(mode="after")
+    def _columns_fit(self) -> SourceConfig:
+        for key, column in self.columns.items():
+            if key not in COLUMN_KEYS:
+                close = difflib.get_close_matches(key, COLUMN_KEYS, n=1)
+                hint = f"did you mean '{close[0]}'?" if close else ", ".join(COLUMN_KEYS)
+                raise ValueError(f"columns: {key} is none of the keys that can be given; {hint}")
+            if not column:
+                raise ValueError(f"columns: {key} needs the name of a column")
+        wanted = {_FORMAT_OF_COLUMN[key] for key in self.columns if key in _FORMAT_OF_COLUMN}
+        if len(wanted) > 1:
+            listed = ", ".join(key for key in self.columns if key in _FORMAT_OF_COLUMN)
+            raise ValueError(f"columns: {listed} belong to different formats; give one of them")
+        mapped = next(iter(wanted), None)
+        if mapped == "text" and (more := self.columns.keys() - {"text", "id", "model"}):
+            raise ValueError(f"columns: a plain text has no {', '.join(sorted(more))}")
+        if self.columns and self.format not in _FORMATS_OF_COLUMNS[mapped]:
+            raise ValueError(
+                f"columns cannot be mapped to the keys of format: {self.format}; "
+                + (f"give format: {mapped}, or leave it out" if mapped else "leave one of them out")
+            )
+        return self
+
+    @property
+    def row_format(self) -> str:
+        """``format``, or the one whose keys ``columns`` gives."""
+        given = next((k for k in self.columns if k in _FORMAT_OF_COLUMN), None)
+        return self.format if given is None else _FORMAT_OF_COLUMN[given]
 
 
 class SharesConfig(Section):

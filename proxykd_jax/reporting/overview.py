@@ -54,7 +54,8 @@ def _recipe(run: RunFolder) -> list[tuple[Value, ...]]:
     rows: list[tuple[Value, ...]] = [(role, _model(run, role)) for role in ("proxy", "student")]
     for source in run.setting("corpus.sources") or []:
         place = source.get("path") or source.get("dataset") or source.get("tfds")
-        rows.append(("teacher's answers", f"{place} (teacher: {source.get('teacher')})"))
+        teacher = f" (teacher: {source['teacher']})" if source.get("teacher") else ""
+        rows.append(("teacher's answers", f"{place}{teacher}"))
     for name, key in HIGHLIGHTS:
         value = run.setting(key)
         if value is not None:

@@ -1,4 +1,4 @@
-"""Benchmark files: their questions, the prompts made of them, and teacher answers from a file.
+"""Benchmark files: their questions, the prompts made of them, and the answers to these.
 
 Each benchmark is read in its official form and in the layout of its public copy. Gold answers are
 never taken as a teacher's answers.
@@ -6,25 +6,16 @@ never taken as a teacher's answers.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from proxykd_jax.errors import UserError
+from proxykd_jax.texts.answers import Answers
 from proxykd_jax.texts.conversations import RawTurn, checked_text
-from proxykd_jax.texts.json_files import read_json_records
-from proxykd_jax.texts.normalise import normalise_text, normalised_words
+from proxykd_jax.texts.normalise import normalised_words
 from proxykd_jax.texts.records import RowProblem
-from proxykd_jax.texts.row_keys import (
-    COMMON,
-    finish_problem,
-    row_problem,
-    thought_of,
-    unread_keys,
-)
+from proxykd_jax.texts.row_keys import COMMON, unread_keys
 
 Record = Mapping[str, Any]
 
@@ -50,7 +41,6 @@ _READS: dict[str, frozenset[str]] = {
 }
 _LETTERS = "ABCDEFGHIJ"
 _LABELLED = re.compile(r"\(([A-Z0-9])\)\s*(.*)", re.DOTALL)
-_ANSWER_KEYS = COMMON | {"response", "prompt"}
 # A question with fewer words is also searched together with its choices: alone it is too general.
 _TELLING_WORDS = 13
 
@@ -173,110 +163,6 @@ def _agieval_choices(options: Any) -> tuple[tuple[str, str], ...]:
     if all(found):
         return tuple((match[1], match[2]) for match in found if match)
     return _choices(_LETTERS, options)
-
-
-@dataclass
-class Answers:
-    """A teacher's answers to prompts that are stored elsewhere, by id and by prompt.
-
-    Ids are compared as texts, so 7 equals "7". A prompt may have several answers. All answers are
-    in memory, because a benchmark's training set is small.
-    """
-
-    by_id: dict[str, list[RawTurn]] = field(default_factory=dict)
-    by_prompt: dict[bytes, list[RawTurn]] = field(default_factory=dict)
-
-    def find(self, identity: str | None, prompt: str) -> list[RawTurn]:
-        """The answers to a prompt, by its id if known, otherwise by its text.
-
-        Raises:
-          RowProblem: there is none.
-        """
-        found = self.by_id.get(identity) if identity is not None else None
-        found = found or self.by_prompt.get(_prompt_key(prompt))
-        if not found:
-            raise RowProblem("no answer of the teacher")
-        return found
-
-
-def load_answers(path: str) -> Answers:
-    """Reads ``{id or prompt, response}``, FastChat's ``{question_id, choices}``, or a batch.
-
-    The output of OpenAI's batches has ``custom_id`` as the id. An answer that was cut off, filtered
-    or flagged keeps the reason why it is dropped.
-
-    Raises:
-      UserError: the file is missing or damaged, or a row has neither id nor prompt.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"The file of answers {path} does not exist.")
-    answers = Answers()
-    for record, origin in read_json_records(file):
-        values: list[RawTurn]
-        if "question_id" in record and isinstance(record.get("choices"), list):
-            identity, prompt = record["question_id"], None
-            values = [
-                _answer(c.get("turns"), row_problem(c))
-                for c in record["choices"]
-                if isinstance(c, Mapping)
-            ]
-        elif "custom_id" in record and isinstance(record.get("response"), Mapping):
-            identity, prompt = record["custom_id"], None
-            values = _batch_answers(record)
-        elif "response" in record and ("id" in record or "prompt" in record):
-            identity, prompt = record.get("id"), record.get("prompt")
-            left = tuple((f"answers.{k}", v) for k, v in unread_keys(record, _ANSWER_KEYS))
-            values = [_answer_of(record, "response")._replace(unread=left)]
-        elif "custom_id" in record:
-            continue  # a request of a batch that failed has no response
-        else:
-            raise UserError(
-                f"{origin} has the keys {', '.join(record)}; an answer needs response and id or "
-                "prompt (or FastChat's question_id and choices)."
-            )
-        if identity is None and not isinstance(prompt, str):
-            raise UserError(f"{origin}: neither id nor prompt says what this answers.")
-        if identity is not None:
-            _append(answers.by_id.setdefault(str(identity), []), values)
-        if isinstance(prompt, str):
-            _append(answers.by_prompt.setdefault(_prompt_key(prompt), []), values)
-    return answers
-
-
-def _answer(content: Any, problem: str | None) -> RawTurn:
-    return RawTurn("assistant", content if problem is None else RowProblem(problem))
-
-
-def _answer_of(record: Record, key: str, problem: str | None = None) -> RawTurn:
-    """The answer under a key, with the thought beside it."""
-    problem = problem or row_problem(record, reads_thoughts=True)
-    try:
-        return _answer(record.get(key), problem)._replace(thought=thought_of(record))
-    except RowProblem as unreadable:
-        return _answer(None, str(unreadable))
-
-
-def _batch_answers(record: Record) -> list[RawTurn]:
-    """The answers in a line of a batch's output."""
-    body = record["response"].get("body")
-    choices = body.get("choices") if isinstance(body, Mapping) else None
-    found = []
-    for choice in choices if isinstance(choices, list) else []:
-        message = choice.get("message") if isinstance(choice, Mapping) else None
-        if isinstance(message, Mapping):
-            problem = finish_problem(record) or finish_problem(choice)
-            found.append(_answer_of(message, "content", problem))
-    return found
-
-
-def _append(kept: list[RawTurn], values: list[RawTurn]) -> None:
-    kept.extend(value for value in values if value not in kept)
-
-
-def _prompt_key(prompt: str) -> bytes:
-    text = normalise_text(prompt).encode("utf-8", "surrogatepass")
-    return hashlib.sha256(text).digest()[:16]
 
 
 def benchmark_conversations(

@@ -94,7 +94,7 @@ def _stream_dataset(name: str, split: str, subset: str | None) -> Any:
         raise UserError(
             f"{name} is kept as {kind.upper()}, which this library reads with guessed types: "
             "texts that look like dates come back changed. Give the files under `path` instead "
-            "(JSON Lines or Parquet)."
+            "(JSON Lines, CSV or Parquet)."
         )
     return datasets.load_dataset(name, subset, split=split, streaming=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import glob
 import itertools
 import re
@@ -12,12 +11,12 @@ from typing import NamedTuple
 
 from proxykd_jax.errors import UserError
 from proxykd_jax.texts.columnar_files import read_parquet
-from proxykd_jax.texts.json_files import Record, open_decompressed, read_json_records
+from proxykd_jax.texts.csv_files import read_csv
+from proxykd_jax.texts.json_files import Record, read_json_records
 
-ENDINGS = (
-    *(".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".ndjson.gz"),
-    *(".parquet", ".csv"),
-)
+_COMPRESSED = (".gz", ".zst")
+_ROWS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
+ENDINGS = (*(row + more for more in ("", *_COMPRESSED) for row in _ROWS), ".parquet")
 # Files that libraries put beside the rows.
 _ABOUT_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _HELD_OUT = re.compile(
@@ -27,13 +26,11 @@ _HELD_OUT = re.compile(
 _FOR_TRAINING = re.compile(r"train(?:ing)?(?:set|data|split)?\d*")
 _WORD_BREAK = re.compile(r"[^a-zA-Z0-9]+|(?<=[a-z])(?=[A-Z])")
 _OTHER_CONTENT = {
-    b"(\xb5/\xfd": "compressed with Zstandard",
     b"BZh": "compressed with bzip2",
     b"\xfd7zX": "compressed with xz",
     b"PK\x03\x04": "a ZIP archive",
     b"ARRO": "an Arrow file",
 }
-_MMLU_COLUMNS = 6
 
 
 class SourceFiles(NamedTuple):
@@ -151,7 +148,7 @@ def _says(name: str, words: re.Pattern[str]) -> str | None:
 
 
 def read_file(path: Path) -> Iterator[tuple[Record, str]]:
-    """Yields ``(record, origin)`` of one file: Parquet, CSV in MMLU's form, or JSON.
+    """Yields ``(record, origin)`` of one file: Parquet, CSV, TSV or JSON.
 
     Raises:
       UserError: the file is damaged.
@@ -169,37 +166,8 @@ def read_file(path: Path) -> Iterator[tuple[Record, str]]:
     for begins, what in _OTHER_CONTENT.items():
         if head.startswith(begins):
             raise UserError(f"{path} is {what}, which is not read. Give JSON Lines or Parquet.")
-    if name.endswith(".csv"):
-        return _read_mmlu_csv(path)
+    for ending in _COMPRESSED:
+        name = name.removesuffix(ending)
+    if name.endswith((".csv", ".tsv")):
+        return read_csv(path)
     return read_json_records(path)
-
-
-def _read_mmlu_csv(path: Path) -> Iterator[tuple[Record, str]]:
-    """Question, four choices and answer: a letter, or 0 to 3 if the file has a header."""
-    with open_decompressed(path) as binary:
-        # A byte order mark begins a file; within one it is a character of a field.
-        lines = (
-            line.decode("utf-8" if number else "utf-8-sig") for number, line in enumerate(binary)
-        )
-        reader = csv.reader(lines, strict=True)
-        rows = 0
-        try:
-            for row in reader:
-                origin = f"{path}:{reader.line_num}"
-                if rows == 0 and row and row[0].strip().lower() == "question":
-                    continue
-                if not row:
-                    continue
-                answer = row[-1].strip()
-                if len(row) != _MMLU_COLUMNS or answer not in tuple("ABCD0123"):
-                    raise UserError(
-                        f"{origin} is not a row of MMLU (question, four choices, answer as A to D "
-                        "or 0 to 3). CSV is read in this form alone; convert other CSV files to "
-                        "JSON Lines."
-                    )
-                rows += 1
-                yield {"question": row[0], "choices": row[1:5], "answer": answer}, origin
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{path}:{reader.line_num + 1} is damaged CSV: {error}.") from error
-    if not rows:
-        raise UserError(f"{path} is empty: it holds no row. Remove it or fill it.")

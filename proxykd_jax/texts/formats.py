@@ -40,8 +40,10 @@ from proxykd_jax.texts.row_keys import (
     thought_text,
     unread_keys,
     unread_turn_keys,
+    words,
 )
-from proxykd_jax.texts.tool_texts import calls_in_text, calls_json, tools_json
+from proxykd_jax.texts.teachers import DEFAULT_TEACHER, is_teacher, plain_name
+from proxykd_jax.texts.tool_texts import calls_in_text, calls_json, loaded, tools_json
 
 Record = Mapping[str, Any]
 NOT_TEXT = "content that is not text"
@@ -53,6 +55,7 @@ class Format(NamedTuple):
 
     Attributes:
       keys: the keys that a row needs, in words.
+      needs: the same as lists of spellings, of which a row has one each.
       fits: whether a row has them.
       conversations: the conversations of a row; with ``prompts_only`` the answer may be missing.
         Raises RowProblem for an unusable row.
@@ -61,6 +64,7 @@ class Format(NamedTuple):
     """
 
     keys: str
+    needs: tuple[tuple[str, ...], ...]
     fits: Callable[[Record], bool]
     conversations: Callable[[Record, SourceConfig, bool], list[list[RawTurn]]]
     reads: frozenset[str]
@@ -91,6 +95,12 @@ _TEXT_PARTS = frozenset(("text", "input_text", "output_text"))
 _CONVERSATIONS = ("conversations", "conversation")
 _CHATS = ("messages", *_CONVERSATIONS)
 _TURN_LISTS = frozenset((*_CHATS, *HISTORY))
+_BODIES = ("body", "params")
+# Keys of a request beside its messages: they say how to answer and are not part of the prompt.
+_OF_A_REQUEST = words(
+    "messages system stop stop_sequences response_format user metadata thinking reasoning_effort "
+    "service_tier modalities verbosity"
+)
 _SAYS_WHO = ("role", "from")
 _ANSWERS = ("response", "completion", "chosen", "answer", "output")
 _ALPACA_ANSWERS = ("output", "response", "completion", "chosen", "answer")
@@ -137,10 +147,19 @@ def check_row(row: Record, prompts_only: bool) -> None:
         raise RowProblem(problem)
 
 
+def is_prompt(name: str, row: Record) -> bool:
+    """Whether a row is a prompt for an answer that stands elsewhere."""
+    return name == "prompt_response" and _first_of(row, _ANSWERS) is None and "prompt" in row
+
+
 def unread(name: str, row: Record) -> Iterator[tuple[str, str]]:
     """(key, example) of the keys of a row that hold text and are not read."""
     entry = FORMATS[name]
     yield from unread_keys(row, _KNOWN[name], entry.first_of)
+    if name == "batch":
+        for key, example in unread_keys(_body(row), COMMON | _OF_A_REQUEST):
+            yield f"body.{key}", example
+        yield from ((f"messages[].{k}", e) for k, e in unread_turn_keys(_body(row)["messages"]))
     for key, value in row.items():
         if isinstance(value, list) and (key in _TURN_LISTS or key in entry.reads):
             for inner, example in unread_turn_keys(value):
@@ -151,12 +170,9 @@ def unread(name: str, row: Record) -> Iterator[tuple[str, str]]:
 
 
 def _as_list(value: Any) -> list[Any] | None:
-    """A list of objects; some libraries store it as an object of lists, or as JSON in a text."""
+    """A list of objects; libraries also store an object of lists, and JSON or Python in a text."""
     if isinstance(value, str) and value.lstrip()[:2] in ("[{", "[["):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return None
+        value = loaded(value)
     if isinstance(value, Mapping) and value and all(isinstance(v, list) for v in value.values()):
         lengths = {len(column) for column in value.values()}
         if len(lengths) == 1:
@@ -283,6 +299,15 @@ def _call_text(content: Any) -> str | None:
         if tagged is not None:
             return tagged[1]
     return calls_json(content)
+
+
+def answer_turn(message: Record) -> RawTurn:
+    """An assistant's message of a service, with its thought and calls, and why it ended.
+
+    Raises:
+      RowProblem: it holds something that is not read.
+    """
+    return _turn({**message, "role": "assistant"})
 
 
 def _chat(value: Any) -> list[RawTurn]:
@@ -472,10 +497,11 @@ def _nectar(row: Record, source: SourceConfig, prompts_only: bool) -> list[list[
     if prompts_only:
         return [turns]
     # Selected by model name, not by rank: the teacher is rarely ranked first.
+    teacher = source.teacher or DEFAULT_TEACHER
     answers = [
         RawTurn("assistant", answer.get("answer"), problem=finish_problem(answer))
         for answer in _as_list(row.get("answers")) or []
-        if isinstance(answer, Mapping) and str(answer.get("model")).startswith(source.teacher)
+        if isinstance(answer, Mapping) and is_teacher(str(answer.get("model")), teacher)
     ]
     if not answers:
         raise RowProblem("no answer of the teacher")
@@ -494,6 +520,19 @@ def _fits_nectar(row: Record) -> bool:
     )
 
 
+def _body(row: Record) -> Record:
+    found = _first_of(row, _BODIES)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _batch(row: Record, source: SourceConfig, prompts_only: bool) -> list[list[RawTurn]]:
+    """A request of OpenAI's or Anthropic's batches: all its turns are the prompt."""
+    turns = _with_beginning(_body(row), _chat(_body(row)["messages"]))
+    if turns[-1].role == "assistant":
+        raise RowProblem("a request that begins the answer itself")
+    return [[t._replace(learnt=False) if t.role == "assistant" else t for t in turns]]
+
+
 def _no_conversations(row: Record, source: SourceConfig, prompts_only: bool) -> list[Any]:
     raise AssertionError("plain texts are rows themselves")
 
@@ -508,8 +547,16 @@ _BEGINNING = (SYSTEM, HISTORY)
 
 # With format auto they are tried in this order, the most specific first.
 FORMATS: dict[str, Format] = {
+    "batch": Format(
+        "custom_id and body or params with messages",
+        (("custom_id",), _BODIES),
+        lambda row: "custom_id" in row and isinstance(_body(row).get("messages"), list),
+        _batch,
+        _keys("body", "params", "method", "url"),
+    ),
     "nectar": Format(
         "prompt, answers [{answer, model}]",
+        (("prompt",), ("answers",)),
         _fits_nectar,
         _nectar,
         _keys("prompt", "answers", "num_responses", "good_natured"),
@@ -517,6 +564,7 @@ FORMATS: dict[str, Format] = {
     ),
     "openorca": Format(
         "system_prompt, question, response",
+        (("system_prompt",), ("question",), ("response",)),
         lambda row: "question" in row and "system_prompt" in row,
         _openorca,
         _keys("question", "response", *CONTEXT),
@@ -524,6 +572,7 @@ FORMATS: dict[str, Format] = {
     ),
     "messages": Format(
         "messages [{role, content}], or input and preferred_output",
+        (("messages",),),
         _fits_messages,
         _messages,
         _keys("preferred_output", *_REPEATED),
@@ -531,6 +580,7 @@ FORMATS: dict[str, Format] = {
     ),
     "sharegpt": Format(
         "conversations [{from, value}]",
+        (_CONVERSATIONS,),
         lambda row: _is_chat(_first_of(row, _CONVERSATIONS)),
         _sharegpt,
         _keys(*_REPEATED),
@@ -538,6 +588,7 @@ FORMATS: dict[str, Format] = {
     ),
     "alpaca": Format(
         "instruction and output or response, perhaps input",
+        (("instruction",), _ALPACA_ANSWERS),
         lambda row: "instruction" in row,
         _alpaca,
         _keys("instruction", "text", *CONTEXT),
@@ -545,12 +596,15 @@ FORMATS: dict[str, Format] = {
     ),
     "prompt_response": Format(
         "prompt and response or completion, or prompt and chosen",
+        (("prompt",), _ANSWERS),
         _fits_prompt_response,
         _prompt_response,
         _keys("prompt", "rejected", *CONTEXT),
         (*_BEGINNING, _ANSWERS),
     ),
-    "text": Format("text", lambda row: "text" in row, _no_conversations, _keys("text")),
+    "text": Format(
+        "text", (("text",),), lambda row: "text" in row, _no_conversations, _keys("text")
+    ),
 }
 _KNOWN = {name: entry.reads | COMMON for name, entry in FORMATS.items()}
 
@@ -559,27 +613,27 @@ def check_teacher(source: SourceConfig, place: str) -> None:
     """Checks OpenOrca's teacher by file name, because OpenOrca has no column for the model.
 
     Args:
-      source: its ``teacher`` is the model whose answers are wanted.
+      source: its ``teacher`` is the model whose answers are wanted (default: gpt-4).
       place: name of the file or dataset.
 
     Raises:
       UserError: the name says that the answers are another model's, or that they are mixed.
     """
     name = PurePath(place).name
-    plain = re.sub(r"[^a-z0-9]", "", name.lower())
-    teacher = re.sub(r"[^a-z0-9]", "", source.teacher.lower())
+    named = source.teacher or DEFAULT_TEACHER
+    plain, teacher = plain_name(name), plain_name(named)
     is_35 = "gpt35" in plain or "35mgpt" in plain
     is_4 = "gpt4" in plain and not is_35
     if teacher.startswith("gpt4") and is_35:
         raise UserError(
             f"{place} holds answers of GPT-3.5, by its name, but the teacher is "
-            f"{source.teacher!r}. OpenOrca has no column for the model: give the file "
+            f"{named!r}. OpenOrca has no column for the model: give the file "
             "1M-GPT4-Augmented.parquet, or set teacher: gpt-3.5."
         )
     if teacher.startswith("gpt35") and is_4:
         raise UserError(
             f"{place} holds answers of GPT-4, by its name, but the teacher is "
-            f"{source.teacher!r}. Give the file 3_5M-GPT3_5-Augmented.parquet, or set "
+            f"{named!r}. Give the file 3_5M-GPT3_5-Augmented.parquet, or set "
             "teacher: gpt-4."
         )
     if source.dataset and place.lower().rstrip("/").endswith("open-orca/openorca"):

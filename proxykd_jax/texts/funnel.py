@@ -96,16 +96,21 @@ def describe_passed_over(files: Mapping[str, str]) -> str:
     """One line about files that are not read."""
     listed = ", ".join(f"{name} ({why})" for name, why in list(files.items())[:_FILES_SHOWN])
     more = len(files) - _FILES_SHOWN
-    return f"{len(files):,} files passed over: {listed}" + (
+    return f"{counted(len(files), 'file')} passed over: {listed}" + (
         f" and {more:,} more" if more > 0 else ""
     )
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: ``1 row``, ``2,000 rows``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def describe_notes(notes: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """A line for each note, the most frequent first."""
     for note, found in sorted(notes.items(), key=lambda item: -item[1]["count"]):
         example = f": {found['example']!r}" if found["example"] else ""
-        yield f"{found['count']:,} times: {note} (first {found['first']}{example})"
+        yield f"{counted(found['count'], 'row')}: {note} (first {found['first']}{example})"
 
 
 def describe_counts(counts: dict[str, Any]) -> str:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from proxykd_jax.errors import UserError
+from proxykd_jax.texts.zstd_files import MAGIC as ZSTD_MAGIC
+from proxykd_jax.texts.zstd_files import open_zstd
 
 MAX_RECORD_BYTES = 32 << 20
 _CHUNK = 1 << 20
@@ -64,9 +66,12 @@ def read_json_records(
 
 
 def open_decompressed(path: Path) -> IO[bytes]:
-    """Opens a file for reading bytes; gzip is detected by its first two bytes."""
+    """Opens a file for reading bytes; gzip and Zstandard are detected by its first bytes."""
     with open(path, "rb") as file:
-        compressed = file.read(2) == b"\x1f\x8b"
+        head = file.read(4)
+    if head == ZSTD_MAGIC:
+        return open_zstd(path)
+    compressed = head.startswith(b"\x1f\x8b")
     return cast(IO[bytes], gzip.open(path, "rb") if compressed else open(path, "rb"))
 
 

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 from proxykd_jax.config.schema import SourceConfig
 from proxykd_jax.errors import UserError
+from proxykd_jax.texts.answers import Answers, load_answers
 from proxykd_jax.texts.benchmark_files import (
     BENCHMARK_KEYS,
-    Answers,
     SoughtText,
     benchmark_conversations,
     benchmark_examples,
     benchmark_format,
     benchmark_item,
     benchmark_unread,
-    load_answers,
+    item_id,
     mt_bench_turns,
     sought_texts,
 )
 from proxykd_jax.texts.columnar_files import read_dataset, read_tfds
+from proxykd_jax.texts.columns import check_columns, with_columns
 from proxykd_jax.texts.conversations import Conversation, RawTurns, checked_text, expand_turns
 from proxykd_jax.texts.files import list_files, read_file, source_files
 from proxykd_jax.texts.formats import (
@@ -29,9 +30,12 @@ from proxykd_jax.texts.formats import (
     check_row,
     check_teacher,
     conversations_of,
+    is_prompt,
     unread,
 )
-from proxykd_jax.texts.records import Drops, Notes, RowProblem, TextRow
+from proxykd_jax.texts.layouts import describe_keys, unknown_layout
+from proxykd_jax.texts.records import Drops, Notes, RowProblem, TextRow, UnreadableRow
+from proxykd_jax.texts.teachers import ModelCount
 
 Record = Mapping[str, Any]
 # How end tokens are written in the tokenizers of the families that answers are collected from.
@@ -107,25 +111,31 @@ def read_source(
     Raises:
       UserError: the source is missing, damaged or of another format, or gives no row at all.
     """
-    answers = load_answers(source.answers) if source.answers is not None else None
+    answers = load_answers(source.answers, source.teacher) if source.answers is not None else None
     own_drops, own_notes = Drops(), Notes()
     every_turn = source.turns == "all" and not prompts_only
     count = 0
     try:
         for place, records in _parts(source, held_out):
-            for row in _rows(place, records, source, prompts_only, answers, own_drops, own_notes):
-                text, turns, origin = row
-                count += 1
-                yield TextRow(
-                    turns.messages,
-                    text,
-                    origin,
-                    source_index,
-                    tools=turns.tools,
-                    every_turn=every_turn and text is None,
-                )
-                if count == source.limit:
-                    return
+            models = ModelCount(source.teacher)
+            try:
+                for text, turns, origin in _rows(
+                    place, records, source, prompts_only, answers, models, own_drops, own_notes
+                ):
+                    count += 1
+                    yield TextRow(
+                        turns.messages,
+                        text,
+                        origin,
+                        source_index,
+                        tools=turns.tools,
+                        every_turn=every_turn and text is None,
+                    )
+                    if count == source.limit:
+                        return
+            finally:
+                if (mixed := models.mixed()) is not None:
+                    own_notes.add(mixed[0], place, "", mixed[1])
     finally:
         drops.merge(own_drops)
         if notes is not None:
@@ -142,7 +152,15 @@ def read_records(source: SourceConfig) -> Iterator[tuple[str, Record, str]]:
     """
     for _, records in _parts(source, held_out=False):
         name: str | None = None
-        for record, origin in records:
+        for found, origin in records:
+            if isinstance(found, UnreadableRow):
+                continue
+            if name is None:
+                check_columns(found, origin, source.columns, prompts_only=True)
+            try:
+                record = with_columns(found, source.columns, prompts_only=True)
+            except RowProblem:
+                continue
             name = name or _format_of(record, origin, source)
             if name in BENCHMARK_KEYS:
                 for example, place in benchmark_examples(name, record, origin):
@@ -171,34 +189,32 @@ def _rows(
     source: SourceConfig,
     prompts_only: bool,
     answers: Answers | None,
+    models: ModelCount,
     drops: Drops,
     notes: Notes,
 ) -> Iterator[tuple[str | None, Conversation, str]]:
     name: str | None = None
-    for record, origin in records:
-        if name is None:
-            name = _format_of(record, origin, source)
-            _check_part(name, place, source, prompts_only, answers)
-        if name in BENCHMARK_KEYS:
-            for example, example_origin in benchmark_examples(name, record, origin):
-                for key, shown in benchmark_unread(name, example):
-                    notes.add(not_read(key), example_origin, shown)
-                try:
-                    conversations = benchmark_conversations(
-                        name, example, example_origin, answers, prompts_only
-                    )
-                except RowProblem as problem:
-                    drops.add(str(problem), example_origin)
-                    continue
-                for key, shown in (found for t in conversations for u in t for found in u.unread):
-                    notes.add(not_read(key), example_origin, shown)
-                yield from _expand(
-                    conversations, example_origin, source, prompts_only, drops, notes
-                )
-            continue
+    for found, origin in records:
         try:
+            if isinstance(found, UnreadableRow):
+                raise RowProblem(found.reason)
+            if name is None:
+                check_columns(found, origin, source.columns, prompts_only=prompts_only)
+            record = with_columns(found, source.columns, prompts_only=prompts_only)
+            if name is None:
+                name = _format_of(record, origin, source)
+                _check_part(name, record, place, source, prompts_only, answers)
+            if name in BENCHMARK_KEYS:
+                yield from _benchmark_rows(
+                    name, record, origin, source, prompts_only, answers, drops, notes
+                )
+                continue
             if not FORMATS[name].fits(record):
                 raise RowProblem(f"keys or types that do not fit the format {name}")
+            if not prompts_only and answers is None:
+                another = models.problem(record)
+                if another is not None:
+                    raise RowProblem(another)
             for key, shown in unread(name, record):
                 notes.add(not_read(key), origin, shown)
             if name == "text":
@@ -207,17 +223,67 @@ def _rows(
                 _note_end(text, origin, notes)
                 yield text, Conversation(()), origin
                 continue
-            conversations = conversations_of(name, record, source, prompts_only)
+            conversations: Iterable[RawTurns] = conversations_of(
+                name, record, source, prompts_only or answers is not None
+            )
+            if answers is not None and not prompts_only:
+                if name != "batch" and not is_prompt(name, record):
+                    raise RowProblem("a row with an answer of its own beside the file of answers")
+                (asked,) = conversations
+                conversations = _answered(name, record, origin, asked, answers, notes)
         except RowProblem as problem:
             drops.add(str(problem), origin)
             continue
-        yield from _expand(conversations, origin, source, prompts_only, drops, notes)
+        # A request of a batch is one prompt, whatever turns it has.
+        keep = "last" if name == "batch" and prompts_only else source.turns
+        yield from _expand(conversations, origin, keep, prompts_only, drops, notes)
+
+
+def _benchmark_rows(
+    name: str,
+    record: Record,
+    origin: str,
+    source: SourceConfig,
+    prompts_only: bool,
+    answers: Answers | None,
+    drops: Drops,
+    notes: Notes,
+) -> Iterator[tuple[None, Conversation, str]]:
+    for example, place in benchmark_examples(name, record, origin):
+        for key, shown in benchmark_unread(name, example):
+            notes.add(not_read(key), place, shown)
+        try:
+            conversations = benchmark_conversations(name, example, place, answers, prompts_only)
+        except RowProblem as problem:
+            drops.add(str(problem), place)
+            continue
+        _note_unread(conversations, place, notes)
+        yield from _expand(conversations, place, source.turns, prompts_only, drops, notes)
+
+
+def _answered(
+    name: str, record: Record, origin: str, asked: RawTurns, answers: Answers, notes: Notes
+) -> list[RawTurns]:
+    """A prompt with each of its answers, which are found by id, or by what the user says."""
+    own = record.get("custom_id" if name == "batch" else "id")
+    said = [turn.content for turn in asked if turn.role == "user"]
+    text = said[0] if len(said) == 1 and isinstance(said[0], str) else ""
+    found = answers.find(item_id(origin) if own is None else str(own), text)
+    conversations: list[RawTurns] = [[*asked, answer] for answer in found]
+    _note_unread(conversations, origin, notes)
+    return conversations
+
+
+def _note_unread(conversations: Iterable[RawTurns], origin: str, notes: Notes) -> None:
+    """Notes keys beside answers that lie in a file of their own."""
+    for key, shown in (found for t in conversations for u in t for found in u.unread):
+        notes.add(not_read(key), origin, shown)
 
 
 def _expand(
     conversations: Iterable[RawTurns],
     origin: str,
-    source: SourceConfig,
+    keep: Literal["last", "each", "all"],
     prompts_only: bool,
     drops: Drops,
     notes: Notes,
@@ -232,7 +298,7 @@ def _expand(
         try:
             for found in expand_turns(
                 turns,
-                keep=source.turns,
+                keep=keep,
                 prompts_only=prompts_only,
                 left_out=left_out,
                 noted=noted,
@@ -259,52 +325,51 @@ def _note_end(text: str, origin: str, notes: Notes) -> None:
 
 def _format_of(record: Record, origin: str, source: SourceConfig) -> str:
     """The format of a file, determined from its first row."""
-    if source.format != "auto":
+    given = source.row_format
+    if given != "auto":
         fits = (
-            benchmark_format(record) == source.format
-            if source.format in BENCHMARK_KEYS
-            else FORMATS[source.format].fits(record)
+            benchmark_format(record) == given
+            if given in BENCHMARK_KEYS
+            else FORMATS[given].fits(record)
         )
         if not fits:
-            keys = BENCHMARK_KEYS.get(source.format) or FORMATS[source.format].keys
+            keys = BENCHMARK_KEYS.get(given) or FORMATS[given].keys
             raise UserError(
-                f"{origin} does not fit format: {source.format}. It has the keys "
-                f"{_shown(record)}; the format needs {keys}."
+                f"{origin} does not fit format: {given}. It has the keys "
+                f"{describe_keys(record)}; the format needs {keys}."
             )
-        return source.format
+        return given
     name = next((name for name, entry in FORMATS.items() if entry.fits(record)), None)
     name = name or benchmark_format(record)
     if name is None:
-        known = {name: entry.keys for name, entry in FORMATS.items()} | BENCHMARK_KEYS
-        listed = "\n  ".join(f"{name}: {keys}" for name, keys in known.items())
-        raise UserError(
-            f"{origin} has the keys {_shown(record)}, which no known format has. Rename them to "
-            f"one of these:\n  {listed}"
-        )
+        raise unknown_layout(record, origin)
     return name
 
 
 def _check_part(
-    name: str, place: str, source: SourceConfig, prompts_only: bool, answers: Answers | None
+    name: str,
+    record: Record,
+    place: str,
+    source: SourceConfig,
+    prompts_only: bool,
+    answers: Answers | None,
 ) -> None:
-    """Checks a whole file before its rows are read."""
-    if name in BENCHMARK_KEYS:
+    """Checks a whole file by its first row, before its rows are read."""
+    if name in (*BENCHMARK_KEYS, "batch"):
         if answers is None and not prompts_only:
             raise UserError(
                 f"{place} is of the format {name}, which has questions and no teacher's answers. "
-                "Name the file of answers ({id or prompt, response}) under answers."
+                "Name the file of answers ({id or prompt, response}, or a batch's output) under "
+                "answers."
             )
-    elif answers is not None:
+    elif answers is not None and not is_prompt(name, record):
         raise UserError(
             f"{place} is of the format {name}, whose rows bring their own answers: answers may "
-            f"be given for {', '.join(BENCHMARK_KEYS)} only. Remove the key."
+            f"be given for {', '.join(BENCHMARK_KEYS)}, batch, and for prompts without responses. "
+            "Remove the key."
         )
     if name == "openorca" and not prompts_only:
         check_teacher(source, place)
-
-
-def _shown(record: Record) -> str:
-    return ", ".join(f"{key} ({type(value).__name__})" for key, value in record.items()) or "none"
 
 
 def sought_in_corpus(path: str) -> Iterator[SoughtText]:
@@ -328,7 +393,8 @@ def sought_in_corpus(path: str) -> Iterator[SoughtText]:
             yield from _sought_items(name, records)
             continue
         source = SourceConfig(path=str(file), turns="last")
-        for text, turns, _ in _rows(str(file), records, source, True, None, Drops(), Notes()):
+        read = _rows(str(file), records, source, True, None, ModelCount(None), Drops(), Notes())
+        for text, turns, _ in read:
             asked = [m.content for m in turns.messages if m.role == "user"]
             said = [text] if text is not None else asked
             yield from (SoughtText(found, False) for found in said)

@@ -215,3 +215,15 @@ class Notes:
 
 class RowProblem(Exception):  # noqa: N818  (a verdict on one row, caught where rows are counted)
     """Why one row is dropped. The reason is counted in ``Drops``, and reading continues."""
+
+
+class UnreadableRow(dict[str, Any]):
+    """A row that its file's reader could not take apart. It has no keys; it is dropped.
+
+    Attributes:
+      reason: why.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__()
+        self.reason = reason

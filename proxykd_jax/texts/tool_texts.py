@@ -42,7 +42,7 @@ def tools_json(value: Any) -> str | None:
       RowProblem: it is no list of tools.
     """
     tools = _listed(value, NO_TOOL_LIST)
-    return _json([_tool(_loaded(tool)) for tool in tools]) if tools else None
+    return _json([_tool(loaded(tool)) for tool in tools]) if tools else None
 
 
 def _tool(tool: Any) -> Any:
@@ -67,7 +67,7 @@ def calls_json(value: Any) -> str | None:
       RowProblem: a call cannot be read.
     """
     calls = _listed(value, NO_CALL)
-    return _json([_call(_loaded(call)) for call in calls]) if calls else None
+    return _json([_call(loaded(call)) for call in calls]) if calls else None
 
 
 def _call(call: Any) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def _call(call: Any) -> dict[str, Any]:
         raise RowProblem(NO_CALL)
     keys = ("arguments", "parameters", "input", "args")
     given = next((function[key] for key in keys if function.get(key) is not None), None)
-    arguments = _loaded(given)
+    arguments = loaded(given)
     if arguments is None:
         if isinstance(given, str) and given.strip().lower() not in _NOTHING:
             raise RowProblem(NO_ARGUMENTS)
@@ -111,7 +111,7 @@ def calls_in_text(text: str, *, expected: bool) -> tuple[str, str] | None:
         return None
     calls: list[Any] = []
     for piece in inside:
-        found = _loaded(piece)
+        found = loaded(piece)
         calls += found if isinstance(found, list) else [found]
     try:
         read = _json([_call(call) for call in calls])
@@ -156,15 +156,15 @@ def _not_about_tools(text: str) -> str:
 
 def _lines(text: str) -> Any:
     """A list, or one tool on each line."""
-    whole = _loaded(text)
+    whole = loaded(text)
     if whole is not None:
         return whole
-    return [_loaded(line) for line in text.splitlines() if line.strip()]
+    return [loaded(line) for line in text.splitlines() if line.strip()]
 
 
 def _listed(value: Any, problem: str) -> list[Any]:
     """A value as a list of objects; nothing at all is an empty one."""
-    found = _loaded(value)
+    found = loaded(value)
     if isinstance(found, Mapping):
         return [found]
     if isinstance(found, list):
@@ -174,7 +174,7 @@ def _listed(value: Any, problem: str) -> list[Any]:
     raise RowProblem(problem)
 
 
-def _loaded(value: Any) -> Any:
+def loaded(value: Any) -> Any:
     """What a JSON text says, or a Python literal; other values as they are, None if neither."""
     if not isinstance(value, str):
         return value

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from proxykd_jax import run
+from proxykd_jax.checking.findings import Findings
+from proxykd_jax.checking.rows import Sample, _judge_sample, judge_counts
 from proxykd_jax.cli import FORCE, run_command
 from proxykd_jax.config import Config, dump_config
+from proxykd_jax.texts.records import Drops
 from tests.tiny_run import recipe
 
 
@@ -106,3 +109,18 @@ def test_the_check_of_a_run_that_fits(finished_run, tmp_path, capsys):
         assert f"\n{title:<10} " in said
     assert "greedy answers of the untrained proxy end with '</s>'" in said
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("reason", "lost"), [("an answer of another model (m)", False), ("empty answer", True)]
+)
+def test_rows_that_the_config_leaves_out_are_not_lost(tiny_files, tmp_path, reason, lost):
+    config = recipe(tiny_files, tmp_path / "runs", corpus_of(tmp_path, ["s0 2"]))
+    source = {"read": 100, "kept": 10, "drops": {reason: {"count": 90, "first": ["f:1"]}}}
+    counts = {"sources": {"sources.0 (f)": source}, "splits": {"validation": {"rows": 1}}}
+    findings = Findings(here=True)
+    judge_counts(config, counts, findings)
+    assert bool(findings.problems) == lost
+    sample = Sample([5], [2], Drops({reason: 90}, {reason: ["f:1"]}))
+    share = _judge_sample(config.corpus, sample, Findings(here=True))
+    assert share == (1 / 91 if lost else 1.0)

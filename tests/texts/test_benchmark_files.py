@@ -6,7 +6,7 @@ import pytest
 
 from proxykd_jax.config.schema import SourceConfig
 from proxykd_jax.errors import UserError
-from proxykd_jax.texts.benchmark_files import load_answers
+from proxykd_jax.texts.answers import load_answers
 from proxykd_jax.texts.readers import read_source, sought_in_corpus
 from proxykd_jax.texts.records import Drops
 

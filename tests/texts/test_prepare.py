@@ -381,7 +381,7 @@ def test_what_is_not_read_is_said(tmp_path, llama_folder, capsys):
     }
     assert source["kept"] == 30
     printed = capsys.readouterr().out
-    assert "1 times: the key remark is not read" in printed and "'never read'" in printed
+    assert "1 row: the key remark is not read" in printed and "'never read'" in printed
     assert "2 files passed over: readme.txt (its ending is not read), test.jsonl" in printed
 
 

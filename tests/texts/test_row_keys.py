@@ -9,7 +9,7 @@ from proxykd_jax.texts.conversations import NOTHING_LEARNT
 from proxykd_jax.texts.formats import NO_TURNS
 from proxykd_jax.texts.readers import read_source
 from proxykd_jax.texts.records import OTHER_NOTES, Drops, Notes
-from proxykd_jax.texts.row_keys import NO_CALL_THERE, REASONING, TOOL_CALLS
+from proxykd_jax.texts.row_keys import NO_CALL_THERE, REASONING
 
 U, A, S = "user", "assistant", "system"
 
@@ -325,6 +325,6 @@ def test_the_output_of_a_batch_is_a_file_of_answers(tmp_path):
     assert turns == [[(U, "2+3?"), (A, "5")]]
     assert drops.counts == {
         "an answer that was cut off (finish_reason: length)": 1,
-        TOOL_CALLS: 1,
-        "no answer of the teacher": 1,
+        "a tool call that cannot be read": 1,
+        "a request that failed (expired)": 1,
     }
