@@ -34,13 +34,13 @@ LAYERS = {
 }
 STAGES = (
     *("collect", "prepare", "align", "score", "distill", "evaluate", "export", "report"),
-    *("plan", "init", "check", "verify", "run", "tables", "chat"),
+    *("plan", "init", "check", "verify", "run", "tables", "chat", "push"),
 )
 # The command line itself, which is above every room and on the same layer as the stages.
 LAYERS |= dict.fromkeys((*STAGES, "cli", "checking", "planning"), 5)
 DELIVERED = (
     *("collect", "prepare", "align", "score", "distill", "evaluate", "export", "report"),
-    *("plan", "init", "check", "verify", "run", "tables", "chat"),
+    *("plan", "init", "check", "verify", "run", "tables", "chat", "push"),
 )
 
 ARRAYS = {"jax", "numpy", "optax", "chex", "flax", "ml_dtypes"}
