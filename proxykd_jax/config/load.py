@@ -23,7 +23,7 @@ from proxykd_jax.small_files import read_text
 
 # The longest recipe has a few KB. The loader needs about a second for each 100 KB.
 _MOST_BYTES = 256 << 10
-_MOST_PROBLEMS = 20
+_MOST_PROBLEMS = 100
 _MOST_SHOWN = 120
 
 
