@@ -43,7 +43,7 @@ def special_file(path: Path) -> str | None:
     """
     try:
         if path.is_dir():
-            return "it is a folder"
+            return "it is a directory"
         if path.exists() and not path.is_file():
             return "it is not a regular file, but a device or a pipe"
         return "it belongs to the system's kernel" if in_kernel(path) else None

@@ -210,7 +210,7 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        if isinstance(node, yaml.ScalarNode) and node.tag != _TEXT:
+        if isinstance(node, yaml.ScalarNode) and node.tag in _JSON_TAGS - {_TEXT}:
             fits = {self.resolve(yaml.ScalarNode, node.value, (True, False))}
             if node.tag not in fits | ({_FLOAT} if _INT in fits else set()):
                 raise yaml.constructor.ConstructorError(
