@@ -155,7 +155,7 @@ def _as_list(value: Any) -> list[Any] | None:
     if isinstance(value, str) and value.lstrip()[:2] in ("[{", "[["):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
     if isinstance(value, Mapping) and value and all(isinstance(v, list) for v in value.values()):
         lengths = {len(column) for column in value.values()}

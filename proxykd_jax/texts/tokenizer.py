@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from proxykd_jax.artifacts import digest_file, digest_value
 from proxykd_jax.config import Config
 from proxykd_jax.errors import UserError
 from proxykd_jax.models.folder import TOKENIZER_FILES, local_folder
+from proxykd_jax.small_files import read_object
 
 # Files that name end tokens; the first is the one that generation follows.
 _MODEL_CONFIGS = ("generation_config.json", "config.json")
@@ -153,11 +153,7 @@ def _model_config(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
     if not path.is_file():
         return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}.") from error
-    return value if isinstance(value, dict) else {}
+    return read_object(path, "model's config")
 
 
 def check_same_vocabulary(first: Tokenizer, second: Tokenizer) -> None:
