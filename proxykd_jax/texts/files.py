@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from proxykd_jax.errors import UserError
+from proxykd_jax.small_files import in_kernel, special_file
 from proxykd_jax.texts.columnar_files import read_parquet
 from proxykd_jax.texts.json_files import Record, open_decompressed, read_json_records
 
@@ -34,6 +35,7 @@ _OTHER_CONTENT = {
     b"ARRO": "an Arrow file",
 }
 _MMLU_COLUMNS = 6
+_MOST_BLANK = 100_000
 
 
 class SourceFiles(NamedTuple):
@@ -103,12 +105,17 @@ def source_files(pattern: str, *, held_out: bool = False) -> SourceFiles:
 
 def _find(pattern: str) -> SourceFiles:
     path = Path(pattern)
+    special = None if path.is_dir() else special_file(path)
+    if special:
+        raise UserError(f"{pattern} cannot be read: {special}.")
     if path.is_file():
         return SourceFiles([path], {})
     if path.is_dir():
+        if in_kernel(path):
+            raise UserError(f"{pattern} cannot be read: it belongs to the system's kernel.")
         return _in_folder(path)
     files = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
-    files = [file for file in files if file.is_file()]
+    files = [file for file in files if file.is_file() and not in_kernel(file)]
     if not files:
         raise UserError(f"{pattern} does not exist, or matches no file.")
     return SourceFiles(files, {})
@@ -123,6 +130,8 @@ def _in_folder(path: Path) -> SourceFiles:
     for file in sorted(path.rglob("*")):
         inside = file.relative_to(path)
         if not file.is_file() or any(part.startswith(".") for part in inside.parts):
+            continue
+        if file.is_symlink() and in_kernel(file):
             continue
         if file.name in _ABOUT_ROWS:
             passed_over[str(inside)] = "it holds no rows"
@@ -182,12 +191,15 @@ def _read_mmlu_csv(path: Path) -> Iterator[tuple[Record, str]]:
             line.decode("utf-8" if number else "utf-8-sig") for number, line in enumerate(binary)
         )
         reader = csv.reader(lines, strict=True)
-        rows = 0
+        rows = blank = 0
         try:
             for row in reader:
                 origin = f"{path}:{reader.line_num}"
                 if rows == 0 and row and row[0].strip().lower() == "question":
                     continue
+                blank = 0 if row else blank + 1
+                if blank > _MOST_BLANK:
+                    raise UserError(f"{origin} is damaged: {blank:,} blank lines precede it.")
                 if not row:
                     continue
                 answer = row[-1].strip()
