@@ -274,6 +274,11 @@ def sandbox(allowance: Allowance) -> jinja2.sandbox.SandboxedEnvironment:
                 return False
             return super().is_safe_attribute(obj, attr, value)
 
+        def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
+            raise jinja2.sandbox.SecurityError(
+                f"access to attribute {attribute!r} of a {type(obj).__name__} is unsafe"
+            )
+
         def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
             made = super().wrap_str_format(value)
             if made is None:
