@@ -158,7 +158,8 @@ def _build(data: Any, problems: list[str], overrides: Sequence[str], origin: str
     if method is not None:
         problems += contradictions(method.defines(), data, method.name)
     preset = data.get("preset")
-    if isinstance(preset, str) and preset in PRESETS:
+    known = isinstance(preset, str) and preset in PRESETS
+    if known:
         below = PRESETS[preset]
         if method is not None:
             below = _merge(_merge(below, method.suggests()), method.defines())
@@ -167,7 +168,7 @@ def _build(data: Any, problems: list[str], overrides: Sequence[str], origin: str
         # Strict JSON mode: "32" is not an integer, true is not a number, but lists become tuples.
         config = Config.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        problems += _explain(error.errors(), unresolved_preset=preset not in PRESETS)
+        problems += _explain(error.errors(), unresolved_preset=not known)
     else:
         if not problems:
             return config

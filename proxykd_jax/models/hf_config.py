@@ -61,6 +61,8 @@ def config_from_hf(record: dict[str, Any], lora: LoraConfig | None = None) -> Mo
         )
     num_layers = read_integer(record, "num_hidden_layers")
     num_heads = read_integer(record, "num_attention_heads")
+    if num_heads < 1:
+        raise UserError(f"num_attention_heads must be at least 1, got {num_heads}.")
     model_dim = read_integer(record, "hidden_size")
     default_kv_heads = {"mistral": 8}.get(family, num_heads)
     if family == "qwen3":

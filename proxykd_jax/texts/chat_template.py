@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -111,7 +112,9 @@ class ChatTemplate:
         self.variables = dict(variables)
         self._allowance = Allowance()
         try:
-            self._compiled = sandbox(self._allowance).from_string(text)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", SyntaxWarning)  # Python's, about odd expressions
+                self._compiled = sandbox(self._allowance).from_string(text)
         except Exception as error:  # Python refuses some of what Jinja accepts, as deep nesting
             reason = str(error) or type(error).__name__
             raise UserError(f"The chat template is not valid Jinja: {reason}") from error
