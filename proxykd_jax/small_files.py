@@ -81,7 +81,7 @@ def check_folder(folder: Path, what: str, *, writable: bool = True) -> None:
     raise UserError(f"{what}: {folder} cannot be used: {reason}. Choose another folder.")
 
 
-def read_text(path: str | Path, what: str, *, most_bytes: int = _MIB) -> str:
+def read_text(path: str | os.PathLike[str], what: str, *, most_bytes: int = _MIB) -> str:
     """The text of a small file.
 
     Args:

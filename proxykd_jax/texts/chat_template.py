@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from proxykd_jax.errors import UserError
 from proxykd_jax.small_files import read_text
