@@ -28,7 +28,8 @@ by `python -m docs.make_configuration`; `proxykd run --help all` prints the same
   `--set corpus.sources.0.limit=100`).
 - In a `path`, `$NAME` and `${NAME}` stand for environment variables, and a leading `~` for a home
   folder. Keys that take a folder or a name on the hub have this type, too.
-- `1e-5` is a number; YAML aliases and tags are refused.
+- `1e-5` is a number; YAML aliases and tags are refused. YAML's octal and sexagesimal numbers
+  (`010`, `1:30`) are texts. A config has at most 256 KiB.
 - Where two defaults stand, the preset decides. `preset` itself has no default."""
 
 

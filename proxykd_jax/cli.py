@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from proxykd_jax.config.keys import describe, often_set, stage_keys
 from proxykd_jax.errors import Stopped, UserError
 from proxykd_jax.parallel.launchers import Launch, find_launch
 from proxykd_jax.peers import is_first, sigterm_stops
+from proxykd_jax.small_files import check_folder
 from proxykd_jax.status import LINE
 
 USER_ERROR, INTERRUPTED = 2, 130
@@ -34,6 +36,11 @@ _QUIET = {
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # PyTorch was not found
     "TRANSFORMERS_VERBOSITY": "error",
     "GRPC_VERBOSITY": "ERROR",
+}
+# What a disk or its owner refuses; no error of the program.
+_REFUSED_BY_DISK = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO),
+    *(errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP),
 }
 
 
@@ -79,6 +86,7 @@ def run_command(
 
     def work() -> int:
         config = load_config(arguments.config, arguments.set)
+        check_folder(config.folder, "runs_dir", writable=not arguments.dry_run)
         with verification(config.verify):
             if arguments.dry_run:
                 from proxykd_jax.checking import dry_run
@@ -103,6 +111,7 @@ def run_work(work: Callable[[], int]) -> int:
     A user error, an interrupt and a stop give a sentence and a code as in ``run_command``.
     """
     _quieten()
+    work = _disk_errors_told(work)
     # The share of GPU memory that plans assume; XLA's default is 75 %. Read when jax first starts.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     try:
@@ -118,13 +127,28 @@ def run_work(work: Callable[[], int]) -> int:
 def run_alone(work: Callable[[], int]) -> int:
     """``run_work`` for what one process does alone, also where a launcher started several."""
     _quieten()
-    return _ended(work)
+    return _ended(_disk_errors_told(work))
 
 
 def _quieten() -> None:
     """Silences other libraries, except where the user has set the variable."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+
+
+def _disk_errors_told(work: Callable[[], int]) -> Callable[[], int]:
+    """The same work; what the disk refuses is a sentence."""
+
+    def told() -> int:
+        try:
+            return work()
+        except OSError as error:
+            if error.errno not in _REFUSED_BY_DISK:
+                raise
+            where = "the disk" if error.filename is None else error.filename
+            raise UserError(f"{where} cannot be used: {error.strerror}.") from error
+
+    return told
 
 
 def _ended(work: Callable[[], int]) -> int:

@@ -25,7 +25,8 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-
 
 LAYERS = {
     **dict.fromkeys(
-        ("errors", "config", "artifacts", "types", "peers", "status", "random_keys"), 0
+        ("errors", "config", "artifacts", "types", "peers", "status", "random_keys", "small_files"),
+        0,
     ),
     "losses": 1,
     **dict.fromkeys(("models", "parallel"), 2),
@@ -50,6 +51,7 @@ AT_IMPORT = {
     "artifacts": set(),
     "peers": set(),
     "status": set(),
+    "small_files": set(),
     "config": {"pydantic", "pydantic_core", "yaml"},
     "types": {"flax", "jax", "numpy"},
     "random_keys": {"jax", "numpy"},

@@ -7,7 +7,6 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 import yaml
@@ -19,6 +18,12 @@ from proxykd_jax.config.presets import PRESETS
 from proxykd_jax.config.schema import CollectConfig, Config
 from proxykd_jax.config.section import Section
 from proxykd_jax.errors import UserError
+from proxykd_jax.small_files import read_text
+
+# The longest recipe has a few KB. The loader needs about a second for each 100 KB.
+_MOST_BYTES = 256 << 10
+_MOST_PROBLEMS = 100
+_MOST_SHOWN = 120
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
@@ -152,7 +157,8 @@ def _build(data: Any, problems: list[str], overrides: Sequence[str], origin: str
     if method is not None:
         problems += contradictions(method.defines(), data, method.name)
     preset = data.get("preset")
-    if isinstance(preset, str) and preset in PRESETS:
+    known = isinstance(preset, str) and preset in PRESETS
+    if known:
         below = PRESETS[preset]
         if method is not None:
             below = _merge(_merge(below, method.suggests()), method.defines())
@@ -161,7 +167,7 @@ def _build(data: Any, problems: list[str], overrides: Sequence[str], origin: str
         # Strict JSON mode: "32" is not an integer, true is not a number, but lists become tuples.
         config = Config.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        problems += _explain(error.errors(), unresolved_preset=preset not in PRESETS)
+        problems += _explain(error.errors(), unresolved_preset=not known)
     else:
         if not problems:
             return config
@@ -187,7 +193,8 @@ def _checked_method(data: dict[str, Any]) -> Method | None:
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-5 as a float, keeps dates as text and records repeated keys.
 
-    It builds only JSON's types. Aliases are refused, because nested ones grow without bound.
+    It builds only JSON's types. Aliases are refused, because nested ones grow without bound. A
+    number is decimal or hexadecimal: YAML's other forms (1:30 for 90, 010 for 8) stay text.
     """
 
     def __init__(self, stream: str) -> None:
@@ -201,6 +208,18 @@ class _Loader(yaml.SafeLoader):
                 None, None, "aliases (*name) are not supported; write the value out", mark
             )
         return super().compose_node(parent, index)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if isinstance(node, yaml.ScalarNode) and node.tag in _JSON_TAGS - {_TEXT}:
+            fits = {self.resolve(yaml.ScalarNode, node.value, (True, False))}
+            if node.tag not in fits | ({_FLOAT} if _INT in fits else set()):
+                raise yaml.constructor.ConstructorError(
+                    None,
+                    None,
+                    f"{_shortened(node.value)!r} is no {node.tag.rpartition(':')[2]}",
+                    node.start_mark,
+                )
+        return super().construct_object(node, deep=deep)
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         value = super().construct_scalar(node)
@@ -236,23 +255,31 @@ _Loader.yaml_constructors = {
     for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
     if tag is None or tag in _JSON_TAGS
 }
+_TEXT, _INT, _FLOAT = (_TAG + name for name in ("str", "int", "float"))
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag in _JSON_TAGS]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag in _JSON_TAGS - {_INT, _FLOAT}]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
-    _TAG + "float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), None
+    _INT,
+    # Longer ones stay text: Python refuses to convert thousands of digits.
+    re.compile(r"^[-+]?(?:0|[1-9][0-9_]{0,39}|0x[0-9a-fA-F][0-9a-fA-F_]{0,31})$"),
+    list("-+0123456789"),
+)
+_Loader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(
+        r"^(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+    list("-+.0123456789"),
 )
 
 
 def _read_yaml(path: str | os.PathLike[str], what: str) -> tuple[Any, list[str]]:
     """Reads and parses a file; messages call it ``what``."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise UserError(f"cannot read the {what} {path}: {reason}.") from error
-    return _parse_yaml(text, origin=str(path))
+    return _parse_yaml(read_text(path, what, most_bytes=_MOST_BYTES), origin=str(path))
 
 
 def _parse_yaml(text: str, origin: str) -> tuple[Any, list[str]]:
@@ -270,35 +297,42 @@ def _parse_yaml(text: str, origin: str) -> tuple[Any, list[str]]:
         where = f" on line {mark.line + 1}" if mark else ""
         what = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"{origin}: not accepted as YAML{where}: {what}.") from error
-    return data, loader.repeated
+    repeated = loader.repeated[:_MOST_PROBLEMS]
+    more = len(loader.repeated) - len(repeated)
+    return data, repeated + ([f"{more:,} more keys are repeated"] if more else [])
 
 
 def _apply_override(data: dict[str, Any], override: str) -> list[str]:
     key, equals, text = override.partition("=")
+    shown = _shortened(override)
     if not equals or not key:
-        return [f"--set {override}: write it as section.key=value"]
-    value, problems = _parse_yaml(text, f"--set {override}") if text else ("", [])
+        return [f"--set {shown}: write it as section.key=value"]
+    value, problems = _parse_yaml(text, f"--set {shown}") if text else ("", [])
     node: Any = data
     *parents, last = key.split(".")
     for parent in parents:
         if isinstance(node, list):
-            if not (parent.isdigit() and int(parent) < len(node)):
-                return [f"--set {override}: {parent} is no index of a list of {len(node)}"]
+            if not _is_index(parent, node):
+                return [f"--set {shown}: {parent} is no index of a list of {len(node)}"]
             node = node[int(parent)]
             continue
         child = node.get(parent)
         if child is None:
             child = node[parent] = {}
         if not isinstance(child, dict | list):
-            return [f"--set {override}: {parent} is a value, not a section"]
+            return [f"--set {shown}: {parent} is a value, not a section"]
         node = child
     if isinstance(node, list):
-        if not (last.isdigit() and int(last) < len(node)):
-            return [f"--set {override}: {last} is no index of a list of {len(node)}"]
+        if not _is_index(last, node):
+            return [f"--set {shown}: {last} is no index of a list of {len(node)}"]
         node[int(last)] = value
     else:
         node[last] = value
     return problems
+
+
+def _is_index(text: str, items: list[Any]) -> bool:
+    return re.fullmatch("[0-9]{1,9}", text) is not None and int(text) < len(items)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -319,7 +353,7 @@ def _explain(
 ) -> list[str]:
     """Returns one sentence per problem of a file with the schema ``root``."""
     problems = []
-    for error in errors:
+    for error in errors[:_MOST_PROBLEMS]:
         location = [str(part) for part in error["loc"]]
         if error["type"] == "too_short" and any(
             other["loc"][:-1][: len(location)] == error["loc"] for other in errors
@@ -331,6 +365,8 @@ def _explain(
         shown = [part for i, part in enumerate(location) if not _is_tag(location, i)]
         whole = "config" if root is Config else "table"
         problems.append(f"{'.'.join(shown) or whole}: {_reason(error, location, root)}")
+    if len(errors) > _MOST_PROBLEMS:
+        problems.append(f"{len(errors) - _MOST_PROBLEMS:,} more keys are wrong")
     return problems
 
 
@@ -350,7 +386,7 @@ def _has_preset_value(location: list[str]) -> bool:
 
 def _reason(error: ErrorDetails, location: list[str], root: type[BaseModel]) -> str:
     kind, got = error["type"], error.get("input")
-    shown = "" if isinstance(got, dict | list) else f" (got {json.dumps(got, default=str)})"
+    shown = "" if isinstance(got, dict | list) else f" (got {_dumped(got)})"
     if kind == "extra_forbidden":
         return f"unknown key; {_suggest(location, root)}{shown}"
     if kind == "missing":
@@ -365,7 +401,7 @@ def _reason(error: ErrorDetails, location: list[str], root: type[BaseModel]) -> 
         allowed = str(context.get("expected") or context.get("expected_tags", ""))
         if isinstance(got, dict):
             got = got.get("name")
-            shown = f" (got {json.dumps(got, default=str)})"
+            shown = f" (got {_dumped(got)})"
         options = re.findall(r"'([^']+)'", allowed)
         close = difflib.get_close_matches(str(got), options, n=1, cutoff=0.5)
         allowed = allowed.replace("True", "true").replace("False", "false")  # as in YAML
@@ -382,6 +418,14 @@ def _reason(error: ErrorDetails, location: list[str], root: type[BaseModel]) -> 
         return f"should be a section of keys{shown}"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return f"{message}{shown}"
+
+
+def _dumped(value: Any) -> str:
+    return _shortened(json.dumps(value, default=str))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def _suggest(location: list[str], root: type[BaseModel]) -> str:

@@ -238,7 +238,9 @@ class CorpusConfig(Section):
     )
     deduplicate: bool = Field(True, description="drop repeated (prompt, answer) pairs")
     shares: SharesConfig = Field(SharesConfig(), description="shares of the three splits")
-    validation_fraction: Share = Field(description="share set aside for validation")
+    validation_fraction: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
+        description="share set aside for validation"
+    )
     validation_rows: NonNegativeInt = Field(
         description="least number of validation rows, if the corpus has ten times as many"
     )

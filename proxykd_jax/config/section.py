@@ -8,8 +8,11 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+from proxykd_jax.small_files import path_problem
+
+# Counts and sizes are int32 in the arrays.
+PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -20,7 +23,7 @@ def expand_path(text: str) -> str:
     """Expands ``$NAME`` and ``${NAME}`` to environment variables, then a leading ``~`` to a home.
 
     Raises:
-      ValueError: a variable is not set.
+      ValueError: a variable is not set, or the result can be no path.
     """
     expanded = os.path.expandvars(text)
     unset = re.search(r"\$\{?(\w+)", expanded)
@@ -28,7 +31,11 @@ def expand_path(text: str) -> str:
         raise ValueError(
             f"the environment variable {unset[1]} is not set; set it, or write the path out"
         )
-    return os.path.expanduser(expanded)
+    expanded = os.path.expanduser(expanded)
+    problem = path_problem(expanded)
+    if problem:
+        raise ValueError(problem)
+    return expanded
 
 
 def expand_named_path(text: str) -> str:

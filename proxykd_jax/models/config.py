@@ -17,6 +17,8 @@ ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
 LORA_TARGETS = ATTENTION_TARGETS + MLP_TARGETS
+# Far beyond every model, and small enough that names and shapes can be listed.
+MOST_LAYERS, MOST_PARAMS = 10_000, 1e14
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,10 @@ class RopeConfig:
             )
         if not (self.theta > 0 and math.isfinite(self.theta)):
             raise UserError(f"rope_theta must be positive and finite, got {self.theta!r}.")
-        if self.kind != "default" and not self.factor >= 1:
-            raise UserError(f"The factor of rope scaling must be at least 1, got {self.factor!r}.")
+        if self.kind != "default" and not (self.factor >= 1 and math.isfinite(self.factor)):
+            raise UserError(
+                f"The factor of rope scaling must be at least 1 and finite, got {self.factor!r}."
+            )
         if self.kind in ("yarn", "llama3") and not self.original_max_positions:
             raise UserError(f"Rope scaling {self.kind!r} needs original_max_position_embeddings.")
 
@@ -83,8 +87,10 @@ class LoraConfig:
         object.__setattr__(
             self, "targets", tuple(name for name in LORA_TARGETS if name in self.targets)
         )
-        if self.rank < 1:
-            raise UserError(f"The LoRA rank must be at least 1, got {self.rank}.")
+        if not 1 <= self.rank < 2**31:
+            raise UserError(f"The LoRA rank must be at least 1 and below 2^31, got {self.rank}.")
+        if not math.isfinite(self.alpha):
+            raise UserError(f"The LoRA alpha must be finite, got {self.alpha}.")
         if not 0 <= self.dropout < 1:
             raise UserError(f"The LoRA dropout must lie in [0, 1), got {self.dropout}.")
 
@@ -132,12 +138,23 @@ class ModelConfig:
             raise UserError(
                 f"Model family {self.family!r} is not supported. Supported: {', '.join(FAMILIES)}."
             )
+        if not (math.isfinite(self.norm_eps) and self.norm_eps >= 0):
+            raise UserError(f"norm_eps must be finite and not negative, got {self.norm_eps}.")
+        if not (math.isfinite(self.initializer_range) and self.initializer_range >= 0):
+            raise UserError(
+                f"initializer_range must be finite and not negative, got {self.initializer_range}."
+            )
         sizes = (
             "vocab_size num_layers model_dim ffn_dim num_heads num_kv_heads head_dim max_positions"
         )
         for name in sizes.split():
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.num_layers > MOST_LAYERS or self.num_params > MOST_PARAMS:
+            raise UserError(
+                f"{self.num_layers:,} layers and {self.num_params:.0e} parameters are no real "
+                f"model: at most {MOST_LAYERS:,} and {MOST_PARAMS:.0e} are accepted."
+            )
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "

@@ -7,12 +7,13 @@ family's class in transformers, because published files omit them.
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
 from typing import Any
 
 from proxykd_jax.errors import UserError
 from proxykd_jax.models.config import FAMILIES, LoraConfig, ModelConfig, RopeConfig
+from proxykd_jax.small_files import read_object
 
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -22,6 +23,7 @@ _ARCHITECTURES = {
 }
 _MAX_POSITIONS = {"llama": 2048, "mistral": 131_072, "qwen2": 32_768, "qwen3": 32_768}
 _ACTIVATIONS = ("silu", "swish")
+_MOST, _MOST_SHOWN = 2**31 - 1, 80
 
 
 def read_config(folder: str | Path, lora: LoraConfig | None = None) -> ModelConfig:
@@ -33,17 +35,12 @@ def read_config(folder: str | Path, lora: LoraConfig | None = None) -> ModelConf
     path = Path(folder)
     if path.is_dir() or path.suffix != ".json":
         path = path / "config.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         raise UserError(
             f"{path} does not exist. A model is a Hugging Face folder with config.json and "
             "safetensors weights."
-        ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}.") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{path} holds no JSON object.")
+        )
+    record = read_object(path, "model's config")
     try:
         return config_from_hf(record, lora=lora)
     except UserError as error:
@@ -55,20 +52,23 @@ def config_from_hf(record: dict[str, Any], lora: LoraConfig | None = None) -> Mo
     family = _family(record)
     if record.get("hidden_act", "silu") not in _ACTIVATIONS:
         raise UserError(
-            f"Activation {record['hidden_act']!r} is not supported; the Llama family uses silu."
+            f"Activation {_shown(record['hidden_act'])} is not supported; the Llama family uses "
+            "silu."
         )
     if record.get("quantization_config"):
         raise UserError(
             "The weights are quantised (quantization_config). Use the unquantised checkpoint."
         )
-    num_layers = _integer(record, "num_hidden_layers")
-    num_heads = _integer(record, "num_attention_heads")
-    model_dim = _integer(record, "hidden_size")
+    num_layers = read_integer(record, "num_hidden_layers")
+    num_heads = read_integer(record, "num_attention_heads")
+    if num_heads < 1:
+        raise UserError(f"num_attention_heads must be at least 1, got {num_heads}.")
+    model_dim = read_integer(record, "hidden_size")
     default_kv_heads = {"mistral": 8}.get(family, num_heads)
     if family == "qwen3":
-        head_dim = _integer(record, "head_dim", 128)
+        head_dim = read_integer(record, "head_dim", 128)
     elif record.get("head_dim"):
-        head_dim = _integer(record, "head_dim")
+        head_dim = read_integer(record, "head_dim")
     elif model_dim % num_heads:
         raise UserError(
             f"hidden_size ({model_dim}) is not a multiple of num_attention_heads ({num_heads}) "
@@ -76,33 +76,33 @@ def config_from_hf(record: dict[str, Any], lora: LoraConfig | None = None) -> Mo
         )
     else:
         head_dim = model_dim // num_heads
-    max_positions = _integer(record, "max_position_embeddings", _MAX_POSITIONS[family])
+    max_positions = read_integer(record, "max_position_embeddings", _MAX_POSITIONS[family])
     window, sliding_layers = _sliding(record, family, num_layers)
-    attention_bias = bool(record.get("attention_bias", False)) and family in ("llama", "qwen3")
+    attention_bias = read_flag(record, "attention_bias") and family in ("llama", "qwen3")
     default_bos, default_eos = (1, 2) if family in ("llama", "mistral") else (None, None)
     return ModelConfig(
         family=family,  # type: ignore[arg-type]
-        vocab_size=_integer(record, "vocab_size"),
+        vocab_size=read_integer(record, "vocab_size"),
         num_layers=num_layers,
         model_dim=model_dim,
-        ffn_dim=_integer(record, "intermediate_size"),
+        ffn_dim=read_integer(record, "intermediate_size"),
         num_heads=num_heads,
-        num_kv_heads=_integer(record, "num_key_value_heads", default_kv_heads),
+        num_kv_heads=read_integer(record, "num_key_value_heads", default_kv_heads),
         head_dim=head_dim,
-        norm_eps=float(record.get("rms_norm_eps", 1e-6)),
+        norm_eps=read_number(record, "rms_norm_eps", 1e-6),
         rope=_rope(record, max_positions),
-        tie_embeddings=bool(record.get("tie_word_embeddings", False)),
+        tie_embeddings=read_flag(record, "tie_word_embeddings"),
         qkv_bias=family == "qwen2" or attention_bias,
         o_bias=attention_bias,
-        mlp_bias=family == "llama" and bool(record.get("mlp_bias", False)),
+        mlp_bias=family == "llama" and read_flag(record, "mlp_bias"),
         qk_norm=family == "qwen3",
         sliding_window=window,
         sliding_layers=sliding_layers,
         max_positions=max_positions,
-        bos_token_id=record.get("bos_token_id", default_bos),
-        eos_token_ids=_token_ids(record.get("eos_token_id", default_eos)),
-        pad_token_id=record.get("pad_token_id"),
-        initializer_range=float(record.get("initializer_range", 0.02)),
+        bos_token_id=_token_id(record, "bos_token_id", default_bos),
+        eos_token_ids=_eos_ids(record, default_eos),
+        pad_token_id=_token_id(record, "pad_token_id"),
+        initializer_range=read_number(record, "initializer_range", 0.02),
         lora=lora,
     )
 
@@ -167,13 +167,17 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
 
 def _family(record: dict[str, Any]) -> str:
     family = record.get("model_type")
-    architectures = record.get("architectures") or []
+    named = record.get("architectures") or []
+    architectures = [named] if isinstance(named, str) else named
+    if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
+        raise UserError(f"The key 'architectures' must be a list of names, got {_shown(named)}.")
     if family is None and len(architectures) == 1:
         family = {name: key for key, name in _ARCHITECTURES.items()}.get(architectures[0])
     if family not in FAMILIES:
         raise UserError(
-            f"Models of type {record.get('model_type')!r} (architectures {architectures}) are not "
-            f"supported. Supported: {', '.join(_ARCHITECTURES.values())}."
+            f"Models of type {_shown(record.get('model_type'))} (architectures "
+            f"{', '.join(architectures) or 'none'}) are not supported. Supported: "
+            f"{', '.join(_ARCHITECTURES.values())}."
         )
     if architectures and _ARCHITECTURES[family] not in architectures:
         raise UserError(
@@ -183,21 +187,77 @@ def _family(record: dict[str, Any]) -> str:
     return family
 
 
-def _integer(record: dict[str, Any], key: str, default: int | None = None) -> int:
+# --- values of a file that nobody has checked -----------------------------------------------------
+
+
+def read_integer(record: dict[str, Any], key: str, default: int | None = None) -> int:
+    """A whole number of a file's object; null and an absent key stand for the default.
+
+    Raises:
+      UserError: the value is of another type, beyond int32, or missing without a default.
+    """
     value = record.get(key)
     if value is None:
         value = default
     if value is None:
         raise UserError(f"The key {key!r} is missing.")
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise UserError(f"The key {key!r} must be a whole number, got {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > _MOST:
+        raise UserError(f"The key {key!r} must be a whole number below 2^31, got {_shown(value)}.")
     return value
 
 
-def _token_ids(value: Any) -> tuple[int, ...]:
+def read_number(record: dict[str, Any], key: str, default: float | None = None) -> float:
+    """A finite number of a file's object; see ``read_integer``."""
+    value = record.get(key)
     if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
+        value = default
+    try:
+        if not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # a whole number beyond all floats
+        pass
+    raise UserError(f"The key {key!r} must be a finite number, got {_shown(value)}.")
+
+
+def read_flag(record: dict[str, Any], key: str, default: bool = False) -> bool:
+    """True or false in a file's object; see ``read_integer``."""
+    value = record.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise UserError(f"The key {key!r} must be true or false, got {_shown(value)}.")
+    return value
+
+
+def _block(record: dict[str, Any], key: str) -> dict[str, Any]:
+    value = record.get(key) or {}
+    if not isinstance(value, dict) or any(isinstance(inner, dict) for inner in value.values()):
+        raise UserError(
+            f"Rope parameters that differ between layers are not supported; {key!r} must be one "
+            f"set, got {_shown(value)}."
+        )
+    return value
+
+
+def _token_id(record: dict[str, Any], key: str, default: int | None = None) -> int | None:
+    return None if record.get(key, default) is None else read_integer(record, key, default)
+
+
+def _eos_ids(record: dict[str, Any], default: int | None) -> tuple[int, ...]:
+    value = record.get("eos_token_id", default)
+    ids = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    return tuple(read_integer({"eos_token_id": each}, "eos_token_id") for each in ids)
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # too many digits
+        text = "a whole number of thousands of digits"
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
+# --- parts of the file ----------------------------------------------------------------------------
 
 
 def _sliding(
@@ -208,15 +268,22 @@ def _sliding(
     if family == "mistral":
         # transformers takes 4096 for an absent key. Published files with full attention say null.
         window = record.get("sliding_window", 4096)
-        return (None, ()) if window is None else (int(window), tuple(range(num_layers)))
+        every = tuple(range(num_layers))
+        return (
+            (None, ()) if window is None else (read_integer(record, "sliding_window", 4096), every)
+        )
     window = record.get("sliding_window", 4096)
-    if not record.get("use_sliding_window", False) or window is None:
+    if not read_flag(record, "use_sliding_window") or window is None:
         return None, ()
     layer_types = record.get("layer_types")
     if layer_types is None:
-        start = record.get("max_window_layers", 28)
-        layers = tuple(range(min(start, num_layers), num_layers))
+        start = read_integer(record, "max_window_layers", 28)
+        layers = tuple(range(max(min(start, num_layers), 0), num_layers))
     else:
+        if not isinstance(layer_types, list) or not all(isinstance(x, str) for x in layer_types):
+            raise UserError(
+                f"The key 'layer_types' must be a list of names, got {_shown(layer_types)}."
+            )
         unknown = sorted(set(layer_types) - {"sliding_attention", "full_attention"})
         if unknown or len(layer_types) != num_layers:
             raise UserError(
@@ -225,15 +292,12 @@ def _sliding(
                 + (f" with {', '.join(unknown)}." if unknown else ".")
             )
         layers = tuple(i for i, kind in enumerate(layer_types) if kind == "sliding_attention")
-    return (int(window), layers) if layers else (None, ())
+    return (read_integer(record, "sliding_window", 4096), layers) if layers else (None, ())
 
 
 def _rope(record: dict[str, Any], max_positions: int) -> RopeConfig:
-    readings = [
-        _rope_from(block, record, max_positions)
-        for key in ("rope_parameters", "rope_scaling")
-        if (block := record.get(key))
-    ]
+    blocks = [_block(record, key) for key in ("rope_parameters", "rope_scaling")]
+    readings = [_rope_from(block, record, max_positions) for block in blocks if block]
     if not readings:
         return _rope_from({}, record, max_positions)
     if any(reading != readings[0] for reading in readings):
@@ -243,41 +307,39 @@ def _rope(record: dict[str, Any], max_positions: int) -> RopeConfig:
     return readings[0]
 
 
-def _rope_from(block: Any, record: dict[str, Any], max_positions: int) -> RopeConfig:
-    if not isinstance(block, dict) or any(isinstance(value, dict) for value in block.values()):
-        raise UserError("Rope parameters that differ between layers are not supported; one set is.")
-    if float(block.get("partial_rotary_factor", record.get("partial_rotary_factor", 1.0))) != 1.0:
+def _rope_from(block: dict[str, Any], record: dict[str, Any], max_positions: int) -> RopeConfig:
+    partial = read_number(
+        block, "partial_rotary_factor", read_number(record, "partial_rotary_factor", 1.0)
+    )
+    if partial != 1.0:
         raise UserError("A partial_rotary_factor other than 1 is not supported.")
     kind = block.get("rope_type", block.get("type", "default"))
-    beside = (record.get("rope_parameters") or {}).get("rope_theta", 10_000.0)
+    beside = read_number(_block(record, "rope_parameters"), "rope_theta", 10_000.0)
     known: dict[str, Any] = {
-        "theta": float(block.get("rope_theta", record.get("rope_theta", beside))),
+        "theta": read_number(block, "rope_theta", read_number(record, "rope_theta", beside)),
         "kind": kind,
     }
+    original = read_integer(block, "original_max_position_embeddings", 0)
     if kind in ("linear", "dynamic", "llama3", "yarn"):
-        factor = block.get("factor")
-        if factor is None and kind == "yarn" and block.get("original_max_position_embeddings"):
-            factor = max_positions / block["original_max_position_embeddings"]
-        if factor is None:
+        default = max_positions / original if kind == "yarn" and original else None
+        if block.get("factor", default) is None:
             raise UserError(f"Rope scaling {kind!r} needs a factor.")
-        known["factor"] = float(factor)
+        known["factor"] = read_number(block, "factor", default)
     if kind in ("llama3", "yarn"):
         # As in transformers, the key beside rope_parameters overrides the one inside.
-        known["original_max_positions"] = int(
-            record.get("original_max_position_embeddings")
-            or block.get("original_max_position_embeddings")
-            or max_positions
+        known["original_max_positions"] = (
+            read_integer(record, "original_max_position_embeddings", 0) or original or max_positions
         )
     if kind == "llama3":
         for key in ("low_freq_factor", "high_freq_factor"):
             if key not in block:
                 raise UserError(f"Rope scaling 'llama3' needs {key}.")
-            known[key] = float(block[key])
+            known[key] = read_number(block, key)
     if kind == "yarn":
         for key in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"):
             if block.get(key):
-                known[key] = float(block[key])
-        known["truncate"] = bool(block.get("truncate", True))
+                known[key] = read_number(block, key)
+        known["truncate"] = read_flag(block, "truncate", True)
     return RopeConfig(**known)
 
 

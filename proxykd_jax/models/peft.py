@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,12 @@ import numpy as np
 from proxykd_jax.artifacts import check_export, write_json
 from proxykd_jax.errors import UserError
 from proxykd_jax.models.config import LORA_TARGETS, LoraConfig, ModelConfig
+from proxykd_jax.models.hf_config import read_flag, read_integer, read_number
 from proxykd_jax.models.lora import Adapter, adapter_shapes, block_of
 from proxykd_jax.models.params import ParamPath, flatten, unflatten
 from proxykd_jax.models.tensor_files import Tensor, TensorFile, new_folder, write_file
 from proxykd_jax.parallel.processes import fetch
+from proxykd_jax.small_files import read_object
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -133,31 +134,34 @@ def load_adapter(path: str | Path, config: ModelConfig) -> tuple[LoraConfig, Ada
         found.setdefault(leaf, {})[int(layer)] = name
     try:
         lora = LoraConfig(
-            rank=int(record["r"]),
-            alpha=float(record["lora_alpha"]),
+            rank=read_integer(record, "r"),
+            alpha=read_number(record, "lora_alpha"),
             targets=tuple({leaf[2] for leaf in found}),
-            dropout=float(record.get("lora_dropout", 0.0)),
-            rslora=bool(record.get("use_rslora", False)),
+            dropout=read_number(record, "lora_dropout", 0.0),
+            rslora=read_flag(record, "use_rslora"),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except UserError as error:
         raise UserError(
-            f"{folder / CONFIG_FILE}: r and lora_alpha must be numbers ({error})."
+            f"{folder / CONFIG_FILE}: r and lora_alpha must be numbers. {error}"
         ) from None
-    leaves: dict[ParamPath, Any] = {}
-    for leaf, shape in flatten(adapter_shapes(config.replace(lora=lora))):
+    shapes = dict(flatten(adapter_shapes(config.replace(lora=lora))))
+    for leaf, shape in shapes.items():
         names = found.get(leaf, {})
         if sorted(names) != list(range(config.num_layers)):
             raise UserError(
                 f"{file.path}: {'/'.join(leaf[1:])} is there for layers {sorted(names)}, the model "
                 f"has {config.num_layers}; every layer must have it."
             )
-        stack = np.empty(shape, np.float32)
-        for layer, name in names.items():
+        for name in names.values():
             if file.shape(name) != shape[1:][::-1]:
                 raise UserError(
                     f"{file.path}: {name} has shape {file.shape(name)}, the model with rank "
                     f"{lora.rank} needs {shape[1:][::-1]}."
                 )
+    leaves: dict[ParamPath, Any] = {}
+    for leaf, shape in shapes.items():
+        stack = np.empty(shape, np.float32)
+        for layer, name in found[leaf].items():
             stack[layer] = file.read(name).T
         leaves[leaf] = jnp.asarray(stack)
     return lora, unflatten(leaves)
@@ -171,13 +175,10 @@ def _peft_name(path: ParamPath, layer: int) -> str:
 
 def _read_record(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; a PEFT adapter is a folder with it.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}.") from None
-    if not isinstance(record, dict) or record.get("peft_type") != "LORA":
+    if not path.exists():
+        raise UserError(f"{path} does not exist; a PEFT adapter is a folder with it.")
+    record = read_object(path, "adapter's config")
+    if record.get("peft_type") != "LORA":
         raise UserError(f"{path} describes no LoRA adapter (peft_type must be LORA).")
     unsupported = [key for key in _MUST_BE_EMPTY if record.get(key)]
     if record.get("bias", "none") != "none":

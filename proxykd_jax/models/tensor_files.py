@@ -7,8 +7,8 @@ that names files elsewhere or missing tensors, a truncated file.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,12 +20,14 @@ import numpy as np
 from proxykd_jax.artifacts import sync_folder, write_json
 from proxykd_jax.errors import UserError
 from proxykd_jax.peers import is_first, on_first
+from proxykd_jax.small_files import read_object, special_file
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 # Safetensors' names of the dtypes that weights may have.
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_FILE_NAME = re.compile(r"[^/\\\0]{1,240}\.safetensors")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -40,6 +42,9 @@ class TensorFile:
         from safetensors import SafetensorError, safe_open
 
         self.path = path
+        special = special_file(path)
+        if special:
+            raise UserError(f"{path} cannot be read: {special}.")
         try:
             self._file = safe_open(str(path), framework="np").__enter__()
         except FileNotFoundError:
@@ -148,18 +153,17 @@ def _read_index(folder: Path) -> dict[str, str]:
     path = folder / INDEX_FILE
     if (folder / SINGLE_FILE).exists() or not path.exists():
         return {}
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        names = set(index.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is damaged ({type(error).__name__}: {error}); fetch it again."
-        ) from None
-    for name in names:
+    index = read_object(path, "index").get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise UserError(f"{path} is damaged: it has no weight_map; fetch it again.")
+    for name in index.values():
         # A symlink is fine, because the hub's cache consists of them; a path is not.
-        if not isinstance(name, str) or Path(name).name != name or "\\" in name:
-            raise UserError(f"{path} names {name!r}, which lies outside of the folder; refused.")
-        if not (folder / name).exists():
+        if not isinstance(name, str) or _FILE_NAME.fullmatch(name) is None:
+            raise UserError(
+                f"{path} names {str(name)[:80]!r}, which is no safetensors file or lies outside of "
+                "the folder; refused."
+            )
+        if not (folder / name).is_file():
             raise UserError(f"{path} names {name}, which is missing. Fetch the folder again.")
     return index
 

@@ -1,21 +1,21 @@
-"""Chat templates: the built-in ones, and Jinja text that runs in a sandbox."""
+"""Chat templates: the built-in ones, and Jinja text that runs in a sandbox with limits."""
 
 from __future__ import annotations
 
-import datetime
-import json
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from proxykd_jax.errors import UserError
+from proxykd_jax.small_files import read_text
 from proxykd_jax.texts.special_text import MARK_END, MARK_START
+from proxykd_jax.texts.template_sandbox import Allowance, TemplateTooCostly, sandbox
 
 # Llama 3.1's has 4 KB, gpt-oss's 16 KB. A longer one is an attack or a mistake.
 _MOST_CHARACTERS = 100_000
-# A template that prints today's date would give other tokens every day. This is the date that
-# Llama 3.1's template falls back to.
-_DATE = datetime.datetime(2024, 7, 26)
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 
 _PLAIN = """\
 {{- bos_token }}
@@ -78,13 +78,17 @@ def template_text(name: str, tokenizer_template: str | None) -> str | None:
         text = BUILT_IN[name]
     else:
         try:
-            text = Path(name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            text = read_text(Path(name), "Jinja file")
+        except UserError as error:
             raise UserError(
                 f"corpus.template: {name} is neither auto, {', '.join(BUILT_IN)} nor a Jinja "
-                f"file that can be read ({reason})."
+                f"file that can be read. {error}"
             ) from error
+    if text is not None and (found := _CONTROL.search(text)):
+        raise UserError(
+            f"corpus.template: {name} holds the control character U+{ord(found[0]):04X}, so it is "
+            "no template."
+        )
     if text is not None and len(text) > _MOST_CHARACTERS:
         raise UserError(
             f"corpus.template: {name} has {len(text)} characters; at most {_MOST_CHARACTERS} are "
@@ -105,14 +109,16 @@ class ChatTemplate:
     """
 
     def __init__(self, text: str, variables: Mapping[str, str]) -> None:
-        import jinja2
-
         self.text = text
         self.variables = dict(variables)
+        self._allowance = Allowance()
         try:
-            self._compiled = _environment().from_string(text)
-        except (jinja2.TemplateError, RecursionError) as error:
-            raise UserError(f"The chat template is not valid Jinja: {error}") from error
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", SyntaxWarning)  # Python's, about odd expressions
+                self._compiled = sandbox(self._allowance).from_string(text)
+        except Exception as error:  # Python refuses some of what Jinja accepts, as deep nesting
+            reason = str(error) or type(error).__name__
+            raise UserError(f"The chat template is not valid Jinja: {reason}") from error
 
     def render(
         self,
@@ -125,7 +131,10 @@ class ChatTemplate:
 
         Raises:
           UserError: the template rejects the messages, or does something forbidden.
+          TemplateTooCostly: it takes too much time or memory. This is the template's fault, so no
+            row may be tried after it.
         """
+        self._allowance.begin(messages, tools)
         try:
             # None and not undefined, as in Transformers: templates ask whether they are none.
             return self._compiled.render(
@@ -135,6 +144,8 @@ class ChatTemplate:
                 documents=None,
                 **self.variables,
             )
+        except TemplateTooCostly:
+            raise
         except Exception as error:  # a template can raise any Python exception
             reason = str(error) or type(error).__name__
             raise UserError(f"the chat template fails: {reason}") from error
@@ -159,38 +170,3 @@ def marked_pieces(rendered: str) -> tuple[str, list[tuple[int, int]]]:
         spans.append((len(text), len(text) + len(inside)))
         text += inside + after
     return text, spans
-
-
-def _environment() -> Any:
-    import jinja2.ext
-    import jinja2.nodes
-    import jinja2.sandbox
-
-    class Generation(jinja2.ext.Extension):
-        """The ``generation`` block: its body between two marks."""
-
-        tags: set[str] = {"generation"}  # noqa: RUF012 (the base class declares it so)
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            call = self.call_method("_marked")
-            return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-        def _marked(self, caller: Any) -> str:
-            return f"{MARK_START}{caller()}{MARK_END}"
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = _DATE.strftime
-    environment.filters["tojson"] = _to_json
-    return environment
-
-
-def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent, **options)

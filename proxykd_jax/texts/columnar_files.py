@@ -43,7 +43,8 @@ def read_parquet(path: Path) -> Iterator[tuple[Record, str]]:
         raise UserError(
             f"{path}: a text after row {row} is not UTF-8 (byte 0x{error.object[error.start]:02x})."
         ) from error
-    except (pa.ArrowException, OSError) as error:
+    # ValueError: two fields of one name within a column; OverflowError: a date beyond all dates.
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise UserError(f"{path} cannot be read as Parquet after row {row}: {error}") from error
     if not row:
         raise UserError(f"{path} is empty: it holds no row. Remove it or fill it.")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from proxykd_jax.errors import UserError
+from proxykd_jax.small_files import in_kernel, special_file
 from proxykd_jax.texts.columnar_files import read_parquet
 from proxykd_jax.texts.csv_files import read_csv
 from proxykd_jax.texts.json_files import Record, read_json_records
@@ -100,12 +101,17 @@ def source_files(pattern: str, *, held_out: bool = False) -> SourceFiles:
 
 def _find(pattern: str) -> SourceFiles:
     path = Path(pattern)
+    special = None if path.is_dir() else special_file(path)
+    if special:
+        raise UserError(f"{pattern} cannot be read: {special}.")
     if path.is_file():
         return SourceFiles([path], {})
     if path.is_dir():
+        if in_kernel(path):
+            raise UserError(f"{pattern} cannot be read: it belongs to the system's kernel.")
         return _in_folder(path)
     files = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
-    files = [file for file in files if file.is_file()]
+    files = [file for file in files if file.is_file() and not in_kernel(file)]
     if not files:
         raise UserError(f"{pattern} does not exist, or matches no file.")
     return SourceFiles(files, {})
@@ -120,6 +126,8 @@ def _in_folder(path: Path) -> SourceFiles:
     for file in sorted(path.rglob("*")):
         inside = file.relative_to(path)
         if not file.is_file() or any(part.startswith(".") for part in inside.parts):
+            continue
+        if file.is_symlink() and in_kernel(file):
             continue
         if file.name in _ABOUT_ROWS:
             passed_over[str(inside)] = "it holds no rows"

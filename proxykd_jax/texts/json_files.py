@@ -12,6 +12,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,9 @@ from proxykd_jax.texts.zstd_files import open_zstd
 MAX_RECORD_BYTES = 32 << 20
 _CHUNK = 1 << 20
 _SPACE = " \t\r\n"
+_NOT_SPACE = re.compile(f"[^{_SPACE}]")
+# Tool calls and their schemas nest up to 20 deep.
+_MOST_DEPTH = 200
 
 Record = dict[str, Any]
 
@@ -84,10 +88,30 @@ def parse_object(text: str) -> Record:
     try:
         value = _DECODER.decode(text)
     except RecursionError as error:
-        raise ValueError("the nesting is too deep") from error
+        raise ValueError(_TOO_DEEP) from error
     if not isinstance(value, dict):
         raise ValueError(f"a row must be an object {{...}}, not {_kind(value)}")
+    if text.count("{") + text.count("[") > _MOST_DEPTH:
+        _check_depth(value)
     return value
+
+
+_TOO_DEEP = "the nesting is too deep"
+
+
+def _check_depth(value: Any) -> None:
+    """Refuses what the parser can read but later steps could not."""
+    level = [value]
+    for _ in range(_MOST_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return
+    raise ValueError(_TOO_DEEP)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> Record:
@@ -110,17 +134,26 @@ def _kind(value: Any) -> str:
 
 
 def _skip_blank_lines(path: Path, file: IO[bytes], limit: int) -> tuple[int, bytes | None]:
+    blank = _skip_space(file)
+    line = file.readline(_CHUNK)
+    # Read a line longer than the chunk to its end, except for an array, which may be one long line
+    # and is only needed up to its first bytes.
+    if line and not line.endswith(b"\n") and line[:1] != b"[":
+        line += file.readline(limit + 1)
+        _check_length(path, blank + 1, line, limit)
+    return blank, line or None
+
+
+def _skip_space(file: IO[bytes]) -> int:
+    """Skips white space a block at a time; returns the number of line breaks in it."""
     blank = 0
-    while line := file.readline(_CHUNK):
-        if line.strip():
-            # Read a line longer than the chunk to its end, except for an array, which may be one
-            # long line and is only needed up to its first bytes.
-            if not line.endswith(b"\n") and line.lstrip()[:1] != b"[":
-                line += file.readline(limit + 1)
-                _check_length(path, blank + 1, line, limit)
-            return blank, line
-        blank += line.endswith(b"\n")
-    return blank, None
+    while block := file.peek(_CHUNK):  # type: ignore[attr-defined]
+        space = len(block) - len(block.lstrip())
+        blank += block.count(b"\n", 0, space)
+        file.read(space)
+        if space < len(block):
+            break
+    return blank
 
 
 def _check_length(path: Path, number: int, line: bytes, limit: int) -> None:
@@ -153,6 +186,8 @@ def _read_lines(
                 cut_off = not following and not line.endswith(b"\n")
                 raise UserError(_line_problem(origin, text, error, cut_off)) from error
             yield record, origin
+        else:
+            number += _skip_space(file)
         line = file.readline(limit + 1)
         number += 1
 
@@ -216,8 +251,8 @@ def _read_array(
         nonlocal place, number
         while True:
             start, end = place, len(text)
-            while place < end and text[place] in _SPACE:
-                place += 1
+            found = _NOT_SPACE.search(text, place)
+            place = end if found is None else found.start()
             number += text.count("\n", start, place)
             if place < end:
                 return text[place]
@@ -243,9 +278,11 @@ def _read_array(
         while True:
             try:
                 record, end = _DECODER.raw_decode(text, place)
+                if text.count("{", place, end) + text.count("[", place, end) > _MOST_DEPTH:
+                    _check_depth(record)
                 break
             except RecursionError as error:
-                raise UserError(f"{path}:{number}: the nesting is too deep.") from error
+                raise UserError(f"{path}:{number}: {_TOO_DEEP}.") from error
             except ValueError as error:
                 # Either the record is damaged, or its end has not been read yet. Doubling the
                 # buffer keeps the cost of retries proportional to the record's length.

@@ -42,6 +42,7 @@ from proxykd_jax.texts.special_text import (
     first_control_token,
     has_reserved,
 )
+from proxykd_jax.texts.template_sandbox import TemplateTooCostly
 from proxykd_jax.texts.text_prompts import sentences_end
 from proxykd_jax.texts.tokenizer import Tokenizer
 
@@ -49,6 +50,7 @@ RESERVED_CHARACTERS = "holds reserved characters (private use, U+108000 to U+10F
 TEXT_IS_ALL_PROMPT = "the text is no longer than its prompt"
 NOT_AS_IT_STANDS = "the template does not write the {role}'s text as it stands"
 NOTHING_MARKED = "its answer is empty: the template's {% generation %} marks nothing"
+NOT_THE_ANSWER_MARKED = "the template's {% generation %} marks other text than the answer"
 NOTHING_LEFT = "the template leaves nothing of the answer; every token of a mask would be 0"
 NOT_THE_BEGINNING = (
     "the answer cannot be found, because the rendered prompt is not the beginning of the rendered "
@@ -315,6 +317,8 @@ class Renderer:
         messages = [{"role": m.role, "content": hide(m.content)} for m in row.messages]
         try:
             whole, prompt = self._render_parts(self._template, messages, quotes, with_end)
+        except TemplateTooCostly:
+            raise
         except UserError as problem:
             return _Rendered(row, "", None, False, _reason(str(problem)))
         return _Rendered(row, whole, prompt, quotes)
@@ -339,6 +343,8 @@ class Renderer:
             return _Rendered(row, "", None, False, RESERVED_CHARACTERS)
         try:
             found = self._dialogues.render(row)
+        except TemplateTooCostly:
+            raise
         except UserError as problem:
             return _Rendered(row, "", None, False, _reason(str(problem)))
         return _Rendered(row, found.whole, found.prompt, True, spans=found.spans, notes=found.notes)
@@ -376,6 +382,12 @@ class Renderer:
         if prompt is None:
             if span is None or span[0] == span[1]:
                 raise UserError(NOTHING_MARKED)
+            said = [{**message, "content": reveal(message["content"])} for message in asked]
+            try:
+                _check_said(whole[: span[0]], [m for m in said if m["role"] != "assistant"])
+                _check_said(whole[slice(*span)], [{"role": "assistant", "content": reveal(answer)}])
+            except UserError:
+                raise UserError(NOT_THE_ANSWER_MARKED) from None
             return self._marked(whole, span, quotes), whole[: span[0]]
         if not whole.startswith(prompt):
             raise UserError(_not_the_beginning(prompt, whole, reveal(answer)))

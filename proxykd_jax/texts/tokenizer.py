@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,9 @@ from proxykd_jax.artifacts import digest_file, digest_value
 from proxykd_jax.config import Config
 from proxykd_jax.errors import UserError
 from proxykd_jax.models.folder import TOKENIZER_FILES, local_folder
+from proxykd_jax.small_files import read_object
 
+_MOST_IDS = 10_000_000  # the largest vocabularies have 300,000
 # Files that name end tokens; the first is the one that generation follows.
 _MODEL_CONFIGS = ("generation_config.json", "config.json")
 
@@ -122,6 +123,12 @@ def load_tokenizer(place: Config | str | Path) -> Tokenizer:
         raise UserError(f"The tokenizer in {place} cannot be read: {reason}") from error
     backend, special_texts, chat_template = loaded
     vocabulary = backend.get_vocab(with_added_tokens=True)
+    largest = max(vocabulary.values(), default=-1)
+    if not 0 <= largest < _MOST_IDS:
+        raise UserError(
+            f"The tokenizer in {place} has {len(vocabulary)} tokens, with ids up to {largest}. Ids "
+            f"must be below {_MOST_IDS:,}, because a model has an embedding for each."
+        )
     ids = {name: vocabulary.get(text) for name, text in special_texts.items()}
     bos_id = ids.get("bos_token")
     begun = backend.encode("a").ids
@@ -153,11 +160,7 @@ def _model_config(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
     if not path.is_file():
         return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}.") from error
-    return value if isinstance(value, dict) else {}
+    return read_object(path, "model's config")
 
 
 def check_same_vocabulary(first: Tokenizer, second: Tokenizer) -> None:

@@ -125,7 +125,7 @@ def round_slices(run: StageRun) -> list[np.ndarray]:
         return []
     count = len(run.corpus.split("align"))
     order = permutation(count, seed=purpose_seed(run.config.seed, "slices"), epoch=0)
-    parts = np.array_split(order, align.num_rounds)
+    parts = np.array_split(order, min(align.num_rounds, max(count, 1)))
     return [np.asarray(part, np.int32) for part in parts if len(part)]
 
 

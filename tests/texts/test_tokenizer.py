@@ -78,6 +78,16 @@ def test_what_is_wrong_is_a_sentence(tmp_path, make, message):
         load_tokenizer(place)
 
 
+def test_an_id_far_beyond_all_others_is_refused(tmp_path, bpe_folder):
+    folder = tmp_path / "gap"
+    shutil.copytree(bpe_folder, folder)
+    data = json.loads((folder / "tokenizer.json").read_text())
+    data["model"]["vocab"]["gap"] = 2**31
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(UserError, match="ids up to 2147483648"):
+        load_tokenizer(folder)
+
+
 def _write(path, text):
     path.write_text(text)
     return path
