@@ -27,6 +27,7 @@ _SEPARATORS = ",\t;"
 _FIRST_LINES = 100
 _LONGEST_NAME = 100
 _MMLU_COLUMNS = 6
+_MOST_BLANK = 100_000
 _MMLU_ANSWERS = ("answer", "target", "label", "correct", "gold")
 
 
@@ -91,10 +92,13 @@ def _read(path: Path, file: IO[bytes]) -> Iterator[tuple[Record, str]]:
 
 
 def _lines(path: Path, file: IO[bytes]) -> Iterator[str]:
-    number = 0
+    number = blank = 0
     while line := file.readline(MAX_RECORD_BYTES + 1):
         if len(line) > MAX_RECORD_BYTES:
             raise UserError(f"{path}:{number + 1} is longer than {MAX_RECORD_BYTES >> 20} MiB.")
+        blank = 0 if line.strip() else blank + 1
+        if blank > _MOST_BLANK:
+            raise UserError(f"{path}:{number + 1} is damaged: {blank:,} blank lines precede it.")
         if not number and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise UserError(
                 f"{path} is UTF-16, but text must be UTF-8. Convert it, for example with: "
