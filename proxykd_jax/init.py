@@ -32,6 +32,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="the teacher's answers: files, folders or globs, in any format of docs/formats.md",
     )
+    add(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="KEY=COLUMN",
+        help="the files' own names of columns, such as prompt=question response=answer",
+    )
     add("--proxy", required=True, metavar="MODEL", help="folder or hub name of the larger model")
     add(
         "--student",
@@ -80,6 +87,7 @@ def _write(arguments: argparse.Namespace) -> int:
     text = first_config(
         Given(
             tuple(arguments.answers),
+            _columns(arguments.columns),
             arguments.proxy,
             arguments.student or arguments.proxy,
             arguments.first_layers,
@@ -92,6 +100,13 @@ def _write(arguments: argparse.Namespace) -> int:
     print(text, end="")
     print(f"init: wrote {out}; next: proxykd check --config {out}", flush=True)
     return 0
+
+
+def _columns(given: Sequence[str]) -> dict[str, str]:
+    for word in given:
+        if "=" not in word:
+            raise UserError(f"--columns takes KEY=COLUMN, such as prompt=question, not {word}.")
+    return dict(word.split("=", 1) for word in given)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ class Given:
 
     Attributes:
       answers: files of the teacher's answers.
+      columns: the files' own names of columns, by what they hold; empty if the layout is known.
       proxy, student: model folders or hub names.
       first_layers: cut the student out of ``student`` with so many first layers.
       test: files of a test set.
@@ -51,6 +52,7 @@ class Given:
     """
 
     answers: tuple[str, ...]
+    columns: dict[str, str]
     proxy: str
     student: str
     first_layers: int | None = None
@@ -79,8 +81,11 @@ class _Writer:
         self.data: dict[str, Any] = {"preset": "recommended", "name": given.name}
 
     def text(self) -> str:
-        self._corpus()
+        columns = {"columns": self.given.columns} if self.given.columns else {}
+        sources = [{"path": path, **columns} for path in self.given.answers]
+        self.put(sources, "", "corpus", "sources")
         self._models()
+        self._corpus(make_config(self.data).corpus.sources)
         config = make_config(self.data)
         self._fit(config)
         make_config(self.data)  # what is written is a valid config
@@ -103,9 +108,8 @@ class _Writer:
 
     # --- data -------------------------------------------------------------------------------------
 
-    def _corpus(self) -> None:
+    def _corpus(self, sources: tuple[SourceConfig, ...]) -> None:
         given = self.given
-        sources = tuple(SourceConfig(path=path) for path in given.answers)
         template, renderer, sample = self._template(sources)
         if not sample.lengths:
             raise UserError(
@@ -115,7 +119,7 @@ class _Writer:
         rows = f"{len(sample.lengths):,} rows looked at"
         if sample.drops.total:
             rows += f", {sample.drops.total} of them are left out"
-        self.put([{"path": path} for path in given.answers], rows, "corpus", "sources")
+        self.put(self.data["corpus"]["sources"], rows, "corpus", "sources")
         if given.test:
             self.put([{"path": path} for path in given.test], "", "corpus", "test")
         if given.prompts:

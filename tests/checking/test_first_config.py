@@ -69,6 +69,23 @@ def test_mistakes_are_sentences(given, tmp_path, capsys, arguments, said):
     assert not (tmp_path / "run.yaml").exists()
 
 
+def test_a_file_with_names_of_its_own(given, tmp_path, capsys):
+    rows = [f"{a} f{b} . . =,s0 {b % 7},x" for a in range(10) for b in range(1, 9)]
+    path = tmp_path / "faq.csv"
+    path.write_text("\n".join(["question,said,topic", *rows]) + "\n")
+    arguments = [*given, "--first-layers", "1"]
+    arguments[1] = str(path)
+    assert init.command(arguments) == 2  # the message has an example for columns
+    assert "columns" in capsys.readouterr().err
+    assert init.command([*arguments, "--columns", "prompt=question", "answer"]) == 2
+    assert "--columns takes KEY=COLUMN" in capsys.readouterr().err
+    assert init.command([*arguments, "--columns", "prompt=question", "response=sayd"]) == 2
+    assert "said" in capsys.readouterr().err
+    assert init.command([*arguments, "--columns", "prompt=question", "response=said"]) == 0
+    config = load_config(tmp_path / "run.yaml", [])
+    assert config.corpus.sources[0].columns == {"prompt": "question", "response": "said"}
+
+
 def test_an_existing_file_stays(given, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("name: precious\n")
     assert init.command([*given, "--first-layers", "1"]) == 2
