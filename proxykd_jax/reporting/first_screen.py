@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from proxykd_jax.errors import UserError
+from proxykd_jax.data.corpus import open_corpus
 from proxykd_jax.evaluation.answers import FILE, MOST_TOKENS, PROXIES, STUDENTS, read_answers
 from proxykd_jax.evaluation.measures import token_mean
 from proxykd_jax.evaluation.sums import read_sums
@@ -18,13 +18,14 @@ from proxykd_jax.reporting.blocks import (
     Columns,
     Findings,
     Fold,
+    LinePlot,
     Plots,
     Section,
     Steps,
     Text,
 )
 from proxykd_jax.reporting.curves import held_out_kind, is_number, phase_name, plot, points
-from proxykd_jax.reporting.run_folder import Line, RunFolder
+from proxykd_jax.reporting.run_folder import UNREADABLE, Line, RunFolder
 from proxykd_jax.reporting.teacher import teacher_names
 from proxykd_jax.reporting.verdict import Facts, Finding, Outcome, advice, compared
 
@@ -43,28 +44,27 @@ _PROXY = ("student - proxy_aligned", "The student", "the aligned proxy")
 _ALIGNED = ("proxy_aligned - proxy_raw", "The aligned proxy", "its state before alignment")
 
 
-def first_screen(run: RunFolder) -> Section:
-    """The verdict on one run, its curves, and its answers to held-out prompts."""
+def first_screen(run: RunFolder, plain: RunFolder | None = None) -> Section:
+    """The verdict on one run, its curves, and its answers to held-out prompts.
+
+    Args:
+      run: the run.
+      plain: a run of plain fine-tuning on the same page, if there is one.
+    """
     found = {pair[0]: of_pair(run, *pair) for pair in (_BEFORE, _PROXY, _ALIGNED)}
     findings = [finding for finding in found.values() if finding is not None]
-    return Section("Verdict", [*_opening(run, findings, facts_of(run, found)), *answers(run)])
-
-
-def _opening(run: RunFolder, findings: Sequence[Finding], facts: Facts) -> Iterator[Block]:
-    words: list[Block] = []
-    if findings:
-        words += [Findings(findings), Text(_NOTE)]
-    else:
+    words: list[Block] = [Findings(findings), Text(_NOTE)]
+    if not findings:
         text = "There is no verdict yet: the student was not measured before and after training."
-        words.append(Text(text, missing=True))
-    steps = advice(facts)
-    if steps:
-        words.append(Steps("What to try next", steps))
-    plots = [found for found in (_course(run, "distill"), _course(run, "align")) if found]
-    yield Columns([words, [Plots(plots)]]) if plots else Columns([words])
+        words = [Text(text, missing=True)]
+    plots = [course for course in (_course(run, "distill"), _course(run, "align")) if course]
+    beside: list[Block] = [Columns([words, [Plots(plots)]])] if plots else words
+    steps = advice(facts_of(run, found, plain=plain))
+    last = [Steps("What to try next", steps)] if steps else []
+    return Section("Verdict", [*beside, *answers(run), *last])
 
 
-def _course(run: RunFolder, stage: str) -> Any:
+def _course(run: RunFolder, stage: str) -> LinePlot | None:
     """Validation NLL of a stage by step."""
     lines = run.of_stage(stage)
     name = f"{held_out_kind(lines)}/nll"
@@ -92,7 +92,7 @@ def between(
 ) -> Finding | None:
     """A model of a run against the student of another run.
 
-    It is paired by rows if both runs have the same corpus, and otherwise compares means.
+    It is paired by rows if both runs measured the same rows, and otherwise compares means.
     """
     mine = run.summary.get("models", {}).get(model, {})
     theirs = other.summary.get("models", {}).get("student", {})
@@ -123,12 +123,13 @@ def _paired(
     """Differences by row; None unless both runs measured the same rows."""
     files = (run.folder / f"eval/{model}.safetensors", other.folder / "eval/student.safetensors")
     try:
-        (identity, mine), (other_identity, theirs) = (read_sums(path) for path in files)
-    except UserError:
+        (_, mine), (_, theirs) = (read_sums(path) for path in files)
+        # The same held-out rows may be part of different corpora.
+        ids = [open_corpus(each.folder / "corpus").split(split).row_ids[:] for each in (run, other)]
+    except UNREADABLE:
         return None
     tokens: Any = mine.get(f"{split}/tokens")
-    others: Any = theirs.get(f"{split}/tokens")
-    if identity["corpus"] != other_identity["corpus"] or not np.array_equal(tokens, others):
+    if ids[0] != ids[1] or not np.array_equal(tokens, theirs.get(f"{split}/tokens", ())):
         return None
     found = {}
     for name in ("nll", "agreement", "kl"):
@@ -139,10 +140,15 @@ def _paired(
     return found
 
 
-def is_plain(run: RunFolder) -> bool:
-    """Whether the student was fine-tuned on the teacher's answers alone."""
+def plain_of(runs: Sequence[RunFolder]) -> RunFolder | None:
+    """The first run whose student was fine-tuned on the teacher's answers alone."""
+    kinds = (("black_box_kd", None), ("proxy_kd", 0))
+    return next((run for run in runs if _kind(run) in kinds), None)
+
+
+def _kind(run: RunFolder) -> tuple[Any, Any]:
     method = run.setting("method.name")
-    return method == "black_box_kd" or (method == "proxy_kd" and run.setting("distill.alpha") == 0)
+    return method, run.setting("distill.alpha") if method == "proxy_kd" else None
 
 
 def facts_of(
@@ -174,6 +180,7 @@ def facts_of(
     return Facts(
         # The path of the config, because a copy of a run has the same page.
         run=str(run.folder if run.config is None else run.config.folder),
+        method=str(run.setting("method.name")),
         measured="student" in run.summary.get("models", {}),
         exported=(run.folder / "export" / "student").is_dir(),
         uses_proxy=run.config is not None and run.config.needs != "nothing",
@@ -261,7 +268,7 @@ def _cut(text: str) -> str:
 
 def compared_runs(runs: Sequence[RunFolder]) -> Section:
     """The verdict on several runs: each student, and each against plain fine-tuning if one is."""
-    plain = next((run for run in runs if is_plain(run)), None)
+    plain = plain_of(runs)
     base = plain or runs[0]
     called = f"plain fine-tuning ({base.label})" if plain else f"that of {base.label}"
     blocks: list[Block] = []

@@ -41,15 +41,16 @@ def render(runs: Sequence[RunFolder]) -> str:
         return page(runs[0].label, "report of a run", [Chapter("", run_sections(runs[0]))])
     title = " and ".join((", ".join(r.label for r in runs[:-1]), runs[-1].label))
     chapters = [Chapter("", _comparison(runs))]
-    chapters += [Chapter(f"Run {r.label}", run_sections(r), folded=True) for r in runs]
+    plain = first_screen.plain_of(runs)
+    chapters += [Chapter(f"Run {r.label}", run_sections(r, plain), folded=True) for r in runs]
     return page(title, "runs compared", chapters)
 
 
-def run_sections(run: RunFolder) -> list[Section]:
-    """All sections of one run."""
+def run_sections(run: RunFolder, plain: RunFolder | None = None) -> list[Section]:
+    """All sections of one run; ``plain`` is a run of plain fine-tuning on the same page."""
     found = []
     for title, make in (
-        ("Verdict", lambda: first_screen.first_screen(run)),
+        ("Verdict", lambda: first_screen.first_screen(run, plain)),
         ("What was run", lambda: overview.what_was_run(run)),
         ("Corpus", lambda: overview.corpus(run)),
         ("Alignment of the proxy", lambda: _with_others(run, "align")),

@@ -127,6 +127,7 @@ class Facts:
 
     Attributes:
       run: path of the run, for commands.
+      method: name of the student's method.
       measured: whether evaluate has measured the student.
       exported: whether the student is exported.
       uses_proxy: whether the student learns from the proxy.
@@ -141,6 +142,7 @@ class Facts:
     """
 
     run: str
+    method: str = "proxy_kd"
     measured: bool = True
     exported: bool = False
     uses_proxy: bool = True
@@ -269,10 +271,12 @@ def _align_longer(facts: Facts) -> Advice | None:
 def _plain(facts: Facts) -> Advice | None:
     if not (facts.measured and facts.uses_proxy) or facts.plain_known:
         return None
+    # Without the KL Proxy-KD is plain fine-tuning, and every other key may stay.
+    change = "distill.alpha=0" if facts.method == "proxy_kd" else "method.name=black_box_kd"
     return (
-        "Whether the proxy helps shows only beside plain fine-tuning: run the same config with "
-        "method: black_box_kd under another name, and compare the two.",
-        f"proxykd report --run {facts.run} OTHER --out compared.html",
+        "Whether the proxy helps shows only beside plain fine-tuning. Train that, and compare the "
+        f"two: proxykd report --run {facts.run} OTHER --out compared.html.",
+        f"proxykd run --config {facts.run}/config.yaml --set name=plain --set {change}",
     )
 
 

@@ -90,8 +90,8 @@ def test_a_comparison_is_a_sentence_with_its_figures():
         ({"before": "better", "exported": True}, "Talk to the exported student",
          "proxykd chat --model runs/a/export/student"),
         ({"before": "better"}, "Export the student", "proxykd export --config runs/a/config.yaml"),
-        ({"plain_known": False}, "method: black_box_kd", "proxykd report --run runs/a OTHER --out "
-         "compared.html"),
+        ({"plain_known": False}, "proxykd report --run runs/a OTHER --out compared.html",
+         "proxykd run --config runs/a/config.yaml --set name=plain --set distill.alpha=0"),
     ],
 )  # fmt: skip
 def test_each_rule_of_the_advice(changes: dict[str, Any], said: str, command: str):
