@@ -24,7 +24,7 @@ from proxykd_jax.data.order import permutation
 from proxykd_jax.generation.decode import DrawSettings
 from proxykd_jax.generation.sampler import Sample
 from proxykd_jax.generation.samples import LengthBudget
-from proxykd_jax.peers import on_first, stop_if_wanted
+from proxykd_jax.peers import on_first, say, stop_if_wanted
 from proxykd_jax.texts.tokenizer import load_tokenizer
 from proxykd_jax.training.draw_answers import make_draw
 from proxykd_jax.training.model import Model
@@ -117,6 +117,7 @@ class HeldOutAnswers:
             round_index=0,
             batch_size=self._config.evaluate.batch_size,
         )
+        say(f"evaluate: {name} answers {len(self._rows)} held-out prompts")
         most = model.config.max_positions
         found = draw(
             [row.prompt for row in self._rows],
@@ -159,10 +160,15 @@ def read_answers(path: Path) -> list[Line]:
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
             line = json.loads(text)
-            for answer in line["answers"].values():
-                str(line["row_id"]), answer["text"], answer["tokens"], answer["finished"]
-                answer["digest"]
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except ValueError:
             continue
-        lines.append(line)
+        if _has(line, "row_id", "split", "prompt", "teacher", "answers"):
+            answers = line["answers"].values() if isinstance(line["answers"], dict) else [None]
+            whole = all(_has(each, "text", "tokens", "finished", "digest") for each in answers)
+            if whole and _has(line["teacher"], "text", "tokens"):
+                lines.append(line)
     return lines
+
+
+def _has(value: Any, *keys: str) -> bool:
+    return isinstance(value, dict) and all(key in value for key in keys)

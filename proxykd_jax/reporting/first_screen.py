@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -179,7 +180,7 @@ def facts_of(
     ]
     return Facts(
         # The path of the config, because a copy of a run has the same page.
-        run=str(run.folder if run.config is None else run.config.folder),
+        run=shlex.quote(str(run.folder if run.config is None else run.config.folder)),
         method=str(run.setting("method.name")),
         measured="student" in run.summary.get("models", {}),
         exported=(run.folder / "export" / "student").is_dir(),
