@@ -28,7 +28,7 @@ from proxykd_jax.reporting.blocks import (
 from proxykd_jax.reporting.curves import held_out_kind, is_number, phase_name, plot, points
 from proxykd_jax.reporting.run_folder import UNREADABLE, Line, RunFolder
 from proxykd_jax.reporting.teacher import teacher_names
-from proxykd_jax.reporting.verdict import Facts, Finding, Outcome, advice, compared
+from proxykd_jax.reporting.verdict import FEWEST_ROWS, Facts, Finding, Outcome, advice, compared
 
 # Answers that are shown at once, and letters of each text.
 _OPEN, _LETTERS = 2, 1500
@@ -78,14 +78,21 @@ def _course(run: RunFolder, stage: str) -> LinePlot | None:
 
 
 def of_pair(run: RunFolder, pair: str, who: str, other: str) -> Finding | None:
-    """The finding of a pair of models that evaluate compared; on the test rows if there are any."""
+    """The finding of a pair of models that evaluate compared."""
     summary = run.summary
     by_split = summary.get("differences", {}).get(pair, {})
-    split = next((name for name in ("test", "validation") if name in by_split), None)
+    of = summary.get("models", {}).get(pair.partition(" - ")[0], {})
+    split = _split({name: of[name]["n"] for name in by_split})
     if split is None:
         return None
-    rows = summary["models"][pair.partition(" - ")[0]][split]["n"]
+    rows = of[split]["n"]
     return compared(who, other, by_split[split], rows=rows, split=split)
+
+
+def _split(rows: Mapping[str, int]) -> str | None:
+    """The test rows, unless they are too few and there are more validation rows."""
+    enough = [name for name in ("test", "validation") if rows.get(name, 0) >= FEWEST_ROWS]
+    return next(iter(enough), max(rows, key=lambda name: rows[name], default=None))
 
 
 def between(
@@ -97,10 +104,11 @@ def between(
     """
     mine = run.summary.get("models", {}).get(model, {})
     theirs = other.summary.get("models", {}).get("student", {})
-    split = next((name for name in ("test", "validation") if name in mine and name in theirs), None)
+    both = {name: min(mine[name]["n"], theirs[name]["n"]) for name in mine if name in theirs}
+    split = _split(both)
     if split is None:
         return None
-    rows = min(mine[split]["n"], theirs[split]["n"])
+    rows = both[split]
     paired = _paired(run, other, model, split)
     if paired is not None:
         return compared(who, called, paired, rows=rows, split=split)
@@ -168,7 +176,7 @@ def facts_of(
 
     def outcome(pair: str) -> Outcome | None:
         finding = found.get(pair)
-        return None if finding is None else finding.outcome
+        return None if finding is None or not finding.judged else finding.outcome
 
     against = None
     if plain is not None:
@@ -189,7 +197,7 @@ def facts_of(
         before=outcome(_BEFORE[0]),
         proxy=outcome(_PROXY[0]),
         aligned=outcome(_ALIGNED[0]),
-        proxy_against_plain=None if against is None else against.outcome,
+        proxy_against_plain=against.outcome if against and against.judged else None,
         alpha=run.setting("distill.alpha"),
         epochs=run.setting("distill.epochs"),
         max_steps=run.setting("distill.max_steps"),

@@ -35,11 +35,13 @@ class Finding:
     Attributes:
       outcome: of all measures together.
       headline, detail: what was found, and the figures that bear it.
+      judged: whether there were enough rows to judge by.
     """
 
     outcome: Outcome
     headline: str
     detail: str
+    judged: bool = True
 
 
 def half_width(error: float, rows: int) -> float:
@@ -118,7 +120,8 @@ def compared(
     about = f"{rows:,} {split} rows" + ("" if paired else ", not paired")
     if rows < FEWEST_ROWS:
         about += ", too few to judge by"
-    return Finding(whole, words[whole], f"{'; '.join(parts)}; {about}.")
+    detail = f"{'; '.join(parts)}; {about}."
+    return Finding(whole, words[whole], detail, judged=rows >= FEWEST_ROWS)
 
 
 @dataclass(frozen=True)
@@ -222,8 +225,9 @@ def _alpha(facts: Facts) -> Advice | None:
         )
     if facts.proxy == "not told apart" and facts.proxy_against_plain is None:
         return (
-            "The student has caught up with its proxy. To go on, the proxy must become better: "
-            f"collect more answers. If plain fine-tuning is as good, lower distill.alpha{now}.",
+            "The student is as near to the teacher as its proxy, as far as these rows tell. The "
+            "proxy may hold it back: collect more answers, so that the proxy is aligned better. If "
+            f"plain fine-tuning is as good, lower distill.alpha{now}.",
             "",
         )
     return None

@@ -428,7 +428,9 @@ def test_the_page_begins_with_the_verdict_curves_and_answers(made, page):
     first = page.text[page.text.index("The student is better") : page.text.index("The recipe:")]
     assert "NLL better (−0.4321 ± 0.0473 nats a token)" in first  # t of 39 degrees of freedom
     assert "The student is not told apart from the aligned proxy." in first
-    assert "caught up with its proxy" in first and "lower distill.alpha (now 10)" in first
+    assert (
+        "as near to the teacher as its proxy" in first and "lower distill.alpha (now 10)" in first
+    )
     assert "No answer ended (the student): look at corpus.end_tokens." in first
     assert "proxykd export --config" in first
     assert next(text for level, text in page.headings if level == 2) == "Verdict"

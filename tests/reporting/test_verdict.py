@@ -69,6 +69,7 @@ def test_a_comparison_is_a_sentence_with_its_figures():
     few = compared("a", "b", {"nll": {"token_mean": 9.0, "token_se": 0.1}}, rows=3, split="test",
                    paired=False)  # fmt: skip
     assert few is not None and few.outcome == "not told apart"
+    assert not few.judged and found.judged
     assert few.detail.endswith("3 test rows, not paired, too few to judge by.")
 
 
@@ -81,7 +82,7 @@ def test_a_comparison_is_a_sentence_with_its_figures():
         ({"empty": 5, "answers": 9}, "5 of the student's 9 greedy answers are empty", ""),
         ({"before": "worse"}, "lower distill.optimizer.learning_rate", ""),
         ({"proxy": "better"}, "lower distill.alpha (now 10), or collect more answers", ""),
-        ({"proxy": "not told apart"}, "caught up with its proxy", ""),
+        ({"proxy": "not told apart"}, "as near to the teacher as its proxy", ""),
         ({"proxy_against_plain": "not told apart"}, "not ahead of plain fine-tuning", ""),
         ({"student_nll": [3, 2, 1.5]}, "raise distill.epochs (now 3)", ""),
         ({"student_nll": [3, 2, 1.5], "max_steps": 90}, "raise distill.max_steps (now 90)", ""),
