@@ -43,6 +43,7 @@ def main(config: ConfigLike) -> TrainedStage:
     from proxykd_jax.training.model import check_tokenizers, load_for_training, model_identity
     from proxykd_jax.training.stage import TrainedStage, training_settings
     from proxykd_jax.training.stage_run import StageRun
+    from proxykd_jax.training.times import timed
 
     corpus = open_corpus(prepare.main(config).folder)
     check_tokenizers(config, corpus)
@@ -52,10 +53,11 @@ def main(config: ConfigLike) -> TrainedStage:
     measure = validation_figures(config.evaluate.batch_size, mesh)
     if not open_stage(folder, "align", training_settings(config, "align", "proxy"), inputs):
         check_rows(config.align.batch_size, mesh, "align.batch_size")
-        proxy = load_for_training(config.proxy, role="proxy", seed=config.seed, mesh=mesh)
-        log = open_metrics(config.folder, config.logging, config.model_dump(mode="json"))
-        align_proxy(StageRun("align", config, corpus, proxy, mesh, log, measure))
-        log.close()
+        with timed(config.folder, "align"):
+            proxy = load_for_training(config.proxy, role="proxy", seed=config.seed, mesh=mesh)
+            log = open_metrics(config.folder, config.logging, config.model_dump(mode="json"))
+            align_proxy(StageRun("align", config, corpus, proxy, mesh, log, measure))
+            log.close()
         del proxy  # the export loads the chosen state
     export_proxy(config, corpus, mesh, measure)
     return TrainedStage.read(folder)

@@ -48,6 +48,7 @@ def main(config: ConfigLike) -> TrainedStage:
     from proxykd_jax.training.restore import aligned_proxy_identity
     from proxykd_jax.training.stage import TrainedStage, training_settings
     from proxykd_jax.training.stage_run import StageRun
+    from proxykd_jax.training.times import timed
 
     corpus = open_corpus(prepare.main(config).folder)
     check_tokenizers(config, corpus)
@@ -64,17 +65,18 @@ def main(config: ConfigLike) -> TrainedStage:
     measure = validation_figures(config.evaluate.batch_size, mesh)
     if not open_stage(folder, "distill", training_settings(config, "distill", "student"), inputs):
         check_rows(config.distill.batch_size, mesh, "distill.batch_size")
-        student = load_for_training(config.student, role="student", seed=config.seed, mesh=mesh)
-        if labels is not None:
-            labels.check(tokenizer=corpus.tokenizer_digest)
-        periodic = accuracy_while_training(config)
-        log = open_metrics(config.folder, config.logging, config.model_dump(mode="json"))
-        run = StageRun("distill", config, corpus, student, mesh, log, measure, labels, periodic)
-        for warning in config.method.warnings():
-            Console("distill").say(f"WARNING: {warning}")
-        phases = method_of(config).phases(run)
-        run.train(phases, untrained="untrained", counts={"rows": len(phases[-1].rows)})
-        log.close()
+        with timed(config.folder, "distill"):
+            student = load_for_training(config.student, role="student", seed=config.seed, mesh=mesh)
+            if labels is not None:
+                labels.check(tokenizer=corpus.tokenizer_digest)
+            periodic = accuracy_while_training(config)
+            log = open_metrics(config.folder, config.logging, config.model_dump(mode="json"))
+            run = StageRun("distill", config, corpus, student, mesh, log, measure, labels, periodic)
+            for warning in config.method.warnings():
+                Console("distill").say(f"WARNING: {warning}")
+            phases = method_of(config).phases(run)
+            run.train(phases, untrained="untrained", counts={"rows": len(phases[-1].rows)})
+            log.close()
         del student, run, phases, periodic  # the export loads the chosen state
     export_student(config, corpus, mesh, measure)
     return TrainedStage.read(folder)

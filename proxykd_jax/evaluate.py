@@ -7,7 +7,8 @@ and after training), as far as the run has them. On the validation and test rows
 of the teacher's tokens, top-1 agreement, top-K mass and calibration. On the test rows it also
 computes the exact KL(teacher || model), if the teacher is a known process. ``<run>/eval`` holds
 ``summary.json`` and, for each model, a file with the sums of every row, so that no model is
-measured twice.
+measured twice. ``answers.jsonl`` holds greedy answers of proxy and student to a few of these
+prompts, for people to read (``evaluation/answers.py``).
 
 With ``evaluate.benchmarks`` the models named there also answer benchmarks. With ``--model`` or
 ``--benchmarks`` they only answer benchmarks. See ``tasks/benchmark.py``.
@@ -82,6 +83,7 @@ def main(config: ConfigLike, models: Mapping[str, ModelSection] | None = None) -
     from proxykd_jax import prepare
     from proxykd_jax.artifacts import digest_file, write_json
     from proxykd_jax.data.corpus import open_corpus
+    from proxykd_jax.evaluation.answers import HeldOutAnswers
     from proxykd_jax.evaluation.calibration import NUM_BINS
     from proxykd_jax.evaluation.candidates import from_section
     from proxykd_jax.evaluation.exact_teacher import TEACHER_FILE, TeacherLogps
@@ -92,6 +94,7 @@ def main(config: ConfigLike, models: Mapping[str, ModelSection] | None = None) -
     from proxykd_jax.peers import on_first
     from proxykd_jax.training.console import Console
     from proxykd_jax.training.model_card import write_cards
+    from proxykd_jax.training.times import timed
 
     if models is None:
         candidates = run_models(config)
@@ -124,14 +127,31 @@ def main(config: ConfigLike, models: Mapping[str, ModelSection] | None = None) -
     console.begin(
         len(candidates) * sum(min(len(rows), most or len(rows)) for rows in splits.values())
     )
+    answers = HeldOutAnswers(config, corpus) if models is None and config.evaluate.answers else None
+    to_ask: list[str] = []
+    if answers is not None:
+        to_ask = answers.missing({name: each.identity for name, each in candidates.items()})
+
+    def work_on(name: str, found: dict[str, RowMeasures] | None) -> dict[str, RowMeasures]:
+        """Measures a model if that is wanted, and lets it answer; then it is freed."""
+        candidate = candidates[name]
+        model = candidate.load(mesh)
+        if found is None:
+            found = _measure(config, name, model, splits, teacher, mesh, console)
+            identity = {**common, **candidate.identity}
+            write_sums(folder / f"{name}.safetensors", identity, _arrays(found))
+        if answers is not None and name in to_ask:
+            answers.ask(name, candidate.identity, model, mesh)
+        return found
+
     for name, candidate in candidates.items():
         path, identity = folder / f"{name}.safetensors", {**common, **candidate.identity}
         # All processes must agree on whether the model was measured, so process 0 decides.
         known = on_first(functools.partial(_is_measured, path, identity))
         found = _read(path, identity) if known else None
-        if found is None:
-            found = _measure(config, name, candidate.load(mesh), splits, teacher, mesh, console)
-            write_sums(path, identity, _arrays(found))
+        if found is None or name in to_ask:
+            with timed(config.folder, "evaluate"):
+                found = work_on(name, found)
         measured[name] = found
         for part, sums in found.items():
             print(f"evaluate: {name:<14} {part:<10} {_line(sums.summary())}", flush=True)

@@ -60,6 +60,7 @@ def _prepare(config: Config, folder: Path) -> None:
     from proxykd_jax.data.corpus import corpus_settings
     from proxykd_jax.texts.template import Renderer
     from proxykd_jax.texts.tokenizer import load_tokenizer
+    from proxykd_jax.training.times import timed
 
     run = config.folder
     tokenizer = load_tokenizer(config)
@@ -70,7 +71,8 @@ def _prepare(config: Config, folder: Path) -> None:
         if not (run / "config.yaml").exists():
             write_bytes(run / "config.yaml", dump_config(config).encode())
         if not complete:
-            make_corpus(config, folder, tokenizer, renderer)
+            with timed(run, "prepare", on_devices=False):
+                make_corpus(config, folder, tokenizer, renderer)
 
 
 def make_corpus(config: Config, folder: Path, tokenizer: Tokenizer, renderer: Renderer) -> None:

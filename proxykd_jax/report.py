@@ -9,6 +9,7 @@ It reads what the stages have stored and loads no model. The page says what a ru
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -37,16 +38,18 @@ def main(config: ConfigLike) -> Path:
     """
     from proxykd_jax.peers import on_first
 
-    folder = as_config(config).folder
-    return Path(on_first(lambda: str(write_report([folder], folder / FILE))))
+    config = as_config(config)
+    folder, price = config.folder, config.logging.price_per_hour
+    return Path(on_first(lambda: str(write_report([folder], folder / FILE, price=price))))
 
 
-def write_report(runs: Sequence[Path], out: Path) -> Path:
+def write_report(runs: Sequence[Path], out: Path, *, price: float | None = None) -> Path:
     """Writes the page of one run, or a page that compares several.
 
     Args:
       runs: folders of runs.
       out: the HTML file.
+      price: ``logging.price_per_hour`` (default: that of each run's own config).
 
     Returns:
       ``out``.
@@ -59,7 +62,10 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
 
     if out.is_dir():
         raise UserError(f"{out} is a folder; --out names a file, {out / FILE} for example.")
-    page = render(read_runs(runs)).encode()
+    found = read_runs(runs)
+    if price is not None:
+        found = [dataclasses.replace(run, price_per_hour=price) for run in found]
+    page = render(found).encode()
     try:
         if not (out.is_file() and out.read_bytes() == page):
             write_bytes(out, page)
@@ -92,10 +98,14 @@ def command(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
     def work() -> int:
-        runs = arguments.run or [load_config(arguments.config, arguments.set).folder]
+        price = None
+        runs = arguments.run
+        if runs is None:
+            config = load_config(arguments.config, arguments.set)
+            runs, price = [config.folder], config.logging.price_per_hour
         if arguments.out is None and len(runs) > 1:
             raise UserError("several runs are compared on one page; name the page with --out FILE.")
-        print(write_report(runs, arguments.out or runs[0] / FILE))
+        print(write_report(runs, arguments.out or runs[0] / FILE, price=price))
         return 0
 
     return run_alone(work)

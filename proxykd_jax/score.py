@@ -62,17 +62,19 @@ def main(config: ConfigLike) -> ScoreResult:
     from proxykd_jax.data.soft_labels import open_soft_labels
     from proxykd_jax.training.metrics import open_metrics
     from proxykd_jax.training.scoring import Scoring
+    from proxykd_jax.training.times import timed
 
     corpus = open_corpus(prepare.main(config).folder)
     align.main(config)
     run = Scoring(config, corpus)
     splits = method_of(config).to_score(run)
     if not run.begin(splits):
-        for name, rows in splits.items():
-            run.score(name, rows)
-        log = open_metrics(config.folder, config.logging, config.model_dump(mode="json"))
-        run.finish(splits, log)
-        log.close()
+        with timed(config.folder, "score"):
+            for name, rows in splits.items():
+                run.score(name, rows)
+            log = open_metrics(config.folder, config.logging, config.model_dump(mode="json"))
+            run.finish(splits, log)
+            log.close()
     figures = open_soft_labels(run.folder).figures
     kind = config.distill.weights.loglik
     distill = figures.get("distill", {})

@@ -706,6 +706,11 @@ class EvaluateConfig(Section):
     rounds: bool = Field(
         True, description="measure the proxy after each round, not only raw, warmed up and aligned"
     )
+    answers: Annotated[int, Field(ge=0, le=200)] = Field(
+        20,
+        description="held-out prompts that proxy and student answer greedily, for the report; 0: "
+        "none",
+    )
     teacher_logps: PathText | None = Field(
         None,
         description="folder of the teacher's true distribution on the test rows, if the teacher is "
@@ -783,6 +788,11 @@ class LoggingConfig(Section):
     tensorboard: bool = Field(False, description="write TensorBoard events (extra: tensorboard)")
     wandb_project: str | None = Field(
         None, description="project for Weights & Biases (extra: wandb)"
+    )
+    price_per_hour: PositiveFloat | None = Field(
+        None,
+        description="price of all machines of the run for one hour, in any currency; the report "
+        "then shows what the run cost",
     )
 
 

@@ -19,6 +19,7 @@ from proxykd_jax.reporting.paper import (
     average,
 )
 from proxykd_jax.reporting.run_folder import RunFolder
+from proxykd_jax.reporting.teacher import teacher_names
 
 _NAMES = {name.lower(): name for name in BENCHMARKS} | {"commonsenseqa": "CSQA", "bbeh": "BBH"}
 _HEADER = ("method", "student", "teacher", *BENCHMARKS, "average")
@@ -124,8 +125,8 @@ def _models(run: RunFolder, model: str) -> tuple[str | None, str | None]:
     if role not in ("student", "proxy"):
         return None, None
     origin = run.setting(f"{role}.path") or run.setting(f"{role}.init.path")
-    teachers = dict.fromkeys(str(s.get("teacher")) for s in run.setting("corpus.sources") or [])
-    return (Path(origin).name if origin else None), ", ".join(teachers) or None
+    teachers = ", ".join(teacher_names(run)) or "the teacher"
+    return (Path(origin).name if origin else None), teachers
 
 
 def _further(own: dict[str, dict[str, dict[str, Score]]], several: bool) -> Table | None:

@@ -7,6 +7,10 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from proxykd_jax.reporting.verdict import Finding
 
 Value = str | int | float | None
 
@@ -175,10 +179,25 @@ class Plots:
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """A few large figures: (label, figure, what to compare it with)."""
+class Findings:
+    """What was found, in words; each has ``outcome``, ``headline`` and ``detail``."""
 
-    tiles: Sequence[tuple[str, str, str]]
+    findings: Sequence[Finding]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What a reader may do: (sentence, command or an empty text)."""
+
+    title: str
+    steps: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Lists of blocks side by side, or below one another on a narrow screen."""
+
+    columns: Sequence[Sequence[Block]]
 
 
 @dataclass(frozen=True)
@@ -191,13 +210,14 @@ class Answers:
 
 @dataclass(frozen=True)
 class Fold:
-    """Blocks that are hidden until the reader opens them."""
+    """Blocks that the reader can hide; hidden at first unless ``is_open``."""
 
     summary: str
     blocks: Sequence[Block]
+    is_open: bool = False
 
 
-Block = Text | Code | Table | Plots | Tiles | Answers | Fold
+Block = Text | Code | Table | Plots | Findings | Steps | Columns | Answers | Fold
 
 
 @dataclass(frozen=True)

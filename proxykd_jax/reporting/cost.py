@@ -1,4 +1,4 @@
-"""Time and tokens of each phase, and hours for 40,000 samples beside the paper's Table 3."""
+"""Time and tokens of the stages and phases; Table 3 of the paper beside benchmarks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from proxykd_jax.reporting.blocks import Block, Section, Table, Text, Value
 from proxykd_jax.reporting.curves import is_number, phase_name, phases, points
+from proxykd_jax.reporting.machine import machine
 from proxykd_jax.reporting.paper import SAMPLES_A_ROUND, TABLE_3
 from proxykd_jax.reporting.run_folder import Line, RunFolder
 
@@ -89,9 +90,9 @@ def _samples_a_step(run: RunFolder, stage: str, lines: Sequence[Line], phase: st
 
 
 def cost(run: RunFolder) -> Section:
-    """Time and tokens of the phases."""
-    title, times = "Time and tokens", phase_times(run)
-    blocks: list[Block] = []
+    """Machine, time and price of the stages; steps and tokens of the phases."""
+    title, times = "Machine, time and tokens", phase_times(run)
+    blocks: list[Block] = machine(run)
     if times:
         rows: list[tuple[Value, ...]] = [
             (t.stage, phase_name(t.phase), t.steps, t.seconds / 60, t.typical, t.first, t.samples,
@@ -104,10 +105,11 @@ def cost(run: RunFolder) -> Section:
         )
         note = (
             "Training steps as logged; the first of a phase compiles its program. Drawing is one "
-            "answer of the proxy with its reference log-probs, including compilation. "
-            "Validation and scoring are not timed."
+            "answer of the proxy with its reference log-probs, including compilation."
         )
-        blocks += [Table("Training", header, rows, note), _as_table_3(run, times)]
+        blocks.append(Table("Training", header, rows, note))
+        if run.has_benchmarks:
+            blocks.append(_as_table_3(run, times))
     else:
         blocks.append(Text("No step was timed.", missing=True))
     tokens = _tokens(run)

@@ -22,7 +22,7 @@ STUDENTS = "base_student"
 
 def texts(run: RunFolder) -> Section:
     """A few answers of each store in ``samples/``."""
-    title = "Answers side by side"
+    title = "Answers while training"
     if not run.is_complete("corpus"):
         return Section(title, [Text("There is no corpus to take prompts from.", missing=True)])
     corpus = open_corpus(run.folder / "corpus")
@@ -47,8 +47,6 @@ def texts(run: RunFolder) -> Section:
         "Each round asks the proxy other prompts: the first round asks the warmed-up proxy, a "
         "later one the proxy after the rounds before it. Special tokens are shown as they are."
     )
-    if not (run.folder / "samples" / STUDENTS).is_dir():
-        intro += " Answers of the student were not stored."
     return Section(title, [Text(intro), *blocks])
 
 

@@ -12,11 +12,11 @@ from proxykd_jax.reporting.blocks import (
     Section,
     Table,
     Text,
-    Tiles,
     Value,
     shown,
 )
 from proxykd_jax.reporting.run_folder import STAGES, RunFolder
+from proxykd_jax.reporting.teacher import name_of
 
 # The keys that readers look for first: (name on the page, key).
 HIGHLIGHTS = (
@@ -41,10 +41,11 @@ HIGHLIGHTS = (
 
 
 def what_was_run(run: RunFolder) -> Section:
-    """Recipe, models, versions and stages."""
+    """Recipe, models, versions and stages, folded."""
     blocks: list[Block] = [Text(problem, missing=True) for problem in run.problems]
-    blocks.append(Table("Recipe", ("key", "value"), _recipe(run)))
-    blocks.append(_stages(run))
+    recipe = Table("Recipe", ("key", "value"), _recipe(run))
+    blocks.append(Fold("The recipe: models, teacher and the main settings", [recipe]))
+    blocks.append(Fold("The stages: state and code version", [_stages(run)]))
     if run.config_text is not None:
         blocks.append(Fold("The whole resolved config", [Code(run.config_text)]))
     return Section("What was run", blocks)
@@ -54,8 +55,8 @@ def _recipe(run: RunFolder) -> list[tuple[Value, ...]]:
     rows: list[tuple[Value, ...]] = [(role, _model(run, role)) for role in ("proxy", "student")]
     for source in run.setting("corpus.sources") or []:
         place = source.get("path") or source.get("dataset") or source.get("tfds")
-        teacher = f" (teacher: {source['teacher']})" if source.get("teacher") else ""
-        rows.append(("teacher's answers", f"{place}{teacher}"))
+        teacher = name_of(run, source)
+        rows.append(("teacher's answers", f"{place} (of {teacher})" if teacher else str(place)))
     for name, key in HIGHLIGHTS:
         value = run.setting(key)
         if value is not None:
@@ -100,34 +101,6 @@ def _stages(run: RunFolder) -> Table:
                 if (run.folder / "export" / p).is_dir()]  # fmt: skip
     rows.append(("export", ", ".join(exported) or "Not there.", None))
     return Table("Stages", ("stage", "state", "code version"), rows)
-
-
-def at_a_glance(run: RunFolder) -> list[Block]:
-    """The main results of the run."""
-    tiles = []
-    models = run.summary.get("models", {})
-    for title, before, after in (
-        ("proxy", "proxy_raw", "proxy_aligned"),
-        ("student", "student_before", "student"),
-    ):
-        for name, what in (("agreement", "top-1 agreement"), ("nll", "teacher-token NLL")):
-            old, new = (_figure(models, model, name) for model in (before, after))
-            if new is not None:
-                was = "" if old is None else f"from {shown(old, 3)}"
-                tiles.append((f"{title}: {what}", shown(new, 3), was))
-    counts = run.manifests.get("corpus", {}).get("counts", {}).get("splits", {})
-    rows = sum(counts[name]["rows"] for name in ("warmup", "align", "distill") if name in counts)
-    if rows:
-        tokens = sum(split["answer_tokens"] for split in counts.values())
-        tiles.append(("teacher's answers", shown(rows), f"{shown(tokens)} answer tokens"))
-    return [Tiles(tiles)] if tiles else []
-
-
-def _figure(models: dict[str, Any], model: str, name: str) -> float | None:
-    """The figure on the test rows, or on the validation rows if there are none."""
-    found = models.get(model, {})
-    split = found.get("test") or found.get("validation")
-    return None if not split or name not in split else float(split[name]["token_mean"])
 
 
 def corpus(run: RunFolder) -> Section:
@@ -184,7 +157,7 @@ def corpus(run: RunFolder) -> Section:
         for name in splits
     ]
     header = ("split", "rows", "tokens", "answer tokens", "share", "share asked for")
-    note = "Shares are of warmup, align and distill together (D_w, D_p and D_s of the paper)."
+    note = "Shares are of warmup, align and distill together."
     blocks.append(Table("Splits", header, rows, note, digits=3))
     return Section("Corpus", blocks)
 

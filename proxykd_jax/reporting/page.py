@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from proxykd_jax.reporting import compare, cost, overview, proxy, student, svg
+from proxykd_jax.reporting import compare, cost, first_screen, overview, proxy, student, svg
 from proxykd_jax.reporting.benchmark_tables import benchmarks
 from proxykd_jax.reporting.blocks import Block, Plot, Section, Text
 from proxykd_jax.reporting.examples import texts
@@ -41,15 +41,16 @@ def render(runs: Sequence[RunFolder]) -> str:
         return page(runs[0].label, "report of a run", [Chapter("", run_sections(runs[0]))])
     title = " and ".join((", ".join(r.label for r in runs[:-1]), runs[-1].label))
     chapters = [Chapter("", _comparison(runs))]
-    chapters += [Chapter(f"Run {r.label}", run_sections(r), folded=True) for r in runs]
+    plain = first_screen.plain_of(runs)
+    chapters += [Chapter(f"Run {r.label}", run_sections(r, plain), folded=True) for r in runs]
     return page(title, "runs compared", chapters)
 
 
-def run_sections(run: RunFolder) -> list[Section]:
-    """All sections of one run."""
-    made = _guarded("At a glance", lambda: Section("At a glance", overview.at_a_glance(run)))
-    found = [made] if made.blocks else []
+def run_sections(run: RunFolder, plain: RunFolder | None = None) -> list[Section]:
+    """All sections of one run; ``plain`` is a run of plain fine-tuning on the same page."""
+    found = []
     for title, make in (
+        ("Verdict", lambda: first_screen.first_screen(run, plain)),
         ("What was run", lambda: overview.what_was_run(run)),
         ("Corpus", lambda: overview.corpus(run)),
         ("Alignment of the proxy", lambda: _with_others(run, "align")),
@@ -57,9 +58,9 @@ def run_sections(run: RunFolder) -> list[Section]:
         ("Soft labels and weights", lambda: student.soft_labels(run)),
         ("Distillation of the student", lambda: _with_others(run, "distill")),
         ("Student beside proxy", lambda: student.beside_the_proxy(run)),
-        ("Benchmarks", lambda: benchmarks([run])),
-        ("Time and tokens", lambda: cost.cost(run)),
-        ("Answers side by side", lambda: texts(run)),
+        *([("Benchmarks", lambda: benchmarks([run]))] if run.has_benchmarks else []),
+        ("Machine, time and tokens", lambda: cost.cost(run)),
+        ("Answers while training", lambda: texts(run)),
     ):
         found.append(_guarded(title, make))
     return found
@@ -74,10 +75,15 @@ def _with_others(run: RunFolder, stage: str) -> Section:
 
 def _comparison(runs: Sequence[RunFolder]) -> list[Section]:
     return [
+        _guarded("Verdict", lambda: first_screen.compared_runs(runs)),
         _guarded("Settings that differ", lambda: compare.settings(runs)),
         _guarded("Final figures", lambda: compare.figures(runs)),
         _guarded("Curves", lambda: compare.curves(runs)),
-        _guarded("Benchmarks", lambda: benchmarks(runs)),
+        *(
+            [_guarded("Benchmarks", lambda: benchmarks(runs))]
+            if any(run.has_benchmarks for run in runs)
+            else []
+        ),
     ]
 
 

@@ -149,7 +149,7 @@ def nearness(run: RunFolder) -> Section:
         return Section("How near to the teacher", blocks)
     plots: list[Plot] = [*_agreement(models), *_mass(models), *_reliability(models)]
     blocks += [Plots(plots), _measures(models), *_by_round(summary["models"])]
-    differences = _differences(summary.get("differences", {}))
+    differences = _differences(summary.get("differences", {}), beside_paper=run.has_benchmarks)
     if differences is not None:
         blocks.append(differences)
     return Section("How near to the teacher", blocks)
@@ -174,8 +174,7 @@ def _by_phase(lines: Sequence[Line]) -> Table | None:
         "After each phase of the alignment",
         ("phase", "top-1 agreement", "change since raw", "teacher-token NLL", "change since raw"),
         rows,
-        f"On {'validation rows' if kind == 'validation' else 'D_s'}, at the end of the phase "
-        "(Fig. 5 of the paper compares the first with the last).",
+        f"On {'validation rows' if kind == 'validation' else 'D_s'}, at the end of the phase.",
         digits=4,
     )
 
@@ -224,8 +223,7 @@ def _mass(models: dict[str, Any]) -> list[LinePlot]:
                 series.append(Series(MODELS[name], [float(x) for x in xs], list(ys), points=True))
         if series:
             title = f"Positions whose top K hold more than 0.95, {split} rows"
-            note = "Fig. 4 of the paper; it keeps K = 10."
-            plots.append(LinePlot(title, "K", series, note=note))
+            plots.append(LinePlot(title, "K", series))
     return plots
 
 
@@ -276,7 +274,7 @@ def _by_round(models: dict[str, Any]) -> Iterator[Block]:
     )
     note = (
         "The last columns are the shares of positions whose K most probable tokens hold more than "
-        "0.95 (Fig. 4). A round whose state is the aligned proxy has no separate line."
+        "0.95. A round whose state is the aligned proxy has no separate line."
     )
     yield Table("The proxy round by round", header, rows, note, digits=4)
 
@@ -311,7 +309,7 @@ def _measures(models: dict[str, Any]) -> Table:
     return Table("Held-out measures", header, rows, note, digits=4)
 
 
-def _differences(differences: dict[str, Any]) -> Table | None:
+def _differences(differences: dict[str, Any], *, beside_paper: bool) -> Table | None:
     rows: list[tuple[Value, ...]] = []
     for pair, found in differences.items():
         first, _, second = pair.partition(" - ")
@@ -321,18 +319,23 @@ def _differences(differences: dict[str, Any]) -> Table | None:
             nll, agreement = figures.get("nll", {}), figures.get("agreement", {})
             rows.append((
                 f"{MODELS[first]} minus {MODELS[second]}", split,
-                nll.get("token_mean"), nll.get("token_se"), TABLE_4_STEPS.get((first, second)),
+                nll.get("token_mean"), nll.get("token_se"),
+                *([TABLE_4_STEPS.get((first, second))] if beside_paper else []),
                 agreement.get("token_mean"), agreement.get("token_se"),
             ))  # fmt: skip
     if not rows:
         return None
-    return Table(
-        "Differences between proxies on the same rows",
-        ("models", "rows of", "NLL", "±", "paper: KL", "agreement", "±"),
-        rows,
+    note = (
         "The teacher's text alone gives only differences of KL(teacher || proxy): the teacher's "
-        "entropy cancels in the difference of two proxies' NLL. The paper's differences are those "
-        "of its Table 4 (1.53, 0.87 and 0.56), whose middle row is aligned by NLL alone, not only "
-        "warmed up.",
-        digits=4,
+        "entropy cancels in the difference of two proxies' NLL."
     )
+    if beside_paper:
+        note += (
+            " The paper's differences are those of its Table 4 (1.53, 0.87 and 0.56), whose middle "
+            "row is aligned by NLL alone, not only warmed up."
+        )
+    header = (
+        *("models", "rows of", "NLL", "±", *(["paper: KL"] if beside_paper else [])),
+        *("agreement", "±"),
+    )
+    return Table("Differences between proxies on the same rows", header, rows, note, digits=4)

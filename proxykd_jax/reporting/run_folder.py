@@ -34,6 +34,7 @@ class RunFolder:
       manifests: manifests of the started stages, by folder.
       lines: lines of metrics.jsonl; those of each stage by increasing step.
       problems: one sentence for each thing that could not be read.
+      price_per_hour: of all machines together; None if unknown.
     """
 
     folder: Path
@@ -44,6 +45,7 @@ class RunFolder:
     manifests: dict[str, dict[str, Any]]
     lines: list[Line]
     problems: list[str]
+    price_per_hour: float | None = None
 
     def setting(self, key: str) -> Any:
         """The value of a key such as ``align.num_rounds``; None if unknown."""
@@ -75,6 +77,11 @@ class RunFolder:
         ):
             return f"The method {self.setting('method.name')} does not need it."
         return f"Not there: {command} makes it."
+
+    @property
+    def has_benchmarks(self) -> bool:
+        """Whether benchmarks were answered; the paper's tables are shown only beside them."""
+        return any((self.folder / "eval" / "benchmarks").rglob("summary.json"))
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -121,7 +128,8 @@ def read_run(folder: Path, label: str | None = None) -> RunFolder:
             "killed run leaves its last one half written)."
         )
     name = label or folder.resolve().name
-    return RunFolder(folder, name, config, settings, text, manifests, lines, problems)
+    price = None if config is None else config.logging.price_per_hour
+    return RunFolder(folder, name, config, settings, text, manifests, lines, problems, price)
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunFolder]:

@@ -111,7 +111,7 @@ def _weights(store: SoftLabelStore, split: str, settings: dict[str, Any]) -> His
 
 
 def training(run: RunFolder) -> Section:
-    """Losses and validation by step; benchmark curves as in the paper's Figs. 6 and 7."""
+    """Losses and validation by step; benchmark curves if any were logged (Figs. 6 and 7)."""
     title, lines = "Distillation of the student", run.of_stage("distill")
     best, blocks = opening(run, "student", lines)
     if not lines:
@@ -132,14 +132,6 @@ def training(run: RunFolder) -> Section:
         *_benchmark_curves(run),
     ]  # fmt: skip
     blocks.append(Plots([found for found in plots if found is not None]))
-    if not _benchmark_curves(run):
-        blocks.append(
-            Text(
-                "The accuracy curves of the paper's Figs. 6 and 7 need benchmarks during training, "
-                "which this run did not log; validation agreement replaces them.",
-                missing=True,
-            )
-        )
     return Section(title, blocks)
 
 
@@ -179,8 +171,7 @@ def beside_the_proxy(run: RunFolder) -> Section:
     rows = [*_measured_gaps(run.summary.get("models", {})), *_benchmark_gaps(scores)]
     if rows:
         header = ("measure", "proxy", "student", "gap", "gap / proxy")
-        note = "The paper's Fig. 3 shows it by proxy; compare several runs for that."
-        blocks.append(Table("Gap between aligned proxy and student", header, rows, note))
+        blocks.append(Table("Gap between aligned proxy and student", header, rows))
     if not blocks:
         text = "There are no figures of both an aligned proxy and a student."
         blocks.append(Text(text, missing=True))

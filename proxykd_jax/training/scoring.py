@@ -23,6 +23,7 @@ from proxykd_jax.training.draw_answers import Answerer
 from proxykd_jax.training.metrics import MetricsLog
 from proxykd_jax.training.model import Model
 from proxykd_jax.training.restore import aligned_proxy_identity, load_aligned_proxy
+from proxykd_jax.training.times import timed
 
 # Store of the scorer's answers to the prompts of D_s.
 SCORER_TEXT = "scorer"
@@ -121,19 +122,20 @@ class Scoring:
             **({} if rows is None else {"rows": digest_value(list(map(int, rows)))}),
         }
         if not store.begin(settings, self.made_from):
-            answerer = Answerer(
-                self.config, self.corpus, self.model.config, self._weights, self._sample_mesh
-            )
-            answerer.fill(
-                store,
-                prompts,
-                range(len(prompts)) if rows is None else rows,
-                round_index=draw,
-                temperature=temperature,
-                against_teacher=False,
-                report=self.console.parts(f"answered prompts ({name}):"),
-            )
-            store.complete()
+            with timed(self.config.folder, "score"):
+                answerer = Answerer(
+                    self.config, self.corpus, self.model.config, self._weights, self._sample_mesh
+                )
+                answerer.fill(
+                    store,
+                    prompts,
+                    range(len(prompts)) if rows is None else rows,
+                    round_index=draw,
+                    temperature=temperature,
+                    against_teacher=False,
+                    report=self.console.parts(f"answered prompts ({name}):"),
+                )
+                store.complete()
         self._answered[name] = store
         return AnsweredSplit(prompts, store)
 

@@ -96,7 +96,29 @@ def make_run(root: Path, name: str = "run", *, rounds: int = 3, seed: int = 0, *
     _soft_labels(config, corpus, rng)
     _distill(config, log, rng)
     write_json(config.folder / "eval" / "summary.json", summary(rng))
+    arc = {"student": {"generate": {"tasks": {"arc": {"accuracy": 0.5, "se": 0.1, "n": 20}}}}}
+    write_json(config.folder / "eval" / "benchmarks" / "summary.json", {"models": arc})
+    _answers(config.folder / "eval" / "answers.jsonl")
+    times = [
+        {"stage": "prepare", "ended": "finished", "seconds": 30.0, "host": "h", "processes": 1},
+        *({"stage": "align", "ended": ended, "seconds": 5385.0, "host": "h", "processes": 1,
+           "device": "TPU v4", "devices": 8} for ended in ("stopped", "finished")),
+    ]  # fmt: skip
+    (config.folder / "times.jsonl").write_text("".join(json.dumps(t) + "\n" for t in times))
     return config
+
+
+def _answers(path: Path) -> None:
+    """Five prompts; no answer of the student ends."""
+    lines = []
+    for number in range(5):
+        said = {"text": f"Q: {IMAGE} {number}", "tokens": 9, "digest": "x"}
+        names = (("proxy_aligned", True), ("student_before", True), ("student", False))
+        answers = {name: {**said, "finished": ended} for name, ended in names}
+        teacher = {"text": f"the teacher's {number}", "tokens": 4}
+        lines.append({"row_id": f"{number:064x}", "split": "test", "prompt": SCRIPT,
+                      "teacher": teacher, "answers": answers})  # fmt: skip
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _align(config: Config, corpus: TokenCorpus, log: MetricsLog, rounds: int, rng: Any) -> None:
@@ -235,8 +257,11 @@ def summary(rng: Any) -> dict[str, Any]:
 
     difference = {"nll": {"token_mean": -0.4321, "token_se": 0.0234},
                   "agreement": {"token_mean": 0.0765, "token_se": 0.0065}}  # fmt: skip
+    apart = {"nll": {"token_mean": 0.01, "token_se": 0.02},
+             "agreement": {"token_mean": 0.001, "token_se": 0.01}}  # fmt: skip
     return {
         "models": {name: {split: figures() for split in ("validation", "test")} for name in NAMES},
         "differences": {"proxy_aligned - proxy_raw": {"test": difference},
-                        "student - student_before": {"test": difference}},
+                        "student - student_before": {"test": difference},
+                        "student - proxy_aligned": {"test": apart}},
     }  # fmt: skip

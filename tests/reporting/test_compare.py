@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import shutil
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from proxykd_jax import report
 from proxykd_jax.artifacts import MANIFEST, read_json
 from proxykd_jax.config import dump_config
 from proxykd_jax.errors import UserError
+from proxykd_jax.evaluation.sums import write_sums
+from proxykd_jax.reporting.first_screen import between
 from proxykd_jax.reporting.page import render
 from proxykd_jax.reporting.run_folder import read_run, read_runs
 from proxykd_jax.training.metrics import read_metrics
@@ -77,6 +82,23 @@ def test_runs_of_one_name_are_told_apart(made, tmp_path):
         shutil.copytree(made.folder, tmp_path / place / "run")
     runs = read_runs([tmp_path / "a" / "run", tmp_path / "b" / "run"])
     assert [run.label for run in runs] == ["a/run", "b/run"]
+
+
+def test_plain_fine_tuning_is_what_a_student_is_held_against(made, other, tmp_path):
+    places = [Path(shutil.copytree(c.folder, tmp_path / c.name)) for c in (made, other)]
+    one, second = read_runs(places)
+    plain = dataclasses.replace(second, settings={"method": {"name": "black_box_kd"}})
+    text = Page(render([one, plain])).text
+    assert "plain fine-tuning (other)" in text and "40 test rows, not paired." in text
+    assert "Whether the proxy helps shows only" not in text
+    # The sums by row make the comparison paired.
+    tokens = np.full(20, 4.0)
+    for place, nll in zip(places, (1.0, 2.0), strict=True):
+        sums = {"test/tokens": tokens, "test/nll": nll * tokens + np.arange(20) % 3}
+        write_sums(place / "eval" / "student.safetensors", {}, sums)
+    found = between(one, plain, "The student", "plain fine-tuning")
+    assert found is not None and found.outcome == "better" and "not paired" not in found.detail
+    assert found.detail.startswith("NLL better (−1.0000 ± 0.0000 nats a token)")
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import dataclasses
 import html
 import io
 import itertools
@@ -25,6 +26,7 @@ from proxykd_jax.reporting.page import render
 from proxykd_jax.reporting.paper import TABLE_1, TABLE_2, TABLE_5
 from proxykd_jax.reporting.proxy import MODELS
 from proxykd_jax.reporting.run_folder import read_run
+from proxykd_jax.reporting.teacher import teacher_names
 from proxykd_jax.training.metrics import read_metrics
 from tests.reporting.html_page import Page
 from tests.reporting.made_run import IMAGE, SCRIPT
@@ -417,3 +419,60 @@ def test_numbers_that_are_none_leave_gaps(folder):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     rows = Page(render([read_run(folder)])).csvs["nll_of_the_teacher_s_answers_nats.csv+"]
     assert {"3.0", "4.0"}.isdisjoint(row[1] for row in rows) and len(rows) > 20
+
+
+# --- the first screen -----------------------------------------------------------------------------
+
+
+def test_the_page_begins_with_the_verdict_curves_and_answers(made, page):
+    first = page.text[page.text.index("The student is better") : page.text.index("The recipe:")]
+    assert "NLL better (−0.4321 ± 0.0473 nats a token)" in first  # t of 39 degrees of freedom
+    assert "The student is not told apart from the aligned proxy." in first
+    assert (
+        "as near to the teacher as its proxy" in first and "lower distill.alpha (now 10)" in first
+    )
+    assert "No answer ended (the student): look at corpus.end_tokens." in first
+    assert "proxykd export --config" in first
+    assert next(text for level, text in page.headings if level == 2) == "Verdict"
+    assert "Student: NLL of held-out answers, nats" in first and "student after" in first
+    assert first.count("the teacher's ") >= 5 and "3 more prompts" in first
+    rows = page.csvs["student_nll_of_held_out_answers_nats.csv"][1:]
+    lines, _ = read_metrics(made.folder / "metrics.jsonl")
+    logged = [line["validation/nll"] for line in lines
+              if line["stage"] == "distill" and "validation/nll" in line]  # fmt: skip
+    assert [float(row[2]) for row in rows] == logged
+
+
+def test_machine_time_and_price(made, page):
+    assert page.csvs["stages_by_time.csv"][1:] == [
+        ["prepare", "0.5", "", "h"],
+        ["align", "179.5", "8 x TPU v4", "h"],
+    ]
+    assert "In all 3.0 hours on 8 x TPU v4." in page.text and "an hour" not in page.text
+    priced = Page(render([dataclasses.replace(read_run(made.folder), price_per_hour=12.5)]))
+    assert "In all 3.0 hours on 8 x TPU v4. At 12.5 an hour this is 37.50." in priced.text
+
+
+def test_the_paper_is_left_out_where_no_benchmark_was_run(folder):
+    shutil.rmtree(folder / "eval" / "benchmarks")
+    found = Page(render([read_run(folder)]))
+    assert "Benchmarks" not in [text for _, text in found.headings]
+    body = found.text.replace("preset: paper", "").replace("# paper", "")
+    assert "Table" not in body and "the paper" not in body.lower()
+
+
+def test_the_teacher_is_named_only_if_it_is_known(made, tmp_path):
+    run = read_run(made.folder)
+    assert teacher_names(run) == [] and "gpt-4" not in Page(render([run])).text.split("preset:")[0]
+
+    def names(source: dict[str, Any], **sections: Any) -> list[str]:
+        settings = {"corpus": {"sources": [source]}, **sections}
+        return teacher_names(dataclasses.replace(run, settings=settings))
+
+    assert names({"path": "x.jsonl", "teacher": "qwen-max"}) == ["qwen-max"]
+    assert names({"path": "x", "teacher": None, "format": "nectar"}) == ["gpt-4"]
+    rows = tmp_path / "answers.jsonl"
+    collect = {"folder": str(tmp_path), "model": "gpt-4o"}
+    assert names({"path": str(rows), "teacher": None}, collect=collect) == ["gpt-4o"]
+    rows.write_text('{"messages": [], "model": "big", "served_model": "b", "finish_reason": "s"}\n')
+    assert names({"path": str(tmp_path)}) == ["big"]

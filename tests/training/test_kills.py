@@ -96,7 +96,8 @@ def contents(run: Path) -> dict[str, bytes | None]:
         if "/checkpoints/" in name:
             continue
         compared = path.is_file() and not (
-            name in ("metrics.jsonl", "config.yaml", "report.html") or "/digests/" in name
+            name in ("metrics.jsonl", "times.jsonl", "config.yaml", "report.html")
+            or "/digests/" in name
         )
         found[name] = path.read_bytes() if compared else None
     return found
