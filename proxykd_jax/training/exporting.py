@@ -83,6 +83,8 @@ def _export(
     if on_first(is_made):
         on_first(lambda: write_cards(config, (role,)))
         return folder / (role if merged else f"{role}_adapter")
+    # The record of an earlier export would call the new files damaged.
+    on_first(lambda: record_path.unlink(missing_ok=True))
     model = load(config, mesh)
     record: dict[str, Any] = {"made_from": made_from}
     if model.adapter is not None and cut:

@@ -191,7 +191,7 @@ def test_labels_of_other_rows_or_another_run_are_refused(tmp_path):
 
 
 def test_only_a_complete_store_opens(tmp_path):
-    with pytest.raises(UserError, match="run python -m"):
+    with pytest.raises(UserError, match="run proxykd score first"):
         open_soft_labels(tmp_path)
     make(tmp_path / "s", some_rows(), finish=False)
     with pytest.raises(UserError, match="not complete"):

@@ -174,7 +174,7 @@ def score(folder, rows, *, fail_at=None, **changes):
     config, params, adapter = tiny_model()
     done = []
 
-    def report(index, total):
+    def report(index, total, tokens):
         done.append(index)
         if len(done) == fail_at:
             raise KeyboardInterrupt

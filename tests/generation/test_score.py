@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from proxykd_jax import score
-from proxykd_jax.artifacts import read_json
+from proxykd_jax.artifacts import read_json, read_manifest, write_manifest
 from proxykd_jax.config import make_config
 from proxykd_jax.data.corpus import open_corpus
 from proxykd_jax.data.parts import PartFolder
@@ -211,9 +211,8 @@ def test_another_proxy_is_refused(run, tmp_path):
     record, folder, _ = run
     runs = tmp_path / "runs"
     shutil.copytree(folder, runs / "run")
-    manifest = read_json(runs / "run" / "proxy" / "manifest.json")
-    manifest["content"] = "another adapter"
-    (runs / "run" / "proxy" / "manifest.json").write_text(json.dumps(manifest))
+    proxy = runs / "run" / "proxy"
+    write_manifest(proxy, {**read_manifest(proxy), "content": "another adapter"})
     with pytest.raises(UserError, match=r"proxy\.stage"):
         score.main(make_config({**record, "runs_dir": str(runs)}))
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from proxykd_jax import evaluate
+from proxykd_jax.artifacts import read_manifest, write_manifest
 from proxykd_jax.errors import UserError
 from proxykd_jax.evaluation.candidates import Candidate, Collected, Server, named_candidate
 from proxykd_jax.tasks.accuracies import accuracy, macro_average, paired_difference
@@ -116,9 +117,7 @@ def test_a_server_is_asked_for_what_is_missing(
     folder = config.folder / "eval" / "benchmarks" / "gpt"
     whole = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     # The state after a kill: one part is missing, the next is half-written under another name.
-    manifest = json.loads((folder / "gsm8k" / "manifest.json").read_text())
-    manifest["status"] = "running"
-    (folder / "gsm8k" / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder / "gsm8k", {**read_manifest(folder / "gsm8k"), "status": "running"})
     (folder / "gsm8k" / "part_00001.jsonl").unlink()
     (folder / "gsm8k" / ".part_00001.jsonl.tmp").write_text("{")
     (folder / "gsm8k.jsonl").unlink()

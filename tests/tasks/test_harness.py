@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from proxykd_jax import evaluate
+from proxykd_jax.artifacts import read_manifest, write_manifest
 from proxykd_jax.errors import UserError
 from proxykd_jax.evaluation.candidates import Candidate, named_candidate
 from proxykd_jax.parallel.mesh import make_mesh
@@ -462,8 +463,7 @@ def test_a_model_checked_by_the_harness(
     monkeypatch.setattr(benchmark, "load_chat_model", pytest.fail)
     assert run_benchmarks(config, [f"tiny={byte_model}"]) == summary
     part = folder / "tiny/bbh_harness"
-    manifest = json.loads((part / "manifest.json").read_text())
-    (part / "manifest.json").write_text(json.dumps({**manifest, "status": "running"}))
+    write_manifest(part, {**read_manifest(part), "status": "running"})
     (part / "part_00001.jsonl").unlink()
     monkeypatch.setattr(benchmark, "load_chat_model", load)
     assert run_benchmarks(config, [f"tiny={byte_model}"]) == summary

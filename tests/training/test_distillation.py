@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from proxykd_jax import distill, score
-from proxykd_jax.artifacts import MANIFEST, read_json, write_json
+from proxykd_jax.artifacts import MANIFEST, read_json, read_manifest, write_manifest
 from proxykd_jax.config import Config
 from proxykd_jax.data.corpus import open_corpus
 from proxykd_jax.data.soft_labels import open_soft_labels
@@ -179,9 +179,9 @@ def test_alpha_0_is_plain_fine_tuning(tiny_files, tmp_path):
 
 def rewritten(config: Config, part: str, key: str, value: Any) -> None:
     path = config.folder / "soft_labels" / MANIFEST
-    manifest = read_json(path)
+    manifest = read_manifest(path.parent)
     assert manifest[part][key] != value
-    write_json(path, {**manifest, part: {**manifest[part], key: value}})
+    write_manifest(path.parent, {**manifest, part: {**manifest[part], key: value}})
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from proxykd_jax.artifacts import MANIFEST, read_json
+from proxykd_jax.artifacts import MANIFEST, read_json, read_manifest, write_manifest
 from proxykd_jax.config import Config
 from proxykd_jax.data.corpus import open_corpus
 from proxykd_jax.errors import UserError
@@ -50,13 +50,10 @@ def test_each_kept_step_is_the_model_that_was_validated_there(finished_run, role
 @pytest.mark.parametrize("role", LOADERS)
 def test_best_and_last_are_what_the_manifest_says(finished_run, tmp_path, role):
     config = copy_run(finished_run, tmp_path)
-    path = config.folder / role / MANIFEST
+    folder = config.folder / role
     steps = kept_steps(config, role)
     # As if the run had become worse: the best step is an early one.
-    text = path.read_text().replace(
-        f'"best_step": {read_json(path)["best_step"]}', f'"best_step": {steps[0]}'
-    )
-    path.write_text(text)
+    write_manifest(folder, {**read_manifest(folder), "best_step": steps[0]})
     mesh = make_mesh(config.mesh)
 
     def leaves(which, config=config):
@@ -72,11 +69,8 @@ def test_best_and_last_are_what_the_manifest_says(finished_run, tmp_path, role):
 
 def test_without_a_best_the_last_counts(finished_run, tmp_path):
     config = copy_run(finished_run, tmp_path)
-    path = config.folder / "student" / MANIFEST
-    manifest = read_json(path)
-    path.write_text(
-        path.read_text().replace(f'"best_step": {manifest["best_step"]}', '"best_step": null')
-    )
+    manifest = read_manifest(config.folder / "student")
+    write_manifest(config.folder / "student", {**manifest, "best_step": None})
     mesh = make_mesh(config.mesh)
     pair = (
         load_student(config, mesh, which).trainable for which in ("best", manifest["last_step"])
@@ -102,7 +96,7 @@ def test_a_step_that_is_not_kept_is_a_sentence(finished_run):
     steps = kept_steps(config, "student")
     message = str(refused.value)
     assert message.startswith(
-        f"{config.folder / 'student'} keeps no checkpoint of step 777; it has"
+        f"{config.folder / 'student'} keeps no checkpoint of step 777 (there: "
     )
     assert all(str(step) in message for step in steps)
 
