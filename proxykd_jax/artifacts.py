@@ -99,6 +99,16 @@ def read_json(path: Path) -> Any:
         )
 
 
+def read_lines(path: Path) -> Iterator[Any]:
+    """The JSON values of a file's lines; lines that are no JSON are left out.
+
+    A killed process may have left its last line half written.
+    """
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            yield json.loads(text)
+
+
 def digest_file(path: Path) -> str:
     """xxh3-128 of a file, which detects bit rot but not manipulation (6 GB/s where measured).
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from proxykd_jax.artifacts import digest_value, write_bytes
+from proxykd_jax.artifacts import digest_value, read_lines, write_bytes
 from proxykd_jax.config import Config
 from proxykd_jax.data.collate import TokenRow
 from proxykd_jax.data.corpus import TokenCorpus
@@ -157,11 +157,7 @@ class HeldOutAnswers:
 def read_answers(path: Path) -> list[Line]:
     """The lines of the file; lines that are damaged or of another form are left out."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
+    for line in read_lines(path):
         if _has(line, "row_id", "split", "prompt", "teacher", "answers"):
             answers = line["answers"].values() if isinstance(line["answers"], dict) else [None]
             whole = all(_has(each, "text", "tokens", "finished", "digest") for each in answers)

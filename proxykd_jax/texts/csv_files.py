@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import codecs
 import csv
-import gzip
-import zlib
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO
 
 from proxykd_jax.errors import UserError
-from proxykd_jax.texts.json_files import MAX_RECORD_BYTES, Record, open_decompressed
+from proxykd_jax.texts.json_files import MAX_RECORD_BYTES, Record, open_decompressed, reading
 from proxykd_jax.texts.records import UnreadableRow
 
 MORE_CELLS = "a row with more cells than the file has columns"
@@ -42,15 +40,8 @@ def read_csv(path: Path) -> Iterator[tuple[Record, str]]:
     """
     # The csv module refuses cells of more than 128 KiB unless told otherwise.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_RECORD_BYTES))
-    try:
-        with open_decompressed(path) as file:
-            yield from _read(path, file)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(
-            f"{path} is a damaged gzip file ({error}). Copy or compress it again."
-        ) from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    with reading(path), open_decompressed(path) as file:
+        yield from _read(path, file)
 
 
 def _read(path: Path, file: IO[bytes]) -> Iterator[tuple[Record, str]]:

@@ -10,6 +10,7 @@ by name. Memory is bounded by ``MAX_RECORD_BYTES``, whatever the file's size.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import gzip
 import json
 import re
@@ -44,23 +45,29 @@ def read_json_records(
       UserError: the file is empty, truncated, not UTF-8, not JSON, or contains something other than
         objects; a record is longer than ``max_record_bytes``.
     """
+    with reading(path), open_decompressed(path) as file:
+        head = file.peek(4)[:4]  # type: ignore[attr-defined]
+        if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
+            raise UserError(
+                f"{path} is UTF-16 or UTF-32, but text must be UTF-8. Convert it, for "
+                f"example with: iconv -f UTF-16 -t UTF-8 {path.name}"
+            )
+        if head.startswith(codecs.BOM_UTF8):
+            file.read(len(codecs.BOM_UTF8))
+        lines_before, first = _skip_blank_lines(path, file, max_record_bytes)
+        if first is None:
+            raise UserError(f"{path} is empty: it holds no row. Remove it or fill it.")
+        if first.lstrip()[:1] == b"[":
+            yield from _read_array(path, file, first, lines_before + 1, max_record_bytes)
+        else:
+            yield from _read_lines(path, file, first, lines_before + 1, max_record_bytes)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what a damaged or unreadable file raises into a ``UserError``."""
     try:
-        with open_decompressed(path) as file:
-            head = file.peek(4)[:4]  # type: ignore[attr-defined]
-            if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
-                raise UserError(
-                    f"{path} is UTF-16 or UTF-32, but text must be UTF-8. Convert it, for "
-                    f"example with: iconv -f UTF-16 -t UTF-8 {path.name}"
-                )
-            if head.startswith(codecs.BOM_UTF8):
-                file.read(len(codecs.BOM_UTF8))
-            lines_before, first = _skip_blank_lines(path, file, max_record_bytes)
-            if first is None:
-                raise UserError(f"{path} is empty: it holds no row. Remove it or fill it.")
-            if first.lstrip()[:1] == b"[":
-                yield from _read_array(path, file, first, lines_before + 1, max_record_bytes)
-            else:
-                yield from _read_lines(path, file, first, lines_before + 1, max_record_bytes)
+        yield
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(
             f"{path} is a damaged gzip file ({error}). Copy or compress it again."

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from proxykd_jax.artifacts import read_lines
 from proxykd_jax.peers import count, is_first
 
 FILE = "times.jsonl"
@@ -56,13 +57,8 @@ def _append(path: Path, line: dict[str, Any]) -> None:
 
 def read_times(run: Path) -> list[dict[str, Any]]:
     """The lines of a run; lines that a killed process left half written are left out."""
-    path = run / FILE
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("seconds"), int | float):
-            lines.append(line)
-    return lines
+    return [
+        line
+        for line in read_lines(run / FILE)
+        if isinstance(line, dict) and isinstance(line.get("seconds"), int | float)
+    ]
