@@ -74,9 +74,11 @@ def check_model(
                 f"score.top_k: {config.score.top_k} is more than the vocabulary's {size} ids"
             )
     if config.corpus.max_length > found.max_positions:
-        findings.problems.append(
-            f"{role}: corpus.max_length is {config.corpus.max_length}, but the model has "
-            f"{found.max_positions} positions"
+        findings.warn(
+            role,
+            f"corpus.max_length is {config.corpus.max_length}, but the model has "
+            f"{found.max_positions} positions. Longer rows and answers go beyond what it has "
+            "learnt; set corpus.max_length to at most that.",
         )
     if section.trainable == "lora":
         found = found.replace(lora=lora_config(section))
