@@ -57,14 +57,11 @@ def main(folder: Path | str, to: str, *, public: bool = False, message: str | No
       UserError: the folder is no exported model or is damaged, or the hub refuses.
     """
     folder = Path(folder)
-    for name, missing in (
-        (_CARD, "a model card"),
-        ("config.json", "a model"),
-    ):
-        if not (folder / name).is_file() and not (folder / f"adapter_{name}").is_file():
+    for names in ((_CARD,), ("config.json", "adapter_config.json")):
+        if not any((folder / name).is_file() for name in names):
             raise UserError(
-                f"{folder} holds no {name}, so it is not {missing} that proxykd export wrote. Name "
-                "a folder such as runs/my_run/export/student."
+                f"{folder} holds no {' or '.join(names)}, so it is no model that proxykd export "
+                "wrote. Name a folder such as runs/my_run/export/student."
             )
     check_export(folder)
     from huggingface_hub import HfApi

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -27,7 +27,7 @@ from proxykd_jax.texts.readers import read_source
 from proxykd_jax.texts.records import Drops, TextRow
 from proxykd_jax.texts.template import Renderer
 from proxykd_jax.texts.tokenizer import check_same_vocabulary, load_tokenizer
-from proxykd_jax.training.model import lora_config
+from proxykd_jax.training.model import lora_config, model_origin
 
 _SAMPLE = 2000
 _LEAST_LENGTH = 64
@@ -78,6 +78,7 @@ class _Writer:
         if given.student != given.proxy:
             check_same_vocabulary(self.tokenizer, load_tokenizer(given.student))
         self.reasons: dict[tuple[str, ...], str] = {}
+        self._read: dict[str, ModelConfig] = {}
         self.data: dict[str, Any] = {"preset": "recommended", "name": given.name}
 
     def text(self) -> str:
@@ -156,7 +157,9 @@ class _Writer:
     # --- models -----------------------------------------------------------------------------------
 
     def _model(self, place: str) -> ModelConfig:
-        return read_config(local_folder(place, ("*.json",)))
+        if place not in self._read:
+            self._read[place] = read_config(local_folder(place, ("*.json",)))
+        return self._read[place]
 
     def _models(self) -> None:
         given = self.given
@@ -181,14 +184,13 @@ class _Writer:
     def _fit(self, config: Config) -> None:
         """Chooses remat and micro-batches so that a generous guess fits this machine."""
         limit = memory_limit(jax.devices()[0])
-        for role, section, works in (
-            ("proxy", "align", ("align",)),
-            ("student", "distill", ("distill",)),
-        ):
-            size = config.align.batch_size if role == "proxy" else config.distill.batch_size
+        stages: tuple[tuple[str, Literal["align", "distill"]], ...]
+        stages = (("proxy", "align"), ("student", "distill"))
+        for role, section in stages:
+            size = getattr(config, section).batch_size
             for remat, rows in itertools.product(_REMATS, _halves(size)):
                 tried = self._with(role, section, remat, rows, size)
-                if _guess(tried, works) <= limit * _SHARE_OF_MEMORY:
+                if self._guess(tried, section) <= limit * _SHARE_OF_MEMORY:
                     break
             else:
                 raise UserError(
@@ -207,6 +209,24 @@ class _Writer:
         data[section] = {**self.data.get(section, {}), "microbatch_size": rows}
         return make_config(data)
 
+    def _guess(self, config: Config, work: Literal["align", "distill"]) -> int:
+        """The guessed bytes of the largest program of a stage."""
+        models = {}
+        for role in ("proxy", "student"):
+            section = getattr(config, role)
+            model = self._model(model_origin(section))
+            if section.init:
+                model = cut_config(model, section.init.first_layers)
+            if section.trainable == "lora":
+                model = model.replace(lora=lora_config(section))
+            models[role] = model
+        learns = models["student" if work == "distill" else "proxy"]
+        return max(
+            guessed_bytes(config, program, learns)
+            for program in run_programs(config, models["proxy"], models["student"])
+            if program.work == work
+        )
+
 
 def _rows(sources: tuple[SourceConfig, ...]) -> Iterator[tuple[SourceConfig, TextRow]]:
     for source in sources:
@@ -220,25 +240,6 @@ def _halves(size: int) -> Iterator[int]:
         if size % 2:
             return
         size //= 2
-
-
-def _guess(config: Config, works: tuple[str, ...]) -> int:
-    """The guessed bytes of the largest program of some kinds of work."""
-    models = {}
-    for role in ("proxy", "student"):
-        section = getattr(config, role)
-        place = section.init.path if section.init else section.path
-        model = read_config(local_folder(place, ("*.json",)))
-        if section.init:
-            model = cut_config(model, section.init.first_layers)
-        if section.trainable == "lora":
-            model = model.replace(lora=lora_config(section))
-        models[role] = model
-    return max(
-        guessed_bytes(config, program, models["student" if program.work == "distill" else "proxy"])
-        for program in run_programs(config, models["proxy"], models["student"])
-        if program.work in works
-    )
 
 
 # --- YAML -----------------------------------------------------------------------------------------

@@ -161,12 +161,14 @@ def split_marks(rendered: str) -> tuple[str, tuple[int, int] | None]:
     return text, spans[-1] if spans else None
 
 
-def marked_pieces(rendered: str) -> tuple[str, list[tuple[int, int]]]:
+def marked_pieces(
+    rendered: str, begin: str = MARK_START, end: str = MARK_END
+) -> tuple[str, list[tuple[int, int]]]:
     """Removes the marks from a rendered text; returns it with start and end of each piece."""
-    text, *pieces = rendered.split(MARK_START)
+    text, *pieces = rendered.split(begin)
     spans = []
     for piece in pieces:
-        inside, _, after = piece.partition(MARK_END)
+        inside, _, after = piece.partition(end)
         spans.append((len(text), len(text) + len(inside)))
         text += inside + after
     return text, spans

@@ -331,7 +331,7 @@ class _Rendering:
                 text, _ = self._text(marked, True)
             except UserError:
                 continue
-            bare, places = _turn_marks(text)
+            bare, places = marked_pieces(text, TURN_START, TURN_END)
             wanted = [turn is not given for turn, given in zip(marked, self._given, strict=True)]
             if bare == prompt and len(places) == sum(wanted):
                 found = iter(places)
@@ -351,7 +351,7 @@ class _Rendering:
             asked, _ = self._text([*before, last], True)
             return len(asked) if prompt.startswith(asked) else None
         text, _ = self._text([*before, with_marks(last)], True)
-        bare, places = _turn_marks(text)
+        bare, places = marked_pieces(text, TURN_START, TURN_END)
         between = bare[places[-1][1] :] if places else ""
         return after + len(between) if places and prompt.startswith(between, after) else None
 
@@ -397,17 +397,6 @@ def with_marks(turn: dict[str, Any]) -> dict[str, Any]:
     begin = text.index(bare)
     content = f"{text[:begin]}{TURN_START}{bare}{TURN_END}{text[begin + len(bare) :]}"
     return {**turn, "content": content}
-
-
-def _turn_marks(text: str) -> tuple[str, list[tuple[int, int]]]:
-    """A text without its turns' marks, and where these stood."""
-    bare, *pieces = text.split(TURN_START)
-    places = []
-    for piece in pieces:
-        inside, _, after = piece.partition(TURN_END)
-        places.append((len(bare), len(bare) + len(inside)))
-        bare += inside + after
-    return bare, places
 
 
 def _is_json(text: str) -> bool:
